@@ -1,0 +1,59 @@
+"""Errors a user can cause or meet, each one clear line: what was found, what was expected, what to do.
+
+    ColdstreamError
+    ├── CheckpointError      a model directory that is missing, truncated, corrupt or of another kind
+    │   └── UnknownFamilyError   an architecture that no family describes
+    ├── SchemeError          a quantization scheme that does not fit a tensor
+    ├── RecipeError          a recipe with an unknown key or a bad value
+    ├── OutputError          a destination that cannot be written (not empty, disk full, nothing to resume)
+    ├── BudgetError          a plan that does not fit --vram or --ram
+    ├── MachineError         a device, driver or system feature that is not there
+    ├── ProfileError         routing statistics that are unreadable or belong to another model
+    └── UsageError           arguments that contradict each other (exit code 2)
+
+The command line turns any of them into one line on stderr and an exit code; nothing else is caught there.
+"""
+
+
+class ColdstreamError(Exception):
+    """Base of every error that is the user's to act on. ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class CheckpointError(ColdstreamError):
+    """A model directory cannot be read as what it claims to be."""
+
+
+class UnknownFamilyError(CheckpointError):
+    """No family describes this architecture."""
+
+
+class SchemeError(ColdstreamError):
+    """A quantization scheme does not fit the tensor it is meant for."""
+
+
+class RecipeError(ColdstreamError):
+    """A recipe has an unknown key, a missing key or a value out of range."""
+
+
+class OutputError(ColdstreamError):
+    """A destination cannot be written."""
+
+
+class BudgetError(ColdstreamError):
+    """What was asked for does not fit the memory budget."""
+
+
+class MachineError(ColdstreamError):
+    """This machine lacks something that the run needs."""
+
+
+class ProfileError(ColdstreamError):
+    """Routing statistics cannot be used with this model."""
+
+
+class UsageError(ColdstreamError):
+    """Arguments that contradict each other."""
+
+    exit_code = 2
