@@ -1,0 +1,1 @@
+"""TOML recipes, the demo model and the script that trains it; read through importlib.resources."""

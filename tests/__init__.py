@@ -1,0 +1,1 @@
+"""Tests as claims, in the same folders as what they test."""
