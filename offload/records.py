@@ -1,0 +1,80 @@
+"""The one stream of records that chat, bench, reports and tests consume, and the settings that start a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Tier = Literal["vram", "ram", "disk"]
+TIERS: tuple[Tier, ...] = ("vram", "ram", "disk")
+Finish = Literal["", "eos", "stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the user asked of a run; None means: as much as the machine and the model allow.
+
+    ``vram`` and ``ram`` are budgets in bytes, ``context`` the tokens the KV cache must hold, ``prompt_chunk``
+    the prompt tokens run through the model at once. ``exact`` keeps activations in floating point on the CPU
+    (the native kernels otherwise quantize them to int8 per group). ``page_cache`` reads experts through the
+    operating system's page cache instead of direct I/O.
+    """
+
+    vram: int | None = None
+    ram: int | None = None
+    context: int = 4096
+    kv: Literal["bf16", "int8"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    policy: str | None = None
+    routing: Path | None = None
+    prompt_chunk: int | None = None
+    exact: bool = False
+    page_cache: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. ``temperature`` 0 is greedy; None switches a filter off."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """One step of generation: a prefill that ends in the first token, or one decode step.
+
+    ``tokens_in`` counts the tokens run through the model in this step and ``seconds`` its wall time.
+    ``by_tier`` counts (layer, expert) requests by the tier that held the expert when it was asked for;
+    ``bytes_read`` the bytes the step read from each tier: dense weights, experts and KV cache from "ram" (or
+    "vram"), expert fetches from "disk". ``text`` is what became printable. ``finish`` is set on the last record.
+    """
+
+    phase: Literal["prefill", "decode"]
+    token_id: int
+    text: str
+    tokens_in: int
+    seconds: float
+    by_tier: Mapping[Tier, int] = field(default_factory=dict)
+    bytes_read: Mapping[Tier, int] = field(default_factory=dict)
+    rss_bytes: int = 0
+    vram_bytes: int = 0
+    finish: Finish = ""
+
+    @property
+    def hits(self) -> int:
+        """Expert requests that found the expert in VRAM or RAM."""
+        return self.by_tier.get("vram", 0) + self.by_tier.get("ram", 0)
+
+    @property
+    def misses(self) -> int:
+        """Expert requests that had to read the disk."""
+        return self.by_tier.get("disk", 0)
