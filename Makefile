@@ -1,0 +1,91 @@
+# Everything runs in .venv, which is made on first use. Stamps in it remember what is done, so that a second
+# `make` starts at once. Constraints pin the tested versions; where pip is offered a CPU build of torch it is
+# taken, elsewhere the default (CUDA) build of the same version is.
+
+VENV := .venv
+BIN := $(VENV)/bin
+SMOKE := .wheel-smoke
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(wildcard setup.py quant/kernels/*.cpp quant/kernels/*.h quant/kernels/*.inl)
+
+# The first of these that is Python 3.11 or later; `make PYTHON=/path/to/python` overrides.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: help demo test lint types wheel-smoke check clean
+
+help:
+	@echo "make demo         install into $(VENV) and run the whole path on the embedded model"
+	@echo "make test         run all tests (ARGS='-k name' to choose)"
+	@echo "make lint types   ruff, mypy --strict"
+	@echo "make wheel-smoke  build the wheel and try it in a clean environment, from another folder"
+	@echo "make check        all of the above but the demo"
+
+demo: $(VENV)/.installed
+	$(BIN)/coldstream demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q --durations=5 $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+check: test lint types wheel-smoke
+
+# The wheel is built from the sdist, so a file missing from either shows. The clean environment sees the big
+# dependencies through a .pth line, which does not follow the editable install in there: coldstream itself
+# comes from the wheel alone.
+wheel-smoke: $(VENV)/.installed-test
+	rm -rf $(SMOKE)
+	$(BIN)/python -m build --outdir $(SMOKE)/dist .
+	$(BIN)/python -m venv --without-pip $(SMOKE)/venv
+	$(BIN)/python -m pip --python $(SMOKE)/venv/bin/python --disable-pip-version-check install -q \
+		--no-index --no-deps $(SMOKE)/dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(SMOKE)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	cd / && "$(CURDIR)/$(SMOKE)/venv/bin/python" -I "$(CURDIR)/tests/packaging/smoke.py"
+	rm -rf $(SMOKE)
+
+clean:
+	rm -rf $(VENV) $(SMOKE) build dist *.egg-info
+
+define NO_PYTHON
+coldstream needs Python 3.11 or later, found $(or $(shell $(or $(PYTHON),python3) --version 2>&1),none): \
+install one, or point to it with 'make PYTHON=/path/to/python3.11'
+endef
+define NO_COMPILER
+coldstream needs a C++ compiler, found no '$(CXX)': install one (Debian, Ubuntu: apt install g++; \
+Fedora: dnf install gcc-c++), or name yours with 'make CXX=clang++'
+endef
+define NO_HEADERS
+coldstream builds a native module, and $(PYTHON) has no Python.h: install its headers \
+(Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)
+endef
+define NO_VENV
+$(PYTHON) cannot make a virtual environment: install that part of it (Debian, Ubuntu: apt install python3-venv)
+endef
+
+$(VENV)/.python:
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "$(strip $(NO_PYTHON))" >&2; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "$(strip $(NO_COMPILER))" >&2; exit 1; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
+		|| { echo "$(strip $(NO_HEADERS))" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(strip $(NO_VENV))" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	$(PIP) install -c constraints.txt torch==2.13.0
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
