@@ -1,0 +1,76 @@
+#include "isa.h"
+
+#include <atomic>
+
+namespace coldstream {
+namespace {
+
+struct Choice {
+  const Kernels* table;
+  bool runs;
+};
+
+// Best first.
+const Choice* choices(int* count) {
+  static const Choice all[] = {
+#if defined(__x86_64__)
+      {&avx512_kernels,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512vbmi")},
+      {&avx2_kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+      {&portable_kernels, true},
+  };
+  *count = int(sizeof all / sizeof *all);
+  return all;
+}
+
+const Kernels* best() {
+  int count;
+  const Choice* all = choices(&count);
+  while (!all->runs) ++all;
+  return all->table;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* table = chosen.load(std::memory_order_relaxed);
+  if (!table) chosen.store(table = best(), std::memory_order_relaxed);
+  return *table;
+}
+
+}  // namespace coldstream
+
+// Choose an instruction set by name ("" = the best this processor has).
+COLDSTREAM_API int32_t cs_set_isa(const char* name) {
+  using namespace coldstream;
+  if (!*name) {
+    chosen.store(best());
+    return kOk;
+  }
+  int count;
+  const Choice* all = choices(&count);
+  for (int i = 0; i < count; ++i)
+    if (!std::strcmp(all[i].table->name, name)) {
+      if (!all[i].runs) return kUnsupported;
+      chosen.store(all[i].table);
+      return kOk;
+    }
+  return kBadArgument;
+}
+
+COLDSTREAM_API const char* cs_isa() { return coldstream::kernels().name; }
+
+// The name of the i-th instruction set this processor can run, best first; null past the last.
+COLDSTREAM_API const char* cs_isa_at(int32_t index) {
+  using namespace coldstream;
+  int count;
+  const Choice* all = choices(&count);
+  for (int i = 0; i < count; ++i)
+    if (all[i].runs && index-- == 0) return all[i].table->name;
+  return nullptr;
+}

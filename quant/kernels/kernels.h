@@ -1,0 +1,79 @@
+// What every instruction set implements, and the plain types that cross the boundary to Python.
+//
+// Legend: T tokens, N out features, K in features, G groups along K. Row r of a weight is out feature r.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace coldstream {
+
+enum Kind : int32_t { kInt4 = 0, kInt8 = 1, kBf16 = 2, kF32 = 3 };
+enum SourceType : int32_t { kSourceBf16 = 0, kSourceF16 = 1, kSourceF32 = 2 };
+
+// Status codes of the C functions; Python turns them into one-line errors.
+enum Status : int32_t { kOk = 0, kBadArgument = -1, kNoMemory = -2, kUnsupported = -3 };
+
+// A weight where it lies: packed int32 words and bf16 scales, or plain bf16/f32 rows. Nothing is owned.
+struct Weight {
+  int32_t kind;
+  int32_t group;  // weights along K that share a scale; 0 for plain kinds
+  int64_t n, k;
+  const uint8_t* packed;  // 4-byte aligned
+  const uint16_t* scale;  // bf16 [N, G]
+
+  bool is_packed() const { return kind == kInt4 || kind == kInt8; }
+  int64_t groups() const { return k / group; }
+  int64_t row_bytes() const {
+    return kind == kInt4 ? k / 2 : kind == kInt8 ? k : kind == kBf16 ? k * 2 : k * 4;
+  }
+};
+
+struct QuantizeStats {
+  int64_t nonfinite;  // groups that held a NaN or an infinity
+  double squared_error, squared_sum;
+};
+
+// Float matrix in, packed matrix out. `stride` counts source elements between rows as they lie in memory:
+// rows of K when not transposed, rows of N when transposed.
+struct QuantizeJob {
+  const void* source;
+  int32_t source_type, kind, group, transposed;
+  int64_t n, k, stride;
+  uint32_t* packed;
+  uint16_t* scale;
+};
+
+// T rows of activations as int8: blocks of 128 along K, in int4 layout the 64 even elements then the 64 odd
+// ones (the order in which masking and shifting 64 packed bytes yields them), in int8 layout as they come.
+struct Activations {
+  const int8_t* q;       // [T, q_stride], zero-padded to a multiple of 128
+  const float* scale;    // [T, g_stride], padded by 16
+  const int32_t* sum;    // [T, g_stride]: sum of q over the group
+  const float* fix;      // [T, g_stride]: offset * sum * scale, what the stored offset adds to the dot
+  int64_t q_stride, g_stride;
+};
+
+struct Kernels {
+  const char* name;
+  int gemm_rows;  // rows of one GEMM panel
+  void (*quantize_rows)(const QuantizeJob&, int64_t row0, int64_t row1, QuantizeStats*);
+  void (*quantize_columns)(const QuantizeJob&, int64_t column0, int64_t column1, int64_t group0, int64_t group1,
+                           QuantizeStats*);
+  uint64_t (*checksum)(const char* bytes, int64_t count);  // count is a multiple of 1024
+};
+
+const Kernels& kernels();  // the chosen instruction set
+
+inline float bf16_to_float(uint16_t bits) {
+  uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+}  // namespace coldstream
+
+#define COLDSTREAM_API extern "C" __attribute__((visibility("default")))

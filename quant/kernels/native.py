@@ -1,0 +1,51 @@
+"""Native CPU kernels: y = x · Wᵀ on packed weights, straight from wherever the bytes lie.
+
+Everything here runs on one thread pool of its own, in which the calling thread takes part. Python releases
+the interpreter lock during a call; two calls at once wait for each other.
+"""
+
+import ctypes
+
+from quant.errors import MachineError
+from quant.kernels.library import check, choose_isa, library, usable_isas
+
+__all__ = ["isa", "isas", "read_bandwidth", "set_isa", "set_threads", "threads"]
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    name: bytes = library().cs_isa()
+    return name.decode()
+
+
+def isas() -> list[str]:
+    """The instruction sets that this build holds and this processor runs, best first."""
+    return usable_isas(library())
+
+
+def set_isa(name: str) -> None:
+    """Use instruction set ``name`` (empty: the best) from now on. Raises MachineError if it cannot."""
+    choose_isa(library(), name)
+
+
+def set_threads(count: int) -> None:
+    """Use ``count`` threads, caller included; by default the physical cores this process may run on."""
+    if not 1 <= count <= 1024:
+        raise MachineError(f"{count} threads cannot be started: expected 1 to 1024")
+    check(library().cs_set_threads(count), "set_threads")
+
+
+def threads() -> int:
+    """Threads that a native call uses, the caller included."""
+    return int(library().cs_threads())
+
+
+def read_bandwidth(nbytes: int = 1 << 30, seconds: float = 1.0) -> float:
+    """Best GB/s at which all threads together read a buffer of ``nbytes``, repeated for about ``seconds``.
+
+    The yardstick of the memory floor: nothing is computed but a checksum that keeps the reads alive.
+    """
+    rate = float(library().cs_read_bandwidth(ctypes.c_int64(nbytes), ctypes.c_double(seconds)))
+    if rate < 0:
+        raise MachineError(f"{nbytes} bytes for the bandwidth probe cannot be allocated: ask for fewer")
+    return rate

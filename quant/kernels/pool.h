@@ -1,0 +1,23 @@
+// One thread pool for every native kernel: the caller takes part, idle workers spin briefly and then sleep.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+namespace coldstream {
+
+using Task = void (*)(void* context, int64_t task, int worker);
+
+int thread_count();
+void run_tasks(int64_t tasks, Task function, void* context);
+
+// body(task, worker) for every task in [0, tasks), on any worker in [0, thread_count()). Tasks are claimed one
+// by one, so that a core that the system takes away delays only what it holds.
+template <class Body>
+void parallel(int64_t tasks, Body&& body) {
+  using Plain = std::remove_reference_t<Body>;
+  run_tasks(
+      tasks, [](void* context, int64_t task, int worker) { (*static_cast<Plain*>(context))(task, worker); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace coldstream

@@ -1,0 +1,95 @@
+"""Float weights to packed int4 or int8 in one native pass.
+
+Legend: N out features, K in features, G groups along K.
+
+The same arithmetic as the torch reference, to the bit: scale = bf16(absmax / 7.5) for int4 or bf16(absmax /
+127.5) for int8 (1.0 where that is zero), q = round_half_even(w / scale) clamped to the kind's range.
+"""
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant.errors import SchemeError
+from quant.kernels.library import check, library
+from quant.scheme import GROUP_SIZES, Kind
+
+_KINDS: dict[Kind, int] = {"int4": 0, "int8": 1}
+_SOURCES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        ("source", ctypes.c_void_p),
+        ("source_type", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("transposed", ctypes.c_int32),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+    ]
+
+
+class _Stats(ctypes.Structure):
+    _fields_ = [
+        ("nonfinite", ctypes.c_int64),
+        ("squared_error", ctypes.c_double),
+        ("squared_sum", ctypes.c_double),
+    ]
+
+
+class Quantized(NamedTuple):
+    """Packed int32 words ``[N, K/8]`` or ``[N, K/4]``, bf16 scales ``[N, G]``, and what the pass met.
+
+    ``finite`` is False if the source held a NaN or an infinity: then the packed values mean nothing.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    finite: bool
+    squared_error: float
+    squared_sum: float
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise in decibels; infinite when nothing was lost."""
+        if self.squared_error == 0:
+            return math.inf
+        return 10 * math.log10(self.squared_sum / self.squared_error) if self.squared_sum else -math.inf
+
+
+def quantize_pack(source: Tensor, kind: Kind, group_size: int, transposed: bool = False) -> Quantized:
+    """Quantize bf16, fp16 or f32 weights ``[N, K]``, or ``[K, N]`` if ``transposed``, per group.
+
+    The source may be a slice with a row stride of its own; its columns must be adjacent. Raises SchemeError for
+    a shape, dtype or layout that cannot be packed, MachineError if the kernels are missing.
+    """
+    if kind not in _KINDS or group_size not in GROUP_SIZES:
+        raise SchemeError(
+            f"{kind} with groups of {group_size} cannot be packed: expected int4 or int8, {GROUP_SIZES}"
+        )
+    if source.dtype not in _SOURCES or source.device.type != "cpu" or source.dim() != 2:
+        raise SchemeError(
+            f"a {source.dim()}-D {source.dtype} tensor on {source.device} cannot be packed: "
+            "expected bf16, fp16 or f32, two dimensions, on the CPU"
+        )
+    n, k = (source.shape[1], source.shape[0]) if transposed else source.shape
+    if k % group_size or not n or not k:
+        raise SchemeError(f"{n}x{k} weights cannot be packed: groups of {group_size} do not divide {k}")
+    if source.stride(1) != 1 and source.shape[1] > 1:
+        source = source.contiguous()
+    packed = torch.empty((n, k // (8 if kind == "int4" else 4)), dtype=torch.int32)
+    scale = torch.empty((n, k // group_size), dtype=torch.bfloat16)
+    job = _Job(
+        source.data_ptr(), _SOURCES[source.dtype], _KINDS[kind], group_size, transposed, n, k,
+        source.stride(0), packed.data_ptr(), scale.data_ptr(),
+    )  # fmt: skip
+    stats = _Stats()
+    check(library().cs_quantize(ctypes.byref(job), ctypes.byref(stats)), "quantize")
+    return Quantized(packed, scale, stats.nonfinite == 0, stats.squared_error, stats.squared_sum)

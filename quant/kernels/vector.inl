@@ -1,0 +1,68 @@
+// Vectors of kBytes bytes through the compiler's vector types: the part that is the same on every processor.
+// Included inside a namespace per instruction set, after kBytes is defined.
+
+constexpr int kLanes = kBytes / 4;
+typedef float vf __attribute__((vector_size(kBytes)));
+typedef int32_t vi __attribute__((vector_size(kBytes)));
+typedef uint32_t vu __attribute__((vector_size(kBytes)));
+typedef uint8_t vb __attribute__((vector_size(kBytes)));
+typedef uint16_t vhalf __attribute__((vector_size(kBytes / 2)));
+typedef uint8_t vquarter __attribute__((vector_size(kBytes / 4)));
+#define INLINE static inline __attribute__((always_inline))
+
+template <class V>
+INLINE V load(const void* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class V>
+INLINE void store(void* to, V value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+INLINE vf splat(float value) { return vf{} + value; }
+INLINE vi splat(int32_t value) { return vi{} + value; }
+INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
+INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+INLINE vi larger(vi a, vi b) { return a > b ? a : b; }
+INLINE vf to_float(vi value) { return __builtin_convertvector(value, vf); }
+INLINE vf widen(vhalf bf16) { return (vf)(__builtin_convertvector(bf16, vu) << 16); }
+
+// 1.5 * 2^23: adding it to a float below 2^22 rounds to the nearest even integer and leaves it in the low bits.
+constexpr float kRounder = 12582912.0f;
+INLINE vi rounded(vf value) { return (vi)(value + kRounder) - (vi)splat(kRounder); }
+
+INLINE float sum(vf value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+INLINE int32_t largest(vi value) {
+  int32_t lanes[kLanes];
+  store(lanes, value);
+  int32_t best = lanes[0];
+  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
+
+// Reads every byte and nothing else: four independent sums hide the latency of adding.
+static uint64_t checksum(const char* bytes, int64_t count) {
+  vi a{}, b{}, c{}, d{};
+  for (int64_t i = 0; i < count; i += 4 * kBytes) {
+    __builtin_prefetch(bytes + i + 4096);
+    if (kBytes < 64) __builtin_prefetch(bytes + i + 4096 + 2 * kBytes);
+    a ^= load<vi>(bytes + i);
+    b ^= load<vi>(bytes + i + kBytes);
+    c ^= load<vi>(bytes + i + 2 * kBytes);
+    d ^= load<vi>(bytes + i + 3 * kBytes);
+  }
+  vi all = a + b + c + d;
+  uint64_t total = 1;
+  for (int i = 0; i < kLanes; ++i) total += uint32_t(all[i]);
+  return total;
+}
