@@ -1,4 +1,4 @@
-"""Try an installed wheel: run by `make wheel-smoke` with the clean environment's Python, outside the repository.
+"""Try an installed wheel: `make wheel-smoke` runs this with the clean environment's Python, elsewhere.
 
 Prints one line per fact checked; the first that does not hold ends it with an AssertionError.
 """
