@@ -1,0 +1,89 @@
+"""What a command says: human text to stderr, its result to stdout.
+
+With ``--json`` nothing human is printed, and the last line of stdout is one JSON document.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # rich costs 0.1 s, and --help never prints with it
+    from rich.console import Console as RichConsole
+    from rich.console import RenderableType
+    from rich.progress import Progress
+
+
+class Console:
+    """One command's voice. ``json`` silences it for humans; the document goes out through ``result``."""
+
+    def __init__(self, *, json: bool = False) -> None:
+        self.json = json
+        self._rich: RichConsole | None = None
+
+    @property
+    def rich(self) -> "RichConsole":
+        """rich's console on stderr (quiet under ``--json``)."""
+        if self._rich is None:
+            from rich.console import Console as RichConsole
+
+            self._rich = RichConsole(stderr=True, quiet=self.json, highlight=False)
+        return self._rich
+
+    def say(self, text: str = "") -> None:
+        """One line for a human, as it is: no markup is interpreted."""
+        if not self.json:
+            print(text, file=sys.stderr, flush=True)
+
+    def show(self, renderable: "RenderableType") -> None:
+        """A rich table, panel or text for a human."""
+        self.rich.print(renderable)
+
+    def step(self, text: str) -> None:
+        """What is being done now: a line that starts the same way in every command."""
+        self.say(f"coldstream: {text}")
+
+    def notes(self, notes: "list[str] | tuple[str, ...]") -> None:
+        """What the run has to tell once: each note a line."""
+        for note in notes:
+            self.say(f"note: {note}")
+
+    def progress(self) -> "Progress":
+        """A progress bar over bytes with speed and time left, on stderr; hidden when stderr is no terminal."""
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import TransferSpeedColumn
+
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=self.rich,
+            disable=self.json or not self.rich.is_terminal,
+        )
+
+    def result(self, document: Mapping[str, Any]) -> None:
+        """Print ``document`` as the last line of stdout, under ``--json`` only."""
+        if self.json:
+            print(to_json(document), flush=True)
+
+
+def to_json(document: Mapping[str, Any]) -> str:
+    """``document`` on one line; what JSON cannot say becomes what it can (paths text, NaN and infinity null)."""
+    return json.dumps(_plain(document), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

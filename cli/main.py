@@ -1,0 +1,128 @@
+"""The ``coldstream`` command: which commands there are, and the one place where an error becomes a line.
+
+Only the module of the command that was asked for is imported, and each of those imports torch inside its
+function, so that ``--help`` answers at once. A command is a function of its module's name.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from importlib import import_module, metadata
+from typing import Annotated
+
+import typer
+
+from quant.errors import ColdstreamError, MachineError
+
+COMMANDS: dict[str, str] = {
+    "quantize": "Quantize a Hugging Face checkpoint; bounded memory, resumable.",
+    "profile": "Run text through a model and save which experts it routes to.",
+    "plan": "Say where every byte goes, how fast it runs, what limits it.",
+    "generate": "Continue a prompt, streaming; ends with the run report.",
+    "chat": "Talk with a model; the KV cache is kept across turns.",
+    "bench": "Measure prefill and decode, beside the floor of the hardware.",
+    "synth": "Write a random quantized checkpoint in any shape, at disk speed.",
+    "probe": "Measure this machine: RAM, disk, PCIe and VRAM bandwidth.",
+    "simulate": "Replay a routing trace against expert cache policies.",
+    "demo": "The whole path, quantize to report, on the embedded model.",
+}
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+
+def main() -> None:
+    """Run the command line. Exits 0 when done, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
+    with one_line_errors():
+        build_app(_command_in(sys.argv[1:]))(prog_name="coldstream")
+
+
+def build_app(wanted: str | None = None) -> typer.Typer:
+    """The application, with the module of command ``wanted`` imported and all others only named."""
+    app = typer.Typer(
+        name="coldstream",
+        help="Quantize the experts of a Mixture-of-Experts model and stream them over VRAM, RAM and disk.",
+        rich_markup_mode=None,
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_root)
+    for name, summary in COMMANDS.items():
+        function = _guarded(load_command(name)) if name == wanted else _elsewhere
+        app.command(name, short_help=summary)(function)
+    return app
+
+
+def load_command(name: str) -> Callable[..., None]:
+    """The function of command ``name``: ``cli.NAME.NAME``."""
+    command: Callable[..., None] = getattr(import_module(f"cli.{name}"), name)
+    return command
+
+
+def version() -> str:
+    """The installed distribution's version; a source tree that is not installed has none."""
+    try:
+        return metadata.version("coldstream")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a user's error into one line on stderr, and it, Ctrl-C and a closed pipe into exit codes."""
+    try:
+        yield
+    except ColdstreamError as error:
+        print(f"coldstream: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("\ncoldstream: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        raise SystemExit(PIPE_CLOSED) from None
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    # Inside typer too: it has its own idea of Ctrl-C and of a closed pipe, which differs between versions.
+    @wraps(command)
+    def guarded(*args: object, **kwargs: object) -> None:
+        with one_line_errors():
+            if sys.platform != "linux":
+                raise MachineError(
+                    f"coldstream runs on Linux and in WSL2, found {sys.platform}: run it there"
+                )
+            command(*args, **kwargs)
+            sys.stdout.flush()
+
+    return guarded
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"coldstream {version()}")
+        raise typer.Exit()
+
+
+def _root(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    """What ``coldstream`` itself takes, before a command."""
+
+
+def _elsewhere() -> None:
+    """Listed in the help of the whole; its module is imported when it is the command asked for."""
+
+
+def _command_in(arguments: list[str]) -> str | None:
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    return name if name in COMMANDS else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The options that commands share, written once, and the decorator that gives a command all of a run's."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from offload.records import RunOptions
+from quant.sizes import parse_size
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a Hub id.")]
+Vram = Annotated[
+    int | None,
+    typer.Option(
+        "--vram", parser=parse_size, metavar="SIZE", help="VRAM budget, for example 24GiB; never exceeded."
+    ),
+]
+Ram = Annotated[
+    int | None,
+    typer.Option(
+        "--ram", parser=parse_size, metavar="SIZE", help="RAM budget, for example 64GiB; never exceeded."
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", min=1, metavar="TOKENS", help="Tokens the KV cache must hold (4096)."),
+]
+Kv = Annotated[
+    Literal["bf16", "int8"] | None, typer.Option("--kv", help="How the KV cache is stored (bf16).")
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="NAME|FILE", help="A recipe: schemes and defaults for a run."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE", dir_okay=False, help="Write the report page (one HTML file) here."
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+Routing = Annotated[
+    Path | None,
+    typer.Option(
+        "--routing", metavar="FILE", help="Routing profile that seeds placement (coldstream profile)."
+    ),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option("--device", help="Where to compute (auto: a GPU if any)."),
+]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Keep activations in floating point on the CPU: slower, bit-faithful.")
+]
+PageCache = Annotated[
+    bool, typer.Option("--page-cache", help="Read experts through the page cache instead of direct I/O.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (all physical cores).")]
+Policy = Annotated[
+    str | None,
+    typer.Option("--policy", metavar="NAME", help="Which experts to keep: the name of a cache policy."),
+]
+PromptChunk = Annotated[
+    int | None, typer.Option("--prompt-chunk", min=1, metavar="TOKENS", help="Prompt tokens run at once.")
+]
+
+_RUN: dict[str, tuple[Any, Any]] = {
+    "vram": (Vram, None),
+    "ram": (Ram, None),
+    "context": (Context, None),
+    "kv": (Kv, None),
+    "recipe": (Recipe, None),
+    "routing": (Routing, None),
+    "policy": (Policy, None),
+    "device": (Device, None),
+    "threads": (Threads, None),
+    "prompt_chunk": (PromptChunk, None),
+    "exact": (Exact, False),
+    "page_cache": (PageCache, False),
+}
+
+
+def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give ``command`` every option of a run in place of its parameter ``run: RunOptions``.
+
+    What the user leaves out comes from the recipe, and what that leaves out from RunOptions' own defaults.
+    """
+
+    @wraps(command)
+    def expanded(**arguments: Any) -> None:
+        asked = {name: arguments.pop(name) for name in _RUN}
+        command(run=run_options(**asked), **arguments)
+
+    own = inspect.signature(command).parameters.values()
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in _RUN.items()
+    ]
+    kept = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own if parameter.name != "run"
+    ]
+    expanded.__signature__ = inspect.Signature([*kept, *shared])  # type: ignore[attr-defined]
+    return expanded
+
+
+def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
+    """RunOptions of what was asked on the command line, over what ``recipe`` says. Raises RecipeError."""
+    given = {name: value for name, value in asked.items() if value is not None and value is not False}
+    return RunOptions(**given)
