@@ -1,0 +1,130 @@
+"""Prefill and decode: token ids in, one record per step out.
+
+The KV cache outlives a call. A prompt is always the whole conversation; what the cache already holds of it is not
+run again. A step that is interrupted leaves the cache as it was before the step.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.kv import KVCache
+from offload.ledger import resident_bytes
+from offload.records import Finish, Sampling, Tier, TokenRecord
+from offload.residency import ExpertCache
+from offload.sampling import Sampler, TextStream
+from quant.errors import BudgetError, UsageError
+
+
+class Generator:
+    """Runs one sequence through a model. ``dense_bytes`` is what every forward pass reads besides experts."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, cache: KVCache, experts: ExpertCache, *, dense_bytes: int, prompt_chunk: int,
+        eos: frozenset[int], device: torch.device,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.cache, self.experts = model, tokenizer, cache, experts
+        self.dense_bytes, self.prompt_chunk, self.eos, self.device = dense_bytes, prompt_chunk, eos, device
+        self.tokens: list[int] = []  # what the cache holds
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self.cache.reset()
+        self.tokens = []
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[TokenRecord]:
+        """Yield the prefill's record and then one per decoded token.
+
+        Raises UsageError for an empty prompt and BudgetError for one that does not fit the planned context.
+        """
+        if not prompt:
+            raise UsageError("the prompt is empty: expected at least one token")
+        room = self.cache.context - len(prompt)
+        if room < 1:
+            raise BudgetError(
+                f"the prompt has {len(prompt):,} tokens and the KV cache is planned for {self.cache.context:,}: start "
+                f"again with --context {len(prompt) + sampling.max_tokens}"
+            )
+        sampler, text = Sampler(sampling), TextStream(self.tokenizer, sampling.stop)
+        context = list(prompt)
+        steps = min(sampling.max_tokens, room)
+        started = time.perf_counter()
+        step_ids = self._unseen(context)
+        logits = self._prefill(step_ids)
+        for step in range(steps):
+            token = sampler.pick(logits, context)
+            context.append(token)
+            finish: Finish = "eos" if token in self.eos and not sampling.ignore_eos else ""
+            new, stopped = ("", False) if finish else text.push(token)
+            finish = finish or ("stop" if stopped else "length" if step == steps - 1 else "")
+            if finish and not stopped:
+                new += text.finish()
+            yield self._record("decode" if step else "prefill", token, new, len(step_ids), started, finish)
+            if finish:
+                return
+            started = time.perf_counter()
+            step_ids = [token]
+            logits = self._forward(step_ids)
+
+    def prefill(self, prompt: Sequence[int]) -> TokenRecord:
+        """Run ``prompt`` through the model without choosing a token; the record's ``token_id`` is -1."""
+        started = time.perf_counter()
+        ids = self._unseen(list(prompt))
+        self._prefill(ids)
+        return self._record("prefill", -1, "", len(ids), started, "")
+
+    def _unseen(self, prompt: list[int]) -> list[int]:
+        """The part of ``prompt`` that the cache does not hold, at least its last token; the rest is kept."""
+        common = 0
+        for have, want in zip(self.tokens, prompt[:-1], strict=False):
+            if have != want:
+                break
+            common += 1
+        kept = self.cache.rewind(common)
+        self.tokens = self.tokens[:kept]
+        return prompt[kept:]
+
+    def _prefill(self, ids: Sequence[int]) -> Tensor:
+        logits = torch.empty(0)
+        for start in range(0, len(ids), self.prompt_chunk):
+            logits = self._forward(ids[start : start + self.prompt_chunk])
+        return logits
+
+    def _forward(self, ids: Sequence[int]) -> Tensor:
+        """Run ``ids`` and return the last token's logits ``[vocab]``."""
+        before = len(self.tokens)
+        try:
+            with torch.inference_mode():
+                inputs = torch.tensor([list(ids)], device=self.device)
+                logits = self.model(input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        except BaseException:  # KeyboardInterrupt too: some layers have seen the tokens, others not
+            self.tokens = self.tokens[: self.cache.rewind(before)]
+            raise
+        self.tokens.extend(ids)
+        return logits[0, -1]  # type: ignore[no-any-return]
+
+    def _record(self, phase: Any, token: int, text: str, tokens_in: int, started: float, finish: Finish) -> TokenRecord:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        counters = self.experts.take_counters()
+        home: Tier = "vram" if self.device.type == "cuda" else "ram"
+        passes = -(-tokens_in // self.prompt_chunk)
+        read: dict[Tier, int] = {tier: size for tier, size in counters.used_bytes.items() if size}
+        read[home] = read.get(home, 0) + self.dense_bytes * passes + self.cache.read_nbytes
+        if counters.fetched["disk"]:
+            read["disk"] = counters.fetched["disk"]
+        return TokenRecord(
+            phase=phase,
+            token_id=token,
+            text=text,
+            tokens_in=tokens_in,
+            seconds=time.perf_counter() - started,
+            by_tier=counters.by_tier,
+            bytes_read=read,
+            rss_bytes=resident_bytes(),
+            vram_bytes=torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0,
+            finish=finish,
+        )

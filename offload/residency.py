@@ -1,0 +1,254 @@
+"""What is where: experts in host slots and device slots, fetched, kept and evicted.
+
+Weights are immutable, so eviction is forgetting: nothing is ever written back, and an expert that has a device slot
+needs no host slot. All state is changed by the thread that runs the model; reading threads only fill buffers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from offload.arena import Arena
+from offload.reader import Priority, Reader, Request
+from offload.records import Tier
+from offload.store import ExpertStore, ExpertWeights, Layout
+from offload.transfer import Transfer
+from quant.errors import CheckpointError
+
+Key = tuple[int, int]
+_IN_FLIGHT = 8
+
+
+class Policy(Protocol):
+    """Decides which expert to forget. Sees keys only."""
+
+    def touch(self, key: Key) -> None:
+        """``key`` was used."""
+
+    def victim(self, resident: Iterable[Key], locked: set[Key]) -> Key:
+        """The resident key to forget; never one of ``locked``."""
+
+
+@dataclass
+class Counters:
+    """Requests by the tier that held the expert, and bytes fetched, since the last ``take``."""
+
+    by_tier: dict[Tier, int] = field(default_factory=lambda: {"vram": 0, "ram": 0, "disk": 0})
+    fetched: dict[Literal["disk", "pcie"], int] = field(default_factory=lambda: {"disk": 0, "pcie": 0})
+    used_bytes: dict[Tier, int] = field(default_factory=lambda: {"vram": 0, "ram": 0, "disk": 0})
+
+
+class SlotTable:
+    """Which key holds which slot of one tier."""
+
+    def __init__(self, slots: int) -> None:
+        self.free = list(range(slots - 1, -1, -1))
+        self.slot_of: dict[Key, int] = {}
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.slot_of
+
+    def take(self, key: Key) -> int:
+        """A free slot, now ``key``'s."""
+        slot = self.free.pop()
+        self.slot_of[key] = slot
+        return slot
+
+    def release(self, key: Key) -> None:
+        """Forget ``key``; its slot is free."""
+        self.free.append(self.slot_of.pop(key))
+
+
+class ExpertCache:
+    """Serves the experts of a layer from device slots, host slots or disk.
+
+    ``ram_slots`` host slots and ``vram_slots`` device slots; with no device slots, experts are computed from host
+    slots where they lie. At least two host slots are needed unless every expert fits the device.
+    """
+
+    def __init__(
+        self, store: ExpertStore, reader: Reader, transfer: Transfer, policy: Callable[[], Policy], *,
+        ram_slots: int, vram_slots: int = 0, pinned: Sequence[Key] = (),
+    ) -> None:  # fmt: skip
+        self.store, self.reader, self.transfer = store, reader, transfer
+        pin = transfer.device.type == "cuda"
+        self.arena = Arena(ram_slots, store.slot_bytes, pin=pin)
+        self.device_memory = transfer.allocate(vram_slots, store.slot_bytes) if vram_slots else None
+        self.host, self.device = SlotTable(ram_slots), SlotTable(vram_slots)
+        self.host_policy, self.device_policy = policy(), policy()
+        self.counters = Counters()
+        self._pending: dict[Key, Request] = {}
+        self._tickets: dict[Key, Any] = {}
+        self._draining: dict[int, Any] = {}
+        self._views: dict[tuple[Tier, int, Layout], ExpertWeights] = {}
+        self.pinned = frozenset(pinned)
+        self._pin(pinned)
+
+    def take_counters(self) -> Counters:
+        """The counts since the last call."""
+        counters, self.counters = self.counters, Counters()
+        return counters
+
+    def tier_of(self, key: Key) -> Tier:
+        """Where ``key`` is now; an expert still on its way counts as on disk."""
+        if key in self.device:
+            return "vram"
+        if key not in self.host:
+            return "disk"
+        pending = self._pending.get(key)
+        return "ram" if pending is None or pending.done.is_set() else "disk"
+
+    def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
+        """Yield each of ``experts`` with its weights, residents first, the others as their bytes arrive.
+
+        A yielded weight is valid until the next one is asked for. Raises CheckpointError if the disk fails.
+        """
+        keys = [(layer, expert) for expert in experts]
+        tiers = {key: self.tier_of(key) for key in keys}
+        for key, tier in tiers.items():
+            self.counters.by_tier[tier] += 1
+        ordered = sorted(keys, key=lambda key: {"vram": 0, "ram": 1, "disk": 2}[tiers[key]])
+        window = self._window()
+        locked: set[Key] = set()
+        waiting = ordered[:]
+        for index, key in enumerate(ordered):
+            # Keep reads in flight for the next few, locked so that they do not evict one another.
+            locked = set(ordered[index : index + window])
+            while waiting and waiting[0] in locked:
+                self._request(waiting.pop(0), Priority.DEMAND, locked)
+            yield key[1], self._weights(key, locked)
+            self.host_policy.touch(key)
+            self.device_policy.touch(key)
+
+    def prefetch(self, layer: int, experts: Iterable[int], protected: set[Key], priority: Priority) -> None:
+        """Begin fetching ``experts`` if a slot can be had without evicting ``protected``."""
+        for expert in experts:
+            key = (layer, expert)
+            if key in self.host or key in self.device:
+                continue
+            if not self.host.free and len(self.host.slot_of) <= len(protected) + len(self._busy()):
+                return
+            self._request(key, priority, protected | {key})
+
+    def fill(self) -> None:
+        """Begin reading experts into every free host slot, in disk order, behind whatever is demanded."""
+        for key in self.store.keys():
+            if not self.host.free:
+                return
+            if key not in self.host and key not in self.device:
+                self._request(key, Priority.FILL, {key})
+
+    def _pin(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            self._request(key, Priority.DEMAND, {key})
+            self._land(key)
+            slot = self.host.slot_of[key]
+            self._upload(key, set())
+            self.host.release(key)
+            self._draining[slot] = self._tickets[key]
+
+    def _window(self) -> int:
+        """How many experts of one layer may be in flight at once."""
+        return max(1, min(_IN_FLIGHT, self.arena.slots - 1))
+
+    def _busy(self) -> set[Key]:
+        return {key for key, request in self._pending.items() if not request.done.is_set()}
+
+    def _host_slot(self, key: Key, locked: set[Key]) -> int:
+        """A host slot for ``key``: a free one, an idle expert's, or that of a read that has not begun."""
+        if not self.host.free:
+            busy = self._busy()
+            if len(busy | (locked & self.host.slot_of.keys())) < len(self.host.slot_of):
+                evicted = self.host_policy.victim(self.host.slot_of, locked | busy)
+            else:
+                evicted = self._reclaim(busy - locked)
+            self._pending.pop(evicted, None)
+            self.host.release(evicted)
+            ticket = self._tickets.get(evicted)
+            if ticket is not None:  # its copy to the device may still be reading the slot
+                self.transfer.done(ticket)
+        slot = self.host.take(key)
+        draining = self._draining.pop(slot, None)
+        if draining is not None:
+            self.transfer.done(draining)
+        return slot
+
+    def _reclaim(self, busy: set[Key]) -> Key:
+        """An expert whose slot is being filled for later, its read dropped or awaited."""
+        for key in busy:
+            if self.reader.cancel(self._pending[key]):
+                return key
+        key = next(iter(busy))
+        self._pending[key].done.wait()
+        return key
+
+    def _request(self, key: Key, priority: Priority, locked: set[Key]) -> None:
+        """Make sure that ``key`` is resident in some tier or on its way to the host."""
+        if key in self.device:
+            return
+        if key in self.host:
+            pending = self._pending.get(key)
+            if pending is not None:
+                self.reader.promote(pending, priority)
+            return
+        slot = self._host_slot(key, locked)
+        record = self.store.record(*key)
+        self._pending[key] = self.reader.submit(record, self.arena.buffer(slot), priority)
+        self.counters.fetched["disk"] += record.nbytes
+
+    def _weights(self, key: Key, locked: set[Key]) -> ExpertWeights:
+        record = self.store.record(*key)
+        if key not in self.device:
+            self._request(key, Priority.DEMAND, locked)
+            self._land(key)
+            if self.device_memory is None:
+                self.counters.used_bytes["ram"] += record.nbytes
+                return self._view("ram", self.host.slot_of[key], key)
+            self._upload(key, locked)
+        if key in self._tickets:
+            self.transfer.landed(self._tickets[key])
+        self.counters.used_bytes["vram"] += record.nbytes
+        return self._view("vram", self.device.slot_of[key], key)
+
+    def _land(self, key: Key) -> None:
+        request = self._pending.get(key)
+        if request is None:
+            return
+        try:
+            request.wait()
+        except CheckpointError:
+            self.host.release(key)
+            self._pending.pop(key)
+            raise
+        self._pending.pop(key)
+
+    def _upload(self, key: Key, locked: set[Key]) -> None:
+        """Copy ``key`` from its host slot to a device slot."""
+        assert self.device_memory is not None
+        if not self.device.free:
+            evicted = self.device_policy.victim(self.device.slot_of, locked | self.pinned)
+            self.device.release(evicted)
+            self._tickets.pop(evicted, None)
+        slot = self.device.take(key)
+        record = self.store.record(*key)
+        source = self.arena.slot(self.host.slot_of[key])[: record.slot_bytes]
+        self._tickets[key] = self.transfer.copy(source, self.device_memory[slot])
+        self.counters.fetched["pcie"] += record.nbytes
+
+    def _view(self, tier: Tier, slot: int, key: Key) -> ExpertWeights:
+        record = self.store.record(*key)
+        view_key = (tier, slot, record.layout)
+        if view_key not in self._views:
+            memory = self.arena.slot(slot) if tier == "ram" else self._device_slot(slot)
+            self._views[view_key] = record.view(memory)
+        return self._views[view_key]
+
+    def _device_slot(self, slot: int) -> torch.Tensor:
+        assert self.device_memory is not None
+        return self.device_memory[slot]
+
+    def tiers(self) -> dict[Key, Tier]:
+        """The tier of every expert, for the report's heat map."""
+        return {key: self.tier_of(key) for key in self.store.keys()}

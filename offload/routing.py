@@ -1,0 +1,187 @@
+"""RoutingStats: which experts a model chose, layer by layer, and in what order.
+
+Counts seed the placement of experts, transition counts predict the next layer's experts, reuse distances say how
+much a cache of a given size would hit. Statistics are saved as versioned JSON and travel with the model.
+
+Legend: L MoE layers, E experts, T tokens, k experts per token.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quant.errors import ProfileError
+from quant.shape import ModelShape
+
+VERSION = 1
+_REUSE_BINS = 17  # distances of 1, 2, 3-4, 5-8 … 2^15 tokens and more
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LayerSkew:
+    """How unevenly one layer uses its experts: the share of requests that goes to the most used 10, 25 and 50 % of
+    experts, and the entropy of use in bits (log2 E if uniform)."""
+
+    layer: int
+    top10: float
+    top25: float
+    top50: float
+    entropy: float
+
+
+class RoutingStats:
+    """Live counts; ``record`` is called once per layer and step, in layer order."""
+
+    def __init__(self, model_id: str, shape: ModelShape, *, keep_trace: bool = False) -> None:
+        self.model_id = model_id
+        self.moe_layers, self.num_experts, self.top_k = shape.moe_layers, shape.num_experts, shape.top_k
+        layers, experts = len(self.moe_layers), self.num_experts
+        self.tokens = 0
+        self.counts: Ids = np.zeros((layers, experts), np.int64)
+        self.transitions: Ids = np.zeros((max(layers - 1, 0), experts, experts), np.int64)
+        self.reuse: Ids = np.zeros((layers, _REUSE_BINS), np.int64)
+        self.trace: list[Ids] | None = [] if keep_trace else None  # per step [T, L, k]
+        self._index = {layer: i for i, layer in enumerate(self.moe_layers)}
+        self._last_used: Ids = np.full((layers, experts), -1, np.int64)
+        self._step: list[Ids] = []
+
+    def record(self, layer: int, chosen: Ids) -> None:
+        """``chosen`` int64 ``[T, k]``: the experts of each token in ``layer``. Folded in at the last layer."""
+        if layer == self.moe_layers[0]:
+            self._step = []
+        self._step.append(chosen)
+        if layer == self.moe_layers[-1] and len(self._step) == len(self.moe_layers):
+            self._fold()
+
+    def _fold(self) -> None:
+        step = np.stack(self._step, 1)  # [T, L, k]
+        tokens, layers, _ = step.shape
+        for index in range(layers):
+            self.counts[index] += np.bincount(step[:, index].ravel(), minlength=self.num_experts)
+            if index:
+                before, after = step[:, index - 1, :, None], step[:, index, None, :]
+                np.add.at(self.transitions[index - 1], np.broadcast_arrays(before, after), 1)  # type: ignore[arg-type]
+        for token in range(tokens):
+            self._reuse(step[token], self.tokens + token)
+        self.tokens += tokens
+        if self.trace is not None:
+            self.trace.append(step)
+        self._step = []
+
+    def _reuse(self, chosen: Ids, now: int) -> None:
+        rows = np.arange(chosen.shape[0])[:, None]
+        last = self._last_used[rows, chosen]
+        seen = last >= 0
+        bins = np.ceil(np.log2(np.maximum(now - last, 1))).astype(np.int64).clip(max=_REUSE_BINS - 1)
+        np.add.at(self.reuse, (np.broadcast_to(rows, chosen.shape)[seen], bins[seen]), 1)
+        self._last_used[rows, chosen] = now
+
+    def skew(self) -> list[LayerSkew]:
+        """How uneven each layer's use is."""
+        return [self._skew(layer, self.counts[i]) for i, layer in enumerate(self.moe_layers)]
+
+    def _skew(self, layer: int, counts: Ids) -> LayerSkew:
+        total = max(int(counts.sum()), 1)
+        shares = np.sort(counts)[::-1] / total
+        top = [float(shares[: max(1, math.ceil(self.num_experts * part))].sum()) for part in (0.1, 0.25, 0.5)]
+        used = shares[shares > 0]
+        return LayerSkew(layer, top[0], top[1], top[2], float(-(used * np.log2(used)).sum()))
+
+    def hottest(self) -> list[tuple[int, int]]:
+        """Every (layer, expert), the most used first; ties in layer order."""
+        flat = np.argsort(-self.counts, axis=None, kind="stable")
+        return [(self.moe_layers[int(i) // self.num_experts], int(i) % self.num_experts) for i in flat]
+
+    def likely_next(self, layer: int, chosen: Ids) -> list[int]:
+        """Experts of the MoE layer after ``layer`` by how often they followed ``chosen``, the likeliest first."""
+        index = self._index[layer]
+        if index >= len(self.transitions):
+            return []
+        followed = self.transitions[index][chosen.ravel()].sum(0)
+        return [int(e) for e in np.argsort(-followed, kind="stable") if followed[e] > 0]
+
+    def merge(self, other: "RoutingStats") -> None:
+        """Add ``other``'s counts. Raises ProfileError if they are of another model."""
+        other.check(self.model_id)
+        self.tokens += other.tokens
+        self.counts += other.counts
+        self.transitions += other.transitions
+        self.reuse += other.reuse
+
+    def check(self, model_id: str) -> None:
+        """Raise ProfileError unless these are statistics of the model ``model_id``."""
+        if self.model_id != model_id:
+            raise ProfileError(
+                f"the routing statistics are of model {self.model_id}, this model is {model_id}: run "
+                "`coldstream profile` on this model"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``save`` writes."""
+        return {
+            "version": VERSION,
+            "model_id": self.model_id,
+            "moe_layers": list(self.moe_layers),
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "tokens": self.tokens,
+            "counts": self.counts.tolist(),
+            "transitions": [_sparse(matrix) for matrix in self.transitions],
+            "reuse": self.reuse.tolist(),
+            "trace": None if not self.trace else np.concatenate(self.trace).tolist(),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write JSON to ``path``, whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.to_json()))
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path, shape: ModelShape) -> "RoutingStats":
+        """Read what ``save`` wrote. Raises ProfileError if it is unreadable or of a model of another shape."""
+        try:
+            data = json.loads(path.read_text())
+            version, layers, experts = data["version"], tuple(data["moe_layers"]), data["num_experts"]
+        except OSError as error:
+            raise ProfileError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise ProfileError(f"{path} is no routing profile: expected the JSON that `coldstream profile` writes") from None
+        if version != VERSION:
+            raise ProfileError(f"{path} is a routing profile of version {version}: expected {VERSION}")
+        if (layers, experts) != (shape.moe_layers, shape.num_experts):
+            raise ProfileError(
+                f"{path} is of a model with {len(layers)} MoE layers of {experts} experts: expected "
+                f"{len(shape.moe_layers)} of {shape.num_experts}"
+            )
+        try:
+            return cls._from_json(data, shape)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ProfileError(f"{path} is a damaged routing profile: {error!r}") from None
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any], shape: ModelShape) -> "RoutingStats":
+        stats = cls(data["model_id"], shape)
+        stats.tokens = int(data["tokens"])
+        for name in ("counts", "reuse"):
+            value = np.array(data[name], np.int64)
+            if value.shape != getattr(stats, name).shape:
+                raise ValueError(f"{name} has shape {value.shape}")
+            setattr(stats, name, value)
+        for index, cells in enumerate(data["transitions"]):
+            for before, after, count in cells:
+                stats.transitions[index, before, after] = count
+        if data.get("trace"):
+            stats.trace = [np.array(data["trace"], np.int64)]
+        return stats
+
+
+def _sparse(matrix: Ids) -> list[list[int]]:
+    return [[int(i), int(j), int(matrix[i, j])] for i, j in zip(*np.nonzero(matrix), strict=True)]

@@ -1,0 +1,232 @@
+"""Session: a loaded model with its plan, caches and counts, ready to generate. What the commands talk to."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload.experts import ExpertRunner
+from offload.generate import Generator
+from offload.kv import KVCache, Storage
+from offload.ledger import MemoryLedger, resident_bytes
+from offload.load import load_model
+from offload.machine import Machine, probe
+from offload.plan import Plan, make_plan
+from offload.policy import make_policy
+from offload.reader import Reader
+from offload.records import RunOptions, Sampling, Tier, TokenRecord
+from offload.residency import ExpertCache, Key
+from offload.routing import RoutingStats
+from offload.store import ExpertStore, find_weight
+from offload.transfer import CudaTransfer, HostTransfer, Transfer
+from quant.checkpoint import Checkpoint
+from quant.errors import MachineError, UsageError
+from quant.families import Role
+from quant.linear import Compute
+from quant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many slots each tier has and which experts stay on the device."""
+
+    ram_slots: int
+    vram_slots: int = 0
+    pinned: tuple[Key, ...] = ()
+    prompt_chunk: int = 512
+    fills: bool = True
+
+
+def model_id(checkpoint: Checkpoint) -> str:
+    """A name for the model whatever its weights are stored as: a hash over its shape and its first router, which
+    quantization never changes. 16 hex digits."""
+    shape = checkpoint.shape
+    dims = [shape.hidden_size, shape.num_layers, shape.num_experts, shape.top_k, shape.vocab_size, shape.moe_layers]
+    digest = hashlib.sha256(json.dumps(dims).encode())
+    router = f"{shape.layer_prefix(shape.moe_layers[0])}{shape.family.block}.{shape.family.router}.weight"
+    digest.update(checkpoint.read(router).float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def stored_schemes(checkpoint: Checkpoint) -> dict[Role, Scheme]:
+    """The scheme of each role, read off the first Linear of each."""
+    schemes: dict[Role, Scheme] = {}
+    for spec in checkpoint.shape.dense_linears():
+        if spec.role not in schemes:
+            schemes[spec.role] = find_weight(checkpoint, spec)[0]
+    store = ExpertStore(checkpoint)
+    schemes["experts"] = store.record(*store.keys()[0]).weights["gate_proj"].scheme
+    return schemes
+
+
+class Session:
+    """One model, loaded. Use as a context manager, or call ``close``."""
+
+    def __init__(self, checkpoint: Checkpoint, options: RunOptions, placement: Placement, device: torch.device) -> None:
+        started = time.perf_counter()
+        self.checkpoint, self.options, self.placement, self.device = checkpoint, options, placement, device
+        self.plan: Plan | None = None
+        self.machine: Machine | None = None
+        self.ledger = MemoryLedger(baseline_rss=resident_bytes())
+        self.shape = checkpoint.shape
+        self.compute = _compute(options, device)
+        self.kernel = self.compute.name
+        self.routing = RoutingStats(model_id(checkpoint), self.shape)
+        self.seed_routing = RoutingStats.load(options.routing, self.shape) if options.routing else None
+        if self.seed_routing is not None:
+            self.seed_routing.check(self.routing.model_id)
+        self.store = ExpertStore(checkpoint)
+        self.reader = Reader([e.file for e in checkpoint.entries.values()], direct=not options.page_cache)
+        self.experts = self._expert_cache()
+        runner = ExpertRunner(self.experts, self.routing, self.compute, self.shape.family.scales_input)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.model = load_model(checkpoint, runner, self.compute, dtype, device)
+        self.tokenizer = load_tokenizer(checkpoint.path)
+        storage: Storage = "plain" if options.exact else options.kv
+        cache = KVCache(self.shape, options.context, storage)
+        self.generator = Generator(
+            self.model, self.tokenizer, cache, self.experts, dense_bytes=self._count(),
+            prompt_chunk=placement.prompt_chunk, eos=self._eos(), device=device,
+        )  # fmt: skip
+        if placement.fills:
+            self.experts.fill()
+        self.notes = list(self.reader.notes)
+        self.load_seconds = time.perf_counter() - started
+
+    @classmethod
+    def open(
+        cls, model: Path, options: RunOptions, *, progress: Callable[[str], None] | None = None
+    ) -> "Session":
+        """Plan the run on this machine and load the model.
+
+        Raises CheckpointError, BudgetError, MachineError, ProfileError, each with one clear line.
+        """
+        say = progress or (lambda text: None)
+        checkpoint = Checkpoint.open(model)
+        device = _device(options)
+        say("measuring the machine")
+        machine = probe(model)
+        routing = RoutingStats.load(options.routing, checkpoint.shape) if options.routing else None
+        plan = plan_run(checkpoint, options, machine, device, routing)
+        say("loading the model")
+        session = cls(checkpoint, options, placement_of(plan, checkpoint, options, routing), device)
+        session.plan, session.machine = plan, machine
+        return session
+
+    def _expert_cache(self) -> ExpertCache:
+        transfer: Transfer = CudaTransfer(self.device) if self.device.type == "cuda" else HostTransfer()
+        counts = None if self.seed_routing is None else dict(zip(self.store.keys(), self.seed_routing.counts.ravel().tolist(), strict=True))
+        cache = ExpertCache(
+            self.store, self.reader, transfer, lambda: make_policy(self.options.policy or "default", seed_counts=counts),
+            ram_slots=self.placement.ram_slots, vram_slots=self.placement.vram_slots, pinned=self.placement.pinned,
+        )  # fmt: skip
+        self.ledger.add("ram", "experts", cache.arena.nbytes)
+        self.ledger.add("vram", "experts", self.placement.vram_slots * self.store.slot_bytes)
+        self.ledger.add("disk", "experts", self.store.nbytes)
+        return cache
+
+    def _count(self) -> int:
+        """Enter the dense weights in the ledger; returns the bytes of them that every forward pass reads."""
+        home: Tier = "vram" if self.device.type == "cuda" else "ram"
+        read = 0
+        for key, name in self.checkpoint.names.items():
+            if name.role in ("experts", "vision"):
+                continue
+            nbytes = self.checkpoint.entries[key].nbytes
+            self.ledger.add("ram" if name.role == "embeddings" else home, name.role, nbytes)
+            read += 0 if name.role == "embeddings" and not self.shape.tie_word_embeddings else nbytes
+        self.ledger.add(home, "kv_cache", self.shape.kv_nbytes(self.options.context, 4 if self.options.exact else 2))
+        return read
+
+    def _eos(self) -> frozenset[int]:
+        found = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        found = found if found is not None else self.tokenizer.eos_token_id
+        return frozenset([found] if isinstance(found, int) else found or [])
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return len(self.generator.tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, with the beginning-of-text token where the tokenizer adds one or the model has one."""
+        ids: list[int] = self.tokenizer.encode(text)
+        bos = self.tokenizer.bos_token_id
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, by the model's chat template, up to where the assistant answers.
+
+        Raises UsageError if the model has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise UsageError("this model has no chat template: use `coldstream generate` instead of chat")
+        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[TokenRecord]:
+        """See ``Generator.generate``."""
+        return self.generator.generate(prompt, sampling)
+
+    def prefill(self, prompt: Sequence[int]) -> TokenRecord:
+        """See ``Generator.prefill``."""
+        return self.generator.prefill(prompt)
+
+    def reset(self) -> None:
+        """Forget the conversation; the experts stay where they are."""
+        self.generator.reset()
+
+    def expert_tiers(self) -> dict[Key, Tier]:
+        """Where each expert is now."""
+        return self.experts.tiers()
+
+    def close(self) -> None:
+        """Stop reading and close the files."""
+        self.reader.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def plan_run(
+    checkpoint: Checkpoint, options: RunOptions, machine: Machine, device: torch.device, routing: RoutingStats | None
+) -> Plan:
+    """The plan of a run on this machine. Raises BudgetError if it does not fit."""
+    raise NotImplementedError
+
+
+def placement_of(plan: Plan, checkpoint: Checkpoint, options: RunOptions, routing: RoutingStats | None) -> Placement:
+    """The slots that ``plan`` gives."""
+    raise NotImplementedError
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The model's tokenizer. Raises MachineError if it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{path} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from None
+
+
+def _device(options: RunOptions) -> torch.device:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise MachineError("no CUDA device was found: expected one for --device cuda; leave it out to run on the CPU")
+    use = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda") if use else torch.device("cpu")
+
+
+def _compute(options: RunOptions, device: torch.device) -> Compute:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return Compute(native=False, exact=options.exact)

@@ -1,0 +1,143 @@
+"""One Linear's weight as it is stored, and y = x · Wᵀ on it.
+
+``LinearWeight`` is a set of views, wherever their bytes live: a checkpoint's tensors, a slot of an arena, device
+memory. ``matmul`` is the one place that picks a kernel. ``QuantLinear`` is the module that holds such a weight as
+parameters; ``KeptEmbedding`` is its sibling for rows.
+
+Legend: T tokens, N out features, K in features.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.kernels import native
+from quant.pack import Packed, dequantize, dequantize_nf4
+from quant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How matrix products are done: ``native`` C++ kernels (CPU only) or torch on the dequantized weight.
+
+    ``exact`` keeps activations in floating point; the native kernels otherwise quantize them to int8 per group.
+    """
+
+    native: bool = False
+    exact: bool = False
+
+    @property
+    def name(self) -> str:
+        """What a report calls it."""
+        if not self.native:
+            return "torch, dequantized weights"
+        return f"native {native.isa()}, {'float' if self.exact else 'int8'} activations"
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """A weight ``[N, K]`` in ``scheme``'s stored form, its tensors by checkpoint suffix.
+
+    ``transposed`` marks a dense weight stored ``[K, N]``.
+    """
+
+    scheme: Scheme
+    tensors: Mapping[str, Tensor]
+    out_features: int
+    in_features: int
+    transposed: bool = False
+    _native: list[Any] = field(default_factory=list, compare=False, repr=False)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight ``[N, K]`` in ``dtype``."""
+        if self.scheme.is_packed:
+            return dequantize(Packed(self.scheme, self.tensors["weight_packed"], self.tensors["weight_scale"]), dtype)
+        if self.scheme.kind == "nf4":
+            return dequantize_nf4(self.tensors).to(dtype)
+        weight = self.tensors["weight"]
+        return (weight.t() if self.transposed else weight).to(dtype)
+
+    def native(self) -> Any:
+        """The native kernels' descriptor, or None where they do not know the form."""
+        if not self._native:
+            self._native.append(self._describe())
+        return self._native[0]
+
+    def _describe(self) -> Any:
+        if self.scheme.is_packed:
+            packed, scale = self.tensors["weight_packed"], self.tensors["weight_scale"]
+            return native.Weight.from_tensors(self.scheme.kind, self.scheme.group_size, packed, scale)
+        weight = self.tensors["weight"]
+        if self.scheme.kind == "bf16" and weight.dtype == torch.bfloat16 and not self.transposed:
+            return native.Weight.from_bf16(weight) if weight.is_contiguous() else None
+        return None
+
+
+def matmul(x: Tensor, weight: LinearWeight, compute: Compute) -> Tensor:
+    """x ``[..., K]`` · Wᵀ → ``[..., N]`` in x's dtype."""
+    if compute.native and x.dtype == torch.float32:
+        descriptor = weight.native()
+        if descriptor is not None:
+            y = native.linear(x.reshape(-1, weight.in_features), descriptor, exact=compute.exact)
+            return y.view(*x.shape[:-1], weight.out_features)
+    return torch.nn.functional.linear(x, weight.dense(x.dtype))
+
+
+class QuantLinear(nn.Module):
+    """A Linear whose weight stays in its stored form; parameters bear the checkpoint's names.
+
+    A dense weight keeps its stored dtype whatever the activations' is.
+    """
+
+    def __init__(
+        self, out_features: int, in_features: int, scheme: Scheme, compute: Compute, *, bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.out_features, self.in_features, self.scheme, self.compute = out_features, in_features, scheme, compute
+        if scheme.is_packed:
+            words, groups = in_features * scheme.bits // 32, in_features // scheme.group_size
+            self._register("weight_packed", torch.empty(out_features, words, dtype=torch.int32))
+            self._register("weight_scale", torch.empty(out_features, groups, dtype=torch.bfloat16))
+        else:
+            self._register("weight", torch.empty(out_features, in_features, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self._weight: LinearWeight | None = None
+
+    def _register(self, name: str, value: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    @property
+    def stored(self) -> LinearWeight:
+        """The weight as views of the parameters."""
+        if self._weight is None:
+            names = ("weight_packed", "weight_scale") if self.scheme.is_packed else ("weight",)
+            tensors = {name: getattr(self, name).data for name in names}
+            self._weight = LinearWeight(self.scheme, tensors, self.out_features, self.in_features)
+        return self._weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
+        self._weight = None
+        return super()._apply(fn, recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., K]`` → ``[..., N]``."""
+        y = matmul(x, self.stored, self.compute)
+        return y if self.bias is None else y + self.bias
+
+
+class KeptEmbedding(nn.Module):
+    """An embedding that keeps its stored dtype and gives rows in the activations' dtype."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, activations: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype), requires_grad=False)
+        self.activations = activations
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids ``[...]`` → ``[..., width]``, on the device of ``ids``."""
+        rows = torch.nn.functional.embedding(ids.to(self.weight.device), self.weight)
+        return rows.to(device=ids.device, dtype=self.activations)
