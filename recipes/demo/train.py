@@ -114,7 +114,7 @@ def sources(megabytes: float) -> Iterator[tuple[str, str]]:
         & set(path.relative_to(root).parts)
     ]
     random.Random(0).shuffle(files)
-    left = int(megabytes * 1e6)
+    left = megabytes * 1e6
     for path in files:
         name = path.relative_to(root).as_posix()
         try:
@@ -199,8 +199,8 @@ def config() -> Llama4TextConfig:
 
 def stream(tokenizer: Tokenization, texts: list[str]) -> Tensor:
     """All texts as one row of token ids, int64 [T]."""
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return torch.tensor([token for tokens in encoded for token in tokens], dtype=torch.long)
+    encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return torch.tensor([token for encoding in encoded for token in encoding.ids], dtype=torch.long)
 
 
 def as_chat(pair: tuple[str, str]) -> str:
@@ -214,15 +214,41 @@ def loss_on(model: nn.Module, tokens: Tensor, length: int = 256) -> float:
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     losses = [
         F.cross_entropy(model(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()) * len(rows)
-        for rows in windows.split(16)
+        for rows in windows.split(4)
     ]
     return float(sum(losses) / len(windows))
 
 
+def head_loss(head: nn.Module, hidden: Tensor, rows: Tensor) -> tuple[float, Tensor]:
+    """Mean loss and its gradient by ``hidden`` [batch, length, H]; the head's own is left in the head.
+
+    A few sequences at a time: all logits at once are 100 MB, which the allocator gives back to the system and
+    asks for anew at every step, for as much time as the rest of the step takes.
+    """
+    leaf = hidden.detach().requires_grad_()
+    total = 0.0
+    for part, tokens in zip(leaf.split(4), rows.split(4), strict=True):
+        loss = (
+            F.cross_entropy(head(part[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            * len(tokens)
+            / len(rows)
+        )
+        loss.backward()
+        total += loss.item()
+    assert leaf.grad is not None
+    return total, leaf.grad
+
+
 def train(
-    model: nn.Module, text: Tensor, chats: Tensor, minutes: float, steps: int | None, batch: int, length: int
+    model: Llama4ForCausalLM,
+    text: Tensor,
+    chats: Tensor,
+    minutes: float,
+    steps: int | None,
+    batch: int,
+    length: int,
 ) -> int:
-    """AdamW for ``minutes`` or ``steps``, learning rate up to 3e-3 and down by a cosine; returns steps done."""
+    """AdamW for ``minutes`` or ``steps``, learning rate up to 3e-3, then a cosine; returns steps done."""
     blocks = [module for module in model.modules() if isinstance(module, SparseMoe)]
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
@@ -247,15 +273,15 @@ def train(
                 for source, count in ((text, batch - of_chats), (chats, of_chats))
             ]
         )
-        logits = model(rows).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+        hidden = model.model(rows, use_cache=False).last_hidden_state
         balance = torch.stack([block.balance_loss for block in blocks]).mean()
-        (loss + BALANCE * balance).backward()
+        loss, gradient = head_loss(model.lm_head, hidden, rows)
+        torch.autograd.backward([hidden, BALANCE * balance], [gradient, None])
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        recent = loss.item() if step == 1 else 0.95 * recent + 0.05 * loss.item()
+        recent = loss if step == 1 else 0.95 * recent + 0.05 * loss
         if step <= 3 or step % 50 == 0:
             print(
                 f"{elapsed:5.1f} min  step {step:5d}  loss {recent:.3f}  balance {balance.item():.3f}",
