@@ -25,7 +25,7 @@ from offload.routing import RoutingStats
 from offload.store import ExpertStore, find_weight
 from offload.transfer import CudaTransfer, HostTransfer, Transfer
 from quant.checkpoint import Checkpoint
-from quant.errors import MachineError, UsageError
+from quant.errors import CheckpointError, MachineError, UsageError
 from quant.families import Role
 from quant.linear import Compute
 from quant.scheme import Scheme
@@ -48,7 +48,10 @@ def model_id(checkpoint: Checkpoint) -> str:
     shape = checkpoint.shape
     dims = [shape.hidden_size, shape.num_layers, shape.num_experts, shape.top_k, shape.vocab_size, shape.moe_layers]
     digest = hashlib.sha256(json.dumps(dims).encode())
-    router = f"{shape.layer_prefix(shape.moe_layers[0])}{shape.family.block}.{shape.family.router}.weight"
+    first = shape.moe_layers[0]
+    router = next((k for k, name in checkpoint.names.items() if name.role == "router" and name.layer == first), None)
+    if router is None:
+        raise CheckpointError(f"{checkpoint.path} has no router in layer {first}: expected one in every MoE layer")
     digest.update(checkpoint.read(router).float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
