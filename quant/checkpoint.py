@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint read lazily: headers first, then one tensor, or one expert's slice, at a time.
 
-Files are read with ``pread`` into buffers of our own. Mapping them would be less code, but mapped pages count as
-resident memory, and a converter that promises a bound must not depend on when the kernel takes them back.
+Files are read with ``pread`` into buffers of our own. Mapping them would be less code, but mapped pages count
+as resident memory, and a converter that promises a bound must not depend on when the kernel takes them back.
 """
 
 import hashlib
@@ -87,10 +87,14 @@ def _entry(file: Path, key: str, value: Mapping[str, Any], base: int) -> TensorE
     start, end = value["data_offsets"]
     shape, dtype = tuple(int(size) for size in value["shape"]), value["dtype"]
     if dtype not in DTYPES:
-        raise CheckpointError(f"{file}: tensor {key} has dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{file}: tensor {key} has dtype {dtype!r}: expected one of {', '.join(DTYPES)}"
+        )
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - start != expected or start < 0:
-        raise CheckpointError(f"{file} is corrupt: tensor {key} spans {end - start:,} bytes, expected {expected:,}")
+        raise CheckpointError(
+            f"{file} is corrupt: tensor {key} spans {end - start:,} bytes, expected {expected:,}"
+        )
     return TensorEntry(key, file, dtype, shape, base + start, expected)
 
 
@@ -113,7 +117,9 @@ class Checkpoint:
         if not index.exists():
             files = sorted(path.glob("*.safetensors"))
             if not files:
-                raise CheckpointError(f"{path} has no *.safetensors file: expected a Hugging Face model directory")
+                raise CheckpointError(
+                    f"{path} has no *.safetensors file: expected a Hugging Face model directory"
+                )
             entries: dict[str, TensorEntry] = {}
             for file in files:
                 entries.update(read_header(file)[0])
@@ -133,8 +139,8 @@ class Checkpoint:
             name = parse_name(self.shape.family, key)
             if name is None:
                 raise CheckpointError(
-                    f"{self.path}: tensor {key} is not part of a {self.shape.family.name} model: expected the key "
-                    "layout that transformers saves"
+                    f"{self.path}: tensor {key} is not part of a {self.shape.family.name} model: expected "
+                    "the key layout that transformers saves"
                 )
             names[key] = name
         return names
@@ -154,7 +160,30 @@ class Checkpoint:
         try:
             return self.entries[key]
         except KeyError:
-            raise CheckpointError(f"{self.path} has no tensor {key}: expected it for this architecture") from None
+            raise CheckpointError(
+                f"{self.path} has no tensor {key}: expected it for this architecture"
+            ) from None
+
+    def find(self, key: str) -> TensorEntry:
+        """The entry of ``key``, also where the source names the MoE block as the transformers module does.
+
+        Raises CheckpointError if the checkpoint lacks it under both names.
+        """
+        family = self.shape.family
+        alias = key.replace(f".{family.block}.", f".{family.runtime_block}.")
+        return self.entry(alias if key not in self.entries and alias in self.entries else key)
+
+    def canonical(self, key: str) -> str:
+        """The key that a quantized checkpoint gives tensor ``key``: the family's name for its MoE block."""
+        if self.names[key].role != "router":
+            return key
+        return key.replace(f".{self.shape.family.runtime_block}.", f".{self.shape.family.block}.")
+
+    def fused_experts(self, layer: int) -> str | None:
+        """The key prefix of a layer's fused expert tensors; None where experts are stored one by one."""
+        family, prefix = self.shape.family, self.shape.layer_prefix(layer)
+        bases = (f"{prefix}{block}.experts." for block in (family.block, family.runtime_block))
+        return next((base for base in bases if f"{base}gate_up_proj" in self.entries), None)
 
     def read(self, key: str, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         """A copy of tensor ``key``, or of ``shape`` elements of it that begin ``start`` bytes in.
@@ -166,17 +195,18 @@ class Checkpoint:
         wanted = entry.shape if shape is None else shape
         tensor = torch.empty(wanted, dtype=dtype)
         if tensor.numel():
-            read_into(entry.file, entry.offset + start, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            array: Any = tensor.view(-1).view(torch.uint8).numpy()
+            read_into(entry.file, entry.offset + start, memoryview(array))
         return tensor
 
     def expert(self, layer: int, expert: int) -> dict[Projection, WeightView]:
         """The three dense weights of one routed expert, read from fused or per-expert tensors."""
-        base = f"{self.shape.layer_prefix(layer)}{self.shape.family.block}.experts."
-        fused = next((b for b in (base, self._runtime_base(layer)) if f"{b}gate_up_proj" in self.entries), None)
+        fused = self.fused_experts(layer)
         if fused is None:
             linears = self.shape.expert_linears(layer, expert)
             keys = {spec.projection: f"{spec.module}.weight" for spec in linears if spec.projection}
-            return {name: WeightView(key, self.read(key), False) for name, key in keys.items()}
+            found = {name: self.find(key).key for name, key in keys.items()}
+            return {name: WeightView(key, self.read(key), False) for name, key in found.items()}
         gate_up = self._slice(f"{fused}gate_up_proj", expert)
         down = self._slice(f"{fused}down_proj", expert)
         transposed = self.shape.family.fused_transposed
@@ -186,9 +216,6 @@ class Checkpoint:
             "up_proj": WeightView(f"{fused}gate_up_proj", up, transposed),
             "down_proj": WeightView(f"{fused}down_proj", down, transposed),
         }
-
-    def _runtime_base(self, layer: int) -> str:
-        return f"{self.shape.layer_prefix(layer)}{self.shape.family.runtime_block}.experts."
 
     def _slice(self, key: str, expert: int) -> Tensor:
         entry = self.entry(key)
@@ -211,7 +238,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_into(file: Path, offset: int, buffer: memoryview) -> None:
-    """Fill ``buffer`` from ``file`` at ``offset`` through the page cache. Raises CheckpointError if it is short."""
+    """Fill ``buffer`` from ``file`` at ``offset`` through the page cache. Raises CheckpointError if short."""
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError as error:
@@ -238,6 +265,8 @@ def _read_sharded(path: Path, index: Path) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for key, name in weight_map.items():
         if key not in shards[name]:
-            raise CheckpointError(f"{index} says that {name} holds {key}, but it does not: the download is not whole")
+            raise CheckpointError(
+                f"{index} says that {name} holds {key}, but it does not: the download is not whole"
+            )
         entries[key] = shards[name][key]
     return entries

@@ -2,7 +2,8 @@
 
     ColdstreamError
     ├── CheckpointError      a model directory that is missing, truncated, corrupt or of another kind
-    │   └── UnknownFamilyError   an architecture that no family describes
+    │   ├── UnknownFamilyError   an architecture that no family describes
+    │   └── NonFiniteError       a weight with NaN or Inf
     ├── SchemeError          a quantization scheme that does not fit a tensor
     ├── RecipeError          a recipe with an unknown key or a bad value
     ├── OutputError          a destination that cannot be written (not empty, disk full, nothing to resume)
@@ -27,6 +28,10 @@ class CheckpointError(ColdstreamError):
 
 class UnknownFamilyError(CheckpointError):
     """No family describes this architecture."""
+
+
+class NonFiniteError(CheckpointError):
+    """A weight holds NaN or Inf, so nothing can be made of the checkpoint."""
 
 
 class SchemeError(ColdstreamError):

@@ -1,0 +1,80 @@
+"""One block of a dense weight as the bytes of its stored tensors, and what the rounding cost.
+
+int4 and int8 go through the native kernel, which is tested bit for bit against ``quant.pack``; nf4 through
+bitsandbytes, some rows at a time, because its CPU code needs many times the weight's size.
+
+Legend: N out features, K in features.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.errors import NonFiniteError
+from quant.kernels.quantize import quantize_pack
+from quant.pack import dequantize_nf4, quantize_nf4
+from quant.scheme import Scheme
+
+_NF4_WEIGHTS = 2**20
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Contiguous tensors by checkpoint suffix; sums of squares of the weights and of the rounding errors."""
+
+    tensors: Mapping[str, Tensor]
+    squared_sum: float = 0.0
+    squared_error: float = 0.0
+
+
+def encode(weight: Tensor, scheme: Scheme, name: str, transposed: bool = False) -> Encoded:
+    """Store ``weight`` ``[N, K]`` (``[K, N]`` where ``transposed``; rows may be strided) under ``scheme``.
+
+    ``name`` is what an error calls the weight. Raises NonFiniteError if it holds NaN or Inf.
+    """
+    if not scheme.is_packed:
+        dense = (weight.t() if transposed else weight).contiguous()
+        check_finite(dense, name)
+        return _encode_nf4(dense) if scheme.kind == "nf4" else Encoded({"weight": dense})
+    if weight.dtype is torch.float64:
+        weight = weight.float()
+    done = quantize_pack(weight, scheme.kind, scheme.group_size, transposed)
+    if not done.finite:
+        check_finite(weight, name)
+    return Encoded(
+        {"weight_packed": done.packed, "weight_scale": done.scale}, done.squared_sum, done.squared_error
+    )
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise NonFiniteError, counting them, if ``tensor`` holds NaN or Inf."""
+    if not tensor.is_floating_point() or tensor.itemsize == 1:
+        return
+    # A sum is finite only if every term is, and costs a fraction of looking at each.
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return
+    nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    if nan or inf:
+        raise NonFiniteError(
+            f"{name} has {nan:,} NaN and {inf:,} infinite values: expected finite weights; download the "
+            "shard again, "
+            "or the model is broken at its source"
+        )
+
+
+def _encode_nf4(dense: Tensor) -> Encoded:
+    if dense.dtype is torch.float64:
+        dense = dense.float()
+    rows, columns = dense.shape
+    step = max(64, _NF4_WEIGHTS // columns // 64 * 64)  # 64 rows never cut a block of 64 weights
+    blocks = [quantize_nf4(dense[row : row + step]) for row in range(0, rows, step)]
+    signal = noise = 0.0
+    for row, block in zip(range(0, rows, step), blocks, strict=True):
+        source = dense[row : row + step].float()
+        error = dequantize_nf4(block).float() - source
+        signal += float(source.square().sum(dtype=torch.float64))
+        noise += float(error.square().sum(dtype=torch.float64))
+    tensors = {name: torch.cat([block[name] for block in blocks]) for name in ("weight", "weight.absmax")}
+    return Encoded(tensors, signal, noise)
