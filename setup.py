@@ -23,6 +23,7 @@ setup(
                 "-Wall",
                 "-Wextra",
                 "-Wno-psabi",
+                "-Wno-maybe-uninitialized",  # gcc 12 warns inside its own AVX-512 header
                 "-pthread",
             ],
             extra_link_args=["-pthread"] if sys.platform != "darwin" else [],

@@ -4,7 +4,23 @@
 namespace coldstream::portable {
 constexpr int kBytes = 16;
 #include "vector.inl"
+constexpr int kVectors = 2, kTileTokens = 4, kOffset8 = 0;
+
+INLINE vi signed_byte(vi words, int index) { return (words << (24 - 8 * index)) >> 24; }
+
+INLINE vi dot4(vi acc, vb weight, vb x) {
+  for (int i = 0; i < 4; ++i) acc += signed_byte((vi)weight, i) * signed_byte((vi)x, i);
+  return acc;
+}
+
+INLINE vi dot8(vi acc, vb weight, vb x) { return dot4(acc, weight ^ 0x80, x); }
+
+#include "narrow.inl"
 #include "quantize.inl"
+#include "activations.inl"
+#include "gemv.inl"
+#include "gemm.inl"
+#include "dense.inl"
 #include "table.inl"
 }  // namespace coldstream::portable
 

@@ -54,12 +54,25 @@ struct Activations {
   int64_t q_stride, g_stride;
 };
 
+constexpr int kGemvTokens = 4;  // more are cheaper through a panel
+
 struct Kernels {
   const char* name;
   int gemm_rows;  // rows of one GEMM panel
   void (*quantize_rows)(const QuantizeJob&, int64_t row0, int64_t row1, QuantizeStats*);
   void (*quantize_columns)(const QuantizeJob&, int64_t column0, int64_t column1, int64_t group0, int64_t group1,
                            QuantizeStats*);
+  // x f32 [K] to one row of Activations, for weights of this kind and group.
+  void (*quantize_activations)(const float* x, int64_t k, int32_t kind, int32_t group, int8_t* q, float* scale,
+                               int32_t* sum, float* fix);
+  // y[t, row] for rows of a packed weight: gemv streams each row once for 1 to kGemvTokens tokens; gemm takes any
+  // number of tokens and rows of one panel, which it unpacks into `panel` (gemm_panel_bytes of it).
+  void (*gemv)(const Weight&, int64_t row0, int64_t row1, const Activations&, int tokens, float* y, int64_t ldy);
+  void (*gemm)(const Weight&, int64_t row0, int64_t row1, const Activations&, int tokens, float* y, int64_t ldy,
+               uint8_t* panel);
+  // The same product with f32 activations, for every kind: exact up to f32 rounding.
+  void (*dense)(const Weight&, int64_t row0, int64_t row1, const float* x, int64_t ldx, int tokens, float* y,
+                int64_t ldy);
   uint64_t (*checksum)(const char* bytes, int64_t count);  // count is a multiple of 1024
 };
 

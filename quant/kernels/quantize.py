@@ -67,8 +67,8 @@ class Quantized(NamedTuple):
 def quantize_pack(source: Tensor, kind: Kind, group_size: int, transposed: bool = False) -> Quantized:
     """Quantize bf16, fp16 or f32 weights ``[N, K]``, or ``[K, N]`` if ``transposed``, per group.
 
-    The source may be a slice with a row stride of its own; its columns must be adjacent. Raises SchemeError for
-    a shape, dtype or layout that cannot be packed, MachineError if the kernels are missing.
+    The source may be a slice with a row stride of its own; its columns must be adjacent. Raises SchemeError
+    for what cannot be packed, MachineError if the kernels are missing.
     """
     if kind not in _KINDS or group_size not in GROUP_SIZES:
         raise SchemeError(

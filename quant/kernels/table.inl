@@ -1,4 +1,5 @@
 // This instruction set's kernels as one table.
 static constexpr Kernels table(const char* name) {
-  return Kernels{name, 0, quantize_rows, quantize_columns, checksum};
+  return Kernels{name, kPanelRows, quantize_rows, quantize_columns, quantize_activations, gemv, gemm,
+                 dense, checksum};
 }

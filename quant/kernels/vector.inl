@@ -35,11 +35,12 @@ constexpr float kRounder = 12582912.0f;
 INLINE vi rounded(vf value) { return (vi)(value + kRounder) - (vi)splat(kRounder); }
 
 INLINE float sum(vf value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  typedef float quad __attribute__((vector_size(16)));
+  quad parts[kBytes / 16];
+  __builtin_memcpy(parts, &value, kBytes);
+  for (int half = kBytes / 32; half; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
 INLINE int32_t largest(vi value) {

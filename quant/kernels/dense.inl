@@ -1,0 +1,129 @@
+// f32 activations against any kind of weight: widened to f32 in the cache, multiplied in registers.
+
+constexpr int kDenseByRow = 16;      // up to this many tokens a panel does not pay
+constexpr int64_t kRowSpan = 2048;   // columns of one row widened at a time
+constexpr int64_t kPanelSpan = 512;  // columns of a panel widened and transposed at a time: fits the second-level cache
+
+static void widen_row(const Weight& w, int64_t row, int64_t first, int64_t count, float* to) {
+  if (w.kind == kF32) {
+    __builtin_memcpy(to, w.packed + (row * w.k + first) * 4, size_t(count) * 4);
+  } else if (w.kind == kBf16) {
+    widen_run(w.packed, kSourceBf16, row * w.k + first, int(count), to);
+  } else {
+    const uint16_t* scale = w.scale + row * w.groups();
+    for (int64_t i = 0; i < count; i += 32) {  // 32 divides every group size
+      const float s = bf16_to_float(scale[(first + i) / w.group]);
+      if (w.kind == kInt4) {
+        const uint8_t* from = w.packed + (row * w.k + first + i) / 2;
+        for (int j = 0; j < 16; ++j) {
+          to[i + 2 * j] = float(int(from[j] & 15) - 8) * s;
+          to[i + 2 * j + 1] = float(int(from[j] >> 4) - 8) * s;
+        }
+      } else {
+        const uint8_t* from = w.packed + row * w.k + first + i;
+        for (int j = 0; j < 32; ++j) to[i + j] = float(int(from[j]) - 128) * s;
+      }
+    }
+  }
+}
+
+template <int kTokens, class Element>
+INLINE void add_products(const Element* row, const float* x, int64_t ldx, int64_t count, vf (&acc)[kTokens],
+                         float (&rest)[kTokens]) {
+  constexpr int kUnroll = 64 / int(sizeof(Element)) / kLanes > 0 ? 64 / int(sizeof(Element)) / kLanes : 1;
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
+    __builtin_prefetch(reinterpret_cast<const char*>(row + i) + kAhead);
+    for (int u = 0; u < kUnroll; ++u) {
+      vf value;
+      if constexpr (sizeof(Element) == 2) value = widen(load<vhalf>(row + i + u * kLanes));
+      else value = load<vf>(row + i + u * kLanes);
+      for (int t = 0; t < kTokens; ++t) acc[t] += value * load<vf>(x + t * ldx + i + u * kLanes);
+    }
+  }
+  for (; i < count; ++i) {
+    float value;
+    if constexpr (sizeof(Element) == 2) value = bf16_to_float(row[i]);
+    else value = row[i];
+    for (int t = 0; t < kTokens; ++t) rest[t] += value * x[t * ldx + i];
+  }
+}
+
+// A few tokens: plain rows straight from memory, packed ones through a buffer.
+template <int kTokens>
+static void dense_rows(const Weight& w, int64_t row0, int64_t row1, const float* x, int64_t ldx, float* y,
+                       int64_t ldy) {
+  alignas(64) float buffer[kRowSpan];
+  for (int64_t row = row0; row < row1; ++row) {
+    vf acc[kTokens] = {};
+    float rest[kTokens] = {};
+    const uint8_t* from = w.packed + row * w.row_bytes();
+    if (w.kind == kBf16) {
+      add_products<kTokens>(reinterpret_cast<const uint16_t*>(from), x, ldx, w.k, acc, rest);
+    } else if (w.kind == kF32) {
+      add_products<kTokens>(reinterpret_cast<const float*>(from), x, ldx, w.k, acc, rest);
+    } else {
+      for (int64_t first = 0; first < w.k; first += kRowSpan) {
+        const int64_t count = w.k - first < kRowSpan ? w.k - first : kRowSpan;
+        widen_row(w, row, first, count, buffer);
+        add_products<kTokens>(buffer, x + first, ldx, count, acc, rest);
+      }
+    }
+    for (int t = 0; t < kTokens; ++t) y[t * ldy + row] = sum(acc[t]) + rest[t];
+  }
+}
+
+template <int kTokens>
+static void dense_tile(const float (*panel)[kPanelRows], const float* x, int64_t ldx, int64_t columns, bool first,
+                       int count, float* y, int64_t ldy) {
+  vf acc[kTokens][kVectors] = {};
+  for (int64_t k = 0; k < columns; ++k)
+    for (int t = 0; t < kTokens; ++t)
+      for (int v = 0; v < kVectors; ++v) acc[t][v] += load<vf>(panel[k] + v * kLanes) * splat(x[t * ldx + k]);
+  for (int t = 0; t < kTokens; ++t) {
+    alignas(64) float row[kPanelRows];
+    for (int v = 0; v < kVectors; ++v) store(row + v * kLanes, acc[t][v]);
+    for (int i = 0; i < count; ++i) y[t * ldy + i] = first ? row[i] : y[t * ldy + i] + row[i];
+  }
+}
+
+// Many tokens: a panel of rows transposed, so that a lane is an out feature.
+static void dense_panel(const Weight& w, int64_t row, int count, const float* x, int64_t ldx, int tokens, float* y,
+                        int64_t ldy) {
+  alignas(64) float panel[kPanelSpan][kPanelRows];
+  alignas(64) float lane[kLanes][kPanelSpan];
+  y += row;
+  for (int64_t first = 0; first < w.k; first += kPanelSpan) {
+    const int64_t columns = w.k - first < kPanelSpan ? w.k - first : kPanelSpan;
+    for (int v = 0; v < kVectors; ++v) {
+      for (int i = 0; i < kLanes; ++i) {
+        if (v * kLanes + i < count) widen_row(w, row + v * kLanes + i, first, columns, lane[i]);
+        else __builtin_memset(lane[i], 0, sizeof lane[i]);
+      }
+      for (int64_t k = 0; k < columns; k += kLanes) {
+        vi m[kLanes];
+        for (int i = 0; i < kLanes; ++i) m[i] = load<vi>(lane[i] + k);
+        transpose(m);
+        for (int i = 0; i < kLanes; ++i) store(panel[k + i] + v * kLanes, m[i]);
+      }
+    }
+    int t = 0;
+    for (; t + kTileTokens <= tokens; t += kTileTokens)
+      dense_tile<kTileTokens>(panel, x + t * ldx + first, ldx, columns, !first, count, y + t * ldy, ldy);
+    for (; t < tokens; ++t)
+      dense_tile<1>(panel, x + t * ldx + first, ldx, columns, !first, count, y + t * ldy, ldy);
+  }
+}
+
+static void dense(const Weight& w, int64_t row0, int64_t row1, const float* x, int64_t ldx, int tokens, float* y,
+                  int64_t ldy) {
+  if (tokens <= kDenseByRow) {
+    for (; tokens >= 4; tokens -= 4, x += 4 * ldx, y += 4 * ldy) dense_rows<4>(w, row0, row1, x, ldx, y, ldy);
+    if (tokens == 3) dense_rows<3>(w, row0, row1, x, ldx, y, ldy);
+    if (tokens == 2) dense_rows<2>(w, row0, row1, x, ldx, y, ldy);
+    if (tokens == 1) dense_rows<1>(w, row0, row1, x, ldx, y, ldy);
+    return;
+  }
+  for (int64_t row = row0; row < row1; row += kPanelRows)
+    dense_panel(w, row, int(row1 - row < kPanelRows ? row1 - row : kPanelRows), x, ldx, tokens, y, ldy);
+}

@@ -1,0 +1,64 @@
+// Products y = x · Wᵀ, many at a time: quantize the activations, cut all rows into tasks, one parallel pass.
+#pragma once
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace coldstream {
+
+// Buffers of one call, from blocks that the calling thread keeps for its next call.
+class Scratch {
+ public:
+  Scratch();
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(bytes(count * int64_t(sizeof(T))));
+  }
+
+ private:
+  void* bytes(int64_t count);
+};
+
+// Activations of `tokens` rows, quantized for one kind and group size.
+struct QuantizedInput {
+  Activations rows;
+  int32_t kind, group;
+};
+
+struct Product {
+  Weight weight;
+  const float* x;  // [T, K], row stride ldx
+  int64_t ldx;
+  int64_t tokens;
+  float* y;  // [T, N], row stride ldy
+  int64_t ldy;
+  Activations quantized;  // filled by quantize_inputs for packed weights unless exact
+};
+
+// Quantize the inputs of all packed products; products that share x, stride, tokens, kind and group share the
+// result.
+void quantize_inputs(Product* products, int count, Scratch& scratch);
+
+// One parallel pass over the rows of all products. `exact` keeps f32 activations.
+void multiply(const Product* products, int count, bool exact, Scratch& scratch);
+
+// Runs `body`, turning a failed allocation into a status.
+template <class Body>
+int32_t guarded(Body&& body) {
+  try {
+    body();
+    return kOk;
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+}
+
+}  // namespace coldstream

@@ -1,0 +1,16 @@
+"""Every native test that asks for ``isa`` runs once on each instruction set this machine has."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from quant.kernels import native
+
+
+@pytest.fixture(params=["avx512", "avxvnni", "avx2", "neon", "portable"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in native.isas():
+        pytest.skip(f"this build or processor does not run {request.param}")
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa("")

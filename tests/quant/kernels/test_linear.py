@@ -1,0 +1,151 @@
+"""The native product equals the torch reference on packed weights of any shape, on every instruction set."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant.errors import SchemeError
+from quant.kernels import native
+from quant.kernels.native import Weight
+from quant.pack import Packed, dequantize, pack, quantize
+from quant.scheme import GROUP_SIZES, Kind, Scheme
+
+
+def rounded(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """x as the kernels see it: int8 per group, scale absmax / 127."""
+    groups = x.reshape(x.shape[0], -1, group_size)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    q = torch.where(scale > 0, (groups / scale).round(), torch.zeros_like(groups))
+    return (q.double() * scale.double()).reshape(x.shape)
+
+
+def weight_of(packed: Packed) -> Weight:
+    return Weight.from_tensors(packed.scheme.kind, packed.packed, packed.scale)
+
+
+def error(y: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> float:
+    """Largest error relative to the sum of magnitudes, the quantity that f32 rounding scales with."""
+    magnitude = x.double().abs() @ dense.abs().T + 1e-30
+    return float(((y.double() - x.double() @ dense.T).abs() / magnitude).max())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 90),
+    groups=st.integers(1, 9),
+    group_size=st.sampled_from(GROUP_SIZES),
+    kind=st.sampled_from(["int4", "int8"]),
+    tokens=st.integers(1, 65),
+    spread=st.sampled_from([0.0, 1.0, 8.0]),
+    seed=st.integers(0, 99),
+)
+def check_random_product(
+    rows: int, groups: int, group_size: int, kind: Kind, tokens: int, spread: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, groups * group_size, generator=generator)
+    weight *= torch.exp(torch.randn(rows, 1, generator=generator) * spread)
+    x = torch.randn(tokens, groups * group_size, generator=generator) + 0.5
+    x *= torch.exp(torch.randn(tokens, 1, generator=generator) * spread)
+    packed = quantize(weight, Scheme(kind, group_size))
+    dense = dequantize(packed).double()
+    seen = rounded(x, group_size)
+    assert error(native.linear(x, weight_of(packed)), seen, dense) < 2e-6
+    assert error(native.linear(x, weight_of(packed), exact=True), x, dense) < 1e-6
+
+
+def test_any_shape_equals_the_reference(isa: str) -> None:
+    check_random_product()
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 19])
+def test_integer_parts_are_exact(isa: str, kind: Kind, tokens: int) -> None:
+    """Scales of one and whole activations up to 127 leave nothing to round: the result is the integer."""
+    generator = torch.Generator().manual_seed(tokens)
+    half = 8 if kind == "int4" else 128
+    for group_size in GROUP_SIZES:
+        q = torch.randint(-half, half, (45, 3 * group_size), generator=generator, dtype=torch.int8)
+        q[0] = -half
+        q[1] = half - 1
+        x = torch.randint(-127, 128, (tokens, 3 * group_size), generator=generator).float()
+        x[0] = 127.0
+        x[:, ::group_size] = -127.0
+        words = pack(q, 4 if kind == "int4" else 8)
+        weight = Weight.from_tensors(kind, words, torch.ones(45, 3, dtype=torch.bfloat16))
+        expected = (x.double() @ q.double().T).float()
+        assert torch.equal(native.linear(x, weight), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [1, 7, 64, 100, 2500])
+def test_plain_weights_of_any_width_are_multiplied_exactly(
+    isa: str, dtype: torch.dtype, columns: int
+) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    plain = torch.randn(37, columns, generator=generator).to(dtype)
+    weight = Weight.from_tensors("bf16" if dtype is torch.bfloat16 else "f32", plain)
+    for tokens in (1, 2, 3, 4, 9, 17, 40):
+        x = torch.randn(tokens, columns, generator=generator)
+        assert error(native.linear(x, weight), x, plain.double()) < 1e-6
+
+
+def test_extreme_activations_neither_overflow_nor_vanish(isa: str) -> None:
+    packed = quantize(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), Scheme("int4", 128))
+    dense = dequantize(packed).double()
+    for factor in (1e30, 1e-20):
+        x = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)) * factor
+        assert error(native.linear(x, weight_of(packed)), rounded(x, 128), dense) < 2e-6
+    for tiny in (0.0, 1e-40):
+        assert torch.equal(native.linear(torch.full((1, 256), tiny), weight_of(packed)), torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_value_that_is_not_finite_surfaces_as_nan(isa: str, tokens: int) -> None:
+    packed = quantize(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), Scheme("int4", 128))
+    x = torch.ones(tokens, 256)
+    x[0, 3] = float("inf")
+    y = native.linear(x, weight_of(packed))
+    assert y[0].isnan().all()
+    assert y[1:].isfinite().all()
+
+
+def test_weights_at_any_word_boundary_and_strided_inputs_are_read_in_place() -> None:
+    packed = quantize(torch.randn(40, 128, generator=torch.Generator().manual_seed(0)), Scheme("int4", 64))
+    store = torch.zeros(packed.packed.numel() + 3, dtype=torch.int32)
+    store[3:] = packed.packed.flatten()
+    moved = Weight("int4", 64, 40, 128, store.data_ptr() + 12, packed.scale.data_ptr(), (store, packed.scale))
+    x = torch.randn(5, 300, generator=torch.Generator().manual_seed(1))[:, 7:135]
+    out = torch.full((5, 50), 7.0)
+    native.linear(x, moved, out=out[:, 5:45])
+    assert torch.equal(out[:, 5:45], native.linear(x.contiguous(), weight_of(packed)))
+    assert (out[:, :5] == 7).all() and (out[:, 45:] == 7).all()
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    packed = quantize(torch.randn(300, 512, generator=torch.Generator().manual_seed(0)), Scheme("int4", 128))
+    usual = native.threads()
+    x = torch.randn(11, 512, generator=torch.Generator().manual_seed(1))
+    one: torch.Tensor | None = None
+    try:
+        for count in (1, 2, 5):
+            native.set_threads(count)
+            assert native.threads() == count
+            y = native.linear(x, weight_of(packed))
+            one = y if one is None else one
+            assert torch.equal(one, y)
+    finally:
+        native.set_threads(usual)
+
+
+def test_shapes_that_do_not_fit_are_refused_before_any_byte_is_read() -> None:
+    packed = quantize(torch.ones(4, 128), Scheme("int4", 128))
+    with pytest.raises(SchemeError, match=r"expected \[tokens, 128\]"):
+        native.linear(torch.ones(1, 64), weight_of(packed))
+    with pytest.raises(SchemeError, match="is no int4 weight"):
+        Weight.from_tensors("int4", packed.packed.float(), packed.scale)
+    with pytest.raises(SchemeError, match="expected a scale for each group"):
+        Weight("int4", 100, 4, 200, 4096, 4096)
+    with pytest.raises(SchemeError, match="odd address"):
+        Weight("int4", 128, 4, 128, 4098, 4096)
