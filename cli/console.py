@@ -52,9 +52,15 @@ class Console:
             self.say(f"note: {note}")
 
     def progress(self) -> "Progress":
-        """A progress bar over bytes with speed and time left, on stderr; hidden when stderr is no terminal."""
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.progress import TransferSpeedColumn
+        """A progress bar over bytes with speed and time left; hidden when stderr is no terminal."""
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         return Progress(
             TextColumn("{task.description}"),
@@ -73,7 +79,7 @@ class Console:
 
 
 def to_json(document: Mapping[str, Any]) -> str:
-    """``document`` on one line; what JSON cannot say becomes what it can (paths text, NaN and infinity null)."""
+    """``document`` on one line; paths become text, NaN and infinity null."""
     return json.dumps(_plain(document), ensure_ascii=False, allow_nan=False)
 
 

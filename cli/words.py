@@ -1,0 +1,80 @@
+"""How a report's facts are said, the same on the terminal and on the page."""
+
+from offload.records import Tier
+from offload.report import RunReport
+from quant.sizes import format_size
+
+TIER_NAMES: dict[Tier, str] = {"vram": "VRAM", "ram": "RAM", "disk": "Disk"}
+_ROLES = {
+    "experts": "Routed experts",
+    "shared_expert": "Shared experts",
+    "dense_mlp": "Dense MLPs",
+    "attention": "Attention",
+    "lm_head": "LM head",
+    "embeddings": "Embeddings",
+    "router": "Routers",
+    "norm": "Norms",
+    "vision": "Vision tower",
+    "kv": "KV cache",
+    "kv_cache": "KV cache",
+}
+_LIMITS = {
+    "ram": "RAM bandwidth",
+    "vram": "VRAM bandwidth",
+    "disk": "disk bandwidth",
+    "pcie": "PCIe bandwidth",
+}
+
+
+def role_name(role: str) -> str:
+    """A ledger's or a checkpoint's role as a reader calls it."""
+    return _ROLES.get(role) or role.replace("_", " ").capitalize()
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``value`` to ``digits`` significant digits, thousands separated; a dash for None."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    places = max(digits - max(whole, 1), 0)
+    return f"{value:,.{places}f}"
+
+
+def percent(part: float | None) -> str:
+    """``part`` of 1 in percent; a dash for None."""
+    return "–" if part is None else f"{100 * part:.0f} %"
+
+
+def deviation(part: float) -> str:
+    """A signed difference in percent: ``+4 %``."""
+    return f"{100 * part:+.0f} %".replace("-", "−")
+
+
+def size(count: int) -> str:
+    """Bytes with a binary unit."""
+    return format_size(count)
+
+
+def limit_name(report: RunReport) -> str:
+    """What limits decode, in words; empty if nothing is known."""
+    return _LIMITS.get(report.limited_by, report.limited_by)
+
+
+def verdict(report: RunReport) -> str:
+    """The sentence a reader takes away: how fast, what limits it, how far from there."""
+    speed = report.decode.tokens_per_s
+    if speed is None:
+        return "Only the prompt was run: there is no decode speed to report."
+    said = f"Decode runs at {number(speed)} tokens/s"
+    fraction = report.decode.fraction_of_floor
+    if fraction is not None:
+        said += f", {percent(fraction)} of what the {limit_name(report)} of this machine allows"
+    elif limit_name(report):
+        said += f"; {limit_name(report)} limits it"
+    misses = report.decode_experts.misses
+    if misses:
+        part = misses / (misses + report.decode_experts.hits)
+        said += f"; {percent(part)} of its expert requests had to read the disk"
+    return said + "."
