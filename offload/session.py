@@ -27,6 +27,7 @@ from offload.transfer import CudaTransfer, HostTransfer, Transfer
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError, MachineError, UsageError
 from quant.families import Role
+from quant.kernels import native
 from quant.linear import Compute
 from quant.scheme import Scheme
 
@@ -232,4 +233,5 @@ def _device(options: RunOptions) -> torch.device:
 def _compute(options: RunOptions, device: torch.device) -> Compute:
     if options.threads:
         torch.set_num_threads(options.threads)
-    return Compute(native=False, exact=options.exact)
+        native.set_threads(options.threads)
+    return Compute(native=device.type == "cpu", exact=options.exact)

@@ -21,7 +21,8 @@ from quant.scheme import Scheme
 
 @dataclass(frozen=True)
 class Compute:
-    """How matrix products are done: ``native`` C++ kernels (CPU only) or torch on the dequantized weight.
+    """How matrix products are done: by the ``native`` C++ kernels (CPU only), or by torch on the dequantized weight
+    (``native`` False, and always for nf4 and for weights stored transposed).
 
     ``exact`` keeps activations in floating point; the native kernels otherwise quantize them to int8 per group.
     """
@@ -49,7 +50,7 @@ class LinearWeight:
     out_features: int
     in_features: int
     transposed: bool = False
-    _native: list[Any] = field(default_factory=list, compare=False, repr=False)
+    _descriptor: list[native.Weight | None] = field(default_factory=list, compare=False, repr=False)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight ``[N, K]`` in ``dtype``."""
@@ -60,26 +61,28 @@ class LinearWeight:
         weight = self.tensors["weight"]
         return (weight.t() if self.transposed else weight).to(dtype)
 
-    def native(self) -> Any:
+    def descriptor(self) -> native.Weight | None:
         """The native kernels' descriptor, or None where they do not know the form."""
-        if not self._native:
-            self._native.append(self._describe())
-        return self._native[0]
+        if not self._descriptor:
+            self._descriptor.append(self._describe())
+        return self._descriptor[0]
 
-    def _describe(self) -> Any:
+    def _describe(self) -> native.Weight | None:
         if self.scheme.is_packed:
-            packed, scale = self.tensors["weight_packed"], self.tensors["weight_scale"]
-            return native.Weight.from_tensors(self.scheme.kind, self.scheme.group_size, packed, scale)
+            kind = "int4" if self.scheme.bits == 4 else "int8"
+            return native.Weight.from_tensors(kind, self.tensors["weight_packed"], self.tensors["weight_scale"])
         weight = self.tensors["weight"]
-        if self.scheme.kind == "bf16" and weight.dtype == torch.bfloat16 and not self.transposed:
-            return native.Weight.from_bf16(weight) if weight.is_contiguous() else None
-        return None
+        if self.scheme.kind != "bf16" or self.transposed or not weight.is_contiguous():
+            return None
+        if weight.dtype == torch.bfloat16:
+            return native.Weight.from_tensors("bf16", weight)
+        return native.Weight.from_tensors("f32", weight) if weight.dtype == torch.float32 else None
 
 
 def matmul(x: Tensor, weight: LinearWeight, compute: Compute) -> Tensor:
     """x ``[..., K]`` · Wᵀ → ``[..., N]`` in x's dtype."""
     if compute.native and x.dtype == torch.float32:
-        descriptor = weight.native()
+        descriptor = weight.descriptor()
         if descriptor is not None:
             y = native.linear(x.reshape(-1, weight.in_features), descriptor, exact=compute.exact)
             return y.view(*x.shape[:-1], weight.out_features)

@@ -1,0 +1,52 @@
+"""The oracle: stock transformers on the dequantized weights of a quantized checkpoint."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration, PreTrainedModel
+
+from offload.store import find_weight
+from quant.checkpoint import Checkpoint
+from quant.pack import Packed, dequantize, dequantize_nf4
+from quant.shape import LinearSpec
+
+
+def dense_weight(checkpoint: Checkpoint, spec: LinearSpec) -> torch.Tensor:
+    """``spec``'s weight as f32 ``[N, K]``, dequantized by the reference."""
+    scheme, entries = find_weight(checkpoint, spec)
+    tensors = {suffix: checkpoint.read(entry.key) for suffix, entry in entries.items()}
+    if scheme.is_packed:
+        return dequantize(Packed(scheme, tensors["weight_packed"], tensors["weight_scale"]))
+    return (dequantize_nf4(tensors) if scheme.kind == "nf4" else tensors["weight"]).float()
+
+
+def stock(source: Path, quantized: Path) -> PreTrainedModel:
+    """The stock model of ``source`` in f32, its Linears holding what ``quantized`` dequantizes to."""
+    multimodal = Checkpoint.open(source).config["model_type"] == "llama4"
+    kind = Llama4ForConditionalGeneration if multimodal else AutoModelForCausalLM
+    model = kind.from_pretrained(source, dtype=torch.float32).eval()
+    checkpoint = Checkpoint.open(quantized)
+    shape, parameters = checkpoint.shape, dict(model.named_parameters())
+
+    def parameter(module: str) -> torch.nn.Parameter:
+        name = module.replace(f".{shape.family.block}.", f".{shape.family.runtime_block}.")
+        return next(value for key, value in parameters.items() if key == name or key.endswith("." + name))
+
+    with torch.no_grad():
+        for spec in shape.dense_linears():
+            parameter(f"{spec.module}.weight").copy_(dense_weight(checkpoint, spec))
+        for layer in shape.moe_layers:
+            base = f"{shape.layer_prefix(layer)}{shape.family.block}.experts."
+            gate_up, down = parameter(f"{base}gate_up_proj"), parameter(f"{base}down_proj")
+            for expert in range(shape.num_experts):
+                gate, up, out = _expert(checkpoint, layer, expert)
+                joined = torch.cat((gate, up))
+                gate_up[expert].copy_(joined.t() if shape.family.fused_transposed else joined)
+                down[expert].copy_(out.t() if shape.family.fused_transposed else out)
+    return model
+
+
+def _expert(checkpoint: Checkpoint, layer: int, expert: int) -> list[torch.Tensor]:
+    if checkpoint.fused_experts(layer) is not None:
+        return [view.dense().float() for view in checkpoint.expert(layer, expert).values()]
+    return [dense_weight(checkpoint, spec) for spec in checkpoint.shape.expert_linears(layer, expert)]
