@@ -27,6 +27,7 @@ INLINE vi dot8(vi acc, vb weight, vb x) {
 #include "gemv.inl"
 #include "gemm.inl"
 #include "dense.inl"
+#include "floats.inl"
 #include "table.inl"
 }  // namespace coldstream::avx2
 TARGET_END

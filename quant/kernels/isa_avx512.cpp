@@ -51,6 +51,7 @@ INLINE void transpose(vi (&m)[kLanes]) {
 #include "gemv.inl"
 #include "gemm.inl"
 #include "dense.inl"
+#include "floats.inl"
 #include "table.inl"
 }  // namespace coldstream::avx512
 TARGET_END

@@ -73,6 +73,9 @@ struct Kernels {
   // The same product with f32 activations, for every kind: exact up to f32 rounding.
   void (*dense)(const Weight&, int64_t row0, int64_t row1, const float* x, int64_t ldx, int tokens, float* y,
                 int64_t ldy);
+  void (*silu_multiply)(float* gate, const float* up, int64_t count, float scale);
+  void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* y);
+  void (*add_scaled)(float* y, const float* x, int64_t count, float factor);
   uint64_t (*checksum)(const char* bytes, int64_t count);  // count is a multiple of 1024
 };
 

@@ -9,11 +9,27 @@ import ctypes
 import torch
 from torch import Tensor
 
-from quant.errors import MachineError, SchemeError
+from quant.errors import MachineError
 from quant.kernels.library import check, choose_isa, library, usable_isas
+from quant.kernels.moe import GatedMlp, Job, MoeBlock, MoeResult, mlp
+from quant.kernels.rows import address, float_rows, output_rows
 from quant.kernels.weight import Weight
 
-__all__ = ["Weight", "isa", "isas", "linear", "read_bandwidth", "set_isa", "set_threads", "threads"]
+__all__ = [
+    "GatedMlp",
+    "Job",
+    "MoeBlock",
+    "MoeResult",
+    "Weight",
+    "isa",
+    "isas",
+    "linear",
+    "mlp",
+    "read_bandwidth",
+    "set_isa",
+    "set_threads",
+    "threads",
+]
 
 
 def isa() -> str:
@@ -55,16 +71,6 @@ def read_bandwidth(nbytes: int = 1 << 30, seconds: float = 1.0) -> float:
     return rate
 
 
-def _rows(x: Tensor, features: int, name: str) -> Tensor:
-    """``x`` as f32 ``[T, features]`` with adjacent columns; raises SchemeError if it is not that shape."""
-    if x.dim() != 2 or x.shape[1] != features or x.device.type != "cpu":
-        raise SchemeError(
-            f"{name} is {tuple(x.shape)} on {x.device}: expected [tokens, {features}] on the CPU"
-        )
-    x = x.float()
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def linear(x: Tensor, weight: Weight, *, exact: bool = False, out: Tensor | None = None) -> Tensor:
     """y = x · Wᵀ, f32 ``[T, N]``, for x ``[T, K]`` (f32; other float dtypes are converted).
 
@@ -72,17 +78,12 @@ def linear(x: Tensor, weight: Weight, *, exact: bool = False, out: Tensor | None
     ``exact``, which keeps f32 and is slower; plain weights are always exact. Raises SchemeError if the shapes
     do not fit.
     """
-    x = _rows(x, weight.in_features, "x")
-    tokens = x.shape[0]
-    if out is None:
-        out = torch.empty((tokens, weight.out_features), dtype=torch.float32)
-    elif out.shape != (tokens, weight.out_features) or out.dtype != torch.float32 or out.stride(1) != 1:
-        raise SchemeError(
-            f"out is {tuple(out.shape)} {out.dtype}: expected f32 {(tokens, weight.out_features)}"
-        )
+    x = float_rows(x, weight.in_features, "x")
+    tokens, n = x.shape[0], weight.out_features
+    out = torch.empty(tokens, n, dtype=torch.float32) if out is None else output_rows(out, tokens, n)
     status = library().cs_linear(
-        ctypes.byref(weight.native), ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0)),
-        ctypes.c_int64(tokens), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.stride(0)), int(exact),
+        ctypes.byref(weight.native), address(x), ctypes.c_int64(x.stride(0)),
+        ctypes.c_int64(tokens), address(out), ctypes.c_int64(out.stride(0)), int(exact),
     )  # fmt: skip
     check(status, "linear")
     return out

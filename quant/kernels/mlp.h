@@ -1,0 +1,20 @@
+// Gated feed-forward blocks: down(silu(gate(x)) * up(x)), many experts in one call.
+#pragma once
+#include "product.h"
+
+namespace coldstream {
+
+// One expert and the tokens it works for.
+struct Job {
+  Weight gate, up, down;
+  const int32_t* tokens;    // rows of x and out; null: rows 0 to count
+  int64_t count;
+  const float* in_scale;    // [count] or null: scales the expert's input, as Llama 4's router does
+  const float* out_weight;  // [count] or null: scales its output, as every other router does
+};
+
+// out[t] += out_weight * down(silu(gate(in_scale * x[t])) * up(in_scale * x[t])) for every job. Must be called
+// with no Scratch alive on this thread.
+void run_jobs(const Job* jobs, int64_t count, const float* x, int64_t ldx, float* out, int64_t ldout, bool exact);
+
+}  // namespace coldstream

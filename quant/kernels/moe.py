@@ -1,0 +1,282 @@
+"""Gated feed-forward blocks and whole MoE blocks, one native call each.
+
+Legend: T tokens, H hidden, E experts, k experts per token.
+
+``mlp`` runs a list of jobs (an expert and the tokens it works for). ``MoeBlock`` routes as well, and runs the
+whole block if every chosen expert is resident; otherwise it returns the routing at once, so that the missing
+experts can be fetched while ``mlp`` already runs the others.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quant.errors import SchemeError
+from quant.kernels.library import check, library
+from quant.kernels.rows import address, float_rows, output_rows
+from quant.kernels.weight import CWeight, Weight
+
+RouterKind = Literal["sigmoid_input", "softmax", "softmax_normalized"]
+_ROUTERS: dict[RouterKind, int] = {"sigmoid_input": 0, "softmax": 1, "softmax_normalized": 2}
+_POINTERS = 6  # per expert: packed words and scales of gate_proj, up_proj and down_proj
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """down_proj(silu(gate_proj(x)) · up_proj(x)): H → I → H. Raises SchemeError if shapes do not chain."""
+
+    gate_proj: Weight
+    up_proj: Weight
+    down_proj: Weight
+
+    def __post_init__(self) -> None:
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        wide = (gate.out_features, gate.in_features)
+        if (up.out_features, up.in_features) != wide or (down.in_features, down.out_features) != wide:
+            raise SchemeError(
+                f"gate_proj {wide}, up_proj {(up.out_features, up.in_features)} and down_proj "
+                f"{(down.out_features, down.in_features)} do not chain: expected [I, H], [I, H], [H, I]"
+            )
+
+    @property
+    def layout(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Kind, group size and shape of the three weights: what experts of one block have in common."""
+        weights = (self.gate_proj, self.up_proj, self.down_proj)
+        return tuple((w.kind, w.group_size, w.out_features, w.in_features) for w in weights)
+
+    @property
+    def pointers(self) -> list[int]:
+        """The six addresses of a row of ``MoeBlock.table``."""
+        weights = (self.gate_proj, self.up_proj, self.down_proj)
+        return [pointer for w in weights for pointer in (w.packed_ptr, w.scale_ptr)]
+
+
+class _CJob(ctypes.Structure):
+    _fields_ = [
+        ("gate", CWeight),
+        ("up", CWeight),
+        ("down", CWeight),
+        ("tokens", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("in_scale", ctypes.c_void_p),
+        ("out_weight", ctypes.c_void_p),
+    ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One expert and the tokens it works for: rows ``tokens`` of x, or all of them.
+
+    ``in_scale`` and ``out_weight``, one value per token of the job, scale the expert's input (Llama 4) or
+    output (every other family).
+    """
+
+    expert: GatedMlp
+    tokens: Tensor | None = None
+    in_scale: Tensor | None = None
+    out_weight: Tensor | None = None
+
+
+def _job(job: Job, x: Tensor, kept: list[Tensor]) -> _CJob:
+    tokens = job.tokens
+    count = x.shape[0]
+    if tokens is not None:
+        tokens = tokens.to(torch.int32).contiguous()
+        count = tokens.numel()
+        if count and not 0 <= int(tokens.min()) <= int(tokens.max()) < x.shape[0]:
+            raise SchemeError(f"a job names tokens outside 0..{x.shape[0] - 1}")
+        kept.append(tokens)
+    factors: list[int | None] = []
+    for factor in (job.in_scale, job.out_weight):
+        if factor is None:
+            factors.append(None)
+            continue
+        factor = factor.float().contiguous()
+        if factor.numel() != count:
+            raise SchemeError(f"a job of {count} tokens has {factor.numel()} factors: expected one per token")
+        kept.append(factor)
+        factors.append(factor.data_ptr())
+    expert = job.expert
+    weights = (expert.gate_proj.native, expert.up_proj.native, expert.down_proj.native)
+    return _CJob(*weights, None if tokens is None else tokens.data_ptr(), count, *factors)
+
+
+def mlp(jobs: Sequence[Job], x: Tensor, out: Tensor | None = None, *, exact: bool = False) -> Tensor:
+    """out[t] += out_weight · down(silu(gate(in_scale · x[t])) · up(in_scale · x[t])), all jobs in one call.
+
+    x ``[T, H]``; ``out`` f32 ``[T, H]`` is added to, or starts at zero. The sum is taken in the order of the
+    jobs. Raises SchemeError if something does not fit.
+    """
+    for job in jobs:
+        if job.expert.gate_proj.in_features != x.shape[-1]:
+            raise SchemeError(
+                f"x is {tuple(x.shape)}: the expert expects {job.expert.gate_proj.in_features} columns"
+            )
+    x = float_rows(x, x.shape[-1], "x")
+    out = torch.zeros(x.shape) if out is None else output_rows(out, x.shape[0], x.shape[1])
+    kept: list[Tensor] = []
+    native = (_CJob * len(jobs))(*(_job(job, x, kept) for job in jobs))
+    status = library().cs_mlp(
+        native, ctypes.c_int64(len(jobs)), address(x), ctypes.c_int64(x.stride(0)),
+        address(out), ctypes.c_int64(out.stride(0)), int(exact),
+    )  # fmt: skip
+    check(status, "mlp")
+    return out
+
+
+class _CBlock(ctypes.Structure):
+    _fields_ = [
+        ("norm", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("router_kind", ctypes.c_int32),
+        ("experts", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+        ("router", CWeight),
+        ("gate", CWeight),
+        ("up", CWeight),
+        ("down", CWeight),
+        ("table", ctypes.c_void_p),
+        ("shared", ctypes.c_int32),
+        ("shared_gate", CWeight),
+        ("shared_up", CWeight),
+        ("shared_down", CWeight),
+        ("shared_router", CWeight),
+    ]
+
+
+class _CRouting(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("normed", "logits", "chosen", "weights")]
+
+
+@dataclass(frozen=True)
+class MoeResult:
+    """What one call of a MoE block found: router logits f32 ``[T, E]``, chosen int32 ``[T, k]`` (best first),
+    weights f32 ``[T, k]``, the normed input f32 ``[T, H]``, and the output f32 ``[T, H]``, which is None if a
+    chosen expert is not resident."""
+
+    out: Tensor | None
+    logits: Tensor
+    chosen: Tensor
+    weights: Tensor
+    normed: Tensor
+
+
+class MoeBlock:
+    """Router, shared expert and routed experts of one layer.
+
+    ``router`` is a plain weight ``[E, H]``. ``router_kind``: ``sigmoid_input`` (Llama 4: sigmoid of the logit
+    scales the expert's input), ``softmax`` (over all experts, weighs outputs) or ``softmax_normalized`` (over
+    the chosen). ``shared`` runs on every token, weighed by sigmoid(``shared_router``) if given. With ``norm``
+    (RMSNorm weight ``[H]``) the block computes x + moe(norm(x)), else moe(x).
+
+    ``table`` int64 ``[E, 6]`` holds the addresses of the resident experts, zeros for the others;
+    ``set_expert`` and ``clear_expert`` fill it and hold on to the weights.
+    """
+
+    def __init__(
+        self,
+        router: Weight,
+        top_k: int,
+        router_kind: RouterKind,
+        shared: GatedMlp | None = None,
+        shared_router: Weight | None = None,
+        norm: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> None:
+        if router.kind not in ("bf16", "f32"):
+            raise SchemeError(f"a router in {router.kind}: expected bf16 or f32")
+        if not 1 <= top_k <= router.out_features:
+            raise SchemeError(
+                f"top_k {top_k} of {router.out_features} experts: expected 1 to {router.out_features}"
+            )
+        self.router, self.top_k, self.router_kind = router, top_k, router_kind
+        self.shared, self.shared_router = shared, shared_router
+        self.norm = None if norm is None else norm.float().contiguous()
+        self.table = torch.zeros(router.out_features, _POINTERS, dtype=torch.int64)
+        self._resident: dict[int, GatedMlp] = {}
+        self._layout: tuple[tuple[str, int, int, int], ...] | None = None
+        hidden = router.in_features
+        if any(h != hidden for h in self._hidden_sizes()):
+            raise SchemeError(f"router, norm and shared expert disagree about the hidden size {hidden}")
+        block = _CBlock(eps=eps, router_kind=_ROUTERS[router_kind], experts=router.out_features, top_k=top_k)
+        block.norm = None if self.norm is None else self.norm.data_ptr()
+        block.router, block.table = router.native, self.table.data_ptr()
+        if shared is not None:
+            block.shared = 1
+            block.shared_gate, block.shared_up = shared.gate_proj.native, shared.up_proj.native
+            block.shared_down = shared.down_proj.native
+            if shared_router is not None:
+                block.shared_router = shared_router.native
+        self._block = block
+
+    def _hidden_sizes(self) -> list[int]:
+        sizes = [] if self.norm is None else [self.norm.numel()]
+        sizes += [] if self.shared is None else [self.shared.gate_proj.in_features]
+        return sizes + ([] if self.shared_router is None else [self.shared_router.in_features])
+
+    def set_expert(self, expert: int, weights: GatedMlp) -> None:
+        """Make ``expert`` resident. Raises SchemeError if it is stored unlike the experts before it."""
+        if self._layout is None:
+            if weights.gate_proj.in_features != self.router.in_features:
+                raise SchemeError(
+                    f"an expert of hidden size {weights.gate_proj.in_features}, not the router's"
+                )
+            self._layout = weights.layout
+            self._block.gate, self._block.up = weights.gate_proj.native, weights.up_proj.native
+            self._block.down = weights.down_proj.native
+        if weights.layout != self._layout:
+            raise SchemeError(
+                f"expert {expert} is stored as {weights.layout}: expected {self._layout} as the others"
+            )
+        self._resident[expert] = weights
+        self.table[expert] = torch.tensor(weights.pointers, dtype=torch.int64)
+
+    def clear_expert(self, expert: int) -> None:
+        """Forget ``expert``: from now on a token that needs it finds it missing."""
+        self.table[expert] = 0
+        self._resident.pop(expert, None)
+
+    def run(self, x: Tensor, *, exact: bool = False, route_only: bool = False) -> MoeResult:
+        """Route x ``[T, H]``, and compute the block unless ``route_only`` or a chosen expert is missing."""
+        hidden, experts = self.router.in_features, self.router.out_features
+        x = float_rows(x, hidden, "x")
+        tokens = x.shape[0]
+        normed, logits = torch.empty(tokens, hidden), torch.empty(tokens, experts)
+        chosen = torch.empty(tokens, self.top_k, dtype=torch.int32)
+        weights = torch.empty(tokens, self.top_k)
+        out = None if route_only else torch.empty(tokens, hidden)
+        routing = _CRouting(*(t.data_ptr() for t in (normed, logits, chosen, weights)))
+        complete = ctypes.c_int32(0)
+        status = library().cs_moe(
+            ctypes.byref(self._block), address(x), ctypes.c_int64(x.stride(0)), ctypes.c_int64(tokens),
+            None if out is None else address(out), ctypes.c_int64(hidden), ctypes.byref(routing), int(exact),
+            ctypes.byref(complete),
+        )  # fmt: skip
+        check(status, "MoE block")
+        return MoeResult(out if complete.value else None, logits, chosen, weights, normed)
+
+    def shared_job(self, result: MoeResult) -> list[Job]:
+        """The shared expert's job for ``mlp``, if there is one, on ``result.normed``."""
+        if self.shared is None:
+            return []
+        if self.shared_router is None:
+            return [Job(self.shared)]
+        from quant.kernels.native import linear
+
+        return [Job(self.shared, out_weight=linear(result.normed, self.shared_router).sigmoid())]
+
+    def routed_jobs(self, result: MoeResult, experts: Mapping[int, GatedMlp]) -> list[Job]:
+        """Jobs of ``experts`` for ``mlp`` on ``result.normed``, each with the tokens that chose it."""
+        jobs = []
+        for expert, weights in experts.items():
+            tokens, rank = (result.chosen == expert).nonzero(as_tuple=True)
+            factor = result.weights[tokens, rank]
+            if self.router_kind == "sigmoid_input":
+                jobs.append(Job(weights, tokens, in_scale=factor))
+            else:
+                jobs.append(Job(weights, tokens, out_weight=factor))
+        return jobs
