@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
     """A checkpoint after a few steps on a small corpus; about ten seconds on two cores."""
     out = tmp_path_factory.mktemp("trained") / "model"
     options = ["--steps", str(STEPS), "--corpus-mb", "0.7", "--batch", "8", "--length", "64"]
-    subprocess.run([sys.executable, demo_model / "train.py", out, *options], check=True, capture_output=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # so little work that more threads only wait
+    command = [sys.executable, demo_model / "train.py", out, *options]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     return out
 
 
