@@ -29,7 +29,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers import PreTrainedTokenizerFast as Tokenization
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
@@ -101,6 +101,13 @@ class SparseMoe(nn.Module):
             parts.append((up * F.silu(gate)) @ self.experts.down_proj[expert])
         routed = torch.empty_like(x).index_copy(0, order, torch.cat(parts))
         return self.shared_expert(x) + routed, router_logits
+
+
+def sparse(model: Llama4ForCausalLM) -> Llama4ForCausalLM:
+    """The model with every MoE block replaced by a SparseMoe over the same parameters."""
+    for layer in model.model.layers:
+        layer.feed_forward = SparseMoe(layer.feed_forward)
+    return model
 
 
 def sources(megabytes: float) -> Iterator[tuple[str, str]]:
@@ -316,20 +323,18 @@ def main(arguments: list[str]) -> None:
         f"{len(modules)} modules, {len(text):,} tokens; {len(asked)} chats, {len(chats):,} tokens", flush=True
     )
 
-    model = Llama4ForCausalLM(config())
-    for layer in model.model.layers:
-        layer.feed_forward = SparseMoe(layer.feed_forward)
+    model = sparse(Llama4ForCausalLM(config()))
     started = time.monotonic()
     steps = train(model, text, chats, options.minutes, options.steps, options.batch, options.length)
     minutes = (time.monotonic() - started) / 60
 
     model.eval().to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    stock = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32)
+    saved = sparse(Llama4ForCausalLM.from_pretrained(options.out, dtype=torch.float32))
     unseen = HELD_OUT.read_text(encoding="utf-8").split(SEPARATOR)
     result = Training(
-        held_out_text_loss=loss_on(stock, stream(tokenizer, [f"{BEGIN}{text}{END}" for text in unseen])),
-        held_out_chat_loss=loss_on(stock, stream(tokenizer, [as_chat(pair) for pair in kept_back])),
+        held_out_text_loss=loss_on(saved, stream(tokenizer, [f"{BEGIN}{text}{END}" for text in unseen])),
+        held_out_chat_loss=loss_on(saved, stream(tokenizer, [as_chat(pair) for pair in kept_back])),
         steps=steps,
         tokens=steps * options.batch * options.length,
         minutes=round(minutes, 1),
