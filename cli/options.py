@@ -1,7 +1,7 @@
 """The options that commands share, written once, and the decorator that gives a command all of a run's."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -59,7 +59,9 @@ Exact = Annotated[
 PageCache = Annotated[
     bool, typer.Option("--page-cache", help="Read experts through the page cache instead of direct I/O.")
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (all physical cores).")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads (all physical cores).")
+]
 Policy = Annotated[
     str | None,
     typer.Option("--policy", metavar="NAME", help="Which experts to keep: the name of a cache policy."),
@@ -68,46 +70,55 @@ PromptChunk = Annotated[
     int | None, typer.Option("--prompt-chunk", min=1, metavar="TOKENS", help="Prompt tokens run at once.")
 ]
 
-_RUN: dict[str, tuple[Any, Any]] = {
-    "vram": (Vram, None),
-    "ram": (Ram, None),
-    "context": (Context, None),
-    "kv": (Kv, None),
-    "recipe": (Recipe, None),
-    "routing": (Routing, None),
-    "policy": (Policy, None),
-    "device": (Device, None),
-    "threads": (Threads, None),
-    "prompt_chunk": (PromptChunk, None),
-    "exact": (Exact, False),
-    "page_cache": (PageCache, False),
-}
 
+def expands(
+    name: str, options: Mapping[str, tuple[Any, Any]], make: Callable[..., Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that gives a command ``options`` (name → annotation, default) in place of parameter ``name``.
 
-def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give ``command`` every option of a run in place of its parameter ``run: RunOptions``.
-
-    What the user leaves out comes from the recipe, and what that leaves out from RunOptions' own defaults.
+    The command is called with what ``make`` makes of their values.
     """
 
-    @wraps(command)
-    def expanded(**arguments: Any) -> None:
-        asked = {name: arguments.pop(name) for name in _RUN}
-        command(run=run_options(**asked), **arguments)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def expanded(**arguments: Any) -> None:
+            asked = {option: arguments.pop(option) for option in options}
+            command(**{name: make(**asked)}, **arguments)
 
-    own = inspect.signature(command).parameters.values()
-    shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, (annotation, default) in _RUN.items()
-    ]
-    kept = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own if parameter.name != "run"
-    ]
-    expanded.__signature__ = inspect.Signature([*kept, *shared])  # type: ignore[attr-defined]
-    return expanded
+        own = inspect.signature(command).parameters.values()
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        kept = [parameter.replace(kind=keyword) for parameter in own if parameter.name != name]
+        added = [
+            inspect.Parameter(option, keyword, default=default, annotation=annotation)
+            for option, (annotation, default) in options.items()
+        ]
+        expanded.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
+        return expanded
+
+    return decorate
 
 
 def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
     """RunOptions of what was asked on the command line, over what ``recipe`` says. Raises RecipeError."""
     given = {name: value for name, value in asked.items() if value is not None and value is not False}
     return RunOptions(**given)
+
+
+takes_run_options = expands(
+    "run",
+    {
+        "vram": (Vram, None),
+        "ram": (Ram, None),
+        "context": (Context, None),
+        "kv": (Kv, None),
+        "recipe": (Recipe, None),
+        "routing": (Routing, None),
+        "policy": (Policy, None),
+        "device": (Device, None),
+        "threads": (Threads, None),
+        "prompt_chunk": (PromptChunk, None),
+        "exact": (Exact, False),
+        "page_cache": (PageCache, False),
+    },
+    run_options,
+)

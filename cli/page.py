@@ -116,7 +116,7 @@ def _tier(report: RunReport, tier: str, scale: int) -> str:
     total = sum(count for _, count in parts)
     rows = "".join(
         f'<tr><th scope="row"><span class="swatch {tier}" style="--part:{plots.shade(index)}%"></span>'
-        f'{escape(words.role_name(role))}</th><td class="number">{size(count)}</td>'
+        f'{escape(words.sentence(words.role_name(role)))}</th><td class="number">{size(count)}</td>'
         f'<td class="number">{percent(count / total)}</td></tr>'
         for index, (role, count) in enumerate(parts)
         if count
@@ -170,7 +170,7 @@ def _measure(name: str, said: str, tracks: str) -> str:
 
 
 def _none(text: str) -> str:
-    return f'<p class="quiet">{text[0].upper()}{text[1:]}.</p>'
+    return f'<p class="quiet">{words.sentence(text)}.</p>'
 
 
 def _predicted(name: str, predicted: float | None, measured: float | None) -> str:

@@ -23,7 +23,8 @@ def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
     middles = [statistics.median(group) for group in groups]
     median, floor = statistics.median(times), report.decode.floor_ms_per_token
     top = 1.15 * min(times_top(times), max(*times, floor or 0))
-    band = plots.bars([group[0] for group in groups], [group[-1] for group in groups], top)
+    grouped = len(times) > len(groups)
+    band = plots.bars([group[0] for group in groups], [group[-1] for group in groups], top) if grouped else ""
     drawing = f'<g class="plain"><path class="range" d="{band}"/>'
     drawing += f'<path class="line" d="{plots.line(middles, top)}"/></g>' + plots.level(median, top, "rule")
     tags = plots.tag(median, top, f"median {number(median)} ms")

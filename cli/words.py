@@ -6,17 +6,18 @@ from quant.sizes import format_size
 
 TIER_NAMES: dict[Tier, str] = {"vram": "VRAM", "ram": "RAM", "disk": "Disk"}
 _ROLES = {
-    "experts": "Routed experts",
-    "shared_expert": "Shared experts",
-    "dense_mlp": "Dense MLPs",
-    "attention": "Attention",
+    "experts": "routed experts",
+    "shared_expert": "shared experts",
+    "dense_mlp": "dense MLPs",
+    "attention": "attention",
     "lm_head": "LM head",
-    "embeddings": "Embeddings",
-    "router": "Routers",
-    "norm": "Norms",
-    "vision": "Vision tower",
+    "embeddings": "embeddings",
+    "router": "routers",
+    "norm": "norms",
+    "vision": "vision tower",
     "kv": "KV cache",
     "kv_cache": "KV cache",
+    "process": "Python and its libraries",
 }
 _LIMITS = {
     "ram": "RAM bandwidth",
@@ -28,7 +29,12 @@ _LIMITS = {
 
 def role_name(role: str) -> str:
     """A ledger's or a checkpoint's role as a reader calls it."""
-    return _ROLES.get(role) or role.replace("_", " ").capitalize()
+    return _ROLES.get(role) or role.replace("_", " ")
+
+
+def sentence(text: str) -> str:
+    """``text`` with its first letter capital."""
+    return text[:1].upper() + text[1:]
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -1,5 +1,5 @@
 """Run reports of invented runs, in the sizes that real ones have: Scout's 48 layers of 16 experts, Maverick's
-24 of 128, thousands of tokens. The records are made by arithmetic from a seed; the report is computed from them."""
+24 of 128, thousands of tokens. The records are made by arithmetic from a seed, the report from them."""
 
 import random
 

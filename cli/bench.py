@@ -1,0 +1,62 @@
+"""``coldstream bench``: prefill and decode measured apart, beside the floor that memory and disk set."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.console import Console
+from cli.options import Json, Model, Report, takes_run_options
+from offload.records import RunOptions
+
+PromptTokens = Annotated[
+    int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Tokens of each prompt.")
+]
+Tokens = Annotated[
+    int, typer.Option("--tokens", min=1, metavar="N", help="Tokens decoded after each prompt.")
+]
+Repeat = Annotated[
+    int, typer.Option("--repeat", min=1, metavar="N", help="Measured repetitions, after one warm-up.")
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        "--text", metavar="FILE", help="Text the prompts are cut from (Python source, if left out)."
+    ),
+]
+
+
+@takes_run_options
+def bench(
+    model: Model,
+    run: RunOptions,
+    prompt_tokens: PromptTokens = 512,
+    tokens: Tokens = 64,
+    repeat: Repeat = 3,
+    text: Text = None,
+    report: Report = None,
+    json: Json = False,
+) -> None:
+    """Measure MODEL: prefill and decode apart, after a warm-up, as medians with their spread.
+
+    Bandwidths are measured in the same run. The floor is the time to read a token's bytes at those: no token
+    can be faster.
+    """
+    from cli.run import check_page, finish, open_session
+    from cli.texts import read_text, sample_text
+    from offload.account import account
+    from offload.benchmark import Benchmark
+
+    console = Console(json=json)
+    check_page(report)
+    plan = Benchmark(prompt_tokens, tokens, repeat)
+    source = read_text(text) if text else sample_text()
+    run = replace(run, context=max(run.context, plan.context))
+    with open_session(model, run, console) as session:
+        runs = plan.run(session, source, console.step)
+        measured = account(session, runs, command="bench", median=True)
+        console.say()
+        finish(
+            measured, console, report, {"prompt_tokens": prompt_tokens, "tokens": tokens, "repeat": repeat}
+        )

@@ -1,0 +1,44 @@
+"""What generate, chat and bench do alike: open the model, and end with the report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.console import Console
+from offload.records import RunOptions
+
+if TYPE_CHECKING:  # these import torch
+    from offload.report import RunReport
+    from offload.session import Session
+
+
+def open_session(model: str, run: RunOptions, console: Console) -> "Session":
+    """The session of ``model``, a directory or Hub id, its notes said. Raises ColdstreamError."""
+    from offload.session import Session
+    from quant.hub import resolve_model
+
+    session = Session.open(resolve_model(model), run, progress=console.step)
+    console.step(f"loaded in {session.load_seconds:.1f} s, {session.kernel}")
+    console.notes(session.notes)
+    return session
+
+
+def finish(
+    report: "RunReport", console: Console, page: Path | None, extra: dict[str, Any] | None = None
+) -> None:
+    """Say the report, write its page if one was asked for, and print it as JSON under ``--json``."""
+    from cli.page import write_page
+    from cli.summary import summary
+
+    console.say(summary(report))
+    if page is not None:
+        write_page(report, page)
+        console.step(f"report page written to {page}")
+    console.result({**(extra or {}), **report.to_json()})
+
+
+def check_page(page: Path | None) -> None:
+    """Raise OutputError now, not after the run, if the folder of the report page is not there."""
+    from quant.errors import OutputError
+
+    if page is not None and not page.resolve().parent.is_dir():
+        raise OutputError(f"--report {page}: found no directory {page.resolve().parent}; make it first")

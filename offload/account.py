@@ -1,0 +1,145 @@
+"""From a session and its records to a RunReport: what ledger, system and caches say."""
+
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from offload.ledger import peak_resident_bytes, resident_bytes
+from offload.records import Tier
+from offload.report import Environment, ExpertMap, Memory, Prediction, RunReport, Subject
+from offload.session import Session
+from offload.speed import Bandwidth, Run
+from quant.checkpoint import Checkpoint
+from quant.kernels import native
+
+_PACKAGES = ("coldstream", "torch", "transformers", "bitsandbytes", "safetensors")
+
+
+def account(
+    session: Session,
+    runs: Sequence[Run],
+    *,
+    command: str,
+    bandwidth: Bandwidth | None = None,
+    warmup: int = 0,
+    median: bool = False,
+) -> RunReport:
+    """The report of ``runs`` in ``session``.
+
+    ``bandwidth`` is what was probed for this run, by default what the session's machine was probed at. See
+    RunReport.of for ``warmup`` and ``median``.
+    """
+    shape = session.shape
+    return RunReport.of(
+        runs,
+        subject=Subject(
+            command=command,
+            started=time.strftime("%Y-%m-%d %H:%M"),
+            model=session.checkpoint.path.resolve().name,
+            model_id=session.routing.model_id,
+            family=shape.family.name,
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            context=session.options.context,
+            load_seconds=session.load_seconds,
+        ),
+        environment=environment_of(session),
+        bandwidth=bandwidth or bandwidth_of(session),
+        memory=memory_of(session),
+        plan=prediction_of(session),
+        expert_map=expert_map_of(session),
+        notes=session.notes,
+        warmup=warmup,
+        median=median,
+    )
+
+
+def environment_of(session: Session) -> Environment:
+    """Processor, GPU, kernel and versions of this process."""
+    gpu = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else None
+    return Environment(
+        cpu=cpu_name(),
+        gpu=gpu,
+        threads=session.options.threads or native.threads(),
+        kernel=session.kernel,
+        platform=f"{platform.system()} {platform.release()} {platform.machine()}",
+        versions={"python": platform.python_version(), **_versions()},
+    )
+
+
+def memory_of(session: Session) -> Memory:
+    """The ledger's roles, the Python process before the model among them, beside the system's count."""
+    entries = session.ledger.snapshot()
+    ram = {"process": session.ledger.baseline_rss, **entries["ram"]}
+    resident = resident_bytes()
+    peak_vram = torch.cuda.max_memory_reserved(session.device) if session.device.type == "cuda" else 0
+    return Memory(
+        vram=entries["vram"],
+        ram=ram,
+        disk=disk_bytes_by_role(session.checkpoint),
+        rss_bytes=resident,
+        peak_rss_bytes=peak_resident_bytes(),
+        peak_vram_bytes=peak_vram,
+        unaccounted_bytes=resident - sum(ram.values()),
+    )
+
+
+def disk_bytes_by_role(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of the checkpoint's tensors on disk by role: all of them, whatever else holds a copy."""
+    total: Counter[str] = Counter()
+    for key, name in checkpoint.names.items():
+        total[name.role] += checkpoint.entries[key].nbytes
+    return dict(total)
+
+
+def expert_map_of(session: Session) -> ExpertMap:
+    """Use of every expert so far, and where it is now."""
+    tiers = session.expert_tiers()
+    disk: Tier = "disk"
+    layers, experts = session.shape.moe_layers, range(session.shape.num_experts)
+    return ExpertMap(
+        moe_layers=tuple(layers),
+        counts=tuple(tuple(int(count) for count in row) for row in session.routing.counts),
+        tiers=tuple(tuple(tiers.get((layer, expert), disk) for expert in experts) for layer in layers),
+    )
+
+
+def prediction_of(session: Session) -> Prediction:
+    """What the session's plan said."""
+    plan = session.plan
+    if plan is None:
+        return Prediction(None, None, "")
+    return Prediction(plan.predicted_tokens_per_s, plan.predicted_prefill_tokens_per_s, plan.limited_by)
+
+
+def bandwidth_of(session: Session) -> Bandwidth:
+    """What the session's machine was probed at."""
+    machine = session.machine
+    if machine is None:
+        return Bandwidth()
+    return Bandwidth(machine.ram_gb_s, machine.disk_gb_s, machine.pcie_gb_s, machine.vram_gb_s)
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux gives it, or its architecture where it gives none."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        if name in sys.modules or name == "coldstream":
+            try:
+                found[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                found[name] = "not installed"
+    return found
