@@ -86,6 +86,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) install -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+# Not after .installed: the native module would be built twice.
+$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) install -c constraints.txt -e '.[test]'
-	@touch $@
+	@touch $(VENV)/.installed $@
