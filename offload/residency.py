@@ -40,6 +40,16 @@ class Counters:
     used_bytes: dict[Tier, int] = field(default_factory=lambda: {"vram": 0, "ram": 0, "disk": 0})
 
 
+class Listener(Protocol):
+    """Is told what a host slot holds, so that it can address resident experts without asking."""
+
+    def landed(self, key: Key, weights: ExpertWeights) -> None:
+        """``key``'s bytes are all there; ``weights`` stay valid until it is evicted."""
+
+    def evicted(self, key: Key) -> None:
+        """``key``'s slot is about to be overwritten."""
+
+
 class SlotTable:
     """Which key holds which slot of one tier."""
 
@@ -83,6 +93,7 @@ class ExpertCache:
         self._tickets: dict[Key, Any] = {}
         self._draining: dict[int, Any] = {}
         self._views: dict[tuple[Tier, int, Layout], ExpertWeights] = {}
+        self.listener: Listener | None = None
         self.pinned = frozenset(pinned)
         self._pin(pinned)
 
@@ -90,6 +101,11 @@ class ExpertCache:
         """The counts since the last call."""
         counters, self.counters = self.counters, Counters()
         return counters
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert has a slot of its own."""
+        return self.arena.slots + len(self.pinned) >= len(self.store.keys())
 
     def tier_of(self, key: Key) -> Tier:
         """Where ``key`` is now; an expert still on its way counts as on disk."""
@@ -100,16 +116,31 @@ class ExpertCache:
         pending = self._pending.get(key)
         return "ram" if pending is None or pending.done.is_set() else "disk"
 
+    def count(self, layer: int, experts: Sequence[int]) -> dict[Key, Tier]:
+        """Count a request for each of ``experts`` and say where each is."""
+        tiers = {(layer, expert): self.tier_of((layer, expert)) for expert in experts}
+        for tier in tiers.values():
+            self.counters.by_tier[tier] += 1
+        return tiers
+
+    def use(self, keys: Iterable[Key]) -> None:
+        """``keys`` were computed from host slots by whoever the listener told of them."""
+        for key in keys:
+            self.counters.used_bytes["ram"] += self.store.record(*key).nbytes
+            self.host_policy.touch(key)
+
+    def reap(self) -> None:
+        """Take note of reads that have finished. Raises CheckpointError if one failed."""
+        for key in [key for key, request in self._pending.items() if request.done.is_set()]:
+            self._land(key)
+
     def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """Yield each of ``experts`` with its weights, residents first, the others as their bytes arrive.
 
         A yielded weight is valid until the next one is asked for. Raises CheckpointError if the disk fails.
         """
-        keys = [(layer, expert) for expert in experts]
-        tiers = {key: self.tier_of(key) for key in keys}
-        for key, tier in tiers.items():
-            self.counters.by_tier[tier] += 1
-        ordered = sorted(keys, key=lambda key: {"vram": 0, "ram": 1, "disk": 2}[tiers[key]])
+        tiers = self.count(layer, experts)
+        ordered = sorted(tiers, key=lambda key: {"vram": 0, "ram": 1, "disk": 2}[tiers[key]])
         window = self._window()
         locked: set[Key] = set()
         waiting = ordered[:]
@@ -122,15 +153,20 @@ class ExpertCache:
             self.host_policy.touch(key)
             self.device_policy.touch(key)
 
-    def prefetch(self, layer: int, experts: Iterable[int], protected: set[Key], priority: Priority) -> None:
-        """Begin fetching ``experts`` if a slot can be had without evicting ``protected``."""
-        for expert in experts:
-            key = (layer, expert)
+    def demand(self, keys: Sequence[Key]) -> None:
+        """Begin reading those of ``keys`` that are on disk, as many as may be in flight at once."""
+        for key in keys[: self._window()]:
+            self._request(key, Priority.DEMAND, set(keys))
+
+    def prefetch(self, keys: Sequence[Key], protected: set[Key]) -> None:
+        """Begin reading ``keys``, expected soon, if slots can be had that hold neither them nor ``protected``."""
+        protected = protected | set(keys)
+        for key in keys:
             if key in self.host or key in self.device:
                 continue
-            if not self.host.free and len(self.host.slot_of) <= len(protected) + len(self._busy()):
+            if not self.host.free and len(protected | self._busy()) >= len(self.host.slot_of):
                 return
-            self._request(key, priority, protected | {key})
+            self._request(key, Priority.PREFETCH, protected)
 
     def fill(self) -> None:
         """Begin reading experts into every free host slot, in disk order, behind whatever is demanded."""
@@ -166,6 +202,8 @@ class ExpertCache:
                 evicted = self._reclaim(busy - locked)
             self._pending.pop(evicted, None)
             self.host.release(evicted)
+            if self.listener is not None:
+                self.listener.evicted(evicted)
             ticket = self._tickets.get(evicted)
             if ticket is not None:  # its copy to the device may still be reading the slot
                 self.transfer.done(ticket)
@@ -223,6 +261,8 @@ class ExpertCache:
             self._pending.pop(key)
             raise
         self._pending.pop(key)
+        if self.listener is not None:
+            self.listener.landed(key, self._view("ram", self.host.slot_of[key], key))
 
     def _upload(self, key: Key, locked: set[Key]) -> None:
         """Copy ``key`` from its host slot to a device slot."""

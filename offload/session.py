@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from offload.block import install, is_native
 from offload.experts import ExpertRunner
 from offload.generate import Generator
 from offload.kv import KVCache, Storage
@@ -90,6 +91,8 @@ class Session:
         runner = ExpertRunner(self.experts, self.routing, self.compute, self.shape.family.scales_input)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.model = load_model(checkpoint, runner, self.compute, dtype, device)
+        if self.compute.native and self._experts_are_native():
+            install(self.model, self.experts, self.routing, self.compute.exact)
         self.tokenizer = load_tokenizer(checkpoint.path)
         storage: Storage = "plain" if options.exact else options.kv
         cache = KVCache(self.shape, options.context, storage)
@@ -133,6 +136,11 @@ class Session:
         self.ledger.add("vram", "experts", self.placement.vram_slots * self.store.slot_bytes)
         self.ledger.add("disk", "experts", self.store.nbytes)
         return cache
+
+    def _experts_are_native(self) -> bool:
+        """Whether experts and shared experts are stored as the native block can read them."""
+        record = self.store.record(*self.store.keys()[0])
+        return self.placement.vram_slots == 0 and is_native(record.view(torch.empty(record.slot_bytes, dtype=torch.uint8)))
 
     def _count(self) -> int:
         """Enter the dense weights in the ledger; returns the bytes of them that every forward pass reads."""
