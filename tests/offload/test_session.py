@@ -40,7 +40,7 @@ def quantized(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 
 
 def _session(path: Path, placement: Placement, **options: object) -> Session:
-    run = RunOptions(context=400, **{"exact": True, **options})  # type: ignore[arg-type]
+    run = RunOptions(**{"context": 400, "exact": True, **options})  # type: ignore[arg-type]
     return Session(Checkpoint.open(path), run, placement, torch.device("cpu"))
 
 
