@@ -226,10 +226,7 @@ def _check_free(checkpoint: Checkpoint, conversion: Conversion, staging: Staging
     taken = (
         sum(file.stat().st_blocks * 512 for file in staging.model.glob("*")) if staging.model.is_dir() else 0
     )
-    folder = staging.folder
-    while not folder.exists():
-        folder = folder.parent
-    check_free(folder, needed - taken)
+    check_free(staging.nearest, needed - taken)
 
 
 def _write_small_files(

@@ -27,6 +27,22 @@ class Staging:
         """Whether the destination already holds something."""
         return self.destination.is_dir() and any(self.destination.iterdir())
 
+    @property
+    def nearest(self) -> Path:
+        """The nearest folder above that exists: its file system will hold the destination."""
+        return next(folder for folder in [self.folder, *self.folder.parents] if folder.exists())
+
+    def check_new(self) -> None:
+        """Raise OutputError if the destination is taken or another run's partial folder is there."""
+        self._check_destination()
+        if self.folder.exists():
+            raise OutputError(f"{self.folder} is left from a run that did not finish: remove it first")
+
+    def create(self) -> None:
+        """Make the partial folder of a run that cannot be resumed."""
+        with writing(self.model):
+            self.model.mkdir(parents=True)
+
     def check(self, source: Path, resume: bool) -> None:
         """Raise OutputError if the destination is taken, or an unfinished run is not to be resumed."""
         if self.destination.resolve().is_relative_to(source.resolve()):
@@ -47,6 +63,14 @@ class Staging:
             raise OutputError(
                 f"{self.folder} has no journal, so it is no unfinished run: move it away or choose another "
                 "destination"
+            )
+
+    def _check_destination(self) -> None:
+        if self.destination.exists() and not self.destination.is_dir():
+            raise OutputError(f"{self.destination} is a file: expected a new or empty directory")
+        if self.is_finished:
+            raise OutputError(
+                f"{self.destination} is not empty: choose another destination or remove it first"
             )
 
     def _entries(self) -> list[str]:

@@ -88,12 +88,12 @@ class OutputFiles:
                 count = os.pwrite(self._descriptors[name], data, offset)
                 data, offset = data[count:], offset + count
 
-    def sync(self) -> None:
-        """Wait until all that was written is on disk. Raises OutputError."""
-        for name in sorted(self._dirty):
+    def sync(self, only: str | None = None) -> None:
+        """Wait until what was written, to all files or to one, is on disk. Raises OutputError."""
+        for name in sorted(self._dirty) if only is None else [only]:
             with writing(self.folder / name):
                 os.fdatasync(self._descriptors[name])
-        self._dirty.clear()
+            self._dirty.discard(name)
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
