@@ -40,8 +40,8 @@ check: test lint types wheel-smoke
 # dependencies through a .pth line, which does not follow the editable install in there: coldstream itself
 # comes from the wheel alone.
 wheel-smoke: $(VENV)/.installed-test
-	rm -rf $(SMOKE)
-	$(BIN)/python -m build --outdir $(SMOKE)/dist .
+	rm -rf $(SMOKE) && mkdir $(SMOKE)
+	$(BIN)/python -m build --outdir $(SMOKE)/dist . >$(SMOKE)/log 2>&1 || { cat $(SMOKE)/log; exit 1; }
 	$(BIN)/python -m venv --without-pip $(SMOKE)/venv
 	$(BIN)/python -m pip --python $(SMOKE)/venv/bin/python --disable-pip-version-check install -q \
 		--no-index --no-deps $(SMOKE)/dist/*.whl
