@@ -129,7 +129,7 @@ class Session:
         transfer: Transfer = CudaTransfer(self.device) if self.device.type == "cuda" else HostTransfer()
         counts = None if self.seed_routing is None else dict(zip(self.store.keys(), self.seed_routing.counts.ravel().tolist(), strict=True))
         cache = ExpertCache(
-            self.store, self.reader, transfer, lambda: make_policy(self.options.policy or "default", seed_counts=counts),
+            self.store, self.reader, transfer, lambda: make_policy(self.options.policy, seed_counts=counts),
             ram_slots=self.placement.ram_slots, vram_slots=self.placement.vram_slots, pinned=self.placement.pinned,
         )  # fmt: skip
         self.ledger.add("ram", "experts", cache.arena.nbytes)
