@@ -1,0 +1,170 @@
+"""Machine: capacities and measured bandwidths of the machine at hand, or those assumed of another one.
+
+Everything a plan predicts rests on these figures, so they are measured, with the access patterns of the run itself,
+and kept per machine and disk: measuring takes seconds, and a run should start at once.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from offload import host
+from offload.disk import disk_rate
+from offload.gpus import Gpu, measure_gpu
+
+VERSION = 1
+_READ_BYTES = 512 * 2**20
+_GEMM = (256, 2048, 4096)  # tokens, out and in features: a prompt chunk against one projection
+_GEMM_RUNS = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan may count on. Sizes in bytes, bandwidths in GB/s of 10^9 bytes, ``int8_gops`` in 10^9 int8
+    operations per second of the CPU's prefill kernel (a multiply-add is two).
+
+    ``ram_available_bytes`` is what this process could take now, limits of its control group included. ``measured`` is
+    false for a machine that was described, not probed. ``notes`` are what has to be said about the measurement.
+    """
+
+    name: str
+    cpu: str
+    cores: int
+    isa: str
+    ram_bytes: int
+    ram_available_bytes: int
+    ram_gb_s: float
+    disk_gb_s: float
+    int8_gops: float
+    gpu: Gpu | None = None
+    measured: bool = True
+    notes: tuple[str, ...] = ()
+
+    @property
+    def pcie_gb_s(self) -> float | None:
+        """Host to device, the direction that experts travel."""
+        return self.gpu.h2d_gb_s if self.gpu else None
+
+    @property
+    def vram_gb_s(self) -> float | None:
+        """Read bandwidth of the GPU's memory."""
+        return self.gpu.vram_gb_s if self.gpu else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain data, with ``pcie_gb_s`` and ``vram_gb_s`` at top level."""
+        return {
+            "version": VERSION,
+            **dataclasses.asdict(self),
+            "notes": list(self.notes),
+            "pcie_gb_s": self.pcie_gb_s,
+            "vram_gb_s": self.vram_gb_s,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Machine":
+        """The machine that ``to_json`` wrote. Raises ValueError, KeyError or TypeError if it is anything else."""
+        if data["version"] != VERSION:
+            raise ValueError(f"version {data['version']}")
+        values = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        gpu = None if values["gpu"] is None else Gpu(**values["gpu"])
+        machine = cls(**{**values, "gpu": gpu, "notes": tuple(values["notes"])})
+        if not all(rate > 0 for rate in (machine.ram_gb_s, machine.disk_gb_s, machine.int8_gops)):
+            raise ValueError("a rate that is not positive")
+        return machine
+
+
+def probe(directory: Path | None = None, *, refresh: bool = False) -> Machine:
+    """This machine, and the disk on which ``directory`` (by default the temporary one) lies.
+
+    Measured in under three seconds the first time and kept in ``$XDG_CACHE_HOME/coldstream``; ``refresh`` measures
+    again. Raises MachineError if the disk cannot be read or the native kernels are missing.
+    """
+    directory = directory if directory is not None and directory.is_dir() else Path(tempfile.gettempdir())
+    ram, available = host.memory()
+    kept = _cache_file(directory)
+    known = None if refresh else _read(kept)
+    machine = known or _measure(directory, ram, available)
+    if known is None:
+        _write(kept, machine)
+    return replace(machine, ram_bytes=ram, ram_available_bytes=available)
+
+
+def _measure(directory: Path, ram: int, available: int) -> Machine:
+    from quant.kernels import native
+
+    disk = disk_rate(directory)
+    nbytes = max(64 * 2**20, min(_READ_BYTES, available // 4))
+    gpu = measure_gpu()
+    notes = disk.notes
+    if gpu is None and host.gpu_driver():
+        notes += (
+            f"torch sees no GPU, but the driver has {host.gpu_driver()}: install a CUDA build of torch to use it",
+        )
+    return Machine(
+        name=host.cpu_name() + (f" + {gpu.name}" if gpu else ""),
+        cpu=host.cpu_name(),
+        cores=native.threads(),
+        isa=native.isa(),
+        ram_bytes=ram,
+        ram_available_bytes=available,
+        ram_gb_s=max(native.read_bandwidth(nbytes, 0.2) for _ in range(2)),
+        disk_gb_s=disk.gb_s,
+        int8_gops=_gemm_rate(),
+        gpu=gpu,
+        notes=notes,
+    )
+
+
+def _gemm_rate() -> float:
+    """Best 10^9 operations per second of the int4 × int8 matrix product that prefill spends its time in."""
+    import time
+
+    import torch
+
+    from quant.kernels import native
+
+    tokens, rows, columns = _GEMM
+    packed = torch.randint(-(2**31), 2**31 - 1, (rows, columns // 8), dtype=torch.int32)
+    weight = native.Weight.from_tensors(
+        "int4", packed, torch.full((rows, columns // 128), 0.01, dtype=torch.bfloat16)
+    )
+    x = torch.randn(tokens, columns)
+    out = torch.empty(tokens, rows)
+    best = 0.0
+    for _ in range(_GEMM_RUNS):
+        started = time.perf_counter()
+        native.linear(x, weight, out=out)
+        best = max(best, 2 * tokens * rows * columns / (time.perf_counter() - started) / 1e9)
+    return best
+
+
+def _cache_file(directory: Path) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    isa = os.environ.get("COLDSTREAM_ISA", "")
+    key = [host.cpu_name(), host.physical_cores(), isa, directory.stat().st_dev, host.gpu_driver()]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    return Path(base) / "coldstream" / f"machine-{digest}.json"
+
+
+def _read(file: Path) -> Machine | None:
+    """What was measured before; None if it was not, or cannot be read any more."""
+    try:
+        return Machine.from_json(json.loads(file.read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(file: Path, machine: Machine) -> None:
+    """Keep ``machine``, whole or not at all; a home that cannot be written only means measuring again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(machine.to_json()))
+        os.replace(partial, file)
+    except OSError:
+        return

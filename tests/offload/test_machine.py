@@ -1,0 +1,90 @@
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from offload import host
+from offload.disk import disk_rate
+from offload.gpus import Gpu
+from offload.machine import Machine, probe
+
+GPU = Gpu("Some GPU", 24 * 2**30, 1008.0, 25.0, 26.0)
+MACHINE = Machine(
+    "box", "Some CPU", 8, "avx512", 64 * 2**30, 60 * 2**30, 70.0, 6.0, 2000.0, GPU, False, ("a note",)
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "coldstream"
+
+
+def test_machine_survives_json() -> None:
+    document = json.loads(json.dumps(MACHINE.to_json()))
+    assert Machine.from_json(document) == MACHINE
+    assert document["pcie_gb_s"] == 25.0 and document["vram_gb_s"] == 1008.0
+
+
+def test_probe_measures_once_and_then_answers_at_once(tmp_path: Path, cache: Path) -> None:
+    first = probe(tmp_path)
+    assert first.measured and first.ram_gb_s > 0.5 and first.disk_gb_s > 0.01 and first.int8_gops > 1
+    started = time.perf_counter()
+    again = probe(tmp_path)
+    assert time.perf_counter() - started < 0.2
+    same = {"ram_available_bytes": first.ram_available_bytes}
+    assert dataclasses.replace(again, **same) == first
+    assert [file.suffix for file in cache.iterdir()] == [".json"]
+    assert not list(tmp_path.glob(".coldstream-probe-*"))
+    written = next(cache.iterdir())
+    written.write_text('{"version": 1, "cpu": "torn')
+    assert probe(tmp_path).ram_gb_s > 0.5
+    assert json.loads(written.read_text())["cpu"] == first.cpu
+
+
+def test_unreadable_or_foreign_measurements_are_not_believed() -> None:
+    good = MACHINE.to_json()
+    for bad in (
+        {**good, "version": 99},
+        {**good, "disk_gb_s": 0},
+        {key: good[key] for key in ("version", "cpu")},
+    ):
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            Machine.from_json(bad)
+
+
+def test_importing_the_machine_does_not_import_torch() -> None:
+    code = "import sys, offload.machine; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_large_file_of_the_directory_is_measured_in_place(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as stream:
+        stream.truncate(256 * 2**20)
+    before = file.stat()
+    assert disk_rate(tmp_path).gb_s > 0.01
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["model.safetensors"]
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_available_memory_never_exceeds_the_control_group(tmp_path: Path) -> None:
+    proc, mounted = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self/cgroup").write_text("0::/user/app\n")
+    group = mounted / "user/app"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("8589934592\n")
+    (group / "memory.current").write_text("3221225472\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 1073741824\n")
+    (mounted / "user/memory.max").write_text("max\n")
+    assert host._group_limits(proc, mounted) == [(8589934592, 2147483648)]
+
+
+def test_memory_is_what_the_kernel_says_or_less() -> None:
+    total, available = host.memory()
+    assert 0 < available <= total
