@@ -34,7 +34,8 @@ class DiskRate:
 
 
 def disk_rate(directory: Path) -> DiskRate:
-    """Measure the filesystem of ``directory`` on its largest file if that has 256 MiB, else on a temporary one.
+    """Measure the filesystem of ``directory`` on its largest file if that has 256 MiB, else on a temporary
+    one.
 
     Reads different bytes for about a second; the median of three windows counts. Raises MachineError if the
     directory can be neither read nor written.
@@ -44,9 +45,7 @@ def disk_rate(directory: Path) -> DiskRate:
         return _measure(file)
     notes: tuple[str, ...] = ()
     if not os.access(directory, os.W_OK):
-        notes = (
-            f"{directory} has no large file and cannot be written: the disk was measured where {tempfile.gettempdir()} is",
-        )
+        notes = (f"{directory} cannot be written: the disk was measured where {tempfile.gettempdir()} is",)
         directory = Path(tempfile.gettempdir())
     try:
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".coldstream-probe-") as made:
@@ -68,7 +67,9 @@ def _largest(directory: Path) -> Path | None:
 
 
 def _write(descriptor: int) -> None:
-    """Fill a file with bytes that do not compress, as many as a slow disk takes in the time, and drop its pages."""
+    """Fill a file with bytes that do not compress, as many as a slow disk takes in the time, and drop its
+    pages.
+    """
     block = os.urandom(PIECE)
     started = time.perf_counter()
     for done in range(0, _WRITTEN, PIECE):

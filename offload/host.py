@@ -1,4 +1,5 @@
-"""What the operating system says of this machine without measuring anything: processor, cores, memory, GPU driver.
+"""What the operating system says of this machine without measuring anything: processor, cores, memory, GPU
+driver.
 
 Read from /proc and /sys, so that asking costs microseconds and imports nothing heavy.
 """
@@ -38,7 +39,9 @@ def memory() -> tuple[int, int]:
 
 
 def gpu_driver() -> str:
-    """A text that changes when the GPUs do, empty without any; asks the driver, not CUDA, which is slow to start."""
+    """A text that changes when the GPUs do, empty without any; asks the driver, not CUDA, which is slow to
+    start.
+    """
     found = [
         line.partition(":")[2].strip()
         for card in sorted(_PROC.glob("driver/nvidia/gpus/*/information"))

@@ -1,7 +1,7 @@
 """Machine: capacities and measured bandwidths of the machine at hand, or those assumed of another one.
 
-Everything a plan predicts rests on these figures, so they are measured, with the access patterns of the run itself,
-and kept per machine and disk: measuring takes seconds, and a run should start at once.
+Everything a plan predicts rests on these figures, so they are measured, with the access patterns of the run
+itself, and kept per machine and disk: measuring takes seconds, and a run should start at once.
 """
 
 import dataclasses
@@ -28,8 +28,9 @@ class Machine:
     """What a plan may count on. Sizes in bytes, bandwidths in GB/s of 10^9 bytes, ``int8_gops`` in 10^9 int8
     operations per second of the CPU's prefill kernel (a multiply-add is two).
 
-    ``ram_available_bytes`` is what this process could take now, limits of its control group included. ``measured`` is
-    false for a machine that was described, not probed. ``notes`` are what has to be said about the measurement.
+    ``ram_available_bytes`` is what this process could take now, limits of its control group included.
+    ``measured`` is false for a machine that was described, not probed. ``notes`` are what has to be said
+    about the measurement.
     """
 
     name: str
@@ -67,7 +68,9 @@ class Machine:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Machine":
-        """The machine that ``to_json`` wrote. Raises ValueError, KeyError or TypeError if it is anything else."""
+        """The machine that ``to_json`` wrote. Raises ValueError, KeyError or TypeError if it is anything
+        else.
+        """
         if data["version"] != VERSION:
             raise ValueError(f"version {data['version']}")
         values = {field.name: data[field.name] for field in dataclasses.fields(cls)}
@@ -81,8 +84,8 @@ class Machine:
 def probe(directory: Path | None = None, *, refresh: bool = False) -> Machine:
     """This machine, and the disk on which ``directory`` (by default the temporary one) lies.
 
-    Measured in under three seconds the first time and kept in ``$XDG_CACHE_HOME/coldstream``; ``refresh`` measures
-    again. Raises MachineError if the disk cannot be read or the native kernels are missing.
+    Measured in under three seconds the first time and kept in ``$XDG_CACHE_HOME/coldstream``; ``refresh``
+    measures again. Raises MachineError if the disk cannot be read or the native kernels are missing.
     """
     directory = directory if directory is not None and directory.is_dir() else Path(tempfile.gettempdir())
     ram, available = host.memory()
@@ -103,7 +106,7 @@ def _measure(directory: Path, ram: int, available: int) -> Machine:
     notes = disk.notes
     if gpu is None and host.gpu_driver():
         notes += (
-            f"torch sees no GPU, but the driver has {host.gpu_driver()}: install a CUDA build of torch to use it",
+            f"torch sees no GPU, the driver {host.gpu_driver()}: install a CUDA build of torch to use it",
         )
     return Machine(
         name=host.cpu_name() + (f" + {gpu.name}" if gpu else ""),
