@@ -87,6 +87,23 @@ static void dense_tile(const float (*panel)[kPanelRows], const float* x, int64_t
   }
 }
 
+template <int kTokens>
+INLINE void dense_rest(const float (*panel)[kPanelRows], const float* x, int64_t ldx, int64_t columns, bool first,
+                       int count, int tokens, float* y, int64_t ldy) {
+  if constexpr (kTokens > 0) {
+    if (tokens == kTokens) dense_tile<kTokens>(panel, x, ldx, columns, first, count, y, ldy);
+    else dense_rest<kTokens - 1>(panel, x, ldx, columns, first, count, tokens, y, ldy);
+  }
+}
+
+// y[t][i] (+)= sum over k of x[t][k] * panel[k][i], for i < count.
+static void dense_tiles(const float (*panel)[kPanelRows], const float* x, int64_t ldx, int64_t columns, bool first,
+                        int count, int tokens, float* y, int64_t ldy) {
+  for (; tokens >= kTileTokens; tokens -= kTileTokens, x += kTileTokens * ldx, y += kTileTokens * ldy)
+    dense_tile<kTileTokens>(panel, x, ldx, columns, first, count, y, ldy);
+  dense_rest<kTileTokens - 1>(panel, x, ldx, columns, first, count, tokens, y, ldy);
+}
+
 // Many tokens: a panel of rows transposed, so that a lane is an out feature.
 static void dense_panel(const Weight& w, int64_t row, int count, const float* x, int64_t ldx, int tokens, float* y,
                         int64_t ldy) {
@@ -107,11 +124,7 @@ static void dense_panel(const Weight& w, int64_t row, int count, const float* x,
         for (int i = 0; i < kLanes; ++i) store(panel[k + i] + v * kLanes, m[i]);
       }
     }
-    int t = 0;
-    for (; t + kTileTokens <= tokens; t += kTileTokens)
-      dense_tile<kTileTokens>(panel, x + t * ldx + first, ldx, columns, !first, count, y + t * ldy, ldy);
-    for (; t < tokens; ++t)
-      dense_tile<1>(panel, x + t * ldx + first, ldx, columns, !first, count, y + t * ldy, ldy);
+    dense_tiles(panel, x + first, ldx, columns, !first, count, tokens, y, ldy);
   }
 }
 

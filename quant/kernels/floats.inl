@@ -2,7 +2,7 @@
 
 // e^x to 2e-7 relative: x = n ln 2 + r, a polynomial in r (Cephes), 2^n put into the exponent.
 INLINE vf exponential(vf x) {
-  x = smaller(larger(x, splat(-87.3f)), splat(88.3f));
+  x = larger(splat(-87.3f), smaller(splat(88.3f), x));  // in this order a NaN stays one
   const vi n = rounded(x * 1.44269504088896341f);
   const vf whole = to_float(n);
   const vf r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;

@@ -3,7 +3,7 @@
 // A vector of packed bytes holds whole groups or lies within one. Its integer dot products are scaled lane by
 // lane; the offset of the stored values (q + 8, q + 128) is taken out at the end of the row through `fix`.
 
-constexpr int64_t kAhead = 4096;  // bytes of prefetch distance
+constexpr int64_t kAhead = 8192;  // bytes of prefetch distance: measured best from 1 to 16 KiB
 
 // Scales of the kGroups groups in one vector, each in the lanes that hold its products.
 template <int kGroups>

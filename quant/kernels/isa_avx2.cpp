@@ -28,6 +28,7 @@ INLINE vi dot8(vi acc, vb weight, vb x) {
 #include "gemm.inl"
 #include "dense.inl"
 #include "floats.inl"
+#include "attend.inl"
 #include "table.inl"
 }  // namespace coldstream::avx2
 TARGET_END

@@ -52,6 +52,7 @@ INLINE void transpose(vi (&m)[kLanes]) {
 #include "gemm.inl"
 #include "dense.inl"
 #include "floats.inl"
+#include "attend.inl"
 #include "table.inl"
 }  // namespace coldstream::avx512
 TARGET_END

@@ -22,6 +22,7 @@ INLINE vi dot8(vi acc, vb weight, vb x) { return dot4(acc, weight ^ 0x80, x); }
 #include "gemm.inl"
 #include "dense.inl"
 #include "floats.inl"
+#include "attend.inl"
 #include "table.inl"
 }  // namespace coldstream::portable
 

@@ -54,6 +54,30 @@ struct Activations {
   int64_t q_stride, g_stride;
 };
 
+enum CacheStorage : int32_t { kCacheF32 = 0, kCacheBf16 = 1, kCacheInt8 = 2 };
+
+// One layer's keys and values, [kv_heads, capacity, head_dim]; row 0 is the token at `first_position`.
+struct KvCache {
+  void *keys, *values;
+  float *key_scale, *value_scale;  // int8 only: [kv_heads, capacity]
+  int64_t head_stride;             // elements from one head to the next: capacity * head_dim
+  int64_t capacity, first_position;
+  int32_t storage;
+};
+
+constexpr int kAttendRows = 48;  // query rows of one task: enough to make transposing the keys cheap
+
+// Query rows of one KV head against the cached keys [first, last); a row sees only [from, to). Leaves the
+// unnormalized output, the largest score and the sum of weights, so that several runs of keys can be merged.
+struct AttendTask {
+  const KvCache* cache;
+  const float* q;  // [rows, head_dim], scaled
+  const int64_t *from, *to;
+  int64_t kv_head, head_dim, first, last;
+  int rows;
+  float *out, *top, *total;  // [rows, head_dim], [rows], [rows]
+};
+
 constexpr int kGemvTokens = 4;  // more are cheaper through a panel
 
 struct Kernels {
@@ -76,6 +100,7 @@ struct Kernels {
   void (*silu_multiply)(float* gate, const float* up, int64_t count, float scale);
   void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* y);
   void (*add_scaled)(float* y, const float* x, int64_t count, float factor);
+  void (*attend)(const AttendTask&);
   uint64_t (*checksum)(const char* bytes, int64_t count);  // count is a multiple of 1024
 };
 

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from quant.errors import MachineError
+from quant.kernels.attention import Attention, AttentionShape, KvBuffers
 from quant.kernels.library import check, choose_isa, library, usable_isas
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, MoeResult, mlp
 from quant.kernels.rows import address, float_rows, output_rows
 from quant.kernels.weight import Weight
 
 __all__ = [
+    "Attention",
+    "AttentionShape",
     "GatedMlp",
     "Job",
+    "KvBuffers",
     "MoeBlock",
     "MoeResult",
     "Weight",

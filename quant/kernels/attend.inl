@@ -1,0 +1,96 @@
+// Softmax attention of a few query rows over a run of cached keys, in blocks: scores, running maximum, weighted
+// values (the online softmax). Both products are the dense tile: keys transposed so that a lane is a key, values
+// as they lie so that a lane is a channel.
+
+constexpr int kKeyBlock = 128;
+
+static void widen_cached(const KvCache& cache, bool values, int64_t head, int64_t row, int64_t width, float* to) {
+  const int64_t element = head * cache.head_stride + row * width;
+  const void* from = values ? cache.values : cache.keys;
+  if (cache.storage == kCacheF32) {
+    __builtin_memcpy(to, static_cast<const float*>(from) + element, size_t(width) * 4);
+  } else if (cache.storage == kCacheBf16) {
+    widen_run(from, kSourceBf16, element, int(width), to);
+  } else {
+    const float scale = (values ? cache.value_scale : cache.key_scale)[head * (cache.head_stride / width) + row];
+    const int8_t* bytes = static_cast<const int8_t*>(from) + element;
+    for (int64_t i = 0; i < width; ++i) to[i] = float(bytes[i]) * scale;
+  }
+}
+
+// scores[r][key] for keys [first, first + count) of the cache.
+static void score_block(const AttendTask& a, int64_t first, int count, float* scores, float (*panel)[kPanelRows]) {
+  const int64_t width = a.head_dim, padded = round_up(width, kLanes);
+  alignas(64) float rows[kLanes][256];
+  for (int start = 0; start < count; start += kPanelRows) {
+    for (int v = 0; v < kVectors; ++v) {
+      for (int i = 0; i < kLanes; ++i) {
+        const int key = start + v * kLanes + i;
+        if (key < count) widen_cached(*a.cache, false, a.kv_head, first + key, width, rows[i]);
+        else __builtin_memset(rows[i], 0, size_t(width) * 4);
+        for (int64_t d = width; d < padded; ++d) rows[i][d] = 0.0f;
+      }
+      for (int64_t d = 0; d < width; d += kLanes) {
+        vi m[kLanes];
+        for (int i = 0; i < kLanes; ++i) m[i] = load<vi>(rows[i] + d);
+        transpose(m);
+        for (int i = 0; i < kLanes; ++i) store(panel[d + i] + v * kLanes, m[i]);
+      }
+    }
+    const int here = count - start < kPanelRows ? count - start : kPanelRows;
+    dense_tiles(panel, a.q, width, width, true, here, a.rows, scores + start, kKeyBlock);
+  }
+}
+
+// Scores of one row to weights; the row's output so far is scaled to the new maximum.
+static void weigh_row(const AttendTask& a, int r, int64_t first, int count, float* scores) {
+  const int64_t from = a.from[r] - first, to = a.to[r] - first;
+  const int low = int(from < 0 ? 0 : from < count ? from : count), high = int(to < 0 ? 0 : to < count ? to : count);
+  if (low >= high) {
+    __builtin_memset(scores, 0, size_t(count) * 4);
+    return;
+  }
+  float top = a.top[r];
+  for (int i = low; i < high; ++i) top = scores[i] > top ? scores[i] : top;
+  for (int i = 0; i < low; ++i) scores[i] = -__builtin_inff();
+  for (int i = high; i < kKeyBlock; ++i) scores[i] = -__builtin_inff();
+  vf total{};
+  for (int i = 0; i < kKeyBlock; i += kLanes) {
+    const vf score = load<vf>(scores + i);
+    // The polynomial stops at e^-87: what lies outside the row's keys must be zero itself.
+    vf weight = score == -__builtin_inff() ? vf{} : exponential(score - top);
+    total += weight;
+    store(scores + i, weight);
+  }
+  const float shrink = a.top[r] == -__builtin_inff() ? 0.0f : exponential(splat(a.top[r] - top))[0];
+  if (shrink != 1.0f)
+    for (int64_t d = 0; d < a.head_dim; ++d) a.out[r * a.head_dim + d] *= shrink;
+  a.total[r] = a.total[r] * shrink + sum(total);
+  a.top[r] = top;
+}
+
+static void attend(const AttendTask& a) {
+  alignas(64) float scores[kAttendRows][kKeyBlock];
+  alignas(64) float panel[256][kPanelRows];
+  alignas(64) float values[kKeyBlock][256];
+  const int64_t width = a.head_dim;
+  for (int r = 0; r < a.rows; ++r) {
+    a.top[r] = -__builtin_inff();
+    a.total[r] = 0.0f;
+  }
+  __builtin_memset(a.out, 0, size_t(a.rows * width) * 4);
+  if (width % kPanelRows) __builtin_memset(values, 0, sizeof values);
+  for (int64_t first = a.first; first < a.last; first += kKeyBlock) {
+    const int count = int(a.last - first < kKeyBlock ? a.last - first : kKeyBlock);
+    score_block(a, first, count, scores[0], panel);
+    for (int r = 0; r < a.rows; ++r) weigh_row(a, r, first, count, scores[r]);
+    for (int key = 0; key < count; ++key) widen_cached(*a.cache, true, a.kv_head, first + key, width, values[key]);
+    float(*part)[kPanelRows] = panel;
+    for (int64_t d = 0; d < width; d += kPanelRows) {
+      const int here = int(width - d < kPanelRows ? width - d : kPanelRows);
+      for (int key = 0; key < count; ++key)
+        for (int v = 0; v < kPanelRows; v += kLanes) store(part[key] + v, load<vf>(values[key] + d + v));
+      dense_tiles(part, scores[0], kKeyBlock, count, false, here, a.rows, a.out + d, width);
+    }
+  }
+}

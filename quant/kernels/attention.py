@@ -1,0 +1,235 @@
+"""A whole attention block in one native call: norm, projections, RoPE, KV cache, softmax, output, residual.
+
+Legend: T tokens, H hidden, h query heads, g KV heads, d head_dim.
+
+Families differ in a handful of switches, all of ``AttentionShape``. Positions count from the start of the
+sequence; the caller owns the KV buffers and says which position their first row holds.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quant.errors import SchemeError
+from quant.kernels.library import check, library
+from quant.kernels.rows import address, float_rows, output_rows
+from quant.kernels.weight import CWeight, Weight
+
+Rope = Literal["none", "interleaved", "halves"]
+QkNorm = Literal["none", "per_head", "full_width"]
+_ROPES: dict[Rope, int] = {"none": 0, "interleaved": 1, "halves": 2}
+_QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "full_width": 2}
+_STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one layer's attention computes.
+
+    ``rope`` rotates pairs of neighbours (``interleaved``, Llama 4) or of halves (most others), or nothing
+    (NoPE layers). ``qk_norm`` is an RMSNorm of q and k before RoPE, ``l2_norm`` the weightless one per head
+    after it (Llama 4), both with ``qk_eps``. ``temperature_floor`` and ``temperature_scale`` scale q on NoPE
+    layers by log1p(floor((position + 1) / floor)) · scale + 1; floor 0 turns that off. ``chunk`` and
+    ``window`` limit what a token sees to its own chunk or the last ``window`` tokens; 0 is no limit.
+    ``scaling`` 0 is 1/√d.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope = "none"
+    qk_norm: QkNorm = "none"
+    l2_norm: bool = False
+    eps: float = 1e-5
+    qk_eps: float = 1e-5
+    scaling: float = 0.0
+    temperature_floor: float = 0.0
+    temperature_scale: float = 0.0
+    chunk: int = 0
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kv_heads < 1 or self.heads % self.kv_heads or not 1 <= self.head_dim <= MAX_HEAD_DIM:
+            raise SchemeError(
+                f"{self.heads} heads on {self.kv_heads} KV heads of {self.head_dim}: expected a multiple and "
+                f"a head_dim up to {MAX_HEAD_DIM}"
+            )
+
+
+@dataclass(frozen=True)
+class KvBuffers:
+    """Keys and values of one layer, ``[g, capacity, d]`` f32, bf16 or int8 (then with f32 scales
+    ``[g, capacity, 1]``); row 0 is the token at ``first_position``."""
+
+    keys: Tensor
+    values: Tensor
+    first_position: int = 0
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+
+class _CBlock(ctypes.Structure):
+    _fields_ = [
+        ("norm", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("heads", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("rope", ctypes.c_int32),
+        ("rope_dim", ctypes.c_int32),
+        ("qk_norm", ctypes.c_int32),
+        ("l2_norm", ctypes.c_int32),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        ("qk_eps", ctypes.c_float),
+        ("scaling", ctypes.c_float),
+        ("temperature_floor", ctypes.c_float),
+        ("temperature_scale", ctypes.c_float),
+        ("chunk", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("q", CWeight),
+        ("k", CWeight),
+        ("v", CWeight),
+        ("o", CWeight),
+        ("q_bias", ctypes.c_void_p),
+        ("k_bias", ctypes.c_void_p),
+        ("v_bias", ctypes.c_void_p),
+        ("o_bias", ctypes.c_void_p),
+    ]
+
+
+class _CCache(ctypes.Structure):
+    _fields_ = [
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("key_scale", ctypes.c_void_p),
+        ("value_scale", ctypes.c_void_p),
+        ("head_stride", ctypes.c_int64),
+        ("capacity", ctypes.c_int64),
+        ("first_position", ctypes.c_int64),
+        ("storage", ctypes.c_int32),
+    ]
+
+
+class Attention:
+    """One layer's attention block on weights that lie anywhere.
+
+    With ``norm`` (RMSNorm weight ``[H]``) it computes x + attention(norm(x)), else attention(x). ``q_norm``
+    and ``k_norm`` are ``[d]`` (per head) or full width; ``biases`` f32 of q, k, v and o, each optional.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        q_proj: Weight,
+        k_proj: Weight,
+        v_proj: Weight,
+        o_proj: Weight,
+        norm: Tensor | None = None,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None),
+    ) -> None:
+        self.shape, self.weights = shape, (q_proj, k_proj, v_proj, o_proj)
+        self.hidden = q_proj.in_features
+        q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        found = tuple((w.out_features, w.in_features) for w in self.weights)
+        expected = (
+            (q_width, self.hidden),
+            (kv_width, self.hidden),
+            (kv_width, self.hidden),
+            (self.hidden, q_width),
+        )
+        if found != expected:
+            raise SchemeError(f"projections are {found}: expected {expected}")
+        norms = {
+            "none": (0, 0),
+            "per_head": (shape.head_dim, shape.head_dim),
+            "full_width": (q_width, kv_width),
+        }
+        wanted = (self.hidden, *norms[shape.qk_norm], q_width, kv_width, kv_width, self.hidden)
+        vectors = [None if v is None else v.float().contiguous() for v in (norm, q_norm, k_norm, *biases)]
+        if any(v is not None and v.numel() != size for v, size in zip(vectors, wanted, strict=True)):
+            raise SchemeError(f"norms or biases do not fit: expected sizes {wanted}")
+        if shape.qk_norm != "none" and (vectors[1] is None or vectors[2] is None):
+            raise SchemeError("a q and k norm without weights: expected q_norm and k_norm")
+        self._vectors = vectors
+        pointers = [None if v is None else v.data_ptr() for v in vectors]
+        self._block = _CBlock(
+            pointers[0], shape.eps, shape.heads, shape.kv_heads, shape.head_dim, _ROPES[shape.rope], 0,
+            _QK_NORMS[shape.qk_norm], shape.l2_norm, pointers[1], pointers[2], shape.qk_eps,
+            shape.scaling or shape.head_dim**-0.5, shape.temperature_floor, shape.temperature_scale,
+            shape.chunk, shape.window, *(w.native for w in self.weights), *pointers[3:],
+        )  # fmt: skip
+
+    def run(
+        self,
+        x: Tensor,
+        position: int,
+        cache: KvBuffers,
+        cosine: Tensor | None = None,
+        sine: Tensor | None = None,
+        *,
+        exact: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x ``[T, H]`` at positions ``position`` … → f32 ``[T, H]``; appends T rows to the KV buffers.
+
+        ``cosine`` and ``sine`` f32 ``[T, r/2]`` are RoPE's factors for these positions; the first r channels
+        of a head are rotated. Raises SchemeError if the buffers have no room or something does not fit.
+        """
+        x = float_rows(x, self.hidden, "x")
+        tokens = x.shape[0]
+        out = torch.empty(tokens, self.hidden) if out is None else output_rows(out, tokens, self.hidden)
+        rotary = 0
+        if self.shape.rope != "none":
+            if cosine is None or sine is None or cosine.shape != sine.shape or cosine.shape[0] != tokens:
+                raise SchemeError(f"RoPE of {tokens} tokens needs cosine and sine [{tokens}, r/2]")
+            cosine, sine = cosine.float().contiguous(), sine.float().contiguous()
+            rotary = 2 * cosine.shape[1]
+            if rotary > self.shape.head_dim:
+                raise SchemeError(f"RoPE rotates {rotary} of {self.shape.head_dim} channels")
+        self._block.rope_dim = rotary
+        angles = (
+            (address(cosine), address(sine))
+            if cosine is not None and sine is not None and rotary
+            else (None, None)
+        )
+        native = self._cache(cache, position, tokens)
+        status = library().cs_attention(
+            ctypes.byref(self._block), address(x), ctypes.c_int64(x.stride(0)), ctypes.c_int64(tokens),
+            ctypes.c_int64(position), *angles, ctypes.byref(native), address(out),
+            ctypes.c_int64(out.stride(0)), int(exact),
+        )  # fmt: skip
+        check(status, "attention")
+        return out
+
+    def _cache(self, cache: KvBuffers, position: int, tokens: int) -> _CCache:
+        keys, values, shape = cache.keys, cache.values, self.shape
+        first, capacity = cache.first_position, keys.shape[1]
+        if keys.shape != values.shape or keys.shape[0] != shape.kv_heads or keys.shape[2] != shape.head_dim:
+            raise SchemeError(
+                f"KV buffers {tuple(keys.shape)}: expected [{shape.kv_heads}, …, {shape.head_dim}]"
+            )
+        if not first <= position <= first + capacity - tokens:
+            raise SchemeError(
+                f"tokens {position} to {position + tokens - 1} have no place in KV buffers for {first} to "
+                f"{first + capacity - 1}"
+            )
+        scales = [cache.key_scale, cache.value_scale]
+        if keys.dtype != values.dtype or keys.dtype not in _STORAGES:
+            raise SchemeError(f"KV buffers in {keys.dtype} and {values.dtype}: expected f32, bf16 or int8")
+        if keys.dtype == torch.int8 and any(
+            s is None or s.numel() != keys.shape[0] * capacity for s in scales
+        ):
+            raise SchemeError("int8 KV buffers need f32 scales, one per head and row")
+        if any(t is not None and not t.is_contiguous() for t in (keys, values, *scales)):
+            raise SchemeError("KV buffers must be contiguous")
+        return _CCache(
+            keys.data_ptr(), values.data_ptr(), *(None if s is None else s.data_ptr() for s in scales),
+            capacity * shape.head_dim, capacity, first, _STORAGES[keys.dtype],
+        )  # fmt: skip

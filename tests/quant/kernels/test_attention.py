@@ -1,0 +1,242 @@
+"""The fused attention block equals transformers' attention, step by step and in one prompt."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import Llama4TextConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers.models.llama4.modeling_llama4 import Llama4TextAttention, Llama4TextRotaryEmbedding
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRotaryEmbedding
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeAttention
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
+
+from quant.errors import SchemeError
+from quant.kernels import native
+from quant.kernels.attention import Attention, AttentionShape, KvBuffers
+from quant.kernels.native import Weight
+from quant.pack import dequantize, quantize
+from quant.scheme import Scheme
+
+H, HEADS, KV, D = 128, 4, 2, 32
+EPS = 1e-5
+
+
+def randomize(module: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+            else:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+
+
+def int4(linear: Any) -> Weight:
+    """A Linear's weight in int4; the Linear is left with what that dequantizes to."""
+    stored = quantize(linear.weight.detach(), Scheme("int4", 64))
+    with torch.no_grad():
+        linear.weight.copy_(dequantize(stored))
+    return Weight.from_tensors("int4", stored.packed, stored.scale)
+
+
+def plain(linear: Any) -> Weight:
+    return Weight.from_tensors("f32", linear.weight.detach())
+
+
+def block_of(stock: Any, shape: AttentionShape, norm: torch.Tensor, kind: Any = plain) -> Attention:
+    projections = [stock.q_proj, stock.k_proj, stock.v_proj, stock.o_proj]
+    biases = tuple(None if p.bias is None else p.bias.detach() for p in projections)
+    norms = [
+        getattr(stock, name).weight.detach() if shape.qk_norm != "none" else None
+        for name in ("q_norm", "k_norm")
+    ]
+    return Attention(shape, *(kind(p) for p in projections), norm, *norms, biases)  # type: ignore[call-arg]
+
+
+def mask(tokens: int, chunk: int = 0, window: int = 0) -> torch.Tensor:
+    i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+    allowed = j <= i
+    if chunk:
+        allowed &= i // chunk == j // chunk
+    if window:
+        allowed &= i - j < window
+    return torch.zeros(tokens, tokens).masked_fill(~allowed, float("-inf"))[None, None]
+
+
+def angles(position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """cosine and sine [T, r/2] from either form that transformers uses."""
+    if isinstance(position_embeddings, tuple):
+        cosine, sine = position_embeddings
+        half = cosine.shape[-1] // 2
+        return cosine[0, :, :half], sine[0, :, :half]
+    return position_embeddings[0].real, position_embeddings[0].imag
+
+
+def check_block(
+    stock: Any, block: Attention, norm: torch.Tensor, positions: Any, x: torch.Tensor, keep: torch.Tensor,
+    storage: torch.dtype = torch.float32, tolerance: float = 1e-4, exact: bool = True,
+) -> None:  # fmt: skip
+    """A prompt of 11 tokens, one of 5, then one token at a time: all rows equal the stock attention's."""
+    tokens = x.shape[0]
+    with torch.no_grad():
+        normed = torch.nn.functional.rms_norm(x, (H,), norm, EPS)
+        expected = x + stock(normed[None], position_embeddings=positions, attention_mask=keep)[0][0]
+    cosine, sine = angles(positions)
+    buffers = [torch.zeros(KV, tokens + 3, D, dtype=storage) for _ in range(2)]
+    scales = [torch.zeros(KV, tokens + 3, 1) for _ in range(2)] if storage is torch.int8 else [None, None]
+    cache = KvBuffers(buffers[0], buffers[1], 0, *scales)
+    start = 0
+    while start < tokens:
+        end = min(tokens, start + (11 if start == 0 else 5 if start == 11 else 1))
+        out = block.run(x[start:end], start, cache, cosine[start:end], sine[start:end], exact=exact)
+        difference = (out - expected[start:end]).abs().max()
+        assert difference < tolerance * (1 + expected.abs().max()), (start, difference)
+        start = end
+
+
+LLAMA4: dict[str, Any] = {
+    "hidden_size": H,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+    "head_dim": D,
+    "rms_norm_eps": EPS,
+    "num_hidden_layers": 2,
+    "no_rope_layers": [1, 0],
+    "floor_scale": 8,
+    "attn_scale": 0.1,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+
+
+def llama4(layer: int, use_qk_norm: bool = True, chunk: int = 0) -> tuple[Any, AttentionShape, Any]:
+    config = Llama4TextConfig(**LLAMA4, use_qk_norm=use_qk_norm, attn_temperature_tuning=True)
+    stock = Llama4TextAttention(config, layer).eval()
+    randomize(stock)
+    roped = layer == 0
+    shape = AttentionShape(
+        HEADS, KV, D, "interleaved" if roped else "none", l2_norm=use_qk_norm and roped, eps=EPS, qk_eps=EPS,
+        temperature_floor=0.0 if roped else 8.0, temperature_scale=0.1, chunk=chunk,
+    )  # fmt: skip
+    return stock, shape, Llama4TextRotaryEmbedding(config)
+
+
+def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(tokens, H, generator=generator), torch.rand(H, generator=generator) + 0.5
+
+
+@pytest.mark.parametrize(("layer", "chunk"), [(0, 0), (0, 8), (1, 0)])
+def test_llama4_attention_with_rope_without_and_in_chunks(isa: str, layer: int, chunk: int) -> None:
+    stock, shape, rotary = llama4(layer, chunk=chunk)
+    x, norm = inputs(23)
+    positions = rotary(x, torch.arange(23)[None])
+    check_block(stock, block_of(stock, shape, norm), norm, positions, x, mask(23, chunk))
+
+
+def test_llama4_without_qk_norm() -> None:
+    stock, shape, rotary = llama4(0, use_qk_norm=False)
+    x, norm = inputs(20)
+    check_block(stock, block_of(stock, shape, norm), norm, rotary(x, torch.arange(20)[None]), x, mask(20))
+
+
+def halves(attention: Any, config: Any, **switches: Any) -> tuple[Any, AttentionShape, Any]:
+    config._attn_implementation = "eager"
+    stock = attention(config, 0).eval()
+    randomize(stock)
+    return (
+        stock,
+        AttentionShape(HEADS, KV, D, "halves", eps=EPS, qk_eps=EPS, **switches),
+        MixtralRotaryEmbedding(config),
+    )
+
+
+COMMON: dict[str, Any] = {
+    "hidden_size": H,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+    "head_dim": D,
+    "rms_norm_eps": EPS,
+}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "mixtral-window", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_other_families(isa: str, family: str) -> None:
+    window = 6 if family == "mixtral-window" else 0
+    if family.startswith("mixtral"):
+        parts = halves(
+            MixtralAttention, MixtralConfig(**COMMON, sliding_window=window or None), window=window
+        )
+    elif family == "qwen2_moe":
+        parts = halves(Qwen2MoeAttention, Qwen2MoeConfig(**COMMON, qkv_bias=True))
+    elif family == "qwen3_moe":
+        parts = halves(Qwen3MoeAttention, Qwen3MoeConfig(**COMMON), qk_norm="per_head")
+    else:
+        parts = halves(OlmoeAttention, OlmoeConfig(**COMMON), qk_norm="full_width")
+    stock, shape, rotary = parts
+    x, norm = inputs(20)
+    positions = rotary(x, torch.arange(20)[None])
+    check_block(stock, block_of(stock, shape, norm), norm, positions, x, mask(20, window=window))
+
+
+def test_packed_projections_and_rounded_activations(isa: str) -> None:
+    stock, shape, rotary = llama4(0)
+    x, norm = inputs(20)
+    block = block_of(stock, shape, norm, int4)
+    positions = rotary(x, torch.arange(20)[None])
+    check_block(stock, block, norm, positions, x, mask(20))
+    check_block(stock, block, norm, positions, x, mask(20), tolerance=0.03, exact=False)
+
+
+@pytest.mark.parametrize(("storage", "tolerance"), [(torch.bfloat16, 5e-3), (torch.int8, 1e-2)])
+def test_smaller_kv_storage_costs_its_rounding_and_no_more(
+    isa: str, storage: torch.dtype, tolerance: float
+) -> None:
+    stock, shape, rotary = llama4(0)
+    x, norm = inputs(20)
+    positions = rotary(x, torch.arange(20)[None])
+    check_block(stock, block_of(stock, shape, norm), norm, positions, x, mask(20), storage, tolerance)
+
+
+def test_long_contexts_are_cut_into_runs_and_merged(isa: str) -> None:
+    stock, shape, rotary = llama4(1)
+    x, norm = inputs(1100)
+    positions = rotary(x, torch.arange(1100)[None])
+    with torch.no_grad():
+        normed = torch.nn.functional.rms_norm(x, (H,), norm, EPS)
+        expected = x + stock(normed[None], position_embeddings=positions, attention_mask=mask(1100))[0][0]
+    block = block_of(stock, shape, norm)
+    cache = KvBuffers(torch.zeros(KV, 1100, D), torch.zeros(KV, 1100, D))
+    prompt = block.run(x[:1099], 0, cache, exact=True)
+    torch.testing.assert_close(prompt, expected[:1099], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        block.run(x[1099:], 1099, cache, exact=True), expected[1099:], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_buffers_may_begin_at_the_current_chunk(isa: str) -> None:
+    stock, shape, rotary = llama4(0, chunk=8)
+    x, norm = inputs(20)
+    cosine, sine = angles(rotary(x, torch.arange(20)[None]))
+    block = block_of(stock, shape, norm)
+    whole = KvBuffers(torch.zeros(KV, 20, D), torch.zeros(KV, 20, D))
+    expected = block.run(x, 0, whole, cosine, sine, exact=True)
+    kept = KvBuffers(torch.zeros(KV, 8, D), torch.zeros(KV, 8, D), first_position=16)
+    out = block.run(x[16:], 16, kept, cosine[16:], sine[16:], exact=True)
+    torch.testing.assert_close(out, expected[16:], rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_without_room_and_shapes_that_do_not_fit_are_refused() -> None:
+    stock, shape, _ = llama4(1)
+    x, norm = inputs(4)
+    block = block_of(stock, shape, norm)
+    with pytest.raises(SchemeError, match="have no place"):
+        block.run(x, 2, KvBuffers(torch.zeros(KV, 5, D), torch.zeros(KV, 5, D)))
+    with pytest.raises(SchemeError, match=r"expected \[2, …, 32\]"):
+        block.run(x, 0, KvBuffers(torch.zeros(KV, 5, 16), torch.zeros(KV, 5, 16)))
+    zeros = torch.zeros(KV, 5, D, dtype=torch.int8)
+    with pytest.raises(SchemeError, match="int8 KV buffers need"):
+        block.run(x, 0, KvBuffers(zeros, zeros))
+    with pytest.raises(SchemeError, match="projections are"):
+        Attention(shape, *[native.Weight.from_tensors("f32", torch.zeros(H, H))] * 4)  # type: ignore[arg-type]
