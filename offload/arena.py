@@ -1,7 +1,7 @@
 """Arena: one allocation, cut into equal page-aligned slots, one expert each.
 
-Anonymous memory mapped by ourselves is page-aligned, which direct I/O demands, is given huge pages where the system
-grants them, and counts as resident only once touched.
+Anonymous memory mapped by ourselves is page-aligned, which direct I/O demands, is given huge pages where the
+system grants them, and counts as resident only once touched.
 """
 
 import mmap
@@ -50,4 +50,4 @@ class Arena:
 
     def buffer(self, index: int) -> memoryview:
         """Slot ``index`` as a writable buffer for reads."""
-        return memoryview(self.slot(index).numpy())
+        return memoryview(self.slot(index).numpy())  # type: ignore[arg-type]

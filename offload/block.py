@@ -1,11 +1,13 @@
 """NativeMoe: one MoE block as one native call, experts addressed where they lie.
 
-The native block holds a table of addresses, one row per expert; the cache tells which rows are valid. A block whose
-experts are all resident is routed and computed in a single call. Otherwise the call returns the choice alone: the
-missing experts' reads begin, what is there is computed meanwhile, and each missing expert runs as its bytes arrive.
+The native block holds a table of addresses, one row per expert; the cache tells which rows are valid. A block
+whose experts are all resident is routed and computed in a single call. Otherwise the call returns the choice
+alone: the missing experts' reads begin, what is there is computed meanwhile, and each missing expert runs as
+its bytes arrive.
 
-While a layer waits, the next layer's experts are guessed: its router applied to the hidden state as it is now. The
-residual stream changes slowly from layer to layer, so the guess is usually right; a wrong one reads at low priority.
+While a layer waits, the next layer's experts are guessed: its router applied to the hidden state as it is
+now. The residual stream changes slowly from layer to layer, so the guess is usually right; a wrong one reads
+at low priority.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +25,12 @@ from quant.linear import QuantLinear
 
 
 class NativeMoe:
-    """x + moe(norm(x)) of one layer, x f32 ``[T, H]`` on the CPU. ``following`` is the next layer's, for guessing."""
+    """x + moe(norm(x)) of one layer, x f32 ``[T, H]`` on the CPU. ``following`` is the next layer's, for
+    guessing."""
 
-    def __init__(self, layer: int, block: MoeBlock, cache: ExpertCache, routing: RoutingStats, exact: bool) -> None:
+    def __init__(
+        self, layer: int, block: MoeBlock, cache: ExpertCache, routing: RoutingStats, exact: bool
+    ) -> None:
         self.layer, self.block, self.cache, self.routing, self.exact = layer, block, cache, routing, exact
         self.following: NativeMoe | None = None
 
@@ -128,13 +133,23 @@ def _moe_block(stock: Any, config: Any) -> MoeBlock:
     if hasattr(stock, "feed_forward"):
         block, kind = stock.feed_forward, "sigmoid_input"
         router = block.router.weight
-        shared = GatedMlp(*(_weight(getattr(block.shared_expert, name)) for name in ("gate_proj", "up_proj", "down_proj")))
+        shared = GatedMlp(
+            *(_weight(getattr(block.shared_expert, name)) for name in ("gate_proj", "up_proj", "down_proj"))
+        )
         top_k = block.top_k
     else:
         router, top_k = stock.mlp.gate.weight, stock.mlp.gate.top_k
         kind = "softmax_normalized" if getattr(stock.mlp.gate, "norm_topk_prob", True) else "softmax"
     router_kind: RouterKind = kind  # type: ignore[assignment]
-    return MoeBlock(Weight.from_tensors("f32", router.data.float()), top_k, router_kind, shared, None, norm.weight.data, eps)
+    return MoeBlock(
+        Weight.from_tensors("f32", router.data.float()),
+        top_k,
+        router_kind,
+        shared,
+        None,
+        norm.weight.data,
+        eps,
+    )
 
 
 def _weight(linear: QuantLinear) -> Weight:

@@ -1,8 +1,9 @@
-"""The modules that replace a model's MoE blocks: they route as the stock block does and ask the cache for experts.
+"""The modules that replace a model's MoE blocks: they route as the stock block does and ask the cache for
+experts.
 
-Stock Llama 4 runs every expert on every token, scaled by a score that is zero for the unselected; skipping those is
-exact. Sums over a token's experts are taken in the router's order, whatever order the experts arrived in, so the
-result does not depend on where they were.
+Stock Llama 4 runs every expert on every token, scaled by a score that is zero for the unselected; skipping
+those is exact. Sums over a token's experts are taken in the router's order, whatever order the experts
+arrived in, so the result does not depend on where they were.
 
 Legend: T tokens, H hidden, E experts, k experts per token.
 """

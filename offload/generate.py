@@ -1,7 +1,7 @@
 """Prefill and decode: token ids in, one record per step out.
 
-The KV cache outlives a call. A prompt is always the whole conversation; what the cache already holds of it is not
-run again. A step that is interrupted leaves the cache as it was before the step.
+The KV cache outlives a call. A prompt is always the whole conversation; what the cache already holds of it is
+not run again. A step that is interrupted leaves the cache as it was before the step.
 """
 
 import time
@@ -23,8 +23,8 @@ class Generator:
     """Runs one sequence through a model. ``dense_bytes`` is what every forward pass reads besides experts."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, cache: KVCache, experts: ExpertCache, *, dense_bytes: int, prompt_chunk: int,
-        eos: frozenset[int], device: torch.device,
+        self, model: Any, tokenizer: Any, cache: KVCache, experts: ExpertCache, *, dense_bytes: int,
+        prompt_chunk: int, eos: frozenset[int], device: torch.device,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.cache, self.experts = model, tokenizer, cache, experts
         self.dense_bytes, self.prompt_chunk, self.eos, self.device = dense_bytes, prompt_chunk, eos, device
@@ -32,7 +32,7 @@ class Generator:
 
     def reset(self) -> None:
         """Forget the sequence."""
-        self.cache.reset()
+        self.cache.reset()  # type: ignore[no-untyped-call]
         self.tokens = []
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[TokenRecord]:
@@ -99,14 +99,18 @@ class Generator:
         try:
             with torch.inference_mode():
                 inputs = torch.tensor([list(ids)], device=self.device)
-                logits = self.model(input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+                logits = self.model(
+                    input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+                ).logits
         except BaseException:  # KeyboardInterrupt too: some layers have seen the tokens, others not
             self.tokens = self.tokens[: self.cache.rewind(before)]
             raise
         self.tokens.extend(ids)
         return logits[0, -1]  # type: ignore[no-any-return]
 
-    def _record(self, phase: Any, token: int, text: str, tokens_in: int, started: float, finish: Finish) -> TokenRecord:
+    def _record(
+        self, phase: Any, token: int, text: str, tokens_in: int, started: float, finish: Finish
+    ) -> TokenRecord:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         counters = self.experts.take_counters()

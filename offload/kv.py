@@ -1,11 +1,11 @@
 """The KV cache: what attention may still look at, and no more.
 
-A full layer keeps every token. A chunked layer (Llama 4) attends within chunks of ``attention_chunk_size`` tokens, so
-it keeps the current chunk only: that is what makes long contexts fit. transformers' own chunked cache keeps a sliding
-window instead, and its quantized caches reject such layers.
+A full layer keeps every token. A chunked layer (Llama 4) attends within chunks of ``attention_chunk_size``
+tokens, so it keeps the current chunk only: that is what makes long contexts fit. transformers' own chunked
+cache keeps a sliding window instead, and its quantized caches reject such layers.
 
-Buffers are allocated once for the planned context; pages that no token has reached cost nothing. Values are stored as
-bf16, int8 (one f32 scale per token and head) or as they come.
+Buffers are allocated once for the planned context; pages that no token has reached cost nothing. Values are
+stored as bf16, int8 (one f32 scale per token and head) or as they come.
 
 Legend: B = 1 sequence, h KV heads, T tokens, d head_dim.
 """
@@ -59,14 +59,15 @@ class KVBuffer:
         return sum(t.nbytes for t in (self.data, self.scale) if t is not None)
 
 
-class KVLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values. ``chunk`` 0 keeps every token up to ``context``, otherwise the current chunk."""
+class KVLayer(CacheLayerMixin):
+    """One layer's keys and values. ``chunk`` 0 keeps every token up to ``context``, otherwise the current
+    chunk."""
 
     is_compileable = False
     is_croppable = True
 
     def __init__(self, context: int, chunk: int, storage: Storage) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.context, self.chunk = context, chunk
         capacity = min(chunk, context) if chunk else context
         self.key_buffer, self.value_buffer = KVBuffer(capacity, storage), KVBuffer(capacity, storage)
@@ -78,7 +79,9 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Buffers are made at the first write."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append ``[1, h, T, d]`` and return all keys and values that the new tokens may attend to.
 
         Raises BudgetError if the planned context is exceeded.
@@ -86,7 +89,9 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         tokens = key_states.shape[2]
         kept, end = self.seen - self.start, self.seen + tokens
         if end > self.context:
-            raise BudgetError(f"the KV cache is planned for {self.context:,} tokens: start again with --context {2 * end}")
+            raise BudgetError(
+                f"the KV cache is planned for {self.context:,} tokens: start again with --context {2 * end}"
+            )
         self.seen = end
         first = (end // self.chunk) * self.chunk if self.chunk else 0  # where the next token's chunk begins
         if first <= self.start:
@@ -94,8 +99,12 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
             self.value_buffer.write(value_states, kept)
             dtype = key_states.dtype
             return self.key_buffer.read(kept + tokens, dtype), self.value_buffer.read(kept + tokens, dtype)
-        # The step ends in another chunk: attend over the old one and the new tokens, keep what the next may see.
-        keys, values = self._joined(self.key_buffer, key_states, kept), self._joined(self.value_buffer, value_states, kept)
+        # The step ends in another chunk: attend over the old one and the new tokens, keep what the next may
+        # see.
+        keys, values = (
+            self._joined(self.key_buffer, key_states, kept),
+            self._joined(self.value_buffer, value_states, kept),
+        )
         keep = end - max(first, self.start)
         if keep:
             self.key_buffer.write(keys[:, :, -keep:], 0)
@@ -137,33 +146,34 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen = self.start = 0
 
 
-class KVCache(Cache):  # type: ignore[misc]
+class KVCache(Cache):
     """The KV cache of one sequence over all layers of a model."""
 
     def __init__(self, shape: ModelShape, context: int, storage: Storage) -> None:
         chunk = shape.attention_chunk_size
-        layers = [
-            KVLayer(context, chunk if layer in shape.chunked_layers else 0, storage) for layer in range(shape.num_layers)
+        self.kept = [
+            KVLayer(context, chunk if layer in shape.chunked_layers else 0, storage)
+            for layer in range(shape.num_layers)
         ]
-        super().__init__(layers=layers)
+        super().__init__(layers=list(self.kept))
         self.context = context
 
     def rewind(self, length: int) -> int:
-        """Keep the first ``length`` tokens and return how many are kept: ``length``, or 0 if a chunked layer has
-        forgotten what lies before it."""
-        if length < self.get_seq_length() and not all(length >= layer.start for layer in self.layers):
-            self.reset()
+        """Keep the first ``length`` tokens and return how many are kept: ``length``, or 0 if a chunked layer
+        has forgotten what lies before it."""
+        if length < self.get_seq_length() and not all(length >= layer.start for layer in self.kept):
+            self.reset()  # type: ignore[no-untyped-call]
             return 0
-        for layer in self.layers:
+        for layer in self.kept:
             layer.rewind(length)
         return length
 
     @property
     def read_nbytes(self) -> int:
         """Bytes that one decode step reads of what is kept."""
-        return sum(layer.kept_nbytes for layer in self.layers)
+        return sum(layer.kept_nbytes for layer in self.kept)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in self.layers)
+        return sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in self.kept)

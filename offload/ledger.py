@@ -12,7 +12,9 @@ from offload.records import TIERS, Tier
 class MemoryLedger:
     """What the run allocated, by tier and role, in bytes. Set or add as allocations come and go."""
 
-    entries: dict[Tier, dict[str, int]] = field(default_factory=lambda: {tier: defaultdict(int) for tier in TIERS})
+    entries: dict[Tier, dict[str, int]] = field(
+        default_factory=lambda: {tier: defaultdict(int) for tier in TIERS}
+    )
     baseline_rss: int = 0
 
     def add(self, tier: Tier, role: str, nbytes: int) -> None:
@@ -25,7 +27,9 @@ class MemoryLedger:
 
     def snapshot(self) -> dict[str, dict[str, int]]:
         """A plain copy: tier → role → bytes."""
-        return {tier: {role: size for role, size in roles.items() if size} for tier, roles in self.entries.items()}
+        return {
+            tier: {role: size for role, size in roles.items() if size} for tier, roles in self.entries.items()
+        }
 
 
 def resident_bytes() -> int:

@@ -1,8 +1,8 @@
 """A runnable model: transformers' architecture, our modules where the weights are.
 
-The model is built on the meta device, every Linear becomes one that keeps its stored form and every MoE block one
-that asks the expert cache; then ``from_pretrained`` loads what is left. Experts are never materialized by it. The
-seam is an ``HfQuantizer`` of our own, which transformers calls between building and loading.
+The model is built on the meta device, every Linear becomes one that keeps its stored form and every MoE block
+one that asks the expert cache; then ``from_pretrained`` loads what is left. Experts are never materialized by
+it. The seam is an ``HfQuantizer`` of our own, which transformers calls between building and loading.
 """
 
 import re
@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -29,11 +33,11 @@ _METHOD = "coldstream"
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-class SwapConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class SwapConfig(QuantizationConfigMixin):
     """Carries the swap to the quantizer that transformers makes from it."""
 
     def __init__(self, swap: Callable[[PreTrainedModel], None]) -> None:
-        self.quant_method = _METHOD
+        self.quant_method = _METHOD  # type: ignore[assignment]  # an own method has no place in their enum
         self.swap = swap
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,11 +45,13 @@ class SwapConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": _METHOD}
 
 
-class SwapQuantizer(HfQuantizer):  # type: ignore[misc]
+class SwapQuantizer(HfQuantizer):
     """Swaps modules while the model is on the meta device."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        self.quantization_config.swap(model)
+        config = self.quantization_config
+        assert isinstance(config, SwapConfig)
+        config.swap(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -67,8 +73,8 @@ def _register() -> None:
 def text_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The language model's config, with what public configs get wrong put right.
 
-    ``attn_temperature_tuning`` appears as the number 4 and ``attention_chunk_size`` as null; the first means true,
-    the second that no layer is chunked. Raises CheckpointError if transformers rejects the config.
+    ``attn_temperature_tuning`` appears as the number 4 and ``attention_chunk_size`` as null; the first means
+    true, the second that no layer is chunked. Raises CheckpointError if transformers rejects the config.
     """
     values = dict(checkpoint.config.get("text_config") or checkpoint.config)
     values.pop("quantization_config", None)
@@ -84,21 +90,25 @@ def text_config(checkpoint: Checkpoint) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(kind, **values)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'config.json'} is rejected by transformers: {error}") from None
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'} is rejected by transformers: {error}"
+        ) from None
 
 
 def load_model(
     checkpoint: Checkpoint, runner: ExpertRunner, compute: Compute, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The causal language model of ``checkpoint`` with its dense weights on ``device``, experts left to ``runner``.
+    """The causal language model of ``checkpoint`` with its dense weights on ``device``, experts left to
+    ``runner``.
 
-    Activations are of ``dtype``; weights keep their stored form. Raises CheckpointError for a tensor that is absent.
+    Activations are of ``dtype``; weights keep their stored form. Raises CheckpointError for a tensor that is
+    absent.
     """
     _register()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = text_config(checkpoint)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         config=config,
         dtype=dtype,
@@ -108,11 +118,15 @@ def load_model(
         output_loading_info=True,
         local_files_only=True,
     )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})[:3])
-        raise CheckpointError(f"{checkpoint.path} lacks weights of the model or has them in another shape: {names}")
+        raise CheckpointError(
+            f"{checkpoint.path} lacks weights of the model or has them in another shape: {names}"
+        )
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def swap_modules(
@@ -134,17 +148,26 @@ def swap_modules(
         if type(module) is nn.Linear:
             scheme, stored = _stored(checkpoint, specs.get(name))
             linear = QuantLinear(
-                module.out_features, module.in_features, scheme, compute, bias=module.bias is not None, dtype=stored
+                module.out_features,
+                module.in_features,
+                scheme,
+                compute,
+                bias=module.bias is not None,
+                dtype=stored,
             )
             model.set_submodule(name, linear)
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     stored = _stored_dtype(checkpoint, f"{shape.prefix}model.embed_tokens.weight")
-    model.set_input_embeddings(KeptEmbedding(embedding.num_embeddings, embedding.embedding_dim, stored, dtype))
+    model.set_input_embeddings(
+        KeptEmbedding(embedding.num_embeddings, embedding.embedding_dim, stored, dtype)
+    )
 
 
 def _runtime_name(checkpoint: Checkpoint, module: str) -> str:
     family = checkpoint.shape.family
-    return module.removeprefix(checkpoint.shape.prefix).replace(f".{family.block}.", f".{family.runtime_block}.")
+    return module.removeprefix(checkpoint.shape.prefix).replace(
+        f".{family.block}.", f".{family.runtime_block}."
+    )
 
 
 def _stored(checkpoint: Checkpoint, spec: LinearSpec | None) -> tuple[Scheme, torch.dtype]:

@@ -1,7 +1,8 @@
 """What the operating system's page cache already holds of a file.
 
-Asked before a direct read: pages that are in memory anyway are copied, not read from disk again. ``RWF_NOWAIT`` would
-answer by trying, but a miss starts a readahead, which fills the cache behind our back; ``mincore`` only looks.
+Asked before a direct read: pages that are in memory anyway are copied, not read from disk again.
+``RWF_NOWAIT`` would answer by trying, but a miss starts a readahead, which fills the cache behind our back;
+``mincore`` only looks.
 """
 
 import ctypes

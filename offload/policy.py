@@ -1,6 +1,7 @@
 """Which expert to forget when a slot is needed. Pure Python: policies see keys, no tensors and no device.
 
-Keys are (layer, expert). ``touch`` is called on every use, ``victim`` when all slots are taken. All are deterministic.
+Keys are (layer, expert). ``touch`` is called on every use, ``victim`` when all slots are taken. All are
+deterministic.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -40,8 +41,8 @@ class LeastRecent:
 class DecayedFrequency:
     """LFU with decay: forget what is used least, where a use counts half as much after ``half_life`` touches.
 
-    Scores are kept relative to a growing unit, so that decaying costs nothing per key. ``seed`` gives the counts to
-    start from, scaled to what ``half_life`` touches would have built up.
+    Scores are kept relative to a growing unit, so that decaying costs nothing per key. ``seed`` gives the
+    counts to start from, scaled to what ``half_life`` touches would have built up.
     """
 
     def __init__(self, half_life: float = 2048, seed: Mapping[Key, float] | None = None) -> None:
@@ -73,7 +74,8 @@ DEFAULT_POLICY = "lru"
 
 
 def make_policy(name: str | None, seed_counts: Mapping[Key, float] | None = None) -> Policy:
-    """The policy called ``name`` (None: the default). Raises UsageError, also for ``seeded`` without counts."""
+    """The policy called ``name`` (None: the default). Raises UsageError, also for ``seeded`` without
+    counts."""
     name = name or DEFAULT_POLICY
     if name not in _MAKERS:
         raise UsageError(f"no cache policy is called {name!r}: expected one of {', '.join(POLICIES)}")

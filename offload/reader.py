@@ -1,8 +1,8 @@
 """Reader: expert records from disk into slots, several in flight, the urgent ones first.
 
-Requests wait in a heap ordered by priority; threads take the most urgent. A demand that finds its expert already
-waiting as a prefetch or a fill raises that request's priority, so a guess never delays what is needed now. A record
-is read in pieces by several threads, because one large read does not keep a fast disk busy.
+Requests wait in a heap ordered by priority; threads take the most urgent. A demand that finds its expert
+already waiting as a prefetch or a fill raises that request's priority, so a guess never delays what is needed
+now. A record is read in pieces by several threads, because one large read does not keep a fast disk busy.
 """
 
 import heapq
@@ -31,7 +31,8 @@ class Priority(IntEnum):
 
 @dataclass
 class Request:
-    """One record on its way into a buffer. ``wait`` returns when all of it is there, or raises what went wrong."""
+    """One record on its way into a buffer. ``wait`` returns when all of it is there, or raises what went
+    wrong."""
 
     pieces: list[tuple[Run, int, int]]  # run, start and end within it
     buffer: memoryview
@@ -54,7 +55,8 @@ class Request:
 
 
 class Reader:
-    """A pool of reading threads. ``direct`` bypasses the page cache, except for pages that are in it already."""
+    """A pool of reading threads. ``direct`` bypasses the page cache, except for pages that are in it
+    already."""
 
     def __init__(self, files: Sequence[Path], *, threads: int = 4, direct: bool = True) -> None:
         self.notes: list[str] = []
@@ -68,7 +70,9 @@ class Reader:
         self._closed = False
         for file in sorted(set(files)):
             self._open(file)
-        self._threads = [threading.Thread(target=self._work, name=f"reader-{i}", daemon=True) for i in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"reader-{i}", daemon=True) for i in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -92,7 +96,9 @@ class Reader:
     def submit(self, record: ExpertRecord, buffer: memoryview, priority: Priority) -> Request:
         """Start reading ``record`` into ``buffer`` (page-aligned, ``record.slot_bytes`` long)."""
         pieces = [
-            (run, start, min(start + PIECE, run.length)) for run in record.runs for start in range(0, run.length, PIECE)
+            (run, start, min(start + PIECE, run.length))
+            for run in record.runs
+            for start in range(0, run.length, PIECE)
         ]
         request = Request(pieces, buffer, priority, record.nbytes, remaining=len(pieces))
         with self._ready:
@@ -139,7 +145,9 @@ class Reader:
             try:
                 self._read(run, start, request.buffer[run.position + start : run.position + end])
             except OSError as cause:
-                error = CheckpointError(f"{run.file} cannot be read at byte {run.offset + start:,}: {cause.strerror}")
+                error = CheckpointError(
+                    f"{run.file} cannot be read at byte {run.offset + start:,}: {cause.strerror}"
+                )
             except CheckpointError as cause:
                 error = cause
             with self._ready:
@@ -174,4 +182,6 @@ class Reader:
             # A direct read that stopped inside a page goes on from the page's start, to stay aligned.
             done += count if not direct or done + count >= wanted else count // PAGE * PAGE
             if count < PAGE and direct and done < wanted:
-                raise CheckpointError(f"{run.file} gave {count} bytes at byte {offset + done:,}: a short disk read")
+                raise CheckpointError(
+                    f"{run.file} gave {count} bytes at byte {offset + done:,}: a short disk read"
+                )

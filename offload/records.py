@@ -1,4 +1,5 @@
-"""The one stream of records that chat, bench, reports and tests consume, and the settings that start a run."""
+"""The one stream of records that chat, bench, reports and tests consume, and the settings that start a
+run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ class TokenRecord:
     ``tokens_in`` counts the tokens run through the model in this step and ``seconds`` its wall time.
     ``by_tier`` counts (layer, expert) requests by the tier that held the expert when it was asked for;
     ``bytes_read`` the bytes the step read from each tier: dense weights, experts and KV cache from "ram" (or
-    "vram"), expert fetches from "disk". ``text`` is what became printable. ``finish`` is set on the last record.
+    "vram"), expert fetches from "disk". ``text`` is what became printable. ``finish`` is set on the last
+    record.
     """
 
     phase: Literal["prefill", "decode"]

@@ -1,7 +1,8 @@
 """What is where: experts in host slots and device slots, fetched, kept and evicted.
 
-Weights are immutable, so eviction is forgetting: nothing is ever written back, and an expert that has a device slot
-needs no host slot. All state is changed by the thread that runs the model; reading threads only fill buffers.
+Weights are immutable, so eviction is forgetting: nothing is ever written back, and an expert that has a
+device slot needs no host slot. All state is changed by the thread that runs the model; reading threads only
+fill buffers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,8 +75,8 @@ class SlotTable:
 class ExpertCache:
     """Serves the experts of a layer from device slots, host slots or disk.
 
-    ``ram_slots`` host slots and ``vram_slots`` device slots; with no device slots, experts are computed from host
-    slots where they lie. At least two host slots are needed unless every expert fits the device.
+    ``ram_slots`` host slots and ``vram_slots`` device slots; with no device slots, experts are computed from
+    host slots where they lie. At least two host slots are needed unless every expert fits the device.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class ExpertCache:
     @property
     def holds_all(self) -> bool:
         """Whether every expert has a slot of its own."""
-        return self.arena.slots + len(self.pinned) >= len(self.store.keys())
+        return self.arena.slots + len(self.pinned) >= len(self.store.experts())
 
     def tier_of(self, key: Key) -> Tier:
         """Where ``key`` is now; an expert still on its way counts as on disk."""
@@ -159,7 +160,8 @@ class ExpertCache:
             self._request(key, Priority.DEMAND, set(keys))
 
     def prefetch(self, keys: Sequence[Key], protected: set[Key]) -> None:
-        """Begin reading ``keys``, expected soon, if slots can be had that hold neither them nor ``protected``."""
+        """Begin reading ``keys``, expected soon, if slots can be had that hold neither them nor
+        ``protected``."""
         protected = protected | set(keys)
         for key in keys:
             if key in self.host or key in self.device:
@@ -170,7 +172,7 @@ class ExpertCache:
 
     def fill(self) -> None:
         """Begin reading experts into every free host slot, in disk order, behind whatever is demanded."""
-        for key in self.store.keys():
+        for key in self.store.experts():
             if not self.host.free:
                 return
             if key not in self.host and key not in self.device:
@@ -291,4 +293,4 @@ class ExpertCache:
 
     def tiers(self) -> dict[Key, Tier]:
         """The tier of every expert, for the report's heat map."""
-        return {key: self.tier_of(key) for key in self.store.keys()}
+        return {key: self.tier_of(key) for key in self.store.experts()}

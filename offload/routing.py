@@ -1,7 +1,7 @@
 """RoutingStats: which experts a model chose, layer by layer, and in what order.
 
-Counts seed the placement of experts, transition counts predict the next layer's experts, reuse distances say how
-much a cache of a given size would hit. Statistics are saved as versioned JSON and travel with the model.
+Counts seed the placement of experts, transition counts predict the next layer's experts, reuse distances say
+how much a cache of a given size would hit. Statistics are saved as versioned JSON and travel with the model.
 
 Legend: L MoE layers, E experts, T tokens, k experts per token.
 """
@@ -26,8 +26,8 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LayerSkew:
-    """How unevenly one layer uses its experts: the share of requests that goes to the most used 10, 25 and 50 % of
-    experts, and the entropy of use in bits (log2 E if uniform)."""
+    """How unevenly one layer uses its experts: the share of requests that goes to the most used 10, 25 and 50
+    % of experts, and the entropy of use in bits (log2 E if uniform)."""
 
     layer: int
     top10: float
@@ -53,7 +53,8 @@ class RoutingStats:
         self._step: list[Ids] = []
 
     def record(self, layer: int, chosen: Ids) -> None:
-        """``chosen`` int64 ``[T, k]``: the experts of each token in ``layer``. Folded in at the last layer."""
+        """``chosen`` int64 ``[T, k]``: the experts of each token in ``layer``. Folded in at the last
+        layer."""
         if layer == self.moe_layers[0]:
             self._step = []
         self._step.append(chosen)
@@ -67,7 +68,7 @@ class RoutingStats:
             self.counts[index] += np.bincount(step[:, index].ravel(), minlength=self.num_experts)
             if index:
                 before, after = step[:, index - 1, :, None], step[:, index, None, :]
-                np.add.at(self.transitions[index - 1], np.broadcast_arrays(before, after), 1)  # type: ignore[arg-type]
+                np.add.at(self.transitions[index - 1], np.broadcast_arrays(before, after), 1)
         for token in range(tokens):
             self._reuse(step[token], self.tokens + token)
         self.tokens += tokens
@@ -100,7 +101,8 @@ class RoutingStats:
         return [(self.moe_layers[int(i) // self.num_experts], int(i) % self.num_experts) for i in flat]
 
     def likely_next(self, layer: int, chosen: Ids) -> list[int]:
-        """Experts of the MoE layer after ``layer`` by how often they followed ``chosen``, the likeliest first."""
+        """Experts of the MoE layer after ``layer`` by how often they followed ``chosen``, the likeliest
+        first."""
         index = self._index[layer]
         if index >= len(self.transitions):
             return []
@@ -146,14 +148,17 @@ class RoutingStats:
 
     @classmethod
     def load(cls, path: Path, shape: ModelShape) -> "RoutingStats":
-        """Read what ``save`` wrote. Raises ProfileError if it is unreadable or of a model of another shape."""
+        """Read what ``save`` wrote. Raises ProfileError if it is unreadable or of a model of another
+        shape."""
         try:
             data = json.loads(path.read_text())
             version, layers, experts = data["version"], tuple(data["moe_layers"]), data["num_experts"]
         except OSError as error:
             raise ProfileError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
-            raise ProfileError(f"{path} is no routing profile: expected the JSON that `coldstream profile` writes") from None
+            raise ProfileError(
+                f"{path} is no routing profile: expected the JSON that `coldstream profile` writes"
+            ) from None
         if version != VERSION:
             raise ProfileError(f"{path} is a routing profile of version {version}: expected {VERSION}")
         if (layers, experts) != (shape.moe_layers, shape.num_experts):

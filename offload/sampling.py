@@ -1,7 +1,8 @@
-"""Choosing the next token, with transformers' logits processors, and turning tokens into text as they come."""
+"""Choosing the next token, with transformers' logits processors, and turning tokens into text as they
+come."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +48,9 @@ class Sampler:
         """The next token after ``context``, from ``logits`` ``[vocab]``."""
         scores = logits.detach().float().cpu()[None]
         if self.processors:
-            scores = self.processors(torch.tensor([list(context)]), scores)
+            scores = self.processors(
+                cast(torch.LongTensor, torch.tensor([list(context)])), cast(torch.FloatTensor, scores)
+            )
         if self.greedy:
             return int(scores[0].argmax())
         probabilities = torch.softmax(scores[0], -1)
@@ -55,8 +58,8 @@ class Sampler:
 
 
 class TextStream:
-    """Text of tokens as they come: what is certain is given out, an unfinished character or the beginning of a stop
-    string is held back."""
+    """Text of tokens as they come: what is certain is given out, an unfinished character or the beginning of
+    a stop string is held back."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(text for text in stop if text)
@@ -91,7 +94,8 @@ class TextStream:
     _base = 0
 
     def _settle(self) -> None:
-        # Decoding is not linear in the tokens, so the last few are decoded again with each new one; older are not.
+        # Decoding is not linear in the tokens, so the last few are decoded again with each new one; older are
+        # not.
         if len(self._ids) - self._settled > 32:
             keep = self._ids[-8:]
             kept = self.tokenizer.decode(keep, skip_special_tokens=True)

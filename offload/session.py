@@ -17,7 +17,7 @@ from offload.kv import KVCache, Storage
 from offload.ledger import MemoryLedger, resident_bytes
 from offload.load import load_model
 from offload.machine import Machine, probe
-from offload.plan import Plan, make_plan
+from offload.plan import Plan
 from offload.policy import make_policy
 from offload.reader import Reader
 from offload.records import RunOptions, Sampling, Tier, TokenRecord
@@ -45,15 +45,26 @@ class Placement:
 
 
 def model_id(checkpoint: Checkpoint) -> str:
-    """A name for the model whatever its weights are stored as: a hash over its shape and its first router, which
-    quantization never changes. 16 hex digits."""
+    """A name for the model whatever its weights are stored as: a hash over its shape and its first router,
+    which quantization never changes. 16 hex digits."""
     shape = checkpoint.shape
-    dims = [shape.hidden_size, shape.num_layers, shape.num_experts, shape.top_k, shape.vocab_size, shape.moe_layers]
+    dims = [
+        shape.hidden_size,
+        shape.num_layers,
+        shape.num_experts,
+        shape.top_k,
+        shape.vocab_size,
+        shape.moe_layers,
+    ]
     digest = hashlib.sha256(json.dumps(dims).encode())
     first = shape.moe_layers[0]
-    router = next((k for k, name in checkpoint.names.items() if name.role == "router" and name.layer == first), None)
+    router = next(
+        (k for k, name in checkpoint.names.items() if name.role == "router" and name.layer == first), None
+    )
     if router is None:
-        raise CheckpointError(f"{checkpoint.path} has no router in layer {first}: expected one in every MoE layer")
+        raise CheckpointError(
+            f"{checkpoint.path} has no router in layer {first}: expected one in every MoE layer"
+        )
     digest.update(checkpoint.read(router).float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -65,14 +76,16 @@ def stored_schemes(checkpoint: Checkpoint) -> dict[Role, Scheme]:
         if spec.role not in schemes:
             schemes[spec.role] = find_weight(checkpoint, spec)[0]
     store = ExpertStore(checkpoint)
-    schemes["experts"] = store.record(*store.keys()[0]).weights["gate_proj"].scheme
+    schemes["experts"] = store.record(*store.experts()[0]).weights["gate_proj"].scheme
     return schemes
 
 
 class Session:
     """One model, loaded. Use as a context manager, or call ``close``."""
 
-    def __init__(self, checkpoint: Checkpoint, options: RunOptions, placement: Placement, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, options: RunOptions, placement: Placement, device: torch.device
+    ) -> None:
         started = time.perf_counter()
         self.checkpoint, self.options, self.placement, self.device = checkpoint, options, placement, device
         self.plan: Plan | None = None
@@ -127,7 +140,11 @@ class Session:
 
     def _expert_cache(self) -> ExpertCache:
         transfer: Transfer = CudaTransfer(self.device) if self.device.type == "cuda" else HostTransfer()
-        counts = None if self.seed_routing is None else dict(zip(self.store.keys(), self.seed_routing.counts.ravel().tolist(), strict=True))
+        counts = (
+            None
+            if self.seed_routing is None
+            else dict(zip(self.store.experts(), self.seed_routing.counts.ravel().tolist(), strict=True))
+        )
         cache = ExpertCache(
             self.store, self.reader, transfer, lambda: make_policy(self.options.policy, seed_counts=counts),
             ram_slots=self.placement.ram_slots, vram_slots=self.placement.vram_slots, pinned=self.placement.pinned,
@@ -139,8 +156,10 @@ class Session:
 
     def _experts_are_native(self) -> bool:
         """Whether experts and shared experts are stored as the native block can read them."""
-        record = self.store.record(*self.store.keys()[0])
-        return self.placement.vram_slots == 0 and is_native(record.view(torch.empty(record.slot_bytes, dtype=torch.uint8)))
+        record = self.store.record(*self.store.experts()[0])
+        return self.placement.vram_slots == 0 and is_native(
+            record.view(torch.empty(record.slot_bytes, dtype=torch.uint8))
+        )
 
     def _count(self) -> int:
         """Enter the dense weights in the ledger; returns the bytes of them that every forward pass reads."""
@@ -152,7 +171,9 @@ class Session:
             nbytes = self.checkpoint.entries[key].nbytes
             self.ledger.add("ram" if name.role == "embeddings" else home, name.role, nbytes)
             read += 0 if name.role == "embeddings" and not self.shape.tie_word_embeddings else nbytes
-        self.ledger.add(home, "kv_cache", self.shape.kv_nbytes(self.options.context, 4 if self.options.exact else 2))
+        self.ledger.add(
+            home, "kv_cache", self.shape.kv_nbytes(self.options.context, 4 if self.options.exact else 2)
+        )
         return read
 
     def _eos(self) -> frozenset[int]:
@@ -166,7 +187,8 @@ class Session:
         return len(self.generator.tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, with the beginning-of-text token where the tokenizer adds one or the model has one."""
+        """Token ids of ``text``, with the beginning-of-text token where the tokenizer adds one or the model
+        has one."""
         ids: list[int] = self.tokenizer.encode(text)
         bos = self.tokenizer.bos_token_id
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
@@ -210,13 +232,19 @@ class Session:
 
 
 def plan_run(
-    checkpoint: Checkpoint, options: RunOptions, machine: Machine, device: torch.device, routing: RoutingStats | None
+    checkpoint: Checkpoint,
+    options: RunOptions,
+    machine: Machine,
+    device: torch.device,
+    routing: RoutingStats | None,
 ) -> Plan:
     """The plan of a run on this machine. Raises BudgetError if it does not fit."""
     raise NotImplementedError
 
 
-def placement_of(plan: Plan, checkpoint: Checkpoint, options: RunOptions, routing: RoutingStats | None) -> Placement:
+def placement_of(
+    plan: Plan, checkpoint: Checkpoint, options: RunOptions, routing: RoutingStats | None
+) -> Placement:
     """The slots that ``plan`` gives."""
     raise NotImplementedError
 
@@ -228,12 +256,16 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from None
+        raise UsageError(
+            f"{path} has no tokenizer that transformers can load: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _device(options: RunOptions) -> torch.device:
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise MachineError("no CUDA device was found: expected one for --device cuda; leave it out to run on the CPU")
+        raise MachineError(
+            "no CUDA device was found: expected one for --device cuda; leave it out to run on the CPU"
+        )
     use = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda") if use else torch.device("cpu")
 

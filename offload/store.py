@@ -1,8 +1,8 @@
 """ExpertStore: (layer, expert) → bytes on disk, in one sequential read where the file's order allows it.
 
-A record is the image of one expert in memory: the pages read from disk, as they are, and where in them each tensor
-begins. Our own checkpoints keep an expert's tensors side by side, so a record is one run of pages; a checkpoint of
-another origin, or fused bf16 experts, still works with one run per neighbourhood.
+A record is the image of one expert in memory: the pages read from disk, as they are, and where in them each
+tensor begins. Our own checkpoints keep an expert's tensors side by side, so a record is one run of pages; a
+checkpoint of another origin, or fused bf16 experts, still works with one run per neighbourhood.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from quant.checkpoint import DTYPES, Checkpoint, TensorEntry
@@ -28,9 +27,9 @@ _JOIN_GAP = 64 * 1024
 
 @dataclass(frozen=True)
 class Run:
-    """One contiguous read: ``length`` bytes at ``offset`` of ``file`` go to ``position`` of the slot. All three are
-    multiples of the page size, so the read satisfies direct I/O; ``needed`` is where the expert's last byte ends
-    (the file may end before ``length`` does)."""
+    """One contiguous read: ``length`` bytes at ``offset`` of ``file`` go to ``position`` of the slot. All
+    three are multiples of the page size, so the read satisfies direct I/O; ``needed`` is where the expert's
+    last byte ends (the file may end before ``length`` does)."""
 
     file: Path
     offset: int
@@ -50,7 +49,8 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class WeightPlace:
-    """The places of one projection's tensors by checkpoint suffix; ``transposed`` for ``[in, out]`` sources."""
+    """The places of one projection's tensors by checkpoint suffix; ``transposed`` for ``[in, out]``
+    sources."""
 
     scheme: Scheme
     tensors: Mapping[str, TensorPlace]
@@ -121,7 +121,8 @@ class ExpertStore:
         self._records: dict[tuple[int, int], ExpertRecord] = {}
 
     def record(self, layer: int, expert: int) -> ExpertRecord:
-        """The record of one expert. Raises CheckpointError if a tensor of it is absent or has another shape."""
+        """The record of one expert. Raises CheckpointError if a tensor of it is absent or has another
+        shape."""
         key = (layer, expert)
         if key not in self._records:
             self._records[key] = self._build(layer, expert)
@@ -130,16 +131,18 @@ class ExpertStore:
     @cached_property
     def slot_bytes(self) -> int:
         """Bytes of a slot that holds any expert."""
-        return max(self.record(*key).slot_bytes for key in self.keys())
+        return max(self.record(*key).slot_bytes for key in self.experts())
 
-    def keys(self) -> list[tuple[int, int]]:
+    def experts(self) -> list[tuple[int, int]]:
         """Every (layer, expert), as they lie on disk."""
-        return [(layer, expert) for layer in self.shape.moe_layers for expert in range(self.shape.num_experts)]
+        return [
+            (layer, expert) for layer in self.shape.moe_layers for expert in range(self.shape.num_experts)
+        ]
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all experts."""
-        return sum(self.record(*key).nbytes for key in self.keys())
+        return sum(self.record(*key).nbytes for key in self.experts())
 
     def _build(self, layer: int, expert: int) -> ExpertRecord:
         pieces = self._pieces(layer, expert)
@@ -170,7 +173,11 @@ class ExpertStore:
 
     def _fused(self, base: str, expert: int) -> "dict[Projection, _Piece]":
         shape = self.shape
-        inter, hidden, transposed = shape.expert_intermediate, shape.hidden_size, shape.family.fused_transposed
+        inter, hidden, transposed = (
+            shape.expert_intermediate,
+            shape.hidden_size,
+            shape.family.fused_transposed,
+        )
         gate_up = _slice(self.checkpoint.entry(f"{base}gate_up_proj"), expert)
         down = _slice(self.checkpoint.entry(f"{base}down_proj"), expert)
         first, second = (0, inter), (inter, 2 * inter)
@@ -210,7 +217,9 @@ def find_weight(checkpoint: Checkpoint, spec: LinearSpec) -> tuple[Scheme, dict[
                 f"{spec.in_features} weight: expected 4 or 8 bits"
             )
         if f"{module}.weight_zero_point" in entries or scale.dtype != "BF16":
-            raise CheckpointError(f"{checkpoint.path}: {module} is asymmetric or has no bf16 scales: not supported")
+            raise CheckpointError(
+                f"{checkpoint.path}: {module} is asymmetric or has no bf16 scales: not supported"
+            )
         return Scheme(kind, spec.in_features // groups), {"weight_packed": packed, "weight_scale": scale}
     weight = checkpoint.entry(f"{module}.weight")
     if f"{module}.weight.quant_state.bitsandbytes__nf4" in entries:
@@ -227,7 +236,9 @@ def _dims(spec: LinearSpec) -> tuple[int, int]:
 
 def _slice(entry: TensorEntry, index: int) -> TensorEntry:
     nbytes = entry.nbytes // entry.shape[0]
-    return TensorEntry(entry.key, entry.file, entry.dtype, entry.shape[1:], entry.offset + index * nbytes, nbytes)
+    return TensorEntry(
+        entry.key, entry.file, entry.dtype, entry.shape[1:], entry.offset + index * nbytes, nbytes
+    )
 
 
 def _runs(entries: list[TensorEntry]) -> tuple[tuple[Run, ...], dict[int, int]]:
@@ -255,5 +266,3 @@ def _runs(entries: list[TensorEntry]) -> tuple[tuple[Run, ...], dict[int, int]]:
         group.append(entry)
     close()
     return tuple(runs), positions
-
-

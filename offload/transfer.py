@@ -1,8 +1,8 @@
 """The one seam for copies between host slots and the device.
 
-``HostTransfer`` is the synchronous implementation: the "device" is host memory. Tests use it for every split of
-experts over tiers, and a machine without a GPU for none. ``CudaTransfer`` copies on a stream of its own from pinned
-memory; compute waits on the event of the copy it needs, never on the stream.
+``HostTransfer`` is the synchronous implementation: the "device" is host memory. Tests use it for every split
+of experts over tiers, and a machine without a GPU for none. ``CudaTransfer`` copies on a stream of its own
+from pinned memory; compute waits on the event of the copy it needs, never on the stream.
 """
 
 from typing import Any, Protocol
@@ -20,7 +20,8 @@ class Transfer(Protocol):
     device: torch.device
 
     def allocate(self, slots: int, slot_bytes: int) -> Tensor:
-        """Device memory for ``slots`` slots, uint8 ``[slots, slot_bytes]``. Raises BudgetError if there is none."""
+        """Device memory for ``slots`` slots, uint8 ``[slots, slot_bytes]``. Raises BudgetError if there is
+        none."""
 
     def copy(self, source: Tensor, target: Tensor) -> Any:
         """Begin copying host ``source`` to device ``target``; the ticket says when it has landed."""
@@ -52,7 +53,8 @@ class HostTransfer:
 
 
 class CudaTransfer:
-    """Copies on a side stream. A slot is written only after the compute queued so far has finished with it."""
+    """Copies on a side stream. A slot is written only after the compute queued so far has finished with
+    it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

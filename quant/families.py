@@ -16,7 +16,9 @@ from typing import Literal, get_args
 
 from quant.errors import UnknownFamilyError
 
-Role = Literal["experts", "shared_expert", "dense_mlp", "attention", "lm_head", "embeddings", "router", "norm", "vision"]
+Role = Literal[
+    "experts", "shared_expert", "dense_mlp", "attention", "lm_head", "embeddings", "router", "norm", "vision"
+]
 ROLES: tuple[Role, ...] = get_args(Role)
 QUANTIZABLE: tuple[Role, ...] = ("experts", "shared_expert", "dense_mlp", "attention", "lm_head")
 
@@ -67,7 +69,9 @@ MIXTRAL = Family(
     router="gate",
     projections=("w1", "w3", "w2"),
 )
-QWEN3_MOE = Family(name="qwen3_moe", model_types=("qwen3_moe",), block="mlp", runtime_block="mlp", router="gate")
+QWEN3_MOE = Family(
+    name="qwen3_moe", model_types=("qwen3_moe",), block="mlp", runtime_block="mlp", router="gate"
+)
 OLMOE = Family(name="olmoe", model_types=("olmoe",), block="mlp", runtime_block="mlp", router="gate")
 FAMILIES: tuple[Family, ...] = (LLAMA4, MIXTRAL, QWEN3_MOE, OLMOE)
 
@@ -78,7 +82,9 @@ def family_of(model_type: object) -> Family:
         if model_type in family.model_types:
             return family
     known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-    raise UnknownFamilyError(f"model_type {model_type!r} is not a family Coldstream knows: expected one of {known}")
+    raise UnknownFamilyError(
+        f"model_type {model_type!r} is not a family Coldstream knows: expected one of {known}"
+    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,9 @@ class TensorName:
 
 _LAYER = re.compile(r"^(?P<prefix>.*?)layers\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _EXPERT = re.compile(r"^experts\.(?P<expert>\d+)\.(?P<projection>\w+)\.(?P<suffix>.+)$")
-_SUFFIX = re.compile(r"\.(weight_packed|weight_scale|weight_shape|weight_zero_point|weight_g_idx|weight(?:\..+)?|bias)$")
+_SUFFIX = re.compile(
+    r"\.(weight_packed|weight_scale|weight_shape|weight_zero_point|weight_g_idx|weight(?:\..+)?|bias)$"
+)
 _VISION = ("vision_model.", "multi_modal_projector.", "model.vision_model.", "model.multi_modal_projector.")
 
 

@@ -1,8 +1,8 @@
 """One Linear's weight as it is stored, and y = x · Wᵀ on it.
 
-``LinearWeight`` is a set of views, wherever their bytes live: a checkpoint's tensors, a slot of an arena, device
-memory. ``matmul`` is the one place that picks a kernel. ``QuantLinear`` is the module that holds such a weight as
-parameters; ``KeptEmbedding`` is its sibling for rows.
+``LinearWeight`` is a set of views, wherever their bytes live: a checkpoint's tensors, a slot of an arena,
+device memory. ``matmul`` is the one place that picks a kernel. ``QuantLinear`` is the module that holds such
+a weight as parameters; ``KeptEmbedding`` is its sibling for rows.
 
 Legend: T tokens, N out features, K in features.
 """
@@ -21,10 +21,11 @@ from quant.scheme import Scheme
 
 @dataclass(frozen=True)
 class Compute:
-    """How matrix products are done: by the ``native`` C++ kernels (CPU only), or by torch on the dequantized weight
-    (``native`` False, and always for nf4 and for weights stored transposed).
+    """How matrix products are done: by the ``native`` C++ kernels (CPU only), or by torch on the dequantized
+    weight (``native`` False, and always for nf4 and for weights stored transposed).
 
-    ``exact`` keeps activations in floating point; the native kernels otherwise quantize them to int8 per group.
+    ``exact`` keeps activations in floating point; the native kernels otherwise quantize them to int8 per
+    group.
     """
 
     native: bool = False
@@ -55,7 +56,9 @@ class LinearWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight ``[N, K]`` in ``dtype``."""
         if self.scheme.is_packed:
-            return dequantize(Packed(self.scheme, self.tensors["weight_packed"], self.tensors["weight_scale"]), dtype)
+            return dequantize(
+                Packed(self.scheme, self.tensors["weight_packed"], self.tensors["weight_scale"]), dtype
+            )
         if self.scheme.kind == "nf4":
             return dequantize_nf4(self.tensors).to(dtype)
         weight = self.tensors["weight"]
@@ -69,8 +72,8 @@ class LinearWeight:
 
     def _describe(self) -> native.Weight | None:
         if self.scheme.is_packed:
-            kind = "int4" if self.scheme.bits == 4 else "int8"
-            return native.Weight.from_tensors(kind, self.tensors["weight_packed"], self.tensors["weight_scale"])
+            packed, scale = self.tensors["weight_packed"], self.tensors["weight_scale"]
+            return native.Weight.from_tensors("int4" if self.scheme.bits == 4 else "int8", packed, scale)
         weight = self.tensors["weight"]
         if self.scheme.kind != "bf16" or self.transposed or not weight.is_contiguous():
             return None
@@ -100,7 +103,12 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.out_features, self.in_features, self.scheme, self.compute = out_features, in_features, scheme, compute
+        self.out_features, self.in_features, self.scheme, self.compute = (
+            out_features,
+            in_features,
+            scheme,
+            compute,
+        )
         if scheme.is_packed:
             words, groups = in_features * scheme.bits // 32, in_features // scheme.group_size
             self._register("weight_packed", torch.empty(out_features, words, dtype=torch.int32))
@@ -124,7 +132,7 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         self._weight = None
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., K]`` → ``[..., N]``."""

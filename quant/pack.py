@@ -4,9 +4,9 @@ Every kernel is tested against this module; it is written to be read, not to be 
 
 Legend: N out features, K in features, G = K / group_size groups, W the dense weight ``[N, K]``.
 
-The scale of a group is ``absmax / 7.5`` (int4) or ``absmax / 127.5`` (int8), computed in f32 and rounded to bf16:
-compressed-tensors' ``calculate_qparams`` for symmetric integers. Values are rounded half to even against the
-*stored* scale, so that what is dequantized is the nearest the format can hold.
+The scale of a group is ``absmax / 7.5`` (int4) or ``absmax / 127.5`` (int8), computed in f32 and rounded to
+bf16: compressed-tensors' ``calculate_qparams`` for symmetric integers. Values are rounded half to even
+against the *stored* scale, so that what is dequantized is the nearest the format can hold.
 """
 
 from collections.abc import Mapping
@@ -67,11 +67,12 @@ def quantize(weight: Tensor, scheme: Scheme) -> Packed:
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """int8 ``[N, K]`` → int32 ``[N, K·bits/32]``: value + 2^(bits-1), element i of a word at bits ``bits·i``."""
+    """int8 ``[N, K]`` → int32 ``[N, K·bits/32]``: value + 2^(bits-1), element i of a word at bits
+    ``bits·i``."""
     per_word = 32 // bits
     unsigned = values.to(torch.int64) + 2 ** (bits - 1)
     shifts = torch.arange(per_word, dtype=torch.int64, device=values.device) * bits
-    words = (unsigned.reshape(values.shape[0], -1, per_word) << shifts).sum(-1)
+    words: Tensor = (unsigned.reshape(values.shape[0], -1, per_word) << shifts).sum(-1)
     return words.to(torch.int32)  # wraps: the top bit of the word is the sign
 
 
@@ -84,7 +85,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def dequantize(weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense ``[N, K]`` weight, q · scale rounded to ``dtype``: what compressed-tensors' unpacking returns."""
+    """The dense ``[N, K]`` weight, q · scale rounded to ``dtype``: what compressed-tensors' unpacking
+    returns."""
     values = unpack(weight.packed, weight.scheme.bits).to(dtype)
     groups = values.reshape(weight.out_features, -1, weight.scheme.group_size)
     return (groups * weight.scale.to(dtype).unsqueeze(-1)).reshape(weight.out_features, -1)
@@ -95,7 +97,9 @@ def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
     ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4``)."""
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=False)
+    packed, state = quantize_4bit(
+        weight.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=False
+    )
     tensors = {"weight": packed}
     tensors.update({f"weight.{name}": value for name, value in state.as_dict(packed=True).items()})
     return tensors

@@ -15,7 +15,8 @@
     kv = "bf16"                  or "int8"
     prompt_chunk = 2048
 
-A *shape* is the config.json of a model that need not be there: planning and synthesis take its name in place of one.
+A *shape* is the config.json of a model that need not be there: planning and synthesis take its name in place
+of one.
 """
 
 import json
@@ -60,7 +61,9 @@ def load_recipe(name: str) -> Recipe:
     source: Path | Traversable = Path(name)
     if not name.endswith(".toml"):
         if name not in recipe_names():
-            raise RecipeError(f"no recipe is called {name!r}: expected {', '.join(recipe_names())}, or a .toml file")
+            raise RecipeError(
+                f"no recipe is called {name!r}: expected {', '.join(recipe_names())}, or a .toml file"
+            )
         source = files("recipes").joinpath(f"{name}.toml")
     try:
         data = tomllib.loads(source.read_text(encoding="utf-8"))
@@ -102,7 +105,9 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
 def _known(name: str, prefix: str, data: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
     for key in data:
         if key not in allowed:
-            raise RecipeError(f"recipe {name}: unknown key {prefix}{key}: expected one of {', '.join(allowed)}")
+            raise RecipeError(
+                f"recipe {name}: unknown key {prefix}{key}: expected one of {', '.join(allowed)}"
+            )
 
 
 def _table(name: str, data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -130,7 +135,11 @@ def _count(name: str, run: Mapping[str, Any], key: str) -> int | None:
 
 def shape_names() -> list[str]:
     """The shapes that come with Coldstream."""
-    return sorted(item.name[:-5] for item in files("recipes").joinpath("shapes").iterdir() if item.name.endswith(".json"))
+    return sorted(
+        item.name[:-5]
+        for item in files("recipes").joinpath("shapes").iterdir()
+        if item.name.endswith(".json")
+    )
 
 
 def load_shape(name: str) -> dict[str, Any]:

@@ -50,10 +50,10 @@ class TensorSpec:
 class ModelShape:
     """The dimensions of a Mixture-of-Experts language model, family and names included.
 
-    ``moe_layers`` are the layers that route; ``dense_intermediate`` is the width of the others' MLP (0 if there
-    are none) and ``shared_intermediate`` that of the shared expert (0 if there is none). ``chunked_layers``
-    attend within chunks of ``attention_chunk_size`` tokens only, which bounds their KV cache.
-    ``vision_weights`` counts the vision tower's and projector's parameters (0 for text-only).
+    ``moe_layers`` are the layers that route; ``dense_intermediate`` is the width of the others' MLP (0 if
+    there are none) and ``shared_intermediate`` that of the shared expert (0 if there is none).
+    ``chunked_layers`` attend within chunks of ``attention_chunk_size`` tokens only, which bounds their KV
+    cache. ``vision_weights`` counts the vision tower's and projector's parameters (0 for text-only).
     """
 
     family: Family
@@ -138,9 +138,9 @@ class ModelShape:
         for layer in range(self.num_layers):
             base = self.layer_prefix(layer)
             query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-            for name, rows, columns in (
-                ("q_proj", query, hidden), ("k_proj", key, hidden), ("v_proj", key, hidden), ("o_proj", hidden, query),
-            ):  # fmt: skip
+            sizes = {"q_proj": query, "k_proj": key, "v_proj": key}
+            projections = [(name, rows, hidden) for name, rows in sizes.items()] + [("o_proj", hidden, query)]
+            for name, rows, columns in projections:
                 yield LinearSpec(f"{base}self_attn.{name}", "attention", rows, columns, layer)
             if layer not in self.moe_layers:
                 mlp = f"{base}{self.family.runtime_block}."
@@ -153,7 +153,9 @@ class ModelShape:
 
     def _mlp(self, base: str, role: Role, inter: int, layer: int) -> Iterator[LinearSpec]:
         for projection in PROJECTIONS:
-            rows, columns = (self.hidden_size, inter) if projection == "down_proj" else (inter, self.hidden_size)
+            rows, columns = (
+                (self.hidden_size, inter) if projection == "down_proj" else (inter, self.hidden_size)
+            )
             yield LinearSpec(base + projection, role, rows, columns, layer, None, projection)
 
     def linears(self) -> Iterator[LinearSpec]:
@@ -184,7 +186,9 @@ class ModelShape:
         total: dict[Role, int] = {}
         for linear in self.dense_linears():
             scheme = schemes.get(linear.role, BF16)
-            total[linear.role] = total.get(linear.role, 0) + scheme.nbytes(linear.out_features, linear.in_features)
+            total[linear.role] = total.get(linear.role, 0) + scheme.nbytes(
+                linear.out_features, linear.in_features
+            )
         for tensor in self.plain_tensors():
             total[tensor.role] = total.get(tensor.role, 0) + tensor.elements * 2
         per_expert = self.expert_nbytes(schemes.get("experts", BF16))

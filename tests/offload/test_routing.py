@@ -26,10 +26,17 @@ def _recorded(steps: list[list[list[list[int]]]], name: str = "a") -> RoutingSta
 
 
 def test_counts_transitions_and_reuse_are_those_of_the_tokens() -> None:
-    stats = _recorded([[[[0, 1], [2, 3]], [[1, 2], [1, 2]], [[3, 0], [3, 1]]], [[[0, 3]], [[2, 0]], [[3, 0]]]])
+    stats = _recorded(
+        [[[[0, 1], [2, 3]], [[1, 2], [1, 2]], [[3, 0], [3, 1]]], [[[0, 3]], [[2, 0]], [[3, 0]]]]
+    )
     assert stats.tokens == 3
     assert stats.counts.tolist() == [[2, 1, 1, 2], [1, 2, 3, 0], [2, 1, 0, 3]]
-    assert stats.transitions[0, 0].tolist() == [1, 1, 2, 0]  # after expert 0 in layer 0: {1, 2} once, {2, 0} once
+    assert stats.transitions[0, 0].tolist() == [
+        1,
+        1,
+        2,
+        0,
+    ]  # after expert 0 in layer 0: {1, 2} once, {2, 0} once
     assert stats.reuse[0].tolist()[:3] == [1, 1, 0]  # expert 3 after 1 token, expert 0 after 2
     assert stats.hottest()[0] == (1, 2)
     assert stats.likely_next(0, np.array([0]))[0] == 2
@@ -55,10 +62,12 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
         RoutingStats.load(tmp_path / "routing.json", other)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 1, "moe_layers": [0, 1, 2], "num_experts": 4}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"version": 1, "moe_layers": [0, 1, 2], "num_experts": 4}']
+)
 def test_a_damaged_profile_is_one_clear_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "routing.json").write_text(text)
-    with pytest.raises(ProfileError, match="routing.json is (no|a damaged) routing profile"):
+    with pytest.raises(ProfileError, match=r"routing.json is (no|a damaged) routing profile"):
         RoutingStats.load(tmp_path / "routing.json", SHAPE)
 
 

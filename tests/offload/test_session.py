@@ -1,4 +1,5 @@
-"""The runtime against its oracle, stock transformers on the dequantized weights, for every split over tiers."""
+"""The runtime against its oracle, stock transformers on the dequantized weights, for every split over
+tiers."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,12 +22,16 @@ SPLITS = {
     "all in ram": Placement(ram_slots=64, prompt_chunk=64),
     "three slots, the rest on disk": Placement(ram_slots=3, prompt_chunk=64, fills=False),
     "device window": Placement(ram_slots=4, vram_slots=5, prompt_chunk=64, fills=False),
-    "pinned on the device": Placement(ram_slots=3, vram_slots=14, pinned=tuple((3, e) for e in range(8)), prompt_chunk=64),
+    "pinned on the device": Placement(
+        ram_slots=3, vram_slots=14, pinned=tuple((3, e) for e in range(8)), prompt_chunk=64
+    ),
 }
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+def quantized(
+    tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Path]]:
     made: dict[str, tuple[Path, Path]] = {}
 
     def get(family: str) -> tuple[Path, Path]:
@@ -45,7 +50,9 @@ def _session(path: Path, placement: Placement, **options: object) -> Session:
 
 
 @pytest.fixture(scope="module")
-def expected(quantized: Callable[[str], tuple[Path, Path]]) -> Callable[[str], tuple[torch.Tensor, list[int]]]:
+def expected(
+    quantized: Callable[[str], tuple[Path, Path]],
+) -> Callable[[str], tuple[torch.Tensor, list[int]]]:
     made: dict[str, tuple[torch.Tensor, list[int]]] = {}
 
     def get(family: str) -> tuple[torch.Tensor, list[int]]:
@@ -65,7 +72,10 @@ def expected(quantized: Callable[[str], tuple[Path, Path]]) -> Callable[[str], t
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_greedy_text_equal_stock_transformers(
-    family: str, split: str, quantized: Callable[..., tuple[Path, Path]], expected: Callable[..., tuple[torch.Tensor, list[int]]]
+    family: str,
+    split: str,
+    quantized: Callable[..., tuple[Path, Path]],
+    expected: Callable[..., tuple[torch.Tensor, list[int]]],
 ) -> None:
     logits, tokens = expected(family)
     with _session(quantized(family)[1], SPLITS[split]) as session:
@@ -80,7 +90,11 @@ def test_logits_and_greedy_text_equal_stock_transformers(
 def test_int8_activations_cost_little_on_a_trained_model(
     placement: Placement, demo_model: Path, tmp_path: Path
 ) -> None:
-    convert(demo_model, tmp_path / "demo", {"experts": INT4, "shared_expert": INT4, "attention": INT8, "lm_head": INT8})
+    convert(
+        demo_model,
+        tmp_path / "demo",
+        {"experts": INT4, "shared_expert": INT4, "attention": INT8, "lm_head": INT8},
+    )
     text = (demo_model / "held_out.txt").read_text()[5000:8000]
     logits = []
     for exact in (True, False):
@@ -137,7 +151,9 @@ def test_hits_misses_and_bytes_are_counted(session: Session) -> None:
     assert sum(tier != "disk" for tier in session.expert_tiers().values()) == 3
 
 
-def test_evicted_experts_are_never_written_back(quantized: Callable[..., tuple[Path, Path]], session: Session) -> None:
+def test_evicted_experts_are_never_written_back(
+    quantized: Callable[..., tuple[Path, Path]], session: Session
+) -> None:
     files = sorted(quantized("llama4_text")[1].glob("*.safetensors"))
     before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
     list(session.generate(PROMPT, Sampling(max_tokens=4, ignore_eos=True)))

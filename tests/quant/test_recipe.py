@@ -17,7 +17,9 @@ def test_every_recipe_that_ships_loads_and_says_what_it_is_for(name: str) -> Non
 
 
 def test_a_role_that_is_not_named_stays_bf16_and_one_may_have_its_own_groups() -> None:
-    recipe = parse_recipe("x", {"weights": {"experts": "int4-g32", "lm_head": "int8"}, "run": {"ram": "2.5GiB"}})
+    recipe = parse_recipe(
+        "x", {"weights": {"experts": "int4-g32", "lm_head": "int8"}, "run": {"ram": "2.5GiB"}}
+    )
     assert recipe.schemes == {"experts": Scheme("int4", 32), "lm_head": Scheme("int8", 128)}
     assert recipe.ram == int(2.5 * 2**30)
 
