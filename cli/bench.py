@@ -46,14 +46,22 @@ def bench(
     from cli.run import check_page, finish, open_session
     from cli.texts import read_text, sample_text
     from offload.account import account
-    from offload.benchmark import Benchmark
+    from offload.benchmark import Benchmark, forget_peak
+    from offload.machine import probe
+    from quant.hub import resolve_model
 
     console = Console(json=json)
     check_page(report)
     plan = Benchmark(prompt_tokens, tokens, repeat)
     source = read_text(text) if text else sample_text()
     run = replace(run, context=max(run.context, plan.context))
-    with open_session(model, run, console) as session:
+    path = resolve_model(model)
+    console.step("measuring bandwidths")
+    probe(path, refresh=True)
+    peak_is_clean = forget_peak()
+    with open_session(str(path), run, console) as session:
+        if not peak_is_clean:
+            session.notes.append("the peak of resident memory includes what measuring the machine took")
         runs = plan.run(session, source, console.step)
         measured = account(session, runs, command="bench", median=True)
         console.say()

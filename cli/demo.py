@@ -1,5 +1,6 @@
 """``coldstream demo``: the whole path on the model that ships with the package, telling what it does."""
 
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ import typer
 
 from cli.console import Console
 from cli.options import Json
+from offload.records import RunOptions, Sampling
 
 Keep = Annotated[
     Path | None,
@@ -18,12 +20,17 @@ Keep = Annotated[
 ]
 
 QUESTION = "What does os.path.join do?"
-TOKENS = 96
-PROFILE_TOKENS = 4096
+TOKENS = 128
+PROFILE_TOKENS = 8192
+RECIPE = "demo"
 
 
 def demo(keep: Keep = None, json: Json = False) -> None:
-    """Quantize, profile, plan, generate and report on the embedded model (9 MB, trained on Python's library)."""
+    """The whole path on the embedded model: quantize, profile, plan, generate, report.
+
+    The model is a small Llama 4 (9 MB), trained on Python's standard library: what it writes looks like
+    Python and means little.
+    """
     from quant.errors import OutputError
 
     console = Console(json=json)
@@ -32,23 +39,110 @@ def demo(keep: Keep = None, json: Json = False) -> None:
         if keep is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldstream-demo-")))
         else:
-            if keep.exists() and any(keep.iterdir()):
+            folder = keep
+            if keep.is_dir() and any(keep.iterdir()):
                 raise OutputError(f"{keep} is not empty: name a new directory for --keep")
             keep.mkdir(parents=True, exist_ok=True)
-            folder = keep
         source = stack.enter_context(as_file(files("recipes").joinpath("demo")))
-        document = _demo(source, folder, console)
+        document = Demo(source, folder, console).run()
     seconds = time.perf_counter() - started
-    console.say(f"\nDone in {seconds:.0f} s." + (f" Everything is in {keep}." if keep else ""))
+    console.say(f"\nDone in {seconds:.0f} s." + (f" Model, profile and page are in {keep}." if keep else ""))
     console.result({**document, "seconds": seconds, "kept": keep})
 
 
-def _demo(source: Path, folder: Path, console: Console) -> dict[str, Any]:
-    quantized = _quantize(source, folder / "model", console)
-    routing = _profile(folder / "model", folder / "routing.json", console)
-    plan = _plan(folder, console)
-    return {"quantize": quantized, "profile": routing, "plan": plan, **_generate(folder, console)}
+class Demo:
+    """The five steps, each saying what it does and the command that does the same."""
 
+    def __init__(self, source: Path, folder: Path, console: Console) -> None:
+        self.source, self.console = source, console
+        self.model, self.routing, self.page = folder / "model", folder / "routing.json", folder / "run.html"
+        self.step = 0
 
-def _heading(console: Console, number: int, title: str, command: str) -> None:
-    console.say(f"\n{number}. {title}\n   $ coldstream {command}\n")
+    def run(self) -> dict[str, Any]:
+        """All steps; what each found, by its command's name."""
+        return {
+            "quantize": self.quantize(),
+            "profile": self.profile(),
+            "plan": self.plan(),
+            "generate": self.generate(),
+        }
+
+    def heading(self, title: str, command: str) -> None:
+        """Say what comes now and how to do it by hand."""
+        self.step += 1
+        self.console.say(f"\n{self.step}. {title}\n   $ coldstream {command}")
+
+    def quantize(self) -> dict[str, Any]:
+        """By the packaged recipe."""
+        from cli.words import size
+        from quant.convert import convert
+        from quant.recipe import load_recipe
+
+        recipe = load_recipe(RECIPE)
+        self.heading(
+            "Quantize: routed and shared experts to 4 bits.", f"quantize SRC model --recipe {RECIPE}"
+        )
+        done = convert(self.source, self.model, recipe.schemes)
+        self.console.say(
+            f"   {size(done.source_bytes)} became {size(done.output_bytes)}, "
+            f"{done.bits_per_weight:.2f} bits per weight over all, in {done.seconds:.1f} s"
+        )
+        return done.to_json()
+
+    def profile(self) -> dict[str, Any]:
+        """Run text the model was trained on, and keep which experts it asked for."""
+        from cli.profile import document, heat_map, run_text
+        from cli.run import open_session
+        from cli.texts import read_text
+        from cli.words import percent
+
+        self.heading(
+            "Profile: which experts does text ask for? (Loading torch takes some seconds.)",
+            "profile model --text calibration.txt",
+        )
+        quiet = Console(json=True)
+        with open_session(str(self.model), RunOptions(context=1024), quiet) as session:
+            text = read_text(self.source / "calibration.txt")
+            seconds = run_text(session, text, PROFILE_TOKENS, quiet)
+            stats = session.routing
+            stats.save(self.routing)
+        skew = stats.skew()
+        quarter = sum(layer.top25 for layer in skew) / len(skew)
+        self.console.say(
+            f"   {stats.tokens:,} tokens in {seconds:.1f} s; the most used quarter of the experts takes "
+            f"{percent(quarter)} of the requests\n"
+        )
+        self.console.say(heat_map(stats))
+        return document(stats, self.routing, stats.tokens, seconds)
+
+    def plan(self) -> dict[str, Any]:
+        """Where every byte of the coming run goes."""
+
+        self.heading("Plan: does it fit, how fast will it be?", "plan model --routing routing.json")
+        return {}
+
+    def generate(self) -> dict[str, Any]:
+        """Answer a question, then the report, on the terminal and as a page."""
+        from cli.page import write_page
+        from cli.run import open_session
+        from cli.summary import summary
+        from offload.account import account
+
+        self.heading(
+            "Generate, with the profile deciding which experts are kept at hand.",
+            f'generate model "{QUESTION}" --chat --routing routing.json --report run.html',
+        )
+        quiet = Console(json=True)
+        with open_session(str(self.model), RunOptions(context=1024, routing=self.routing), quiet) as session:
+            ids = session.encode_chat([{"role": "user", "content": QUESTION}])
+            self.console.say(f"\n   > {QUESTION}\n")
+            records = []
+            for record in session.generate(ids, Sampling(max_tokens=TOKENS)):
+                records.append(record)
+                if not self.console.json:
+                    print(record.text.replace("\n", "\n   "), end="", file=sys.stderr, flush=True)
+            report = account(session, [records], command="generate", warmup=1)
+        self.console.say("\n")
+        self.console.say(summary(report))
+        write_page(report, self.page)
+        return report.to_json()

@@ -34,8 +34,17 @@ PIPE_CLOSED = 141
 
 def main() -> None:
     """Run the command line. Exits 0 when done, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
-    with one_line_errors():
-        build_app(_command_in(sys.argv[1:]))(prog_name="coldstream")
+    try:
+        with one_line_errors():
+            build_app(_command_in(sys.argv[1:]))(prog_name="coldstream")
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        # At once: nobody waits for torch to be taken down. And with 130: Python itself would die of the
+        # signal, caught or not, if that came while it compiled something (as every dataclass does).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 def build_app(wanted: str | None = None) -> typer.Typer:

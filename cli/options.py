@@ -74,7 +74,7 @@ PromptChunk = Annotated[
 def expands(
     name: str, options: Mapping[str, tuple[Any, Any]], make: Callable[..., Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that gives a command ``options`` (name → annotation, default) in place of parameter ``name``.
+    """A decorator that gives a command ``options`` (name → annotation, default) for parameter ``name``.
 
     The command is called with what ``make`` makes of their values.
     """
@@ -100,7 +100,14 @@ def expands(
 
 def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
     """RunOptions of what was asked on the command line, over what ``recipe`` says. Raises RecipeError."""
-    given = {name: value for name, value in asked.items() if value is not None and value is not False}
+    from quant.recipe import load_recipe
+
+    given: dict[str, Any] = {}
+    if recipe:
+        said = load_recipe(recipe)
+        defaults = {name: getattr(said, name) for name in ("vram", "ram", "context", "kv", "prompt_chunk")}
+        given = {name: value for name, value in defaults.items() if value is not None}
+    given |= {name: value for name, value in asked.items() if value is not None and value is not False}
     return RunOptions(**given)
 
 

@@ -73,9 +73,9 @@ def run_text(session: "Session", text: str, limit: int | None, console: Console)
 
     from quant.errors import UsageError
 
-    ids = session.encode(text)[:limit]
-    if not ids:
+    if not text.strip():
         raise UsageError("there is no text to run: the files given are empty")
+    ids = session.encode(text)[:limit]
     window = session.options.context
     started = time.perf_counter()
     for start in range(0, len(ids), window):
@@ -119,7 +119,7 @@ def show(stats: "RoutingStats", console: Console) -> None:
 
 
 def heat_map(stats: "RoutingStats", width: int = 128) -> str:
-    """Layers down, experts across, one character each (or for several, past ``width``); darker is more use."""
+    """Layers down, experts across, a character each (or for several, past ``width``); dark is much used."""
     shades = " ░▒▓█"
     group = -(-stats.num_experts // width)
     lines = ["Use of each expert (layers down, experts across):"]

@@ -43,6 +43,8 @@ def number(value: float | None, digits: int = 3) -> str:
         return "–"
     if value == 0:
         return "0"
+    if abs(value) < 0.1:
+        return f"{value:.2g}"
     whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
     places = max(digits - max(whole, 1), 0)
     return f"{value:,.{places}f}"
@@ -50,7 +52,9 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def percent(part: float | None) -> str:
     """``part`` of 1 in percent; a dash for None."""
-    return "–" if part is None else f"{100 * part:.0f} %"
+    if part is None:
+        return "–"
+    return f"{100 * part:.1f} %" if 0 < part < 0.0095 else f"{100 * part:.0f} %"
 
 
 def deviation(part: float) -> str:

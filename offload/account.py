@@ -6,10 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
+from offload.host import cpu_name
 from offload.ledger import peak_resident_bytes, resident_bytes
 from offload.records import Tier
 from offload.report import Environment, ExpertMap, Memory, Prediction, RunReport, Subject
@@ -124,14 +124,6 @@ def bandwidth_of(session: Session) -> Bandwidth:
     if machine is None:
         return Bandwidth()
     return Bandwidth(machine.ram_gb_s, machine.disk_gb_s, machine.pcie_gb_s, machine.vram_gb_s)
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux gives it, or its architecture where it gives none."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ prompt left behind, and then decodes greedily through any end of text.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from offload.records import Sampling, TokenRecord
 from offload.session import Session
@@ -28,11 +29,11 @@ class Benchmark:
     def run(
         self, session: Session, text: str, progress: Callable[[str], None] | None = None
     ) -> list[list[TokenRecord]]:
-        """The records of each repetition, not those of the warm-up. Raises UsageError if ``text`` is empty."""
+        """The records of each repetition, without the warm-up. Raises UsageError if ``text`` is empty."""
         say = progress or (lambda line: None)
-        ids = session.encode(text)
-        if not ids:
+        if not text.strip():
             raise UsageError("the text to measure with is empty: expected some prose or code")
+        ids = session.encode(text)
         say("warm-up")
         self._once(session, self._prompt(ids, 0), min(self.tokens, 16))
         runs = []
@@ -50,3 +51,15 @@ class Benchmark:
         session.reset()
         # One more than is measured: the first token comes out of the prefill.
         return list(session.generate(prompt, Sampling(max_tokens=tokens + 1, ignore_eos=True)))
+
+
+def forget_peak() -> bool:
+    """Let the peak of resident memory count from now (Linux's ``clear_refs``); False if that is denied.
+
+    Measuring the machine takes memory that the run does not.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

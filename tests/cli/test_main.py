@@ -10,15 +10,7 @@ import pytest
 
 from cli.main import COMMANDS, INTERRUPTED, PIPE_CLOSED, one_line_errors
 from quant.errors import BudgetError, UsageError
-
-ROOT = Path(__file__).resolve().parents[2]
-COLDSTREAM = [sys.executable, "-m", "cli.main"]
-
-
-def coldstream(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COLDSTREAM, *arguments], cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=120
-    )
+from tests.commands import ROOT, coldstream
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

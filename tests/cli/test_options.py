@@ -34,11 +34,12 @@ def test_what_is_left_out_is_what_run_options_say_themselves() -> None:
 def test_every_option_reaches_the_run() -> None:
     _, run, _ = parse(
         "m", "--vram", "24GiB", "--ram", "1.5 GiB", "--context", "99", "--kv", "int8", "--routing", "r.json",
-        "--policy", "lru", "--device", "cpu", "--threads", "3", "--prompt-chunk", "7", "--exact", "--page-cache",
+        "--policy", "lru", "--device", "cpu", "--threads", "3", "--prompt-chunk", "7", "--exact",
+        "--page-cache",
     )  # fmt: skip
     assert run == RunOptions(
-        vram=24 * 2**30, ram=3 * 2**29, context=99, kv="int8", device="cpu", policy="lru", routing=Path("r.json"),
-        prompt_chunk=7, exact=True, page_cache=True, threads=3,
+        vram=24 * 2**30, ram=3 * 2**29, context=99, kv="int8", device="cpu", policy="lru",
+        routing=Path("r.json"), prompt_chunk=7, exact=True, page_cache=True, threads=3,
     )  # fmt: skip
 
 
@@ -66,3 +67,10 @@ def test_values_out_of_range_are_wrong_usage(words: list[str]) -> None:
         raise AssertionError("the command must not run")
 
     assert CliRunner().invoke(app, ["m", *words]).exit_code == 2
+
+
+def test_a_recipe_gives_what_is_left_out_and_the_command_line_wins(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[weights]\nexperts = "int4"\n[run]\nram = "3GiB"\ncontext = 512\nkv = "int8"\n')
+    _, run, _ = parse("m", "--recipe", str(recipe), "--context", "99")
+    assert run == RunOptions(ram=3 * 2**30, context=99, kv="int8")

@@ -8,8 +8,8 @@ from tests.reports import report
 def test_the_summary_names_both_speeds_the_floor_and_the_bytes() -> None:
     text = summary(report(tokens=100, vram=0.3))
     lines = {line.split()[0]: line for line in text.splitlines()}
-    assert {"prefill", "decode", "floor", "predicted", "bandwidth", "experts", "VRAM", "RAM", "Disk", "resident",
-            "kernel", "note"} <= lines.keys()  # fmt: skip
+    assert {"prefill", "decode", "floor", "predicted", "bandwidth", "experts", "VRAM", "RAM", "Disk",
+            "resident", "kernel", "note"} <= lines.keys()  # fmt: skip
     assert "tokens/s" in lines["prefill"]
     assert "more than listed in RAM" in lines["resident"]
 

@@ -1,0 +1,110 @@
+"""The command line as a user runs it: a process of its own, through pipes or on a terminal."""
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from cli.main import build_app
+
+ROOT = Path(__file__).resolve().parent.parent
+COLDSTREAM = [sys.executable, "-m", "cli.main"]
+
+
+def coldstream(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run ``coldstream ARGUMENTS`` to its end, with ``stdin`` in a pipe."""
+    return subprocess.run(
+        [*COLDSTREAM, *map(str, arguments)],
+        cwd=ROOT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def invoke(*arguments: str | Path, stdin: str = "") -> Finished:
+    """``coldstream ARGUMENTS`` in this process, where torch is imported once for all tests."""
+    words = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(build_app(words[0]), words, input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Finished(result.exit_code, result.stdout, result.stderr)
+
+
+class Terminal:
+    """``coldstream ARGUMENTS`` on a pseudo-terminal, which a test types into and reads."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        ours, theirs = pty.openpty()
+        self.ours = ours
+        self.seen = ""
+        self.process = subprocess.Popen(
+            [*COLDSTREAM, *map(str, arguments)],
+            cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env=os.environ | {"TERM": "dumb"},
+        )  # fmt: skip
+        os.close(theirs)
+
+    def read_until(self, text: str, seconds: float = 60) -> str:
+        """What appears up to and with ``text``."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            left = end - time.monotonic()
+            assert left > 0, f"{text!r} did not appear within {seconds} s; seen: {self.seen[-800:]!r}"
+            if select.select([self.ours], [], [], left)[0]:
+                try:
+                    got = os.read(self.ours, 65536)
+                except OSError:  # the terminal is gone with its last process
+                    got = b""
+                assert got, f"the command ended before {text!r} appeared; seen: {self.seen[-800:]!r}"
+                self.seen += got.decode(errors="replace")
+        at = self.seen.index(text) + len(text)
+        before, self.seen = self.seen[:at], self.seen[at:]
+        return before
+
+    def type(self, text: str) -> None:
+        """Type ``text``; control characters work as keys do."""
+        os.write(self.ours, text.encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
+    def wait(self, seconds: float = 30) -> int:
+        """Read to the end; the exit code."""
+        end = time.monotonic() + seconds
+        while (
+            time.monotonic() < end and select.select([self.ours], [], [], max(0.0, end - time.monotonic()))[0]
+        ):
+            try:
+                got = os.read(self.ours, 65536)
+            except OSError:
+                break
+            if not got:
+                break
+            self.seen += got.decode(errors="replace")
+        return self.process.wait(max(0.1, end - time.monotonic()))
+
+    def close(self) -> None:
+        """End the process if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.ours)
