@@ -1,5 +1,6 @@
 """The GPU of this machine, measured: memory, its bandwidth, and the bus both ways."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,17 +9,20 @@ if TYPE_CHECKING:  # torch costs seconds and is imported where a GPU is measured
 
 _COPIED = 256 * 2**20
 _RUNS = 4
+_MATRIX = 4096
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: capacity in bytes, bandwidths in GB/s of 10^9 bytes (``h2d`` host to device, pinned memory)."""
+    """One GPU: capacity in bytes, bandwidths in GB/s of 10^9 bytes (``h2d`` host to device, pinned memory),
+    dense bf16 matrix products in 10^12 operations per second."""
 
     name: str
     vram_bytes: int
     vram_gb_s: float
     h2d_gb_s: float
     d2h_gb_s: float
+    bf16_tflops: float
 
 
 def measure_gpu() -> Gpu | None:
@@ -40,19 +44,34 @@ def measure_gpu() -> Gpu | None:
         vram_gb_s=2 * _copy_rate(other, near),  # a copy reads and writes
         h2d_gb_s=_copy_rate(near, host),
         d2h_gb_s=_copy_rate(host, near),
+        bf16_tflops=_product_rate(device),
     )
 
 
 def _copy_rate(target: "torch.Tensor", source: "torch.Tensor") -> float:
-    """Best GB/s of several copies, the first of which warms up."""
+    """Best GB/s of several copies."""
+    return source.nbytes / _best_ms(lambda: target.copy_(source, non_blocking=True)) / 1e6
+
+
+def _product_rate(device: "torch.device") -> float:
+    """Best 10^12 operations per second of a square bf16 product."""
     import torch
 
-    best = 0.0
+    a = torch.randn(_MATRIX, _MATRIX, dtype=torch.bfloat16, device=device)
+    out = torch.empty_like(a)
+    return 2 * _MATRIX**3 / _best_ms(lambda: torch.mm(a, a, out=out)) / 1e9
+
+
+def _best_ms(work: Callable[[], object]) -> float:
+    """ms of the best of several runs, of which the first warms up."""
+    import torch
+
+    times: list[float] = []
     for _ in range(_RUNS + 1):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        target.copy_(source, non_blocking=True)
+        work()
         end.record()
         end.synchronize()
-        best = max(best, source.nbytes / start.elapsed_time(end) / 1e6)
-    return best
+        times.append(start.elapsed_time(end))
+    return min(times[1:])

@@ -12,7 +12,7 @@ from offload.disk import disk_rate
 from offload.gpus import Gpu
 from offload.machine import Machine, probe
 
-GPU = Gpu("Some GPU", 24 * 2**30, 1008.0, 25.0, 26.0)
+GPU = Gpu("Some GPU", 24 * 2**30, 1008.0, 25.0, 26.0, 165.0)
 MACHINE = Machine(
     "box", "Some CPU", 8, "avx512", 64 * 2**30, 60 * 2**30, 70.0, 6.0, 2000.0, GPU, False, ("a note",)
 )
