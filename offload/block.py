@@ -14,14 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offload.residency import ExpertCache, Key
 from offload.routing import RoutingStats
 from offload.store import ExpertWeights
-from quant.kernels.moe import GatedMlp, Job, MoeBlock, MoeResult, RouterKind, mlp
-from quant.kernels.weight import Weight
-from quant.linear import QuantLinear
+from quant.kernels.moe import GatedMlp, Job, MoeBlock, MoeResult, mlp
 
 
 class NativeMoe:
@@ -96,66 +94,6 @@ class BlockTable:
     def evicted(self, key: Key) -> None:
         """Take an expert out before its slot is overwritten."""
         self.blocks[key[0]].block.clear_expert(key[1])
-
-
-class NativeLayer(nn.Module):
-    """A decoder layer whose MoE block is native and whose attention is the stock module's."""
-
-    def __init__(self, stock: nn.Module, moe: NativeMoe) -> None:
-        super().__init__()
-        self.input_layernorm, self.self_attn = stock.input_layernorm, stock.self_attn
-        self.moe = moe
-
-    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
-        """``[1, T, H]`` → ``[1, T, H]``; ``context`` is what the stock layer passes to attention."""
-        attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **context)  # type: ignore[operator]
-        hidden_states = hidden_states + attention
-        return self.moe.run(hidden_states.view(-1, hidden_states.shape[-1])).view_as(hidden_states)
-
-
-def install(model: Any, cache: ExpertCache, routing: RoutingStats, exact: bool) -> None:
-    """Replace the MoE layers of a loaded model by native ones and let the cache feed them."""
-    layers = model.model.layers
-    blocks: dict[int, NativeMoe] = {}
-    for layer in routing.moe_layers:
-        stock = layers[layer]
-        blocks[layer] = NativeMoe(layer, _moe_block(stock, model.config), cache, routing, exact)
-        layers[layer] = NativeLayer(stock, blocks[layer])
-    for before, after in zip(routing.moe_layers, routing.moe_layers[1:], strict=False):
-        blocks[before].following = blocks[after]
-    cache.listener = BlockTable(blocks)
-
-
-def _moe_block(stock: Any, config: Any) -> MoeBlock:
-    norm = stock.post_attention_layernorm
-    eps = float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
-    shared, kind = None, "softmax_normalized"
-    if hasattr(stock, "feed_forward"):
-        block, kind = stock.feed_forward, "sigmoid_input"
-        router = block.router.weight
-        shared = GatedMlp(
-            *(_weight(getattr(block.shared_expert, name)) for name in ("gate_proj", "up_proj", "down_proj"))
-        )
-        top_k = block.top_k
-    else:
-        router, top_k = stock.mlp.gate.weight, stock.mlp.gate.top_k
-        kind = "softmax_normalized" if getattr(stock.mlp.gate, "norm_topk_prob", True) else "softmax"
-    router_kind: RouterKind = kind  # type: ignore[assignment]
-    return MoeBlock(
-        Weight.from_tensors("f32", router.data.float()),
-        top_k,
-        router_kind,
-        shared,
-        None,
-        norm.weight.data,
-        eps,
-    )
-
-
-def _weight(linear: QuantLinear) -> Weight:
-    descriptor = linear.stored.descriptor()
-    assert descriptor is not None
-    return descriptor
 
 
 def is_native(weights: ExpertWeights) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.decoder import NativeDecoder
 from offload.kv import KVCache
 from offload.ledger import resident_bytes
 from offload.records import Finish, Sampling, Tier, TokenRecord
@@ -25,9 +26,11 @@ class Generator:
     def __init__(
         self, model: Any, tokenizer: Any, cache: KVCache, experts: ExpertCache, *, dense_bytes: int,
         prompt_chunk: int, eos: frozenset[int], device: torch.device,
+        native: NativeDecoder | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.cache, self.experts = model, tokenizer, cache, experts
         self.dense_bytes, self.prompt_chunk, self.eos, self.device = dense_bytes, prompt_chunk, eos, device
+        self.native = native
         self.tokens: list[int] = []  # what the cache holds
 
     def reset(self) -> None:
@@ -98,15 +101,19 @@ class Generator:
         before = len(self.tokens)
         try:
             with torch.inference_mode():
-                inputs = torch.tensor([list(ids)], device=self.device)
-                logits = self.model(
-                    input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-                ).logits
+                if self.native is not None:
+                    logits = self.native.forward(ids, self.cache)[-1]
+                else:
+                    inputs = torch.tensor([list(ids)], device=self.device)
+                    found = self.model(
+                        input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+                    )
+                    logits = found.logits[0, -1]
         except BaseException:  # KeyboardInterrupt too: some layers have seen the tokens, others not
             self.tokens = self.tokens[: self.cache.rewind(before)]
             raise
         self.tokens.extend(ids)
-        return logits[0, -1]  # type: ignore[no-any-return]
+        return logits
 
     def _record(
         self, phase: Any, token: int, text: str, tokens_in: int, started: float, finish: Finish

@@ -10,6 +10,7 @@ stored as bf16, int8 (one f32 scale per token and head) or as they come.
 Legend: B = 1 sequence, h KV heads, T tokens, d head_dim.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from quant.errors import BudgetError
+from quant.kernels.attention import KvBuffers
 from quant.shape import ModelShape
 
 Storage = Literal["bf16", "int8", "plain"]
@@ -30,20 +32,25 @@ class KVBuffer:
         self.data: Tensor | None = None
         self.scale: Tensor | None = None
 
+    def allocate(self, heads: int, width: int, plain: torch.dtype, device: torch.device) -> Tensor:
+        """The buffer ``[h, capacity, d]``, made on first use; ``plain`` is the dtype of plain storage."""
+        if self.data is None:
+            dtype = {"bf16": torch.bfloat16, "int8": torch.int8, "plain": plain}[self.storage]
+            self.data = torch.empty(heads, self.capacity, width, dtype=dtype, device=device)
+            if self.storage == "int8":
+                self.scale = torch.empty(heads, self.capacity, 1, dtype=torch.float32, device=device)
+        return self.data
+
     def write(self, states: Tensor, start: int) -> None:
         """Store ``states`` ``[1, h, T, d]`` at tokens ``start`` onwards."""
         _, heads, tokens, width = states.shape
-        if self.data is None:
-            dtype = {"bf16": torch.bfloat16, "int8": torch.int8, "plain": states.dtype}[self.storage]
-            self.data = torch.empty(heads, self.capacity, width, dtype=dtype, device=states.device)
-            if self.storage == "int8":
-                self.scale = torch.empty(heads, self.capacity, 1, dtype=torch.float32, device=states.device)
+        data = self.allocate(heads, width, states.dtype, states.device)
         values = states[0]
         if self.scale is not None:
             scale = values.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
             self.scale[:, start : start + tokens] = scale
             values = (values.float() / scale).round()
-        self.data[:, start : start + tokens] = values.to(self.data.dtype)
+        data[:, start : start + tokens] = values.to(data.dtype)
 
     def read(self, length: int, dtype: torch.dtype) -> Tensor:
         """The first ``length`` tokens as ``[1, h, length, d]`` in ``dtype``."""
@@ -88,10 +95,7 @@ class KVLayer(CacheLayerMixin):
         """
         tokens = key_states.shape[2]
         kept, end = self.seen - self.start, self.seen + tokens
-        if end > self.context:
-            raise BudgetError(
-                f"the KV cache is planned for {self.context:,} tokens: start again with --context {2 * end}"
-            )
+        self._check(end)
         self.seen = end
         first = (end // self.chunk) * self.chunk if self.chunk else 0  # where the next token's chunk begins
         if first <= self.start:
@@ -111,6 +115,35 @@ class KVLayer(CacheLayerMixin):
             self.value_buffer.write(values[:, :, -keep:], 0)
         self.start = first
         return keys, values
+
+    def spans(self, tokens: int, kv_heads: int, head_dim: int) -> Iterator[tuple[int, int, KvBuffers]]:
+        """Where the native attention may append ``tokens`` new tokens: (first, count, buffers) for each part that
+        stays within one chunk. A part counts as seen once the next is asked for.
+
+        Raises BudgetError if the planned context is exceeded.
+        """
+        self._check(self.seen + tokens)
+        cpu, done = torch.device("cpu"), 0
+        keys = self.key_buffer.allocate(kv_heads, head_dim, torch.float32, cpu)
+        values = self.value_buffer.allocate(kv_heads, head_dim, torch.float32, cpu)
+        while done < tokens:
+            room = self.start + self.chunk - self.seen if self.chunk else tokens
+            count = min(tokens - done, room)
+            yield (
+                done,
+                count,
+                KvBuffers(keys, values, self.start, self.key_buffer.scale, self.value_buffer.scale),
+            )
+            done += count
+            self.seen += count
+            if self.chunk and self.seen == self.start + self.chunk:
+                self.start = self.seen
+
+    def _check(self, end: int) -> None:
+        if end > self.context:
+            raise BudgetError(
+                f"the KV cache is planned for {self.context:,} tokens: start again with --context {2 * end}"
+            )
 
     @staticmethod
     def _joined(buffer: KVBuffer, states: Tensor, kept: int) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from offload.block import install, is_native
+from offload.block import is_native
+from offload.decoder import NativeDecoder
 from offload.experts import ExpertRunner
 from offload.generate import Generator
 from offload.kv import KVCache, Storage
@@ -104,14 +105,13 @@ class Session:
         runner = ExpertRunner(self.experts, self.routing, self.compute, self.shape.family.scales_input)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.model = load_model(checkpoint, runner, self.compute, dtype, device)
-        if self.compute.native and self._experts_are_native():
-            install(self.model, self.experts, self.routing, self.compute.exact)
+        native_decoder = self._native_decoder()
         self.tokenizer = load_tokenizer(checkpoint.path)
         storage: Storage = "plain" if options.exact else options.kv
         cache = KVCache(self.shape, options.context, storage)
         self.generator = Generator(
             self.model, self.tokenizer, cache, self.experts, dense_bytes=self._count(),
-            prompt_chunk=placement.prompt_chunk, eos=self._eos(), device=device,
+            prompt_chunk=placement.prompt_chunk, eos=self._eos(), device=device, native=native_decoder,
         )  # fmt: skip
         if placement.fills:
             self.experts.fill()
@@ -154,12 +154,15 @@ class Session:
         self.ledger.add("disk", "experts", self.store.nbytes)
         return cache
 
-    def _experts_are_native(self) -> bool:
-        """Whether experts and shared experts are stored as the native block can read them."""
+    def _native_decoder(self) -> NativeDecoder | None:
+        """The fast path, where weights are stored and the architecture is as the native kernels know them."""
         record = self.store.record(*self.store.experts()[0])
-        return self.placement.vram_slots == 0 and is_native(
-            record.view(torch.empty(record.slot_bytes, dtype=torch.uint8))
-        )
+        readable = is_native(record.view(torch.empty(record.slot_bytes, dtype=torch.uint8)))
+        if not (self.compute.native and readable and NativeDecoder.knows(self.model.config)):
+            return None
+        if self.placement.vram_slots:
+            return None
+        return NativeDecoder(self.model, self.shape, self.experts, self.routing, self.compute.exact)
 
     def _count(self) -> int:
         """Enter the dense weights in the ledger; returns the bytes of them that every forward pass reads."""

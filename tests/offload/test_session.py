@@ -127,17 +127,18 @@ def test_an_interrupted_answer_leaves_the_session_usable(session: Session) -> No
     stream = session.generate(PROMPT, Sampling(max_tokens=6, ignore_eos=True))
     next(stream)
     stream.close()
-    layer = session.model.model.layers[2].self_attn
-    stock, calls = layer.forward, []
+    native = session.generator.native
+    assert native is not None
+    stock, calls = native.mlps[2], []
 
-    def interrupt(*args: object, **kwargs: object) -> object:
+    def interrupt(x: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         raise KeyboardInterrupt
 
-    layer.forward = interrupt
+    native.mlps[2] = interrupt
     with pytest.raises(KeyboardInterrupt):
         list(session.generate([*PROMPT, 3, 4, 5], Sampling(max_tokens=6)))
-    layer.forward = stock
+    native.mlps[2] = stock
     assert calls
     assert [r.token_id for r in session.generate(PROMPT, Sampling(max_tokens=6, ignore_eos=True))] == expected
 
@@ -146,7 +147,10 @@ def test_hits_misses_and_bytes_are_counted(session: Session) -> None:
     records = list(session.generate(PROMPT, Sampling(max_tokens=4, ignore_eos=True)))
     expert = session.store.record(0, 0).nbytes
     assert all(record.hits + record.misses == 4 for record in records[1:])
-    assert all(record.bytes_read.get("disk", 0) == record.misses * expert for record in records[1:])
+    # Guesses read, too: no fewer bytes than the misses needed, and whole experts only.
+    read = [record.bytes_read.get("disk", 0) for record in records]
+    assert sum(read) >= sum(record.misses for record in records) * expert
+    assert all(count % expert == 0 for count in read)
     assert session.routing.tokens == len(PROMPT) + 3
     assert sum(tier != "disk" for tier in session.expert_tiers().values()) == 3
 

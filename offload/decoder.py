@@ -1,0 +1,159 @@
+"""NativeDecoder: the language model on the CPU as two native calls per layer, attention and MLP.
+
+It takes its weights and its rotary embedding from the loaded transformers model and gives the same logits; what it
+leaves out is the Python between them, about a millisecond per layer and token. The stock model stays the oracle.
+
+Legend: T tokens, H hidden.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.block import BlockTable, NativeMoe
+from offload.kv import KVCache
+from offload.residency import ExpertCache
+from offload.routing import RoutingStats
+from quant.kernels.attention import Attention, AttentionShape
+from quant.kernels.moe import GatedMlp, Job, MoeBlock, RouterKind, mlp
+from quant.kernels.weight import Weight
+from quant.linear import QuantLinear
+from quant.shape import ModelShape
+
+Mlp = Callable[[Tensor], Tensor]
+
+
+class NativeDecoder:
+    """A decoder-only MoE model, f32 activations. ``exact`` keeps them so in the products, too."""
+
+    def __init__(
+        self, model: Any, shape: ModelShape, experts: ExpertCache, routing: RoutingStats, exact: bool
+    ) -> None:
+        self.shape, self.exact = shape, exact
+        self.embedding, self.rotary, self.norm = (
+            model.model.embed_tokens,
+            model.model.rotary_emb,
+            model.model.norm,
+        )
+        self.lm_head = model.lm_head
+        self.attentions = [_attention(layer, model.config) for layer in model.model.layers]
+        self.mlps: list[Mlp] = []
+        blocks: dict[int, NativeMoe] = {}
+        for index, layer in enumerate(model.model.layers):
+            if index in shape.moe_layers:
+                blocks[index] = NativeMoe(index, _moe_block(layer), experts, routing, exact)
+                self.mlps.append(blocks[index].run)
+            else:
+                self.mlps.append(_dense_mlp(layer, exact))
+        for before, after in zip(shape.moe_layers, shape.moe_layers[1:], strict=False):
+            blocks[before].following = blocks[after]
+        experts.listener = BlockTable(blocks)
+
+    @staticmethod
+    def knows(config: Any) -> bool:
+        """Whether the native attention computes what this config asks for."""
+        return getattr(config, "clip_qkv", None) is None
+
+    def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
+        """Append ``ids`` to ``cache`` and return the logits ``[keep, vocab]`` of the last ``keep`` tokens.
+
+        Raises BudgetError if the cache is full and CheckpointError if an expert cannot be read.
+        """
+        position = cache.get_seq_length()
+        x: Tensor = self.embedding(torch.tensor(ids))
+        cosine, sine = self._angles(x, position)
+        for attention, run_mlp, layer in zip(self.attentions, self.mlps, cache.kept, strict=True):
+            parts = []
+            for first, count, buffers in layer.spans(len(ids), self.shape.num_kv_heads, self.shape.head_dim):
+                span = slice(first, first + count)
+                parts.append(
+                    attention.run(
+                        x[span], position + first, buffers, cosine[span], sine[span], exact=self.exact
+                    )
+                )
+            x = run_mlp(parts[0] if len(parts) == 1 else torch.cat(parts))
+        logits: Tensor = self.lm_head(self.norm(x[-keep:]))
+        return logits
+
+    def _angles(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """RoPE's cosines and sines ``[T, d/2]`` for the tokens from ``position`` on."""
+        found = self.rotary(x[None], torch.arange(position, position + x.shape[0])[None])
+        if isinstance(found, tuple):  # cosines and sines, repeated for the two halves of a head
+            half = found[0].shape[-1] // 2
+            return found[0][0, :, :half], found[1][0, :, :half]
+        return found[0].real, found[0].imag
+
+
+def _attention(layer: Any, config: Any) -> Attention:
+    stock, norm = layer.self_attn, layer.input_layernorm
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    q_norm, k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+    common: dict[str, Any] = {
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": stock.head_dim,
+        "eps": _eps(norm),
+        "scaling": stock.scaling,
+    }
+    if hasattr(stock, "use_rope"):  # Llama 4
+        rope = bool(stock.use_rope)
+        tuned = bool(stock.attn_temperature_tuning) and not rope
+        chunked = config.layer_types[stock.layer_idx] == "chunked_attention"
+        shape = AttentionShape(
+            **common,
+            rope="interleaved" if rope else "none",
+            l2_norm=hasattr(stock, "qk_norm"),
+            qk_eps=config.rms_norm_eps,
+            temperature_floor=float(stock.floor_scale) if tuned else 0.0,
+            temperature_scale=float(stock.attn_scale) if tuned else 0.0,
+            chunk=config.attention_chunk_size if chunked else 0,
+        )
+    else:
+        per_head = q_norm is not None and q_norm.weight.numel() == stock.head_dim
+        kind = "none" if q_norm is None else "per_head" if per_head else "full_width"
+        window = getattr(stock, "sliding_window", None) or 0
+        qk_eps = _eps(q_norm) if q_norm is not None else 1e-5
+        shape = AttentionShape(**common, rope="halves", qk_norm=kind, qk_eps=qk_eps, window=window)  # type: ignore[arg-type]
+    q, k, v, o = (_weight(getattr(stock, name)) for name in names)
+    biases = tuple(getattr(stock, name).bias for name in names)
+    return Attention(
+        shape, q, k, v, o, norm.weight.data,
+        None if q_norm is None else q_norm.weight.data, None if k_norm is None else k_norm.weight.data,
+        biases,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _moe_block(layer: Any) -> MoeBlock:
+    norm, shared, kind = layer.post_attention_layernorm, None, "softmax_normalized"
+    if hasattr(layer, "feed_forward"):  # Llama 4
+        router, top_k, kind = layer.feed_forward.router.weight, layer.feed_forward.top_k, "sigmoid_input"
+        shared = _gated(layer.feed_forward.shared_expert)
+    else:
+        router, top_k = layer.mlp.gate.weight, layer.mlp.gate.top_k
+        if not getattr(layer.mlp.gate, "norm_topk_prob", True):
+            kind = "softmax"
+    router_kind: RouterKind = kind  # type: ignore[assignment]
+    weight = Weight.from_tensors("f32", router.data.float().contiguous())
+    return MoeBlock(weight, top_k, router_kind, shared, None, norm.weight.data, _eps(norm))
+
+
+def _dense_mlp(layer: Any, exact: bool) -> Mlp:
+    job = Job(_gated(layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp))
+    norm = layer.post_attention_layernorm
+    return lambda x: mlp([job], norm(x), x.clone(), exact=exact)
+
+
+def _gated(module: Any) -> GatedMlp:
+    return GatedMlp(_weight(module.gate_proj), _weight(module.up_proj), _weight(module.down_proj))
+
+
+def _weight(linear: QuantLinear) -> Weight:
+    descriptor = linear.stored.descriptor()
+    assert descriptor is not None, "every Linear that is loaded is in a form that the native kernels read"
+    return descriptor
+
+
+def _eps(norm: Any) -> float:
+    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
