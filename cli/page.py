@@ -81,8 +81,8 @@ def _figures(report: RunReport) -> str:
          f"{number(decode.ms_per_token_p50)} ms per token, 9 of 10 under {number(decode.ms_per_token_p90)}"),
         ("Prefill", number(prefill.tokens_per_s), "tokens/s", f"{prefill.tokens:,} prompt tokens"),
         ("Of the floor’s speed", percent(decode.fraction_of_floor), "", floor),
-        ("Expert hits", percent(report.experts.hit_rate), "",
-         f"{requests:,} requests, {report.experts.misses:,} read the disk"),
+        ("Expert hits at decode", percent(report.decode_experts.hit_rate), "",
+         f"{percent(report.experts.hit_rate)} of all {requests:,} requests, prompts included"),
         ("Peak memory", size(memory.peak_rss_bytes), "", f"resident{vram}"),
     ]  # fmt: skip
     items = "".join(

@@ -93,7 +93,6 @@ def plot(
     label: str,
     x: Iterable[Tick],
     y: Iterable[Tick],
-    axis: str,
     tags: str = "",
     css: str = "",
 ) -> str:
@@ -105,8 +104,7 @@ def plot(
         f'<div class="canvas {css}" tabindex="0" role="img" aria-label="{escape(label)}" '
         f'data-readout="{name}" aria-describedby="{name}-readout">'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{grid}{drawing}'
-        f'</svg>{tags}<div class="cursor"></div></div>{_x_ticks(x, "ends")}'
-        f'<div class="axis">{escape(axis)}</div></div>'
+        f'</svg>{tags}<div class="cursor"></div></div>{_x_ticks(x, "ends")}</div>'
         f"{_readout(name)}</figure>"
     )
 

@@ -30,7 +30,9 @@ def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
     tags = plots.tag(median, top, f"median {number(median)} ms")
     if floor:
         drawing += plots.level(floor, top, "floor")
-        tags += plots.tag(floor, top, f"{words.limit_name(report)} floor {number(floor)} ms", under=True)
+        tags += plots.tag(
+            floor, top, f"{words.limit_name(report)} floor {number(floor)} ms", under=floor > 0.12 * top
+        )
     readouts["time"] = [
         f"{_span('Token', span)}: {number(statistics.median(g))} ms"
         + (f", from {number(g[0])} to {number(g[-1])}" if len(g) > 1 else "")
@@ -44,13 +46,13 @@ def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
     )
     label = f"Time per decoded token over {len(times):,} tokens: median {number(median)} ms."
     y = [(value / top, f"{value:g}") for value in nice_ticks(top)]
-    figure = plots.plot("time", drawing, label=label, x=bins.ticks(), y=y, axis="decoded token", tags=tags)
+    figure = plots.plot("time", drawing, label=label, x=bins.ticks(), y=y, tags=tags)
     legend = (
         "Line: median of the tokens drawn together; band: fastest to slowest of them."
         if len(times) > 240
         else ""
     )
-    return f'<h3>Time per token, in ms</h3>{figure}<p class="quiet">{legend}{cut}</p>'
+    return f'<h3>Time per token in ms, over the decoded tokens</h3>{figure}<p class="quiet">{legend}{cut}</p>'
 
 
 def times_top(times: Sequence[float]) -> float:
@@ -85,11 +87,11 @@ def memory_plot(records: Sequence[TokenRecord], readouts: dict[str, list[str]]) 
     ]
     y = [(value * unit / top, f"{value:g}") for value in nice_ticks(top / unit)]
     label = f"Memory over {len(records):,} steps: at most {size(max(resident))} resident."
-    figure = plots.plot("memory", drawing, label=label, x=bins.ticks(), y=y, axis="step", css="low")
+    figure = plots.plot("memory", drawing, label=label, x=bins.ticks(), y=y, css="low")
     legend = '<li><span class="swatch ram"></span>Resident (RAM)</li>'
     legend += '<li><span class="swatch vram"></span>VRAM</li>' if any(vram) else ""
     legend += '<li><span class="swatch other" style="--part:30%"></span>prompt being run</li>'
-    return f'<h3>Memory, in {name}</h3>{figure}<ul class="legend">{legend}</ul>'
+    return f'<h3>Memory in {name}, over the steps</h3>{figure}<ul class="legend">{legend}</ul>'
 
 
 def requests_plot(records: Sequence[TokenRecord], readouts: dict[str, list[str]]) -> str:
@@ -114,14 +116,15 @@ def requests_plot(records: Sequence[TokenRecord], readouts: dict[str, list[str]]
     ]
     y = [(part, f"{100 * part:.0f} %") for part in (0.0, 0.5, 1.0)]
     label = f"Share of expert requests by tier over {len(records):,} steps."
-    figure = plots.plot("requests", drawing, label=label, x=bins.ticks(), y=y, axis="step", css="low")
+    figure = plots.plot("requests", drawing, label=label, x=bins.ticks(), y=y, css="low")
     total = sum(sums)
     legend = "".join(
         f'<li><span class="swatch {tier}"></span>{TIER_NAMES[tier]}{"" if tier == "disk" else " (hit)"}: '
         f"{words.percent(sum(count[tier] for count in counts) / total)}</li>"
         for tier in present
     )
-    return f'<h3>Expert requests, by where the expert was</h3>{figure}<ul class="legend">{legend}</ul>'
+    title = "<h3>Expert requests by where the expert was, over the steps</h3>"
+    return f'{title}{figure}<ul class="legend">{legend}</ul>'
 
 
 def _curve(values: Sequence[int], top: float, css: str) -> str:

@@ -17,6 +17,8 @@ _ROLES = {
     "vision": "vision tower",
     "kv": "KV cache",
     "kv_cache": "KV cache",
+    "free_slots": "free expert slots",
+    "framework": "Python and its libraries",
     "process": "Python and its libraries",
 }
 _LIMITS = {
