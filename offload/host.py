@@ -54,6 +54,20 @@ def gpu_driver() -> str:
     return ", ".join(found) + (f" [{visible}]" if found and visible is not None else "")
 
 
+def cpu_seconds() -> tuple[float, float]:
+    """CPU seconds spent since the system started: (by everything but this process, by all cores together).
+
+    Two readings tell how busy others were in between. Time that a hypervisor took away counts as others'.
+    """
+    fields = next((line.split()[1:9] for line in _lines(_PROC / "stat") if line.startswith("cpu ")), [])
+    user, nice, system, idle, iowait, irq, softirq, steal = (
+        int(f) / os.sysconf("SC_CLK_TCK") for f in fields
+    )
+    own = os.times()
+    busy = user + nice + system + irq + softirq + steal
+    return busy - own.user - own.system, busy + idle + iowait
+
+
 def _group_limits(proc: Path = _PROC, mounted: Path = _SYS / "fs/cgroup") -> list[tuple[int, int]]:
     """(limit, used) of each control group with a memory limit that holds this process.
 
