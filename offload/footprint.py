@@ -1,0 +1,116 @@
+"""Footprint: the bytes of a run that are not experts, and the Load that a token puts on the machine.
+
+Pure Python: counted from the shape of the model, as the runtime allocates. Sizes in bytes.
+
+Legend: T tokens of a prompt chunk, H hidden, I intermediate.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from offload.predict import Load
+from quant.families import Role
+from quant.scheme import BF16, Scheme
+from quant.shape import ModelShape
+
+PAGE = 4096
+MIB = 2**20
+# Python, torch, transformers and a tokenizer, before the model is there; reported beside --ram.
+FRAMEWORK_RAM = 420 * MIB
+# CUDA's context and the libraries' workspaces, inside --vram, for the driver counts them as ours.
+FRAMEWORK_VRAM = 500 * MIB
+# What allocators, threads and the reader keep.
+SLACK = 48 * MIB
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model in ``schemes`` takes for ``context`` tokens of KV cache in ``kv_bits`` (8, 16 or 32).
+
+    ``slot_bytes`` is what one expert takes in an arena: whole pages, as direct I/O wants them.
+    """
+
+    shape: ModelShape
+    schemes: Mapping[Role, Scheme]
+    context: int
+    kv_bits: int
+    slot_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.slot_bytes:
+            object.__setattr__(self, "slot_bytes", slot_bytes_of(self.expert_bytes))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert that a forward pass reads."""
+        return self.shape.expert_nbytes(self.schemes.get("experts", BF16))
+
+    @property
+    def experts(self) -> int:
+        """Routed experts in all layers."""
+        return self.shape.num_experts * len(self.shape.moe_layers)
+
+    def roles(self) -> dict[Role, int]:
+        """Bytes of every role but the routed experts."""
+        return {
+            role: size for role, size in self.shape.role_nbytes(self.schemes).items() if role != "experts"
+        }
+
+    @property
+    def kv_cache(self) -> int:
+        """Bytes of the KV cache at the full context."""
+        return self.kv_at(self.context)
+
+    def kv_at(self, tokens: int) -> int:
+        """Bytes of the KV cache once ``tokens`` are in it; int8 keeps one f32 scale per token and head."""
+        per_value = self.kv_bits / 8 + (4 / self.shape.head_dim if self.kv_bits == 8 else 0)
+        return self.shape.kv_nbytes(tokens, per_value)
+
+    def scratch(self, chunk: int, *, on_gpu: bool) -> int:
+        """Bytes of activations while ``chunk`` tokens run beside a full cache; f32 on the CPU, bf16 on a GPU.
+
+        The residual stream and what norms and blocks make of it; queries, keys and values; gate, up and their
+        product in the widest MLP; two attention masks; keys and values of one layer as attention reads them;
+        logits; on the CPU, routers and norms in f32 beside their stored form.
+        """
+        shape, size = self.shape, 2 if on_gpu else 4
+        query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        widest = max(shape.shared_intermediate, shape.expert_intermediate, shape.dense_intermediate)
+        states = chunk * (6 * shape.hidden_size + 3 * (query + 2 * key) + 3 * widest) * size
+        longest = max((tokens for _, tokens in shape.kv_layers(self.context)), default=0)
+        attention = 2 * chunk * (longest + chunk) + 2 * longest * key * size
+        logits = 2 * shape.vocab_size * 4
+        plain = (t.elements for t in shape.plain_tensors() if t.role != "embeddings")
+        return states + attention + logits + (0 if on_gpu else 4 * sum(plain)) + SLACK
+
+    def load(self, *, filled: int, vram_hits: float, hits: float, resident: float) -> Load:
+        """What a token reads with ``filled`` tokens in the KV cache; see Load for the shares."""
+        shape, roles = self.shape, self.roles()
+        tied = shape.tie_word_embeddings
+        dense = {
+            role: size for role, size in roles.items() if role != "vision" and (tied or role != "embeddings")
+        }
+        head = shape.vocab_size * shape.hidden_size
+        experts = self.schemes.get("experts", BF16)
+        return Load(
+            dense=sum(dense.values()),
+            kv=self.kv_at(filled),
+            expert=self.expert_bytes,
+            layers=shape.num_layers,
+            moe_layers=len(shape.moe_layers),
+            experts=shape.num_experts,
+            top_k=shape.top_k,
+            dense_weights=sum(linear.weights for linear in shape.dense_linears() if linear.role != "lm_head"),
+            head_weights=head,
+            expert_weights=shape.expert_weights,
+            attention_width=shape.num_layers * shape.num_heads * shape.head_dim,
+            vram_hits=vram_hits,
+            hits=hits,
+            resident=resident,
+            nf4=experts.kind == "nf4",
+        )
+
+
+def slot_bytes_of(expert_bytes: int) -> int:
+    """An expert in whole pages."""
+    return -(-expert_bytes // PAGE) * PAGE

@@ -1,0 +1,185 @@
+"""How fast a run will be: bytes over bandwidths, overlapped as the runtime overlaps them.
+
+Decode at batch 1 is bound by memory: what a token reads from each tier ÷ what the tier gives. Prefill is
+bound by arithmetic, or by the experts that must be fetched, each once per prompt chunk. Times are seconds,
+bandwidths GB/s of 10^9 bytes.
+
+The constants below are the only numbers here that were not measured on the machine at hand. They say what
+part of a probed rate the runtime gets, and were fitted to runs of mini-scout on a 2-core Zen 4 (AVX-512
+VNNI).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from offload.machine import Machine
+
+# How experts outside VRAM are computed beside a GPU: the CPU where they lie, the GPU after a copy, or
+# both at once.
+ColdPath = Literal["split", "cpu", "pcie"]
+Limit = Literal["ram bandwidth", "vram bandwidth", "pcie", "disk", "compute", "overhead"]
+
+CPU_OF_RAM = 0.85  # native GEMV against the probe, which only reads
+SPLIT_OF_RAM = 0.95  # CPU and PCIe reading the same memory at once
+GPU_OF_VRAM = 0.85
+OF_PCIE = 0.92
+OF_DISK = 0.95
+OF_GEMM = 0.70  # a prompt's products against the probe's: fewer rows per expert
+OF_GPU_COMPUTE = 0.50
+NF4_GB_S_PER_CORE = 0.12  # bitsandbytes' nf4 has no fused CPU product: dequantize, then multiply
+SERIAL_PART = 0.15  # of the shorter of disk and memory time that the two do not overlap
+CPU_LAYER_S = 0.15e-3  # per layer and step: Python, norms, RoPE
+GPU_LAYER_S = 0.03e-3
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run reads, in bytes: ``dense`` by every token from its home tier, ``kv`` the cache at the
+    length that is predicted for, ``expert`` one expert. ``requests`` counts (layer, expert) requests of a
+    token, ``experts`` those there are per layer. ``dense_weights``, ``head_weights`` and ``expert_weights``
+    count weights, for arithmetic. ``vram_hits`` and ``hits`` are the shares of requests that find the expert
+    in VRAM, and in VRAM or RAM."""
+
+    dense: int
+    kv: int
+    expert: int
+    layers: int
+    moe_layers: int
+    experts: int
+    top_k: int
+    dense_weights: int
+    head_weights: int
+    expert_weights: int
+    attention_width: int
+    vram_hits: float
+    hits: float
+    resident: float
+    nf4: bool = False
+
+    @property
+    def requests(self) -> int:
+        """(layer, expert) requests of one token."""
+        return self.moe_layers * self.top_k
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """``tokens_per_s``, the ``seconds`` of a step by what they are spent on, and the largest of these.
+
+    ``cpu_share`` is the part of cold experts' bytes that the CPU computes where they lie, the rest crosses
+    PCIe.
+    """
+
+    tokens_per_s: float
+    seconds: Mapping[Limit, float]
+    limited_by: Limit
+    cpu_share: float | None = None
+
+    @property
+    def ms_per_token(self) -> float:
+        """Milliseconds per token."""
+        return 1e3 / self.tokens_per_s
+
+
+def decode(load: Load, machine: Machine, cold: ColdPath = "split") -> Prediction:
+    """One token at a time."""
+    fetched = (1 - load.hits) * load.requests * load.expert
+    disk = fetched / _rate(machine.disk_gb_s, OF_DISK)
+    if machine.gpu is None:
+        read = load.dense + load.kv + load.requests * load.expert
+        memory: dict[Limit, float] = {
+            "ram bandwidth": read / _cpu_rate(load, machine),
+            "overhead": load.layers * CPU_LAYER_S,
+        }
+        return _prediction(1, memory, disk)
+    hot = load.vram_hits * load.requests * load.expert
+    cpu, pcie = _cpu_rate(load, machine), _rate(machine.gpu.h2d_gb_s, OF_PCIE)
+    # Both read the same DIMMs: together they get what the memory has, the CPU first, which copies nothing.
+    both = min(cpu + pcie, max(cpu, _rate(machine.ram_gb_s, SPLIT_OF_RAM)))
+    rate = {"split": both, "cpu": cpu, "pcie": pcie}[cold]
+    share = {"split": cpu / both, "cpu": 1.0, "pcie": 0.0}[cold]
+    slow: Limit = "ram bandwidth" if share >= 0.5 else "pcie"
+    memory = {
+        "vram bandwidth": (load.dense + load.kv + hot) / _rate(machine.gpu.vram_gb_s, GPU_OF_VRAM),
+        slow: (load.requests * load.expert - hot) / rate,
+        "overhead": load.layers * GPU_LAYER_S,
+    }
+    return _prediction(1, memory, disk, share)
+
+
+def prefill(load: Load, machine: Machine, tokens: int, chunk: int) -> Prediction:
+    """A prompt of ``tokens`` in chunks of ``chunk``; each expert that a chunk needs is read once for it."""
+    seconds: dict[Limit, float] = {}
+    disk, done = 0.0, 0
+    while done < tokens:
+        step = min(chunk, tokens - done)
+        for name, value in _chunk(load, machine, step, done, tokens).items():
+            if name == "disk":
+                disk += value
+            else:
+                seconds[name] = seconds.get(name, 0.0) + value
+        done += step
+    return _prediction(tokens, seconds, disk)
+
+
+def _chunk(load: Load, machine: Machine, tokens: int, before: int, prompt: int) -> dict[Limit, float]:
+    # An expert is touched unless none of the chunk's requests falls on it.
+    touched = load.experts * (1 - (1 - load.top_k / load.experts) ** tokens) * load.moe_layers
+    weights = load.dense_weights * tokens + load.requests * load.expert_weights * tokens
+    weights += load.head_weights if before + tokens == prompt else 0
+    attended = tokens * (before + tokens / 2) * load.attention_width * 2
+    operations = 2.0 * (weights + attended)
+    missed = touched * (1 - _scan_hits(load.resident, first=before == 0))
+    disk = missed * load.expert / _rate(machine.disk_gb_s, OF_DISK)
+    if machine.gpu is None:
+        compute = operations / _rate(machine.int8_gops, OF_GEMM)
+        if load.nf4:
+            compute += touched * load.expert / _cpu_rate(load, machine)
+        read = (load.dense + touched * load.expert) / _cpu_rate(load, machine)
+        overhead = load.layers * CPU_LAYER_S
+        # The kernel reads weights while it multiplies: the longer of both counts.
+        if read > compute:
+            return {"ram bandwidth": read, "overhead": overhead, "disk": disk}
+        return {"compute": compute, "overhead": overhead, "disk": disk}
+    gpu = machine.gpu
+    compute = operations / _rate(gpu.bf16_tflops * 1e3, OF_GPU_COMPUTE)
+    read = (load.dense + touched * load.expert) / _rate(gpu.vram_gb_s, GPU_OF_VRAM)
+    copied = touched * (1 - load.vram_hits) * load.expert / _rate(gpu.h2d_gb_s, OF_PCIE)
+    overhead = load.layers * GPU_LAYER_S
+    name: Limit = "pcie" if copied > max(compute, read) else "compute" if compute > read else "vram bandwidth"
+    return {name: max(copied, compute, read), "overhead": overhead, "disk": disk}
+
+
+def _scan_hits(resident: float, *, first: bool) -> float:
+    """Share of experts that a pass over all layers finds in an LRU cache of ``resident`` of them.
+
+    What the pass fetches first evicts what it would have come to later. With a cache that decode has
+    filled at random, a layer at depth x finds (r - x) / (1 - x) of its experts until x reaches r; a pass
+    that follows another finds the last layers' and evicts them before it gets there.
+    """
+    if resident >= 1:
+        return 1.0
+    return resident + (1 - resident) * math.log(1 - resident) if first else 0.0
+
+
+def _prediction(
+    tokens: int, memory: dict[Limit, float], disk: float, cpu_share: float | None = None
+) -> Prediction:
+    """Disk and memory work side by side, but not perfectly: some waits are for bytes nobody guessed."""
+    busy = sum(memory.values())
+    total = max(busy, disk) + SERIAL_PART * min(busy, disk)
+    seconds = {**memory, "disk": disk}
+    limit: Limit = "disk" if disk >= busy else max(memory, key=lambda name: memory[name])
+    return Prediction(tokens / total, {name: s for name, s in seconds.items() if s}, limit, cpu_share)
+
+
+def _cpu_rate(load: Load, machine: Machine) -> float:
+    if load.nf4:
+        return NF4_GB_S_PER_CORE * machine.cores * 1e9
+    return _rate(machine.ram_gb_s, CPU_OF_RAM)
+
+
+def _rate(gb_s: float, part: float) -> float:
+    return gb_s * 1e9 * part
