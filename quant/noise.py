@@ -14,7 +14,7 @@ from torch import Tensor
 from quant.scheme import Kind
 
 LINE = 64
-_LINES = 1_048_573  # the largest prime below 2^20: 64 MiB
+_LINES = 262_139  # the largest prime below 2^18: 16 MiB
 
 
 class Noise:
@@ -57,8 +57,8 @@ class Noise:
             elif kind == "normal":
                 block = torch.empty(_LINES * LINE // 2, dtype=torch.bfloat16)
                 self._blocks[name] = block.normal_(0, high, generator=generator)
-            else:  # scales: a sixteenth of the numbers is plenty
-                small = torch.empty(_prime_below(_LINES // 16) * LINE // 2, dtype=torch.float32)
+            else:  # scales: a quarter of the numbers is plenty
+                small = torch.empty(_prime_below(_LINES // 4) * LINE // 2, dtype=torch.float32)
                 self._blocks[name] = small.uniform_(low, high, generator=generator).to(dtype)
         return self._blocks[name]
 
@@ -76,10 +76,10 @@ class Noise:
 def _centred(octets: Tensor, kind: str) -> Tensor:
     """Replace the stored value 0, the lowest, by the one that stands for zero."""
     if kind.endswith("int4"):
-        octets[(octets & 0x0F) == 0] |= 0x08
-        octets[(octets & 0xF0) == 0] |= 0x80
+        octets |= (octets & 0x0F).eq(0).to(torch.uint8) << 3
+        octets |= (octets & 0xF0).eq(0).to(torch.uint8) << 7
     elif kind.endswith("int8"):
-        octets[octets == 0] = 0x80
+        octets |= octets.eq(0).to(torch.uint8) << 7
     return octets
 
 

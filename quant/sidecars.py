@@ -14,6 +14,9 @@ _WEIGHTS = (
 )  # fmt: skip
 
 
+_ANY_CHUNK = 8192
+
+
 def sidecars(source: Path) -> Iterator[Path]:
     """Paths, relative to ``source``, of the files that travel with the weights; hidden ones do not."""
     for path in sorted(source.rglob("*")):
@@ -53,5 +56,8 @@ def write_config(destination: Path, config: dict[str, Any], quantization_config:
             section["attn_temperature_tuning"] = bool(section["attn_temperature_tuning"])
         if section.get("attention_chunk_size", 0) is None and "num_hidden_layers" in section:
             section["layer_types"] = ["full_attention"] * section["num_hidden_layers"]
+            section["attention_chunk_size"] = (
+                _ANY_CHUNK  # transformers wants a number even where nobody reads it
+            )
     config["quantization_config"] = quantization_config
     write_file(destination / "config.json", json.dumps(config, indent=2).encode() + b"\n")

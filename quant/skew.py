@@ -18,8 +18,9 @@ from torch import Tensor
 
 from quant.errors import UsageError
 
-_SAMPLES = 16384
-_ROUNDS = 400
+_SAMPLES = 8192
+_TURNS = 80
+_RATE = 0.5
 
 
 def zipf_shares(num_experts: int, exponent: float) -> Tensor:
@@ -29,8 +30,7 @@ def zipf_shares(num_experts: int, exponent: float) -> Tensor:
 
 
 def zipf_biases(num_experts: int, top_k: int, exponent: float) -> Tensor:
-    """Biases ``[E]`` on scores of variance 1 with which each expert is among the ``top_k`` as often as it
-    should.
+    """Biases ``[E]`` on scores of variance 1 that put each expert among the ``top_k`` as often as is due.
 
     Raises UsageError where one expert's share would exceed 1 / ``top_k``, which no router can do.
     """
@@ -41,22 +41,21 @@ def zipf_biases(num_experts: int, top_k: int, exponent: float) -> Tensor:
             "choices, but one "
             f"of {top_k} choices per token is at most {1 / top_k:.0%}: use a smaller exponent"
         )
-    scores = torch.randn(
-        _SAMPLES, num_experts, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    )
-    biases = torch.zeros(num_experts, dtype=torch.float64)
+    scores = torch.randn(_SAMPLES, num_experts, generator=torch.Generator().manual_seed(1))
+    biases = torch.zeros(num_experts)
+    wanted = shares.float().log()
     floor = 0.5 / (_SAMPLES * top_k)
-    for step in range(_ROUNDS):
-        chosen = (scores + biases).topk(top_k, dim=1).indices
-        found = torch.bincount(chosen.flatten(), minlength=num_experts) / (_SAMPLES * top_k)
-        rate = 0.5 if step < _ROUNDS // 2 else 0.1
-        biases += rate * (shares.log() - found.clamp(min=floor).log())
+    for turn in range(_TURNS):
+        raised = scores + biases
+        chosen = raised.argmax(1) if top_k == 1 else raised.topk(top_k, dim=1).indices.flatten()
+        found = torch.bincount(chosen, minlength=num_experts) / (_SAMPLES * top_k)
+        biases += _RATE / (1 + turn / 20) * (wanted - found.clamp(min=floor).log())
         biases -= biases.mean()
     return biases
 
 
 def router_rows(num_experts: int, hidden: int, generator: torch.Generator) -> Tensor:
-    """Router weights ``[E, H]`` f32 whose scores on a normed hidden state have variance 1; column 0 is zero."""
+    """Router weights ``[E, H]`` f32 whose scores on a normed hidden state have variance 1, column 0 zero."""
     rows = torch.randn(num_experts, hidden, generator=generator)
     rows[:, 0] = 0
     if num_experts < hidden:
@@ -66,5 +65,8 @@ def router_rows(num_experts: int, hidden: int, generator: torch.Generator) -> Te
 
 
 def constant_for(hidden: int) -> float:
-    """The size of the constant coordinate: a sixteenth of the hidden state's energy at its start."""
-    return math.sqrt(hidden) / 4
+    """The size of the constant coordinate: 1/64 of the hidden state's energy at its start.
+
+    More of it would shift what every layer computes for all tokens alike, and so where they are routed.
+    """
+    return math.sqrt(hidden) / 8

@@ -34,18 +34,13 @@ from quant.shape import LinearSpec, ModelShape, TensorSpec
 from quant.sidecars import write_config
 from quant.skew import constant_for, router_rows, zipf_biases
 from quant.staging import Staging
+from quant.synth_config import text_config
 from quant.synth_tokenizer import MIN_VOCAB, write_tokenizer
 from quant.writer import OutputFiles, check_free, write_file
 
 Progress = Callable[[int, int, str], None]
 # Standard deviation of a uniformly random stored value, in units of its scale.
 _SPREAD = {"int4": math.sqrt(17.5), "int8": math.sqrt(5397.5), "nf4": 0.55}
-_ARCHITECTURES = {
-    "llama4_text": "Llama4ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-}
 _ROWS = 4096
 # By how much the hidden state's energy grows from the first layer to the last, measured on small shapes.
 _GROWTH = 0.34
@@ -73,22 +68,6 @@ class SynthReport:
             "mb_per_s": self.mb_per_s,
             "notes": list(self.notes),
         }
-
-
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the language model alone, ready for random weights: no vision tower, no end-of-text
-    token.
-    """
-    text = dict(config.get("text_config") or config)
-    if config.get("model_type") == "llama4":
-        text["model_type"] = "llama4_text"
-    text["architectures"] = [_ARCHITECTURES.get(str(text.get("model_type")), "")]
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        text[name] = None
-    text["dtype"] = "bfloat16"
-    text.pop("torch_dtype", None)
-    text.pop("quantization_config", None)
-    return text
 
 
 def synthesize(
@@ -206,12 +185,13 @@ class _Weights:
             # Another order in each layer: the hot experts of a model are not the same everywhere.
             order = torch.randperm(self._shape.num_experts, generator=generator)
             assert spec.layer is not None
-            rows[:, 0] = self._biases[order].float() / self._normed_constant(spec.layer)
+            rows[:, 0] = self._biases[order] / self._normed_constant(spec.layer)
         return rows.bfloat16()
 
     def _normed_constant(self, layer: int) -> float:
         """What the constant coordinate is after the norm: the hidden state grows a little with every layer."""
-        energy = 1 + self._constant**2 / self._shape.hidden_size + _GROWTH * layer / self._shape.num_layers
+        shape = self._shape
+        energy = 1 + self._constant**2 / shape.hidden_size + _GROWTH * layer / shape.num_layers
         return self._constant / math.sqrt(energy)
 
     def _embeddings(self) -> Iterator[Tensor]:
@@ -265,7 +245,9 @@ class _Weights:
         elif scheme.kind == "nf4":
             yield f"{module}.weight", self._octets(linear, scheme, 0, weights // 2)
             count = weights // scheme.group_size
-            scales = self._scales(module, std / _SPREAD["nf4"], torch.float32, count)
+            # Scales of both signs: nf4's levels have no mean of zero, as those of int4 and int8 are made to.
+            width = math.sqrt(3) * std / _SPREAD["nf4"]
+            scales = self._noise.uniform(f"{module}.scale", -width, width, torch.float32, count)
             yield f"{module}.weight.absmax", _zeroed(scales, columns // scheme.group_size if spared else 0)
         else:
             values = self._noise.normal(f"{module}.weight", std, 0, weights)

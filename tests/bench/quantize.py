@@ -2,9 +2,10 @@
 
     python -m tests.bench.quantize [--folder /tmp] [--layers 1] [--scheme int4] [--repeat 3]
 
-Each run is a process of its own, so that its peak RSS counts the imports and nothing else. ``cold`` runs begin
-with the source dropped from the page cache, so they include the disk's reading; ``warm`` ones do not. Writing always
-ends on the disk (fdatasync). The last line is one JSON document. The source is removed at the end.
+Each run is a process of its own, so that its peak RSS counts the imports and nothing else. ``cold`` runs
+begin with the source dropped from the page cache, so they include the disk's reading; ``warm`` ones do not.
+Writing always ends on the disk (fdatasync). The last line is one JSON document. The source is removed at the
+end.
 
 Noise: other processes on the machine move the figures by 20 % and more; the median of the runs is shown.
 """
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from quant.layout import lay_out
+from quant.layout import StoredTensor, lay_out
+from quant.shape import ModelShape
 
 # What was expected before the first measurement, on 2 cores with a disk of 1 GB/s: torch's import 280 MB, two
 # source slices of 168 MB, two results of 44 MB, and the kernel's 1.6 GB/s shared with reading and writing.
@@ -38,13 +40,12 @@ print(json.dumps({"mb_per_s": report.mb_per_s, "seconds": report.seconds, "peak_
 
 
 def scout_layers(folder: Path, layers: int) -> Path:
-    """A Llama 4 checkpoint of ``layers`` MoE layers in Scout's shape, experts fused as its source has them."""
-    from quant.layout import StoredTensor
-    from quant.shape import ModelShape
+    """A Llama 4 checkpoint of ``layers`` MoE layers in Scout's shape, its experts fused."""
 
     config = {
         "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "dtype": "bfloat16",
-        "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384, "num_hidden_layers": layers,
+        "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+        "num_hidden_layers": layers,
         "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 2048,
         "num_local_experts": 16, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
     }  # fmt: skip
@@ -90,7 +91,9 @@ def run(source: Path, destination: Path, scheme: str, cold: bool) -> dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--scheme", default="int4")

@@ -1,0 +1,46 @@
+"""The options that say what each role of a model is stored as: a recipe, or by hand, or a recipe amended by
+hand.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from quant.families import Role
+    from quant.scheme import Scheme
+
+Experts = Annotated[
+    str | None,
+    typer.Option(metavar="SCHEME", help="Routed experts: int4, int8, nf4 or bf16; int4-g32 sets its groups."),
+]
+SharedExpert = Annotated[str | None, typer.Option(metavar="SCHEME", help="The shared expert.")]
+DenseMlp = Annotated[str | None, typer.Option(metavar="SCHEME", help="MLPs of layers without experts.")]
+Attention = Annotated[str | None, typer.Option(metavar="SCHEME", help="q, k, v and o projections.")]
+LmHead = Annotated[str | None, typer.Option(metavar="SCHEME", help="The output head.")]
+GroupSize = Annotated[int, typer.Option(help="Weights that share a scale: 32, 64, 128 or 256.")]
+
+
+def chosen_schemes(
+    recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int
+) -> "dict[Role, Scheme]":
+    """The scheme of each role that was named; what is named by hand wins over the recipe.
+
+    Raises UsageError if neither names any, RecipeError or SchemeError for a bad recipe or scheme.
+    """
+    from quant.scheme import Scheme
+
+    schemes: dict[Role, Scheme] = {}
+    if recipe is not None:
+        from quant.recipe import load_recipe
+
+        schemes.update(load_recipe(recipe).schemes)
+    schemes.update({role: Scheme.parse(text, group_size) for role, text in by_hand.items() if text})
+    if not schemes:
+        raise UsageError(
+            "nothing to do: give --recipe NAME, or at least one role, for example --experts int4"
+        )
+    return schemes

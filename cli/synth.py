@@ -1,0 +1,89 @@
+"""``coldstream synth``: a checkpoint of random weights in any shape: try a machine before a download."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import options
+from cli.console import Console
+from cli.schemes import Attention, DenseMlp, Experts, GroupSize, LmHead, SharedExpert, chosen_schemes
+from quant.errors import UsageError
+from quant.sizes import format_size
+
+if TYPE_CHECKING:
+    from quant.families import Role
+
+
+def synth(
+    shape: Annotated[
+        str | None, typer.Argument(metavar="[SHAPE]", help="scout, maverick, mini-scout … or a config.json.")
+    ] = None,
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="A new or empty directory.", show_default=False)
+    ] = None,
+    recipe: options.Recipe = None,
+    experts: Experts = None,
+    shared_expert: SharedExpert = None,
+    dense_mlp: DenseMlp = None,
+    attention: Attention = None,
+    lm_head: LmHead = None,
+    group_size: GroupSize = 128,
+    hidden: Annotated[int, typer.Option(help="Without SHAPE: hidden size.")] = 2048,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 16,
+    experts_per_layer: Annotated[int, typer.Option(help="Routed experts per layer.")] = 16,
+    top_k: Annotated[int, typer.Option(help="Experts per token.")] = 1,
+    intermediate: Annotated[int, typer.Option(help="Intermediate size of an expert.")] = 4096,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 16,
+    kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 4,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 128,
+    vocab: Annotated[int, typer.Option(help="Vocabulary.")] = 32000,
+    dense_every: Annotated[
+        int, typer.Option(help="1: every layer routes; 2: every other one is dense, as in Maverick.")
+    ] = 1,
+    zipf: Annotated[float, typer.Option(help="Exponent of the experts' use; 0 is uniform.")] = 0.0,
+    seed: options.Seed = None,
+    json: options.Json = False,
+) -> None:
+    """Write a quantized checkpoint of random weights to DST: `synth SHAPE DST`, or `synth DST --hidden …`.
+
+    Without --recipe or schemes by hand, the recipe named like the shape is used, else int4 throughout and an
+    int8 head.
+    """
+    from quant.recipe import recipe_names, resolve_config
+    from quant.synth import synthesize
+    from quant.synth_config import llama4_config
+
+    name, folder = (shape, destination) if destination is not None else (None, shape)
+    if folder is None:
+        raise UsageError("synth needs a destination: coldstream synth SHAPE DST, for example mini-scout DST")
+    if name is None:
+        config = llama4_config(
+            hidden=hidden, layers=layers, experts=experts_per_layer, top_k=top_k, intermediate=intermediate,
+            heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab, moe_every=dense_every,
+        )  # fmt: skip
+    else:
+        config = resolve_config(name)
+    by_hand: dict[Role, str | None] = {
+        "experts": experts, "shared_expert": shared_expert, "dense_mlp": dense_mlp, "attention": attention,
+        "lm_head": lm_head,
+    }  # fmt: skip
+    if recipe is None and not any(by_hand.values()):
+        if name in recipe_names():
+            recipe = name
+        else:
+            by_hand = {role: "int8" if role == "lm_head" else "int4" for role in by_hand}
+    schemes = chosen_schemes(recipe, by_hand, group_size)
+    console = Console(json=json)
+    console.step(f"writing random weights to {folder}: {', '.join(f'{r} {s}' for r, s in schemes.items())}")
+    with console.progress() as bar:
+        task = bar.add_task("synth", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total)
+
+        report = synthesize(config, folder, schemes, zipf=zipf, seed=seed or 0, progress=show)
+    console.notes(report.notes)
+    size = format_size(report.output_bytes)
+    console.step(f"{size} in {report.seconds:.1f} s, {report.mb_per_s:,.0f} MB/s: {report.path}")
+    console.result(report.to_json())
