@@ -15,7 +15,18 @@ from offload.machine import Machine, probe
 
 GPU = Gpu("Some GPU", 24 * 2**30, 1008.0, 25.0, 26.0, 165.0)
 MACHINE = Machine(
-    "box", "Some CPU", 8, "avx512", 64 * 2**30, 60 * 2**30, 70.0, 6.0, 2000.0, GPU, False, ("a note",)
+    name="box",
+    cpu="Some CPU",
+    cores=8,
+    isa="avx512",
+    ram_bytes=64 * 2**30,
+    ram_available_bytes=60 * 2**30,
+    ram_gb_s=70.0,
+    disk_gb_s=6.0,
+    int8_gops=2000.0,
+    gpu=GPU,
+    measured=False,
+    notes=("a note",),
 )
 
 
