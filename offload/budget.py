@@ -1,15 +1,20 @@
-"""Budget: the bytes a run may take of VRAM and RAM, from what was asked and what the machine has."""
+"""Budget: the bytes a run may take of VRAM and RAM: what was asked, or what the machine can give.
+
+A budget is an upper bound. Where more was asked than there is, the plan is made for what there is and says
+so: a card that is sold as 24 GB has a little less, and a recipe's budgets are those of the machine in its
+name.
+"""
 
 from dataclasses import dataclass, replace
 
 from offload.footprint import FRAMEWORK_RAM
 from offload.machine import Machine
 from offload.records import Tier
-from quant.errors import MachineError
 from quant.sizes import format_size
 
 GIB = 2**30
-_VRAM_PART = 0.95  # the desktop and the driver have the rest
+_VRAM_PART = 0.95  # where nothing was asked: the desktop and the driver have the rest
+_SAME = 0.98  # asked for all there is, give or take what the vendor rounds
 
 
 @dataclass(frozen=True)
@@ -22,27 +27,9 @@ class Budget:
 
     @classmethod
     def of(cls, machine: Machine, vram: int | None, ram: int | None) -> "Budget":
-        """What was asked, or where that is None what ``machine`` can give.
-
-        Raises MachineError if more was asked than the machine has in all.
-        """
-        vram_budget = _vram(machine, vram)
-        free = max(0, machine.ram_available_bytes - FRAMEWORK_RAM)
-        if ram is None:
-            # Not the last byte: the page tables, the reader's buffers and other programs grow too.
-            return cls(vram_budget, max(0, free - max(GIB // 4, machine.ram_bytes // 32)))
-        if ram > machine.ram_bytes:
-            raise MachineError(
-                f"--ram {format_size(ram)} is more than {machine.name} has, "
-                f"{format_size(machine.ram_bytes)}: ask for less"
-            )
-        notes: tuple[str, ...] = ()
-        if ram > free:
-            notes = (
-                f"--ram {format_size(ram)} is more than is free now, {format_size(free)} beside Python "
-                "itself: end what else runs, or ask for less",
-            )
-        return cls(vram_budget, ram, notes)
+        """What was asked of ``machine``, None meaning as much as it can give."""
+        notes: list[str] = []
+        return cls(_vram(machine, vram, notes), _ram(machine, ram, notes), tuple(notes))
 
     def with_one_more_gib(self, tier: Tier) -> "Budget | None":
         """This budget and a GiB of ``tier``; None where there is no such tier."""
@@ -51,19 +38,28 @@ class Budget:
         return replace(self, ram=self.ram + GIB) if tier == "ram" else None
 
 
-def _vram(machine: Machine, vram: int | None) -> int:
+def _vram(machine: Machine, asked: int | None, notes: list[str]) -> int:
     if machine.gpu is None:
-        if vram:
-            raise MachineError(
-                f"--vram {format_size(vram)} was given, but {machine.name} has no GPU that can be used: "
-                "leave it out, or plan for another machine with --gpu NAME"
+        if asked:
+            notes.append(
+                f"{machine.name} has no GPU that can be used: --vram {format_size(asked)} changes nothing"
             )
         return 0
-    if vram is None:
-        return int(machine.gpu.vram_bytes * _VRAM_PART)
-    if vram > machine.gpu.vram_bytes:
-        raise MachineError(
-            f"--vram {format_size(vram)} is more than {machine.gpu.name} has, "
-            f"{format_size(machine.gpu.vram_bytes)}: ask for less"
-        )
-    return vram
+    whole = machine.gpu.vram_bytes
+    if asked is None:
+        return int(whole * _VRAM_PART)
+    if asked * _SAME > whole:
+        notes.append(f"--vram {format_size(asked)} is more than {machine.gpu.name} has, {format_size(whole)}")
+    return min(asked, whole)
+
+
+def _ram(machine: Machine, asked: int | None, notes: list[str]) -> int:
+    free = max(0, machine.ram_available_bytes - FRAMEWORK_RAM)
+    if asked is None:
+        # Not the last byte: page tables, buffers and other programs grow too.
+        return max(0, free - max(GIB // 4, machine.ram_bytes // 32))
+    # A process that has loaded the framework already finds less available, by just that.
+    if asked <= machine.ram_available_bytes:
+        return asked
+    notes.append(f"--ram {format_size(asked)} is more than is free: planned for {format_size(free)}")
+    return free

@@ -12,9 +12,9 @@ expert was last used more than T tokens ago.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 _LONGEST = 2**17
 
@@ -27,13 +27,10 @@ class Routing(Protocol):
     """
 
     @property
-    def counts(self) -> Sequence[Sequence[int]]: ...
+    def counts(self) -> Iterable[Any]: ...
 
     @property
-    def reuse(self) -> Sequence[Sequence[int]]: ...
-
-    @property
-    def moe_layers(self) -> tuple[int, ...]: ...
+    def reuse(self) -> Iterable[Any]: ...
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def make_plan(
     ``vram`` and ``ram`` are budgets in bytes, None for what the machine has; ``vram`` 0 leaves the GPU alone.
     ``kv_bits`` is 8, 16 or 32 (exact runs). ``slot_bytes`` is what an expert takes in memory, by default its
     size in whole pages. ``cold`` says how experts outside VRAM are computed beside a GPU, see ColdPath.
-    Raises BudgetError for what does not fit, MachineError for a budget that the machine cannot have.
+    Raises BudgetError, with the nearest thing that fits, for what does not.
     """
     if vram == 0:
         machine = replace(machine, gpu=None)
