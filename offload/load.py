@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from offload.arena import Arena
 from offload.experts import ExpertRunner, RoutedExperts, RoutedLlama4Block
 from offload.store import find_weight
 from quant.checkpoint import DTYPES, Checkpoint
@@ -30,6 +31,7 @@ from quant.scheme import BF16, Scheme
 from quant.shape import LinearSpec
 
 _METHOD = "coldstream"
+_LINE = 64  # bytes of a cache line: what a weight's first byte is aligned to
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -127,6 +129,23 @@ def load_model(
         )
     model.eval()
     return model
+
+
+def settle(model: PreTrainedModel) -> Arena:
+    """Move the weights of a model on the CPU into one arena of huge pages, which read half as fast again, and let go
+    of the mapped files that they were loaded from, whose pages would count as resident beside it.
+
+    The arena must live as long as the model.
+    """
+    parameters = list(model.parameters())
+    arena = Arena(1, sum(-(-parameter.nbytes // _LINE) * _LINE for parameter in parameters))
+    memory, position = arena.slot(0), 0
+    for parameter in parameters:
+        stored = parameter.data
+        place = memory[position : position + stored.nbytes].view(stored.dtype).view(stored.shape)
+        parameter.data = place.copy_(stored)
+        position += -(-stored.nbytes // _LINE) * _LINE
+    return arena
 
 
 def swap_modules(

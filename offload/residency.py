@@ -106,7 +106,7 @@ class ExpertCache:
     @property
     def holds_all(self) -> bool:
         """Whether every expert has a slot of its own."""
-        return self.arena.slots + len(self.pinned) >= len(self.store.experts())
+        return self.arena.slots + len(self.pinned) >= self.store.count
 
     def tier_of(self, key: Key) -> Tier:
         """Where ``key`` is now; an expert still on its way counts as on disk."""

@@ -16,7 +16,7 @@ from offload.experts import ExpertRunner
 from offload.generate import Generator
 from offload.kv import KVCache, Storage
 from offload.ledger import MemoryLedger, resident_bytes
-from offload.load import load_model
+from offload.load import load_model, settle
 from offload.machine import Machine, probe
 from offload.plan import Plan
 from offload.policy import make_policy
@@ -105,6 +105,7 @@ class Session:
         runner = ExpertRunner(self.experts, self.routing, self.compute, self.shape.family.scales_input)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.model = load_model(checkpoint, runner, self.compute, dtype, device)
+        self._dense = settle(self.model) if device.type == "cpu" else None
         native_decoder = self._native_decoder()
         self.tokenizer = load_tokenizer(checkpoint.path)
         storage: Storage = "plain" if options.exact else options.kv

@@ -133,6 +133,11 @@ class ExpertStore:
         """Bytes of a slot that holds any expert."""
         return max(self.record(*key).slot_bytes for key in self.experts())
 
+    @cached_property
+    def count(self) -> int:
+        """How many experts there are in all layers."""
+        return len(self.shape.moe_layers) * self.shape.num_experts
+
     def experts(self) -> list[tuple[int, int]]:
         """Every (layer, expert), as they lie on disk."""
         return [

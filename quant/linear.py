@@ -116,23 +116,20 @@ class QuantLinear(nn.Module):
         else:
             self._register("weight", torch.empty(out_features, in_features, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self._weight: LinearWeight | None = None
+        self._stored: tuple[tuple[int, ...], LinearWeight] | None = None
 
     def _register(self, name: str, value: Tensor) -> None:
         self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     @property
     def stored(self) -> LinearWeight:
-        """The weight as views of the parameters."""
-        if self._weight is None:
-            names = ("weight_packed", "weight_scale") if self.scheme.is_packed else ("weight",)
+        """The weight as views of the parameters, wherever they have been moved to."""
+        names = ("weight_packed", "weight_scale") if self.scheme.is_packed else ("weight",)
+        place = tuple(getattr(self, name).data_ptr() for name in names)
+        if self._stored is None or self._stored[0] != place:
             tensors = {name: getattr(self, name).data for name in names}
-            self._weight = LinearWeight(self.scheme, tensors, self.out_features, self.in_features)
-        return self._weight
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
-        self._weight = None
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+            self._stored = place, LinearWeight(self.scheme, tensors, self.out_features, self.in_features)
+        return self._stored[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., K]`` → ``[..., N]``."""
