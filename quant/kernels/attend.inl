@@ -12,7 +12,8 @@ static void widen_cached(const KvCache& cache, bool values, int64_t head, int64_
   } else if (cache.storage == kCacheBf16) {
     widen_run(from, kSourceBf16, element, int(width), to);
   } else {
-    const float scale = (values ? cache.value_scale : cache.key_scale)[head * (cache.head_stride / width) + row];
+    const float* scales = values ? cache.value_scale : cache.key_scale;
+    const float scale = scales[head * cache.capacity + row];
     const int8_t* bytes = static_cast<const int8_t*>(from) + element;
     for (int64_t i = 0; i < width; ++i) to[i] = float(bytes[i]) * scale;
   }

@@ -1,28 +1,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention.h"
 #include "product.h"
 
 namespace coldstream {
 namespace {
-
-enum Rope : int32_t { kNoRope = 0, kInterleaved = 1, kHalves = 2 };
-enum QkNorm : int32_t { kNoQkNorm = 0, kPerHead = 1, kFullWidth = 2 };
-
-struct AttentionBlock {
-  const float* norm;  // RMSNorm before the block, f32 [H], and a residual around both; null for neither
-  float eps;
-  int32_t heads, kv_heads, head_dim;
-  int32_t rope, rope_dim;  // the first rope_dim channels of a head are rotated
-  int32_t qk_norm;         // RMSNorm of q and k before RoPE
-  int32_t l2_norm;         // weightless RMSNorm per head after RoPE (Llama 4)
-  const float *q_norm, *k_norm;
-  float qk_eps, scaling;
-  float temperature_floor, temperature_scale;  // q *= log1p(floor((position + 1) / floor)) * scale + 1; floor 0: off
-  int64_t chunk, window;                       // 0: off
-  Weight q, k, v, o;
-  const float *q_bias, *k_bias, *v_bias, *o_bias;  // f32 or null
-};
 
 struct Step {
   const AttentionBlock& block;
@@ -92,11 +75,16 @@ void store_head(const KvCache& cache, bool values, int64_t head, int64_t row, co
     for (int64_t i = 0; i < width; ++i) to[i] = to_bf16(from[i]);
   } else {
     float absmax = 1e-12f;
-    for (int64_t i = 0; i < width; ++i) absmax = std::max(absmax, std::fabs(from[i]));
+    bool finite = true;
+    for (int64_t i = 0; i < width; ++i) {
+      absmax = std::max(absmax, std::fabs(from[i]));
+      finite &= std::isfinite(from[i]);
+    }
     const float scale = absmax / 127.0f;
     int8_t* to = static_cast<int8_t*>(base) + element;
-    for (int64_t i = 0; i < width; ++i) to[i] = int8_t(std::nearbyint(from[i] / scale));
-    (values ? cache.value_scale : cache.key_scale)[head * (cache.head_stride / width) + row] = scale;
+    for (int64_t i = 0; i < width; ++i) to[i] = finite ? int8_t(std::nearbyint(from[i] / scale)) : int8_t(1);
+    float* scales = values ? cache.value_scale : cache.key_scale;
+    scales[head * cache.capacity + row] = finite ? scale : NAN;
   }
 }
 

@@ -2,8 +2,32 @@
 
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace coldstream {
 namespace {
+
+#if defined(COLDSTREAM_HAS_AVXVNNI)
+// Leaf 7, subleaf 1, EAX bit 4; compilers know the name of this feature only since recently.
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
+#if defined(__aarch64__)
+bool has_dot_product() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#else
+  return true;  // every Apple processor of this kind
+#endif
+}
+#endif
 
 struct Choice {
   const Kernels* table;
@@ -18,7 +42,12 @@ const Choice* choices(int* count) {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
            __builtin_cpu_supports("avx512vbmi")},
+#if defined(COLDSTREAM_HAS_AVXVNNI)
+      {&avxvnni_kernels, has_avxvnni()},
+#endif
       {&avx2_kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#elif defined(__aarch64__)
+      {&neon_kernels, has_dot_product()},
 #endif
       {&portable_kernels, true},
   };

@@ -6,5 +6,11 @@ namespace coldstream {
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx512_kernels;
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define COLDSTREAM_HAS_AVXVNNI 1
+extern const Kernels avxvnni_kernels;
+#endif
+#elif defined(__aarch64__)
+extern const Kernels neon_kernels;
 #endif
 }  // namespace coldstream

@@ -22,14 +22,7 @@ INLINE vi dot8(vi acc, vb weight, vb x) {
   __m256i q = (__m256i)(weight ^ 0x80);
   return dot4(acc, (vb)_mm256_abs_epi8(q), (vb)_mm256_sign_epi8((__m256i)x, q));
 }
-#include "quantize.inl"
-#include "activations.inl"
-#include "gemv.inl"
-#include "gemm.inl"
-#include "dense.inl"
-#include "floats.inl"
-#include "attend.inl"
-#include "table.inl"
+#include "kernels.inl"
 }  // namespace coldstream::avx2
 TARGET_END
 

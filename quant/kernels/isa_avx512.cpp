@@ -46,14 +46,7 @@ INLINE void transpose(vi (&m)[kLanes]) {
     m[i + 12] = (vi)_mm512_shuffle_i32x4(odd0, odd1, 0xdd);
   }
 }
-#include "quantize.inl"
-#include "activations.inl"
-#include "gemv.inl"
-#include "gemm.inl"
-#include "dense.inl"
-#include "floats.inl"
-#include "attend.inl"
-#include "table.inl"
+#include "kernels.inl"
 }  // namespace coldstream::avx512
 TARGET_END
 

@@ -16,14 +16,7 @@ INLINE vi dot4(vi acc, vb weight, vb x) {
 INLINE vi dot8(vi acc, vb weight, vb x) { return dot4(acc, weight ^ 0x80, x); }
 
 #include "narrow.inl"
-#include "quantize.inl"
-#include "activations.inl"
-#include "gemv.inl"
-#include "gemm.inl"
-#include "dense.inl"
-#include "floats.inl"
-#include "attend.inl"
-#include "table.inl"
+#include "kernels.inl"
 }  // namespace coldstream::portable
 
 namespace coldstream {

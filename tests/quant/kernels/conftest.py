@@ -14,3 +14,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(request.param)
     yield request.param
     native.set_isa("")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """``slow`` marks the tests that build the native code once more."""
+    config.addinivalue_line("markers", "slow: takes more than 20 s (deselect with -m 'not slow')")

@@ -1,0 +1,13 @@
+// Every kernel, in the order in which they use each other, and the table of them.
+#include "quantize.inl"
+#include "activations.inl"
+#include "gemv.inl"
+#include "gemm.inl"
+#include "dense.inl"
+#include "floats.inl"
+#include "attend.inl"
+
+static constexpr Kernels table(const char* name) {
+  return Kernels{name, kPanelRows, quantize_rows, quantize_columns, quantize_activations, gemv, gemm,
+                 dense, silu_multiply, rms_norm, add_scaled, attend, checksum};
+}

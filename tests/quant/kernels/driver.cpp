@@ -1,0 +1,270 @@
+// Runs every native kernel on heap blocks of exactly the right size, on every instruction set, against naive
+// arithmetic: built with a sanitizer, a single byte too far or one unordered access ends it.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "attention.h"
+#include "mlp.h"
+#include "moe.h"
+
+using namespace coldstream;
+
+extern "C" {
+int32_t cs_set_threads(int32_t);
+int32_t cs_set_isa(const char*);
+const char* cs_isa_at(int32_t);
+double cs_read_bandwidth(int64_t, double);
+int32_t cs_quantize(const QuantizeJob*, QuantizeStats*);
+int32_t cs_linear(const Weight*, const float*, int64_t, int64_t, float*, int64_t, int32_t);
+int32_t cs_mlp(const Job*, int64_t, const float*, int64_t, float*, int64_t, int32_t);
+int32_t cs_moe(const MoeBlock*, const float*, int64_t, int64_t, float*, int64_t, const Routing*, int32_t, int32_t*);
+int32_t cs_attention(const AttentionBlock*, const float*, int64_t, int64_t, int64_t, const float*, const float*,
+                     const KvCache*, float*, int64_t, int32_t);
+}
+
+namespace {
+
+// Every buffer is a malloc of its own, so that the sanitizer guards both of its ends. Kept until the end of a run.
+struct Heap {
+  std::vector<std::unique_ptr<void, void (*)(void*)>> blocks;
+
+  template <class T>
+  T* take(int64_t count) {
+    void* block = std::malloc(size_t(count) * sizeof(T));
+    blocks.emplace_back(block, std::free);
+    return static_cast<T*>(block);
+  }
+};
+
+struct Random {
+  std::mt19937 engine;
+
+  explicit Random(unsigned seed) : engine(seed) {}
+  float normal() { return std::normal_distribution<float>()(engine); }
+  int64_t below(int64_t limit) { return int64_t(engine() % uint32_t(limit)); }
+};
+
+void require(bool fine, const char* what, int64_t a = 0, int64_t b = 0) {
+  if (fine) return;
+  std::printf("driver: %s failed (%lld, %lld)\n", what, (long long)a, (long long)b);
+  std::exit(1);
+}
+
+float* normals(Heap& heap, Random& random, int64_t count, float factor = 1.0f) {
+  float* values = heap.take<float>(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = random.normal() * factor;
+  return values;
+}
+
+double element(const Weight& w, int64_t row, int64_t column) {
+  if (w.kind == kF32) return reinterpret_cast<const float*>(w.packed)[row * w.k + column];
+  if (w.kind == kBf16) return bf16_to_float(reinterpret_cast<const uint16_t*>(w.packed)[row * w.k + column]);
+  const double scale = bf16_to_float(w.scale[row * w.groups() + column / w.group]);
+  if (w.kind == kInt8) return (w.packed[row * w.k + column] - 128) * scale;
+  const uint8_t byte = w.packed[(row * w.k + column) / 2];
+  return ((column % 2 ? byte >> 4 : byte & 15) - 8) * scale;
+}
+
+Weight random_weight(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t n, int64_t k) {
+  Weight w{kind, group, n, k, nullptr, nullptr};
+  if (kind == kF32) {
+    w.packed = reinterpret_cast<uint8_t*>(normals(heap, random, n * k, 0.2f));
+    return w;
+  }
+  if (kind == kBf16) {
+    uint16_t* rows = heap.take<uint16_t>(n * k);
+    for (int64_t i = 0; i < n * k; ++i) rows[i] = uint16_t(0x3c00 + random.below(0x200) + (random.below(2) << 15));
+    w.packed = reinterpret_cast<uint8_t*>(rows);
+    return w;
+  }
+  QuantizeJob job{normals(heap, random, n * k, 0.2f), kSourceF32, kind, group, 0, n, k, k,
+                  heap.take<uint32_t>(n * k * (kind == kInt4 ? 4 : 8) / 32), heap.take<uint16_t>(n * k / group)};
+  QuantizeStats stats;
+  require(cs_quantize(&job, &stats) == kOk && stats.nonfinite == 0, "quantize", n, k);
+  w.packed = reinterpret_cast<uint8_t*>(job.packed);
+  w.scale = job.scale;
+  return w;
+}
+
+void check_transposed(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t n, int64_t k) {
+  const int64_t stride = n + 5, words = k * (kind == kInt4 ? 4 : 8) / 32;
+  float* rows = normals(heap, random, n * k);
+  float* columns = heap.take<float>((k - 1) * stride + n);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < k; ++j) columns[j * stride + i] = rows[i * k + j];
+  QuantizeJob straight{rows, kSourceF32, kind, group, 0, n, k, k, heap.take<uint32_t>(n * words),
+                       heap.take<uint16_t>(n * k / group)};
+  QuantizeJob turned = straight;
+  turned.source = columns;
+  turned.transposed = 1;
+  turned.stride = stride;
+  turned.packed = heap.take<uint32_t>(n * words);
+  turned.scale = heap.take<uint16_t>(n * k / group);
+  QuantizeStats stats;
+  require(cs_quantize(&straight, &stats) == kOk && cs_quantize(&turned, &stats) == kOk, "quantize", n, k);
+  require(!std::memcmp(straight.packed, turned.packed, size_t(n * words) * 4), "transposed words", n, k);
+  require(!std::memcmp(straight.scale, turned.scale, size_t(n * k / group) * 2), "transposed scales", n, k);
+}
+
+void check_linear(Heap& heap, Random& random, const Weight& w, int64_t tokens) {
+  const float* x = normals(heap, random, tokens * w.k);
+  float* y = heap.take<float>(tokens * w.n);
+  for (int exact = 0; exact < 2; ++exact) {
+    require(cs_linear(&w, x, w.k, tokens, y, w.n, exact) == kOk, "linear", w.n, w.k);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t row = 0; row < w.n; ++row) {
+        double sum = 0, size = 1e-6;
+        for (int64_t i = 0; i < w.k; ++i) {
+          const double product = element(w, row, i) * x[t * w.k + i];
+          sum += product;
+          size += std::fabs(product);
+        }
+        const double allowed = exact || !w.is_packed() ? 2e-6 * size : 0.02 * size;
+        require(std::fabs(y[t * w.n + row] - sum) <= allowed, "a product's value", tokens, row);
+      }
+  }
+}
+
+struct Mlp {
+  Weight gate, up, down;
+};
+
+Mlp random_mlp(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t hidden, int64_t inner) {
+  return {random_weight(heap, random, kind, group, inner, hidden), random_weight(heap, random, kind, group, inner, hidden),
+          random_weight(heap, random, kind, group, hidden, inner)};
+}
+
+void run_moe(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t tokens) {
+  const int64_t hidden = 3 * group, inner = 2 * group, experts = 5, top_k = 2;
+  std::vector<ExpertAddresses> table;
+  MoeBlock block{};
+  for (int64_t e = 0; e < experts; ++e) {
+    Mlp mlp = random_mlp(heap, random, kind, group, hidden, inner);
+    auto at = [](const void* pointer) { return int64_t(reinterpret_cast<intptr_t>(pointer)); };
+    table.push_back({at(mlp.gate.packed), at(mlp.gate.scale), at(mlp.up.packed), at(mlp.up.scale), at(mlp.down.packed),
+                     at(mlp.down.scale)});
+    block.gate = mlp.gate;
+    block.up = mlp.up;
+    block.down = mlp.down;
+  }
+  const Mlp shared = random_mlp(heap, random, kind, group, hidden, inner);
+  block.norm = normals(heap, random, hidden);
+  block.eps = 1e-5f;
+  block.router_kind = int32_t(random.below(3));
+  block.experts = int32_t(experts);
+  block.top_k = int32_t(top_k);
+  block.router = random_weight(heap, random, kBf16, 0, experts, hidden);
+  block.table = table.data();
+  block.shared = 1;
+  block.shared_gate = shared.gate;
+  block.shared_up = shared.up;
+  block.shared_down = shared.down;
+  block.shared_router = random_weight(heap, random, kF32, 0, 1, hidden);
+  Routing routing{heap.take<float>(tokens * hidden), heap.take<float>(tokens * experts),
+                  heap.take<int32_t>(tokens * top_k), heap.take<float>(tokens * top_k)};
+  const float* x = normals(heap, random, tokens * hidden);
+  float* out = heap.take<float>(tokens * hidden);
+  int32_t complete = 0;
+  require(cs_moe(&block, x, hidden, tokens, out, hidden, &routing, 0, &complete) == kOk && complete, "MoE", tokens);
+  for (int64_t i = 0; i < tokens * hidden; ++i) require(std::isfinite(out[i]), "a finite MoE output", tokens, i);
+  table[size_t(routing.chosen[0])] = {};
+  require(cs_moe(&block, x, hidden, tokens, out, hidden, &routing, 0, &complete) == kOk && !complete, "a miss", tokens);
+
+  int32_t* chosen = heap.take<int32_t>(tokens);
+  float* factor = normals(heap, random, tokens);
+  for (int64_t t = 0; t < tokens; ++t) chosen[t] = int32_t(random.below(tokens));
+  Job jobs[] = {{shared.gate, shared.up, shared.down, nullptr, tokens, nullptr, factor},
+                {block.gate, block.up, block.down, chosen, tokens, factor, nullptr},
+                {block.gate, block.up, block.down, chosen, 0, nullptr, nullptr}};
+  for (int exact = 0; exact < 2; ++exact)
+    require(cs_mlp(jobs, 3, x, hidden, out, hidden, exact) == kOk, "mlp", tokens);
+}
+
+void run_attention(Heap& heap, Random& random, int32_t storage, int64_t head_dim, int64_t tokens) {
+  const int64_t heads = 6, kv_heads = 2, hidden = 96, capacity = tokens + 2, first = random.below(7);
+  AttentionBlock block{};
+  block.norm = normals(heap, random, hidden);
+  block.eps = block.qk_eps = 1e-5f;
+  block.heads = int32_t(heads);
+  block.kv_heads = int32_t(kv_heads);
+  block.head_dim = int32_t(head_dim);
+  block.rope = int32_t(random.below(3));
+  block.rope_dim = block.rope ? int32_t(head_dim / 2 * 2) : 0;
+  block.qk_norm = int32_t(random.below(3));
+  block.l2_norm = int32_t(random.below(2));
+  block.q_norm = normals(heap, random, heads * head_dim);
+  block.k_norm = normals(heap, random, kv_heads * head_dim);
+  block.scaling = 1.0f / std::sqrt(float(head_dim));
+  block.temperature_floor = 4.0f;
+  block.temperature_scale = 0.1f;
+  block.chunk = random.below(2) * 8;
+  block.window = random.below(2) * 5;
+  block.q = random_weight(heap, random, kInt4, 32, heads * head_dim, hidden);
+  block.k = random_weight(heap, random, kInt8, 32, kv_heads * head_dim, hidden);
+  block.v = random_weight(heap, random, kBf16, 0, kv_heads * head_dim, hidden);
+  block.o = random_weight(heap, random, kF32, 0, hidden, heads * head_dim);
+  block.v_bias = normals(heap, random, kv_heads * head_dim);
+  const int64_t elements = kv_heads * capacity * head_dim;
+  const int64_t bytes = storage == kCacheF32 ? 4 : storage == kCacheBf16 ? 2 : 1;
+  KvCache cache{heap.take<uint8_t>(elements * bytes), heap.take<uint8_t>(elements * bytes), nullptr, nullptr,
+                capacity * head_dim, capacity, first, storage};
+  if (storage == kCacheInt8) {
+    cache.key_scale = heap.take<float>(kv_heads * capacity);
+    cache.value_scale = heap.take<float>(kv_heads * capacity);
+  }
+  const float* x = normals(heap, random, (tokens + 2) * hidden);
+  const float* angles = normals(heap, random, (tokens + 2) * (head_dim / 2 + 1));
+  float* out = heap.take<float>((tokens + 2) * hidden);
+  auto step = [&](int64_t start, int64_t count) {
+    return cs_attention(&block, x + start * hidden, hidden, count, first + start, angles, angles, &cache,
+                        out + start * hidden, hidden, 0);
+  };
+  require(step(0, tokens) == kOk && step(tokens, 1) == kOk && step(tokens + 1, 1) == kOk, "attention", tokens);
+  for (int64_t i = 0; i < (tokens + 2) * hidden; ++i) require(std::isfinite(out[i]), "a finite attention output", i);
+}
+
+void run_all(unsigned seed, bool thorough) {
+  Random random(seed);
+  for (int32_t kind : {kInt4, kInt8, kBf16, kF32})
+    for (int32_t group : {32, 64, 128, 256}) {
+      Heap heap;
+      const bool packed = kind == kInt4 || kind == kInt8;
+      if (packed) check_transposed(heap, random, kind, group, 1 + random.below(130), group * (1 + random.below(3)));
+      for (int64_t tokens : {1, 2, 3, 4, 5, 17}) {
+        const int64_t n = 1 + random.below(thorough ? 70 : 40);
+        const int64_t k = packed ? group * (1 + random.below(3)) : 1 + random.below(group);
+        check_linear(heap, random, random_weight(heap, random, kind, packed ? group : 0, n, k), tokens);
+      }
+      if (packed && group <= 64)
+        for (int64_t tokens : {1, 6}) run_moe(heap, random, kind, group, tokens);
+    }
+  for (int32_t storage : {kCacheF32, kCacheBf16, kCacheInt8})
+    for (int64_t head_dim : {8, 40, 128}) {
+      Heap heap;
+      run_attention(heap, random, storage, head_dim, 1);
+      run_attention(heap, random, storage, head_dim, thorough ? 150 : 40);
+    }
+}
+
+}  // namespace
+
+int main() {
+  require(cs_set_threads(3) == kOk, "set_threads");
+  require(cs_read_bandwidth(4 << 20, 0.01) > 0, "read_bandwidth");
+  for (int i = 0; const char* isa = cs_isa_at(i); ++i) {
+    require(cs_set_isa(isa) == kOk, "set_isa", i);
+    run_all(unsigned(i), true);
+  }
+  require(cs_set_isa("") == kOk && cs_set_isa("none") == kBadArgument, "set_isa");
+  std::thread other([] { run_all(50, false); });  // two callers at once take turns
+  run_all(51, false);
+  other.join();
+  require(cs_set_threads(1) == kOk && cs_set_threads(2) == kOk, "set_threads");
+  run_all(52, false);
+  std::puts("driver: all kernels ran");
+}
