@@ -135,7 +135,8 @@ class Session:
         routing = RoutingStats.load(options.routing, checkpoint.shape) if options.routing else None
         plan = plan_run(checkpoint, options, machine, device, routing)
         say("loading the model")
-        session = cls(checkpoint, options, placement_of(plan, checkpoint, options, routing), device)
+        placement = Placement(plan.ram_slots, plan.vram_slots, plan.pinned, plan.prompt_chunk)
+        session = cls(checkpoint, options, placement, device)
         session.plan, session.machine = plan, machine
         return session
 
@@ -240,17 +241,22 @@ def plan_run(
     options: RunOptions,
     machine: Machine,
     device: torch.device,
-    routing: RoutingStats | None,
+    routing: RoutingStats | None = None,
 ) -> Plan:
-    """The plan of a run on this machine. Raises BudgetError if it does not fit."""
-    raise NotImplementedError
-
-
-def placement_of(
-    plan: Plan, checkpoint: Checkpoint, options: RunOptions, routing: RoutingStats | None
-) -> Placement:
-    """The slots that ``plan`` gives."""
-    raise NotImplementedError
+    """The plan of a run of ``checkpoint`` on ``device`` of ``machine``. Raises BudgetError if it does not fit."""
+    return make_plan(
+        checkpoint.shape,
+        stored_schemes(checkpoint),
+        machine,
+        vram=options.vram if device.type == "cuda" else 0,
+        ram=options.ram,
+        context=options.context,
+        kv_bits=32 if options.exact else 8 if options.kv == "int8" else 16,
+        routing=routing,
+        prompt_chunk=options.prompt_chunk,
+        slot_bytes=ExpertStore(checkpoint).slot_bytes,
+        cold="pcie",  # what is not in VRAM passes through it
+    )
 
 
 def load_tokenizer(path: Path) -> Any:
