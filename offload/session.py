@@ -18,7 +18,7 @@ from offload.kv import KVCache, Storage
 from offload.ledger import MemoryLedger, resident_bytes
 from offload.load import load_model, settle
 from offload.machine import Machine, probe
-from offload.plan import Plan
+from offload.plan import Plan, make_plan
 from offload.policy import make_policy
 from offload.reader import Reader
 from offload.records import RunOptions, Sampling, Tier, TokenRecord
@@ -149,7 +149,8 @@ class Session:
         )
         cache = ExpertCache(
             self.store, self.reader, transfer, lambda: make_policy(self.options.policy, seed_counts=counts),
-            ram_slots=self.placement.ram_slots, vram_slots=self.placement.vram_slots, pinned=self.placement.pinned,
+            ram_slots=self.placement.ram_slots, vram_slots=self.placement.vram_slots,
+            pinned=self.placement.pinned,
         )  # fmt: skip
         self.ledger.add("ram", "experts", cache.arena.nbytes)
         self.ledger.add("vram", "experts", self.placement.vram_slots * self.store.slot_bytes)
@@ -243,7 +244,7 @@ def plan_run(
     device: torch.device,
     routing: RoutingStats | None = None,
 ) -> Plan:
-    """The plan of a run of ``checkpoint`` on ``device`` of ``machine``. Raises BudgetError if it does not fit."""
+    """The plan of a run on ``device`` of ``machine``. Raises BudgetError if it does not fit."""
     return make_plan(
         checkpoint.shape,
         stored_schemes(checkpoint),
