@@ -64,6 +64,7 @@ class Reader:
         self._plain: dict[Path, int] = {}
         self._direct: dict[Path, int] = {}
         self._cache: dict[Path, PageCacheView] = {}
+        self._stamp: dict[Path, tuple[int, int]] = {}
         self._heap: list[tuple[int, int, Request]] = []
         self._order = itertools.count()
         self._ready = threading.Condition()
@@ -81,6 +82,7 @@ class Reader:
             self._plain[file] = os.open(file, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{file} cannot be opened: {error.strerror}") from None
+        self._stamp[file] = self._state(file)
         if not self.direct:
             return
         try:
@@ -138,6 +140,12 @@ class Reader:
         self._plain.clear()
         self._direct.clear()
 
+    def _state(self, file: Path) -> tuple[int, int]:
+        """What changes when a file is written to: its size and time of change. Asked of the open file, so one
+        that is replaced as a whole does no harm."""
+        found = os.fstat(self._plain[file])
+        return found.st_size, found.st_mtime_ns
+
     def _work(self) -> None:
         while (taken := self._take()) is not None:
             request, (run, start, end) = taken
@@ -170,6 +178,8 @@ class Reader:
 
     def _read(self, run: Run, start: int, buffer: memoryview) -> None:
         offset, done, wanted = run.offset + start, 0, min(len(buffer), run.needed - start)
+        if self._state(run.file) != self._stamp[run.file]:
+            raise CheckpointError(f"{run.file} was changed while the model ran: start again once it is whole")
         # What the page cache holds anyway is taken from there: a warm start is a copy, not a disk read.
         direct = self.direct and not self._cache[run.file].holds(offset, wanted)
         descriptor = (self._direct if direct else self._plain)[run.file]
@@ -177,7 +187,7 @@ class Reader:
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
             if count == 0:
                 raise CheckpointError(
-                    f"{run.file} ends at byte {offset + done:,}: it shrank or changed since the run began"
+                    f"{run.file} ends at byte {offset + done:,}: it shrank while it was read"
                 )
             # A direct read that stopped inside a page goes on from the page's start, to stay aligned.
             done += count if not direct or done + count >= wanted else count // PAGE * PAGE

@@ -60,7 +60,7 @@ def test_a_cold_file_read_directly_leaves_nothing_in_the_page_cache(file: Path) 
 def test_a_file_that_shrank_is_one_clear_error_not_a_wrong_token(file: Path) -> None:
     reader, arena = Reader([file]), Arena(1, 8 * 2**20)
     os.truncate(file, 2 * 2**20)
-    with pytest.raises(CheckpointError, match="shrank or changed"):
+    with pytest.raises(CheckpointError, match="was changed while the model ran"):
         reader.submit(_record(file, 0, 8 * 2**20), arena.buffer(0), Priority.DEMAND).wait()
     reader.close()
 
@@ -90,4 +90,23 @@ def test_a_cancelled_read_never_touches_its_buffer(file: Path) -> None:
         requests[-1].wait()
     requests[-2].wait()
     assert bytes(arena.buffer(29)) == bytes(2**20)
+    reader.close()
+
+
+def test_a_file_written_to_under_the_run_is_refused_a_file_replaced_whole_is_not(
+    file: Path, tmp_path: Path
+) -> None:
+    reader, arena = Reader([file]), Arena(1, PAGE)
+    before = file.read_bytes()[:PAGE]
+    (tmp_path / "new").write_bytes(bytes(file.stat().st_size))
+    (tmp_path / "new").replace(file)
+    reader.submit(_record(file, 0, PAGE), arena.buffer(0), Priority.DEMAND).wait()
+    assert bytes(arena.buffer(0)) == before
+    reader.close()
+    reader = Reader([file])
+    with file.open("r+b") as stream:
+        stream.write(b"other weights")
+    os.utime(file, ns=(1, 1))  # whatever the clock's resolution
+    with pytest.raises(CheckpointError, match="was changed while the model ran"):
+        reader.submit(_record(file, 0, PAGE), arena.buffer(0), Priority.DEMAND).wait()
     reader.close()
