@@ -91,8 +91,8 @@ class Reader:
         except OSError:
             self.direct = False
             self.notes.append(
-                f"direct I/O is not available where {file.parent} lies: experts are read through the page cache, "
-                "which takes memory beyond --ram"
+                f"direct I/O is not available where {file.parent} lies: experts are read through the page "
+                "cache, which takes memory beyond --ram"
             )
 
     def submit(self, record: ExpertRecord, buffer: memoryview, priority: Priority) -> Request:
