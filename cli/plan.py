@@ -1,0 +1,206 @@
+"""``coldstream plan``: where every byte goes, how fast it runs, what limits it. Needs neither weights nor
+torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import options
+from cli.console import Console
+from cli.schemes import Attention, DenseMlp, Experts, GroupSize, LmHead, SharedExpert
+
+if TYPE_CHECKING:
+    from offload.machine import Machine
+    from offload.plan import Plan
+    from quant.families import Role
+    from quant.recipe import Recipe
+    from quant.scheme import Scheme
+    from quant.shape import ModelShape
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A model directory, a config.json or a shape: scout, maverick …"),
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help='Plan for a desktop with this card, for example "RTX 4090".'),
+]
+RamBandwidth = Annotated[
+    float | None, typer.Option(metavar="GB/S", min=0.1, help="Take this for the RAM's read bandwidth.")
+]
+DiskBandwidth = Annotated[
+    float | None, typer.Option(metavar="GB/S", min=0.01, help="Take this for the disk's sequential rate.")
+]
+Refresh = Annotated[bool, typer.Option("--refresh", help="Measure this machine again first.")]
+_DEFAULT_RECIPE = "fast"
+_DEFAULT_CONTEXT = 4096
+
+
+def plan(
+    model: Model,
+    vram: options.Vram = None,
+    ram: options.Ram = None,
+    context: options.Context = None,
+    kv: options.Kv = None,
+    gpu: Gpu = None,
+    ram_bandwidth: RamBandwidth = None,
+    disk_bandwidth: DiskBandwidth = None,
+    recipe: options.Recipe = None,
+    experts: Experts = None,
+    shared_expert: SharedExpert = None,
+    dense_mlp: DenseMlp = None,
+    attention: Attention = None,
+    lm_head: LmHead = None,
+    group_size: GroupSize = 128,
+    routing: options.Routing = None,
+    prompt_chunk: options.PromptChunk = None,
+    refresh: Refresh = False,
+    json: options.Json = False,
+) -> None:
+    """Say where every byte of a run of MODEL goes, what speed to expect, what limits it, and what a GiB
+    more buys.
+
+    A quantized MODEL is planned as it is. Otherwise --recipe or schemes by hand say what it will be
+    stored as; a shape without either takes the recipe of its name, or `fast`.
+    """
+    from offload.plan import make_plan
+    from quant.recipe import load_recipe, resolve_config
+    from quant.shape import ModelShape
+
+    console = Console(json=json)
+    config = resolve_config(model)
+    shape = ModelShape.from_config(config)
+    by_hand: dict[Role, str | None] = {
+        "experts": experts,
+        "shared_expert": shared_expert,
+        "dense_mlp": dense_mlp,
+        "attention": attention,
+        "lm_head": lm_head,
+    }
+    named = load_recipe(recipe) if recipe else None
+    schemes, defaults, origin = _schemes(model, config, shape, named, by_hand, group_size)
+    if defaults is not None:
+        vram, ram = vram if vram is not None else defaults.vram, ram if ram is not None else defaults.ram
+        context, kv = context or defaults.context, kv or defaults.kv
+        prompt_chunk = prompt_chunk or defaults.prompt_chunk
+    machine = _machine(model, gpu, ram, ram_bandwidth, disk_bandwidth, refresh)
+    made = make_plan(
+        shape,
+        schemes,
+        machine,
+        vram=vram,
+        ram=ram,
+        context=context or _context(shape),
+        kv_bits=8 if kv == "int8" else 16,
+        routing=_routing(routing, shape),
+        prompt_chunk=prompt_chunk,
+    )
+    notes = (*machine.notes, *made.notes)
+    if not json:
+        _show(console, made, machine, f"{model}: {_weights(shape)}", f"{_described(schemes)} ({origin})")
+        console.notes(notes)
+    console.result(
+        {
+            **made.to_json(),
+            "model": model,
+            "schemes": {role: str(scheme) for role, scheme in schemes.items()},
+            "machine": machine.to_json(),
+            "notes": notes,
+        }
+    )
+
+
+def _schemes(
+    model: str,
+    config: Mapping[str, Any],
+    shape: "ModelShape",
+    named: "Recipe | None",
+    by_hand: "Mapping[Role, str | None]",
+    group_size: int,
+) -> "tuple[Mapping[Role, Scheme], Recipe | None, str]":
+    """Each role's scheme, the recipe whose defaults hold for the run, and where the schemes are from."""
+    from quant.recipe import load_recipe, recipe_names, shape_names
+    from quant.scheme import Scheme
+    from quant.stored import stored_schemes
+
+    chosen = {role: Scheme.parse(text, group_size) for role, text in by_hand.items() if text}
+    if named is not None or chosen:
+        origin = f"recipe {named.name}" if named else "by hand"
+        return {**(named.schemes if named else {}), **chosen}, named, origin
+    stored = stored_schemes(config, shape)
+    if stored is not None:
+        return stored, None, "as stored"
+    if next(Path(model).glob("*.safetensors"), None) is not None:
+        return {}, None, "as stored; --recipe plans it quantized"
+    name = model if model in shape_names() and model in recipe_names() else _DEFAULT_RECIPE
+    recipe = load_recipe(name)
+    return recipe.schemes, recipe, f"recipe {name}"
+
+
+def _machine(
+    model: str,
+    gpu: str | None,
+    ram: int | None,
+    ram_gb_s: float | None,
+    disk_gb_s: float | None,
+    refresh: bool,
+) -> "Machine":
+    from dataclasses import replace
+
+    from offload.cards import described_machine
+    from offload.machine import probe
+
+    if gpu is not None:
+        return described_machine(gpu, ram=ram, ram_gb_s=ram_gb_s, disk_gb_s=disk_gb_s)
+    path = Path(model)
+    machine = probe(path if path.is_dir() else Path(), refresh=refresh)
+    return replace(machine, ram_gb_s=ram_gb_s or machine.ram_gb_s, disk_gb_s=disk_gb_s or machine.disk_gb_s)
+
+
+def _routing(path: Path | None, shape: "ModelShape") -> Any:
+    if path is None:
+        return None
+    from offload.routing import RoutingStats
+
+    return RoutingStats.load(path, shape)
+
+
+def _context(shape: "ModelShape") -> int:
+    return min(_DEFAULT_CONTEXT, shape.max_position_embeddings or _DEFAULT_CONTEXT)
+
+
+def _weights(shape: "ModelShape") -> str:
+    roles = shape.role_nbytes({})
+    total, routed = sum(roles.values()) / 2, roles["experts"] / 2
+    active = total - routed * (1 - shape.top_k / shape.num_experts) - roles.get("vision", 0) / 2
+    layers = f"{len(shape.moe_layers)} MoE layers of {shape.num_experts} experts, top-{shape.top_k}"
+    return f"{_billions(total)} weights, {_billions(active)} per token; {layers}"
+
+
+def _billions(count: float) -> str:
+    return (
+        f"{count / 1e9:,.0f}B"
+        if count >= 1e10
+        else f"{count / 1e9:.1f}B"
+        if count >= 1e9
+        else f"{count / 1e6:.1f}M"
+    )
+
+
+def _described(schemes: "Mapping[Role, Scheme]") -> str:
+    return ", ".join(f"{role} {scheme}" for role, scheme in schemes.items()) or "bf16 throughout"
+
+
+def _show(console: Console, plan: "Plan", machine: "Machine", model: str, schemes: str) -> None:
+    from cli.plan_table import advice, byte_table, machine_line, speeds
+
+    console.say(model)
+    console.say(schemes)
+    console.say(machine_line(machine))
+    console.say()
+    console.show(byte_table(plan))
+    console.say()
+    for line in (*speeds(plan), *advice(plan)):
+        console.say(line)
