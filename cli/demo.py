@@ -4,6 +4,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,8 @@ Keep = Annotated[
 QUESTION = "What does os.path.join do?"
 TOKENS = 128
 PROFILE_TOKENS = 8192
+CONTEXT = 1024
+CHUNK = 64
 RECIPE = "demo"
 
 
@@ -57,6 +60,7 @@ class Demo:
         self.source, self.console = source, console
         self.model, self.routing, self.page = folder / "model", folder / "routing.json", folder / "run.html"
         self.step = 0
+        self.ram = 0
 
     def run(self) -> dict[str, Any]:
         """All steps; what each found, by its command's name."""
@@ -101,7 +105,7 @@ class Demo:
             "profile model --text calibration.txt",
         )
         quiet = Console(json=True)
-        with open_session(str(self.model), RunOptions(context=1024), quiet) as session:
+        with open_session(str(self.model), RunOptions(context=CONTEXT, device="cpu"), quiet) as session:
             text = read_text(self.source / "calibration.txt")
             seconds = run_text(session, text, PROFILE_TOKENS, quiet)
             stats = session.routing
@@ -116,10 +120,38 @@ class Demo:
         return document(stats, self.routing, stats.tokens, seconds)
 
     def plan(self) -> dict[str, Any]:
-        """Where every byte of the coming run goes."""
+        """Where every byte of the coming run goes, with RAM for about half of the experts."""
+        from cli.words import number, percent, size
+        from offload.machine import probe
+        from offload.plan import make_plan
+        from offload.routing import RoutingStats
+        from offload.session import stored_schemes
+        from offload.store import ExpertStore
+        from quant.checkpoint import Checkpoint
 
-        self.heading("Plan: does it fit, how fast will it be?", "plan model --routing routing.json")
-        return {}
+        checkpoint = Checkpoint.open(self.model)
+        fitted = partial(
+            make_plan, checkpoint.shape, stored_schemes(checkpoint), probe(self.model), vram=0,
+            context=CONTEXT, prompt_chunk=CHUNK, slot_bytes=ExpertStore(checkpoint).slot_bytes,
+            routing=RoutingStats.load(self.routing, checkpoint.shape),
+        )  # fmt: skip
+        roomy = fitted()
+        some = roomy.experts * 7 // 16
+        self.ram = (roomy.total("ram") - roomy.framework_bytes - roomy.slot_bytes * some) // 1024 * 1024
+        plan = fitted(ram=self.ram)
+        self.heading(
+            "Plan: RAM for about half of the experts. Where does every byte go, and how fast will it be?",
+            f"plan model --ram {self.ram // 1024}KiB --context {CONTEXT} --prompt-chunk {CHUNK} --routing routing.json",
+        )
+        self.console.say(
+            f"   {size(plan.total('ram') - plan.framework_bytes)} of the model in RAM, beside "
+            f"{size(plan.framework_bytes)} of Python and its libraries\n"
+            f"   {plan.ram_slots} of {plan.experts} experts at a time, the others read from disk "
+            f"when asked for: {percent(plan.hit_rates['ram'])} hits expected\n"
+            f"   {number(plan.predicted_tokens_per_s)} tokens/s decode and "
+            f"{number(plan.predicted_prefill_tokens_per_s)} prefill predicted; {plan.limited_by} is the limit"
+        )
+        return plan.to_json()
 
     def generate(self) -> dict[str, Any]:
         """Answer a question, then the report, on the terminal and as a page."""
@@ -130,10 +162,14 @@ class Demo:
 
         self.heading(
             "Generate, with the profile deciding which experts are kept at hand.",
-            f'generate model "{QUESTION}" --chat --routing routing.json --report run.html',
+            f'generate model "{QUESTION}" --chat --ram {self.ram // 1024}KiB --context {CONTEXT} '
+            f"--prompt-chunk {CHUNK} --routing routing.json --report run.html",
         )
         quiet = Console(json=True)
-        with open_session(str(self.model), RunOptions(context=1024, routing=self.routing), quiet) as session:
+        run = RunOptions(
+            ram=self.ram, context=CONTEXT, prompt_chunk=CHUNK, routing=self.routing, device="cpu"
+        )
+        with open_session(str(self.model), run, quiet) as session:
             ids = session.encode_chat([{"role": "user", "content": QUESTION}])
             self.console.say(f"\n   > {QUESTION}\n")
             records = []

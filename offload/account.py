@@ -54,10 +54,18 @@ def account(
         memory=memory_of(session),
         plan=prediction_of(session),
         expert_map=expert_map_of(session),
-        notes=session.notes,
+        notes=notes_of(session),
         warmup=warmup,
         median=median,
     )
+
+
+def notes_of(session: Session) -> list[str]:
+    """What the run, its plan and the measuring of its machine have to tell."""
+    notes = list(session.notes)
+    for part in (session.plan, session.machine):
+        notes += part.notes if part is not None else ()
+    return notes
 
 
 def environment_of(session: Session) -> Environment:
