@@ -103,7 +103,7 @@ def load_trace(path: Path) -> Trace:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Routing made up by a rule; the same every time. ``top_k`` is 1.
+    """Routing made up by a rule; the same every time.
 
     * uniform: every expert as likely as any other.
     * zipf: the r-th most used expert of a layer has a share proportional to 1 / r; each layer has its order.
@@ -115,6 +115,7 @@ class Synthetic:
     rule: str
     layers: int = 8
     num_experts: int = 16
+    top_k: int = 1
     tokens: int = 2048
     seed: int = 0
 
@@ -125,12 +126,16 @@ class Synthetic:
                 f"no routing is called {self.rule!r}: expected one of {', '.join(_RULES)}, or a file"
             )
         source = random.Random(self.seed)
-        choose = [
-            _RULES[self.rule](self.num_experts, random.Random(source.random())) for _ in range(self.layers)
-        ]
-        return Trace(
-            self.rule, self.num_experts, [[[pick(t)] for pick in choose] for t in range(self.tokens)]
-        )
+        rule = _RULES[self.rule]
+        choose = [rule(self.num_experts, random.Random(source.random())) for _ in range(self.layers)]
+        steps = [[self._distinct(pick, token) for pick in choose] for token in range(self.tokens)]
+        return Trace(self.rule, self.num_experts, steps)
+
+    def _distinct(self, pick: Callable[[int], int], token: int) -> list[int]:
+        chosen: dict[int, None] = {}
+        while len(chosen) < min(self.top_k, self.num_experts):
+            chosen[pick(token)] = None
+        return list(chosen)
 
 
 def _uniform(experts: int, source: random.Random) -> Callable[[int], int]:

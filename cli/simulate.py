@@ -1,0 +1,226 @@
+"""``coldstream simulate``: what each cache policy would have hit on recorded or made-up routing. No torch."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.console import Console
+from cli.options import Json, Ram, Recipe
+
+if TYPE_CHECKING:
+    from offload.footprint import Footprint
+    from offload.machine import Machine
+    from offload.simulate import Simulation
+    from offload.trace import Trace
+
+TraceName = Annotated[
+    str,
+    typer.Argument(
+        metavar="TRACE", help="A file of `profile --trace`, or uniform, zipf, recency, drift: made up."
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="MODEL", help="Predict speeds for this model: a directory, config.json or shape."
+    ),
+]
+Tokens = Annotated[
+    int | None, typer.Option("--tokens", min=8, metavar="N", help="Tokens of the trace to use.")
+]
+Chunk = Annotated[
+    int, typer.Option("--chunk", min=1, metavar="N", help="Tokens run at once: 1 is decode, more a prompt.")
+]
+Sizes = Annotated[int, typer.Option("--sizes", min=2, metavar="N", help="Cache sizes to try.")]
+
+# Requests × experts of one replay; a policy looks at every resident for each miss.
+_WORK = 10_000_000
+_MADE_UP = 2048
+
+
+def simulate(
+    trace: TraceName,
+    model: Model = None,
+    ram: Ram = None,
+    recipe: Recipe = None,
+    tokens: Tokens = None,
+    chunk: Chunk = 1,
+    sizes: Sizes = 6,
+    json: Json = False,
+) -> None:
+    """Replay TRACE against each cache policy and the clairvoyant bound, for several cache sizes.
+
+    The first half of the trace is what a profile would have known, the second is replayed. --model adds the
+    predicted decode speeds on this machine, --ram the cache size that this budget makes.
+    """
+    from offload import simulate as replay
+    from quant.errors import UsageError
+
+    console = Console(json=json)
+    if ram is not None and model is None:
+        raise UsageError("--ram says nothing without a model: name it with --model")
+    target = _Target.of(model, recipe) if model else None
+    found = _trace(trace, target, tokens)
+    slots = replay.sizes(found, sizes)
+    budget = target.slots(ram) if target and ram is not None else None
+    if budget is not None:
+        slots = sorted({*slots, budget})
+    if not json:
+        console.step(
+            f"replaying {len(found.steps) // 2:,} tokens of {found.layers} layers of {found.num_experts}"
+        )
+    done = replay.simulate(found, slots, chunk=chunk)
+    speeds = target.speeds(done) if target and chunk == 1 else {}
+    if not json:
+        _show(console, done, target, speeds, budget)
+    console.result(_document(done, target, speeds, budget, chunk))
+
+
+class _Target:
+    """A model on this machine, for what hit rates mean in tokens per second."""
+
+    def __init__(self, footprint: "Footprint", machine: "Machine") -> None:
+        self.footprint, self.machine = footprint, machine
+
+    @classmethod
+    def of(cls, model: str, recipe: str | None) -> "_Target":
+        """Planned as it is stored, by ``recipe``, or by the recipe of the shape's name."""
+        from offload.footprint import Footprint
+        from offload.machine import probe
+        from quant.recipe import load_recipe, recipe_names, resolve_config
+        from quant.shape import ModelShape
+        from quant.stored import stored_schemes
+
+        config = resolve_config(model)
+        shape = ModelShape.from_config(config)
+        stored = None if recipe else stored_schemes(config, shape)
+        name = recipe or (model if model in recipe_names() else "fast")
+        schemes = stored if stored is not None else load_recipe(name).schemes
+        path = Path(model)
+        machine = replace(probe(path if path.is_dir() else Path()), gpu=None)
+        return cls(Footprint(shape, schemes, 4096, 16), machine)
+
+    def slots(self, ram: int) -> int:
+        """Expert slots within ``ram``. Raises BudgetError."""
+        from offload.plan import make_plan
+
+        shape, schemes = self.footprint.shape, self.footprint.schemes
+        return make_plan(shape, schemes, self.machine, vram=0, ram=ram).ram_slots
+
+    def speeds(self, done: "Simulation") -> dict[str, list[float]]:
+        """Predicted decode tokens/s by policy and size."""
+        from offload.predict import decode
+
+        return {
+            name: [
+                decode(
+                    self.footprint.load(
+                        filled=512, vram_hits=0.0, hits=rate, resident=count / self.footprint.experts
+                    ),
+                    self.machine,
+                ).tokens_per_s
+                for rate, count in zip(rates, done.slots, strict=True)
+            ]
+            for name, rates in done.hit_rates.items()
+        }
+
+
+def _trace(name: str, target: _Target | None, tokens: int | None) -> "Trace":
+    from offload.trace import RULES, Synthetic, load_trace
+    from quant.errors import ProfileError
+
+    shape = target.footprint.shape if target else None
+    if name in RULES:
+        made = Synthetic(name)
+        if shape:
+            layers = len(shape.moe_layers)
+            made = replace(made, layers=layers, num_experts=shape.num_experts, top_k=shape.top_k)
+        keys = made.layers * made.num_experts
+        most = max(64, _WORK // (made.layers * made.top_k * keys))
+        return replace(made, tokens=tokens or min(_MADE_UP, most)).trace()
+    found = load_trace(Path(name))
+    if shape and (found.layers, found.num_experts) != (len(shape.moe_layers), shape.num_experts):
+        raise ProfileError(
+            f"{name} is of a model with {found.layers} MoE layers of {found.num_experts} experts: expected "
+            f"{len(shape.moe_layers)} of {shape.num_experts}"
+        )
+    most = max(64, _WORK // (found.layers * found.top_k * len(found.keys)))
+    return found.head(tokens or most)
+
+
+def _show(
+    console: Console,
+    done: "Simulation",
+    target: _Target | None,
+    speeds: dict[str, list[float]],
+    budget: int | None,
+) -> None:
+    from rich.table import Table
+
+    from cli.curves import curves
+    from cli.words import number, percent, size
+    from offload.policy import DEFAULT_POLICY
+    from offload.simulate import CLAIRVOYANT
+
+    total = len(done.trace.keys)
+    names = ["bound" if name == CLAIRVOYANT else name for name in done.hit_rates]
+    table = Table(box=None, pad_edge=False, title=f"Hit rate on {done.trace.name}", title_justify="left")
+    for heading in ("slots", "of all", *(["RAM"] if target else []), *names):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if speeds:
+        table.add_column(f"tok/s {DEFAULT_POLICY}", justify="right", no_wrap=True)
+        table.add_column("bound", justify="right", no_wrap=True)
+    for index, count in enumerate(done.slots):
+        cells = [f"{'→ ' if count == budget else ''}{count:,}", percent(count / total)]
+        if target:
+            cells.append(size(count * target.footprint.slot_bytes))
+        best = done.best(index)
+        for name, rates in done.hit_rates.items():
+            text = f"{100 * rates[index]:.1f} %"
+            cells.append(f"[bold]{text}[/bold]" if name == best else text)
+        if speeds:
+            cells += [number(speeds[name][index]) for name in (DEFAULT_POLICY, CLAIRVOYANT)]
+        table.add_row(*cells)
+    console.show(table)
+    if budget is not None:
+        console.say("→ is what --ram holds beside the rest of the model")
+    console.say("\nHit rate over the share of experts that have a slot:")
+    console.say(curves([count / total for count in done.slots], done.hit_rates))
+    ranked = sorted((name for name in done.hit_rates if name != CLAIRVOYANT), key=done.regret)
+    listed = ", ".join(f"{name} {100 * done.regret(name):.1f}" for name in ranked)
+    console.say(
+        f"\nPoints below the clairvoyant bound, on average: {listed}. The default is {DEFAULT_POLICY}."
+    )
+
+
+def _document(
+    done: "Simulation",
+    target: _Target | None,
+    speeds: dict[str, list[float]],
+    budget: int | None,
+    chunk: int,
+) -> dict[str, object]:
+    from offload.policy import DEFAULT_POLICY
+    from offload.simulate import CLAIRVOYANT
+
+    names = [name for name in done.hit_rates if name != CLAIRVOYANT]
+    return {
+        "trace": {
+            "name": done.trace.name,
+            "tokens": len(done.trace.steps),
+            "layers": done.trace.layers,
+            "num_experts": done.trace.num_experts,
+            "top_k": done.trace.top_k,
+        },
+        "chunk": chunk,
+        "slots": done.slots,
+        "slot_bytes": target.footprint.slot_bytes if target else None,
+        "slots_of_ram": budget,
+        "hit_rates": done.hit_rates,
+        "tokens_per_s": speeds,
+        "regret": {name: done.regret(name) for name in names},
+        "best": min(names, key=done.regret),
+        "default": DEFAULT_POLICY,
+    }
