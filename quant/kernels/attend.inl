@@ -7,6 +7,9 @@ constexpr int kKeyBlock = 128;
 static void widen_cached(const KvCache& cache, bool values, int64_t head, int64_t row, int64_t width, float* to) {
   const int64_t element = head * cache.head_stride + row * width;
   const void* from = values ? cache.values : cache.keys;
+  const int64_t size = cache.storage == kCacheF32 ? 4 : cache.storage == kCacheBf16 ? 2 : 1;
+  for (int64_t byte = 0; byte < width * size; byte += 64)  // the same row of the next block
+    __builtin_prefetch(static_cast<const char*>(from) + (element + kKeyBlock * width) * size + byte);
   if (cache.storage == kCacheF32) {
     __builtin_memcpy(to, static_cast<const float*>(from) + element, size_t(width) * 4);
   } else if (cache.storage == kCacheBf16) {
@@ -39,7 +42,7 @@ static void score_block(const AttendTask& a, int64_t first, int count, float* sc
       }
     }
     const int here = count - start < kPanelRows ? count - start : kPanelRows;
-    dense_tiles(panel, a.q, width, width, true, here, a.rows, scores + start, kKeyBlock);
+    dense_tiles(panel[0], kPanelRows, a.q, width, width, true, here, a.rows, scores + start, kKeyBlock);
   }
 }
 
@@ -85,13 +88,17 @@ static void attend(const AttendTask& a) {
     const int count = int(a.last - first < kKeyBlock ? a.last - first : kKeyBlock);
     score_block(a, first, count, scores[0], panel);
     for (int r = 0; r < a.rows; ++r) weigh_row(a, r, first, count, scores[r]);
-    for (int key = 0; key < count; ++key) widen_cached(*a.cache, true, a.kv_head, first + key, width, values[key]);
-    float(*part)[kPanelRows] = panel;
+    const float* from = values[0];
+    int64_t stride = 256;
+    if (a.cache->storage == kCacheF32 && width % kPanelRows == 0) {
+      from = static_cast<const float*>(a.cache->values) + a.kv_head * a.cache->head_stride + first * width;
+      stride = width;
+    } else {
+      for (int key = 0; key < count; ++key) widen_cached(*a.cache, true, a.kv_head, first + key, width, values[key]);
+    }
     for (int64_t d = 0; d < width; d += kPanelRows) {
       const int here = int(width - d < kPanelRows ? width - d : kPanelRows);
-      for (int key = 0; key < count; ++key)
-        for (int v = 0; v < kPanelRows; v += kLanes) store(part[key] + v, load<vf>(values[key] + d + v));
-      dense_tiles(part, scores[0], kKeyBlock, count, false, here, a.rows, a.out + d, width);
+      dense_tiles(from + d, stride, scores[0], kKeyBlock, count, false, here, a.rows, a.out + d, width);
     }
   }
 }

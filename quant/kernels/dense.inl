@@ -74,12 +74,12 @@ static void dense_rows(const Weight& w, int64_t row0, int64_t row1, const float*
 }
 
 template <int kTokens>
-static void dense_tile(const float (*panel)[kPanelRows], const float* x, int64_t ldx, int64_t columns, bool first,
+static void dense_tile(const float* panel, int64_t stride, const float* x, int64_t ldx, int64_t columns, bool first,
                        int count, float* y, int64_t ldy) {
   vf acc[kTokens][kVectors] = {};
   for (int64_t k = 0; k < columns; ++k)
     for (int t = 0; t < kTokens; ++t)
-      for (int v = 0; v < kVectors; ++v) acc[t][v] += load<vf>(panel[k] + v * kLanes) * splat(x[t * ldx + k]);
+      for (int v = 0; v < kVectors; ++v) acc[t][v] += load<vf>(panel + k * stride + v * kLanes) * splat(x[t * ldx + k]);
   for (int t = 0; t < kTokens; ++t) {
     alignas(64) float row[kPanelRows];
     for (int v = 0; v < kVectors; ++v) store(row + v * kLanes, acc[t][v]);
@@ -88,20 +88,21 @@ static void dense_tile(const float (*panel)[kPanelRows], const float* x, int64_t
 }
 
 template <int kTokens>
-INLINE void dense_rest(const float (*panel)[kPanelRows], const float* x, int64_t ldx, int64_t columns, bool first,
+INLINE void dense_rest(const float* panel, int64_t stride, const float* x, int64_t ldx, int64_t columns, bool first,
                        int count, int tokens, float* y, int64_t ldy) {
   if constexpr (kTokens > 0) {
-    if (tokens == kTokens) dense_tile<kTokens>(panel, x, ldx, columns, first, count, y, ldy);
-    else dense_rest<kTokens - 1>(panel, x, ldx, columns, first, count, tokens, y, ldy);
+    if (tokens == kTokens) dense_tile<kTokens>(panel, stride, x, ldx, columns, first, count, y, ldy);
+    else dense_rest<kTokens - 1>(panel, stride, x, ldx, columns, first, count, tokens, y, ldy);
   }
 }
 
-// y[t][i] (+)= sum over k of x[t][k] * panel[k][i], for i < count.
-static void dense_tiles(const float (*panel)[kPanelRows], const float* x, int64_t ldx, int64_t columns, bool first,
+// y[t][i] (+)= sum over k of x[t][k] * panel[k][i] for i < count, panel rows `stride` floats apart; kPanelRows of
+// a row are read.
+static void dense_tiles(const float* panel, int64_t stride, const float* x, int64_t ldx, int64_t columns, bool first,
                         int count, int tokens, float* y, int64_t ldy) {
   for (; tokens >= kTileTokens; tokens -= kTileTokens, x += kTileTokens * ldx, y += kTileTokens * ldy)
-    dense_tile<kTileTokens>(panel, x, ldx, columns, first, count, y, ldy);
-  dense_rest<kTileTokens - 1>(panel, x, ldx, columns, first, count, tokens, y, ldy);
+    dense_tile<kTileTokens>(panel, stride, x, ldx, columns, first, count, y, ldy);
+  dense_rest<kTileTokens - 1>(panel, stride, x, ldx, columns, first, count, tokens, y, ldy);
 }
 
 // Many tokens: a panel of rows transposed, so that a lane is an out feature.
@@ -124,7 +125,7 @@ static void dense_panel(const Weight& w, int64_t row, int count, const float* x,
         for (int i = 0; i < kLanes; ++i) store(panel[k + i] + v * kLanes, m[i]);
       }
     }
-    dense_tiles(panel, x + first, ldx, columns, !first, count, tokens, y, ldy);
+    dense_tiles(panel[0], kPanelRows, x + first, ldx, columns, !first, count, tokens, y, ldy);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Huge pages for weights: with 4 KiB pages a core misses its address cache all the time and reads a third slower."""
+"""Huge pages for weights: on 4 KiB pages a core keeps missing its address cache and reads a third slower."""
 
 import ctypes
 
@@ -22,4 +22,4 @@ def use_huge_pages(tensor: Tensor) -> bool:
     if not hasattr(libc, "madvise"):
         return False
     span = (ctypes.c_void_p(start), ctypes.c_size_t(end - start))
-    return libc.madvise(*span, _MADV_HUGEPAGE) == 0 and libc.madvise(*span, _MADV_COLLAPSE) == 0
+    return all(libc.madvise(*span, advice) == 0 for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE))

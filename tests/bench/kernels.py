@@ -1,8 +1,8 @@
 """Native kernels against the memory floor: ``python -m tests.bench.kernels [--isa avx2] [--json]``.
 
 The floor comes first: what all threads together read from a buffer of huge pages, probed again beside every
-decode figure, because shared machines drift. Decode figures are GB/s of weights and scales, prefill figures
-Gop/s (two per weight and token), all medians over the rounds. Weights lie in huge pages, and one round streams
+decode figure, because shared machines drift. Decode figures are GB/s of weights and scales, prefill ones
+Gop/s (two per weight and token), medians over the rounds. Weights lie in huge pages, and one round streams
 far more of them than the caches hold. On a busy machine only the fractions mean anything, and those of many
 short calls suffer most. The last line of stdout is one JSON document.
 """

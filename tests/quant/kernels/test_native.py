@@ -1,0 +1,111 @@
+"""How the native kernels are found, chosen and shared: no silent fallback, any caller, any process."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant.errors import MachineError
+from quant.kernels import library, native
+from quant.kernels.native import Weight
+from quant.kernels.pages import use_huge_pages
+from quant.pack import quantize
+from quant.scheme import Scheme
+
+ROOT = Path(__file__).parents[3]
+
+
+def weight(seed: int) -> Weight:
+    stored = quantize(
+        torch.randn(200, 256, generator=torch.Generator().manual_seed(seed)), Scheme("int4", 64)
+    )
+    return Weight.from_tensors("int4", stored.packed, stored.scale)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The code in a process of its own, in the repository's root."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_missing_kernels_say_how_to_build_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    with pytest.raises(MachineError, match=r"no _native\*\.so in .*pip install"):
+        library.library.__wrapped__()
+
+
+def test_kernels_that_cannot_be_loaded_name_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "_native.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    with pytest.raises(MachineError, match=r"_native\.abi3\.so cannot be loaded"):
+        library.library.__wrapped__()
+
+
+def test_the_environment_forces_a_lower_instruction_set() -> None:
+    code = "from quant.kernels import native; print(native.isa())"
+    assert python(code, COLDSTREAM_ISA="portable").stdout.strip() == "portable"
+    refused = python(code, COLDSTREAM_ISA="sse9")
+    assert refused.returncode != 0
+    assert "MachineError: instruction set 'sse9' cannot be used here" in refused.stderr
+
+
+def test_instruction_sets_are_listed_best_first_and_end_with_the_portable_one() -> None:
+    assert native.isas()[-1] == "portable"
+    assert native.isa() == native.isas()[0]
+
+
+def test_a_forked_child_starts_threads_of_its_own() -> None:
+    code = """
+import os, torch
+from quant.kernels import native
+from quant.kernels.native import Weight
+native.set_threads(3)
+w = Weight.from_tensors("f32", torch.randn(400, 64))
+x = torch.randn(2, 64)
+y = native.linear(x, w)
+if os.fork() == 0:
+    os._exit(0 if torch.equal(native.linear(x, w), y) and native.threads() == 3 else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_calls_from_many_python_threads_do_not_mix() -> None:
+    weights = [weight(seed) for seed in range(8)]
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(9))
+    expected = [native.linear(x, w) for w in weights]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda w: native.linear(x, w), weights))
+            assert all(map(torch.equal, found, expected))
+
+
+def test_thread_counts_that_make_no_sense_are_refused() -> None:
+    for count in (0, -1, 5000):
+        with pytest.raises(MachineError, match="expected 1 to 1024"):
+            native.set_threads(count)
+
+
+def test_read_bandwidth_is_a_plausible_rate() -> None:
+    assert 0.1 < native.read_bandwidth(1 << 24, 0.02) < 5000
+
+
+def test_moving_to_huge_pages_keeps_every_byte() -> None:
+    tensor = torch.arange(3 << 20, dtype=torch.int32)
+    use_huge_pages(tensor)
+    assert torch.equal(tensor, torch.arange(3 << 20, dtype=torch.int32))
+    assert not use_huge_pages(torch.zeros(10))
