@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli import interrupt
 from cli.console import Console, to_json
 from cli.options import Json, Model, Report, takes_run_options
 from cli.sampling import takes_sampling
@@ -46,6 +47,7 @@ def chat(
     console = Console(json=json)
     check_page(report)
     with open_session(model, run, console) as session:
+        interrupt.keep_session()
         conversation = Conversation(session, sampling, console, system)
         session.encode_chat(
             [{"role": "user", "content": "?"}]

@@ -34,6 +34,8 @@ def demo(keep: Keep = None, json: Json = False) -> None:
     The model is a small Llama 4 (9 MB), trained on Python's standard library: what it writes looks like
     Python and means little.
     """
+    import torch  # noqa: F401  (before there is a folder to tidy up: Ctrl-C ends an import on the spot)
+
     from quant.errors import OutputError
 
     console = Console(json=json)
@@ -101,7 +103,7 @@ class Demo:
         from cli.words import percent
 
         self.heading(
-            "Profile: which experts does text ask for? (Loading torch takes some seconds.)",
+            "Profile: which experts does text ask for?",
             "profile model --text calibration.txt",
         )
         quiet = Console(json=True)
@@ -141,7 +143,8 @@ class Demo:
         plan = fitted(ram=self.ram)
         self.heading(
             "Plan: RAM for about half of the experts. Where does every byte go, and how fast will it be?",
-            f"plan model --ram {self.ram // 1024}KiB --context {CONTEXT} --prompt-chunk {CHUNK} --routing routing.json",
+            f"plan model --ram {self.ram // 1024}KiB --context {CONTEXT} --prompt-chunk {CHUNK} "
+            "--routing routing.json",
         )
         self.console.say(
             f"   {size(plan.total('ram') - plan.framework_bytes)} of the model in RAM, beside "

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from cli import interrupt
 from quant.errors import ColdstreamError, MachineError
 
 COMMANDS: dict[str, str] = {
@@ -28,23 +29,19 @@ COMMANDS: dict[str, str] = {
     "simulate": "Replay a routing trace against expert cache policies.",
     "demo": "The whole path, quantize to report, on the embedded model.",
 }
-INTERRUPTED = 130
 PIPE_CLOSED = 141
 
 
 def main() -> None:
     """Run the command line. Exits 0 when done, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
+    interrupt.install()
     try:
         with one_line_errors():
             build_app(_command_in(sys.argv[1:]))(prog_name="coldstream")
     except SystemExit as end:
-        if end.code != INTERRUPTED:
-            raise
-        # At once: nobody waits for torch to be taken down. And with 130: Python itself would die of the
-        # signal, caught or not, if that came while it compiled something (as every dataclass does).
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)
+        if end.code == interrupt.INTERRUPTED:
+            interrupt.leave()
+        raise
 
 
 def build_app(wanted: str | None = None) -> typer.Typer:
@@ -88,7 +85,7 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("\ncoldstream: interrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(interrupt.INTERRUPTED) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         raise SystemExit(PIPE_CLOSED) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import INTERRUPTED
+from cli.interrupt import INTERRUPTED
 from tests.commands import COLDSTREAM, ROOT, invoke
 
 PROMPT = "import os\n\ndef join("
