@@ -180,8 +180,7 @@ class Reader:
         offset, done, wanted = run.offset + start, 0, min(len(buffer), run.needed - start)
         if self._state(run.file) != self._stamp[run.file]:
             raise CheckpointError(f"{run.file} was changed while the model ran: start again once it is whole")
-        # What the page cache holds anyway is taken from there: a warm start is a copy, not a disk read.
-        direct = self.direct and not self._cache[run.file].holds(offset, wanted)
+        direct = self.direct and not (self.warm and self._cache[run.file].holds(offset, wanted))
         descriptor = (self._direct if direct else self._plain)[run.file]
         while done < wanted:
             count = os.preadv(descriptor, [buffer[done:]], offset + done)

@@ -100,7 +100,11 @@ class Session:
         if self.seed_routing is not None:
             self.seed_routing.check(self.routing.model_id)
         self.store = ExpertStore(checkpoint)
-        self.reader = Reader([e.file for e in checkpoint.entries.values()], direct=not options.page_cache)
+        self.reader = Reader(
+            [entry.file for entry in checkpoint.entries.values()],
+            direct=not options.page_cache,
+            warm=placement.ram_slots + len(placement.pinned) >= self.store.count,
+        )
         self.experts = self._expert_cache()
         runner = ExpertRunner(self.experts, self.routing, self.compute, self.shape.family.scales_input)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
