@@ -76,8 +76,8 @@ class Fitter:
         room = (budget.vram if self.on_gpu else budget.ram) // _SCRATCH_PART
         sizes = [chunk for chunk in CHUNKS if chunk <= self.footprint.context] or [self.footprint.context]
         least = self.footprint.scratch(1, on_gpu=self.on_gpu)
-        fits = (size for size in sizes if self.footprint.scratch(size, on_gpu=self.on_gpu) - least <= room)
-        return next(fits, sizes[-1])
+        cheap = (size for size in sizes if self.footprint.scratch(size, on_gpu=self.on_gpu) - least <= room)
+        return next((size for size in cheap if not self._short(budget, size)), sizes[-1])
 
     def _least(self, tier: Literal["vram", "ram"]) -> int:
         """Slots without which nothing runs: on the GPU one more than a token uses of a layer."""
@@ -147,7 +147,7 @@ class Fitter:
         found.append(
             " ".join(f"--{tier} {_rounded_up(getattr(budget, tier) + n)}" for tier, n in short.items())
         )
-        context = 1 << (footprint.context - 1).bit_length() - 1
+        context = 1 << max(0, (footprint.context - 1).bit_length() - 1)
         while context >= _MIN_CONTEXT and not self._with(context=context).fits(budget):
             context //= 2
         if context >= _MIN_CONTEXT:
