@@ -55,12 +55,16 @@ class Request:
 
 
 class Reader:
-    """A pool of reading threads. ``direct`` bypasses the page cache, except for pages that are in it
-    already."""
+    """A pool of reading threads. ``direct`` bypasses the page cache; with ``warm``, pages that are in it already
+    are copied from there, which makes a second start as quick as memory. A run that keeps reading goes without:
+    its speed must not depend on memory beyond its budget.
+    """
 
-    def __init__(self, files: Sequence[Path], *, threads: int = 4, direct: bool = True) -> None:
+    def __init__(
+        self, files: Sequence[Path], *, threads: int = 4, direct: bool = True, warm: bool = False
+    ) -> None:
         self.notes: list[str] = []
-        self.direct = direct
+        self.direct, self.warm = direct, warm
         self._plain: dict[Path, int] = {}
         self._direct: dict[Path, int] = {}
         self._cache: dict[Path, PageCacheView] = {}

@@ -112,17 +112,19 @@ def test_a_file_written_to_under_the_run_is_refused_a_file_replaced_whole_is_not
     reader.close()
 
 
-def test_only_a_warm_start_takes_what_the_page_cache_has(file: Path) -> None:
+@pytest.mark.parametrize("warm", [True, False])
+def test_only_a_warm_start_takes_what_the_page_cache_has(
+    file: Path, warm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file.read_bytes()
-    read: list[tuple[bool, int]] = []
-    preadv = os.preadv
-    for warm in (True, False):
-        reader, arena = Reader([file], warm=warm), Arena(1, PAGE)
-        direct = set(reader._direct.values())
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                os, "preadv", lambda fd, *rest: (read.append((warm, fd in direct)), preadv(fd, *rest))[1]
-            )
-            reader.submit(_record(file, 0, PAGE), arena.buffer(0), Priority.DEMAND).wait()
-        reader.close()
-    assert read == [(True, False), (False, True)]
+    reader, arena = Reader([file], warm=warm), Arena(1, PAGE)
+    direct, preadv, used = set(reader._direct.values()), os.preadv, []
+
+    def spy(descriptor: int, *rest: object) -> int:
+        used.append(descriptor in direct)
+        return preadv(descriptor, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", spy)
+    reader.submit(_record(file, 0, PAGE), arena.buffer(0), Priority.DEMAND).wait()
+    reader.close()
+    assert used == [not warm]
