@@ -54,8 +54,8 @@ class Scheme:
     @classmethod
     def parse(cls, text: str, group_size: int = 128) -> "Scheme":
         """``"int4"`` or, with a group size of its own, ``"int4-g32"``. Raises SchemeError."""
-        kind, _, group = text.strip().lower().partition("-g")
-        if group and not group.isdigit():
+        kind, mark, group = text.strip().lower().partition("-g")
+        if mark and not group.isdigit():
             raise SchemeError(f"bad scheme {text!r}: expected for example 'int4' or 'int4-g32'")
         return cls(cast(Kind, kind), int(group) if group else group_size)
 

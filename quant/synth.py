@@ -189,7 +189,7 @@ class _Weights:
         return rows.bfloat16()
 
     def _normed_constant(self, layer: int) -> float:
-        """What the constant coordinate is after the norm: the hidden state grows a little with every layer."""
+        """What the constant coordinate is after the norm: the hidden state grows a little each layer."""
         shape = self._shape
         energy = 1 + self._constant**2 / shape.hidden_size + _GROWTH * layer / shape.num_layers
         return self._constant / math.sqrt(energy)

@@ -22,11 +22,12 @@ from quant.errors import (
     SchemeError,
     UnknownFamilyError,
 )
+from quant.families import Role
 from quant.scheme import Scheme
 from tests.checkpoints import make
 
 Tiny = Callable[..., Path]
-INT4 = {"experts": Scheme("int4")}
+INT4: dict[Role, Scheme] = {"experts": Scheme("int4")}
 
 
 @pytest.fixture
@@ -314,7 +315,7 @@ def test_a_disk_that_fills_up_on_the_way_can_be_resumed(source: Path, tmp_path: 
                         os.write(hog, bytes(4096))
                 os.close(hog)
 
-        with pytest.raises(OutputError, match="no space left .* --resume"):
+        with pytest.raises(OutputError, match=r"no space left .* --resume"):
             convert(source, disk / "out", INT4, progress=fill)
         assert not (disk / "out").exists()
         (disk / "hog").unlink()

@@ -1,4 +1,4 @@
-"""A conversion that is killed, and continued, ends as if nothing had happened; until then DST is not there."""
+"""A conversion that is killed, and continued, ends as if nothing had happened; until then there is no DST."""
 
 import hashlib
 import json
