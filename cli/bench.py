@@ -43,23 +43,23 @@ def bench(
     Bandwidths are measured in the same run. The floor is the time to read a token's bytes at those: no token
     can be faster.
     """
-    from cli.run import check_page, finish, open_session
+    from cli.run import check_page, find_model, finish, open_session
     from cli.texts import read_text, sample_text
-    from offload.account import account
-    from offload.benchmark import Benchmark, forget_peak
-    from offload.machine import probe
-    from quant.hub import resolve_model
 
     console = Console(json=json)
     check_page(report)
-    plan = Benchmark(prompt_tokens, tokens, repeat)
+    path = find_model(model)
     source = read_text(text) if text else sample_text()
+    from offload.account import account
+    from offload.benchmark import Benchmark, forget_peak
+    from offload.machine import probe
+
+    plan = Benchmark(prompt_tokens, tokens, repeat)
     run = replace(run, context=max(run.context, plan.context))
-    path = resolve_model(model)
     console.step("measuring bandwidths")
     probe(path, refresh=True)
     peak_is_clean = forget_peak()
-    with open_session(str(path), run, console) as session:
+    with open_session(path, run, console) as session:
         if not peak_is_clean:
             session.notes.append("the peak of resident memory includes what measuring the machine took")
         runs = plan.run(session, source, console.step)

@@ -41,12 +41,14 @@ def chat(
 
     Ctrl-C stops an answer and keeps the session; Ctrl-D or /quit ends it with the run report.
     """
-    from cli.run import check_page, finish, open_session
-    from offload.account import account
+    from cli.run import check_page, find_model, finish, open_session
 
     console = Console(json=json)
     check_page(report)
-    with open_session(model, run, console) as session:
+    path = find_model(model)
+    from offload.account import account
+
+    with open_session(path, run, console) as session:
         interrupt.keep_session()
         conversation = Conversation(session, sampling, console, system)
         session.encode_chat(

@@ -107,7 +107,7 @@ class Demo:
             "profile model --text calibration.txt",
         )
         quiet = Console(json=True)
-        with open_session(str(self.model), RunOptions(context=CONTEXT, device="cpu"), quiet) as session:
+        with open_session(self.model, RunOptions(context=CONTEXT, device="cpu"), quiet) as session:
             text = read_text(self.source / "calibration.txt")
             seconds = run_text(session, text, PROFILE_TOKENS, quiet)
             stats = session.routing
@@ -172,7 +172,7 @@ class Demo:
         run = RunOptions(
             ram=self.ram, context=CONTEXT, prompt_chunk=CHUNK, routing=self.routing, device="cpu"
         )
-        with open_session(str(self.model), run, quiet) as session:
+        with open_session(self.model, run, quiet) as session:
             ids = session.encode_chat([{"role": "user", "content": QUESTION}])
             self.console.say(f"\n   > {QUESTION}\n")
             records = []

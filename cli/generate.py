@@ -30,13 +30,15 @@ def generate(
     """Continue PROMPT with MODEL, streaming the text to stdout; the run report follows on stderr."""
     from dataclasses import replace
 
-    from cli.run import check_page, finish, open_session
-    from offload.account import account
+    from cli.run import check_page, find_model, finish, open_session
 
     console = Console(json=json)
     check_page(report)
+    path = find_model(model)
+    from offload.account import account
+
     text = sys.stdin.read() if prompt == "-" else prompt
-    with open_session(model, run, console) as session:
+    with open_session(path, run, console) as session:
         ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
         records = []
         for record in session.generate(ids, replace(sampling, ignore_eos=ignore_eos)):

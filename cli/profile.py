@@ -42,14 +42,16 @@ def profile(
 
     The profile seeds placement in later runs (--routing) and is refused by any other model.
     """
-    from cli.run import check_page, open_session
-    from offload.routing import RoutingStats
+    from cli.run import check_page, find_model, open_session
 
     console = Console(json=json)
     check_page(out)
-    source = "\n".join(_read(path) for path in text)
-    with open_session(model, run, console) as session:
-        others = [RoutingStats.load(path, session.shape) for path in merge or ()]
+    path = find_model(model)
+    from offload.routing import RoutingStats
+
+    source = "\n".join(_read(file) for file in text)
+    with open_session(path, run, console) as session:
+        others = [RoutingStats.load(file, session.shape) for file in merge or ()]
         for other in others:
             other.check(session.routing.model_id)
         if trace:

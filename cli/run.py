@@ -5,18 +5,29 @@ from typing import TYPE_CHECKING, Any
 
 from cli.console import Console
 from offload.records import RunOptions
+from quant.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:  # these import torch
     from offload.report import RunReport
     from offload.session import Session
 
 
-def open_session(model: str, run: RunOptions, console: Console) -> "Session":
-    """The session of ``model``, a directory or Hub id, its notes said. Raises ColdstreamError."""
-    from offload.session import Session
+def find_model(model: str) -> Path:
+    """The directory of ``model``, itself or a Hub id. Raises CheckpointError before torch is imported."""
     from quant.hub import resolve_model
 
-    session = Session.open(resolve_model(model), run, progress=console.step)
+    path = resolve_model(model)
+    if not (path / "config.json").is_file():
+        what = "no config.json in it" if path.is_dir() else "no such directory"
+        raise CheckpointError(f"{path}: {what}; expected a Hugging Face model directory")
+    return path
+
+
+def open_session(path: Path, run: RunOptions, console: Console) -> "Session":
+    """The session of the model in ``path``, its notes said. Raises ColdstreamError."""
+    from offload.session import Session
+
+    session = Session.open(path, run, progress=console.step)
     console.step(f"loaded in {session.load_seconds:.1f} s, {session.kernel}")
     console.notes(session.notes)
     return session
@@ -38,7 +49,5 @@ def finish(
 
 def check_page(page: Path | None) -> None:
     """Raise OutputError now, not after the run, if the folder of the report page is not there."""
-    from quant.errors import OutputError
-
     if page is not None and not page.resolve().parent.is_dir():
         raise OutputError(f"--report {page}: found no directory {page.resolve().parent}; make it first")

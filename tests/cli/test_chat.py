@@ -1,6 +1,7 @@
 """A conversation through a pipe and on a terminal."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(terminal: Terminal) -> No
     terminal.interrupt()
     terminal.read_until("(stopped)", seconds=5)
     terminal.read_until("> ")
+    time.sleep(0.5)  # between the prompt and the waiting for a key, a signal is not seen until the key
     terminal.interrupt()
     terminal.read_until("ends the chat")
     terminal.type("/stats\n")
