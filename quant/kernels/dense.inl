@@ -4,6 +4,17 @@ constexpr int kDenseByRow = 16;      // up to this many tokens a panel does not 
 constexpr int64_t kRowSpan = 2048;   // columns of one row widened at a time
 constexpr int64_t kPanelSpan = 512;  // columns of a panel widened and transposed at a time: fits the second-level cache
 
+// kLanes nibbles in their order: every lane takes the word that holds its own and shifts it down.
+INLINE vi nibbles(const uint8_t* from) {
+  vu lane{};
+  for (int i = 0; i < kLanes; ++i) lane[i] = uint32_t(i);
+  uint32_t words[2] = {};
+  __builtin_memcpy(words, from, kLanes / 2);
+  vu word = vu{} + words[0];
+  if constexpr (kLanes > 8) word = lane < 8u ? word : vu{} + words[1];
+  return (vi)(word >> (lane % 8u * 4u) & 15u);
+}
+
 static void widen_row(const Weight& w, int64_t row, int64_t first, int64_t count, float* to) {
   if (w.kind == kF32) {
     __builtin_memcpy(to, w.packed + (row * w.k + first) * 4, size_t(count) * 4);
@@ -11,17 +22,15 @@ static void widen_row(const Weight& w, int64_t row, int64_t first, int64_t count
     widen_run(w.packed, kSourceBf16, row * w.k + first, int(count), to);
   } else {
     const uint16_t* scale = w.scale + row * w.groups();
+    const uint8_t* from = w.packed + (row * w.k + first) / (w.kind == kInt4 ? 2 : 1);
+    const int shift = __builtin_ctz(unsigned(w.group));
     for (int64_t i = 0; i < count; i += 32) {  // 32 divides every group size
-      const float s = bf16_to_float(scale[(first + i) / w.group]);
+      const float s = bf16_to_float(scale[(first + i) >> shift]);
       if (w.kind == kInt4) {
-        const uint8_t* from = w.packed + (row * w.k + first + i) / 2;
-        for (int j = 0; j < 16; ++j) {
-          to[i + 2 * j] = float(int(from[j] & 15) - 8) * s;
-          to[i + 2 * j + 1] = float(int(from[j] >> 4) - 8) * s;
-        }
+        for (int j = 0; j < 32; j += kLanes)
+          store(to + i + j, to_float(nibbles(from + (i + j) / 2) - 8) * splat(s));
       } else {
-        const uint8_t* from = w.packed + row * w.k + first + i;
-        for (int j = 0; j < 32; ++j) to[i + j] = float(int(from[j]) - 128) * s;
+        for (int j = 0; j < 32; ++j) to[i + j] = float(int(from[i + j]) - 128) * s;
       }
     }
   }

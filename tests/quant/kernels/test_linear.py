@@ -59,6 +59,36 @@ def test_any_shape_equals_the_reference(isa: str) -> None:
     check_random_product()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 5),
+    group_size=st.sampled_from(GROUP_SIZES),
+    kind=st.sampled_from(["int4", "int8"]),
+    tokens=st.sampled_from([1, 4, 6, 20]),
+    seed=st.integers(0, 999),
+)
+def check_random_bytes(rows: int, groups: int, group_size: int, kind: Kind, tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    words = group_size * groups // (8 if kind == "int4" else 4)
+    packed = torch.randint(-(2**31), 2**31, (rows, words), generator=generator, dtype=torch.int64).to(
+        torch.int32
+    )
+    bits = torch.randint(-(2**15), 2**15, (rows, groups), generator=generator, dtype=torch.int64)
+    scale = bits.to(torch.int16).view(torch.bfloat16)
+    weight = Weight.from_tensors(kind, packed, scale)
+    dense = dequantize(Packed(Scheme(kind, group_size), packed, scale)).double()
+    x = torch.randn(tokens, group_size * groups, generator=generator)
+    sane = (dense.abs().amax(1) < 1e30) & dense.isfinite().all(1)
+    for exact, seen in ((True, x), (False, rounded(x, group_size))):
+        y = native.linear(x, weight, exact=exact)[:, sane]
+        assert error(y, seen, dense[sane]) < 2e-6 if sane.any() else y.numel() == 0
+
+
+def test_any_bytes_are_some_weight(isa: str) -> None:
+    check_random_bytes()
+
+
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 19])
 def test_integer_parts_are_exact(isa: str, kind: Kind, tokens: int) -> None:
