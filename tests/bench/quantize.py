@@ -1,6 +1,6 @@
 """Speed and peak memory of quantizing one MoE layer in Scout's true shape: 4 GB of bf16 experts.
 
-    python -m tests.bench.quantize [--folder /tmp] [--layers 1] [--scheme int4] [--repeat 3]
+    python -m tests.bench.quantize [--folder /tmp] [--layers 1] [--vocab 2048] [--scheme int4] [--repeat 3]
 
 Each run is a process of its own, so that its peak RSS counts the imports and nothing else. ``cold`` runs
 begin with the source dropped from the page cache, so they include the disk's reading; ``warm`` ones do not.
@@ -33,20 +33,21 @@ import json, resource, sys
 from pathlib import Path
 from quant.convert import convert
 from quant.scheme import Scheme
-report = convert(Path(sys.argv[1]), Path(sys.argv[2]), {"experts": Scheme.parse(sys.argv[3])})
+schemes = dict.fromkeys(("experts", "lm_head"), Scheme.parse(sys.argv[3]))
+report = convert(Path(sys.argv[1]), Path(sys.argv[2]), schemes)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"mb_per_s": report.mb_per_s, "seconds": report.seconds, "peak_rss_mb": peak / 1e6}))
 """
 
 
-def scout_layers(folder: Path, layers: int) -> Path:
+def scout_layers(folder: Path, layers: int, vocab: int) -> Path:
     """A Llama 4 checkpoint of ``layers`` MoE layers in Scout's shape, its experts fused."""
 
     config = {
         "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "dtype": "bfloat16",
         "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
         "num_hidden_layers": layers,
-        "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 2048,
+        "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": vocab,
         "num_local_experts": 16, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
     }  # fmt: skip
     folder.mkdir()
@@ -96,13 +97,14 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--vocab", type=int, default=2048, help="202048: head and embeddings of 2 GB each")
     parser.add_argument("--scheme", default="int4")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     work = options.folder / f"bench-quantize-{os.getpid()}"
     work.mkdir()
     try:
-        source = scout_layers(work / "source", options.layers)
+        source = scout_layers(work / "source", options.layers, options.vocab)
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         result: dict[str, object] = {"source_bytes": size, "scheme": options.scheme, "cores": os.cpu_count()}
         for name, cold in (("warm", False), ("cold", True)):
