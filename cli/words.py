@@ -56,6 +56,8 @@ def percent(part: float | None) -> str:
     """``part`` of 1 in percent; a dash for None."""
     if part is None:
         return "–"
+    if 0 < part < 0.0005:
+        return "< 0.1 %"
     return f"{100 * part:.1f} %" if 0 < part < 0.0095 else f"{100 * part:.0f} %"
 
 

@@ -31,4 +31,10 @@ def test_numbers_keep_three_digits_and_signs_are_typographic() -> None:
     ]  # fmt: skip
     assert deviation(-0.214) == "−21 %"
     assert deviation(0.04) == "+4 %"
-    assert percent(0.956) == "96 %"
+    assert [percent(part) for part in (0.956, 0.004, 0.0001, 0, None)] == [
+        "96 %",
+        "0.4 %",
+        "< 0.1 %",
+        "0 %",
+        "–",
+    ]
