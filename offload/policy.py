@@ -64,13 +64,54 @@ class DecayedFrequency:
         return min((key for key in resident if key not in locked), key=lambda key: (score.get(key, 0.0), key))
 
 
+class Blended:
+    """LRU and LFU in one: forget what is least likely to be its layer's next use, by two estimates' mean.
+
+    Each is the share of the layer's uses that were of the key, weighted to halve every ``fast`` or ``slow``
+    uses. A layer's clock ticks with its own uses only, so a prompt's scan through the layers ages none before
+    it is reached again: what the scan comes to next is not what it evicts. ``seed`` gives counts to start
+    from.
+    """
+
+    def __init__(self, fast: float = 4, slow: float = 128, seed: Mapping[Key, float] | None = None) -> None:
+        self._fast, self._slow = 2 ** (-1 / fast), 2 ** (-1 / slow)
+        self._clock: dict[int, int] = {}
+        self._shares: dict[Key, tuple[float, float, int]] = {}  # both, as of the layer's clock beside them
+        totals: dict[int, float] = {}
+        for (layer, _), count in (seed or {}).items():
+            totals[layer] = totals.get(layer, 0.0) + count
+        for key, count in (seed or {}).items():
+            if count:
+                share = count / totals[key[0]]
+                self._shares[key] = (share, share, 0)
+
+    def touch(self, key: Key) -> None:
+        now = self._clock[key[0]] = self._clock.get(key[0], 0) + 1
+        fast, slow, then = self._shares.get(key, (0.0, 0.0, now))
+        fast, slow = fast * self._fast ** (now - then), slow * self._slow ** (now - then)
+        self._shares[key] = (fast + 1 - self._fast, slow + 1 - self._slow, now)
+
+    def victim(self, resident: Iterable[Key], locked: set[Key]) -> Key:
+        return min((key for key in resident if key not in locked), key=lambda key: (self._likely(key), key))
+
+    def _likely(self, key: Key) -> float:
+        """Twice the estimated chance that the layer's next use is of ``key``."""
+        shares = self._shares.get(key)
+        if shares is None:
+            return 0.0
+        fast, slow, then = shares
+        age = self._clock.get(key[0], 0) - then
+        return fast * self._fast**age + slow * self._slow**age
+
+
 _MAKERS: dict[str, Callable[[Mapping[Key, float] | None], Policy]] = {
     "lru": lambda seed: LeastRecent(),
     "lfu": lambda seed: DecayedFrequency(),
+    "blended": lambda seed: Blended(seed=seed),
     "seeded": lambda seed: DecayedFrequency(seed=seed),
 }
 POLICIES = tuple(_MAKERS)
-DEFAULT_POLICY = "lru"
+DEFAULT_POLICY = "blended"
 
 
 def make_policy(name: str | None, seed_counts: Mapping[Key, float] | None = None) -> Policy:
