@@ -8,7 +8,7 @@ arrived in, so the result does not depend on where they were.
 Legend: T tokens, H hidden, E experts, k experts per token.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ class ExpertRunner:
     routing: RoutingStats
     compute: Compute
     scales_input: bool
-    step_hooks: list["nn.Module"] = field(default_factory=list)
 
     def run(self, layer: int, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         """x ``[T, H]``, chosen int64 ``[T, k]``, scores ``[T, k]`` → the routed experts' sum ``[T, H]``."""

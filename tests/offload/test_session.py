@@ -11,6 +11,7 @@ from offload.records import RunOptions, Sampling
 from offload.session import Placement, Session
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
+from quant.families import Role
 from quant.scheme import Scheme
 from tests import oracle
 from tests.checkpoints import FAMILIES
@@ -84,6 +85,20 @@ def test_logits_and_greedy_text_equal_stock_transformers(
         ours = session.generator._prefill(PROMPT)
     assert [record.token_id for record in records] == tokens
     assert torch.allclose(ours, logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("split", ["all in ram", "three slots, the rest on disk", "device window"])
+@pytest.mark.parametrize("experts", ["nf4", "bf16"])
+def test_nf4_and_bf16_experts_equal_stock_transformers(
+    experts: str, split: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    schemes: dict[Role, Scheme] = {"experts": Scheme("nf4")} if experts == "nf4" else {"attention": INT8}
+    convert(tiny("llama4_maverick"), tmp_path / "model", schemes)
+    model = oracle.stock(tiny("llama4_maverick"), tmp_path / "model")
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([PROMPT])).logits[0, -1]
+    with _session(tmp_path / "model", SPLITS[split]) as session:
+        assert torch.allclose(session.generator._prefill(PROMPT), logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("placement", [Placement(ram_slots=64), Placement(ram_slots=9, fills=False)])
