@@ -23,7 +23,7 @@ COMMANDS: dict[str, str] = {
     "plan": "Say where every byte goes, how fast it runs, what limits it.",
     "generate": "Continue a prompt, streaming; ends with the run report.",
     "chat": "Talk with a model; the KV cache is kept across turns.",
-    "eval": "Measure what quantization cost: perplexity and KL divergence to the original.",
+    "eval": "Measure what quantizing cost: perplexity, KL to the original.",
     "bench": "Measure prefill and decode, beside the floor of the hardware.",
     "synth": "Write a random quantized checkpoint in any shape, at disk speed.",
     "probe": "Measure this machine: RAM, disk, PCIe and VRAM bandwidth.",
