@@ -3,6 +3,7 @@
 The same pattern as the expert reader's: a few threads, pieces of 4 MiB, page-aligned buffers, O_DIRECT.
 """
 
+import ctypes
 import mmap
 import os
 import statistics
@@ -23,6 +24,7 @@ _WRITTEN = 256 * 2**20
 _WRITE_SECONDS = 0.8
 _WINDOW_SECONDS = 0.3
 _WINDOWS = 3
+_HUGE = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _measure(file: Path) -> DiskRate:
             raise MachineError(
                 f"{file} is too short to measure a disk with: expected {PIECE:,} bytes or more"
             )
-        buffers = [mmap.mmap(-1, PIECE) for _ in range(THREADS)]
+        buffers = _buffers()
         # Never the same bytes twice while there are others: a drive and a host have caches of their own.
         order, rates, windows = count(), [], min(_WINDOWS, max(1, pieces // (4 * THREADS)))
         for window in range(windows):
@@ -101,7 +103,23 @@ def _measure(file: Path) -> DiskRate:
         os.close(descriptor)
 
 
-def _window(descriptor: int, buffers: Sequence[mmap.mmap], order: "count[int]", last: int) -> float:
+def _buffers() -> list[memoryview]:
+    """A buffer for each thread, in huge pages where the system grants them, as the arena's slots are.
+
+    It matters: direct reads into scattered small pages reached a third of the rate on a virtual NVMe disk.
+    """
+    memory = mmap.mmap(-1, THREADS * PIECE + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE
+    whole = memoryview(memory)
+    buffers = [whole[start + index * PIECE : start + (index + 1) * PIECE] for index in range(THREADS)]
+    for buffer in buffers:
+        buffer[:] = bytes(PIECE)  # resident before the clock starts
+    return buffers
+
+
+def _window(descriptor: int, buffers: Sequence[memoryview], order: "count[int]", last: int) -> float:
     """GB/s of one short run that reads pieces in ``order`` up to piece ``last``."""
     done = [0] * len(buffers)
     started = time.perf_counter()
