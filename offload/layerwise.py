@@ -1,0 +1,151 @@
+"""A model run one layer at a time over many windows of text: each layer's weights are read once.
+
+Evaluation and calibration need the same walk. Hidden states of all windows are in memory (tokens x H x
+4 bytes), and of the experts one layer at most. Products are exact: activations stay in floating point.
+
+Legend: B windows, T tokens of a window, H hidden, E experts, k experts per token, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.experts import ExpertRunner, expert_mlp
+from offload.kv import KVCache, Storage
+from offload.load import load_model
+from offload.policy import LeastRecent
+from offload.reader import Reader
+from offload.residency import ExpertCache
+from offload.routing import Ids, RoutingStats
+from offload.store import ExpertStore, ExpertWeights
+from offload.transfer import HostTransfer
+from quant.checkpoint import Checkpoint
+from quant.linear import Compute
+
+_BATCH_TOKENS = 2048
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class RoutingLog(RoutingStats):
+    """Counts nothing: a layer is run many times over, in batches, which statistics do not expect."""
+
+    def record(self, layer: int, chosen: Ids) -> None:
+        """Nothing to do: whoever wants the choices observes the runner."""
+
+
+class LayerRunner(ExpertRunner):
+    """An expert runner that can be watched, and whose experts can be replaced for the layer at hand.
+
+    ``observer`` is called with x ``[T, H]``, chosen ``[T, k]`` and scores ``[T, k]``; ``replaced`` maps an
+    expert of the layer being run to the weights to use.
+    """
+
+    observer: Observer | None = None
+    replaced: Mapping[int, ExpertWeights] | None = None
+
+    def run(self, layer: int, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        """See ``ExpertRunner.run``."""
+        if self.observer is not None:
+            self.observer(x, chosen, scores)
+        if self.replaced is None:
+            return super().run(layer, x, chosen, scores)
+        tokens, k = chosen.shape
+        out, flat = x.new_empty(tokens * k, x.shape[1]), chosen.reshape(-1)
+        for expert in flat.unique().tolist():
+            rows = (flat == expert).nonzero().squeeze(1)
+            score, inputs = scores.reshape(-1, 1)[rows].to(x.dtype), x[rows // k]
+            if self.scales_input:
+                out[rows] = expert_mlp(inputs * score, self.replaced[expert], self.compute)
+            else:
+                out[rows] = expert_mlp(inputs, self.replaced[expert], self.compute) * score
+        return out.view(tokens, k, -1).sum(1)
+
+
+class Layerwise:
+    """One checkpoint, walked layer by layer. Use as a context manager.
+
+    ``expert_slots`` bounds the experts in memory (at least 2; all of a layer by default). ``kv`` stores keys
+    and values as a run would. Raises CheckpointError if the checkpoint cannot be loaded.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, expert_slots: int | None = None, kv: Storage | None = None
+    ) -> None:
+        self.checkpoint, self.shape, self.kv = checkpoint, checkpoint.shape, kv
+        self.store = ExpertStore(checkpoint)
+        self.reader = Reader([entry.file for entry in checkpoint.entries.values()], direct=True)
+        slots = max(2, min(expert_slots or self.shape.num_experts, self.shape.num_experts))
+        self.cache = ExpertCache(self.store, self.reader, HostTransfer(), LeastRecent, ram_slots=slots)
+        self.compute = Compute(native=True, exact=True)
+        routing = RoutingLog("", self.shape)
+        self.runner = LayerRunner(self.cache, routing, self.compute, self.shape.family.scales_input)
+        self.model: Any = load_model(
+            checkpoint, self.runner, self.compute, torch.float32, torch.device("cpu")
+        )
+        self.layers = list(self.model.model.layers)
+        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+
+    @torch.inference_mode()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Hidden states ``[B, T, H]`` f32 of token ids ``[B, T]``, as the first layer takes them."""
+        hidden: Tensor = self.model.get_input_embeddings()(ids)
+        return hidden
+
+    @torch.inference_mode()
+    def run(self, layer: int, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """``hidden`` ``[B, T, H]`` after ``layer``, written to ``out`` (which may be ``hidden``) if given."""
+        result = torch.empty_like(hidden) if out is None else out
+        size = 1 if self.kv else max(1, _BATCH_TOKENS // hidden.shape[1])
+        for start in range(0, len(hidden), size):
+            batch = hidden[start : start + size]
+            args, kwargs = self._layer_arguments(layer, batch)
+            made = self.layers[layer](batch, *args, **kwargs)
+            result[start : start + size] = made if isinstance(made, Tensor) else made[0]
+        return result
+
+    @torch.inference_mode()
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities ``[T, V]`` of what follows each of ``hidden`` ``[T, H]``, the last layer's."""
+        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        return torch.log_softmax(logits.float(), -1)
+
+    def _layer_arguments(self, layer: int, batch: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model passes to ``layer`` for a batch of this shape: it depends on no token."""
+        if len(batch) not in self._arguments:
+            self._arguments[len(batch)] = self._record(*batch.shape[:2])
+        args, kwargs = self._arguments[len(batch)][layer]
+        if self.kv:
+            kwargs = {**kwargs, "past_key_values": KVCache(self.shape, batch.shape[1], self.kv)}
+        return args, kwargs
+
+    def _record(self, windows: int, tokens: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Run the model around its layers, which only note how they are called."""
+        noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            noted.append((args, kwargs))
+            return hidden_states
+
+        cache = KVCache(self.shape, tokens, self.kv) if self.kv else None
+        forwards = [layer.forward for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.forward = note
+            ids = torch.zeros(windows, tokens, dtype=torch.int64)
+            self.model.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        finally:
+            for layer, forward in zip(self.layers, forwards, strict=True):
+                layer.forward = forward
+        return noted
+
+    def close(self) -> None:
+        """Stop reading and close the files."""
+        self.reader.close()
+
+    def __enter__(self) -> "Layerwise":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,51 @@
+"""Text cut into windows of tokens: what evaluation and calibration run."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Windows:
+    """``ids`` int64 ``[B, T]``: B windows of T tokens that follow each other in the text, as it is."""
+
+    ids: Tensor
+
+    @classmethod
+    def cut(cls, text: str, tokenizer: Any, length: int, count: int | None = None) -> "Windows":
+        """The first ``count`` whole windows of ``length`` tokens (None: all there are).
+
+        Raises UsageError if the text does not hold that many, or none.
+        """
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        there = len(ids) // length
+        wanted = there if count is None else count
+        if wanted < 1 or there < wanted:
+            raise UsageError(
+                f"the text has {len(ids):,} tokens, {there:,} windows of {length:,}: expected at least "
+                f"{max(wanted, 1):,}; give a longer text, fewer windows or a smaller context"
+            )
+        return cls(torch.tensor(ids[: wanted * length]).view(wanted, length))
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def identity(self) -> str:
+        """A hash over the tokens and how they are cut: 16 hex digits."""
+        digest = hashlib.sha256(f"{tuple(self.ids.shape)}".encode())
+        digest.update(self.ids.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def tokenizer_identity(path: Path, tokenizer: Any) -> str:
+    """A hash over the vocabulary: two models with the same one read the same text as the same tokens."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()[:16]
