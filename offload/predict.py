@@ -9,7 +9,6 @@ part of a probed rate the runtime gets, and were fitted to runs of mini-scout on
 VNNI).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -21,16 +20,18 @@ from offload.machine import Machine
 ColdPath = Literal["split", "cpu", "pcie"]
 Limit = Literal["ram bandwidth", "vram bandwidth", "pcie", "disk", "compute", "overhead"]
 
-CPU_OF_RAM = 0.85  # native GEMV against the probe, which only reads
-SPLIT_OF_RAM = 0.95  # CPU and PCIe reading the same memory at once
-GPU_OF_VRAM = 0.85
+OF_RAM = 0.92  # a decode step's products against the probe, which only reads and sums
+OF_VRAM = 0.85
 OF_PCIE = 0.92
-OF_DISK = 0.95
+OF_DISK = 0.97
+SPLIT_OF_RAM = 0.95  # CPU and PCIe reading the same memory at once
 OF_GEMM = 0.70  # a prompt's products against the probe's: fewer rows per expert
 OF_GPU_COMPUTE = 0.50
 NF4_GB_S_PER_CORE = 0.12  # bitsandbytes' nf4 has no fused CPU product: dequantize, then multiply
-SERIAL_PART = 0.15  # of the shorter of disk and memory time that the two do not overlap
-CPU_LAYER_S = 0.15e-3  # per layer and step: Python, norms, RoPE
+GUESS_WASTE = 0.18  # bytes read from disk for experts that were guessed and not needed, per needed byte
+DECODE_SERIAL = 0.9  # of the shorter of disk and memory time, the part that the two do not overlap
+PREFILL_SERIAL = 0.3
+CPU_LAYER_S = 0.1e-3  # per layer and step: Python, norms, RoPE
 GPU_LAYER_S = 0.03e-3
 
 
@@ -85,16 +86,18 @@ class Prediction:
 
 def decode(load: Load, machine: Machine, cold: ColdPath = "split") -> Prediction:
     """One token at a time."""
-    fetched = (1 - load.hits) * load.requests * load.expert
-    disk = fetched / _rate(machine.disk_gb_s, OF_DISK)
+    routed, weights = load.requests * load.expert, load.requests * load.expert_weights
+    disk = (1 - load.hits) * routed * (1 + GUESS_WASTE) / _rate(machine.disk_gb_s, OF_DISK)
     if machine.gpu is None:
-        read = load.dense + load.kv + load.requests * load.expert
+        weights += load.dense_weights + load.head_weights
         memory: dict[Limit, float] = {
-            "ram bandwidth": read / _cpu_rate(load, machine),
+            "ram bandwidth": (load.dense + load.kv + routed) / _rate(machine.ram_gb_s, OF_RAM),
+            # Not quite hidden behind the reads, so it counts beside them.
+            "compute": _arithmetic(load, machine, weights, routed),
             "overhead": load.layers * CPU_LAYER_S,
         }
-        return _prediction(1, memory, disk)
-    hot = load.vram_hits * load.requests * load.expert
+        return _prediction(1, memory, disk, DECODE_SERIAL)
+    hot = load.vram_hits * routed
     cpu, pcie = _cpu_rate(load, machine), _rate(machine.gpu.h2d_gb_s, OF_PCIE)
     # Both read the same DIMMs: together they get what the memory has, the CPU first, which copies nothing.
     both = min(cpu + pcie, max(cpu, _rate(machine.ram_gb_s, SPLIT_OF_RAM)))
@@ -102,11 +105,11 @@ def decode(load: Load, machine: Machine, cold: ColdPath = "split") -> Prediction
     share = {"split": cpu / both, "cpu": 1.0, "pcie": 0.0}[cold]
     slow: Limit = "ram bandwidth" if share >= 0.5 else "pcie"
     memory = {
-        "vram bandwidth": (load.dense + load.kv + hot) / _rate(machine.gpu.vram_gb_s, GPU_OF_VRAM),
-        slow: (load.requests * load.expert - hot) / rate,
+        "vram bandwidth": (load.dense + load.kv + hot) / _rate(machine.gpu.vram_gb_s, OF_VRAM),
+        slow: (routed - hot) / rate,
         "overhead": load.layers * GPU_LAYER_S,
     }
-    return _prediction(1, memory, disk, share)
+    return _prediction(1, memory, disk, DECODE_SERIAL, share)
 
 
 def prefill(load: Load, machine: Machine, tokens: int, chunk: int) -> Prediction:
@@ -121,7 +124,7 @@ def prefill(load: Load, machine: Machine, tokens: int, chunk: int) -> Prediction
             else:
                 seconds[name] = seconds.get(name, 0.0) + value
         done += step
-    return _prediction(tokens, seconds, disk)
+    return _prediction(tokens, seconds, disk, PREFILL_SERIAL)
 
 
 def _chunk(load: Load, machine: Machine, tokens: int, before: int, prompt: int) -> dict[Limit, float]:
@@ -131,54 +134,58 @@ def _chunk(load: Load, machine: Machine, tokens: int, before: int, prompt: int) 
     weights += load.head_weights if before + tokens == prompt else 0
     attended = tokens * (before + tokens / 2) * load.attention_width * 2
     operations = 2.0 * (weights + attended)
-    missed = touched * (1 - _scan_hits(load.resident, first=before == 0))
-    disk = missed * load.expert / _rate(machine.disk_gb_s, OF_DISK)
+    disk = touched * (1 - _scan_hits(load.resident)) * load.expert / _rate(machine.disk_gb_s, OF_DISK)
     if machine.gpu is None:
         compute = operations / _rate(machine.int8_gops, OF_GEMM)
         if load.nf4:
-            compute += touched * load.expert / _cpu_rate(load, machine)
-        read = (load.dense + touched * load.expert) / _cpu_rate(load, machine)
+            compute += touched * load.expert / _nf4_rate(machine)
+        read = (load.dense + touched * load.expert) / _rate(machine.ram_gb_s, OF_RAM)
         overhead = load.layers * CPU_LAYER_S
-        # The kernel reads weights while it multiplies: the longer of both counts.
+        # Blocks of weights are multiplied while the next are read: the longer of both counts.
         if read > compute:
             return {"ram bandwidth": read, "overhead": overhead, "disk": disk}
         return {"compute": compute, "overhead": overhead, "disk": disk}
     gpu = machine.gpu
     compute = operations / _rate(gpu.bf16_tflops * 1e3, OF_GPU_COMPUTE)
-    read = (load.dense + touched * load.expert) / _rate(gpu.vram_gb_s, GPU_OF_VRAM)
+    read = (load.dense + touched * load.expert) / _rate(gpu.vram_gb_s, OF_VRAM)
     copied = touched * (1 - load.vram_hits) * load.expert / _rate(gpu.h2d_gb_s, OF_PCIE)
     overhead = load.layers * GPU_LAYER_S
     name: Limit = "pcie" if copied > max(compute, read) else "compute" if compute > read else "vram bandwidth"
     return {name: max(copied, compute, read), "overhead": overhead, "disk": disk}
 
 
-def _scan_hits(resident: float, *, first: bool) -> float:
-    """Share of experts that a pass over all layers finds in an LRU cache of ``resident`` of them.
-
-    What the pass fetches first evicts what it would have come to later. With a cache that decode has
-    filled at random, a layer at depth x finds (r - x) / (1 - x) of its experts until x reaches r; a pass
-    that follows another finds the last layers' and evicts them before it gets there.
-    """
-    if resident >= 1:
-        return 1.0
-    return resident + (1 - resident) * math.log(1 - resident) if first else 0.0
+def _scan_hits(resident: float) -> float:
+    """Share of experts that a prompt chunk, which passes over all layers, finds in a cache of ``resident`` of
+    them: a little less than were there, for what the pass fetches evicts some of what it comes to later.
+    Fitted to replays of the default policy (docs/policy.md); under LRU it would be near 0."""
+    return max(0.0, resident - 0.09 * (1 - resident))
 
 
 def _prediction(
-    tokens: int, memory: dict[Limit, float], disk: float, cpu_share: float | None = None
+    tokens: int, memory: dict[Limit, float], disk: float, serial: float, cpu_share: float | None = None
 ) -> Prediction:
-    """Disk and memory work side by side, but not perfectly: some waits are for bytes nobody guessed."""
+    """``serial`` is the part of the shorter of disk and memory time during which the other waits."""
     busy = sum(memory.values())
-    total = max(busy, disk) + SERIAL_PART * min(busy, disk)
+    total = max(busy, disk) + serial * min(busy, disk)
     seconds = {**memory, "disk": disk}
     limit: Limit = "disk" if disk >= busy else max(memory, key=lambda name: memory[name])
     return Prediction(tokens / total, {name: s for name, s in seconds.items() if s}, limit, cpu_share)
 
 
+def _arithmetic(load: Load, machine: Machine, weights: int, routed: int) -> float:
+    """Seconds of multiplying a token with ``weights`` weights, ``routed`` bytes of them in experts."""
+    slow = routed / _nf4_rate(machine) if load.nf4 else 0.0
+    return 2 * weights / _rate(machine.int8_gops, 1) + slow
+
+
 def _cpu_rate(load: Load, machine: Machine) -> float:
-    if load.nf4:
-        return NF4_GB_S_PER_CORE * machine.cores * 1e9
-    return _rate(machine.ram_gb_s, CPU_OF_RAM)
+    """Bytes of experts per second that the CPU computes where they lie."""
+    seconds = load.expert / _rate(machine.ram_gb_s, OF_RAM)
+    return load.expert / (seconds + _arithmetic(load, machine, load.expert_weights, load.expert))
+
+
+def _nf4_rate(machine: Machine) -> float:
+    return NF4_GB_S_PER_CORE * machine.cores * 1e9
 
 
 def _rate(gb_s: float, part: float) -> float:

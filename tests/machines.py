@@ -23,7 +23,7 @@ def machine(
         ram_available_bytes=max(0, ram - 4 * GIB),
         ram_gb_s=ram_gb_s,
         disk_gb_s=disk_gb_s,
-        int8_gops=1000,
+        int8_gops=2400,
         gpu=gpu,
         measured=False,
     )

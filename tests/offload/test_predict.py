@@ -35,7 +35,7 @@ def floor(load: Load, on: Machine) -> float:
 def test_decode_is_never_predicted_beyond_the_floor(hits: float) -> None:
     on = machine(ram_gb_s=20, disk_gb_s=1)
     seconds = 1 / decode(load(hits=hits), on).tokens_per_s
-    assert 1 <= seconds / floor(load(hits=hits), on) < 1.6
+    assert 1 <= seconds / floor(load(hits=hits), on) < 2.2
 
 
 def test_the_limit_is_what_faster_hardware_helps() -> None:
