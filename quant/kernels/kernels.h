@@ -42,6 +42,8 @@ struct QuantizeJob {
   int64_t n, k, stride;
   uint32_t* packed;
   uint16_t* scale;
+  int32_t search;        // int4 only: 0 rounds to nearest by absmax, 1 searches each group's scale
+  const int32_t* means;  // [K] in -127..127, what rounding errors are balanced against; or null
 };
 
 // T rows of activations as int8: blocks of 128 along K, in int4 layout the 64 even elements then the 64 odd

@@ -56,7 +56,7 @@ int physical_cores() {
 // round when the tasks are gone and waits only for those inside, never for a worker that is still asleep.
 class Pool {
  public:
-  explicit Pool(int threads) {
+  explicit Pool(int threads) : ranges_(size_t(threads)) {
     for (int worker = 1; worker < threads; ++worker) threads_.emplace_back([this, worker] { work(worker); });
   }
 
@@ -74,8 +74,11 @@ class Pool {
   void run(int64_t tasks, Task function, void* context) {
     function_ = function;
     context_ = context;
-    tasks_ = tasks;
-    next_.store(0, std::memory_order_relaxed);
+    const int64_t workers = size();
+    for (int64_t worker = 0; worker < workers; ++worker) {
+      ranges_[size_t(worker)].next.store(tasks * worker / workers, std::memory_order_relaxed);
+      ranges_[size_t(worker)].end = tasks * (worker + 1) / workers;
+    }
     state_.store((++round_ << 32) | kOpen);
     if (sleepers_.load() > 0) {
       { std::lock_guard<std::mutex> lock(sleep_mutex_); }
@@ -92,11 +95,22 @@ class Pool {
  private:
   static constexpr uint64_t kOpen = uint64_t(1) << 31, kInside = kOpen - 1;
 
+  // Adjacent tasks of one worker: what it prefetches past a task's end is its own next task. Ends on a line of
+  // its own, so that claiming is free until another worker, done with its range, comes to help.
+  struct alignas(64) Range {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
   void drain(int worker) {
-    for (;;) {
-      int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
-      if (task >= tasks_) return;
-      function_(context_, task, worker);
+    const int workers = size();
+    for (int i = 0; i < workers; ++i) {
+      Range& range = ranges_[size_t((worker + i) % workers)];
+      for (;;) {
+        const int64_t task = range.next.fetch_add(1, std::memory_order_relaxed);
+        if (task >= range.end) break;
+        function_(context_, task, worker);
+      }
     }
   }
 
@@ -129,15 +143,14 @@ class Pool {
     }
   }
 
+  std::vector<Range> ranges_;
   std::vector<std::thread> threads_;
   std::atomic<uint64_t> state_{0};
-  std::atomic<int64_t> next_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   uint64_t round_ = 0;
   Task function_ = nullptr;
   void* context_ = nullptr;
-  int64_t tasks_ = 0;
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
 };

@@ -10,8 +10,9 @@ using Task = void (*)(void* context, int64_t task, int worker);
 int thread_count();
 void run_tasks(int64_t tasks, Task function, void* context);
 
-// body(task, worker) for every task in [0, tasks), on any worker in [0, thread_count()). Tasks are claimed one
-// by one, so that a core that the system takes away delays only what it holds.
+// body(task, worker) for every task in [0, tasks), on any worker in [0, thread_count()). Every
+// worker claims tasks of its own share one by one and then helps with the others', so that a core that the system
+// takes away delays only the task it holds.
 template <class Body>
 void parallel(int64_t tasks, Body&& body) {
   using Plain = std::remove_reference_t<Body>;

@@ -22,7 +22,7 @@ constexpr int64_t kSmallestBlock = 1 << 20, kKeep = 64 << 20;
 // Rows of one task: enough bytes to make claiming it free, few enough that the last task is short.
 int64_t rows_per_task(const Product& product, int64_t all_bytes, int threads) {
   const int64_t share = all_bytes / (threads * 8);
-  const int64_t bytes = std::clamp<int64_t>(share, 16 << 10, 256 << 10);
+  const int64_t bytes = std::clamp<int64_t>(share, 16 << 10, 64 << 10);
   const int64_t rows = std::max<int64_t>(bytes / std::max<int64_t>(product.weight.row_bytes(), 1), 4);
   return (rows + 3) / 4 * 4;
 }

@@ -135,8 +135,11 @@ static void column_block(const QuantizeJob& job, int64_t column, int count, int6
   stats->squared_sum += sum(squares);
 }
 
+#include "search.inl"
+
 static void quantize_rows(const QuantizeJob& job, int64_t row0, int64_t row1, QuantizeStats* stats) {
-  if (job.kind == kInt4) rows_as<4>(job, row0, row1, stats);
+  if (job.search) search_rows(job, row0, row1, stats);
+  else if (job.kind == kInt4) rows_as<4>(job, row0, row1, stats);
   else rows_as<8>(job, row0, row1, stats);
 }
 
@@ -145,7 +148,8 @@ static void quantize_columns(const QuantizeJob& job, int64_t column0, int64_t co
   for (int64_t g = group0; g < group1; ++g)
     for (int64_t column = column0; column < column1; column += kColumns) {
       int count = int(column1 - column < kColumns ? column1 - column : kColumns);
-      if (job.kind == kInt4) column_block<4>(job, column, count, g, stats);
+      if (job.search) search_block(job, column, count, g, stats);
+      else if (job.kind == kInt4) column_block<4>(job, column, count, g, stats);
       else column_block<8>(job, column, count, g, stats);
     }
 }

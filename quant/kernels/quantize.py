@@ -3,7 +3,8 @@
 Legend: N out features, K in features, G groups along K.
 
 The same arithmetic as the torch reference, to the bit: scale = bf16(absmax / 7.5) for int4 or bf16(absmax /
-127.5) for int8 (1.0 where that is zero), q = round_half_even(w / scale) clamped to the kind's range.
+127.5) for int8 (1.0 where that is zero), q = round_half_even(w / scale) clamped to the kind's range. With
+``search``, that of ``quant.search``.
 """
 
 import ctypes
@@ -33,6 +34,8 @@ class _Job(ctypes.Structure):
         ("stride", ctypes.c_int64),
         ("packed", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
+        ("search", ctypes.c_int32),
+        ("means", ctypes.c_void_p),
     ]
 
 
@@ -64,10 +67,19 @@ class Quantized(NamedTuple):
         return 10 * math.log10(self.squared_sum / self.squared_error) if self.squared_sum else -math.inf
 
 
-def quantize_pack(source: Tensor, kind: Kind, group_size: int, transposed: bool = False) -> Quantized:
+def quantize_pack(
+    source: Tensor,
+    kind: Kind,
+    group_size: int,
+    transposed: bool = False,
+    *,
+    search: bool = False,
+    means: Tensor | None = None,
+) -> Quantized:
     """Quantize bf16, fp16 or f32 weights ``[N, K]``, or ``[K, N]`` if ``transposed``, per group.
 
-    The source may be a slice with a row stride of its own; its columns must be adjacent. Raises SchemeError
+    ``search`` (int4 only) looks for each group's best scale and balances rounding against ``means`` (int32
+    ``[K]`` in -127..127), see ``quant.search``. The source may be a slice with a row stride of its own; its columns must be adjacent. Raises SchemeError
     for what cannot be packed, MachineError if the kernels are missing.
     """
     if kind not in _KINDS or group_size not in GROUP_SIZES:
@@ -82,13 +94,19 @@ def quantize_pack(source: Tensor, kind: Kind, group_size: int, transposed: bool 
     n, k = (source.shape[1], source.shape[0]) if transposed else source.shape
     if k % group_size or not n or not k:
         raise SchemeError(f"{n}x{k} weights cannot be packed: groups of {group_size} do not divide {k}")
+    if means is not None and (means.dtype != torch.int32 or means.shape != (k,) or not search):
+        raise SchemeError(f"means of shape {tuple(means.shape)} {means.dtype}: expected int32 [{k}], for a search")
+    if search and kind != "int4":
+        raise SchemeError(f"{kind} has no searched scales: expected int4")
+    means = None if means is None else means.contiguous()
     if source.stride(1) != 1 and source.shape[1] > 1:
         source = source.contiguous()
     packed = torch.empty((n, k // (8 if kind == "int4" else 4)), dtype=torch.int32)
     scale = torch.empty((n, k // group_size), dtype=torch.bfloat16)
     job = _Job(
         source.data_ptr(), _SOURCES[source.dtype], _KINDS[kind], group_size, transposed, n, k,
-        source.stride(0), packed.data_ptr(), scale.data_ptr(),
+        source.stride(0), packed.data_ptr(), scale.data_ptr(), search,
+        None if means is None else means.data_ptr(),
     )  # fmt: skip
     stats = _Stats()
     check(library().cs_quantize(ctypes.byref(job), ctypes.byref(stats)), "quantize")
