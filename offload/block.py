@@ -13,60 +13,67 @@ at low priority.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from offload.foresight import Foresight
 from offload.residency import ExpertCache, Key
 from offload.routing import RoutingStats
 from offload.store import ExpertWeights
-from quant.kernels.moe import GatedMlp, Job, MoeBlock, MoeResult, mlp
+from quant.kernels.moe import GatedMlp, MoeBlock, MoeResult, mlp
 
 
 class NativeMoe:
-    """x + moe(norm(x)) of one layer, x f32 ``[T, H]`` on the CPU. ``following`` is the next layer's, for
-    guessing."""
+    """x + moe(norm(x)) of one layer, x f32 ``[T, H]`` on the CPU."""
 
     def __init__(
-        self, layer: int, block: MoeBlock, cache: ExpertCache, routing: RoutingStats, exact: bool
-    ) -> None:
+        self, layer: int, block: MoeBlock, cache: ExpertCache, routing: RoutingStats, exact: bool,
+        foresight: Foresight | None = None,
+    ) -> None:  # fmt: skip
         self.layer, self.block, self.cache, self.routing, self.exact = layer, block, cache, routing, exact
-        self.following: NativeMoe | None = None
+        self.foresight = foresight
 
     def run(self, x: Tensor) -> Tensor:
         """``[T, H]`` → ``[T, H]``. Raises CheckpointError if the disk fails."""
         self.cache.reap()
         result = self.block.run(x, exact=self.exact)
-        chosen = result.chosen.numpy()
-        self.routing.record(self.layer, chosen)
-        experts: list[int] = sorted(set(chosen.ravel().tolist()))
+        if result.out is None:
+            return self.finish(x, result)
+        experts = self._record(result)
+        self.cache.serve([(self.layer, expert) for expert in experts])
+        self._look_ahead(x, experts)
+        return result.out
+
+    def finish(self, x: Tensor, result: MoeResult) -> Tensor:
+        """The block for ``x``, whose routing ``result`` found an expert missing: reads begin, what is
+        resident is computed meanwhile, and each missing expert as its bytes arrive."""
+        self.cache.reap()
+        experts = self._record(result)
         keys = [(self.layer, expert) for expert in experts]
-        if result.out is not None:
-            self.cache.count(self.layer, experts)
-            self.cache.use(keys)
-            self._guess(x, keys)
-            return result.out
-        missing = [key for key in keys if self.cache.tier_of(key) == "disk"]
-        self.cache.demand(missing)
-        self._guess(x, keys)
+        self.cache.demand([key for key in keys if self.cache.tier_of(key) == "disk"])
+        self._look_ahead(x, experts)
         out = x.clone()
         shared = self.block.shared_job(result)
         if shared:
             mlp(shared, result.normed, out, exact=self.exact)
         for expert, weights in self.cache.stream(self.layer, experts):
-            mlp(self._jobs(result, expert, weights), result.normed, out, exact=self.exact)
+            mlp(
+                self.block.routed_jobs(result, {expert: gated(weights)}), result.normed, out, exact=self.exact
+            )
         return out
 
-    def _jobs(self, result: MoeResult, expert: int, weights: ExpertWeights) -> list[Job]:
-        return self.block.routed_jobs(result, {expert: gated(weights)})
+    def _record(self, result: MoeResult) -> list[int]:
+        chosen = result.chosen.numpy().copy()
+        self.routing.record(self.layer, chosen)
+        experts: list[int] = sorted(set(chosen.ravel().tolist()))
+        if self.foresight is not None and len(chosen) == 1:
+            self.foresight.learn(self.layer, frozenset(experts))
+        return experts
 
-    def _guess(self, x: Tensor, protected: Sequence[Key]) -> None:
-        following = self.following
-        if following is None or self.cache.holds_all:
-            return
-        guess = following.block.run(x, exact=False, route_only=True).chosen
-        experts, counts = torch.unique(guess, return_counts=True)
-        ordered = experts[counts.argsort(descending=True, stable=True)].tolist()
-        self.cache.prefetch([(following.layer, expert) for expert in ordered], set(protected))
+    def _look_ahead(self, x: Tensor, experts: Sequence[int]) -> None:
+        if self.foresight is not None:
+            self.cache.prefetch(
+                self.foresight.guess(self.layer, x), {(self.layer, expert) for expert in experts}
+            )
 
 
 def gated(weights: ExpertWeights) -> GatedMlp:

@@ -1,7 +1,9 @@
-"""NativeDecoder: the language model on the CPU as two native calls per layer, attention and MLP.
+"""NativeDecoder: the language model on the CPU, one native call per decode step and two per layer for a
+prompt.
 
-It takes its weights and its rotary embedding from the loaded transformers model and gives the same logits; what it
-leaves out is the Python between them, about a millisecond per layer and token. The stock model stays the oracle.
+It takes its weights and its rotary embedding from the loaded transformers model and gives the same logits;
+what it leaves out is the Python between them, about a millisecond per layer and token. The stock model stays
+the oracle.
 
 Legend: T tokens, H hidden.
 """
@@ -9,15 +11,18 @@ Legend: T tokens, H hidden.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from offload.block import BlockTable, NativeMoe
+from offload.foresight import Foresight
 from offload.kv import KVCache
 from offload.residency import ExpertCache
 from offload.routing import RoutingStats
 from quant.kernels.attention import Attention, AttentionShape
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, RouterKind, mlp
+from quant.kernels.stack import DenseBlock, Stack
 from quant.kernels.weight import Weight
 from quant.linear import QuantLinear
 from quant.shape import ModelShape
@@ -31,25 +36,33 @@ class NativeDecoder:
     def __init__(
         self, model: Any, shape: ModelShape, experts: ExpertCache, routing: RoutingStats, exact: bool
     ) -> None:
-        self.shape, self.exact = shape, exact
-        self.embedding, self.rotary, self.norm = (
-            model.model.embed_tokens,
-            model.model.rotary_emb,
-            model.model.norm,
-        )
-        self.lm_head = model.lm_head
-        self.attentions = [_attention(layer, model.config) for layer in model.model.layers]
+        self.shape, self.experts, self.routing, self.exact = shape, experts, routing, exact
+        layers = model.model.layers
+        self.embedding, self.norm, self.lm_head = model.model.embed_tokens, model.model.norm, model.lm_head
+        self.rotary = model.model.rotary_emb
+        self.attentions = [_attention(layer, model.config) for layer in layers]
+        foresight = None
+        if not experts.holds_all:
+            routers = [_router(layers[index]).data for index in shape.moe_layers]
+            norms = [layers[index].post_attention_layernorm.weight.data for index in shape.moe_layers]
+            foresight = Foresight(shape.moe_layers, routers, norms, shape.top_k)
+        self.moes: dict[int, NativeMoe] = {}
         self.mlps: list[Mlp] = []
-        blocks: dict[int, NativeMoe] = {}
-        for index, layer in enumerate(model.model.layers):
+        blocks: list[MoeBlock | DenseBlock] = []
+        for index, layer in enumerate(layers):
             if index in shape.moe_layers:
-                blocks[index] = NativeMoe(index, _moe_block(layer), experts, routing, exact)
-                self.mlps.append(blocks[index].run)
+                block = _moe_block(layer)
+                self.moes[index] = NativeMoe(index, block, experts, routing, exact, foresight)
+                self.mlps.append(self.moes[index].run)
+                blocks.append(block)
             else:
                 self.mlps.append(_dense_mlp(layer, exact))
-        for before, after in zip(shape.moe_layers, shape.moe_layers[1:], strict=False):
-            blocks[before].following = blocks[after]
-        experts.listener = BlockTable(blocks)
+                blocks.append(_dense_block(layer))
+        self.stack = Stack(
+            self.attentions, blocks, self._angles(torch.zeros(1, shape.hidden_size), 0)[0].shape[1] * 2
+        )
+        self._attached: KVCache | None = None
+        experts.listener = BlockTable(self.moes)
 
     @staticmethod
     def knows(config: Any) -> bool:
@@ -64,9 +77,20 @@ class NativeDecoder:
         position = cache.get_seq_length()
         x: Tensor = self.embedding(torch.tensor(ids))
         cosine, sine = self._angles(x, position)
+        if len(ids) == 1:
+            x = self._step(x, position, cache, cosine[0], sine[0])
+        else:
+            x = self._prefill(x, position, cache, cosine, sine)
+        logits: Tensor = self.lm_head(self.norm(x[-keep:]))
+        return logits
+
+    def _prefill(self, x: Tensor, position: int, cache: KVCache, cosine: Tensor, sine: Tensor) -> Tensor:
+        """x ``[T, H]`` through all layers, two calls each."""
         for attention, run_mlp, layer in zip(self.attentions, self.mlps, cache.kept, strict=True):
             parts = []
-            for first, count, buffers in layer.spans(len(ids), self.shape.num_kv_heads, self.shape.head_dim):
+            for first, count, buffers in layer.spans(
+                x.shape[0], self.shape.num_kv_heads, self.shape.head_dim
+            ):
                 span = slice(first, first + count)
                 parts.append(
                     attention.run(
@@ -74,8 +98,39 @@ class NativeDecoder:
                     )
                 )
             x = run_mlp(parts[0] if len(parts) == 1 else torch.cat(parts))
-        logits: Tensor = self.lm_head(self.norm(x[-keep:]))
-        return logits
+        return x
+
+    def _step(self, x: Tensor, position: int, cache: KVCache, cosine: Tensor, sine: Tensor) -> Tensor:
+        """x ``[1, H]`` through all layers, in one call if every expert is resident."""
+        cache.kept[0].check(1)
+        if self._attached is not cache:
+            buffers = [layer.buffers(self.shape.num_kv_heads, self.shape.head_dim) for layer in cache.kept]
+            self.stack.attach(buffers, position)
+            self._attached = cache
+        for index in self.shape.chunked_layers:
+            self.stack.move(index, cache.kept[index].start)
+        cosine, sine, first, count = cosine.contiguous(), sine.contiguous(), 0, len(self.mlps)
+        while first < count:
+            self.experts.reap()
+            stopped = self.stack.run(x, position, cosine, sine, first, self.exact)
+            for layer in cache.kept[first : stopped + 1]:
+                layer.advance(1)
+            self._note(first, stopped)
+            if stopped < count:
+                x = self.moes[stopped].finish(x, self.stack.result(stopped))
+            first = stopped + 1
+        return x
+
+    def _note(self, first: int, stopped: int) -> None:
+        """Count what the stack chose and computed in layers ``first`` to ``stopped``."""
+        chosen = self.stack.chosen[first:stopped, : self.shape.top_k].numpy().astype(np.int64)
+        served = [(layer, row) for layer, row in enumerate(chosen, first) if layer in self.moes]
+        for layer, row in served:
+            self.routing.record(layer, row[None])
+            foresight = self.moes[layer].foresight
+            if foresight is not None:
+                foresight.learn(layer, frozenset(row.tolist()))
+        self.experts.serve([(layer, expert) for layer, row in served for expert in row.tolist()])
 
     def _angles(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """RoPE's cosines and sines ``[T, d/2]`` for the tokens from ``position`` on."""
@@ -128,21 +183,33 @@ def _attention(layer: Any, config: Any) -> Attention:
 def _moe_block(layer: Any) -> MoeBlock:
     norm, shared, kind = layer.post_attention_layernorm, None, "softmax_normalized"
     if hasattr(layer, "feed_forward"):  # Llama 4
-        router, top_k, kind = layer.feed_forward.router.weight, layer.feed_forward.top_k, "sigmoid_input"
+        top_k, kind = layer.feed_forward.top_k, "sigmoid_input"
         shared = _gated(layer.feed_forward.shared_expert)
     else:
-        router, top_k = layer.mlp.gate.weight, layer.mlp.gate.top_k
+        top_k = layer.mlp.gate.top_k
         if not getattr(layer.mlp.gate, "norm_topk_prob", True):
             kind = "softmax"
     router_kind: RouterKind = kind  # type: ignore[assignment]
-    weight = Weight.from_tensors("f32", router.data.float().contiguous())
+    weight = Weight.from_tensors("f32", _router(layer).data.float().contiguous())
     return MoeBlock(weight, top_k, router_kind, shared, None, norm.weight.data, _eps(norm))
 
 
+def _router(layer: Any) -> Any:
+    return layer.feed_forward.router.weight if hasattr(layer, "feed_forward") else layer.mlp.gate.weight
+
+
 def _dense_mlp(layer: Any, exact: bool) -> Mlp:
-    job = Job(_gated(layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp))
-    norm = layer.post_attention_layernorm
+    job, norm = Job(_dense_gated(layer)), layer.post_attention_layernorm
     return lambda x: mlp([job], norm(x), x.clone(), exact=exact)
+
+
+def _dense_block(layer: Any) -> DenseBlock:
+    norm = layer.post_attention_layernorm
+    return DenseBlock(_dense_gated(layer), norm.weight.data, _eps(norm))
+
+
+def _dense_gated(layer: Any) -> GatedMlp:
+    return _gated(layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp)
 
 
 def _gated(module: Any) -> GatedMlp:

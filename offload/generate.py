@@ -48,8 +48,8 @@ class Generator:
         room = self.cache.context - len(prompt)
         if room < 1:
             raise BudgetError(
-                f"the prompt has {len(prompt):,} tokens and the KV cache is planned for {self.cache.context:,}: start "
-                f"again with --context {len(prompt) + sampling.max_tokens}"
+                f"the prompt has {len(prompt):,} tokens and the KV cache is planned for "
+                f"{self.cache.context:,}: start again with --context {len(prompt) + sampling.max_tokens}"
             )
         sampler, text = Sampler(sampling), TextStream(self.tokenizer, sampling.stop)
         context = list(prompt)

@@ -117,27 +117,36 @@ class KVLayer(CacheLayerMixin):
         return keys, values
 
     def spans(self, tokens: int, kv_heads: int, head_dim: int) -> Iterator[tuple[int, int, KvBuffers]]:
-        """Where the native attention may append ``tokens`` new tokens: (first, count, buffers) for each part that
-        stays within one chunk. A part counts as seen once the next is asked for.
+        """Where the native attention may append ``tokens`` new tokens: (first, count, buffers) for each part
+        that stays within one chunk. A part counts as seen once the next is asked for.
 
         Raises BudgetError if the planned context is exceeded.
         """
-        self._check(self.seen + tokens)
-        cpu, done = torch.device("cpu"), 0
-        keys = self.key_buffer.allocate(kv_heads, head_dim, torch.float32, cpu)
-        values = self.value_buffer.allocate(kv_heads, head_dim, torch.float32, cpu)
+        self.check(tokens)
+        done = 0
         while done < tokens:
             room = self.start + self.chunk - self.seen if self.chunk else tokens
             count = min(tokens - done, room)
-            yield (
-                done,
-                count,
-                KvBuffers(keys, values, self.start, self.key_buffer.scale, self.value_buffer.scale),
-            )
+            yield done, count, self.buffers(kv_heads, head_dim)
             done += count
-            self.seen += count
-            if self.chunk and self.seen == self.start + self.chunk:
-                self.start = self.seen
+            self.advance(count)
+
+    def buffers(self, kv_heads: int, head_dim: int) -> KvBuffers:
+        """The buffers for the native attention, row 0 at ``start``."""
+        cpu = torch.device("cpu")
+        keys = self.key_buffer.allocate(kv_heads, head_dim, torch.float32, cpu)
+        values = self.value_buffer.allocate(kv_heads, head_dim, torch.float32, cpu)
+        return KvBuffers(keys, values, self.start, self.key_buffer.scale, self.value_buffer.scale)
+
+    def advance(self, tokens: int) -> None:
+        """``tokens`` more, within one chunk, have been appended to the buffers."""
+        self.seen += tokens
+        if self.chunk and self.seen == self.start + self.chunk:
+            self.start = self.seen
+
+    def check(self, tokens: int) -> None:
+        """Raise BudgetError if ``tokens`` more do not fit the planned context."""
+        self._check(self.seen + tokens)
 
     def _check(self, end: int) -> None:
         if end > self.context:

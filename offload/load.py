@@ -132,8 +132,8 @@ def load_model(
 
 
 def settle(model: PreTrainedModel) -> Arena:
-    """Move the weights of a model on the CPU into one arena of huge pages, which read half as fast again, and let go
-    of the mapped files that they were loaded from, whose pages would count as resident beside it.
+    """Move the weights of a model on the CPU into one arena of huge pages, which read half as fast again, and
+    let go of the mapped files that they were loaded from, whose pages would count as resident beside it.
 
     The arena must live as long as the model.
     """

@@ -55,9 +55,9 @@ class Request:
 
 
 class Reader:
-    """A pool of reading threads. ``direct`` bypasses the page cache; with ``warm``, pages that are in it already
-    are copied from there, which makes a second start as quick as memory. A run that keeps reading goes without:
-    its speed must not depend on memory beyond its budget.
+    """A pool of reading threads. ``direct`` bypasses the page cache; with ``warm``, pages that are in it
+    already are copied from there, which makes a second start as quick as memory. A run that keeps reading
+    goes without: its speed must not depend on memory beyond its budget.
     """
 
     def __init__(

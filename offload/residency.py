@@ -124,11 +124,14 @@ class ExpertCache:
             self.counters.by_tier[tier] += 1
         return tiers
 
-    def use(self, keys: Iterable[Key]) -> None:
-        """``keys`` were computed from host slots by whoever the listener told of them."""
+    def serve(self, keys: Sequence[Key]) -> None:
+        """``keys``, all in host slots, were asked for and computed by whoever the listener told of them."""
+        self.counters.by_tier["ram"] += len(keys)
         for key in keys:
             self.counters.used_bytes["ram"] += self.store.record(*key).nbytes
-            self.host_policy.touch(key)
+        if not self.holds_all:
+            for key in keys:
+                self.host_policy.touch(key)
 
     def reap(self) -> None:
         """Take note of reads that have finished. Raises CheckpointError if one failed."""

@@ -20,6 +20,7 @@ from quant.errors import ProfileError
 from quant.shape import ModelShape
 
 VERSION = 1
+_BATCH = 256
 _REUSE_BINS = 17  # distances of 1, 2, 3-4, 5-8 … 2^15 tokens and more
 Ids = npt.NDArray[np.int64]
 
@@ -43,14 +44,35 @@ class RoutingStats:
         self.model_id = model_id
         self.moe_layers, self.num_experts, self.top_k = shape.moe_layers, shape.num_experts, shape.top_k
         layers, experts = len(self.moe_layers), self.num_experts
-        self.tokens = 0
-        self.counts: Ids = np.zeros((layers, experts), np.int64)
-        self.transitions: Ids = np.zeros((max(layers - 1, 0), experts, experts), np.int64)
-        self.reuse: Ids = np.zeros((layers, _REUSE_BINS), np.int64)
+        self._tokens = 0
+        self._counts: Ids = np.zeros((layers, experts), np.int64)
+        self._transitions: Ids = np.zeros((max(layers - 1, 0), experts, experts), np.int64)
+        self._reuse: Ids = np.zeros((layers, _REUSE_BINS), np.int64)
         self.trace: list[Ids] | None = [] if keep_trace else None  # per step [T, L, k]
         self._index = {layer: i for i, layer in enumerate(self.moe_layers)}
         self._last_used: Ids = np.full((layers, experts), -1, np.int64)
         self._step: list[Ids] = []
+        self._waiting: list[Ids] = []  # per step [T, L, k], not yet counted
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return self._settled()._tokens
+
+    @property
+    def counts(self) -> Ids:
+        """Uses of each expert, ``[L, E]``."""
+        return self._settled()._counts
+
+    @property
+    def transitions(self) -> Ids:
+        """How often an expert of a layer was followed by one of the next, ``[L-1, E, E]``."""
+        return self._settled()._transitions
+
+    @property
+    def reuse(self) -> Ids:
+        """Distances in tokens between uses of the same expert, counted by powers of two, ``[L, bins]``."""
+        return self._settled()._reuse
 
     def record(self, layer: int, chosen: Ids) -> None:
         """``chosen`` int64 ``[T, k]``: the experts of each token in ``layer``. Folded in at the last
@@ -59,29 +81,34 @@ class RoutingStats:
             self._step = []
         self._step.append(chosen)
         if layer == self.moe_layers[-1] and len(self._step) == len(self.moe_layers):
-            self._fold()
+            self._waiting.append(np.stack(self._step, 1))
+            self._step = []
+            if len(self._waiting) >= _BATCH:
+                self._settled()
 
-    def _fold(self) -> None:
-        step = np.stack(self._step, 1)  # [T, L, k]
-        tokens, layers, _ = step.shape
-        for index in range(layers):
-            self.counts[index] += np.bincount(step[:, index].ravel(), minlength=self.num_experts)
-            if index:
-                before, after = step[:, index - 1, :, None], step[:, index, None, :]
-                np.add.at(self.transitions[index - 1], np.broadcast_arrays(before, after), 1)
-        for token in range(tokens):
-            self._reuse(step[token], self.tokens + token)
-        self.tokens += tokens
-        if self.trace is not None:
-            self.trace.append(step)
-        self._step = []
+    def _settled(self) -> "RoutingStats":
+        """Count what waits: many steps at once, because numpy's price is per call."""
+        if self._waiting:
+            seen = np.concatenate(self._waiting)  # [T, L, k]
+            self._waiting = []
+            for index in range(seen.shape[1]):
+                self._counts[index] += np.bincount(seen[:, index].ravel(), minlength=self.num_experts)
+                if index:
+                    before, after = seen[:, index - 1, :, None], seen[:, index, None, :]
+                    np.add.at(self._transitions[index - 1], tuple(np.broadcast_arrays(before, after)), 1)
+            for token, chosen in enumerate(seen):
+                self._count_reuse(chosen, self._tokens + token)
+            self._tokens += len(seen)
+            if self.trace is not None:
+                self.trace.append(seen)
+        return self
 
-    def _reuse(self, chosen: Ids, now: int) -> None:
+    def _count_reuse(self, chosen: Ids, now: int) -> None:
         rows = np.arange(chosen.shape[0])[:, None]
         last = self._last_used[rows, chosen]
         seen = last >= 0
         bins = np.ceil(np.log2(np.maximum(now - last, 1))).astype(np.int64).clip(max=_REUSE_BINS - 1)
-        np.add.at(self.reuse, (np.broadcast_to(rows, chosen.shape)[seen], bins[seen]), 1)
+        np.add.at(self._reuse, (np.broadcast_to(rows, chosen.shape)[seen], bins[seen]), 1)
         self._last_used[rows, chosen] = now
 
     def skew(self) -> list[LayerSkew]:
@@ -112,10 +139,11 @@ class RoutingStats:
     def merge(self, other: "RoutingStats") -> None:
         """Add ``other``'s counts. Raises ProfileError if they are of another model."""
         other.check(self.model_id)
-        self.tokens += other.tokens
-        self.counts += other.counts
-        self.transitions += other.transitions
-        self.reuse += other.reuse
+        self._settled()
+        self._tokens += other.tokens
+        self._counts += other.counts
+        self._transitions += other.transitions
+        self._reuse += other.reuse
 
     def check(self, model_id: str) -> None:
         """Raise ProfileError unless these are statistics of the model ``model_id``."""
@@ -174,15 +202,15 @@ class RoutingStats:
     @classmethod
     def _from_json(cls, data: dict[str, Any], shape: ModelShape) -> "RoutingStats":
         stats = cls(data["model_id"], shape)
-        stats.tokens = int(data["tokens"])
+        stats._tokens = int(data["tokens"])
         for name in ("counts", "reuse"):
             value = np.array(data[name], np.int64)
             if value.shape != getattr(stats, name).shape:
                 raise ValueError(f"{name} has shape {value.shape}")
-            setattr(stats, name, value)
+            setattr(stats, f"_{name}", value)
         for index, cells in enumerate(data["transitions"]):
             for before, after, count in cells:
-                stats.transitions[index, before, after] = count
+                stats._transitions[index, before, after] = count
         if data.get("trace"):
             stats.trace = [np.array(data["trace"], np.int64)]
         return stats

@@ -121,6 +121,12 @@ class Session:
         if placement.fills:
             self.experts.fill()
         self.notes = list(self.reader.notes)
+        if native_decoder is None and device.type == "cpu":
+            self.kernel = "torch, dequantized weights"
+            self.notes.append(
+                "experts stored like these are dequantized by torch or bitsandbytes before each use, many times "
+                "slower than the native kernels on int4 and int8: the prediction does not count that"
+            )
         self.load_seconds = time.perf_counter() - started
 
     @classmethod

@@ -65,8 +65,8 @@ class CudaTransfer:
             return torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.device)
         except torch.cuda.OutOfMemoryError:
             raise BudgetError(
-                f"the GPU has no {format_size(slots * slot_bytes)} free for expert slots: lower --vram, or end "
-                "what else runs on it"
+                f"the GPU has no {format_size(slots * slot_bytes)} free for expert slots: lower --vram, or "
+                "end what else runs on it"
             ) from None
 
     def copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event:

@@ -12,7 +12,8 @@ from torch import Tensor
 from quant.errors import SchemeError
 from quant.kernels.attention import Attention, KvBuffers, _CBlock, _CCache
 from quant.kernels.library import check, library
-from quant.kernels.moe import GatedMlp, MoeBlock, MoeResult, _CBlock as _CMoeBlock, _CRouting
+from quant.kernels.moe import GatedMlp, MoeBlock, MoeResult, _CRouting
+from quant.kernels.moe import _CBlock as _CMoeBlock
 from quant.kernels.rows import address
 
 
@@ -41,19 +42,23 @@ class _CLayer(ctypes.Structure):
 class Stack:
     """All layers of a decoder. ``rotary`` is r, 0 if no layer uses RoPE.
 
-    ``chosen`` int32 ``[layers, k]``, ``weights`` f32 ``[layers, k]`` and ``logits`` f32 ``[layers, E]`` hold what the
-    routers found in the last call; rows of dense layers mean nothing.
+    ``chosen`` int32 ``[layers, k]``, ``weights`` f32 ``[layers, k]`` and ``logits`` f32 ``[layers, E]`` hold
+    what the routers found in the last call; rows of dense layers mean nothing.
     """
 
     def __init__(
         self, attentions: Sequence[Attention], blocks: Sequence[MoeBlock | DenseBlock], rotary: int
     ) -> None:
         if not attentions or len(attentions) != len(blocks):
-            raise SchemeError(f"{len(attentions)} attentions and {len(blocks)} blocks: expected as many of each")
+            raise SchemeError(
+                f"{len(attentions)} attentions and {len(blocks)} blocks: expected as many of each"
+            )
         self.attentions, self.blocks, self.rotary = list(attentions), list(blocks), rotary
         count, hidden = len(blocks), attentions[0].hidden
         top_k = max(block.top_k for block in blocks)
-        experts = max((block.router.out_features for block in blocks if isinstance(block, MoeBlock)), default=0)
+        experts = max(
+            (block.router.out_features for block in blocks if isinstance(block, MoeBlock)), default=0
+        )
         self.normed = torch.empty(count, hidden)
         self.logits, self.weights = torch.empty(count, max(experts, 1)), torch.empty(count, max(top_k, 1))
         self.chosen = torch.zeros(count, max(top_k, 1), dtype=torch.int32)
@@ -68,7 +73,8 @@ class Stack:
         self._kept: list[KvBuffers] = []
 
     def attach(self, caches: Sequence[KvBuffers], position: int) -> None:
-        """Use these KV buffers, one per layer, for the token at ``position``. Raises SchemeError if one is full."""
+        """Use these KV buffers, one per layer, for the token at ``position``. Raises SchemeError if one is
+        full."""
         self._kept = list(caches)
         for layer, attention, cache in zip(self._layers, self.attentions, caches, strict=True):
             layer.cache = attention._cache(cache, position, 1)
@@ -78,10 +84,11 @@ class Stack:
         self._layers[layer].cache.first_position = first_position
 
     def run(self, x: Tensor, position: int, cosine: Tensor, sine: Tensor, first: int, exact: bool) -> int:
-        """x f32 ``[H]`` (contiguous) through the layers from ``first`` on, in place; cosine and sine f32 ``[r/2]``.
+        """x f32 ``[H]`` (contiguous) through the layers from ``first`` on, in place; cosine and sine f32
+        ``[r/2]``.
 
-        Returns the number of layers, or the layer at whose MoE block a chosen expert was missing: x is then the
-        input of that block.
+        Returns the number of layers, or the layer at whose MoE block a chosen expert was missing: x is then
+        the input of that block.
         """
         stopped = ctypes.c_int64(0)
         status = library().cs_stack(
