@@ -49,7 +49,14 @@ class NativeMoe:
         self.cache.reap()
         experts = self._record(result)
         keys = [(self.layer, expert) for expert in experts]
-        self.cache.demand([key for key in keys if self.cache.tier_of(key) == "disk"])
+        missing = [key for key in keys if self.cache.tier_of(key) == "disk"]
+        if not missing and self.block.holds(experts):  # they have landed since the call began
+            self.cache.serve(keys)
+            self._look_ahead(x, experts)
+            done = self.block.run(x, exact=self.exact).out
+            assert done is not None
+            return done
+        self.cache.demand(missing)
         self._look_ahead(x, experts)
         out = x.clone()
         shared = self.block.shared_job(result)

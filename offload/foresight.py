@@ -1,73 +1,91 @@
 """Foresight: which experts the coming layers will probably ask for.
 
 The residual stream changes slowly from layer to layer, so a coming layer's router, applied to the hidden
-state as it is now, mostly picks what it will pick when its turn comes. How far ahead that holds is measured
-while it runs: every guess is compared with the choice that follows, and only distances that have been right
-often enough are read for.
+state as it is now, mostly picks what it will pick when its turn comes. A guess is worth a read if it is right
+often enough; how far the best logits stand out says how likely that is, and what margin is needed at which
+distance is learned while the model runs: every guess is compared with the choice that follows.
 
-Legend: T tokens, H hidden, E experts, L MoE layers.
+Legend: T tokens, H hidden, E experts, L MoE layers, k experts per token.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-_DEPTH = 4
-_TRUST = (
-    0.6  # read for a distance whose guesses have been right this often: below, the disk is better left idle
-)
+DEPTH = 4
+# Read for guesses that have been right this often: a wrong one costs the disk as much as a right one.
+_TRUST = 0.75
 _MEMORY = 0.98  # what one guess leaves of the past
+_MARGINS = (0.05, 0.15, 0.3, 0.6)  # in standard deviations of a layer's logits: the bins that are learned
+
+
+@dataclass
+class _Record:
+    """How often guesses of one distance were right, by bins of margin."""
+
+    right: list[float] = field(default_factory=lambda: [_TRUST] * (len(_MARGINS) + 1))
+
+    def learn(self, margin_bin: int, share: float) -> None:
+        self.right[margin_bin] = _MEMORY * self.right[margin_bin] + (1 - _MEMORY) * share
+
+    def trusts(self, margin_bin: int) -> bool:
+        return self.right[margin_bin] >= _TRUST
 
 
 class Foresight:
-    """Guesses for a stack of MoE layers. ``routers`` are ``[E, H]`` and ``norms`` ``[H]``, one per layer in
-    order."""
+    """Guesses for the MoE layers ``layers``; ``routers`` ``[E, H]`` and ``norms`` ``[H]``, one of each per
+    layer."""
 
     def __init__(
         self, layers: Sequence[int], routers: Sequence[Tensor], norms: Sequence[Tensor], top_k: int
     ) -> None:
-        self.layers, self.top_k = list(layers), top_k
-        self.experts = routers[0].shape[0]
+        self.layers, self.top_k, self.experts = list(layers), top_k, routers[0].shape[0]
         # A token's norm is one positive factor on all logits of a layer: it does not change which are
         # largest.
         weighted = [router.float() * norm.float() for router, norm in zip(routers, norms, strict=True)]
         self._routers = torch.cat(weighted)  # [L · E, H]
         self._index = {layer: index for index, layer in enumerate(self.layers)}
-        self._guessed: dict[int, dict[int, frozenset[int]]] = {}  # layer → distance → experts
-        self._right = [1.0] * (_DEPTH + 1)  # by distance; starts trusting
+        self._records = [_Record() for _ in range(DEPTH)]
+        self._guessed: dict[int, list[tuple[int, int, list[int]]]] = {}
 
     @property
-    def depth(self) -> int:
-        """How many layers ahead guesses are good enough to read for."""
-        depth = 0
-        while depth < _DEPTH and self._right[depth + 1] >= _TRUST:
-            depth += 1
-        return depth
+    def nbytes(self) -> int:
+        """Bytes of the routers' copy."""
+        return self._routers.nbytes
 
     def guess(self, layer: int, x: Tensor) -> list[tuple[int, int]]:
         """(layer, expert) that the layers after ``layer`` will probably want for x ``[T, H]``, nearest
         first."""
-        here = self._index[layer]
-        tokens = x.shape[0]
-        reach = min(len(self.layers) - 1 - here, _DEPTH if tokens == 1 else 1)
+        here, tokens = self._index[layer], x.shape[0]
+        reach = min(len(self.layers) - 1 - here, DEPTH if tokens == 1 else 1)
         if reach <= 0:
             return []
         ahead = self._routers[(here + 1) * self.experts : (here + 1 + reach) * self.experts]
-        logits = (x @ ahead.T).view(tokens, reach, self.experts)
+        if tokens > 1:
+            return self._for_prompt(self.layers[here + 1], x @ ahead.T)
+        logits = torch.mv(ahead, x[0]).view(reach, self.experts)
+        count = min(self.top_k + 1, self.experts)
+        top = logits.topk(count, -1)
+        margins = ((top.values[:, self.top_k - 1] - top.values[:, -1]) / logits.std(-1)).tolist()
         found: list[tuple[int, int]] = []
-        for distance, top in enumerate(logits.topk(self.top_k, -1).indices.transpose(0, 1), 1):
-            coming = self.layers[here + distance]
-            experts, counts = top.flatten().unique(return_counts=True)
-            ordered = experts[counts.argsort(descending=True, stable=True)].tolist()
-            if tokens == 1:
-                self._guessed.setdefault(coming, {})[distance] = frozenset(ordered)
-            if distance <= self.depth or tokens > 1:
-                found += [(coming, expert) for expert in ordered]
+        for distance, (margin, experts) in enumerate(zip(margins, top.indices.tolist(), strict=True)):
+            coming, margin_bin = self.layers[here + 1 + distance], sum(margin > edge for edge in _MARGINS)
+            chosen = experts[: self.top_k]
+            self._guessed.setdefault(coming, []).append((distance, margin_bin, chosen))
+            if self._records[distance].trusts(margin_bin):
+                found += [(coming, expert) for expert in chosen]
         return found
+
+    def _for_prompt(self, coming: int, logits: Tensor) -> list[tuple[int, int]]:
+        """Of a prompt's many tokens the next layer wants nearly all experts: the most wanted first."""
+        wanted = logits.topk(self.top_k, -1).indices.flatten().bincount(minlength=self.experts)
+        order = wanted.argsort(descending=True, stable=True).tolist()
+        return [(coming, expert) for expert in order if wanted[expert]]
 
     def learn(self, layer: int, chosen: frozenset[int]) -> None:
         """Compare what was guessed for ``layer`` with what one token then chose."""
-        for distance, experts in self._guessed.pop(layer, {}).items():
-            right = len(experts & chosen) / max(len(experts), 1)
-            self._right[distance] = _MEMORY * self._right[distance] + (1 - _MEMORY) * right
+        for distance, margin_bin, experts in self._guessed.pop(layer, ()):
+            right = sum(expert in chosen for expert in experts) / len(experts)
+            self._records[distance].learn(margin_bin, right)

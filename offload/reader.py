@@ -69,7 +69,7 @@ class Reader:
         self._direct: dict[Path, int] = {}
         self._cache: dict[Path, PageCacheView] = {}
         self._stamp: dict[Path, tuple[int, int]] = {}
-        self._heap: list[tuple[int, int, Request]] = []
+        self._heap: list[tuple[int, int, int, Request]] = []
         self._order = itertools.count()
         self._ready = threading.Condition()
         self._closed = False
@@ -99,8 +99,9 @@ class Reader:
                 "cache, which takes memory beyond --ram"
             )
 
-    def submit(self, record: ExpertRecord, buffer: memoryview, priority: Priority) -> Request:
-        """Start reading ``record`` into ``buffer`` (page-aligned, ``record.slot_bytes`` long)."""
+    def submit(self, record: ExpertRecord, buffer: memoryview, priority: Priority, order: int = 0) -> Request:
+        """Start reading ``record`` into ``buffer`` (page-aligned, ``record.slot_bytes`` long); among requests
+        of the same priority the lower ``order`` goes first, then the older."""
         pieces = [
             (run, start, min(start + PIECE, run.length))
             for run in record.runs
@@ -108,7 +109,7 @@ class Reader:
         ]
         request = Request(pieces, buffer, priority, record.nbytes, remaining=len(pieces))
         with self._ready:
-            heapq.heappush(self._heap, (priority, next(self._order), request))
+            heapq.heappush(self._heap, (priority, order, next(self._order), request))
             self._ready.notify_all()
         return request
 
@@ -118,7 +119,7 @@ class Reader:
             if priority < request.priority:
                 request.priority = priority
                 # The old heap entry stays behind and is skipped: by then all pieces are taken.
-                heapq.heappush(self._heap, (priority, next(self._order), request))
+                heapq.heappush(self._heap, (priority, 0, next(self._order), request))
                 self._ready.notify_all()
 
     def cancel(self, request: Request) -> bool:
@@ -171,10 +172,10 @@ class Reader:
     def _take(self) -> tuple[Request, tuple[Run, int, int]] | None:
         with self._ready:
             while not self._closed:
-                while self._heap and self._heap[0][2].next_piece >= len(self._heap[0][2].pieces):
+                while self._heap and self._heap[0][3].next_piece >= len(self._heap[0][3].pieces):
                     heapq.heappop(self._heap)
                 if self._heap:
-                    request = self._heap[0][2]
+                    request = self._heap[0][3]
                     request.next_piece += 1
                     return request, request.pieces[request.next_piece - 1]
                 self._ready.wait()

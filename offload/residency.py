@@ -164,8 +164,13 @@ class ExpertCache:
 
     def prefetch(self, keys: Sequence[Key], protected: set[Key]) -> None:
         """Begin reading ``keys``, expected soon, if slots can be had that hold neither them nor
-        ``protected``."""
+        ``protected``. Earlier guesses that are not among them any more and have not begun are dropped."""
         protected = protected | set(keys)
+        for key, request in list(self._pending.items()):
+            if request.priority is Priority.PREFETCH and key not in protected and self.reader.cancel(request):
+                del self._pending[key]
+                self.host.release(key)
+                self.counters.fetched["disk"] -= request.nbytes
         for key in keys:
             if key in self.host or key in self.device:
                 continue
@@ -238,7 +243,7 @@ class ExpertCache:
             return
         slot = self._host_slot(key, locked)
         record = self.store.record(*key)
-        self._pending[key] = self.reader.submit(record, self.arena.buffer(slot), priority)
+        self._pending[key] = self.reader.submit(record, self.arena.buffer(slot), priority, key[0])
         self.counters.fetched["disk"] += record.nbytes
 
     def _weights(self, key: Key, locked: set[Key]) -> ExpertWeights:

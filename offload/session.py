@@ -124,8 +124,8 @@ class Session:
         if native_decoder is None and device.type == "cpu":
             self.kernel = "torch, dequantized weights"
             self.notes.append(
-                "experts stored like these are dequantized by torch or bitsandbytes before each use, many times "
-                "slower than the native kernels on int4 and int8: the prediction does not count that"
+                "experts stored like these are dequantized by torch or bitsandbytes before each use, many "
+                "times slower than the native kernels on int4 and int8: the prediction does not count that"
             )
         self.load_seconds = time.perf_counter() - started
 

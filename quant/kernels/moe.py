@@ -8,7 +8,7 @@ experts can be fetched while ``mlp`` already runs the others.
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -234,6 +234,10 @@ class MoeBlock:
             )
         self._resident[expert] = weights
         self.table[expert] = torch.tensor(weights.pointers, dtype=torch.int64)
+
+    def holds(self, experts: Iterable[int]) -> bool:
+        """Whether all of ``experts`` are resident."""
+        return all(expert in self._resident for expert in experts)
 
     def clear_expert(self, expert: int) -> None:
         """Forget ``expert``: from now on a token that needs it finds it missing."""

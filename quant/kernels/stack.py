@@ -92,8 +92,8 @@ class Stack:
         """
         stopped = ctypes.c_int64(0)
         status = library().cs_stack(
-            self._layers, ctypes.c_int64(first), ctypes.c_int64(len(self.blocks)), address(x), ctypes.c_int64(position),
-            address(cosine), address(sine), int(exact), ctypes.byref(stopped),
+            self._layers, ctypes.c_int64(first), ctypes.c_int64(len(self.blocks)), address(x),
+            ctypes.c_int64(position), address(cosine), address(sine), int(exact), ctypes.byref(stopped),
         )  # fmt: skip
         check(status, "stack")
         return stopped.value
