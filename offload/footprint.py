@@ -16,7 +16,7 @@ from quant.shape import ModelShape
 PAGE = 4096
 MIB = 2**20
 # Python, torch, transformers and a tokenizer, before the model is there; reported beside --ram.
-FRAMEWORK_RAM = 420 * MIB
+FRAMEWORK_RAM = 400 * MIB
 # CUDA's context and the libraries' workspaces, inside --vram, for the driver counts them as ours.
 FRAMEWORK_VRAM = 500 * MIB
 # What allocators, threads and the reader keep.

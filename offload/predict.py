@@ -20,10 +20,11 @@ from offload.machine import Machine
 ColdPath = Literal["split", "cpu", "pcie"]
 Limit = Literal["ram bandwidth", "vram bandwidth", "pcie", "disk", "compute", "overhead"]
 
-OF_RAM = 0.92  # a decode step's products against the probe, which only reads and sums
+OF_RAM = 0.97  # a decode step's products against the probe, which only reads and sums
+EXPOSED = 0.4  # of a decode step's arithmetic, the part that its reads do not hide
 OF_VRAM = 0.85
 OF_PCIE = 0.92
-OF_DISK = 0.97
+OF_DISK = 1.0
 SPLIT_OF_RAM = 0.95  # CPU and PCIe reading the same memory at once
 OF_GEMM = 0.70  # a prompt's products against the probe's: fewer rows per expert
 OF_GPU_COMPUTE = 0.50
@@ -92,7 +93,6 @@ def decode(load: Load, machine: Machine, cold: ColdPath = "split") -> Prediction
         weights += load.dense_weights + load.head_weights
         memory: dict[Limit, float] = {
             "ram bandwidth": (load.dense + load.kv + routed) / _rate(machine.ram_gb_s, OF_RAM),
-            # Not quite hidden behind the reads, so it counts beside them.
             "compute": _arithmetic(load, machine, weights, routed),
             "overhead": load.layers * CPU_LAYER_S,
         }
@@ -173,9 +173,10 @@ def _prediction(
 
 
 def _arithmetic(load: Load, machine: Machine, weights: int, routed: int) -> float:
-    """Seconds of multiplying a token with ``weights`` weights, ``routed`` bytes of them in experts."""
+    """Seconds of multiplying a token with ``weights`` weights, ``routed`` bytes of them in experts, beside
+    what it takes to read them."""
     slow = routed / _nf4_rate(machine) if load.nf4 else 0.0
-    return 2 * weights / _rate(machine.int8_gops, 1) + slow
+    return EXPOSED * 2 * weights / _rate(machine.int8_gops, 1) + slow
 
 
 def _cpu_rate(load: Load, machine: Machine) -> float:
