@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A model directory, a config.json or a shape: scout, maverick …"),
+    typer.Argument(metavar="MODEL", help="A model directory, a Hub id, a config.json or a shape: scout …"),
 ]
 Gpu = Annotated[
     str | None,
@@ -66,11 +66,12 @@ def plan(
     stored as; a shape without either takes the recipe of its name, or `fast`.
     """
     from offload.plan import make_plan
+    from quant.hub import fetch_config, is_hub_id
     from quant.recipe import load_recipe, resolve_config
     from quant.shape import ModelShape
 
     console = Console(json=json)
-    config = resolve_config(model)
+    config = resolve_config(str(fetch_config(model)) if is_hub_id(model) else model)
     shape = ModelShape.from_config(config)
     by_hand: dict[Role, str | None] = {
         "experts": experts,

@@ -18,17 +18,36 @@ def resolve_model(model: str | Path) -> Path:
     Raises CheckpointError if there is neither such a directory nor such a model, or the Hub is out of reach.
     """
     text = str(model)
-    if Path(text).exists() or not _ID.match(text):
-        return Path(text)
+    return _download(text, ignore_patterns=list(_SKIPPED)) if is_hub_id(text) else Path(text)
+
+
+def fetch_config(model: str) -> Path:
+    """The config.json of the Hub's ``owner/name[@revision]``, without its weights. Raises CheckpointError."""
+    return _download(model, allow_patterns=["config.json"]) / "config.json"
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` reads as a Hub id and is no path that exists."""
+    return not Path(text).exists() and _ID.match(text) is not None
+
+
+def _download(
+    text: str, allow_patterns: list[str] | None = None, ignore_patterns: list[str] | None = None
+) -> Path:
     from huggingface_hub import snapshot_download
 
-    errors: Any = import_module(
-        "huggingface_hub.errors"
-    )  # Any: it re-exports its HTTP client's errors untyped
+    # Any: it re-exports its HTTP client's errors untyped
+    errors: Any = import_module("huggingface_hub.errors")
 
     name, _, revision = text.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, ignore_patterns=list(_SKIPPED)))
+        folder = snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+        )
+        return Path(folder)
     except errors.HfHubHTTPError as error:
         reason = "it is gated or private: log in with `hf auth login`" if _denied(error) else "check the name"
         raise CheckpointError(

@@ -107,6 +107,7 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_wrong_names_are_answered_with_the_right_ones() -> None:
     for arguments, expected in (
         (("skout", *CARD), "mini-scout"),
+        (("nobody/nothing", *CARD), "cannot be reached"),
         (("scout", "--gpu", "RTX 409O"), "RTX 4090"),
         (("scout", *CARD, "--recipe", "best"), "quality"),
     ):
