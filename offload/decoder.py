@@ -41,18 +41,18 @@ class NativeDecoder:
         self.embedding, self.norm, self.lm_head = model.model.embed_tokens, model.model.norm, model.lm_head
         self.rotary = model.model.rotary_emb
         self.attentions = [_attention(layer, model.config) for layer in layers]
-        foresight = None
+        self.foresight: Foresight | None = None
         if not experts.holds_all:
             routers = [_router(layers[index]).data for index in shape.moe_layers]
             norms = [layers[index].post_attention_layernorm.weight.data for index in shape.moe_layers]
-            foresight = Foresight(shape.moe_layers, routers, norms, shape.top_k)
+            self.foresight = Foresight(shape.moe_layers, routers, norms, shape.top_k)
         self.moes: dict[int, NativeMoe] = {}
         self.mlps: list[Mlp] = []
         blocks: list[MoeBlock | DenseBlock] = []
         for index, layer in enumerate(layers):
             if index in shape.moe_layers:
                 block = _moe_block(layer)
-                self.moes[index] = NativeMoe(index, block, experts, routing, exact, foresight)
+                self.moes[index] = NativeMoe(index, block, experts, routing, exact, self.foresight)
                 self.mlps.append(self.moes[index].run)
                 blocks.append(block)
             else:
@@ -109,6 +109,8 @@ class NativeDecoder:
             self._attached = cache
         for index in self.shape.chunked_layers:
             self.stack.move(index, cache.kept[index].start)
+        if self.foresight is not None:
+            self.experts.prefetch(self.foresight.guess(-1, x), set())
         cosine, sine, first, count = cosine.contiguous(), sine.contiguous(), 0, len(self.mlps)
         while first < count:
             self.experts.reap()
@@ -127,9 +129,8 @@ class NativeDecoder:
         served = [(layer, row) for layer, row in enumerate(chosen, first) if layer in self.moes]
         for layer, row in served:
             self.routing.record(layer, row[None])
-            foresight = self.moes[layer].foresight
-            if foresight is not None:
-                foresight.learn(layer, frozenset(row.tolist()))
+            if self.foresight is not None:
+                self.foresight.learn(layer, frozenset(row.tolist()))
         self.experts.serve([(layer, expert) for layer, row in served for expert in row.tolist()])
 
     def _angles(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +177,7 @@ def _attention(layer: Any, config: Any) -> Attention:
     return Attention(
         shape, q, k, v, o, norm.weight.data,
         None if q_norm is None else q_norm.weight.data, None if k_norm is None else k_norm.weight.data,
-        biases,  # type: ignore[arg-type]
+        biases,
     )  # fmt: skip
 
 

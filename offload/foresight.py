@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-DEPTH = 4
+DEPTH = 6
 # Read for guesses that have been right this often: a wrong one costs the disk as much as a right one.
 _TRUST = 0.75
 _MEMORY = 0.98  # what one guess leaves of the past
@@ -48,7 +48,8 @@ class Foresight:
         self._routers = torch.cat(weighted)  # [L · E, H]
         self._index = {layer: index for index, layer in enumerate(self.layers)}
         self._records = [_Record() for _ in range(DEPTH)]
-        self._guessed: dict[int, list[tuple[int, int, list[int]]]] = {}
+        self._first_records = [_Record() for _ in range(DEPTH)]  # from a token's embedding alone
+        self._guessed: dict[int, list[tuple[_Record, int, list[int]]]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -56,9 +57,9 @@ class Foresight:
         return self._routers.nbytes
 
     def guess(self, layer: int, x: Tensor) -> list[tuple[int, int]]:
-        """(layer, expert) that the layers after ``layer`` will probably want for x ``[T, H]``, nearest
-        first."""
-        here, tokens = self._index[layer], x.shape[0]
+        """(layer, expert) that the MoE layers after ``layer`` (-1: from the first on) will probably want for
+        x ``[T, H]``, nearest first."""
+        here, tokens = self._index[layer] if layer >= 0 else -1, x.shape[0]
         reach = min(len(self.layers) - 1 - here, DEPTH if tokens == 1 else 1)
         if reach <= 0:
             return []
@@ -69,12 +70,13 @@ class Foresight:
         count = min(self.top_k + 1, self.experts)
         top = logits.topk(count, -1)
         margins = ((top.values[:, self.top_k - 1] - top.values[:, -1]) / logits.std(-1)).tolist()
+        records = self._records if layer >= 0 else self._first_records
         found: list[tuple[int, int]] = []
         for distance, (margin, experts) in enumerate(zip(margins, top.indices.tolist(), strict=True)):
             coming, margin_bin = self.layers[here + 1 + distance], sum(margin > edge for edge in _MARGINS)
             chosen = experts[: self.top_k]
-            self._guessed.setdefault(coming, []).append((distance, margin_bin, chosen))
-            if self._records[distance].trusts(margin_bin):
+            self._guessed.setdefault(coming, []).append((records[distance], margin_bin, chosen))
+            if records[distance].trusts(margin_bin):
                 found += [(coming, expert) for expert in chosen]
         return found
 
@@ -86,6 +88,5 @@ class Foresight:
 
     def learn(self, layer: int, chosen: frozenset[int]) -> None:
         """Compare what was guessed for ``layer`` with what one token then chose."""
-        for distance, margin_bin, experts in self._guessed.pop(layer, ()):
-            right = sum(expert in chosen for expert in experts) / len(experts)
-            self._records[distance].learn(margin_bin, right)
+        for record, margin_bin, experts in self._guessed.pop(layer, ()):
+            record.learn(margin_bin, sum(expert in chosen for expert in experts) / len(experts))

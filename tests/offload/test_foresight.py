@@ -42,3 +42,16 @@ def test_a_prompt_asks_for_the_next_layers_experts_the_most_wanted_first() -> No
     assert {layer for layer, _ in guessed} == {1}
     assert {expert for _, expert in guessed} == set(wanted.nonzero().flatten().tolist())
     assert wanted[guessed[0][1]] == wanted.max()
+
+
+def test_a_tokens_embedding_alone_guesses_the_first_layers_and_is_judged_apart() -> None:
+    foresight, weighted = _made()
+    x = torch.randn(1, 64)
+    expected = [(layer, int((weighted[layer] @ x[0]).argmax())) for layer in range(min(DEPTH, 6))]
+    assert foresight.guess(-1, x) == expected
+    for _ in range(200):
+        foresight.guess(-1, torch.randn(1, 64))
+        for layer in range(6):
+            foresight.learn(layer, frozenset({-1}))
+    assert foresight.guess(-1, torch.randn(1, 64)) == []
+    assert foresight.guess(0, torch.randn(1, 64)) != []
