@@ -5,7 +5,9 @@ import torch
 from offload.foresight import DEPTH, Foresight
 
 
-def _made(layers: int = 6, experts: int = 8, hidden: int = 64) -> tuple[Foresight, list[torch.Tensor]]:
+def _made(
+    layers: int = DEPTH + 2, experts: int = 8, hidden: int = 64
+) -> tuple[Foresight, list[torch.Tensor]]:
     torch.manual_seed(0)
     routers = [torch.randn(experts, hidden) for _ in range(layers)]
     norms = [torch.rand(hidden) + 0.5 for _ in range(layers)]
@@ -18,7 +20,7 @@ def test_a_hidden_state_that_does_not_change_is_guessed_right_nearest_layer_firs
     x = torch.randn(1, 64)
     expected = [(layer, int((weighted[layer] @ x[0]).argmax())) for layer in range(1, 1 + DEPTH)]
     assert foresight.guess(0, x) == expected
-    assert foresight.guess(5, x) == []  # nothing follows the last layer
+    assert foresight.guess(DEPTH + 1, x) == []  # nothing follows the last layer
 
 
 def test_distances_that_are_guessed_wrong_are_no_longer_read_for() -> None:
@@ -47,11 +49,11 @@ def test_a_prompt_asks_for_the_next_layers_experts_the_most_wanted_first() -> No
 def test_a_tokens_embedding_alone_guesses_the_first_layers_and_is_judged_apart() -> None:
     foresight, weighted = _made()
     x = torch.randn(1, 64)
-    expected = [(layer, int((weighted[layer] @ x[0]).argmax())) for layer in range(min(DEPTH, 6))]
+    expected = [(layer, int((weighted[layer] @ x[0]).argmax())) for layer in range(DEPTH)]
     assert foresight.guess(-1, x) == expected
     for _ in range(200):
         foresight.guess(-1, torch.randn(1, 64))
-        for layer in range(6):
+        for layer in range(DEPTH):
             foresight.learn(layer, frozenset({-1}))
     assert foresight.guess(-1, torch.randn(1, 64)) == []
     assert foresight.guess(0, torch.randn(1, 64)) != []
