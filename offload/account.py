@@ -52,7 +52,7 @@ def account(
         environment=environment_of(session),
         bandwidth=bandwidth or bandwidth_of(session),
         memory=memory_of(session),
-        plan=prediction_of(session),
+        plan=prediction_of(session, runs),
         expert_map=expert_map_of(session),
         notes=notes_of(session),
         warmup=warmup,
@@ -118,12 +118,15 @@ def expert_map_of(session: Session) -> ExpertMap:
     )
 
 
-def prediction_of(session: Session) -> Prediction:
-    """What the session's plan said."""
+def prediction_of(session: Session, runs: Sequence[Run]) -> Prediction:
+    """What the session's plan said. Prefill is predicted for a prompt of some hundred tokens; of ``runs`` with
+    short ones only it says nothing."""
     plan = session.plan
     if plan is None:
         return Prediction(None, None, "")
-    return Prediction(plan.predicted_tokens_per_s, plan.predicted_prefill_tokens_per_s, plan.limited_by)
+    longest = max((r.tokens_in for run in runs for r in run if r.phase == "prefill"), default=0)
+    prefill = plan.predicted_prefill_tokens_per_s if 2 * longest >= plan.filled else None
+    return Prediction(plan.predicted_tokens_per_s, prefill, plan.limited_by)
 
 
 def bandwidth_of(session: Session) -> Bandwidth:
