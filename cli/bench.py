@@ -51,7 +51,8 @@ def bench(
     path = find_model(model)
     source = read_text(text) if text else sample_text()
     from offload.account import account
-    from offload.benchmark import Benchmark, forget_peak
+    from offload.benchmark import Benchmark
+    from offload.ledger import forget_peak
     from offload.machine import probe
 
     plan = Benchmark(prompt_tokens, tokens, repeat)

@@ -6,7 +6,6 @@ prompt left behind, and then decodes greedily through any end of text.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from offload.records import Sampling, TokenRecord
 from offload.session import Session
@@ -36,6 +35,7 @@ class Benchmark:
         ids = session.encode(text)
         say("warm-up")
         self._once(session, self._prompt(ids, 0), min(self.tokens, 16))
+        session.finish_filling()
         runs = []
         for index in range(self.repeat):
             say(f"run {index + 1} of {self.repeat}")
@@ -51,15 +51,3 @@ class Benchmark:
         session.reset()
         # One more than is measured: the first token comes out of the prefill.
         return list(session.generate(prompt, Sampling(max_tokens=tokens + 1, ignore_eos=True)))
-
-
-def forget_peak() -> bool:
-    """Let the peak of resident memory count from now (Linux's ``clear_refs``); False if that is denied.
-
-    Measuring the machine takes memory that the run does not.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True

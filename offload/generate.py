@@ -26,11 +26,11 @@ class Generator:
     def __init__(
         self, model: Any, tokenizer: Any, cache: KVCache, experts: ExpertCache, *, dense_bytes: int,
         prompt_chunk: int, eos: frozenset[int], device: torch.device,
-        native: NativeDecoder | None = None,
+        native: NativeDecoder | None = None, fills: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.cache, self.experts = model, tokenizer, cache, experts
         self.dense_bytes, self.prompt_chunk, self.eos, self.device = dense_bytes, prompt_chunk, eos, device
-        self.native = native
+        self.native, self._fills = native, fills
         self.tokens: list[int] = []  # what the cache holds
 
     def reset(self) -> None:
@@ -127,6 +127,9 @@ class Generator:
         read[home] = read.get(home, 0) + self.dense_bytes * passes + self.cache.read_nbytes
         if counters.fetched["disk"]:
             read["disk"] = counters.fetched["disk"]
+        if self._fills:  # not before the first token is there: filling would compete with what it waits for
+            self._fills = False
+            self.experts.fill()
         return TokenRecord(
             phase=phase,
             token_id=token,

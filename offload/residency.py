@@ -195,6 +195,11 @@ class ExpertCache:
             self.host.release(key)
             self._draining[slot] = self._tickets[key]
 
+    def wait(self) -> None:
+        """Wait for every read under way. Raises CheckpointError if one failed."""
+        for key in list(self._pending):
+            self._land(key)
+
     def _window(self) -> int:
         """How many experts of one layer may be in flight at once."""
         return max(1, min(_IN_FLIGHT, self.arena.slots - 1))

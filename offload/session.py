@@ -15,7 +15,7 @@ from offload.decoder import NativeDecoder
 from offload.experts import ExpertRunner
 from offload.generate import Generator
 from offload.kv import KVCache, Storage
-from offload.ledger import MemoryLedger, resident_bytes
+from offload.ledger import MemoryLedger, forget_peak, resident_bytes
 from offload.load import load_model, settle
 from offload.machine import Machine, probe
 from offload.plan import Plan, make_plan
@@ -117,9 +117,8 @@ class Session:
         self.generator = Generator(
             self.model, self.tokenizer, cache, self.experts, dense_bytes=self._count(),
             prompt_chunk=placement.prompt_chunk, eos=self._eos(), device=device, native=native_decoder,
+            fills=placement.fills,
         )  # fmt: skip
-        if placement.fills:
-            self.experts.fill()
         self.notes = list(self.reader.notes)
         if native_decoder is None and device.type == "cpu":
             self.kernel = "torch, dequantized weights"
@@ -142,6 +141,7 @@ class Session:
         device = _device(options)
         say("measuring the machine")
         machine = probe(model)
+        forget_peak()  # measuring takes memory that the run does not
         routing = RoutingStats.load(options.routing, checkpoint.shape) if options.routing else None
         plan = plan_run(checkpoint, options, machine, device, routing)
         say("loading the model")
@@ -227,6 +227,11 @@ class Session:
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
         """See ``Generator.prefill``."""
         return self.generator.prefill(prompt)
+
+    def finish_filling(self) -> None:
+        """Wait until every expert that has a slot is in it. Raises CheckpointError if the disk fails."""
+        self.experts.fill()
+        self.experts.wait()
 
     def reset(self) -> None:
         """Forget the conversation; the experts stay where they are."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from offload.account import account, disk_bytes_by_role
-from offload.benchmark import Benchmark, forget_peak
-from offload.ledger import peak_resident_bytes, resident_bytes
+from offload.benchmark import Benchmark
+from offload.ledger import forget_peak, peak_resident_bytes, resident_bytes
 from offload.records import RunOptions, Sampling
 from offload.session import Placement, Session
 from offload.speed import Bandwidth
