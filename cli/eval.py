@@ -24,9 +24,7 @@ Kv = Annotated[
 ]
 Cache = Annotated[
     Path | None,
-    typer.Option(
-        "--cache", metavar="DIR", help="Keeps reference predictions (~/.cache/coldstream)."
-    ),
+    typer.Option("--cache", metavar="DIR", help="Keeps reference predictions (~/.cache/coldstream)."),
 ]
 Slots = Annotated[
     int | None,

@@ -1,7 +1,7 @@
 """``coldstream quantize``: a Hugging Face checkpoint, quantized into a new directory."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,10 @@ def quantize(
     attention: Attention = None,
     lm_head: LmHead = None,
     group_size: GroupSize = 128,
+    rounding: Annotated[
+        Literal["search", "rtn"],
+        typer.Option("--rounding", help="search: best scale of each group, for int4; rtn: plain absmax."),
+    ] = "search",
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -50,7 +54,7 @@ def quantize(
         def show(done: int, total: int, what: str) -> None:
             bar.update(task, completed=done, total=total)
 
-        report = convert(path, destination, schemes, resume=resume, progress=show)
+        report = convert(path, destination, schemes, resume=resume, progress=show, rounding=rounding)
     console.notes(report.notes)
     _show(console, report)
     console.result(report.to_json())

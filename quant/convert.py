@@ -18,12 +18,13 @@ from torch import Tensor
 
 from quant.checkpoint import Checkpoint
 from quant.config_groups import check_schemes, quantization_config
-from quant.encode import Encoded, check_finite, encode
+from quant.encode import Encoded, check_finite
 from quant.errors import CheckpointError, NonFiniteError, OutputError
 from quant.families import QUANTIZABLE, Role
 from quant.fidelity import Fidelity, RoleFidelity
 from quant.journal import Journal, Sums
 from quant.parts import Conversion, Part, Piece, plan_conversion
+from quant.rounding import Rounder, Rounding, make_rounder
 from quant.scheme import BF16, Scheme
 from quant.sidecars import copy_sidecars, sidecar_bytes, write_config
 from quant.staging import Staging
@@ -77,12 +78,15 @@ def convert(
     resume: bool = False,
     progress: Progress | None = None,
     sync_bytes: int = _SYNC_BYTES,
+    rounding: Rounding = "search",
+    rounder: Rounder | None = None,
 ) -> ConversionReport:
     """Quantize the checkpoint in ``source`` by ``schemes`` (a role not named is kept) into ``destination``.
 
     With ``resume`` a run that was stopped is continued, and the result is the same to the byte. ``progress``
     is called with source bytes done, source bytes in all, and the tensor at hand. What is done is made safe
-    on disk every ``sync_bytes`` of output. Raises CheckpointError, SchemeError, RecipeError or OutputError;
+    on disk every ``sync_bytes`` of output. ``rounding`` says how values are found (``rounder``, if given,
+    does it instead). Raises CheckpointError, SchemeError, RecipeError or OutputError;
     the destination then does not exist.
     """
     started = time.monotonic()
@@ -92,7 +96,8 @@ def convert(
     notes = check_schemes(checkpoint.shape, schemes)
     conversion = plan_conversion(checkpoint, schemes)
     staging = Staging(Path(destination))
-    job = _job(checkpoint, schemes)
+    rounder = rounder or make_rounder(rounding, checkpoint)
+    job = _job(checkpoint, schemes, rounder)
     if resume and staging.is_finished and _is_same(staging.destination, job):
         staging.discard()
         notes.append("the destination was already complete: nothing was left to do")
@@ -104,7 +109,7 @@ def convert(
     parts, resumed = conversion.parts, len(journal.done)
     try:
         files.create()
-        _Run(checkpoint, parts, files, journal, sync_bytes).go(progress)
+        _Run(checkpoint, parts, files, journal, sync_bytes, rounder).go(progress)
         fidelity = Fidelity.measure(parts, journal.done)
         _write_small_files(checkpoint, conversion, schemes, staging.model, job, fidelity)
     except (NonFiniteError, OutputError) as error:
@@ -130,7 +135,9 @@ class _Run:
         files: OutputFiles,
         journal: Journal,
         sync_bytes: int,
+        rounder: Rounder,
     ) -> None:
+        self._rounder = rounder
         self._checkpoint = checkpoint
         self._parts = parts
         self._files = files
@@ -176,7 +183,8 @@ class _Run:
         if piece.half:
             gate, up = tensor.chunk(2, dim=1 if part.transposed else 0)
             tensor = gate if piece.half == "first" else up
-        return encode(tensor, piece.scheme, name, part.transposed)
+        row = 0 if part.transposed else _first_row(part, self._checkpoint, piece)
+        return self._rounder.encode(tensor, piece.scheme, name, part.transposed, piece.target, row)
 
     def _write(self, part: Part, results: list[Encoded]) -> None:
         for piece, result in zip(part.pieces, results, strict=True):
@@ -195,18 +203,26 @@ class _Run:
         self._unsafe, self._unsafe_bytes = [], 0
 
 
+def _first_row(part: Part, checkpoint: Checkpoint, piece: Piece) -> int:
+    """Which row of its Linear the block that ``part`` reads begins with."""
+    if piece.half or len(checkpoint.entry(part.key).shape) != 2:
+        return 0  # one whole expert of a fused tensor
+    return part.start * part.shape[0] // part.nbytes
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
-def _job(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> dict[str, Any]:
+def _job(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme], rounder: Rounder) -> dict[str, Any]:
     """What two runs must share for one to continue the other."""
     files = sorted({entry.file for entry in checkpoint.entries.values()})
     stats = [(file.name, file.stat()) for file in files]
     return {
         "format": "coldstream quantization 1",
         "recipe": {role: str(schemes.get(role, BF16)) for role in QUANTIZABLE},
+        "rounding": rounder.name,
         "source": checkpoint.identity,
         "state of the source's files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     }
@@ -218,7 +234,7 @@ def _is_same(destination: Path, job: dict[str, Any]) -> bool:
         report = json.loads((destination / REPORT).read_text())
     except (OSError, ValueError):
         return False
-    return all(report.get(key) == job[key] for key in ("format", "recipe", "source"))
+    return all(report.get(key) == job[key] for key in ("format", "recipe", "rounding", "source"))
 
 
 def _check_free(checkpoint: Checkpoint, conversion: Conversion, staging: Staging) -> None:
@@ -241,7 +257,7 @@ def _write_small_files(
     index = json.dumps(conversion.layout.index(), indent=2).encode() + b"\n"
     write_file(folder / "model.safetensors.index.json", index)
     report = {
-        **{key: job[key] for key in ("format", "recipe", "source")},
+        **{key: job[key] for key in ("format", "recipe", "rounding", "source")},
         "source_bytes": conversion.source_bytes,
         "output_bytes": conversion.layout.nbytes,
         "bits_per_weight": _bits_per_weight(checkpoint, conversion),

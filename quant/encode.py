@@ -29,10 +29,19 @@ class Encoded:
     squared_error: float = 0.0
 
 
-def encode(weight: Tensor, scheme: Scheme, name: str, transposed: bool = False) -> Encoded:
+def encode(
+    weight: Tensor,
+    scheme: Scheme,
+    name: str,
+    transposed: bool = False,
+    *,
+    search: bool = False,
+    means: Tensor | None = None,
+) -> Encoded:
     """Store ``weight`` ``[N, K]`` (``[K, N]`` where ``transposed``; rows may be strided) under ``scheme``.
 
-    ``name`` is what an error calls the weight. Raises NonFiniteError if it holds NaN or Inf.
+    ``search`` and ``means`` are the native quantizer's. ``name`` is what an error calls the weight. Raises
+    NonFiniteError if it holds NaN or Inf.
     """
     if not scheme.is_packed:
         dense = (weight.t() if transposed else weight).contiguous()
@@ -40,7 +49,7 @@ def encode(weight: Tensor, scheme: Scheme, name: str, transposed: bool = False) 
         return _encode_nf4(dense) if scheme.kind == "nf4" else Encoded({"weight": dense})
     if weight.dtype is torch.float64:
         weight = weight.float()
-    done = quantize_pack(weight, scheme.kind, scheme.group_size, transposed)
+    done = quantize_pack(weight, scheme.kind, scheme.group_size, transposed, search=search, means=means)
     if not done.finite:
         check_finite(weight, name)
     return Encoded(

@@ -79,8 +79,9 @@ def quantize_pack(
     """Quantize bf16, fp16 or f32 weights ``[N, K]``, or ``[K, N]`` if ``transposed``, per group.
 
     ``search`` (int4 only) looks for each group's best scale and balances rounding against ``means`` (int32
-    ``[K]`` in -127..127), see ``quant.search``. The source may be a slice with a row stride of its own; its columns must be adjacent. Raises SchemeError
-    for what cannot be packed, MachineError if the kernels are missing.
+    ``[K]`` in -127..127), see ``quant.search``. The source may be a slice with a row stride of its own; its
+    columns must be adjacent. Raises SchemeError for what cannot be packed, MachineError if the kernels are
+    missing.
     """
     if kind not in _KINDS or group_size not in GROUP_SIZES:
         raise SchemeError(
@@ -95,7 +96,9 @@ def quantize_pack(
     if k % group_size or not n or not k:
         raise SchemeError(f"{n}x{k} weights cannot be packed: groups of {group_size} do not divide {k}")
     if means is not None and (means.dtype != torch.int32 or means.shape != (k,) or not search):
-        raise SchemeError(f"means of shape {tuple(means.shape)} {means.dtype}: expected int32 [{k}], for a search")
+        raise SchemeError(
+            f"means of shape {tuple(means.shape)} {means.dtype}: expected int32 [{k}], for a search"
+        )
     if search and kind != "int4":
         raise SchemeError(f"{kind} has no searched scales: expected int4")
     means = None if means is None else means.contiguous()

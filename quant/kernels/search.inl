@@ -3,7 +3,7 @@
 // not depend on the vectors' width.
 
 constexpr int kFirstFraction = 21, kLastFraction = 34;  // of 32: scales tried, as parts of absmax / 8
-constexpr float kLeastStep = 0x1p-120f;
+constexpr float kLeastStep = 0x1p-100f;
 constexpr int kThetaBits = 12, kMaxShift = 96, kRounds = 3;
 constexpr int64_t kMaxTheta = 1 << 19;
 
@@ -21,7 +21,7 @@ INLINE int32_t total(vi value) {
 INLINE vi to_fixed(vf value, vf inverse) { return rounded(larger(value * inverse, splat(-4e5f))); }
 INLINE vi level(vi fixed) { return within((fixed + 128) >> 8, -8, 7); }
 INLINE vi squared_miss(vi fixed) {
-  vi miss = fixed - (level(fixed) << 8);
+  vi miss = fixed - (within(fixed + 128, -2048, 2047) & ~255);
   return miss * miss;
 }
 INLINE vf inverse_of(vf scale) { return 1.0f / scale * 256.0f; }

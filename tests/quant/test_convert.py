@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from quant.checkpoint import Checkpoint
 from quant.convert import REPORT, ConversionReport, convert
+from quant.inputs import InputMeans
 from quant.pack import dequantize, dequantize_nf4, quantize, quantize_nf4
+from quant.rounding import Rounding
 from quant.scheme import Scheme
+from quant.search import search
 from tests.checkpoints import FAMILIES, make
 from tests.quant.dequantized import dequantized_twin, packed_weights, random_tokens, tensors_of
 
@@ -108,18 +111,26 @@ def test_compressed_tensors_unpacks_the_same_weights_bit_for_bit(
         assert torch.equal(theirs, dequantize(packed, torch.bfloat16)), module
 
 
+@pytest.mark.parametrize("rounding", ["rtn", "search"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_expert_is_the_reference_quantization_of_its_source(
-    tiny: Tiny, tmp_path: Path, family: str
+    tiny: Tiny, tmp_path: Path, family: str, rounding: Rounding
 ) -> None:
-    run(tiny(family), tmp_path / "out", INT4)
+    convert(tiny(family), tmp_path / "out", {"experts": Scheme("int4")}, rounding=rounding)
     source, packed = Checkpoint.open(tiny(family)), packed_weights(tmp_path / "out")
+    means = InputMeans(source)
     for layer in source.shape.moe_layers:
         for expert in range(source.shape.num_experts):
             views = source.expert(layer, expert)
             for linear in source.shape.expert_linears(layer, expert):
                 assert linear.projection is not None
-                expected = quantize(views[linear.projection].dense(), Scheme("int4"))
+                dense = views[linear.projection].dense()
+                mean = means.of(linear.module)
+                assert (mean is None) == (linear.projection == "down_proj"), "down_proj follows no norm"
+                searched = rounding == "search"
+                expected = (
+                    search(dense, Scheme("int4"), mean) if searched else quantize(dense, Scheme("int4"))
+                )
                 found = packed.pop(linear.module)
                 assert torch.equal(found.packed, expected.packed) and torch.equal(found.scale, expected.scale)
     assert not packed

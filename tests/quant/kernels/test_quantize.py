@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from quant.errors import MachineError, SchemeError
 from quant.kernels import native
-from quant.kernels.quantize import quantize_pack
-from quant.pack import quantize
+from quant.kernels.quantize import Quantized, quantize_pack
+from quant.pack import Packed, dequantize, quantize
 from quant.scheme import GROUP_SIZES, Kind, Scheme
+from quant.search import search
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -69,6 +70,68 @@ def test_packed_words_and_scales_equal_the_reference_to_the_bit(
     assert got.squared_sum == pytest.approx(weight.double().square().sum().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "portable"])
+@pytest.mark.parametrize("transposed", [False, True])
+@settings(max_examples=10, deadline=None)
+@given(
+    rows=st.integers(1, 90),
+    groups=st.integers(1, 3),
+    group_size=st.sampled_from(GROUP_SIZES),
+    dtype=st.sampled_from(DTYPES),
+    spread=st.sampled_from([None, 0, 3, 127]),
+    seed=st.integers(0, 99),
+)
+def test_searched_scales_and_balanced_values_equal_the_reference_to_the_bit(
+    isa: str,
+    transposed: bool,
+    rows: int,
+    groups: int,
+    group_size: int,
+    dtype: torch.dtype,
+    spread: int | None,
+    seed: int,
+) -> None:
+    if isa not in native.isas():
+        pytest.skip(f"this processor does not run {isa}")
+    weight = hostile(rows, groups * group_size, dtype, seed)
+    generator = torch.Generator().manual_seed(seed)
+    means = None
+    if spread is not None:
+        means = torch.randint(-spread, spread + 1, (weight.shape[1],), generator=generator, dtype=torch.int32)
+    native.set_isa(isa)
+    try:
+        source = weight.t().contiguous() if transposed else weight
+        got = quantize_pack(source, "int4", group_size, transposed, search=True, means=means)
+    finally:
+        native.set_isa("")
+    expected = search(weight, Scheme("int4", group_size), means)
+    assert torch.equal(got.scale, expected.scale)
+    assert torch.equal(got.packed, expected.packed)
+    assert got.finite
+    assert torch.isfinite(got.scale).all() and (got.scale != 0).all()
+
+
+def test_a_search_leaves_less_error_than_absmax() -> None:
+    weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+    plain, searched = (quantize_pack(weight, "int4", 128, search=use) for use in (False, True))
+    assert searched.squared_error < 0.85 * plain.squared_error
+
+
+def test_balanced_rounding_keeps_the_product_with_the_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 512, generator=generator)
+    means = torch.randint(-127, 128, (512,), generator=generator, dtype=torch.int32)
+
+    def bias(packed: Quantized) -> float:
+        dense = dequantize(Packed(Scheme("int4"), packed.packed, packed.scale))
+        return float(((dense - weight) @ means.float()).square().mean().sqrt())
+
+    free = quantize_pack(weight, "int4", 128, search=True)
+    balanced = quantize_pack(weight, "int4", 128, search=True, means=means)
+    assert bias(balanced) < 0.5 * bias(free)
+    assert balanced.squared_error < 1.05 * free.squared_error
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,6 +152,10 @@ def test_shapes_and_dtypes_that_cannot_be_packed_are_refused() -> None:
         quantize_pack(torch.ones(4, 200), "int4", 128)
     with pytest.raises(SchemeError, match="expected bf16, fp16 or f32"):
         quantize_pack(torch.ones(4, 128, dtype=torch.float64), "int4", 128)
+    with pytest.raises(SchemeError, match="no searched scales"):
+        quantize_pack(torch.ones(4, 128), "int8", 128, search=True)
+    with pytest.raises(SchemeError, match=r"expected int32 \[128\]"):
+        quantize_pack(torch.ones(4, 128), "int4", 128, search=True, means=torch.ones(64, dtype=torch.int32))
     with pytest.raises(SchemeError, match="expected int4 or int8"):
         quantize_pack(torch.ones(4, 128), "nf4", 64)
 

@@ -1,0 +1,64 @@
+"""How a dense weight becomes stored values: to nearest by absmax, by a search, or as somebody has worked out.
+
+A conversion asks its rounder for every block of rows. The rounder's name goes into the journal and the
+report: a run is only ever continued by the same.
+"""
+
+from typing import Literal, Protocol, get_args
+
+from torch import Tensor
+
+from quant.checkpoint import Checkpoint
+from quant.encode import Encoded, encode
+from quant.inputs import InputMeans
+from quant.scheme import Scheme
+
+Rounding = Literal["search", "rtn"]
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
+
+
+class Rounder(Protocol):
+    """Stores rows ``[row, row + N)`` of checkpoint module ``module`` under ``scheme``."""
+
+    name: str
+
+    def encode(
+        self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int
+    ) -> Encoded:
+        """``weight`` is ``[N, K]``, or ``[K, N]`` where ``transposed``; ``label`` is what an error calls
+        it."""
+
+
+class Nearest:
+    """To nearest, by the largest magnitude of each group: compressed-tensors' own rule."""
+
+    name = "rtn"
+
+    def encode(
+        self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int
+    ) -> Encoded:
+        """See ``Rounder``."""
+        return encode(weight, scheme, label, transposed)
+
+
+class Search:
+    """int4 by the best scale of each group, balanced against the mean input (``quant.search``); the rest as
+    ``Nearest`` does: at eight bits there is nothing to find."""
+
+    name = "search"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._means = InputMeans(checkpoint)
+
+    def encode(
+        self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int
+    ) -> Encoded:
+        """See ``Rounder``."""
+        if scheme.kind != "int4":
+            return encode(weight, scheme, label, transposed)
+        return encode(weight, scheme, label, transposed, search=True, means=self._means.of(module))
+
+
+def make_rounder(rounding: Rounding, checkpoint: Checkpoint) -> Rounder:
+    """The rounder that needs no text of that name."""
+    return Search(checkpoint) if rounding == "search" else Nearest()
