@@ -119,8 +119,8 @@ def expert_map_of(session: Session) -> ExpertMap:
 
 
 def prediction_of(session: Session, runs: Sequence[Run]) -> Prediction:
-    """What the session's plan said. Prefill is predicted for a prompt of some hundred tokens; of ``runs`` with
-    short ones only it says nothing."""
+    """What the session's plan said. Prefill is predicted for a prompt of some hundred tokens; of ``runs``
+    with short ones only it says nothing."""
     plan = session.plan
     if plan is None:
         return Prediction(None, None, "")

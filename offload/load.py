@@ -115,7 +115,6 @@ def load_model(
         config=config,
         dtype=dtype,
         quantization_config=SwapConfig(lambda built: swap_modules(built, checkpoint, runner, compute, dtype)),
-        device_map={"": device} if device.type != "cpu" else None,
         attn_implementation="sdpa",
         output_loading_info=True,
         local_files_only=True,
@@ -128,7 +127,21 @@ def load_model(
             f"{checkpoint.path} lacks weights of the model or has them in another shape: {names}"
         )
     model.eval()
+    if device.type != "cpu":
+        _move(model, device)
     return model
+
+
+def _move(model: PreTrainedModel, device: torch.device) -> None:
+    """Move all weights to ``device`` but the embeddings, of which a token reads one row; they stay on the
+    host unless they are the output head, too."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", object()):
+        model.to(device)  # type: ignore[arg-type]
+        return
+    for module in model.modules():
+        if module is not embedding:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
 
 
 def settle(model: PreTrainedModel) -> Arena:
