@@ -1,5 +1,6 @@
 """Reading expert records: whole, in order of urgency, and loud when the disk does not give them."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from offload.arena import Arena
 from offload.reader import Priority, Reader
 from offload.store import PAGE, ExpertRecord, Run
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, MachineError
 
 
 def _record(file: Path, offset: int, length: int, needed: int | None = None) -> ExpertRecord:
@@ -128,3 +129,35 @@ def test_only_a_warm_start_takes_what_the_page_cache_has(
     reader.submit(_record(file, 0, PAGE), arena.buffer(0), Priority.DEMAND).wait()
     reader.close()
     assert used == [not warm]
+
+
+def test_a_disk_error_is_one_clear_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    reader, arena = Reader([file]), Arena(1, PAGE)
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(CheckpointError, match=r"weights cannot be read at byte 0: Input/output error"):
+        reader.submit(_record(file, 0, PAGE), arena.buffer(0), Priority.DEMAND).wait()
+    reader.close()
+
+
+def test_short_reads_are_read_on_and_a_broken_one_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv = os.preadv
+    reader, arena = Reader([file]), Arena(1, 64 * PAGE)
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][: 3 * PAGE + 512]], offset)
+    )
+    reader.submit(_record(file, 0, 64 * PAGE), arena.buffer(0), Priority.DEMAND).wait()
+    assert bytes(arena.buffer(0)) == file.read_bytes()[: 64 * PAGE]
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: 100)
+    with pytest.raises(CheckpointError, match="a short disk read"):
+        reader.submit(_record(file, 0, 64 * PAGE), arena.buffer(0), Priority.DEMAND).wait()
+    reader.close()
+
+
+def test_an_arena_that_cannot_be_had_is_refused_with_its_size() -> None:
+    with pytest.raises(MachineError, match=r"arena of 1024.00 TiB .*lower --ram"):
+        Arena(1, 2**50)

@@ -1,6 +1,8 @@
 """The runtime against its oracle, stock transformers on the dequantized weights, for every split over
 tiers."""
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -202,3 +204,18 @@ def test_a_seed_makes_sampling_repeatable(session: Session) -> None:
     assert runs[0] == runs[1]
     other = Sampling(max_tokens=8, temperature=1.0, top_p=0.9, seed=8, ignore_eos=True)
     assert [r.token_id for r in session.generate(PROMPT, other)] != runs[0]
+
+
+def test_a_disk_that_slows_down_makes_no_other_text(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [r.token_id for r in session.generate(PROMPT, Sampling(max_tokens=6, ignore_eos=True))]
+    preadv = os.preadv
+
+    def slowly(*args: object) -> int:
+        time.sleep(0.01)
+        return preadv(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", slowly)
+    session.reset()
+    assert [r.token_id for r in session.generate(PROMPT, Sampling(max_tokens=6, ignore_eos=True))] == expected
