@@ -1,6 +1,7 @@
 """``coldstream quantize``: a Hugging Face checkpoint, quantized into a new directory."""
 
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -12,6 +13,10 @@ from cli.schemes import Attention, DenseMlp, Experts, GroupSize, LmHead, SharedE
 if TYPE_CHECKING:
     from quant.convert import ConversionReport
     from quant.families import Role
+    from quant.rounding import Rounder
+    from quant.scheme import Scheme
+
+_CALIBRATION_WINDOW = 512
 
 
 def quantize(
@@ -28,6 +33,10 @@ def quantize(
         Literal["search", "rtn"],
         typer.Option("--rounding", help="search: best scale of each group, for int4; rtn: plain absmax."),
     ] = "search",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option("--calibrate", metavar="FILE", help="Round by GPTQ on this text (slower, better)."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -48,16 +57,55 @@ def quantize(
     path = resolve_model(source)
     named = ", ".join(f"{role} {scheme}" for role, scheme in schemes.items())
     console.step(f"quantizing {path} to {destination}: {named}")
+    rounder = None
+    if calibrate is not None:
+        rounder = _calibrated(path, destination, schemes, calibrate, resume, console)
     with console.progress() as bar:
         task = bar.add_task("quantize", total=None)
 
         def show(done: int, total: int, what: str) -> None:
             bar.update(task, completed=done, total=total)
 
-        report = convert(path, destination, schemes, resume=resume, progress=show, rounding=rounding)
+        report = convert(
+            path, destination, schemes, resume=resume, progress=show, rounding=rounding, rounder=rounder
+        )
+    if calibrate is not None:
+        rmtree(_work_folder(destination), ignore_errors=True)
     console.notes(report.notes)
     _show(console, report)
     console.result(report.to_json())
+
+
+def _work_folder(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".calibration")
+
+
+def _calibrated(
+    path: Path, destination: Path, schemes: "dict[Role, Scheme]", file: Path, resume: bool, console: Console
+) -> "Rounder":
+    """Round every layer by the text in ``file``, into a folder beside ``destination``."""
+    from cli.texts import read_text
+    from offload.calibrate import calibrate, memory_nbytes
+    from offload.session import load_tokenizer
+    from offload.windows import Windows
+    from quant.checkpoint import Checkpoint
+    from quant.prepared import Prepared
+    from quant.rounding import make_rounder
+    from quant.sizes import format_size
+
+    checkpoint, folder = Checkpoint.open(path), _work_folder(destination)
+    windows = Windows.cut(read_text(file), load_tokenizer(path), _CALIBRATION_WINDOW)
+    console.step(
+        f"calibrating on {windows.tokens:,} tokens; takes about "
+        f"{format_size(memory_nbytes(checkpoint, windows.tokens))} of memory beside the dense weights"
+    )
+
+    def show(done: int, total: int, left: float) -> None:
+        console.step(f"calibrated layer {done} of {total}, about {left / 60:.0f} min left")
+
+    seen = calibrate(checkpoint, schemes, windows, folder, resume=resume, progress=show)
+    console.notes(seen.notes())
+    return Prepared(folder, f"gptq {windows.identity}", make_rounder("search", checkpoint))
 
 
 def _show(console: Console, report: "ConversionReport") -> None:

@@ -39,16 +39,20 @@ class LayerRunner(ExpertRunner):
     """An expert runner that can be watched, and whose experts can be replaced for the layer at hand.
 
     ``observer`` is called with x ``[T, H]``, chosen ``[T, k]`` and scores ``[T, k]``; ``replaced`` maps an
-    expert of the layer being run to the weights to use.
+    expert of the layer being run to the weights to use. ``idle`` skips the
+    experts, for who only wants to know what reaches them.
     """
 
     observer: Observer | None = None
     replaced: Mapping[int, ExpertWeights] | None = None
+    idle = False
 
     def run(self, layer: int, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         """See ``ExpertRunner.run``."""
         if self.observer is not None:
             self.observer(x, chosen, scores)
+        if self.idle:
+            return torch.zeros_like(x)
         if self.replaced is None:
             return super().run(layer, x, chosen, scores)
         tokens, k = chosen.shape

@@ -175,7 +175,7 @@ def swap_modules(
             model.set_submodule(name, RoutedLlama4Block(module, layer, runner))
         elif name.endswith(f"layers.{layer}.{shape.family.runtime_block}.experts"):
             model.set_submodule(name, RoutedExperts(layer, runner))
-    specs = {_runtime_name(checkpoint, spec.module): spec for spec in shape.dense_linears()}
+    specs = {runtime_name(checkpoint, spec.module): spec for spec in shape.dense_linears()}
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             scheme, stored = _stored(checkpoint, specs.get(name))
@@ -195,7 +195,8 @@ def swap_modules(
     )
 
 
-def _runtime_name(checkpoint: Checkpoint, module: str) -> str:
+def runtime_name(checkpoint: Checkpoint, module: str) -> str:
+    """The name in transformers' model of checkpoint module ``module``."""
     family = checkpoint.shape.family
     return module.removeprefix(checkpoint.shape.prefix).replace(
         f".{family.block}.", f".{family.runtime_block}."

@@ -20,6 +20,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,7 @@ def main() -> None:
         for text in ("int4-g128", "int4-g32", "int8-g128"):
             scheme = Scheme.parse(text)
             schemes = dict.fromkeys(ROLES, scheme)
-            methods[f"gptq {text}"] = (scheme.bits_per_weight, lambda s=schemes: calibrated(s))  # type:
-            ignore[misc]
+            methods[f"gptq {text}"] = (scheme.bits_per_weight, partial(calibrated, schemes))
     found: dict[str, dict[str, float]] = {}
     for name, (bits, make) in methods.items():
         try:
@@ -167,10 +167,8 @@ def main() -> None:
             print(f"{name:18} skipped: {error}")
             continue
         found[name] = {"bits": bits, **ruler.measure(method)}
-        print(
-            f"{name:18} {bits:6.3f} bits  KL {found[name]['kl']:.4f}  perplexity
-            {found[name]['perplexity']:.2f}"
-        )
+        kl, perplexity = found[name]["kl"], found[name]["perplexity"]
+        print(f"{name:18} {bits:6.3f} bits  KL {kl:.4f}  perplexity {perplexity:.2f}", flush=True)
     print(json.dumps(found))
 
 
