@@ -275,12 +275,13 @@ class MoeBlock:
 
     def routed_jobs(self, result: MoeResult, experts: Mapping[int, GatedMlp]) -> list[Job]:
         """Jobs of ``experts`` for ``mlp`` on ``result.normed``, each with the tokens that chose it."""
-        jobs = []
+        jobs, scales_input = [], self.router_kind == "sigmoid_input"
         for expert, weights in experts.items():
-            tokens, rank = (result.chosen == expert).nonzero(as_tuple=True)
-            factor = result.weights[tokens, rank]
-            if self.router_kind == "sigmoid_input":
-                jobs.append(Job(weights, tokens, in_scale=factor))
+            if len(result.chosen) == 1:  # one token: nothing to gather
+                tokens, factor = None, result.weights[0, result.chosen[0] == expert]
             else:
-                jobs.append(Job(weights, tokens, out_weight=factor))
+                tokens, rank = (result.chosen == expert).nonzero(as_tuple=True)
+                factor = result.weights[tokens, rank]
+            scale = {"in_scale": factor} if scales_input else {"out_weight": factor}
+            jobs.append(Job(weights, tokens, **scale))
         return jobs
