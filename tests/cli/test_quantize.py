@@ -84,3 +84,28 @@ def test_ctrl_c_stops_at_once_and_resume_ends_the_same(demo_model: Path, tmp_pat
     assert invoke("quantize", demo_model, tmp_path / "two", "--experts", "int4", "--resume").returncode == 0
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_plain_rounding_can_be_asked_for(demo_model: Path, tmp_path: Path) -> None:
+    decibels = {}
+    for rounding in ("rtn", "search"):
+        asked = ("--experts", "int4", "--rounding", rounding, "--json")
+        answer = invoke("quantize", demo_model, tmp_path / rounding, *asked)
+        decibels[rounding] = json.loads(answer.stdout)["roles"]["experts"]["sqnr_db"]
+    assert decibels["search"] > decibels["rtn"] + 0.5
+
+
+def test_calibrating_says_what_the_experts_saw_and_leaves_nothing_behind(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    words = (demo_model / "calibration.txt").read_text()
+    text.write_text(words[:12_000])
+    asked = ("--experts", "int4", "--calibrate", text)
+    answer = invoke("quantize", demo_model, tmp_path / "out", *asked)
+    assert answer.returncode == 0, answer.stderr
+    assert "calibrated layer 4 of 4" in answer.stderr and "the least used expert saw" in answer.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
+    text.write_text(words[:3_000])
+    answer = invoke("quantize", demo_model, tmp_path / "short", *asked)
+    assert answer.returncode == 2 and "an expert sees" in answer.stderr
