@@ -30,9 +30,10 @@ OF_GEMM = 0.70  # a prompt's products against the probe's: fewer rows per expert
 OF_GPU_COMPUTE = 0.50
 NF4_GB_S_PER_CORE = 0.12  # bitsandbytes' nf4 has no fused CPU product: dequantize, then multiply
 GUESS_WASTE = 0.15  # bytes read from disk for experts that were guessed and not needed, per needed byte
-DECODE_SERIAL = 0.85  # of the shorter of disk and memory time, the part that the two do not overlap
+DECODE_SERIAL = 0.75  # of the shorter of disk and memory time, the part that the two do not overlap
 PREFILL_SERIAL = 0.3
-CPU_LAYER_S = 0.1e-3  # per layer and step: Python, norms, RoPE
+CPU_LAYER_S = 0.04e-3  # per layer and step: norms, RoPE, handing work to threads
+STEP_S = 0.5e-3  # per step: embedding, sampling, text, the record
 GPU_LAYER_S = 0.03e-3
 
 
@@ -94,7 +95,7 @@ def decode(load: Load, machine: Machine, cold: ColdPath = "split") -> Prediction
         memory: dict[Limit, float] = {
             "ram bandwidth": (load.dense + load.kv + routed) / _rate(machine.ram_gb_s, OF_RAM),
             "compute": _arithmetic(load, machine, weights, routed),
-            "overhead": load.layers * CPU_LAYER_S,
+            "overhead": load.layers * CPU_LAYER_S + STEP_S,
         }
         return _prediction(1, memory, disk, DECODE_SERIAL)
     hot = load.vram_hits * routed
@@ -140,7 +141,7 @@ def _chunk(load: Load, machine: Machine, tokens: int, before: int, prompt: int) 
         if load.nf4:
             compute += touched * load.expert / _nf4_rate(machine)
         read = (load.dense + touched * load.expert) / _rate(machine.ram_gb_s, OF_RAM)
-        overhead = load.layers * CPU_LAYER_S
+        overhead = load.layers * CPU_LAYER_S + STEP_S
         # Blocks of weights are multiplied while the next are read: the longer of both counts.
         if read > compute:
             return {"ram bandwidth": read, "overhead": overhead, "disk": disk}
