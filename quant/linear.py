@@ -9,7 +9,6 @@ Legend: T tokens, N out features, K in features.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -9,6 +9,7 @@ bf16: compressed-tensors' ``calculate_qparams`` for symmetric integers. Values a
 against the *stored* scale, so that what is dequantized is the nearest the format can hold.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,7 @@ def dequantize(weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
     """``weight`` ``[N, K]`` as bitsandbytes' serialized NF4 tensors, by checkpoint suffix (``weight``,
     ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4``)."""
+    _quiet_bitsandbytes()
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
@@ -107,6 +109,7 @@ def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
 
 def dequantize_nf4(tensors: Mapping[str, Tensor]) -> Tensor:
     """The dense ``[N, K]`` weight of ``quantize_nf4``'s tensors, in the dtype they were quantized from."""
+    _quiet_bitsandbytes()
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     parts: dict[str, Any] = {name: value for name, value in tensors.items() if name != "weight"}
@@ -114,3 +117,8 @@ def dequantize_nf4(tensors: Mapping[str, Tensor]) -> Tensor:
     state = QuantState.from_dict(parts, device=weight.device)
     dense: Tensor = dequantize_4bit(weight, state)
     return dense
+
+
+def _quiet_bitsandbytes() -> None:
+    """Keep bitsandbytes from advertising an optional kernel package that Coldstream has no use for."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
