@@ -35,7 +35,7 @@ PIPE_CLOSED = 141
 
 def main() -> None:
     """Run the command line. Exits 0 when done, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
-    # torch's OpenMP threads otherwise spin between its own calls on the cores that the native kernels work on.
+    # torch's OpenMP threads otherwise spin, idle, on the cores that the native kernels work on.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     interrupt.install()
     try:

@@ -141,7 +141,7 @@ def _move(model: PreTrainedModel, device: torch.device) -> None:
         return
     for module in model.modules():
         if module is not embedding:
-            module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
 
 
 def settle(model: PreTrainedModel) -> Arena:
