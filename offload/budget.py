@@ -5,7 +5,8 @@ so: a card that is sold as 24 GB has a little less, and a recipe's budgets are t
 name.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from offload.footprint import FRAMEWORK_RAM
 from offload.machine import Machine
@@ -19,17 +20,20 @@ _SAME = 0.98  # asked for all there is, give or take what the vendor rounds
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of each tier (``vram`` 0 without a GPU); ``notes`` are what has to be said about them."""
+    """Bytes of each tier (``vram`` 0 without a GPU); ``notes`` are what has to be said about them. ``most``
+    is what the machine could give at all, by tier."""
 
     vram: int
     ram: int
     notes: tuple[str, ...] = ()
+    most: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, machine: Machine, vram: int | None, ram: int | None) -> "Budget":
         """What was asked of ``machine``, None meaning as much as it can give."""
         notes: list[str] = []
-        return cls(_vram(machine, vram, notes), _ram(machine, ram, notes), tuple(notes))
+        most = {"vram": machine.gpu.vram_bytes if machine.gpu else 0, "ram": machine.ram_available_bytes}
+        return cls(_vram(machine, vram, notes), _ram(machine, ram, notes), tuple(notes), most)
 
     def with_one_more_gib(self, tier: Tier) -> "Budget | None":
         """This budget and a GiB of ``tier``; None where there is no such tier."""

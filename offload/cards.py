@@ -91,7 +91,7 @@ def find_card(name: str) -> Card:
     near = [by_name[plain].name for plain in difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.5)]
     names = ", ".join(card.name for card in CARDS)
     said = f"did you mean {' or '.join([card.name for card in same] or near)}? " if same or near else ""
-    raise UsageError(f"no GPU is called {name!r}: {said}Known are {names}")
+    raise UsageError(f"no GPU is called {name!r}: {said}known: {names}")
 
 
 def described_machine(

@@ -144,9 +144,9 @@ class Fitter:
     def _remedies(self, budget: Budget, short: Mapping[Literal["vram", "ram"], int]) -> list[str]:
         """What fits, nearest first."""
         footprint, found = self.footprint, []
-        found.append(
-            " ".join(f"--{tier} {_rounded_up(getattr(budget, tier) + n)}" for tier, n in short.items())
-        )
+        needed = {tier: getattr(budget, tier) + lacking for tier, lacking in short.items()}
+        if all(size <= budget.most.get(tier, size) for tier, size in needed.items()):
+            found.append(" ".join(f"--{tier} {_rounded_up(size)}" for tier, size in needed.items()))
         context = 1 << max(0, (footprint.context - 1).bit_length() - 1)
         while context >= _MIN_CONTEXT and not self._with(context=context).fits(budget):
             context //= 2
@@ -156,8 +156,11 @@ class Fitter:
             found.append("--kv int8")
         if self._lighter().fits(budget):
             found.append("fewer bits (--recipe fast)")
-        if self.on_gpu and "vram" in short:
+        if self.on_gpu and "vram" in short and replace(self, on_gpu=False).fits(replace(budget, vram=0)):
             found.append("--vram 0 to leave the GPU alone")
+        if not found:
+            sizes = " and ".join(f"{_rounded_up(size)} of {tier.upper()}" for tier, size in needed.items())
+            found.append(f"a machine with {sizes} free: this one cannot hold what stays in memory")
         return found
 
     def _with(self, *, context: int | None = None, kv_bits: int | None = None) -> "Fitter":

@@ -87,6 +87,9 @@ def stored_linear(linear: LinearSpec, scheme: Scheme, dtype: str = "BF16") -> St
 
 
 def _stored_nf4(linear: LinearSpec, dtype: str) -> StoredLinear:
+    from quant.pack import quiet_bitsandbytes
+
+    quiet_bitsandbytes()
     from bitsandbytes.functional import get_4bit_type
     from bitsandbytes.utils import pack_dict_to_tensor
 

@@ -96,7 +96,7 @@ def dequantize(weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
     """``weight`` ``[N, K]`` as bitsandbytes' serialized NF4 tensors, by checkpoint suffix (``weight``,
     ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4``)."""
-    _quiet_bitsandbytes()
+    quiet_bitsandbytes()
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
@@ -109,7 +109,7 @@ def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
 
 def dequantize_nf4(tensors: Mapping[str, Tensor]) -> Tensor:
     """The dense ``[N, K]`` weight of ``quantize_nf4``'s tensors, in the dtype they were quantized from."""
-    _quiet_bitsandbytes()
+    quiet_bitsandbytes()
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     parts: dict[str, Any] = {name: value for name, value in tensors.items() if name != "weight"}
@@ -119,6 +119,6 @@ def dequantize_nf4(tensors: Mapping[str, Tensor]) -> Tensor:
     return dense
 
 
-def _quiet_bitsandbytes() -> None:
+def quiet_bitsandbytes() -> None:
     """Keep bitsandbytes from advertising an optional kernel package that Coldstream has no use for."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -111,7 +111,7 @@ def test_whatever_is_asked_it_fits_or_is_refused(
     except BudgetError as error:
         refusals.append(str(error))
     if refusals:
-        assert "\n" not in refusals[0] and "use --" in refusals[0]
+        assert "\n" not in refusals[0] and ("use --" in refusals[0] or "use a machine with" in refusals[0])
         return
     conserved(plan, Footprint(SHAPES[shape], kinds, context, kv_bits), on_gpu=vram != 0)
     within(plan)
@@ -276,3 +276,9 @@ def test_a_plan_is_one_json_document_with_its_predictions_on_top() -> None:
     assert data["predicted_prefill_tokens_per_s"] == plan.predicted_prefill_tokens_per_s
     assert data["limited_by"] == plan.limited_by
     assert data["bytes"] == plan.table()
+
+
+def test_what_no_budget_of_this_machine_holds_is_said_not_offered() -> None:
+    with pytest.raises(BudgetError, match=r"use a machine with .* of RAM free") as refused:
+        make_plan(SHAPES["scout"], {}, machine(ram=8 * 2**30), vram=0)
+    assert "--ram 8" not in str(refused.value).partition("use ")[2]
