@@ -1,6 +1,6 @@
 """RoutingStats: which experts a model chose, layer by layer, and in what order.
 
-Counts seed the placement of experts, transition counts predict the next layer's experts, reuse distances say
+Counts seed the placement of experts, transition counts say what follows what, reuse distances say
 how much a cache of a given size would hit. Statistics are saved as versioned JSON and travel with the model.
 
 Legend: L MoE layers, E experts, T tokens, k experts per token.
@@ -49,7 +49,6 @@ class RoutingStats:
         self._transitions: Ids = np.zeros((max(layers - 1, 0), experts, experts), np.int64)
         self._reuse: Ids = np.zeros((layers, _REUSE_BINS), np.int64)
         self.trace: list[Ids] | None = [] if keep_trace else None  # per step [T, L, k]
-        self._index = {layer: i for i, layer in enumerate(self.moe_layers)}
         self._last_used: Ids = np.full((layers, experts), -1, np.int64)
         self._step: list[Ids] = []
         self._waiting: list[Ids] = []  # per step [T, L, k], not yet counted
@@ -126,15 +125,6 @@ class RoutingStats:
         """Every (layer, expert), the most used first; ties in layer order."""
         flat = np.argsort(-self.counts, axis=None, kind="stable")
         return [(self.moe_layers[int(i) // self.num_experts], int(i) % self.num_experts) for i in flat]
-
-    def likely_next(self, layer: int, chosen: Ids) -> list[int]:
-        """Experts of the MoE layer after ``layer`` by how often they followed ``chosen``, the likeliest
-        first."""
-        index = self._index[layer]
-        if index >= len(self.transitions):
-            return []
-        followed = self.transitions[index][chosen.ravel()].sum(0)
-        return [int(e) for e in np.argsort(-followed, kind="stable") if followed[e] > 0]
 
     def merge(self, other: "RoutingStats") -> None:
         """Add ``other``'s counts. Raises ProfileError if they are of another model."""

@@ -39,7 +39,6 @@ def test_counts_transitions_and_reuse_are_those_of_the_tokens() -> None:
     ]  # after expert 0 in layer 0: {1, 2} once, {2, 0} once
     assert stats.reuse[0].tolist()[:3] == [1, 1, 0]  # expert 3 after 1 token, expert 0 after 2
     assert stats.hottest()[0] == (1, 2)
-    assert stats.likely_next(0, np.array([0]))[0] == 2
 
 
 def test_saved_statistics_load_equal_and_merge_by_adding(tmp_path: Path) -> None:
