@@ -5,32 +5,30 @@ whose experts are all resident is routed and computed in a single call. Otherwis
 alone: the missing experts' reads begin, what is there is computed meanwhile, and each missing expert runs as
 its bytes arrive.
 
-While a layer waits, the next layer's experts are guessed: its router applied to the hidden state as it is
-now. The residual stream changes slowly from layer to layer, so the guess is usually right; a wrong one reads
-at low priority.
+This is how a prompt goes through; a decoded token's layers are one native call (``decoder.py``), which finds
+experts in the same tables. While a prompt's layer runs, the next layer's experts are read ahead.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
-from offload.foresight import Foresight
 from offload.residency import ExpertCache, Key
 from offload.routing import RoutingStats
 from offload.store import ExpertWeights
-from quant.kernels.moe import GatedMlp, MoeBlock, MoeResult, mlp
+from quant.kernels.foresight import Foresight
+from quant.kernels.moe import FAILED, READY, GatedMlp, MoeBlock, MoeResult, mlp
 
 
 class NativeMoe:
-    """x + moe(norm(x)) of one layer, x f32 ``[T, H]`` on the CPU."""
+    """x + moe(norm(x)) of one of the MoE ``layers``, x f32 ``[T, H]`` on the CPU."""
 
     def __init__(
         self, layer: int, block: MoeBlock, cache: ExpertCache, routing: RoutingStats, exact: bool,
-        foresight: Foresight | None = None,
+        layers: Sequence[int], foresight: Foresight | None = None,
     ) -> None:  # fmt: skip
         self.layer, self.block, self.cache, self.routing, self.exact = layer, block, cache, routing, exact
-        self.foresight = foresight
+        self.layers, self.index, self.foresight = layers, layers.index(layer), foresight
 
     def run(self, x: Tensor) -> Tensor:
         """``[T, H]`` → ``[T, H]``. Raises CheckpointError if the disk fails."""
@@ -39,7 +37,7 @@ class NativeMoe:
         if result.out is None:
             return self.finish(x, result)
         experts = self._record(result)
-        self.cache.serve([(self.layer, expert) for expert in experts])
+        self.cache.serve([self.layer], [experts], 0)
         self._look_ahead(x, experts)
         return result.out
 
@@ -49,14 +47,7 @@ class NativeMoe:
         self.cache.reap()
         experts = self._record(result)
         keys = [(self.layer, expert) for expert in experts]
-        missing = [key for key in keys if self.cache.tier_of(key) == "disk"]
-        if not missing and self.block.holds(experts):  # they have landed since the call began
-            self.cache.serve(keys)
-            self._look_ahead(x, experts)
-            done = self.block.run(x, exact=self.exact).out
-            assert done is not None
-            return done
-        self.cache.demand(missing)
+        self.cache.demand([key for key in keys if self.cache.tier_of(key) == "disk"])
         self._look_ahead(x, experts)
         out = x.clone()
         shared = self.block.shared_job(result)
@@ -71,16 +62,13 @@ class NativeMoe:
     def _record(self, result: MoeResult) -> list[int]:
         chosen = result.chosen.numpy().copy()
         self.routing.record(self.layer, chosen)
-        experts: list[int] = sorted(set(chosen.ravel().tolist()))
-        if self.foresight is not None and len(chosen) == 1:
-            self.foresight.learn(self.layer, frozenset(experts))
-        return experts
+        return sorted(set(chosen.ravel().tolist()))
 
     def _look_ahead(self, x: Tensor, experts: Sequence[int]) -> None:
-        if self.foresight is not None:
-            self.cache.prefetch(
-                self.foresight.guess(self.layer, x), {(self.layer, expert) for expert in experts}
-            )
+        if self.foresight is not None and len(x) > 1:
+            expected = self.foresight.for_prompt(self.index, x)
+            keys = [(self.layers[index], expert) for index, expert in expected]
+            self.cache.prefetch(keys, {(self.layer, expert) for expert in experts})
 
 
 def gated(weights: ExpertWeights) -> GatedMlp:
@@ -91,19 +79,22 @@ def gated(weights: ExpertWeights) -> GatedMlp:
 
 
 class BlockTable:
-    """Keeps the native blocks' address tables in step with the cache."""
+    """Keeps the native blocks' tables of experts in step with the cache."""
 
     def __init__(self, blocks: Mapping[int, NativeMoe]) -> None:
         self.blocks = blocks
-        self._layout: Any = None
         self._gated: dict[int, GatedMlp] = {}
 
-    def landed(self, key: Key, weights: ExpertWeights) -> None:
-        """Enter a resident expert; one stored unlike the others stays out and runs as a job of its own."""
-        expert = self._gated.setdefault(id(weights), gated(weights))
-        self._layout = self._layout or expert.layout
-        if expert.layout == self._layout:
-            self.blocks[key[0]].block.set_expert(key[1], expert)
+    def coming(self, key: Key, weights: ExpertWeights) -> None:
+        """Enter where an expert will be."""
+        expert = self._gated.get(id(weights))
+        if expert is None:
+            expert = self._gated[id(weights)] = gated(weights)
+        self.blocks[key[0]].block.set_expert(key[1], expert, ready=False)
+
+    def landed(self, key: Key, whole: bool) -> None:
+        """An expert's bytes are there, or will never be: whoever waits for them goes on."""
+        self.blocks[key[0]].block.publish(key[1], READY if whole else FAILED)
 
     def evicted(self, key: Key) -> None:
         """Take an expert out before its slot is overwritten."""

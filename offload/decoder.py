@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from offload.block import BlockTable, NativeMoe
-from offload.foresight import Foresight
 from offload.kv import KVCache
 from offload.residency import ExpertCache
 from offload.routing import RoutingStats
 from quant.kernels.attention import Attention, AttentionShape
+from quant.kernels.foresight import Foresight
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, RouterKind, mlp
-from quant.kernels.stack import DenseBlock, Stack
+from quant.kernels.stack import DenseBlock, Head, Stack, Stop
 from quant.kernels.weight import Weight
 from quant.linear import QuantLinear
 from quant.shape import ModelShape
 
 Mlp = Callable[[Tensor], Tensor]
+_ANGLES = 64  # positions whose RoPE angles are computed at a time
 
 
 class NativeDecoder:
@@ -45,22 +46,25 @@ class NativeDecoder:
         if not experts.holds_all:
             routers = [_router(layers[index]).data for index in shape.moe_layers]
             norms = [layers[index].post_attention_layernorm.weight.data for index in shape.moe_layers]
-            self.foresight = Foresight(shape.moe_layers, routers, norms, shape.top_k)
+            self.foresight = Foresight(routers, norms, shape.top_k)
         self.moes: dict[int, NativeMoe] = {}
         self.mlps: list[Mlp] = []
         blocks: list[MoeBlock | DenseBlock] = []
         for index, layer in enumerate(layers):
             if index in shape.moe_layers:
                 block = _moe_block(layer)
-                self.moes[index] = NativeMoe(index, block, experts, routing, exact, self.foresight)
+                self.moes[index] = NativeMoe(
+                    index, block, experts, routing, exact, shape.moe_layers, self.foresight
+                )
                 self.mlps.append(self.moes[index].run)
                 blocks.append(block)
             else:
                 self.mlps.append(_dense_mlp(layer, exact))
                 blocks.append(_dense_block(layer))
-        self.stack = Stack(
-            self.attentions, blocks, self._angles(torch.zeros(1, shape.hidden_size), 0)[0].shape[1] * 2
-        )
+        rotary = self._computed_angles(torch.zeros(1, shape.hidden_size), 0)[0].shape[1] * 2
+        self.stack = Stack(self.attentions, blocks, rotary, self._head())
+        self._moe_layers = list(self.moes)
+        self._table: tuple[int, Tensor, Tensor] | None = None
         self._attached: KVCache | None = None
         experts.listener = BlockTable(self.moes)
 
@@ -79,6 +83,8 @@ class NativeDecoder:
         cosine, sine = self._angles(x, position)
         if len(ids) == 1:
             x = self._step(x, position, cache, cosine[0], sine[0])
+            if self.stack.token_logits is not None:
+                return self.stack.token_logits.clone()[None]
         else:
             x = self._prefill(x, position, cache, cosine, sine)
         logits: Tensor = self.lm_head(self.norm(x[-keep:]))
@@ -109,32 +115,52 @@ class NativeDecoder:
             self._attached = cache
         for index in self.shape.chunked_layers:
             self.stack.move(index, cache.kept[index].start)
-        if self.foresight is not None:
-            self.experts.prefetch(self.foresight.guess(-1, x), set())
-        cosine, sine, first, count = cosine.contiguous(), sine.contiguous(), 0, len(self.mlps)
-        while first < count:
-            self.experts.reap()
-            stopped = self.stack.run(x, position, cosine, sine, first, self.exact)
-            for layer in cache.kept[first : stopped + 1]:
+        self.experts.reap()
+        cosine, sine, attended = cosine.contiguous(), sine.contiguous(), 0
+        self.stack.begin(x, position, cosine, sine, self.exact, self.foresight)
+        while (stop := self.stack.go()) is not None:
+            for layer in cache.kept[attended : stop.attended]:
                 layer.advance(1)
-            self._note(first, stopped)
-            if stopped < count:
-                x = self.moes[stopped].finish(x, self.stack.result(stopped))
-            first = stopped + 1
+            attended = stop.attended
+            self._supply(stop)
+        for layer in cache.kept[attended:]:
+            layer.advance(1)
+        self._note()
         return x
 
-    def _note(self, first: int, stopped: int) -> None:
-        """Count what the stack chose and computed in layers ``first`` to ``stopped``."""
-        chosen = self.stack.chosen[first:stopped, : self.shape.top_k].numpy().astype(np.int64)
-        served = [(layer, row) for layer, row in enumerate(chosen, first) if layer in self.moes]
-        for layer, row in served:
-            self.routing.record(layer, row[None])
-            if self.foresight is not None:
-                self.foresight.learn(layer, frozenset(row.tolist()))
-        self.experts.serve([(layer, expert) for layer, row in served for expert in row.tolist()])
+    def _supply(self, stop: Stop) -> None:
+        """Begin the reads that a step waits for, and those that its coming layers will."""
+        self.experts.reap()
+        waiting = [(stop.finished, expert) for expert in stop.waiting]
+        locked = self.experts.demand(waiting) if waiting else set()
+        if stop.wanted:
+            self.experts.prefetch(stop.wanted, locked)
+
+    def _note(self) -> None:
+        """Count what a token chose, and what it had to wait for."""
+        chosen = self.stack.chosen.numpy()[self._moe_layers, : self.shape.top_k].astype(np.int64)
+        self.routing.record_step(chosen[None])
+        late = sum(bits.bit_count() for bits in self.stack.late.tolist())
+        self.experts.serve(self._moe_layers, chosen.tolist(), late)
+
+    def _head(self) -> Head | None:
+        if not isinstance(self.lm_head, QuantLinear) or self.lm_head.bias is not None:
+            return None
+        return Head(self.norm.weight.data, _eps(self.norm), _weight(self.lm_head))
 
     def _angles(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """RoPE's cosines and sines ``[T, d/2]`` for the tokens from ``position`` on."""
+        kind = str(getattr(self.rotary, "rope_type", "dynamic"))
+        if x.shape[0] > 1 or "dynamic" in kind or kind == "longrope":  # depend on how long the text is by now
+            return self._computed_angles(x, position)
+        start = position // _ANGLES * _ANGLES
+        if self._table is None or self._table[0] != start:
+            self._table = (start, *self._computed_angles(x.expand(_ANGLES, -1), start))
+        _, cosine, sine = self._table
+        row = slice(position - start, position - start + 1)
+        return cosine[row], sine[row]
+
+    def _computed_angles(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
         found = self.rotary(x[None], torch.arange(position, position + x.shape[0])[None])
         if isinstance(found, tuple):  # cosines and sines, repeated for the two halves of a head
             half = found[0].shape[-1] // 2

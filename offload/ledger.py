@@ -1,7 +1,9 @@
 """MemoryLedger: each allocation with its tier, role and bytes, reconciled with what the system says."""
 
+import os
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -35,7 +37,13 @@ class MemoryLedger:
 
 def resident_bytes() -> int:
     """Resident set size of this process in bytes, as the operating system counts it."""
-    return int(psutil.Process().memory_info().rss)
+    return int(_process(os.getpid()).memory_info().rss)
+
+
+@cache
+def _process(pid: int) -> psutil.Process:
+    """Made once: asked for every token, and making one costs more than asking it."""
+    return psutil.Process(pid)
 
 
 def peak_resident_bytes() -> int:

@@ -9,7 +9,7 @@ import heapq
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -38,6 +38,7 @@ class Request:
     buffer: memoryview
     priority: Priority
     nbytes: int
+    then: Callable[[bool], None] | None = None
     remaining: int = 0
     next_piece: int = 0
     done: threading.Event = field(default_factory=threading.Event)
@@ -99,15 +100,19 @@ class Reader:
                 "cache, which takes memory beyond --ram"
             )
 
-    def submit(self, record: ExpertRecord, buffer: memoryview, priority: Priority, order: int = 0) -> Request:
+    def submit(
+        self, record: ExpertRecord, buffer: memoryview, priority: Priority, order: int = 0,
+        then: Callable[[bool], None] | None = None,
+    ) -> Request:  # fmt: skip
         """Start reading ``record`` into ``buffer`` (page-aligned, ``record.slot_bytes`` long); among requests
-        of the same priority the lower ``order`` goes first, then the older."""
+        of the same priority the lower ``order`` goes first, then the older. A reading thread calls ``then``
+        when all is there or has failed, unless the request is cancelled."""
         pieces = [
             (run, start, min(start + PIECE, run.length))
             for run in record.runs
             for start in range(0, run.length, PIECE)
         ]
-        request = Request(pieces, buffer, priority, record.nbytes, remaining=len(pieces))
+        request = Request(pieces, buffer, priority, record.nbytes, then, remaining=len(pieces))
         with self._ready:
             heapq.heappush(self._heap, (priority, order, next(self._order), request))
             self._ready.notify_all()
@@ -167,6 +172,8 @@ class Reader:
                 request.error = request.error or error
                 request.remaining -= 1
                 if request.remaining == 0:
+                    if request.then is not None:
+                        request.then(request.error is None)
                     request.done.set()
 
     def _take(self) -> tuple[Request, tuple[Run, int, int]] | None:

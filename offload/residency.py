@@ -7,6 +7,7 @@ fill buffers.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -44,8 +45,12 @@ class Counters:
 class Listener(Protocol):
     """Is told what a host slot holds, so that it can address resident experts without asking."""
 
-    def landed(self, key: Key, weights: ExpertWeights) -> None:
-        """``key``'s bytes are all there; ``weights`` stay valid until it is evicted."""
+    def coming(self, key: Key, weights: ExpertWeights) -> None:
+        """``key``'s bytes will be read to where ``weights`` view them, which stay valid until it is
+        evicted."""
+
+    def landed(self, key: Key, whole: bool) -> None:
+        """``key``'s bytes are all there, or could not be read. Called by a reading thread."""
 
     def evicted(self, key: Key) -> None:
         """``key``'s slot is about to be overwritten."""
@@ -103,7 +108,7 @@ class ExpertCache:
         counters, self.counters = self.counters, Counters()
         return counters
 
-    @property
+    @cached_property
     def holds_all(self) -> bool:
         """Whether every expert has a slot of its own."""
         return self.arena.slots + len(self.pinned) >= self.store.count
@@ -124,14 +129,22 @@ class ExpertCache:
             self.counters.by_tier[tier] += 1
         return tiers
 
-    def serve(self, keys: Sequence[Key]) -> None:
-        """``keys``, all in host slots, were asked for and computed by whoever the listener told of them."""
-        self.counters.by_tier["ram"] += len(keys)
-        for key in keys:
-            self.counters.used_bytes["ram"] += self.store.record(*key).nbytes
-        if not self.holds_all:
-            for key in keys:
-                self.host_policy.touch(key)
+    def serve(self, layers: Sequence[int], chosen: Sequence[Sequence[int]], late: int) -> None:
+        """One token's ``chosen`` experts of each of ``layers``, all in host slots by now, were computed by
+        whoever the listener told of them; ``late`` of them had to be waited for."""
+        counters, count = self.counters, sum(len(experts) for experts in chosen)
+        counters.by_tier["ram"] += count - late
+        counters.by_tier["disk"] += late
+        same = self.store.expert_nbytes
+        if same is not None:
+            counters.used_bytes["ram"] += count * same
+            if self.holds_all:
+                return
+        for layer, experts in zip(layers, chosen, strict=True):
+            for expert in experts:
+                self.host_policy.touch((layer, expert))
+                if same is None:
+                    counters.used_bytes["ram"] += self.store.record(layer, expert).nbytes
 
     def reap(self) -> None:
         """Take note of reads that have finished. Raises CheckpointError if one failed."""
@@ -157,10 +170,16 @@ class ExpertCache:
             self.host_policy.touch(key)
             self.device_policy.touch(key)
 
-    def demand(self, keys: Sequence[Key]) -> None:
-        """Begin reading those of ``keys`` that are on disk, as many as may be in flight at once."""
-        for key in keys[: self._window()]:
-            self._request(key, Priority.DEMAND, set(keys))
+    def demand(self, keys: Sequence[Key]) -> set[Key]:
+        """Begin reading those of ``keys`` that are on disk, as many as may be in flight at once, and return
+        those. Raises CheckpointError for one that could not be read."""
+        first = set(keys[: self._window()])
+        for key in keys[: len(first)]:
+            pending = self._pending.get(key)
+            if pending is not None and pending.error is not None:
+                self._land(key)
+            self._request(key, Priority.DEMAND, first)
+        return first
 
     def prefetch(self, keys: Sequence[Key], protected: set[Key]) -> None:
         """Begin reading ``keys``, expected soon, if slots can be had that hold neither them nor
@@ -169,7 +188,7 @@ class ExpertCache:
         for key, request in list(self._pending.items()):
             if request.priority is Priority.PREFETCH and key not in protected and self.reader.cancel(request):
                 del self._pending[key]
-                self.host.release(key)
+                self._forget(key)
                 self.counters.fetched["disk"] -= request.nbytes
         for key in keys:
             if key in self.host or key in self.device:
@@ -216,9 +235,7 @@ class ExpertCache:
             else:
                 evicted = self._reclaim(busy - locked)
             self._pending.pop(evicted, None)
-            self.host.release(evicted)
-            if self.listener is not None:
-                self.listener.evicted(evicted)
+            self._forget(evicted)
             ticket = self._tickets.get(evicted)
             if ticket is not None:  # its copy to the device may still be reading the slot
                 self.transfer.done(ticket)
@@ -227,6 +244,11 @@ class ExpertCache:
         if draining is not None:
             self.transfer.done(draining)
         return slot
+
+    def _forget(self, key: Key) -> None:
+        self.host.release(key)
+        if self.listener is not None:
+            self.listener.evicted(key)
 
     def _reclaim(self, busy: set[Key]) -> Key:
         """An expert whose slot is being filled for later, its read dropped or awaited."""
@@ -247,8 +269,12 @@ class ExpertCache:
                 self.reader.promote(pending, priority)
             return
         slot = self._host_slot(key, locked)
-        record = self.store.record(*key)
-        self._pending[key] = self.reader.submit(record, self.arena.buffer(slot), priority, key[0])
+        record, listener = self.store.record(*key), self.listener
+        then: Callable[[bool], None] | None = None
+        if listener is not None:
+            listener.coming(key, self._view("ram", slot, key))
+            then = partial(listener.landed, key)
+        self._pending[key] = self.reader.submit(record, self.arena.buffer(slot), priority, key[0], then)
         self.counters.fetched["disk"] += record.nbytes
 
     def _weights(self, key: Key, locked: set[Key]) -> ExpertWeights:
@@ -272,12 +298,10 @@ class ExpertCache:
         try:
             request.wait()
         except CheckpointError:
-            self.host.release(key)
+            self._forget(key)
             self._pending.pop(key)
             raise
         self._pending.pop(key)
-        if self.listener is not None:
-            self.listener.landed(key, self._view("ram", self.host.slot_of[key], key))
 
     def _upload(self, key: Key, locked: set[Key]) -> None:
         """Copy ``key`` from its host slot to a device slot."""

@@ -80,10 +80,14 @@ class RoutingStats:
             self._step = []
         self._step.append(chosen)
         if layer == self.moe_layers[-1] and len(self._step) == len(self.moe_layers):
-            self._waiting.append(np.stack(self._step, 1))
+            self.record_step(np.stack(self._step, 1))
             self._step = []
-            if len(self._waiting) >= _BATCH:
-                self._settled()
+
+    def record_step(self, chosen: Ids) -> None:
+        """``chosen`` int64 ``[T, L, k]``: the experts of each token in every MoE layer. The array is kept."""
+        self._waiting.append(chosen)
+        if len(self._waiting) >= _BATCH:
+            self._settled()
 
     def _settled(self) -> "RoutingStats":
         """Count what waits: many steps at once, because numpy's price is per call."""

@@ -145,6 +145,12 @@ class ExpertStore:
         ]
 
     @cached_property
+    def expert_nbytes(self) -> int | None:
+        """Bytes of any expert, or None if they differ."""
+        sizes = {self.record(*key).nbytes for key in self.experts()}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all experts."""
         return sum(self.record(*key).nbytes for key in self.experts())

@@ -1,5 +1,8 @@
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
+#include <mutex>
 
 #include "mlp.h"
 #include "moe.h"
@@ -28,6 +31,8 @@ void choose(const MoeBlock& block, const float* logits, int32_t* chosen, float* 
   for (int k = 0; k < block.top_k; ++k) weights[k] /= divisor;
 }
 
+}  // namespace
+
 void route(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, const Routing& routing) {
   const int64_t hidden = block.router.k;
   const Kernels& table = kernels();
@@ -48,19 +53,62 @@ void route(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, c
            routing.weights + t * block.top_k);
 }
 
+namespace {
+
 bool resident(const MoeBlock& block, const int32_t* chosen, int64_t count) {
-  return std::all_of(chosen, chosen + count, [&](int32_t expert) { return block.table[expert].gate != 0; });
+  return std::all_of(chosen, chosen + count, [&](int32_t expert) { return state_of(block, expert) == kReady; });
 }
 
-Weight at(Weight weight, int64_t packed, int64_t scale) {
+Weight at(Weight weight, int64_t packed, int64_t scale, int64_t form) {
+  weight.kind = int32_t(form & 0xffffffff);
+  weight.group = int32_t(form >> 32);
   weight.packed = reinterpret_cast<const uint8_t*>(packed);
   weight.scale = reinterpret_cast<const uint16_t*>(scale);
   return weight;
 }
 
-void compute(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, const Routing& routing, float* out,
-             int64_t ldout, bool exact) {
-  const int64_t hidden = block.router.k;
+Job routed_job(const MoeBlock& block, int32_t expert, const int32_t* tokens, int64_t count, const float* weights) {
+  const ExpertEntry& e = block.table[expert];
+  const bool scales_input = block.router_kind == kSigmoidInput;
+  return {at(block.gate, e.gate, e.gate_scale, e.gate_form),
+          at(block.up, e.up, e.up_scale, e.up_form),
+          at(block.down, e.down, e.down_scale, e.down_form),
+          tokens,
+          count,
+          scales_input ? weights : nullptr,
+          scales_input ? nullptr : weights};
+}
+
+// The shared expert's job, if there is one; `weights` keeps the sigmoid of its own router.
+void add_shared(const MoeBlock& block, int64_t tokens, const Routing& routing, std::vector<float>& weights,
+                std::vector<Job>& jobs) {
+  if (!block.shared) return;
+  const float* weigh = nullptr;
+  if (block.shared_router.k) {
+    Scratch scratch;
+    weights.resize(size_t(tokens));
+    Product product{block.shared_router, routing.normed, block.router.k, tokens, weights.data(), 1, {}};
+    multiply(&product, 1, true, scratch);
+    for (float& value : weights) value = 1.0f / (1.0f + std::exp(-value));
+    weigh = weights.data();
+  }
+  jobs.push_back({block.shared_gate, block.shared_up, block.shared_down, nullptr, tokens, nullptr, weigh});
+}
+
+void start(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, float* out, int64_t ldout) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (block.norm) std::memmove(out + t * ldout, x + t * ldx, size_t(block.router.k) * 4);
+    else std::memset(out + t * ldout, 0, size_t(block.router.k) * 4);
+  }
+}
+
+std::mutex publish_mutex;
+std::condition_variable published;
+
+}  // namespace
+
+void compute_block(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, const Routing& routing,
+                   float* out, int64_t ldout, bool exact) {
   std::vector<std::vector<int32_t>> owned_tokens(size_t(block.experts));
   std::vector<std::vector<float>> owned_weights(size_t(block.experts));
   for (int64_t i = 0; i < tokens * block.top_k; ++i) {
@@ -69,36 +117,50 @@ void compute(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens,
   }
   std::vector<Job> jobs;
   std::vector<float> shared_weights;
-  if (block.shared) {
-    const float* weigh = nullptr;
-    if (block.shared_router.k) {
-      Scratch scratch;
-      shared_weights.resize(size_t(tokens));
-      Product product{block.shared_router, routing.normed, hidden, tokens, shared_weights.data(), 1, {}};
-      multiply(&product, 1, true, scratch);
-      for (float& value : shared_weights) value = 1.0f / (1.0f + std::exp(-value));
-      weigh = shared_weights.data();
-    }
-    jobs.push_back({block.shared_gate, block.shared_up, block.shared_down, nullptr, tokens, nullptr, weigh});
-  }
-  const bool scales_input = block.router_kind == kSigmoidInput;
-  for (size_t e = 0; e < owned_tokens.size(); ++e) {
-    if (owned_tokens[e].empty()) continue;
-    const ExpertAddresses& a = block.table[e];
-    const float* weights = owned_weights[e].data();
-    jobs.push_back({at(block.gate, a.gate, a.gate_scale), at(block.up, a.up, a.up_scale),
-                    at(block.down, a.down, a.down_scale), owned_tokens[e].data(), int64_t(owned_tokens[e].size()),
-                    scales_input ? weights : nullptr, scales_input ? nullptr : weights});
-  }
-  for (int64_t t = 0; t < tokens; ++t) {
-    if (block.norm) std::memcpy(out + t * ldout, x + t * ldx, size_t(hidden) * 4);
-    else std::memset(out + t * ldout, 0, size_t(hidden) * 4);
-  }
-  run_jobs(jobs.data(), int64_t(jobs.size()), routing.normed, hidden, out, ldout, exact);
+  add_shared(block, tokens, routing, shared_weights, jobs);
+  for (size_t e = 0; e < owned_tokens.size(); ++e)
+    if (!owned_tokens[e].empty())
+      jobs.push_back(routed_job(block, int32_t(e), owned_tokens[e].data(), int64_t(owned_tokens[e].size()),
+                                owned_weights[e].data()));
+  start(block, x, ldx, tokens, out, ldout);
+  run_jobs(jobs.data(), int64_t(jobs.size()), routing.normed, block.router.k, out, ldout, exact);
 }
 
-}  // namespace
+void compute_shared(const MoeBlock& block, const float* x, const Routing& routing, float* out, bool exact) {
+  std::vector<Job> jobs;
+  std::vector<float> weights;
+  add_shared(block, 1, routing, weights, jobs);
+  start(block, x, block.router.k, 1, out, block.router.k);
+  run_jobs(jobs.data(), int64_t(jobs.size()), routing.normed, block.router.k, out, block.router.k, exact);
+}
+
+void compute_routed(const MoeBlock& block, const Routing& routing, int rank, float* out, bool exact) {
+  const Job job = routed_job(block, routing.chosen[rank], nullptr, 1, routing.weights + rank);
+  run_jobs(&job, 1, routing.normed, block.router.k, out, block.router.k, exact);
+}
+
+ExpertState state_of(const MoeBlock& block, int32_t expert) {
+  return ExpertState(__atomic_load_n(&block.table[expert].state, __ATOMIC_ACQUIRE));
+}
+
+ExpertState await_expert(const MoeBlock& block, int32_t expert, double seconds) {
+  std::unique_lock<std::mutex> lock(publish_mutex);
+  published.wait_for(lock, std::chrono::duration<double>(seconds),
+                     [&] { return state_of(block, expert) != kComing; });
+  return state_of(block, expert);
+}
+
 }  // namespace coldstream
+
+// Set an expert's state from any thread, after everything else of its entry, and wake whoever waits for it.
+COLDSTREAM_API void cs_publish(int64_t* state, int64_t value) {
+  using namespace coldstream;
+  {
+    std::lock_guard<std::mutex> lock(publish_mutex);
+    __atomic_store_n(state, value, __ATOMIC_RELEASE);
+  }
+  published.notify_all();
+}
 
 // Route, and if every chosen expert is resident compute the block too and set *complete; otherwise out is left
 // alone and the caller fetches what is missing and runs the jobs itself.
@@ -109,6 +171,6 @@ COLDSTREAM_API int32_t cs_moe(const coldstream::MoeBlock* block, const float* x,
   return guarded([&] {
     route(*block, x, ldx, tokens, *routing);
     *complete = out && resident(*block, routing->chosen, tokens * block->top_k);
-    if (*complete) compute(*block, x, ldx, tokens, *routing, out, ldout, exact != 0);
+    if (*complete) compute_block(*block, x, ldx, tokens, *routing, out, ldout, exact != 0);
   });
 }

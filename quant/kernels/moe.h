@@ -6,9 +6,14 @@ namespace coldstream {
 
 enum Router : int32_t { kSigmoidInput = 0, kSoftmax = 1, kSoftmaxNormalized = 2 };
 
-// Addresses of one expert's three weights; a gate of 0 says that it is not resident.
-struct ExpertAddresses {
+enum ExpertState : int64_t { kAbsent = 0, kReady = 1, kComing = 2, kFailed = 3 };
+
+// One expert: the addresses of its three weights, how each is packed (kind | group << 32), and whether the bytes are
+// there. Whoever brings them writes everything else first and the state last, by `publish`.
+struct ExpertEntry {
   int64_t gate, gate_scale, up, up_scale, down, down_scale;
+  int64_t gate_form, up_form, down_form;
+  int64_t state;
 };
 
 struct MoeBlock {
@@ -16,8 +21,8 @@ struct MoeBlock {
   float eps;
   int32_t router_kind, experts, top_k;
   Weight router;
-  Weight gate, up, down;  // what all routed experts share: kind, group and shape; addresses come from the table
-  const ExpertAddresses* table;  // [experts]
+  Weight gate, up, down;  // the shapes that all routed experts share; the rest comes from the table
+  ExpertEntry* table;     // [experts]
   int32_t shared;                // 1 if there is a shared expert
   Weight shared_gate, shared_up, shared_down;
   Weight shared_router;  // [1, H]: a sigmoid that weighs the shared expert's output; k = 0 for none
@@ -29,5 +34,21 @@ struct Routing {
   int32_t* chosen;   // [T, top_k]
   float* weights;    // [T, top_k]
 };
+
+// Norm and router: fills `routing` for `tokens` rows of x.
+void route(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, const Routing& routing);
+
+// The whole block for rows that have been routed, all chosen experts ready.
+void compute_block(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, const Routing& routing,
+                   float* out, int64_t ldout, bool exact);
+
+// In parts, for one token: out = x (0 without a norm) + the shared expert; out += the chosen expert at `rank`.
+void compute_shared(const MoeBlock& block, const float* x, const Routing& routing, float* out, bool exact);
+void compute_routed(const MoeBlock& block, const Routing& routing, int rank, float* out, bool exact);
+
+ExpertState state_of(const MoeBlock& block, int32_t expert);
+
+// Wait until `expert` is no longer coming, `seconds` at most; returns its state.
+ExpertState await_expert(const MoeBlock& block, int32_t expert, double seconds);
 
 }  // namespace coldstream

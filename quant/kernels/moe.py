@@ -10,8 +10,11 @@ experts can be fetched while ``mlp`` already runs the others.
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +25,9 @@ from quant.kernels.weight import CWeight, Weight
 
 RouterKind = Literal["sigmoid_input", "softmax", "softmax_normalized"]
 _ROUTERS: dict[RouterKind, int] = {"sigmoid_input": 0, "softmax": 1, "softmax_normalized": 2}
-_POINTERS = 6  # per expert: packed words and scales of gate_proj, up_proj and down_proj
+_ENTRY = 10  # per expert: six addresses, three forms, the state
+_STATE = 9
+READY, COMING, ABSENT, FAILED = 1, 2, 0, 3
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,16 @@ class GatedMlp:
             )
 
     @property
-    def layout(self) -> tuple[tuple[str, int, int, int], ...]:
-        """Kind, group size and shape of the three weights: what experts of one block have in common."""
-        weights = (self.gate_proj, self.up_proj, self.down_proj)
-        return tuple((w.kind, w.group_size, w.out_features, w.in_features) for w in weights)
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The shapes of the three weights: what experts of one block have in common."""
+        return tuple((w.out_features, w.in_features) for w in (self.gate_proj, self.up_proj, self.down_proj))
 
-    @property
-    def pointers(self) -> list[int]:
-        """The six addresses of a row of ``MoeBlock.table``."""
-        weights = (self.gate_proj, self.up_proj, self.down_proj)
-        return [pointer for w in weights for pointer in (w.packed_ptr, w.scale_ptr)]
+    @cached_property
+    def entry(self) -> list[int]:
+        """A row of ``MoeBlock.table`` but for its state: six addresses, and how each weight is packed."""
+        natives = [w.native for w in (self.gate_proj, self.up_proj, self.down_proj)]
+        addresses = [pointer or 0 for n in natives for pointer in (n.packed, n.scale)]
+        return [*addresses, *(n.kind | n.group << 32 for n in natives)]
 
 
 class _CJob(ctypes.Structure):
@@ -173,8 +178,8 @@ class MoeBlock:
     the chosen). ``shared`` runs on every token, weighed by sigmoid(``shared_router``) if given. With ``norm``
     (RMSNorm weight ``[H]``) the block computes x + moe(norm(x)), else moe(x).
 
-    ``table`` int64 ``[E, 6]`` holds the addresses of the resident experts, zeros for the others;
-    ``set_expert`` and ``clear_expert`` fill it and hold on to the weights.
+    ``table`` int64 ``[E, 10]`` holds where each expert is and whether its bytes are there; ``set_expert`` and
+    ``clear_expert`` fill it and hold on to the weights.
     """
 
     def __init__(
@@ -196,9 +201,10 @@ class MoeBlock:
         self.router, self.top_k, self.router_kind = router, top_k, router_kind
         self.shared, self.shared_router = shared, shared_router
         self.norm = None if norm is None else norm.float().contiguous()
-        self.table = torch.zeros(router.out_features, _POINTERS, dtype=torch.int64)
+        self.table = torch.zeros(router.out_features, _ENTRY, dtype=torch.int64)
+        self._rows: npt.NDArray[np.int64] = self.table.numpy()
         self._resident: dict[int, GatedMlp] = {}
-        self._layout: tuple[tuple[str, int, int, int], ...] | None = None
+        self._shapes: tuple[tuple[int, int], ...] | None = None
         hidden = router.in_features
         if any(h != hidden for h in self._hidden_sizes()):
             raise SchemeError(f"router, norm and shared expert disagree about the hidden size {hidden}")
@@ -218,30 +224,37 @@ class MoeBlock:
         sizes += [] if self.shared is None else [self.shared.gate_proj.in_features]
         return sizes + ([] if self.shared_router is None else [self.shared_router.in_features])
 
-    def set_expert(self, expert: int, weights: GatedMlp) -> None:
-        """Make ``expert`` resident. Raises SchemeError if it is stored unlike the experts before it."""
-        if self._layout is None:
+    def set_expert(self, expert: int, weights: GatedMlp, *, ready: bool = True) -> None:
+        """Say where ``expert`` is; unless ``ready`` its bytes are still coming, and ``publish`` ends that.
+        Raises SchemeError if it has not the shapes of the experts before it."""
+        if self._shapes is None:
             if weights.gate_proj.in_features != self.router.in_features:
                 raise SchemeError(
                     f"an expert of hidden size {weights.gate_proj.in_features}, not the router's"
                 )
-            self._layout = weights.layout
+            self._shapes = weights.shapes
             self._block.gate, self._block.up = weights.gate_proj.native, weights.up_proj.native
             self._block.down = weights.down_proj.native
-        if weights.layout != self._layout:
+        if weights.shapes != self._shapes:
             raise SchemeError(
-                f"expert {expert} is stored as {weights.layout}: expected {self._layout} as the others"
+                f"expert {expert} is of shapes {weights.shapes}: expected {self._shapes} as the others"
             )
         self._resident[expert] = weights
-        self.table[expert] = torch.tensor(weights.pointers, dtype=torch.int64)
+        self._rows[expert, :_STATE] = weights.entry
+        self.publish(expert, READY if ready else COMING)
+
+    def publish(self, expert: int, state: int) -> None:
+        """Set the state of ``expert`` (READY, COMING, ABSENT, FAILED) from any thread and wake who waits."""
+        place = self.table.data_ptr() + 8 * (expert * _ENTRY + _STATE)
+        library().cs_publish(ctypes.c_void_p(place), ctypes.c_int64(state))
 
     def holds(self, experts: Iterable[int]) -> bool:
-        """Whether all of ``experts`` are resident."""
-        return all(expert in self._resident for expert in experts)
+        """Whether all of ``experts`` are ready."""
+        return all(self._rows[expert, _STATE] == READY for expert in experts)
 
     def clear_expert(self, expert: int) -> None:
         """Forget ``expert``: from now on a token that needs it finds it missing."""
-        self.table[expert] = 0
+        self.publish(expert, ABSENT)
         self._resident.pop(expert, None)
 
     def run(self, x: Tensor, *, exact: bool = False, route_only: bool = False) -> MoeResult:

@@ -5,16 +5,18 @@ Legend: H hidden, E experts, k experts per token, r rotated channels of a head.
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.kernels.attention import Attention, KvBuffers, _CBlock, _CCache
+from quant.kernels.foresight import DEPTH, CForesight, Foresight
 from quant.kernels.library import check, library
-from quant.kernels.moe import GatedMlp, MoeBlock, MoeResult, _CRouting
+from quant.kernels.moe import GatedMlp, MoeBlock, _CRouting
 from quant.kernels.moe import _CBlock as _CMoeBlock
-from quant.kernels.rows import address
+from quant.kernels.weight import CWeight, Weight
 
 
 class DenseBlock:
@@ -36,19 +38,83 @@ class _CLayer(ctypes.Structure):
         ("moe", ctypes.POINTER(_CMoeBlock)),
         ("cache", _CCache),
         ("routing", _CRouting),
+        ("moe_index", ctypes.c_int64),
     ]
+
+
+class _CRun(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("cosine", ctypes.c_void_p),
+        ("sine", ctypes.c_void_p),
+        ("position", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("layer", ctypes.c_int64),
+        ("stage", ctypes.c_int32),
+        ("exact", ctypes.c_int32),
+        ("reason", ctypes.c_int32),
+        ("wanted_count", ctypes.c_int32),
+        ("wanted", ctypes.c_void_p),
+        ("layer_of", ctypes.c_void_p),
+        ("foresight", ctypes.POINTER(CForesight)),
+        ("late", ctypes.c_void_p),
+        ("done", ctypes.c_uint64),
+        ("patience", ctypes.c_double),
+        ("wanted_room", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("norm", ctypes.c_void_p),
+        ("head", CWeight),
+        ("normed", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+    ]
+
+
+_TOKEN, _LAYER, _EXPERTS = range(3)  # stages
+_MISSING = 1  # of the reasons
+_NOTHING_DONE = 2**64 - 1  # of the current layer not even the shared expert
+_MOST_CHOSEN = 63  # experts of one token and layer: a bit each
+_PATIENCE = 0.1  # seconds in a native call, in which Ctrl-C is not seen
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where a step is and why: ``attended`` layers have their attention done, ``finished`` are through.
+
+    ``missing`` are the chosen experts of layer ``finished`` that are not computed yet, ascending, if one of
+    them is not even coming; ``waiting`` are all of them. ``wanted`` are (layer, expert) that coming layers
+    will probably choose, nearest first, one of them not coming yet.
+    """
+
+    finished: int
+    attended: int
+    missing: bool
+    waiting: list[int]
+    wanted: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What follows the layers: RMSNorm with ``norm`` ``[H]``, then the logits of ``weight`` ``[V, H]``."""
+
+    norm: Tensor
+    eps: float
+    weight: Weight
 
 
 class Stack:
     """All layers of a decoder. ``rotary`` is r, 0 if no layer uses RoPE.
 
+    With a ``head``, ``token_logits`` f32 ``[V]`` are the last token's; they are overwritten by the next.
+
     ``chosen`` int32 ``[layers, k]``, ``weights`` f32 ``[layers, k]`` and ``logits`` f32 ``[layers, E]`` hold
-    what the routers found in the last call; rows of dense layers mean nothing.
+    what the routers found for the last token; rows of dense layers mean nothing. ``late`` int64 ``[layers]``
+    has bit i set where the i-th of the chosen experts was not there when its layer asked for it.
     """
 
     def __init__(
-        self, attentions: Sequence[Attention], blocks: Sequence[MoeBlock | DenseBlock], rotary: int
-    ) -> None:
+        self, attentions: Sequence[Attention], blocks: Sequence[MoeBlock | DenseBlock], rotary: int,
+        head: Head | None = None,
+    ) -> None:  # fmt: skip
         if not attentions or len(attentions) != len(blocks):
             raise SchemeError(
                 f"{len(attentions)} attentions and {len(blocks)} blocks: expected as many of each"
@@ -56,6 +122,8 @@ class Stack:
         self.attentions, self.blocks, self.rotary = list(attentions), list(blocks), rotary
         count, hidden = len(blocks), attentions[0].hidden
         top_k = max(block.top_k for block in blocks)
+        if top_k > _MOST_CHOSEN:
+            raise SchemeError(f"{top_k} experts per token: expected {_MOST_CHOSEN} at most")
         experts = max(
             (block.router.out_features for block in blocks if isinstance(block, MoeBlock)), default=0
         )
@@ -63,6 +131,13 @@ class Stack:
         self.logits, self.weights = torch.empty(count, max(experts, 1)), torch.empty(count, max(top_k, 1))
         self.chosen = torch.zeros(count, max(top_k, 1), dtype=torch.int32)
         self._layers = (_CLayer * count)()
+        moe_layers = [index for index, block in enumerate(blocks) if isinstance(block, MoeBlock)]
+        self._layer_of = torch.tensor(moe_layers, dtype=torch.int64)
+        self._wanted = torch.zeros(2 * DEPTH * max(top_k, 1), 2, dtype=torch.int32)
+        self.late = torch.zeros(count, dtype=torch.int64)
+        self._run = _CRun(count=count, patience=_PATIENCE, wanted_room=len(self._wanted))
+        self._run.wanted, self._run.layer_of = self._wanted.data_ptr(), self._layer_of.data_ptr()
+        self._run.late = self.late.data_ptr()
         for index, (attention, block) in enumerate(zip(attentions, blocks, strict=True)):
             layer = self._layers[index]
             if attention.shape.rope != "none":
@@ -70,7 +145,18 @@ class Stack:
             layer.attention, layer.moe = ctypes.pointer(attention._block), ctypes.pointer(block._block)
             found = (self.normed[index], self.logits[index], self.chosen[index], self.weights[index])
             layer.routing = _CRouting(*(tensor.data_ptr() for tensor in found))
+            layer.moe_index = moe_layers.index(index) if index in moe_layers else -1
         self._kept: list[KvBuffers] = []
+        self.token_logits: Tensor | None = None
+        if head is not None:
+            self.head, self._norm, self._normed = head, head.norm.float().contiguous(), torch.empty(hidden)
+            self.token_logits = torch.empty(head.weight.out_features)
+            self._run.norm, self._run.eps, self._run.head = (
+                self._norm.data_ptr(),
+                head.eps,
+                head.weight.native,
+            )
+            self._run.normed, self._run.logits = self._normed.data_ptr(), self.token_logits.data_ptr()
 
     def attach(self, caches: Sequence[KvBuffers], position: int) -> None:
         """Use these KV buffers, one per layer, for the token at ``position``. Raises SchemeError if one is
@@ -83,26 +169,31 @@ class Stack:
         """Row 0 of ``layer``'s buffers now holds the token at ``first_position``."""
         self._layers[layer].cache.first_position = first_position
 
-    def run(self, x: Tensor, position: int, cosine: Tensor, sine: Tensor, first: int, exact: bool) -> int:
-        """x f32 ``[H]`` (contiguous) through the layers from ``first`` on, in place; cosine and sine f32
-        ``[r/2]``.
+    def begin(
+        self, x: Tensor, position: int, cosine: Tensor, sine: Tensor, exact: bool,
+        foresight: Foresight | None = None,
+    ) -> None:  # fmt: skip
+        """Start a token: x f32 ``[H]`` (contiguous) is worked on in place; cosine and sine f32 ``[r/2]``."""
+        run = self._run
+        self._held = (x, cosine, sine)
+        run.x, run.cosine, run.sine = x.data_ptr(), cosine.data_ptr(), sine.data_ptr()
+        run.position, run.layer, run.exact = position, 0, int(exact)
+        run.stage = _LAYER if foresight is None else _TOKEN
+        run.foresight = None if foresight is None else ctypes.pointer(foresight.native)
 
-        Returns the number of layers, or the layer at whose MoE block a chosen expert was missing: x is then
-        the input of that block.
-        """
-        stopped = ctypes.c_int64(0)
-        status = library().cs_stack(
-            self._layers, ctypes.c_int64(first), ctypes.c_int64(len(self.blocks)), address(x),
-            ctypes.c_int64(position), address(cosine), address(sine), int(exact), ctypes.byref(stopped),
-        )  # fmt: skip
-        check(status, "stack")
-        return stopped.value
-
-    def result(self, layer: int) -> MoeResult:
-        """What the router of ``layer`` found, as ``MoeBlock.run`` returns it for an incomplete block."""
-        block = self.blocks[layer]
-        assert isinstance(block, MoeBlock)
-        rows = slice(layer, layer + 1)
-        experts, top_k = block.router.out_features, block.top_k
-        chosen, weights = self.chosen[rows, :top_k], self.weights[rows, :top_k]
-        return MoeResult(None, self.logits[rows, :experts], chosen, weights, self.normed[rows])
+    def go(self) -> Stop | None:
+        """Run on until the token is through (None), or until there is something that the caller must do
+        first: begin the reads of what is missing and of what is wanted. Returns at the latest after a tenth
+        of a second of waiting."""
+        run = self._run
+        check(library().cs_stack(self._layers, ctypes.byref(run)), "stack")
+        if run.layer == run.count:
+            return None
+        layer, within = run.layer, run.stage == _EXPERTS
+        waiting: list[int] = []
+        if within:
+            done = 0 if run.done == _NOTHING_DONE else run.done
+            chosen = self.chosen[layer, : self.blocks[layer].top_k].tolist()
+            waiting = sorted(expert for rank, expert in enumerate(chosen) if not done >> rank & 1)
+        wanted = [(ahead, expert) for ahead, expert in self._wanted[: run.wanted_count].tolist()]
+        return Stop(layer, layer + int(within), bool(run.reason & _MISSING), waiting, wanted)

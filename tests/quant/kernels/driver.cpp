@@ -1,14 +1,18 @@
 // Runs every native kernel on heap blocks of exactly the right size, on every instruction set, against naive
 // arithmetic: built with a sanitizer, a single byte too far or one unordered access ends it.
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "attention.h"
+#include "foresight.h"
 #include "mlp.h"
 #include "moe.h"
 
@@ -23,6 +27,9 @@ int32_t cs_quantize(const QuantizeJob*, QuantizeStats*);
 int32_t cs_linear(const Weight*, const float*, int64_t, int64_t, float*, int64_t, int32_t);
 int32_t cs_mlp(const Job*, int64_t, const float*, int64_t, float*, int64_t, int32_t);
 int32_t cs_moe(const MoeBlock*, const float*, int64_t, int64_t, float*, int64_t, const Routing*, int32_t, int32_t*);
+void cs_publish(int64_t*, int64_t);
+int32_t cs_guess(const Foresight*, int32_t, int32_t, const float*, int32_t*, int32_t*);
+void cs_learn(const Foresight*, int32_t, const int32_t*);
 int32_t cs_attention(const AttentionBlock*, const float*, int64_t, int64_t, int64_t, const float*, const float*,
                      const KvCache*, float*, int64_t, int32_t);
 }
@@ -139,15 +146,41 @@ Mlp random_mlp(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t 
           random_weight(heap, random, kind, group, hidden, inner)};
 }
 
+void run_foresight(Heap& heap, Random& random) {
+  const int64_t layers = 5, experts = 6, hidden = 96;
+  const int32_t top_k = 2, depth = 3, bins = 3, slots = 2;
+  const float edges[] = {0.1f, 0.5f};
+  float* right = heap.take<float>(kGuessKinds * depth * bins);
+  std::fill(right, right + kGuessKinds * depth * bins, 0.75f);
+  int32_t* counts = heap.take<int32_t>(layers);
+  std::fill(counts, counts + layers, 0);
+  Foresight foresight{random_weight(heap, random, kF32, 0, layers * experts, hidden), int32_t(layers), int32_t(experts),
+                      top_k, depth, bins, slots, 0.75f, 0.9f, edges, right,
+                      heap.take<int32_t>(layers * slots * (1 + top_k)), counts};
+  int32_t* pairs = heap.take<int32_t>(2 * depth * top_k);
+  for (int token = 0; token < 3; ++token)
+    for (int32_t here = -1; here < layers; ++here) {
+      int32_t count = -1;
+      require(cs_guess(&foresight, here < 0 ? kFromEmbedding : kFromOutput, here, normals(heap, random, hidden), pairs,
+                       &count) == kOk, "a guess", here);
+      require(count >= 0 && count <= depth * top_k, "a number of guesses", count);
+      for (int i = 0; i < count; ++i)
+        require(pairs[2 * i] > here && pairs[2 * i] < layers && pairs[2 * i + 1] < experts, "a guess in range", here);
+      const int32_t chosen[] = {int32_t(random.below(experts)), int32_t(random.below(experts))};
+      if (here + 1 < layers) cs_learn(&foresight, here + 1, chosen);
+    }
+}
+
 void run_moe(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t tokens) {
   const int64_t hidden = 3 * group, inner = 2 * group, experts = 5, top_k = 2;
-  std::vector<ExpertAddresses> table;
+  std::vector<ExpertEntry> table;
   MoeBlock block{};
   for (int64_t e = 0; e < experts; ++e) {
     Mlp mlp = random_mlp(heap, random, kind, group, hidden, inner);
     auto at = [](const void* pointer) { return int64_t(reinterpret_cast<intptr_t>(pointer)); };
+    const int64_t form = kind | int64_t(group) << 32;
     table.push_back({at(mlp.gate.packed), at(mlp.gate.scale), at(mlp.up.packed), at(mlp.up.scale), at(mlp.down.packed),
-                     at(mlp.down.scale)});
+                     at(mlp.down.scale), form, form, form, kReady});
     block.gate = mlp.gate;
     block.up = mlp.up;
     block.down = mlp.down;
@@ -172,8 +205,26 @@ void run_moe(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t to
   int32_t complete = 0;
   require(cs_moe(&block, x, hidden, tokens, out, hidden, &routing, 0, &complete) == kOk && complete, "MoE", tokens);
   for (int64_t i = 0; i < tokens * hidden; ++i) require(std::isfinite(out[i]), "a finite MoE output", tokens, i);
-  table[size_t(routing.chosen[0])] = {};
+  ExpertEntry& entry = table[size_t(routing.chosen[0])];
+  const ExpertEntry whole = entry;
+  entry = {};
   require(cs_moe(&block, x, hidden, tokens, out, hidden, &routing, 0, &complete) == kOk && !complete, "a miss", tokens);
+  // Another thread brings the expert while this one waits for it: what it wrote before must be seen.
+  entry.state = kComing;
+  std::thread reader([&] {
+    std::memcpy(static_cast<void*>(&entry), &whole, offsetof(ExpertEntry, state));
+    cs_publish(&entry.state, kReady);
+  });
+  while (await_expert(block, routing.chosen[0], 0.01) == kComing) {}
+  reader.join();
+  std::vector<float> first(out, out + hidden), parts(size_t(hidden), 0.0f);
+  if (tokens == 1) {
+    compute_shared(block, x, routing, parts.data(), false);
+    std::vector<int> order = {0, 1};
+    if (routing.chosen[1] < routing.chosen[0]) order = {1, 0};
+    for (int rank : order) compute_routed(block, routing, rank, parts.data(), false);
+    for (int64_t i = 0; i < hidden; ++i) require(parts[size_t(i)] == first[size_t(i)], "a block in parts", i);
+  }
 
   int32_t* chosen = heap.take<int32_t>(tokens);
   float* factor = normals(heap, random, tokens);
@@ -243,6 +294,10 @@ void run_all(unsigned seed, bool thorough) {
       if (packed && group <= 64)
         for (int64_t tokens : {1, 6}) run_moe(heap, random, kind, group, tokens);
     }
+  {
+    Heap heap;
+    run_foresight(heap, random);
+  }
   for (int32_t storage : {kCacheF32, kCacheBf16, kCacheInt8})
     for (int64_t head_dim : {8, 40, 128}) {
       Heap heap;

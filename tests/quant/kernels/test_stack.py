@@ -1,12 +1,16 @@
 """A run of layers in one call equals the same layers one by one, and stops where an expert is missing."""
 
+import itertools
+import threading
+
 import pytest
 import torch
 
 from quant.errors import SchemeError
 from quant.kernels.attention import Attention, AttentionShape, KvBuffers
-from quant.kernels.moe import GatedMlp, Job, MoeBlock, mlp
-from quant.kernels.stack import DenseBlock, Stack
+from quant.kernels.foresight import FROM_EMBEDDING, Foresight
+from quant.kernels.moe import FAILED, READY, GatedMlp, Job, MoeBlock, mlp
+from quant.kernels.stack import DenseBlock, Head, Stack, Stop
 from quant.kernels.weight import Weight
 
 HIDDEN, INTER, EXPERTS, LAYERS = 64, 96, 4, 3
@@ -58,29 +62,132 @@ def test_a_stack_equals_its_layers_one_by_one() -> None:
                 result = block.run(expected, exact=True)
                 assert result.out is not None
                 expected = result.out
-        assert stack.run(x, position, cosine[0], sine[0], 0, True) == LAYERS
+        stack.begin(x, position, cosine[0], sine[0], True)
+        assert stack.go() is None
         assert torch.allclose(x, expected, atol=1e-5)
     for mine, theirs in zip(caches, own, strict=True):
         assert torch.allclose(mine.keys, theirs.keys, atol=1e-5)
 
 
-def test_a_stack_stops_where_an_expert_is_missing_and_goes_on_after_it() -> None:
+def _token() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(1, HIDDEN), torch.rand(8), torch.rand(8)
+
+
+def test_a_stack_stops_where_an_expert_is_missing_and_goes_on_once_it_is_there() -> None:
     attentions, blocks, caches = _layers()
     stack = Stack(attentions, blocks, 16)
     stack.attach(caches, 0)
-    x, cosine, sine = torch.randn(1, HIDDEN), torch.rand(8), torch.rand(8)
+    x, cosine, sine = _token()
     whole = x.clone()
-    assert stack.run(whole, 0, cosine, sine, 0, True) == LAYERS
+    stack.begin(whole, 0, cosine, sine, True)
+    assert stack.go() is None
+    assert stack.late.tolist() == [0] * LAYERS
     last = blocks[2]
     assert isinstance(last, MoeBlock)
-    chosen = int(stack.result(2).chosen[0, 0])
+    chosen = int(stack.chosen[2, 0])
     kept = last._resident[chosen]
     last.clear_expert(chosen)
-    assert stack.run(x, 0, cosine, sine, 0, True) == 2
-    result = stack.result(2)
-    assert int(result.chosen[0, 0]) == chosen
-    jobs = [*last.shared_job(result), *last.routed_jobs(result, {chosen: kept})]
-    assert torch.allclose(mlp(jobs, result.normed, x.clone(), exact=True), whole, atol=1e-5)
+    stack.begin(x, 0, cosine, sine, True)
+    assert stack.go() == Stop(2, 3, True, [chosen], [])
+    assert stack.late.tolist() == [0, 0, 1]
+    last.set_expert(chosen, kept)
+    assert stack.go() is None
+    assert torch.allclose(x, whole, atol=1e-5)
+
+
+def test_a_stack_waits_for_an_expert_that_is_coming() -> None:
+    attentions, blocks, caches = _layers()
+    stack = Stack(attentions, blocks, 16)
+    stack.attach(caches, 0)
+    x, cosine, sine = _token()
+    whole = x.clone()
+    stack.begin(whole, 0, cosine, sine, True)
+    assert stack.go() is None
+    last = blocks[2]
+    assert isinstance(last, MoeBlock)
+    chosen = int(stack.chosen[2, 0])
+    last.set_expert(chosen, last._resident[chosen], ready=False)
+    stack.begin(x, 0, cosine, sine, True)
+    assert stack.go() == Stop(
+        2, 3, False, [chosen], []
+    )  # a tenth of a second has passed: Ctrl-C has its turn
+    timer = threading.Timer(0.03, last.publish, (chosen, READY))
+    timer.start()
+    assert stack.go() is None
+    timer.join()
+    assert torch.allclose(x, whole, atol=1e-5)
+    last.set_expert(chosen, last._resident[chosen], ready=False)
+    stack.begin(whole, 0, cosine, sine, True)
+    timer = threading.Timer(0.03, last.publish, (chosen, FAILED))
+    timer.start()
+    assert stack.go() == Stop(2, 3, True, [chosen], [])
+    timer.join()
+
+
+def test_sums_do_not_depend_on_which_experts_had_to_be_waited_for() -> None:
+    """Bit for bit the same for every set of late experts, which arrive in the wrong order."""
+    torch.manual_seed(3)
+    attentions, _, caches = _layers()
+    block = MoeBlock(_weight(EXPERTS, HIDDEN), 3, "softmax", _gated(), None, torch.rand(HIDDEN))
+    experts = [_gated() for _ in range(EXPERTS)]
+    stack = Stack(attentions[:1], [block], 16)
+    stack.attach(caches[:1], 0)
+    x, cosine, sine = _token()
+    sums = []
+    for late in itertools.chain([()], *(itertools.combinations(range(EXPERTS), n) for n in (1, 2, 3, 4))):
+        for expert in range(EXPERTS):
+            block.set_expert(expert, experts[expert], ready=expert not in late)
+        sums.append(x.clone())
+        stack.begin(sums[-1], 0, cosine, sine, True)
+        for expert in reversed(late):
+            stop = stack.go()
+            if stop is None:
+                break
+            assert not stop.missing
+            block.publish(expert, READY)
+        else:
+            assert stack.go() is None
+    assert all(torch.equal(sums[0], other) for other in sums[1:])
+
+
+def test_a_stack_says_what_coming_layers_will_want() -> None:
+    """Layer 0's output, or its embedding, is held against layer 2's router: it wants what is absent there."""
+    attentions, blocks, caches = _layers()
+    stack = Stack(attentions, blocks, 16)
+    stack.attach(caches, 0)
+    first, last = blocks[0], blocks[2]
+    assert isinstance(first, MoeBlock)
+    assert isinstance(last, MoeBlock)
+    routers = [torch.randn(EXPERTS, HIDDEN) for _ in range(2)]
+    foresight = Foresight(routers, [torch.ones(HIDDEN)] * 2, 1)
+    x, cosine, sine = _token()
+    embedded = [int((router @ x[0]).argmax()) for router in routers]
+    last.clear_expert(embedded[1])
+    stack.begin(x, 0, cosine, sine, True, foresight)
+    expected = [(0, embedded[0]), (2, embedded[1])]
+    assert stack.go() == Stop(0, 0, False, [], expected)  # one of them is absent: all are named
+    before = foresight.right.clone()
+    stop = stack.go()
+    changed = (foresight.right != before).nonzero().tolist()
+    assert [row[:2] for row in changed] == [[FROM_EMBEDDING, 0]]  # of layer 0 alone
+    assert stop is not None
+    assert stop.finished in (
+        1,
+        2,
+    )
+
+
+def test_a_stack_ends_with_the_logits_of_its_head() -> None:
+    attentions, blocks, caches = _layers()
+    norm, weight = torch.rand(HIDDEN), torch.randn(50, HIDDEN)
+    stack = Stack(attentions, blocks, 16, Head(norm, 1e-5, Weight.from_tensors("f32", weight)))
+    stack.attach(caches, 0)
+    x, cosine, sine = _token()
+    stack.begin(x, 0, cosine, sine, True)
+    assert stack.go() is None
+    assert stack.token_logits is not None
+    expected = torch.nn.functional.rms_norm(x[0], (HIDDEN,), norm, 1e-5) @ weight.T
+    assert torch.allclose(stack.token_logits, expected, atol=1e-4)
 
 
 def test_a_stack_wants_a_block_for_each_attention() -> None:
