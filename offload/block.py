@@ -83,13 +83,13 @@ class BlockTable:
 
     def __init__(self, blocks: Mapping[int, NativeMoe]) -> None:
         self.blocks = blocks
-        self._gated: dict[int, GatedMlp] = {}
+        self._gated: dict[int, tuple[ExpertWeights, GatedMlp]] = {}
 
     def coming(self, key: Key, weights: ExpertWeights) -> None:
         """Enter where an expert will be."""
-        expert = self._gated.get(id(weights))
-        if expert is None:
-            expert = self._gated[id(weights)] = gated(weights)
+        if id(weights) not in self._gated:  # kept with the weights: an id is theirs only while they live
+            self._gated[id(weights)] = weights, gated(weights)
+        _, expert = self._gated[id(weights)]
         self.blocks[key[0]].block.set_expert(key[1], expert, ready=False)
 
     def landed(self, key: Key, whole: bool) -> None:

@@ -66,7 +66,7 @@ class NativeDecoder:
         self._moe_layers = list(self.moes)
         self._table: tuple[int, Tensor, Tensor] | None = None
         self._attached: KVCache | None = None
-        experts.listener = BlockTable(self.moes)
+        experts.listen(BlockTable(self.moes))
 
     @staticmethod
     def knows(config: Any) -> bool:

@@ -5,7 +5,7 @@ not run again. A step that is interrupted leaves the cache as it was before the 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,16 +21,20 @@ from quant.errors import BudgetError, UsageError
 
 
 class Generator:
-    """Runs one sequence through a model. ``dense_bytes`` is what every forward pass reads besides experts."""
+    """Runs one sequence through a model. ``dense_bytes`` is what every forward pass reads besides experts.
+
+    ``after_first`` is called once, when the first token has been given out and another is asked for: it does
+    what would only delay that token.
+    """
 
     def __init__(
         self, model: Any, tokenizer: Any, cache: KVCache, experts: ExpertCache, *, dense_bytes: int,
         prompt_chunk: int, eos: frozenset[int], device: torch.device,
-        native: NativeDecoder | None = None, fills: bool = False,
+        native: NativeDecoder | None = None, after_first: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.cache, self.experts = model, tokenizer, cache, experts
         self.dense_bytes, self.prompt_chunk, self.eos, self.device = dense_bytes, prompt_chunk, eos, device
-        self.native, self._fills = native, fills
+        self.native, self._after_first, self._begun = native, after_first, False
         self.tokens: list[int] = []  # what the cache holds
 
     def reset(self) -> None:
@@ -51,6 +55,7 @@ class Generator:
                 f"the prompt has {len(prompt):,} tokens and the KV cache is planned for "
                 f"{self.cache.context:,}: start again with --context {len(prompt) + sampling.max_tokens}"
             )
+        self.settle_in()
         sampler, text = Sampler(sampling), TextStream(self.tokenizer, sampling.stop)
         context = list(prompt)
         steps = min(sampling.max_tokens, room)
@@ -68,16 +73,24 @@ class Generator:
             yield self._record("decode" if step else "prefill", token, new, len(step_ids), started, finish)
             if finish:
                 return
+            self.settle_in()
             started = time.perf_counter()
             step_ids = [token]
             logits = self._forward(step_ids)
 
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
         """Run ``prompt`` through the model without choosing a token; the record's ``token_id`` is -1."""
+        self.settle_in()
         started = time.perf_counter()
         ids = self._unseen(list(prompt))
         self._prefill(ids)
         return self._record("prefill", -1, "", len(ids), started, "")
+
+    def settle_in(self, *, now: bool = False) -> None:
+        """Do what was put off until after the first token, if that has been or ``now``."""
+        if self._after_first is not None and (self._begun or now):
+            after_first, self._after_first = self._after_first, None
+            after_first()
 
     def _unseen(self, prompt: list[int]) -> list[int]:
         """The part of ``prompt`` that the cache does not hold, at least its last token; the rest is kept."""
@@ -127,9 +140,7 @@ class Generator:
         read[home] = read.get(home, 0) + self.dense_bytes * passes + self.cache.read_nbytes
         if counters.fetched["disk"]:
             read["disk"] = counters.fetched["disk"]
-        if self._fills:  # not before the first token is there: filling would compete with what it waits for
-            self._fills = False
-            self.experts.fill()
+        self._begun = True
         return TokenRecord(
             phase=phase,
             token_id=token,

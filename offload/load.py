@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from offload.arena import Arena
 from offload.experts import ExpertRunner, RoutedExperts, RoutedLlama4Block
+from offload.pagecache import forget_pages
 from offload.store import find_weight
 from quant.checkpoint import DTYPES, Checkpoint
 from quant.errors import CheckpointError
@@ -148,7 +149,7 @@ def settle(model: PreTrainedModel) -> Arena:
     """Move the weights of a model on the CPU into one arena of huge pages, which read half as fast again, and
     let go of the mapped files that they were loaded from, whose pages would count as resident beside it.
 
-    The arena must live as long as the model.
+    The arena must live as long as the model; whoever has noted addresses of weights must note them anew.
     """
     parameters = list(model.parameters())
     arena = Arena(1, sum(-(-parameter.nbytes // _LINE) * _LINE for parameter in parameters))
@@ -157,6 +158,7 @@ def settle(model: PreTrainedModel) -> Arena:
         stored = parameter.data
         place = memory[position : position + stored.nbytes].view(stored.dtype).view(stored.shape)
         parameter.data = place.copy_(stored)
+        forget_pages(stored)
         position += -(-stored.nbytes // _LINE) * _LINE
     return arena
 

@@ -11,8 +11,17 @@ import os
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 _PAGE = 4096
+
+
+def forget_pages(tensor: Tensor) -> None:
+    """Let the pages that ``tensor``, never to be read again, fills as a whole no longer count as resident."""
+    first = -(-tensor.data_ptr() // _PAGE) * _PAGE
+    length = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE - first
+    if length > 0 and tensor.device.type == "cpu":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 class PageCacheView:

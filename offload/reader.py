@@ -150,6 +150,11 @@ class Reader:
         self._plain.clear()
         self._direct.clear()
 
+    def check(self, file: Path) -> None:
+        """Raise CheckpointError if ``file`` was written to since it was opened."""
+        if self._state(file) != self._stamp[file]:
+            raise CheckpointError(f"{file} was changed while the model ran: start again once it is whole")
+
     def _state(self, file: Path) -> tuple[int, int]:
         """What changes when a file is written to: its size and time of change. Asked of the open file, so one
         that is replaced as a whole does no harm."""
@@ -190,8 +195,7 @@ class Reader:
 
     def _read(self, run: Run, start: int, buffer: memoryview) -> None:
         offset, done, wanted = run.offset + start, 0, min(len(buffer), run.needed - start)
-        if self._state(run.file) != self._stamp[run.file]:
-            raise CheckpointError(f"{run.file} was changed while the model ran: start again once it is whole")
+        self.check(run.file)
         direct = self.direct and not (self.warm and self._cache[run.file].holds(offset, wanted))
         descriptor = (self._direct if direct else self._plain)[run.file]
         while done < wanted:

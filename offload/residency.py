@@ -13,9 +13,10 @@ from typing import Any, Literal, Protocol
 import torch
 
 from offload.arena import Arena
+from offload.loan import Loans
 from offload.reader import Priority, Reader, Request
 from offload.records import Tier
-from offload.store import ExpertStore, ExpertWeights, Layout
+from offload.store import ExpertRecord, ExpertStore, ExpertWeights, Layout
 from offload.transfer import Transfer
 from quant.errors import CheckpointError
 
@@ -86,7 +87,7 @@ class ExpertCache:
 
     def __init__(
         self, store: ExpertStore, reader: Reader, transfer: Transfer, policy: Callable[[], Policy], *,
-        ram_slots: int, vram_slots: int = 0, pinned: Sequence[Key] = (),
+        ram_slots: int, vram_slots: int = 0, pinned: Sequence[Key] = (), loans: Loans | None = None,
     ) -> None:  # fmt: skip
         self.store, self.reader, self.transfer = store, reader, transfer
         pin = transfer.device.type == "cuda"
@@ -99,6 +100,7 @@ class ExpertCache:
         self._tickets: dict[Key, Any] = {}
         self._draining: dict[int, Any] = {}
         self._views: dict[tuple[Tier, int, Layout], ExpertWeights] = {}
+        self.loans, self._lent = loans, dict[Key, ExpertWeights]()
         self.listener: Listener | None = None
         self.pinned = frozenset(pinned)
         self._pin(pinned)
@@ -117,6 +119,8 @@ class ExpertCache:
         """Where ``key`` is now; an expert still on its way counts as on disk."""
         if key in self.device:
             return "vram"
+        if key in self._lent:
+            return "ram"
         if key not in self.host:
             return "disk"
         pending = self._pending.get(key)
@@ -145,6 +149,18 @@ class ExpertCache:
                 self.host_policy.touch((layer, expert))
                 if same is None:
                     counters.used_bytes["ram"] += self.store.record(layer, expert).nbytes
+
+    def listen(self, listener: Listener) -> None:
+        """Tell ``listener`` of every expert, those that are there first, in place of whoever listened
+        before."""
+        self.wait()
+        self.listener = listener
+        for key, slot in self.host.slot_of.items():
+            listener.coming(key, self._view("ram", slot, key))
+            listener.landed(key, True)
+        for key, weights in self._lent.items():
+            listener.coming(key, weights)
+            listener.landed(key, True)
 
     def reap(self) -> None:
         """Take note of reads that have finished. Raises CheckpointError if one failed."""
@@ -191,7 +207,7 @@ class ExpertCache:
                 self._forget(key)
                 self.counters.fetched["disk"] -= request.nbytes
         for key in keys:
-            if key in self.host or key in self.device:
+            if key in self.host or key in self.device or key in self._lent:
                 continue
             if not self.host.free and len(protected | self._busy()) >= len(self.host.slot_of):
                 return
@@ -268,17 +284,53 @@ class ExpertCache:
             if pending is not None:
                 self.reader.promote(pending, priority)
             return
+        if priority is not Priority.FILL and (key in self._lent or self._lend(key)):
+            return
         slot = self._host_slot(key, locked)
         record, listener = self.store.record(*key), self.listener
         then: Callable[[bool], None] | None = None
-        if listener is not None:
+        if key in self._lent:
+            then = partial(self._copied, record)
+        elif listener is not None:
             listener.coming(key, self._view("ram", slot, key))
             then = partial(listener.landed, key)
         self._pending[key] = self.reader.submit(record, self.arena.buffer(slot), priority, key[0], then)
         self.counters.fetched["disk"] += record.nbytes
 
+    def _lend(self, key: Key) -> bool:
+        """Use ``key`` from the page cache for now, if it is there and has no slot yet."""
+        record = self.store.record(*key)
+        image = self.loans.lend(record) if self.loans is not None else None
+        if image is None:
+            return False
+        self._lent[key] = record.view(image)
+        if self.listener is not None:
+            self.listener.coming(key, self._lent[key])
+            self.listener.landed(key, True)
+        return True
+
+    def _copied(self, record: ExpertRecord, whole: bool) -> None:
+        """Called by a reading thread when a lent expert is in its slot, too."""
+        if whole and self.loans is not None:
+            self.loans.returned(record)
+
+    def _move(self, key: Key) -> None:
+        """``key`` was lent and is in its slot now: use it there."""
+        del self._lent[key]
+        if self.listener is not None:
+            self.listener.coming(key, self._view("ram", self.host.slot_of[key], key))
+            self.listener.landed(key, True)
+        if self.loans is not None and not self._lent:
+            self.loans.close()
+            self.loans = None
+
     def _weights(self, key: Key, locked: set[Key]) -> ExpertWeights:
         record = self.store.record(*key)
+        if key not in self.device and self.device_memory is None:
+            self._request(key, Priority.DEMAND, locked)
+            if key in self._lent:
+                self.counters.used_bytes["ram"] += record.nbytes
+                return self._lent[key]
         if key not in self.device:
             self._request(key, Priority.DEMAND, locked)
             self._land(key)
@@ -300,8 +352,11 @@ class ExpertCache:
         except CheckpointError:
             self._forget(key)
             self._pending.pop(key)
+            self._lent.pop(key, None)
             raise
         self._pending.pop(key)
+        if key in self._lent:
+            self._move(key)
 
     def _upload(self, key: Key, locked: set[Key]) -> None:
         """Copy ``key`` from its host slot to a device slot."""
