@@ -1,0 +1,141 @@
+"""Compiles what a launcher would launch, for cards that are not here: arguments are taken from the real call.
+
+Run as a script in a process of its own (the interpreter must be off): prints one JSON line per kernel and card.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8", torch.int8: "*i8",
+}  # fmt: skip
+
+
+class Recorded(Exception):
+    """Nothing: the name for mypy of what a recorder keeps."""
+
+
+def record(call: Callable[[], object]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(kernel, arguments, keywords) of each launch in ``call``."""
+    launches = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, args, kwargs))
+
+    original, JITFunction.run = JITFunction.run, run
+    try:
+        call()
+    finally:
+        JITFunction.run = original
+    return launches
+
+
+def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int) -> Any:
+    """The compiled kernel as the just-in-time compiler would make it: sizes and addresses divisible by 16 are
+    known to be, a 1 is a constant."""
+    options = {name: value for name, value in kwargs.items() if name in OPTIONS}
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values.update({name: value for name, value in kwargs.items() if name not in OPTIONS})
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or value is True or value is False:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif value == 1:
+            signature[parameter.name], constants[parameter.name] = "constexpr", 1
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def describe(compiled: Any, name: str, arch: int) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory and the memory instructions of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [NVIDIA / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        code = subprocess.run([NVIDIA / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
+    ptx = compiled.asm["ptx"]
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", code, re.MULTILINE)
+    found = {kind: int(re.search(rf"{kind}:(\d+)", usage)[1]) for kind in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    return {
+        "kernel": name,
+        "arch": arch,
+        "registers": found["REG"],
+        "spilled": found["STACK"] + found["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global.*16", ptx)),
+        "mma": len(re.findall(r"mma\.sync|wgmma", ptx)),
+        "instructions": {op: opcodes.count(op) for op in sorted(set(opcodes))},
+    }
+
+
+def report(calls: dict[str, Callable[[], object]], archs: list[int]) -> Iterator[dict[str, Any]]:
+    """Every kernel that ``calls`` launch, compiled for every card."""
+    for label, call in calls.items():
+        for kernel, args, kwargs in record(call):
+            for arch in archs:
+                compiled = compile_launch(kernel, args, kwargs, arch)
+                yield describe(compiled, f"{label}/{kernel.__name__}", arch)
+
+
+def _experts(bits: int, group: int, top_k: int = 1) -> Callable[[], object]:
+    from quant.kernels.cuda import experts
+    from quant.kernels.cuda.layout import ExpertLayout
+    from quant.scheme import Scheme
+
+    scheme = Scheme("int4" if bits == 4 else "int8", group)
+    layout = ExpertLayout(5120, 8192, scheme, scheme, *(16 * i for i in range(6)))
+
+    def call() -> None:
+        x, out = torch.zeros(1, 5120, dtype=torch.bfloat16), torch.zeros(1, 5120)
+        chosen, scores = torch.zeros(1, top_k, dtype=torch.int32), torch.zeros(1, top_k)
+        addresses, places = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.uint8)
+        share = torch.zeros(1, dtype=torch.int32)
+        scratch = experts.DecodeScratch.allocate(layout, 1, top_k, torch.device("cpu"))
+        experts.launch(
+            x, chosen, scores, addresses, places, share, layout, scratch, out, scales_input=True
+        )
+
+    return call
+
+
+CALLS = {
+    "experts int4-g128": _experts(4, 128),
+    "experts int8-g32": _experts(8, 32),
+    "experts int4-g32 top-4": _experts(4, 32, 4),
+}
+
+
+if __name__ == "__main__":
+    wanted = [int(arch) for arch in sys.argv[1].split(",")]
+    chosen = {label: call for label, call in CALLS.items() if all(word in label for word in sys.argv[2:])}
+    for line in report(chosen, wanted):
+        print(json.dumps(line), flush=True)
