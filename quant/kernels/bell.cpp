@@ -14,6 +14,13 @@ constexpr int64_t kRung = 0, kAnswered = 32, kStop = 64;  // words of Bell::cont
 
 enum BellState : int32_t { kIdle = 0, kMissing = 1, kStopped = 2 };
 
+// How the experts of one layer are stored: their shapes, and where from an expert's first byte on the packed words and
+// scales of gate, up and down lie.
+struct BellLayer {
+  Weight gate, up, down;
+  int64_t offsets[6];
+};
+
 // request: layer, tokens, k, 0, then for every (token, rank) the expert, then the first intermediate feature of it that
 // is the host's (all of them and none: 0 and `inter`).
 struct Bell {
@@ -24,8 +31,7 @@ struct Bell {
   float* result;        // [T, H]
   const int64_t* addresses;  // [layers, experts]: where an expert's first byte lies in host memory, or 0
   int64_t layers, experts, pairs;  // pairs: room for T * k
-  Weight gate, up, down;           // their shapes; where they lie in an expert is `offsets`
-  int64_t offsets[6];              // packed words and scales of gate, up, down
+  const BellLayer* stored;         // [layers]
   int32_t scales_input, exact;
 };
 
@@ -41,13 +47,16 @@ inline void relax() {
 
 int32_t load(const Bell& bell, int64_t word) { return __atomic_load_n(bell.control + word, __ATOMIC_ACQUIRE); }
 
+const BellLayer& asked(const Bell& bell) { return bell.stored[bell.request[0]]; }
+
 bool valid(const Bell& bell) {
   const int32_t *request = bell.request, tokens = request[1], k = request[2];
   if (request[0] < 0 || request[0] >= bell.layers || tokens < 1 || k < 1 || int64_t(tokens) * k > bell.pairs)
     return false;
+  const BellLayer& stored = asked(bell);
   for (int64_t i = 0; i < int64_t(tokens) * k; ++i) {
     const int32_t expert = request[4 + i], first = request[4 + tokens * k + i];
-    if (expert < 0 || expert >= bell.experts || first < 0 || first > bell.gate.n || first % bell.down.group)
+    if (expert < 0 || expert >= bell.experts || first < 0 || first > stored.gate.n || first % stored.down.group)
       return false;
   }
   return true;
@@ -66,13 +75,14 @@ Weight part(const Weight& whole, int64_t base, const int64_t* offsets, int64_t r
 
 // One pair's share as a job: intermediate features [first, inter) of its expert.
 Job job_of(const Bell& bell, int64_t pair, int64_t base, int32_t* token) {
+  const BellLayer& stored = asked(bell);
   const int32_t pairs = bell.request[1] * bell.request[2];
   const int64_t first = bell.request[4 + pairs + pair];
   *token = int32_t(pair / bell.request[2]);
   const float* score = bell.scores + pair;
-  return {part(bell.gate, base, bell.offsets, first, 0),
-          part(bell.up, base, bell.offsets + 2, first, 0),
-          part(bell.down, base, bell.offsets + 4, 0, first),
+  return {part(stored.gate, base, stored.offsets, first, 0),
+          part(stored.up, base, stored.offsets + 2, first, 0),
+          part(stored.down, base, stored.offsets + 4, 0, first),
           token,
           1,
           bell.scales_input ? score : nullptr,
@@ -81,12 +91,12 @@ Job job_of(const Bell& bell, int64_t pair, int64_t base, int32_t* token) {
 
 // Adds the pairs of `expert` (-1: of all experts, by the table) to the result. False if one is not in the table.
 bool add(const Bell& bell, int32_t expert, int64_t base) {
-  const int64_t pairs = int64_t(bell.request[1]) * bell.request[2], hidden = bell.gate.k;
+  const int64_t pairs = int64_t(bell.request[1]) * bell.request[2], hidden = asked(bell).gate.k;
   std::vector<Job> jobs;
   std::vector<int32_t> tokens(static_cast<size_t>(pairs));
   for (int64_t pair = 0; pair < pairs; ++pair) {
     const int32_t chosen = bell.request[4 + pair];
-    if (bell.request[4 + pairs + pair] >= bell.gate.n || (expert >= 0 && chosen != expert)) continue;
+    if (bell.request[4 + pairs + pair] >= asked(bell).gate.n || (expert >= 0 && chosen != expert)) continue;
     const int64_t at = expert >= 0 ? base : bell.addresses[bell.request[0] * bell.experts + chosen];
     if (!at) return false;
     jobs.push_back(job_of(bell, pair, at, &tokens[size_t(pair)]));
@@ -96,7 +106,7 @@ bool add(const Bell& bell, int32_t expert, int64_t base) {
 }
 
 void clear(const Bell& bell) {
-  std::memset(bell.result, 0, size_t(bell.request[1]) * size_t(bell.gate.k) * sizeof(float));
+  std::memset(bell.result, 0, size_t(bell.request[1]) * size_t(asked(bell).gate.k) * sizeof(float));
 }
 
 }  // namespace

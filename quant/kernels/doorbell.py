@@ -9,6 +9,7 @@ Legend: T tokens, k experts per token, H hidden, I expert intermediate size, E e
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,12 +95,18 @@ class Request:
     experts: tuple[int, ...]
 
 
+class _CLayer(ctypes.Structure):
+    _fields_ = [
+        *((name, CWeight) for name in ("gate", "up", "down")),
+        ("offsets", ctypes.c_int64 * 6),
+    ]
+
+
 class _CBell(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("control", "request", "scores", "x", "result", "addresses")),
         *((name, ctypes.c_int64) for name in ("layers", "experts", "pairs")),
-        *((name, CWeight) for name in ("gate", "up", "down")),
-        ("offsets", ctypes.c_int64 * 6),
+        ("stored", ctypes.POINTER(_CLayer)),
         ("scales_input", ctypes.c_int32),
         ("exact", ctypes.c_int32),
     ]
@@ -117,30 +124,34 @@ def offsets(expert: GatedMlp) -> tuple[int, ...]:
 
 
 class HostBell:
-    """The host's end. ``sample`` is an expert like all others: int4 or int8, at the same offsets.
+    """The host's end. ``samples`` has one expert per MoE layer, stored like all others of the layer: int4 or
+    int8, the tensors at the same offsets.
 
     ``table`` int64 ``[L, E]`` says where each expert's first byte lies in host memory, 0 if it is not there;
     it may be changed while no request is open. Raises SchemeError for experts in another form.
     """
 
     def __init__(
-        self, buffers: BellBuffers, sample: GatedMlp, layers: int, experts: int, *, scales_input: bool,
+        self, buffers: BellBuffers, samples: Sequence[GatedMlp], experts: int, *, scales_input: bool,
         exact: bool,
     ) -> None:  # fmt: skip
-        parts = (sample.gate_proj, sample.up_proj, sample.down_proj)
-        if any(part.kind not in ("int4", "int8") for part in parts):
-            raise SchemeError(
-                f"experts in {', '.join(p.kind for p in parts)}: the doorbell serves int4 and int8"
-            )
-        hidden = sample.gate_proj.in_features
-        if buffers.x.shape[1] != hidden:
-            raise SchemeError(f"doorbell buffers for hidden size {buffers.x.shape[1]}: expected {hidden}")
+        layers, hidden = len(samples), buffers.x.shape[1]
         self.buffers, self.table = buffers, torch.zeros(layers, experts, dtype=torch.int64)
-        self._features = sample.gate_proj.out_features
+        self._features = samples[0].gate_proj.out_features
+        self._stored = (_CLayer * layers)()
+        for stored, sample in zip(self._stored, samples, strict=True):
+            parts = (sample.gate_proj, sample.up_proj, sample.down_proj)
+            if any(part.kind not in ("int4", "int8") for part in parts):
+                kinds = ", ".join(part.kind for part in parts)
+                raise SchemeError(f"experts in {kinds}: the doorbell serves int4 and int8")
+            if (sample.gate_proj.out_features, sample.gate_proj.in_features) != (self._features, hidden):
+                raise SchemeError(f"experts of {sample.layout}: expected hidden size {hidden} in every layer")
+            stored.gate, stored.up, stored.down = (part.native for part in parts)
+            stored.offsets[:] = offsets(sample)
         shared = (buffers.control, buffers.request, buffers.scores, buffers.x, buffers.result, self.table)
         self._bell = _CBell(
-            *(tensor.data_ptr() for tensor in shared), layers, experts, buffers.scores.numel(),
-            *(part.native for part in parts), (ctypes.c_int64 * 6)(*offsets(sample)), scales_input, exact,
+            *(tensor.data_ptr() for tensor in shared), layers, experts, buffers.scores.numel(), self._stored,
+            scales_input, exact,
         )  # fmt: skip
 
     def serve(self, microseconds: int) -> State:
@@ -168,10 +179,10 @@ class HostBell:
         """Start the open request's result at zero."""
         check(library().cs_bell_begin(ctypes.byref(self._bell)), "doorbell")
 
-    def add(self, expert: int, weights: GatedMlp) -> None:
-        """Add what the open request asks of ``expert``, whose weights lie anywhere in host memory."""
+    def add(self, expert: int, first_byte: int) -> None:
+        """Add what the open request asks of ``expert``, whose bytes begin at ``first_byte``."""
         status = library().cs_bell_add(
-            ctypes.byref(self._bell), ctypes.c_int32(expert), ctypes.c_int64(first_byte(weights))
+            ctypes.byref(self._bell), ctypes.c_int32(expert), ctypes.c_int64(first_byte)
         )
         check(status, "doorbell")
 

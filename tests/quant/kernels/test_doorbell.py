@@ -64,7 +64,7 @@ def host_bell(experts: Experts, tokens: int, k: int, *, scales_input: bool, exac
     generator = torch.Generator().manual_seed(5)
     buffers.x.copy_(torch.randn(tokens, H, generator=generator))
     buffers.scores.copy_(torch.rand(tokens, k, generator=generator))
-    bell = HostBell(buffers, experts.native[0], LAYERS, E, scales_input=scales_input, exact=exact)
+    bell = HostBell(buffers, experts.native[:LAYERS], E, scales_input=scales_input, exact=exact)
     for index, slot in enumerate(experts.memory):
         bell.table[index // E, index % E] = slot.data_ptr()
     return bell
@@ -116,7 +116,7 @@ def test_a_missing_expert_is_left_to_the_caller() -> None:
     assert (request.layer, request.experts) == (0, (1, 2))
     bell.begin()
     for expert in request.experts:
-        bell.add(expert, experts.native[expert])
+        bell.add(expert, experts.memory[expert].data_ptr())
     bell.answer()
     assert bell.serve(1) == "idle"
     wanted = expected(experts, bell, 0, [[2, 1]], [[128, 0]], False)
@@ -186,4 +186,4 @@ def test_experts_in_another_form_are_refused() -> None:
     experts = Experts(Scheme("int4", 128))
     dense = [Weight.from_tensors("bf16", part.bfloat16()) for part in experts.dense[0]]
     with pytest.raises(SchemeError, match="serves int4 and int8"):
-        HostBell(BellBuffers.allocate(1, 1, H, CPU), GatedMlp(*dense), 1, 1, scales_input=True, exact=True)
+        HostBell(BellBuffers.allocate(1, 1, H, CPU), [GatedMlp(*dense)], 1, scales_input=True, exact=True)

@@ -1,0 +1,79 @@
+"""HostWorker: the thread that runs the model answers a decode step's doorbell until the step has ended.
+
+Experts in RAM are computed without a word of Python. One that is on disk is fetched here, by the thread
+that owns the cache, while the step waits for the answer. Whatever goes wrong, the step is told to wait no
+longer, and its end is awaited before the error goes on: neither side is left hanging.
+"""
+
+import torch
+
+from offload.block import gated
+from offload.launch import StepThread
+from offload.slots import Key
+from offload.store import ExpertWeights
+from offload.tiered import TieredCache
+from quant.errors import MachineError
+from quant.kernels.doorbell import BellBuffers, HostBell, first_byte
+
+
+class HostWorker:
+    """The host's part of decode steps over the experts of ``cache``, to which it listens: the doorbell's
+    table says what is in RAM.
+
+    Experts of one layer must be stored alike. Raises SchemeError for those that no native kernel reads.
+    """
+
+    def __init__(self, buffers: BellBuffers, cache: TieredCache, *, exact: bool) -> None:
+        store, shape = cache.store, cache.store.shape
+        self.cache, self._layers = cache, shape.moe_layers
+        self._row = {layer: row for row, layer in enumerate(shape.moe_layers)}
+        records = [store.record(layer, 0) for layer in shape.moe_layers]
+        samples = [gated(r.view(torch.empty(r.slot_bytes, dtype=torch.uint8))) for r in records]
+        self.bell = HostBell(
+            buffers, samples, shape.num_experts, scales_input=shape.family.scales_input, exact=exact
+        )
+        for key in cache.host.slot_of:
+            if cache.tier_of(key) == "ram":
+                self._enter(key)
+        cache.listener = self
+
+    def landed(self, key: Key, weights: ExpertWeights) -> None:
+        """``key`` is in RAM."""
+        self._enter(key)
+
+    def evicted(self, key: Key) -> None:
+        """``key`` is in RAM no more."""
+        self.bell.table[self._row[key[0]], key[1]] = 0
+
+    def _enter(self, key: Key) -> None:
+        slot = self.cache.arena.slot(self.cache.host.slot_of[key])
+        self.bell.table[self._row[key[0]], key[1]] = slot.data_ptr() + self.cache.store.record(*key).start
+
+    def serve(self, step: StepThread) -> None:
+        """Answer until ``step``, which has been launched, has ended.
+
+        Raises what the step raised, CheckpointError if the disk fails and MachineError if the step gave up
+        waiting.
+        """
+        try:
+            while not step.finished():
+                if self.bell.serve(step.slice_microseconds) == "missing":
+                    self._fetch()
+            if self.bell.lost:
+                raise MachineError(
+                    "the GPU waited for experts from the CPU until its time limit ran out: is the machine "
+                    "suspended or out of memory? Start again, or use --no-graph"
+                )
+        except BaseException:  # KeyboardInterrupt too
+            self.bell.stop()
+            step.wait()
+            self.bell.rearm()
+            raise
+
+    def _fetch(self) -> None:
+        """Answer the open request, of which something is on disk."""
+        request = self.bell.request()
+        self.bell.begin()
+        for expert, weights in self.cache.fetch(self._layers[request.layer], request.experts):
+            self.bell.add(expert, first_byte(gated(weights)))
+        self.bell.answer()
