@@ -14,10 +14,19 @@ import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
-from quant.kernels.attention import AttentionShape
+from quant.kernels.attention import AttentionShape, QkNorm, Rope
+from quant.kernels.cuda import runtime
 from quant.kernels.moe import RouterKind
 
 _LEAST_SCALE = 1e-12  # of an int8 row of zeros
+_QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "full_width": 2}
+_ROPES: dict[Rope, int] = {"none": 0, "interleaved": 1, "halves": 2}
+_ROUTERS: dict[RouterKind, int] = {"sigmoid_input": 0, "softmax": 1, "softmax_normalized": 2}
+
+
+def _power_of_two(size: int) -> int:
+    """The least power of two that is no smaller than ``size``."""
+    return 1 << (size - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     """x f32 ``[T, H]`` / √(mean(x²) + eps) · weight, in ``dtype``."""
     if x.dim() != 2 or weight.shape != x.shape[1:] or x.dtype != torch.float32:
         raise SchemeError(f"norm of {x.dtype} {tuple(x.shape)} by {tuple(weight.shape)}: expected f32 [T, H]")
-    if x.is_cuda:
-        from quant.kernels.cuda import fused_kernels
-
-        return fused_kernels.rms_norm(x, weight, eps, dtype)
+    if runtime.on_device(x):
+        return launch_rms_norm(x, weight, eps, dtype)
     return rms_norm_reference(x, weight, eps, dtype)
+
+
+def launch_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """``rms_norm`` by its kernel."""
+    from quant.kernels.cuda.device import fused
+
+    tokens, features = x.shape
+    out = torch.empty(tokens, features, dtype=dtype, device=x.device)
+    block = _power_of_two(features)
+    fused.rms_norm_kernel[(tokens,)](
+        x, weight, out, features, eps, BLOCK=block, num_warps=min(16, max(1, block // 512))
+    )
+    return out
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -66,11 +86,33 @@ def append(
     ``[r/2]``; ``temperature`` f32 ``[1]`` multiplies q on layers without RoPE. All arithmetic is f32.
     """
     _check(q, k, v, shape, rows, norms, cosine, sine)
-    if q.is_cuda:
-        from quant.kernels.cuda import fused_kernels
-
-        return fused_kernels.append(q, k, v, shape, rows, position, norms, cosine, sine, temperature)
+    if runtime.on_device(q):
+        return launch_append(q, k, v, shape, rows, position, norms, cosine, sine, temperature)
     return append_reference(q, k, v, shape, rows, position, norms, cosine, sine, temperature)
+
+
+def launch_append(
+    q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, rows: KvRows, position: Tensor,
+    norms: HeadNorms | None, cosine: Tensor | None, sine: Tensor | None, temperature: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``append`` by its kernel. A pointer that the kernel does not use is q's."""
+    from quant.kernels.cuda.device import fused
+
+    h, g, d = shape.heads, shape.kv_heads, shape.head_dim
+    query = torch.empty(1, h, 1, d, dtype=q.dtype, device=q.device)
+    whole = shape.qk_norm == "full_width"
+    fused.append_kernel[(h + 2 * g,)](
+        q, k, v, q if norms is None else norms.q, q if norms is None else norms.k,
+        q if cosine is None else cosine, q if sine is None else sine,
+        q if temperature is None else temperature, position, query, rows.keys, rows.values, q if rows.key_scale is None else rows.key_scale,
+        q if rows.value_scale is None else rows.value_scale,
+        h, g, rows.keys.shape[1], shape.chunk, 0 if cosine is None else 2 * cosine.numel(), shape.qk_eps,
+        QK_NORM=_QK_NORMS[shape.qk_norm], ROPE=_ROPES[shape.rope], L2=shape.l2_norm,
+        TUNED=temperature is not None, INT8=rows.key_scale is not None, HEAD=d, BLOCK=_power_of_two(d),
+        WIDE_Q=_power_of_two(h * d) if whole else 1, WIDE_K=_power_of_two(g * d) if whole else 1,
+        num_warps=4 if whole else 1,
+    )  # fmt: skip
+    return query
 
 
 def append_reference(
@@ -147,12 +189,23 @@ def select(logits: Tensor, kind: RouterKind, chosen: Tensor, scores: Tensor) -> 
     lower index among equals, and ``scores`` f32 ``[T, k]`` by ``kind`` (see ``MoeBlock``)."""
     if logits.dtype != torch.float32 or chosen.shape != scores.shape or chosen.shape[0] != logits.shape[0]:
         raise SchemeError(f"logits {logits.dtype} {tuple(logits.shape)}, chosen {tuple(chosen.shape)}")
-    if logits.is_cuda:
-        from quant.kernels.cuda import fused_kernels
-
-        fused_kernels.select(logits, kind, chosen, scores)
+    if runtime.on_device(logits):
+        launch_select(logits, kind, chosen, scores)
     else:
         select_reference(logits, kind, chosen, scores)
+
+
+def launch_select(logits: Tensor, kind: RouterKind, chosen: Tensor, scores: Tensor) -> None:
+    """``select`` by its kernel."""
+    from quant.kernels.cuda.device import fused
+
+    tokens, experts = logits.shape
+    top_k = chosen.shape[1]
+    fused.select_kernel[(tokens,)](
+        logits, chosen, scores, experts,
+        KIND=_ROUTERS[kind], TOP_K=top_k, SLOTS=_power_of_two(top_k), BLOCK=_power_of_two(experts),
+        num_warps=1,
+    )  # fmt: skip
 
 
 def select_reference(logits: Tensor, kind: RouterKind, chosen: Tensor, scores: Tensor) -> None:

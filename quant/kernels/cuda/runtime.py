@@ -2,12 +2,11 @@
 
 import importlib.util
 import os
+from typing import Any
 
 from torch import Tensor
 
 from quant.errors import MachineError
-
-MULTIPROCESSORS = 128  # what grids are sized for where no card is asked: an RTX 4090's
 
 
 def require() -> None:
@@ -22,6 +21,13 @@ def require() -> None:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, for tests)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def operand() -> Any:
+    """What the kernels give to a tensor core: bf16; the interpreter multiplies f32 only."""
+    import triton.language as tl
+
+    return tl.float32 if interpreted() else tl.bfloat16
 
 
 def on_device(tensor: Tensor) -> bool:

@@ -127,10 +127,30 @@ def _experts(bits: int, group: int, top_k: int = 1) -> Callable[[], object]:
     return call
 
 
+def _linear(bits: int, group: int, tokens: int, adds: bool = False) -> Callable[[], object]:
+    from quant.kernels.cuda import linear
+
+    def call() -> None:
+        x = torch.zeros(tokens, 5120, dtype=torch.bfloat16)
+        packed = torch.zeros(8192, 5120 * bits // 32, dtype=torch.int32)
+        scale = torch.zeros(8192, 5120 // group, dtype=torch.bfloat16)
+        out = torch.zeros(tokens, 8192) if adds else None
+        linear.launch(x, packed, scale, bits, group, out)
+
+    return call
+
+
 CALLS = {
     "experts int4-g128": _experts(4, 128),
     "experts int8-g32": _experts(8, 32),
     "experts int4-g32 top-4": _experts(4, 32, 4),
+    "linear int8-g128 T=1": _linear(8, 128, 1),
+    "linear int8-g128 T=1 adds": _linear(8, 128, 1, adds=True),
+    "linear int4-g128 T=8": _linear(4, 128, 8),
+    "linear int8-g128 T=8": _linear(8, 128, 8),
+    "linear int4-g128 T=2048": _linear(4, 128, 2048),
+    "linear int8-g128 T=2048": _linear(8, 128, 2048, adds=True),
+    "linear int4-g32 T=2048": _linear(4, 32, 2048),
 }
 
 
