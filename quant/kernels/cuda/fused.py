@@ -65,7 +65,14 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -
     out = torch.empty(tokens, features, dtype=dtype, device=x.device)
     block = _power_of_two(features)
     fused.rms_norm_kernel[(tokens,)](
-        x, weight, out, features, eps, BLOCK=block, num_warps=min(16, max(1, block // 512))
+        x,
+        weight,
+        out,
+        features,
+        eps,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+        enable_fp_fusion=True,
     )
     return out
 
@@ -104,13 +111,14 @@ def launch_append(
     fused.append_kernel[(h + 2 * g,)](
         q, k, v, q if norms is None else norms.q, q if norms is None else norms.k,
         q if cosine is None else cosine, q if sine is None else sine,
-        q if temperature is None else temperature, position, query, rows.keys, rows.values, q if rows.key_scale is None else rows.key_scale,
+        q if temperature is None else temperature, position, query, rows.keys, rows.values,
+        q if rows.key_scale is None else rows.key_scale,
         q if rows.value_scale is None else rows.value_scale,
         h, g, rows.keys.shape[1], shape.chunk, 0 if cosine is None else 2 * cosine.numel(), shape.qk_eps,
         QK_NORM=_QK_NORMS[shape.qk_norm], ROPE=_ROPES[shape.rope], L2=shape.l2_norm,
         TUNED=temperature is not None, INT8=rows.key_scale is not None, HEAD=d, BLOCK=_power_of_two(d),
         WIDE_Q=_power_of_two(h * d) if whole else 1, WIDE_K=_power_of_two(g * d) if whole else 1,
-        num_warps=4 if whole else 1,
+        num_warps=4 if whole else 1, enable_fp_fusion=True,
     )  # fmt: skip
     return query
 
@@ -204,14 +212,14 @@ def launch_select(logits: Tensor, kind: RouterKind, chosen: Tensor, scores: Tens
     fused.select_kernel[(tokens,)](
         logits, chosen, scores, experts,
         KIND=_ROUTERS[kind], TOP_K=top_k, SLOTS=_power_of_two(top_k), BLOCK=_power_of_two(experts),
-        num_warps=1,
+        num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def select_reference(logits: Tensor, kind: RouterKind, chosen: Tensor, scores: Tensor) -> None:
     """``select`` in torch."""
     k = chosen.shape[1]
-    order = torch.sort(logits, -1, descending=True, stable=True)
+    order = torch.sort(logits, dim=-1, descending=True, stable=True)
     top, ids = order.values[:, :k], order.indices[:, :k]
     chosen.copy_(ids)
     if kind == "sigmoid_input":
