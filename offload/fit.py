@@ -155,7 +155,7 @@ class Fitter:
         if footprint.kv_bits > 8 and self._with(kv_bits=8).fits(budget):
             found.append("--kv int8")
         if self._lighter().fits(budget):
-            found.append("fewer bits (--recipe fast)")
+            found.append("--recipe fast (fewer bits)")
         if self.on_gpu and "vram" in short and replace(self, on_gpu=False).fits(replace(budget, vram=0)):
             found.append("--vram 0 to leave the GPU alone")
         if not found:

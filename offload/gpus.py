@@ -10,12 +10,14 @@ if TYPE_CHECKING:  # torch costs seconds and is imported where a GPU is measured
 _COPIED = 256 * 2**20
 _RUNS = 4
 _MATRIX = 4096
+_TOGETHER_S = 0.2
 
 
 @dataclass(frozen=True)
 class Gpu:
     """One GPU: capacity in bytes, bandwidths in GB/s of 10^9 bytes (``h2d`` host to device, pinned memory),
-    dense bf16 matrix products in 10^12 operations per second."""
+    dense bf16 matrix products in 10^12 operations per second, ``together`` what the host's memory gives to the
+    bus and the CPU reading at once (None: not measured)."""
 
     name: str
     vram_bytes: int
@@ -23,6 +25,7 @@ class Gpu:
     h2d_gb_s: float
     d2h_gb_s: float
     bf16_tflops: float
+    together_gb_s: float | None = None
 
 
 def measure_gpu() -> Gpu | None:
@@ -38,14 +41,40 @@ def measure_gpu() -> Gpu | None:
     other = torch.empty_like(near)
     host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     properties: Any = torch.cuda.get_device_properties(device)
+    bus = _copy_rate(near, host)
     return Gpu(
         name=properties.name,
         vram_bytes=properties.total_memory,
         vram_gb_s=2 * _copy_rate(other, near),  # a copy reads and writes
-        h2d_gb_s=_copy_rate(near, host),
+        h2d_gb_s=bus,
         d2h_gb_s=_copy_rate(host, near),
         bf16_tflops=_product_rate(device),
+        together_gb_s=_together(near, host, bus),
     )
+
+
+def _together(near: "torch.Tensor", host: "torch.Tensor", bus_gb_s: float) -> float:
+    """GB/s that the host's memory gives to copies over the bus and to the CPU's reads at once."""
+    import threading
+
+    import torch
+
+    from quant.kernels import native
+
+    found: list[float] = []
+    copies = max(2, int(_TOGETHER_S * bus_gb_s * 1e9 / host.nbytes))
+    reader = threading.Thread(
+        target=lambda: found.append(native.read_bandwidth(host.nbytes, _TOGETHER_S))  # lets go of the GIL
+    )
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    reader.start()
+    start.record()
+    for _ in range(copies):
+        near.copy_(host, non_blocking=True)
+    end.record()
+    reader.join()
+    end.synchronize()
+    return found[0] + copies * host.nbytes / start.elapsed_time(end) / 1e6
 
 
 def _copy_rate(target: "torch.Tensor", source: "torch.Tensor") -> float:
