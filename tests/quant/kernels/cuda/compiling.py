@@ -91,7 +91,7 @@ def describe(compiled: Any, name: str, arch: int) -> dict[str, Any]:
         "registers": found["REG"],
         "spilled": found["STACK"] + found["LOCAL"],
         "shared": compiled.metadata.shared,
-        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global.*16", ptx)),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global.*0x10", ptx)),
         "mma": len(re.findall(r"mma\.sync|wgmma", ptx)),
         "instructions": {op: opcodes.count(op) for op in sorted(set(opcodes))},
     }
@@ -106,13 +106,18 @@ def report(calls: dict[str, Callable[[], object]], archs: list[int]) -> Iterator
                 yield describe(compiled, f"{label}/{kernel.__name__}", arch)
 
 
-def _experts(bits: int, group: int, top_k: int = 1) -> Callable[[], object]:
-    from quant.kernels.cuda import experts
+def _layout(bits: int, group: int) -> Any:
     from quant.kernels.cuda.layout import ExpertLayout
     from quant.scheme import Scheme
 
     scheme = Scheme("int4" if bits == 4 else "int8", group)
-    layout = ExpertLayout(5120, 8192, scheme, scheme, *(16 * i for i in range(6)))
+    return ExpertLayout(5120, 8192, scheme, scheme, *(16 * i for i in range(6)))
+
+
+def _experts(bits: int, group: int, top_k: int = 1) -> Callable[[], object]:
+    from quant.kernels.cuda import experts
+
+    layout = _layout(bits, group)
 
     def call() -> None:
         x, out = torch.zeros(1, 5120, dtype=torch.bfloat16), torch.zeros(1, 5120)
@@ -140,6 +145,23 @@ def _linear(bits: int, group: int, tokens: int, adds: bool = False) -> Callable[
     return call
 
 
+def _prefill(bits: int, group: int, scales_input: bool) -> Callable[[], object]:
+    from quant.kernels.cuda import prefill
+
+    layout = _layout(bits, group)
+
+    def call() -> None:
+        chosen, scores = torch.zeros(2048, 1, dtype=torch.int32), torch.zeros(2048, 1)
+        groups = prefill.group_tokens(chosen, 16)
+        scratch = prefill.PrefillScratch.allocate(layout, 2048, torch.device("cpu"))
+        x, out = torch.zeros(2, 2048, 5120, dtype=torch.bfloat16)
+        prefill.launch_arrange(x, groups, scores, layout, scratch, scales_input=scales_input, top_k=1)
+        experts, addresses = torch.zeros(3, dtype=torch.int32), torch.zeros(16, dtype=torch.int64)
+        prefill.launch(groups, scores, experts, addresses, layout, scratch, out, scales_input=scales_input)
+
+    return call
+
+
 CALLS = {
     "experts int4-g128": _experts(4, 128),
     "experts int8-g32": _experts(8, 32),
@@ -151,6 +173,9 @@ CALLS = {
     "linear int4-g128 T=2048": _linear(4, 128, 2048),
     "linear int8-g128 T=2048": _linear(8, 128, 2048, adds=True),
     "linear int4-g32 T=2048": _linear(4, 32, 2048),
+    "prefill int4-g128": _prefill(4, 128, scales_input=True),
+    "prefill int4-g32": _prefill(4, 32, scales_input=False),
+    "prefill int8-g128": _prefill(8, 128, scales_input=True),
 }
 
 
