@@ -16,8 +16,8 @@ _TOGETHER_S = 0.2
 @dataclass(frozen=True)
 class Gpu:
     """One GPU: capacity in bytes, bandwidths in GB/s of 10^9 bytes (``h2d`` host to device, pinned memory),
-    dense bf16 matrix products in 10^12 operations per second, ``together`` what the host's memory gives to the
-    bus and the CPU reading at once (None: not measured)."""
+    dense bf16 matrix products in 10^12 operations per second, ``together`` what the host's memory gives to
+    the bus and the CPU reading at once (None: not measured)."""
 
     name: str
     vram_bytes: int
@@ -41,40 +41,37 @@ def measure_gpu() -> Gpu | None:
     other = torch.empty_like(near)
     host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     properties: Any = torch.cuda.get_device_properties(device)
-    bus = _copy_rate(near, host)
     return Gpu(
         name=properties.name,
         vram_bytes=properties.total_memory,
         vram_gb_s=2 * _copy_rate(other, near),  # a copy reads and writes
-        h2d_gb_s=bus,
+        h2d_gb_s=_copy_rate(near, host),
         d2h_gb_s=_copy_rate(host, near),
         bf16_tflops=_product_rate(device),
-        together_gb_s=_together(near, host, bus),
+        together_gb_s=_together(near, host),
     )
 
 
-def _together(near: "torch.Tensor", host: "torch.Tensor", bus_gb_s: float) -> float:
+def _together(near: "torch.Tensor", host: "torch.Tensor") -> float:
     """GB/s that the host's memory gives to copies over the bus and to the CPU's reads at once."""
     import threading
+    import time
 
     import torch
 
     from quant.kernels import native
 
     found: list[float] = []
-    copies = max(2, int(_TOGETHER_S * bus_gb_s * 1e9 / host.nbytes))
-    reader = threading.Thread(
-        target=lambda: found.append(native.read_bandwidth(host.nbytes, _TOGETHER_S))  # lets go of the GIL
+    reader = threading.Thread(  # outside the interpreter's lock: ctypes
+        target=lambda: found.append(native.read_bandwidth(host.nbytes, _TOGETHER_S))
     )
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    copies, started = 0, time.perf_counter()
     reader.start()
-    start.record()
-    for _ in range(copies):
+    while reader.is_alive():  # the bus is never idle while the CPU reads
         near.copy_(host, non_blocking=True)
-    end.record()
-    reader.join()
-    end.synchronize()
-    return found[0] + copies * host.nbytes / start.elapsed_time(end) / 1e6
+        torch.cuda.synchronize()
+        copies += 1
+    return found[0] + copies * host.nbytes / (time.perf_counter() - started) / 1e9
 
 
 def _copy_rate(target: "torch.Tensor", source: "torch.Tensor") -> float:
