@@ -62,7 +62,7 @@ def account(
 
 def notes_of(session: Session) -> list[str]:
     """What the run, its plan and the measuring of its machine have to tell."""
-    notes = list(session.notes)
+    notes = [*session.notes, *session.experts.notes]
     for part in (session.plan, session.machine):
         notes += part.notes if part is not None else ()
     return notes

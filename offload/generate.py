@@ -130,6 +130,7 @@ class Generator:
         if self._fills:  # not before the first token is there: filling would compete with what it waits for
             self._fills = False
             self.experts.fill()
+        self.experts.adapt()
         return TokenRecord(
             phase=phase,
             token_id=token,

@@ -14,17 +14,19 @@ from offload.block import is_native
 from offload.decoder import NativeDecoder
 from offload.experts import ExpertRunner
 from offload.generate import Generator
+from offload.heat import Heat
 from offload.kv import KVCache, Storage
 from offload.ledger import MemoryLedger, forget_peak, resident_bytes
 from offload.load import load_model, settle
 from offload.machine import Machine, probe
 from offload.plan import Plan, make_plan
-from offload.policy import make_policy
+from offload.policy import Policy, make_policy
 from offload.reader import Reader
 from offload.records import RunOptions, Sampling, Tier, TokenRecord
 from offload.residency import ExpertCache, Key
 from offload.routing import RoutingStats
 from offload.store import ExpertStore, find_weight
+from offload.tiered import TieredCache
 from offload.transfer import CudaTransfer, HostTransfer, Transfer
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError, MachineError, UsageError
@@ -103,7 +105,7 @@ class Session:
         self.reader = Reader(
             [entry.file for entry in checkpoint.entries.values()],
             direct=not options.page_cache,
-            warm=placement.ram_slots + len(placement.pinned) >= self.store.count,
+            warm=placement.ram_slots + placement.vram_slots >= self.store.count,
         )
         self.experts = self._expert_cache()
         runner = ExpertRunner(self.experts, self.routing, self.compute, self.shape.family.scales_input)
@@ -151,19 +153,27 @@ class Session:
         return session
 
     def _expert_cache(self) -> ExpertCache:
-        transfer: Transfer = CudaTransfer(self.device) if self.device.type == "cuda" else HostTransfer()
         counts = (
             None
             if self.seed_routing is None
             else dict(zip(self.store.experts(), self.seed_routing.counts.ravel().tolist(), strict=True))
         )
-        cache = ExpertCache(
-            self.store, self.reader, transfer, lambda: make_policy(self.options.policy, seed_counts=counts),
-            ram_slots=self.placement.ram_slots, vram_slots=self.placement.vram_slots,
-            pinned=self.placement.pinned,
-        )  # fmt: skip
+
+        def policy() -> Policy:
+            return make_policy(self.options.policy, seed_counts=counts)
+
+        ram_slots, vram_slots = self.placement.ram_slots, self.placement.vram_slots
+        if vram_slots:
+            transfer: Transfer = CudaTransfer(self.device) if self.device.type == "cuda" else HostTransfer()
+            heat = Heat(self.shape.moe_layers, self.shape.num_experts, counts)
+            cache: ExpertCache = TieredCache(
+                self.store, self.reader, policy, ram_slots=ram_slots, vram_slots=vram_slots,
+                transfer=transfer, heat=heat, seeds=self.placement.pinned or heat.ordered(self.store.experts()),
+            )  # fmt: skip
+        else:
+            cache = ExpertCache(self.store, self.reader, policy, ram_slots=ram_slots)
         self.ledger.add("ram", "experts", cache.arena.nbytes)
-        self.ledger.add("vram", "experts", self.placement.vram_slots * self.store.slot_bytes)
+        self.ledger.add("vram", "experts", vram_slots * self.store.slot_bytes)
         self.ledger.add("disk", "experts", self.store.nbytes)
         return cache
 
@@ -244,6 +254,7 @@ class Session:
     def close(self) -> None:
         """Stop reading and close the files."""
         self.reader.close()
+        self.experts.close()
 
     def __enter__(self) -> "Session":
         return self
