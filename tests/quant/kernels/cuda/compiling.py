@@ -162,6 +162,21 @@ def _prefill(bits: int, group: int, scales_input: bool) -> Callable[[], object]:
     return call
 
 
+def _attention(storage: torch.dtype, chunk: int) -> Callable[[], object]:
+    from quant.kernels.cuda import attention
+
+    def call() -> None:
+        keys, values = torch.zeros(2, 8, 32768, 128, dtype=storage)
+        scales = torch.zeros(2, 8, 32768, 1)
+        key_scale, value_scale = scales if storage == torch.int8 else (None, None)
+        query, out = torch.zeros(2, 40, 128, dtype=torch.bfloat16)
+        scratch = attention.AttentionScratch.allocate(40, 128, 32768, torch.device("cpu"))
+        position = torch.zeros(1, dtype=torch.int64)
+        attention.launch(query, keys, values, key_scale, value_scale, position, chunk, 0.1, scratch, out)
+
+    return call
+
+
 CALLS = {
     "experts int4-g128": _experts(4, 128),
     "experts int8-g32": _experts(8, 32),
@@ -173,6 +188,8 @@ CALLS = {
     "linear int4-g128 T=2048": _linear(4, 128, 2048),
     "linear int8-g128 T=2048": _linear(8, 128, 2048, adds=True),
     "linear int4-g32 T=2048": _linear(4, 32, 2048),
+    "attention bf16": _attention(torch.bfloat16, 0),
+    "attention int8 chunked": _attention(torch.int8, 8192),
     "prefill int4-g128": _prefill(4, 128, scales_input=True),
     "prefill int4-g32": _prefill(4, 32, scales_input=False),
     "prefill int8-g128": _prefill(8, 128, scales_input=True),
