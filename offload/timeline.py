@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offload.footprint import Footprint
-from offload.locality import Locality
 from offload.machine import Machine
 from offload.plan import Plan
 from offload.policy import Key, make_policy
@@ -23,7 +22,7 @@ from offload.timeline_places import Step, Tiers, drawn, replayed, shares, stretc
 from offload.timeline_prefill import Prompt
 from offload.timeline_work import Rates, Work
 from offload.trace import Trace
-from quant.scheme import Scheme
+from quant.scheme import BF16, Scheme
 from quant.shape import ModelShape
 
 TOKENS = 64
@@ -196,8 +195,7 @@ class Setup:
         return {"vram": vram, "ram": hits - vram, "disk": 1 - hits}
 
     def _rates(self) -> Rates:
-        nf4 = bool(self.footprint.expert_bytes) and self.footprint.schemes["experts"].kind == "nf4"
-        return Rates.of(self.machine, nf4=nf4)
+        return Rates.of(self.machine, nf4=self.footprint.schemes.get("experts", BF16).kind == "nf4")
 
 
 def _play(engine: Engine, processes: Sequence[Process]) -> list[tuple[str, float]]:
@@ -215,21 +213,3 @@ def _typical(steps: Sequence[Step]) -> int:
     found = [sum(tiers.count("vram") * 100 + tiers.count("ram") for tiers in step.tiers) for step in steps]
     middle = sorted(found)[len(found) // 2]
     return min(range(len(found)), key=lambda index: abs(found[index] - middle))
-
-
-def layer_counts(plan_counts: Sequence[Sequence[int]]) -> dict[Key, float]:
-    """A profile's counts ``[L][E]`` by (counted layer, expert)."""
-    return {
-        (layer, expert): float(count)
-        for layer, row in enumerate(plan_counts)
-        for expert, count in enumerate(row)
-    }
-
-
-def locality_of(trace: Trace) -> Locality:
-    """What a profile of ``trace`` would tell a plan."""
-    counts = trace.counts()
-    rows = tuple(
-        tuple(counts[layer, expert] for expert in range(trace.num_experts)) for layer in range(trace.layers)
-    )
-    return Locality(trace.layers * trace.num_experts, trace.top_k, rows)
