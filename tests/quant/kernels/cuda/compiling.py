@@ -177,6 +177,18 @@ def _attention(storage: torch.dtype, chunk: int) -> Callable[[], object]:
     return call
 
 
+def _bell() -> None:
+    from quant.kernels.cuda import bell
+    from quant.kernels.doorbell import BellBuffers
+
+    buffers = BellBuffers.allocate(1, 1, 5120, torch.device("cpu"))
+    x, out = torch.zeros(1, 5120, dtype=torch.bfloat16), torch.zeros(1, 5120)
+    chosen, scores = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1)
+    places, share = torch.zeros(16, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+    bell.launch_ring(x, chosen, scores, places, share, 3, 8192, buffers)
+    bell.launch_answer(chosen, places, share, 8192, buffers, out, bell.PATIENCE)
+
+
 CALLS = {
     "experts int4-g128": _experts(4, 128),
     "experts int8-g32": _experts(8, 32),
@@ -190,6 +202,7 @@ CALLS = {
     "linear int4-g32 T=2048": _linear(4, 32, 2048),
     "attention bf16": _attention(torch.bfloat16, 0),
     "attention int8 chunked": _attention(torch.int8, 8192),
+    "bell": _bell,
     "prefill int4-g128": _prefill(4, 128, scales_input=True),
     "prefill int4-g32": _prefill(4, 32, scales_input=False),
     "prefill int8-g128": _prefill(8, 128, scales_input=True),
