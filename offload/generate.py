@@ -6,12 +6,11 @@ not run again. A step that is interrupted leaves the cache as it was before the 
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from offload.decoder import NativeDecoder
 from offload.kv import KVCache
 from offload.ledger import resident_bytes
 from offload.records import Finish, Sampling, Tier, TokenRecord
@@ -20,13 +19,20 @@ from offload.sampling import Sampler, TextStream
 from quant.errors import BudgetError, UsageError
 
 
+class Decoder(Protocol):
+    """Runs a model faster than its own modules do."""
+
+    def forward(self, ids: Sequence[int], cache: KVCache) -> Tensor:
+        """Append ``ids`` to ``cache`` and return the logits ``[1, vocab]`` of the last one."""
+
+
 class Generator:
     """Runs one sequence through a model. ``dense_bytes`` is what every forward pass reads besides experts."""
 
     def __init__(
         self, model: Any, tokenizer: Any, cache: KVCache, experts: ExpertCache, *, dense_bytes: int,
         prompt_chunk: int, eos: frozenset[int], device: torch.device,
-        native: NativeDecoder | None = None, fills: bool = False,
+        native: Decoder | None = None, fills: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.cache, self.experts = model, tokenizer, cache, experts
         self.dense_bytes, self.prompt_chunk, self.eos, self.device = dense_bytes, prompt_chunk, eos, device

@@ -8,7 +8,7 @@ through a doorbell. On a CPU the same step runs in a thread that stands for the 
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,16 +18,21 @@ from offload.architecture import layer_parts, norm_eps
 from offload.doorbell import HostWorker
 from offload.kv import KVCache
 from offload.launch import GraphThread, StepThread
+from offload.machine import Machine
+from offload.predict import miss_split
 from offload.routing import RoutingStats
 from offload.step import DecodeStep
-from offload.store import ExpertStore
+from offload.store import ExpertStore, find_weight
 from offload.tiered import TieredCache
-from quant.errors import SchemeError
+from quant.errors import BudgetError, SchemeError
+from quant.kernels import native
 from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda.fused import KvRows
 from quant.kernels.cuda.layout import ExpertLayout
 from quant.kernels.doorbell import BellBuffers
 from quant.shape import ModelShape
+
+_KERNEL_STEP = 32  # features that the device's kernels share out at once
 
 
 class GraphDecoder:
@@ -39,9 +44,10 @@ class GraphDecoder:
     """
 
     def __init__(
-        self, model: Any, shape: ModelShape, cache: TieredCache, kv: KVCache, routing: RoutingStats, *,
+        self, model: Any, cache: TieredCache, kv: KVCache, routing: RoutingStats, *,
         share: int, dtype: torch.dtype, device: torch.device, exact: bool = False,
     ) -> None:  # fmt: skip
+        shape = cache.store.shape
         self.model, self.shape, self.cache, self.kv, self.routing = model, shape, cache, kv, routing
         self.device = device
         layouts = [layer_layout(cache.store, layer) for layer in shape.moe_layers]
@@ -68,6 +74,29 @@ class GraphDecoder:
             if device.type == "cuda"
             else StepThread(self.step)
         )
+
+    @classmethod
+    def open(cls, model: Any, cache: TieredCache, kv: KVCache, routing: RoutingStats, **options: Any) -> Self:
+        """A decoder, for whose memory the device gives up experts if need be. See the class.
+
+        Raises BudgetError if it has none left to give.
+        """
+        while True:
+            try:
+                return cls(model, cache, kv, routing, **options)
+            except torch.OutOfMemoryError:
+                if not cache.shrink_vram():
+                    raise BudgetError(
+                        "the GPU has no memory left for a decode step: lower --vram or --context, or end "
+                        "what else runs on it"
+                    ) from None
+
+    @property
+    def name(self) -> str:
+        """What a report calls it."""
+        if self.device.type == "cuda":
+            return f"one CUDA graph per token, bf16 activations; missed experts by native {native.isa()}"
+        return f"torch reference in a thread in place of a GPU; missed experts by native {native.isa()}"
 
     def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
         """Append ``ids`` to the KV cache and return the logits ``[keep, V]`` of the last ``keep`` tokens;
@@ -156,6 +185,21 @@ def layer_layout(store: ExpertStore, layer: int) -> ExpertLayout:
     return ExpertLayout.from_offsets(
         shape.hidden_size, shape.expert_intermediate, dict(schemes), dict(offsets), alignment
     )
+
+
+def missed_share(store: ExpertStore, machine: Machine) -> int:
+    """How many intermediate features of an expert in RAM a GPU of ``machine`` should compute, by what reading
+    it in place costs there and computing it costs the CPU; 0 without a GPU."""
+    if machine.gpu is None:
+        return 0
+    shape, record = store.shape, store.record(*store.experts()[0])
+    group = max(record.weights["down_proj"].scheme.group_size, _KERNEL_STEP)
+    shared = 0
+    for spec in shape.dense_linears():
+        if spec.role == "shared_expert" and spec.layer == shape.moe_layers[0]:
+            shared += find_weight(store.checkpoint, spec)[0].nbytes(spec.out_features, spec.in_features)
+    split = miss_split(machine, record.nbytes, shape.expert_weights, shared)
+    return split.rows(shape.expert_intermediate, group)
 
 
 def kv_rows(kv: KVCache, layer: int, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> KvRows:

@@ -13,7 +13,8 @@ import torch
 from offload.block import is_native
 from offload.decoder import NativeDecoder
 from offload.experts import ExpertRunner
-from offload.generate import Generator
+from offload.generate import Decoder, Generator
+from offload.graph import GraphDecoder, missed_share, refusal
 from offload.heat import Heat
 from offload.kv import KVCache, Storage
 from offload.ledger import MemoryLedger, forget_peak, resident_bytes
@@ -38,13 +39,15 @@ from quant.scheme import Scheme
 
 @dataclass(frozen=True)
 class Placement:
-    """How many slots each tier has and which experts stay on the device."""
+    """How many slots each tier has, which experts the device begins with, and how many intermediate features
+    of an expert in RAM are the device's in a decode step (``share``)."""
 
     ram_slots: int
     vram_slots: int = 0
     pinned: tuple[Key, ...] = ()
     prompt_chunk: int = 512
     fills: bool = True
+    share: int = 0
 
 
 def model_id(checkpoint: Checkpoint) -> str:
@@ -112,17 +115,17 @@ class Session:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.model = load_model(checkpoint, runner, self.compute, dtype, device)
         self._dense = settle(self.model) if device.type == "cpu" else None
-        native_decoder = self._native_decoder()
+        self.notes = list(self.reader.notes)
         self.tokenizer = load_tokenizer(checkpoint.path)
         storage: Storage = "plain" if options.exact else options.kv
         cache = KVCache(self.shape, options.context, storage)
+        self.decoder: Decoder | None = self._native_decoder() or self._graph_decoder(cache, dtype)
         self.generator = Generator(
             self.model, self.tokenizer, cache, self.experts, dense_bytes=self._count(),
-            prompt_chunk=placement.prompt_chunk, eos=self._eos(), device=device, native=native_decoder,
+            prompt_chunk=placement.prompt_chunk, eos=self._eos(), device=device, native=self.decoder,
             fills=placement.fills,
         )  # fmt: skip
-        self.notes = list(self.reader.notes)
-        if native_decoder is None and device.type == "cpu":
+        if self.decoder is None and device.type == "cpu":
             self.kernel = "torch, dequantized weights"
             self.notes.append(
                 "experts stored like these are dequantized by torch or bitsandbytes before each use, many "
@@ -147,7 +150,10 @@ class Session:
         routing = RoutingStats.load(options.routing, checkpoint.shape) if options.routing else None
         plan = plan_run(checkpoint, options, machine, device, routing)
         say("loading the model")
-        placement = Placement(plan.ram_slots, plan.vram_slots, plan.pinned, plan.prompt_chunk)
+        placement = Placement(
+            plan.ram_slots, plan.vram_slots, plan.pinned, plan.prompt_chunk,
+            share=missed_share(ExpertStore(checkpoint), machine),
+        )  # fmt: skip
         session = cls(checkpoint, options, placement, device)
         session.plan, session.machine = plan, machine
         return session
@@ -186,6 +192,23 @@ class Session:
         if self.placement.vram_slots:
             return None
         return NativeDecoder(self.model, self.shape, self.experts, self.routing, self.compute.exact)
+
+    def _graph_decoder(self, cache: KVCache, dtype: torch.dtype) -> GraphDecoder | None:
+        """Decode steps as one launch, where a device's kernels can; a note says where they cannot."""
+        if not (self.options.graph and isinstance(self.experts, TieredCache)):
+            return None
+        reason = refusal(self.model.config, self.store)
+        if reason is not None:
+            self.notes.append(
+                f"decoding waits for the host in every layer instead of running as one CUDA graph: {reason}"
+            )
+            return None
+        decoder = GraphDecoder.open(
+            self.model, self.experts, cache, self.routing, share=self.placement.share, dtype=dtype,
+            device=self.device, exact=self.options.exact,
+        )  # fmt: skip
+        self.kernel = decoder.name
+        return decoder
 
     def _count(self) -> int:
         """Enter the dense weights in the ledger; returns the bytes of them that every forward pass reads."""
@@ -253,6 +276,8 @@ class Session:
 
     def close(self) -> None:
         """Stop reading and close the files."""
+        if isinstance(self.decoder, GraphDecoder):
+            self.decoder.close()
         self.reader.close()
         self.experts.close()
 
