@@ -154,7 +154,7 @@ class Setup:
             return drawn(plan.hit_rates, layers, shape.top_k, wanted)
         tiers = Tiers(
             trace=stretched(trace, layers, wanted),
-            vram_slots=plan.vram_slots,
+            vram_slots=plan.vram_slots - plan.vram_reserve,
             ram_slots=plan.ram_slots,
             policy=lambda: make_policy(policy, counts),
             counts=counts,
@@ -189,8 +189,8 @@ class Setup:
     def _scan_shares(self) -> dict[Tier, float]:
         """Where a prompt finds experts, of which it wants all: by slots, whatever is hot."""
         plan = self.plan
-        vram = plan.vram_slots / plan.experts
-        held = min(1.0, (plan.vram_slots + plan.ram_slots) / plan.experts)
+        vram = (plan.vram_slots - plan.vram_reserve) / plan.experts
+        held = min(1.0, vram + plan.ram_slots / plan.experts)
         hits = max(vram, scan_hits(held))
         return {"vram": vram, "ram": hits - vram, "disk": 1 - hits}
 
