@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload.graph import GraphDecoder, missed_share, refusal
+from offload.kv import KVCache, Storage
 from offload.records import RunOptions, Sampling
 from offload.session import Placement, Session
 from offload.store import ExpertStore
@@ -105,18 +106,25 @@ def test_greedy_text_and_logits_equal_stock_transformers(
     assert torch.allclose(found, logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kv", ["bf16", "int8"])
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
 @pytest.mark.parametrize("family", ["llama4_text", "mixtral"])
-def test_with_the_cheap_forms_of_keys_values_and_activations_the_simple_path_agrees(
-    family: str, kv: str, models: Models
-) -> None:
+def test_with_a_small_kv_cache_the_simple_path_agrees(family: str, storage: Storage, models: Models) -> None:
     found = []
     for graph in (True, False):
-        with _session(models(family)[1], SPLITS["all in vram"], kv=kv, exact=False, graph=graph) as session:
-            assert isinstance(session.decoder, GraphDecoder) == graph
+        with _session(models(family)[1], SPLITS["all in vram"]) as session:
+            kv = KVCache(session.shape, 400, storage)
+            decoder: Any = session.decoder
+            if graph:
+                decoder = GraphDecoder.open(
+                    session.model, session.experts, kv, session.routing, share=0, dtype=torch.float32,
+                    device=torch.device("cpu"), exact=True,
+                )  # fmt: skip
+            session.generator.cache, session.generator.native = kv, decoder if graph else None
             found.append(_greedy(session))
+            decoder.close()
     assert found[0][0] == found[1][0]
-    assert torch.allclose(found[0][1], found[1][1], atol=2e-3, rtol=0)
+    # A difference of 1e-6 before rounding is one of a whole step after it, now and then.
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-2, rtol=0)
 
 
 @pytest.fixture
@@ -191,8 +199,11 @@ def test_a_step_that_nobody_answers_ends_when_told(session: Session) -> None:
     """What Ctrl-C does while the step waits: nobody serves, and the step still ends."""
     tokens, _ = _greedy(session, 6)
     decoder: Any = session.decoder
+    table = decoder.worker.bell.table
+    there = table.clone()
     with torch.inference_mode():
         session.experts.begin_token()  # type: ignore[attr-defined]
+        table.zero_()
         decoder.thread.launch()
         while decoder.worker.bell.serve(100) != "missing":
             assert not decoder.thread.finished()
@@ -200,6 +211,7 @@ def test_a_step_that_nobody_answers_ends_when_told(session: Session) -> None:
         decoder.thread.wait()
         decoder.worker.bell.rearm()
     assert decoder.thread.finished()
+    table.copy_(there)
     _still_right(session, tokens)
 
 
