@@ -94,7 +94,7 @@ class GraphThread(StepThread):
         if not super().finished():
             return False
         with gpu_errors():
-            return self._done.query()
+            return bool(self._done.query())
 
     def wait(self) -> None:
         """Until the step has ended, well or not."""

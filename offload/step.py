@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from quant.kernels.cuda.attention import AttentionScratch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from offload.architecture import LayerParts
 from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda import attention, bell, experts, fused
+from quant.kernels.cuda.attention import AttentionScratch
 from quant.kernels.cuda.experts import DecodeScratch
 from quant.kernels.cuda.fused import HeadNorms, KvRows
 from quant.kernels.cuda.layout import ExpertLayout
@@ -43,18 +43,12 @@ class StepInputs:
     and ``sine`` f32 ``[r/2]``, ``temperature`` f32 ``[1]``, ``position`` int32 ``[1]``."""
 
     def __init__(self, hidden: int, rotated: int, device: torch.device) -> None:
-        sizes = (hidden, rotated // 2, rotated // 2, 1, 1)
-        self._host = torch.zeros(4 * sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._device = (
-            torch.zeros_like(self._host, device=device) if device.type == "cuda" else self._host.clone()
-        )
-        ours, theirs = (
-            self._host.view(torch.float32).split(sizes),
-            self._device.view(torch.float32).split(sizes),
-        )
-        self._staged = ours
-        self.x, self.cosine, self.sine, self.temperature = theirs[0][None], *theirs[1:4]
-        self.position = theirs[4].view(torch.int32)
+        sizes = [hidden, rotated // 2, rotated // 2, 1, 1]
+        self._host = torch.zeros(sum(sizes), pin_memory=device.type == "cuda")
+        self._device = torch.zeros(sum(sizes), device=device)
+        self._staged = self._host.split(sizes)
+        x, self.cosine, self.sine, self.temperature, position = self._device.split(sizes)
+        self.x, self.position = x[None], position.view(torch.int32)
 
     def stage(self, x: Tensor, cosine: Tensor, sine: Tensor, temperature: float, position: int) -> None:
         """Set the next step's inputs, on the host."""

@@ -65,21 +65,20 @@ class BellBuffers:
         Raises MachineError if they cannot be pinned.
         """
         pin = device.type == "cuda"
-        sizes: list[tuple[tuple[int, ...], torch.dtype]] = [
-            ((128,), torch.int32),
-            ((_HEADER + 2 * tokens * top_k,), torch.int32),
-            ((tokens, top_k), torch.float32),
-            ((tokens, hidden), torch.float32),
-            ((tokens, hidden), torch.float32),
-        ]
         try:
-            made = [torch.zeros(shape, dtype=dtype, pin_memory=pin) for shape, dtype in sizes]
+            return cls(
+                torch.zeros(128, dtype=torch.int32, pin_memory=pin),
+                torch.zeros(_HEADER + 2 * tokens * top_k, dtype=torch.int32, pin_memory=pin),
+                torch.zeros(tokens, top_k, pin_memory=pin),
+                torch.zeros(tokens, hidden, pin_memory=pin),
+                torch.zeros(tokens, hidden, pin_memory=pin),
+                torch.zeros(1, dtype=torch.int32, device=device),
+            )
         except RuntimeError as error:
             raise MachineError(
                 f"cannot pin {8 * tokens * hidden + 512} bytes of host memory for the GPU's doorbell "
                 f"({str(error).splitlines()[0]}): use --no-graph"
             ) from None
-        return cls(*made, torch.zeros(1, dtype=torch.int32, device=device))
 
     @property
     def pinned_nbytes(self) -> int:
