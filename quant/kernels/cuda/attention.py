@@ -3,7 +3,7 @@
 The position is read on the device, so one CUDA graph serves every token and reads no more than the tokens
 that exist.
 
-Legend: h query heads, g KV heads, d head_dim. Key and value buffers ``[g, capacity, d]``, bf16 or int8 with f32
+Legend: h query heads, g KV heads, d head_dim. Buffers ``[g, capacity, d]``, bf16 or int8 with f32
 scales ``[g, capacity, 1]`` (the reference also takes f32).
 """
 
@@ -29,9 +29,7 @@ class AttentionScratch:
     bounds: Tensor
 
     @classmethod
-    def allocate(
-        cls, heads: int, head_dim: int, capacity: int, device: torch.device
-    ) -> "AttentionScratch":
+    def allocate(cls, heads: int, head_dim: int, capacity: int, device: torch.device) -> "AttentionScratch":
         """Scratch for buffers of ``capacity`` tokens: a part per 128 of them, up to 64, a power of two."""
         parts = 1
         while parts < _MAX_SPLITS and parts * 2 * _TOKENS < capacity:
@@ -50,11 +48,11 @@ def decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None,
     position: Tensor, chunk: int, scaling: float, scratch: AttentionScratch, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """softmax(scaling · q·Kᵀ)·V of ``query`` (h·d numbers) over the tokens kept up to ``position`` → ``[h, d]``
-    in query's dtype.
+    """softmax(scaling · q·Kᵀ)·V of ``query`` (h·d numbers) over the tokens up to ``position`` → ``[h, d]`` in
+    query's dtype.
 
-    ``position`` int64 or int32 ``[1]`` is the token's own, whose key and value are in the buffers already: row
-    ``position``, or ``position`` modulo ``chunk`` where a layer keeps the current chunk only (else 0).
+    ``position`` int64 or int32 ``[1]`` is the token's own, whose key and value are in the buffers already: in
+    row ``position``, or ``position`` modulo ``chunk`` where a layer keeps the current chunk only (else 0).
     """
     heads, width = scratch.sums.shape[0], scratch.sums.shape[2]
     _check(query, keys, values, key_scale, value_scale, heads, width)
@@ -98,7 +96,8 @@ def launch(
     kv_heads, capacity, _ = keys.shape
     group, padded = heads // kv_heads, max(16, triton.next_power_of_2(width))
     attention.part_kernel[(kv_heads, parts)](
-        query, keys, values, key_scale, value_scale, position, scratch.sums, scratch.bounds, capacity, scaling,
+        query, keys, values, key_scale, value_scale, position, scratch.sums, scratch.bounds,
+        capacity, scaling,
         CHUNK=chunk, GROUP=group, QUERIES=max(16, triton.next_power_of_2(group)), WIDTH=width, PADDED=padded,
         TOKENS=_TOKENS, SPLITS=parts, SCALED=key_scale is not None, OPERAND=runtime.operand(),
         num_warps=_WARPS, num_stages=2, enable_fp_fusion=True,
@@ -119,6 +118,6 @@ def _check(
     fits = fits and (keys.dtype == torch.int8) == (key_scale is not None) == (value_scale is not None)
     if not fits or any(not buffer.is_contiguous() for buffer in buffers):
         raise SchemeError(
-            f"query {tuple(query.shape)}, keys {keys.dtype} {tuple(keys.shape)}, values {tuple(values.shape)}: "
-            f"expected {heads} heads of {width} over contiguous [g, capacity, {width}], int8 with scales"
+            f"query {tuple(query.shape)}, keys {keys.dtype} {tuple(keys.shape)}, values "
+            f"{tuple(values.shape)}: expected {heads} heads of {width} over contiguous [g, capacity, {width}], int8 with scales"
         )

@@ -1,7 +1,7 @@
-"""The step's end of the doorbell (``quant.kernels.doorbell``): ask the host for what the card does not compute.
+"""The step's end of the doorbell (``quant.kernels.doorbell``): ask the host for what the card leaves to it.
 
-``ring``, then the card's own part, then ``answer``: the host computes meanwhile. Nothing happens on the host's
-side, and nothing is waited for, where all chosen experts are the card's.
+``ring``, then the card's own part, then ``answer``: the host computes meanwhile. Nothing is asked, and
+nothing waited for, where all chosen experts are the card's.
 
 Legend: T tokens, k experts per token, H hidden, E experts, inter: expert intermediate size.
 """

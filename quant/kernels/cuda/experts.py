@@ -1,7 +1,7 @@
 """The routed experts of up to eight tokens, read where they lie: VRAM, or pinned host memory in place.
 
 Which experts, where they are and how much of each is this card's is all read on the device, so the call never
-waits for the host and may sit in a CUDA graph: its grid is fixed, and programs with nothing to do end at once.
+waits for the host and may sit in a CUDA graph: its grid is fixed, programs with nothing to do end at once.
 
 Legend: T tokens, k experts per token, H hidden, I expert intermediate size, E experts.
 """
@@ -18,7 +18,7 @@ from quant.kernels.cuda.layout import ExpertLayout
 
 MAX_TOKENS = 8
 VRAM, HOST, ELSEWHERE = 0, 1, 2  # values of ``places``
-# A tile of 16 rows × 128 words on 8 warps: two rows per warp, 55-80 registers per thread, 3-4 programs per SM.
+# A tile of 16 rows × 128 words on 8 warps: two rows per warp; 2 (gate and up) or 4 programs per SM.
 _ROWS, _WORDS, _WARPS = 16, 128, 8
 
 
@@ -29,13 +29,11 @@ class DecodeScratch:
     hidden: Tensor
 
     @classmethod
-    def allocate(
-        cls, layout: ExpertLayout, tokens: int, pairs: int, device: torch.device
-    ) -> "DecodeScratch":
+    def allocate(cls, layout: ExpertLayout, tokens: int, pairs: int, device: torch.device) -> "DecodeScratch":
         """Scratch for up to ``tokens`` tokens that choose ``pairs`` experts in all."""
         if not 1 <= tokens <= MAX_TOKENS or pairs < tokens:
             raise SchemeError(
-                f"{tokens} tokens with {pairs} experts: expected 1 to {MAX_TOKENS} tokens, with one or more each"
+                f"{tokens} tokens with {pairs} experts: expected 1 to {MAX_TOKENS} tokens with one or more"
             )
         return cls(torch.zeros(pairs, layout.inter, dtype=torch.bfloat16, device=device))
 
@@ -61,8 +59,8 @@ def moe_decode(
     """Add to ``out`` f32 ``[T, H]`` what this card computes of the chosen experts.
 
     x bf16 ``[T, H]`` (the reference also takes f32), chosen int32 ``[T, k]`` (-1: none), scores f32
-    ``[T, k]``, addresses int64 ``[E]`` and places uint8 ``[E]`` as the layer's rows of the tables, share int32
-    ``[1]``. Of an expert in VRAM all I intermediate features are computed, of one in pinned host memory the
+    ``[T, k]``, addresses int64 ``[E]`` and places uint8 ``[E]`` as the layer's rows of the tables, share
+    int32 ``[1]``. Of an expert in VRAM all I intermediate features are computed, of one in pinned host memory the
     first ``share`` (a multiple of 32 and of down_proj's group), of others none. ``scales_input``: a score
     multiplies the expert's input (Llama 4), else its output. Raises SchemeError for other shapes.
     """

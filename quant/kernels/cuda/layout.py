@@ -83,7 +83,11 @@ class ExpertLayout:
         places = [offsets[name, suffix] for name in _PROJECTIONS for suffix in _SUFFIXES]
         while alignment > 4 and any(place % alignment for place in places[::2]):
             alignment //= 2
-        return cls(hidden, inter, schemes["gate_proj"], schemes["down_proj"], *places, alignment)
+        gate, gate_scale, up, up_scale, down, down_scale = places
+        return cls(
+            hidden, inter, schemes["gate_proj"], schemes["down_proj"],
+            gate, gate_scale, up, up_scale, down, down_scale, alignment,
+        )  # fmt: skip
 
     @classmethod
     def of_weights(
@@ -130,7 +134,8 @@ class ExpertLayout:
         found = []
         extents = list(self._extents())
         for index in range(3):
-            (at, count, rows, scheme), (scale_at, scale_count, *_) = extents[2 * index], extents[2 * index + 1]
+            at, count, rows, scheme = extents[2 * index]
+            scale_at, scale_count, *_ = extents[2 * index + 1]
             packed = _host_bytes(address + at, count).view(torch.int32).view(rows, -1)
             scale = _host_bytes(address + scale_at, scale_count).view(torch.bfloat16).view(rows, -1)
             found.append(dequantize(Packed(scheme, packed, scale), dtype))

@@ -89,7 +89,7 @@ def arranged_width(features: int, bits: int) -> int:
 def arrange(
     x: Tensor, order: Tensor | None, scores: Tensor | None, out: Tensor, bits: int, top_k: int
 ) -> None:
-    """Write x ``[T, K]``, or its rows of the pairs ``order``, arranged to ``out``; ``scores`` multiply them."""
+    """Write x ``[T, K]``, or its rows of the pairs ``order``, times ``scores``, arranged to ``out``."""
     from quant.kernels.cuda.device import gemm
 
     columns = 1024
@@ -100,9 +100,7 @@ def arrange(
     )  # fmt: skip
 
 
-def check(
-    x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None
-) -> None:
+def check(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None) -> None:
     """Raise SchemeError unless the tensors fit each other."""
     scheme = _scheme(bits, group)
     features = packed.shape[-1] * 32 // bits

@@ -3,8 +3,8 @@
 Tokens are sorted by expert once per layer. Experts may then come in any number of calls, as their bytes
 arrive: each call computes the tokens of its experts and fills rows of the output that no other call touches.
 
-Legend: T tokens, k experts per token, pair = token·k + choice, H hidden, I expert intermediate size, E experts,
-P experts of a call.
+Legend: T tokens, k experts per token, pair = token·k + choice, H hidden, I expert intermediate size,
+E experts, P experts of a call.
 """
 
 from dataclasses import dataclass
@@ -72,8 +72,8 @@ def arrange_tokens(
     pairs = groups.order.shape[0]
     if x.shape != (pairs // top_k, layout.hidden) or pairs > scratch.tokens.shape[0]:
         raise SchemeError(
-            f"x is {tuple(x.shape)} with {pairs} pairs: expected [{pairs // top_k}, {layout.hidden}], at most "
-            f"{scratch.tokens.shape[0]} pairs"
+            f"x is {tuple(x.shape)} with {pairs} pairs: expected [{pairs // top_k}, {layout.hidden}], at "
+            f"most {scratch.tokens.shape[0]} pairs"
         )
     if runtime.on_device(x):
         launch_arrange(x, groups, scores, layout, scratch, scales_input=scales_input, top_k=top_k)
@@ -99,7 +99,7 @@ def moe_prefill(
     groups: TokenGroups, scores: Tensor, experts: Tensor, addresses: Tensor, layout: ExpertLayout,
     scratch: PrefillScratch, out: Tensor, *, scales_input: bool,
 ) -> None:  # fmt: skip
-    """Fill the rows of ``out`` ``[T·k, H]`` (by pair, in bf16) whose expert is among ``experts`` int32 ``[P]``.
+    """Fill the rows of ``out`` ``[T·k, H]`` (by pair, bf16) whose expert is among ``experts`` int32 ``[P]``.
 
     ``addresses`` int64 ``[E]``; an expert at address 0 is skipped, and its rows are left as they are. Scores
     f32 ``[T, k]`` multiply the result unless ``scales_input`` (``arrange_tokens`` then has applied them).

@@ -83,8 +83,8 @@ def answer_kernel(
 ):  # fmt: skip
     """out += result, once the host has answered what ``ring_kernel`` asked.
 
-    Gives up after ``patience`` looks at the flag, or when the host says so: sets the LOST word and adds nothing;
-    a step that has lost one answer waits for no other.
+    Gives up after ``patience`` looks at the flag, or when the host says so: sets the LOST word and adds
+    nothing; a step that has lost one answer waits for no other.
     """
     _, first = _first_features(chosen, places, share, inter, tokens * top_k, PAIRS)
     if tl.sum((first < inter).to(tl.int32), 0) > 0:

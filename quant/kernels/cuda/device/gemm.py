@@ -2,8 +2,8 @@
 
 A step takes 16 words of each row. Element i of those words, for i in 0..7 (0..3 at 8 bit), makes an operand
 ``[N, 16]`` of its own in registers: words go from global through shared memory straight into the layout the
-tensor core wants, so weights are never written anywhere unpacked. Opposite to operand i lie the activations of
-elements i, which is why activations are stored arranged: blocks of 16 words, within a block element by
+tensor core wants, so weights are never written anywhere unpacked. Opposite to operand i lie the activations
+of elements i, which is why activations are stored arranged: blocks of 16 words, within a block element by
 element. The order of a sum's terms is free as long as both sides agree.
 
 A group that spans the step's words has its scale applied to the step's sum, in f32; smaller groups have it
@@ -34,9 +34,11 @@ def source_feature(position, BITS: tl.constexpr):
 @triton.jit
 def arrange_kernel(
     x, order, scores, out, features, width,
-    TOP_K: tl.constexpr, GATHERS: tl.constexpr, SCALES: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr, GATHERS: tl.constexpr, SCALES: tl.constexpr, BITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[r] = x's row (of pair order[r] where GATHERS, times its score where SCALES), arranged, zeros beyond."""
+    """out[r] = x's row (of pair order[r] where GATHERS, times its score where SCALES), arranged, then
+    zeros."""
     row = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     feature = source_feature(position, BITS)
@@ -153,11 +155,13 @@ def gate_up_kernel(
     read = tl.minimum(feature, inter - 1).to(tl.int64)
     gate = tile_product(
         pointers(address + gate_packed, ALIGNMENT), (address + gate_scale).to(tl.pointer_type(tl.bfloat16)),
-        x, read, token.to(tl.int64), live, row_words, groups, width, BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
+        x, read, token.to(tl.int64), live, row_words, groups, width,
+        BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
     )  # fmt: skip
     up = tile_product(
         pointers(address + up_packed, ALIGNMENT), (address + up_scale).to(tl.pointer_type(tl.bfloat16)),
-        x, read, token.to(tl.int64), live, row_words, groups, width, BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
+        x, read, token.to(tl.int64), live, row_words, groups, width,
+        BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
     )  # fmt: skip
     result = tl.where((feature < inter)[:, None], gate * tl.sigmoid(gate) * up, 0.0)
     places = hidden + token.to(tl.int64)[None, :] * hidden_width + position[:, None]
@@ -185,8 +189,8 @@ def down_kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     y = tile_product(
         pointers(address + down_packed, ALIGNMENT), (address + down_scale).to(tl.pointer_type(tl.bfloat16)),
-        hidden, tl.minimum(row, features - 1).to(tl.int64), token.to(tl.int64), live, row_words, groups, width,
-        BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
+        hidden, tl.minimum(row, features - 1).to(tl.int64), token.to(tl.int64), live,
+        row_words, groups, width, BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
     )  # fmt: skip
     pair = tl.load(order + token, mask=live, other=0)
     if SCALES_OUTPUT:

@@ -95,7 +95,8 @@ def gate_up_kernel(
     row = begin + tl.arange(0, ROWS)
     read = tl.minimum(row, inter - 1).to(tl.int64)
     token = x + (pair // TOP_K).to(tl.int64) * features
-    gate_words, up_words = pointers(address + gate_packed, ALIGNMENT), pointers(address + up_packed, ALIGNMENT)
+    gate_words = pointers(address + gate_packed, ALIGNMENT)
+    up_words = pointers(address + up_packed, ALIGNMENT)
     gate_scales = (address + gate_scale).to(tl.pointer_type(tl.bfloat16))
     up_scales = (address + up_scale).to(tl.pointer_type(tl.bfloat16))
     GROUP_WORDS: tl.constexpr = GROUP * BITS // 32

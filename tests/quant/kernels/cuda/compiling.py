@@ -1,6 +1,7 @@
-"""Compiles what a launcher would launch, for cards that are not here: arguments are taken from the real call.
+"""Compiles what a launcher would launch, for cards that are not here; arguments are taken from the real call.
 
-Run as a script in a process of its own (the interpreter must be off): prints one JSON line per kernel and card.
+Run as a script, in a process of its own (the interpreter must be off): ARCHS, then words that labels must
+have. Prints one JSON line per kernel and card.
 """
 
 import json
@@ -24,10 +25,6 @@ POINTERS = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
     torch.uint8: "*u8", torch.int8: "*i8",
 }  # fmt: skip
-
-
-class Recorded(Exception):
-    """Nothing: the name for mypy of what a recorder keeps."""
 
 
 def record(call: Callable[[], object]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -79,7 +76,10 @@ def describe(compiled: Any, name: str, arch: int) -> dict[str, Any]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run(
-            [NVIDIA / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [NVIDIA / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         code = subprocess.run([NVIDIA / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
     ptx = compiled.asm["ptx"]
@@ -125,9 +125,7 @@ def _experts(bits: int, group: int, top_k: int = 1) -> Callable[[], object]:
         addresses, places = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.uint8)
         share = torch.zeros(1, dtype=torch.int32)
         scratch = experts.DecodeScratch.allocate(layout, 1, top_k, torch.device("cpu"))
-        experts.launch(
-            x, chosen, scores, addresses, places, share, layout, scratch, out, scales_input=True
-        )
+        experts.launch(x, chosen, scores, addresses, places, share, layout, scratch, out, scales_input=True)
 
     return call
 
