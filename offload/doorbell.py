@@ -5,6 +5,8 @@ that owns the cache, while the step waits for the answer. Whatever goes wrong, t
 longer, and its end is awaited before the error goes on: neither side is left hanging.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from offload.block import gated
@@ -49,13 +51,16 @@ class HostWorker:
         slot = self.cache.arena.slot(self.cache.host.slot_of[key])
         self.bell.table[self._row[key[0]], key[1]] = slot.data_ptr() + self.cache.store.record(*key).start
 
-    def serve(self, step: StepThread) -> None:
-        """Answer until ``step``, which has been launched, has ended.
+    def run(self, step: StepThread, meanwhile: Callable[[], None]) -> None:
+        """Launch ``step``, do ``meanwhile`` (what takes no longer than a launch), and answer until it has
+        ended.
 
         Raises what the step raised, CheckpointError if the disk fails and MachineError if the step gave up
         waiting.
         """
         try:
+            step.launch()
+            meanwhile()
             while not step.finished():
                 if self.bell.serve(step.slice_microseconds) == "missing":
                     self._fetch()

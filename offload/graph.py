@@ -120,9 +120,7 @@ class GraphDecoder:
         self.step.inputs.stage(
             self._embedding.weight[token], cosine, sine, temperature(self._tuned, position), position
         )
-        self.thread.launch()
-        self._angles = {position + 1: self._angles_at(position + 1)}  # the step is busy meanwhile
-        self.worker.serve(self.thread)
+        self.worker.run(self.thread, lambda: self._turn_to(position + 1))
         for layer in self.kv.kept:
             layer.advance(1)
         chosen = self.step.host_chosen.numpy().astype(np.int64)  # a copy: the buffer is the next step's
@@ -130,6 +128,10 @@ class GraphDecoder:
             self.routing.record(layer_index, chosen[row])
         self.cache.after_token(chosen)
         return self.step.host_logits
+
+    def _turn_to(self, position: int) -> None:
+        """Have the next position's angles ready."""
+        self._angles = {position: self._angles_at(position)}
 
     def _angles_at(self, position: int) -> tuple[Tensor, Tensor]:
         """RoPE's cosines and sines f32 ``[r/2]`` at ``position``."""

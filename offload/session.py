@@ -336,4 +336,5 @@ def _compute(options: RunOptions, device: torch.device) -> Compute:
     if options.threads:
         torch.set_num_threads(options.threads)
         native.set_threads(options.threads)
-    return Compute(native=device.type == "cpu", exact=options.exact)
+    cuda = device.type == "cuda"
+    return Compute(native=not cuda, exact=options.exact, triton=cuda)
