@@ -53,7 +53,7 @@ class TieredCache(ExpertCache):
         self._leaving: dict[Key, Key] = {}  # cold experts, and which hot one each makes way for
         self._copied_from: dict[Key, Any] = {}  # host slots that copies to lent slots read, with tickets
         self._step: int | None = None  # the row that the running step may have reached
-        self._fetched: set[Key] = set()
+        self._fetched: dict[Key, Tier] = {}  # what the running step asked of the host, and where it was
         self._fills = False
         self._seed(seeds)
 
@@ -119,8 +119,9 @@ class TieredCache(ExpertCache):
         """
         self._step = self.tables.row(layer)
         tiers = {(layer, expert): self.tier_of((layer, expert)) for expert in experts}
-        self._fetched |= {key for key, tier in tiers.items() if tier == "disk"}
-        yield from self.serve_from_host(sorted(tiers, key=lambda key: tiers[key] == "disk"))
+        self._fetched |= tiers
+        # Those that have a slot first: once they are used, it may be the only one that can be had.
+        yield from self.serve_from_host(sorted(tiers, key=lambda key: key not in self.host))
 
     def after_token(self, chosen: Ids) -> None:
         """After a step: ``chosen`` ``[rows, ..., k]`` (negative for none) were used by it. Counts
@@ -355,8 +356,9 @@ class TieredCache(ExpertCache):
     def _count_used(self, key: Key) -> None:
         nbytes = self.store.record(*key).nbytes
         place = self.tables.exposed(key)
-        tier: Tier = "vram" if place == VRAM else "disk" if key in self._fetched else "ram"
+        tier: Tier = "vram" if place == VRAM else self._fetched.get(key, "ram")
         self.counters.by_tier[tier] += 1
-        self.counters.used_bytes["vram" if place == VRAM else "ram"] += nbytes
+        if key not in self._fetched:  # what was fetched was counted then
+            self.counters.used_bytes[tier] += nbytes
         if place != VRAM and key in self.host:
             self.host_policy.touch(key)

@@ -35,13 +35,20 @@ class _Work:
 
 
 class LaggingTransfer:
-    """``limit`` bytes of device memory; ``pinnable`` bytes of host memory can be pinned."""
+    """``limit`` bytes of device memory; ``pinnable`` bytes of host memory can be pinned. While ``lazy``,
+    nothing is done but what somebody waits for."""
 
     def __init__(
-        self, seed: int = 0, *, limit: int = 2**40, pinnable: int = 2**40, threaded: bool = False
+        self,
+        seed: int = 0,
+        *,
+        limit: int = 2**40,
+        pinnable: int = 2**40,
+        threaded: bool = False,
+        lazy: bool = False,
     ) -> None:
         self.device = torch.device("cpu")
-        self.limit, self.pinnable = limit, pinnable
+        self.limit, self.pinnable, self.lazy = limit, pinnable, lazy
         self.segments: list[tuple[int, int]] = []  # device memory: first and last address
         self.copies: list[tuple[int, int]] = []  # source and target address of each copy begun
         self._random = random.Random(seed)
@@ -136,7 +143,7 @@ class LaggingTransfer:
         return work.ticket
 
     def _lag(self) -> None:
-        if self._thread is None:
+        if self._thread is None and not self.lazy:
             for _ in range(self._random.choice((0, 0, 0, 1, 2, 7))):
                 self._advance()
 
