@@ -3,7 +3,6 @@
 Families differ in names and in a handful of switches; both are read off the loaded modules here, once.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,10 @@ class LayerParts:
     up_proj and down_proj; ``router`` ``[E, H]`` is None in a dense layer."""
 
     shape: AttentionShape
-    q_proj: Callable[[Tensor], Tensor]
-    k_proj: Callable[[Tensor], Tensor]
-    v_proj: Callable[[Tensor], Tensor]
-    o_proj: Callable[[Tensor], Tensor]
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
     q_norm: Tensor | None
     k_norm: Tensor | None
     attention_norm: Tensor

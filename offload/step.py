@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from offload.architecture import LayerParts
+from offload.projections import add_product, join
 from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda import attention, bell, experts, fused
 from quant.kernels.cuda.attention import AttentionScratch
@@ -108,6 +109,7 @@ class _Moe:
 @dataclass(frozen=True)
 class _Layer:
     parts: LayerParts
+    qkv: Callable[[Tensor], Tensor] | None  # the three projections in one, where they are stored alike
     rows: KvRows
     norms: HeadNorms | None
     attend: AttentionScratch
@@ -141,6 +143,7 @@ class DecodeStep:
         self.chosen = torch.zeros(len(routed), 1, top_k, dtype=torch.int32, device=device)
         self._scores = torch.zeros(len(routed), 1, top_k, device=device)
         self.residual = torch.zeros(1, hidden, device=device)
+        self._normed = torch.zeros(1, hidden, device=device)
         self.logits = torch.zeros(1, vocab, device=device)
         pin = device.type == "cuda"
         self.host_chosen = torch.zeros(self.chosen.shape, dtype=torch.int32, pin_memory=pin)
@@ -171,7 +174,10 @@ class DecodeStep:
             norms = None
             if parts.q_norm is not None and parts.k_norm is not None:
                 norms = HeadNorms(parts.q_norm.float(), parts.k_norm.float())
-            built.append(_Layer(parts, kv, norms, attends[capacity], mlp, scratch, moe))
+            qkv = join((parts.q_proj, parts.k_proj, parts.v_proj))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # what was joined is not to count beside the whole
+            built.append(_Layer(parts, qkv, kv, norms, attends[capacity], mlp, scratch, moe))
         return built
 
     def __call__(self) -> None:
@@ -180,7 +186,7 @@ class DecodeStep:
         x.copy_(self.inputs.x)
         for layer in self._layers:
             self._attend(layer, x)
-            h = fused.rms_norm(x, layer.parts.mlp_norm, layer.parts.eps, self.dtype)
+            h = fused.rms_norm(x, layer.parts.mlp_norm, layer.parts.eps, self.dtype, self._normed)
             if layer.moe is not None:
                 self._mix(layer, layer.moe, h, x)
             elif layer.mlp is not None:
@@ -193,8 +199,13 @@ class DecodeStep:
         parts, shape, inputs = layer.parts, layer.parts.shape, self.inputs
         h = fused.rms_norm(x, parts.attention_norm, parts.eps, self.dtype)
         turns = shape.rope != "none"
+        if layer.qkv is None:
+            q, k, v = parts.q_proj(h), parts.k_proj(h), parts.v_proj(h)
+        else:
+            width = shape.kv_heads * shape.head_dim
+            q, k, v = layer.qkv(h).split([shape.heads * shape.head_dim, width, width], -1)
         query = fused.append(
-            parts.q_proj(h), parts.k_proj(h), parts.v_proj(h), shape, layer.rows, inputs.position,
+            q, k, v, shape, layer.rows, inputs.position,
             norms=layer.norms, cosine=inputs.cosine if turns else None, sine=inputs.sine if turns else None,
             temperature=inputs.temperature if shape.temperature_floor else None,
         )  # fmt: skip
@@ -203,12 +214,12 @@ class DecodeStep:
             query, kv.keys, kv.values, kv.key_scale, kv.value_scale, inputs.position, shape.chunk,
             scaling(shape), layer.attend,
         )  # fmt: skip
-        x.add_(parts.o_proj(attended.view(1, -1)))
+        add_product(parts.o_proj, attended.view(1, -1), x)
 
     def _mix(self, layer: _Layer, moe: _Moe, h: Tensor, x: Tensor) -> None:
         """x ``[1, H]`` += moe(h): the host begins before the device does its part."""
         places, layout = self.tables.places[moe.row], self.layouts[moe.row]
-        fused.select(linear(h.float(), moe.router), moe.kind, moe.chosen, moe.scores)
+        fused.select(linear(self._normed, moe.router), moe.kind, moe.chosen, moe.scores)
         bell.ring(h, moe.chosen, moe.scores, places, self.share, moe.row, layout.inter, self.buffers)
         experts.moe_decode(
             h, moe.chosen, moe.scores, self.tables.addresses[moe.row], places, self.share, layout,

@@ -48,16 +48,20 @@ class HeadNorms:
     k: Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x f32 ``[T, H]`` / √(mean(x²) + eps) · weight, in ``dtype``."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, unrounded: Tensor | None = None
+) -> Tensor:
+    """x f32 ``[T, H]`` / √(mean(x²) + eps) · weight, in ``dtype``, and in f32 to ``unrounded``."""
     if x.dim() != 2 or weight.shape != x.shape[1:] or x.dtype != torch.float32:
         raise SchemeError(f"norm of {x.dtype} {tuple(x.shape)} by {tuple(weight.shape)}: expected f32 [T, H]")
     if runtime.on_device(x):
-        return launch_rms_norm(x, weight, eps, dtype)
-    return rms_norm_reference(x, weight, eps, dtype)
+        return launch_rms_norm(x, weight, eps, dtype, unrounded)
+    return rms_norm_reference(x, weight, eps, dtype, unrounded)
 
 
-def launch_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def launch_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, unrounded: Tensor | None = None
+) -> Tensor:
     """``rms_norm`` by its kernel."""
     from quant.kernels.cuda.device import fused
 
@@ -65,21 +69,20 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -
     out = torch.empty(tokens, features, dtype=dtype, device=x.device)
     block = _power_of_two(features)
     fused.rms_norm_kernel[(tokens,)](
-        x,
-        weight,
-        out,
-        features,
-        eps,
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
-        enable_fp_fusion=True,
-    )
+        x, weight, out, x if unrounded is None else unrounded, features, eps, BOTH=unrounded is not None,
+        BLOCK=block, num_warps=min(16, max(1, block // 512)), enable_fp_fusion=True,
+    )  # fmt: skip
     return out
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, unrounded: Tensor | None = None
+) -> Tensor:
     """``rms_norm`` in torch."""
-    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    if unrounded is not None:
+        unrounded.copy_(y)
+    return y.to(dtype)
 
 
 def append(

@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def rms_norm_kernel(x, weight, out, features, eps, BLOCK: tl.constexpr):
+def rms_norm_kernel(x, weight, out, unrounded, features, eps, BOTH: tl.constexpr, BLOCK: tl.constexpr):
     """out = x / √(mean(x²) + eps) · weight; one program per token, all of a row at once."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -18,6 +18,8 @@ def rms_norm_kernel(x, weight, out, features, eps, BLOCK: tl.constexpr):
     factor = 1.0 / tl.sqrt(tl.sum(values * values, 0) / features + eps)
     y = values * factor * tl.load(weight + at, mask=live, other=0.0)
     tl.store(out + token * features + at, y.to(out.dtype.element_ty), mask=live)
+    if BOTH:
+        tl.store(unrounded + token * features + at, y, mask=live)
 
 
 @triton.jit

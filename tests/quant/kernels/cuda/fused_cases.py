@@ -32,9 +32,12 @@ def norms(generator: torch.Generator) -> None:
     ):
         x = torch.randn(tokens, features, generator=generator) * 3
         weight = torch.randn(features, generator=generator)
-        ours = fused.launch_rms_norm(x, weight, 1e-5, dtype)
-        theirs = fused.rms_norm_reference(x, weight, 1e-5, dtype)
+        whole = torch.zeros(2, tokens, features)
+        ours = fused.launch_rms_norm(x, weight, 1e-5, dtype, whole[0])
+        theirs = fused.rms_norm_reference(x, weight, 1e-5, dtype, whole[1])
         torch.testing.assert_close(ours, theirs, msg=f"rms_norm {tokens}x{features}")
+        torch.testing.assert_close(*whole, msg=f"rms_norm {tokens}x{features}, unrounded")
+        assert torch.equal(fused.launch_rms_norm(x, weight, 1e-5, dtype), ours)
 
 
 def buffers(shape: AttentionShape, storage: torch.dtype) -> KvRows:
