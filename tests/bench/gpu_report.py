@@ -57,8 +57,8 @@ def _head(found: Found) -> str:
     if machine:
         lines += [
             "",
-            f"{machine['cpu']}, {machine['cores']} cores; RAM {_n(machine['ram_gb_s'])} GB/s, with the bus at "
-            f"once {_n(gpu.get('together_gb_s'))}; PCIe {_n(gpu.get('h2d_gb_s'))} GB/s to the card; VRAM "
+            f"{machine['cpu']}, {machine['cores']} cores; RAM {_n(machine['ram_gb_s'])} GB/s, with the bus "
+            f"at once {_n(gpu.get('together_gb_s'))}; PCIe {_n(gpu.get('h2d_gb_s'))} GB/s to the card; VRAM "
             f"{_n(gpu.get('vram_gb_s'))} GB/s; bf16 {_n(gpu.get('bf16_tflops'))} TFLOP/s; disk "
             f"{_n(machine['disk_gb_s'])} GB/s. torch {versions.get('torch')}, "
             f"triton {versions.get('triton')}.",
@@ -141,7 +141,8 @@ def _troubles(found: Found) -> str:
             rows += [f"* {name}: {trouble}", *(f"      {line}" for line in part.get("said", ()))]
     failures = _part(found, "tests").get("failures", ())
     rows += [f"* test failed: {name}" for name in failures]
-    rows += [f"* note: {note}" for note in _part(found, "scout").get("notes", ())]
+    for name in ("agreement", "scout"):
+        rows += [f"* {name}: {note}" for note in _part(found, name).get("notes", ())]
     return "\n".join(["## Failed, skipped, noted", "", *rows]) if rows else ""
 
 

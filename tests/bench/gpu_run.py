@@ -21,9 +21,11 @@ import torch
 
 from offload import driver
 from offload.machine import Machine, probe
-from offload.plan import Plan, make_plan
+from offload.plan import Plan
+from offload.predict import Load
 from offload.records import RunOptions, Sampling, Tier, TokenRecord
-from offload.session import Session, stored_schemes
+from offload.session import Placement, Session, stored_schemes
+from offload.store import ExpertStore
 from offload.timeline import Setup
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
@@ -101,7 +103,7 @@ def synth(folders: Sequence[Path], prefix: str, seconds: float) -> dict[str, Any
     path is in ``model``."""
     from offload.host import memory
 
-    rooms = [Room.of(folder) for folder in folders if os.access(folder, os.W_OK)]
+    rooms = [Room.of(folder) for folder in folders if folder.is_dir() and os.access(folder, os.W_OK)]
     room, layers = most_layers(rooms, memory()[1], 0.8 * seconds)
     if not layers:
         return {
@@ -133,13 +135,15 @@ class VramWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.01):
+        while torch.cuda.is_available() and not self._stop.wait(0.01):
             free, total = torch.cuda.mem_get_info()
             self.peak = max(self.peak, total - free - self.before)
 
 
 def _used_before() -> int:
     """Bytes in use on the card before this process has a context on it, as far as the driver tells."""
+    if not torch.cuda.is_available():
+        return 0
     address = driver.bus_id(0)
     free = driver.free_vram(address) if address else None
     total = torch.cuda.get_device_properties(0).total_memory
@@ -154,36 +158,53 @@ def demo(folder: Path) -> Path:
     return target
 
 
-def agreement(folder: Path) -> dict[str, Any]:
-    """Greedy tokens of the demo model by every path, and how far each agrees with the CPU's."""
+def agreement(folder: Path, tokens: int = _AGREE, prompts: int = _PROMPTS) -> dict[str, Any]:
+    """Greedy tokens of the demo model by every path, and how far each agrees with the CPU's in f32: all
+    experts in VRAM, half of them with the CPU or the GPU computing the rest, and some of that from disk.
+
+    Without a card the same steps run on the CPU's doubles.
+    """
     model = demo(folder)
-    ways = {"cpu": RunOptions(device="cpu", context=512)}
-    if torch.cuda.is_available():
-        checkpoint = Checkpoint.open(model)
-        schemes = stored_schemes(checkpoint)
-        machine = probe(model)
-        whole = make_plan(checkpoint.shape, schemes, machine, context=512)
-        assert whole.vram_slots == whole.experts, "the demo model does not fit the card"
-        half = whole.total("vram") - whole.experts // 2 * whole.slot_bytes
-        for graph in (True, False):
-            name = "graph" if graph else "no-graph"
-            ways[f"{name}, all in VRAM"] = RunOptions(context=512, graph=graph)
-            ways[f"{name}, half in VRAM"] = RunOptions(context=512, graph=graph, vram=half)
-    return compared({name: greedy(model, options) for name, options in ways.items()})
+    checkpoint = Checkpoint.open(model)
+    count, inter = len(ExpertStore(checkpoint).experts()), checkpoint.shape.expert_intermediate
+    everything, half = Placement(2, count), Placement(count, count // 2)
+    ways = {
+        "cpu": (Placement(count), False),
+        "graph, all in VRAM": (everything, True),
+        "graph, half in VRAM, the CPU computes the rest": (half, True),
+        "graph, half in VRAM, the GPU reads the rest in place": (replace(half, share=inter), True),
+        "graph, a quarter in VRAM, most on disk": (Placement(8, count // 4), True),
+        "no-graph, all in VRAM": (everything, False),
+        "no-graph, half in VRAM": (half, False),
+    }
+    card = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runs = {}
+    for name, (placement, graph) in ways.items():
+        device = torch.device("cpu") if name == "cpu" else card
+        options = RunOptions(context=512, graph=graph, exact=device.type == "cpu")
+        sampling = Sampling(max_tokens=tokens, ignore_eos=True)
+        runs[name] = greedy(checkpoint, options, placement, device, sampling, prompts)
+    return compared(runs)
 
 
-def greedy(model: Path, options: RunOptions) -> dict[str, Any]:
-    """Tokens that follow some prompts, and which kernel made them."""
+def greedy(
+    checkpoint: Checkpoint, options: RunOptions, placement: Placement, device: torch.device,
+    sampling: Sampling, prompts: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Tokens that follow some prompts, and which kernel made them; or why there are none."""
     text = (ROOT / "recipes" / "demo" / "held_out.txt").read_text()
-    with Session.open(model, options) as session:
-        ids = session.encode(text)
-        found = []
-        for index in range(_PROMPTS):
-            session.reset()
-            prompt = ids[200 * index : 200 * index + 64]
-            records = session.generate(prompt, Sampling(max_tokens=_AGREE, ignore_eos=True))
-            found.append([record.token_id for record in records])
-        return {"tokens": found, "kernel": session.kernel, "notes": list(session.notes)}
+    try:
+        with Session(checkpoint, options, placement, device) as session:
+            ids = session.encode(text)
+            found = []
+            for index in range(prompts):
+                session.reset()
+                prompt = ids[200 * index : 200 * index + 64]
+                found.append([record.token_id for record in session.generate(prompt, sampling)])
+            return {"tokens": found, "kernel": session.kernel, "notes": list(session.notes)}
+    except Exception as error:  # noqa: BLE001  # recorded: one path's failure hides no other's tokens
+        why = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+        return {"tokens": [[] for _ in range(prompts)], "kernel": "failed", "notes": [why]}
 
 
 def compared(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -191,7 +212,7 @@ def compared(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     first = next(iter(runs.values()))["tokens"]
     agreed = {
         name: [
-            next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+            next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
             for one, other in zip(first, run["tokens"], strict=True)
         ]
         for name, run in runs.items()
@@ -205,21 +226,25 @@ def compared(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def run(
-    model: Path, vram: int, *, graph: bool = True, in_ram: bool = False, rounds: int = 2
-) -> dict[str, Any]:
-    """Decode and prefill of ``model`` within ``vram``, beside floor, prediction and simulation."""
+    model: Path, vram: int, *, graph: bool = True, in_ram: bool = False, rounds: int = 2,
+    tokens: int = TOKENS, prompt: int = PROMPT,
+) -> dict[str, Any]:  # fmt: skip
+    """Decode and prefill of ``model`` within ``vram``, beside floor, prediction and simulation. Without a
+    card it runs on the CPU."""
     watch = VramWatch()
-    options = RunOptions(vram=vram, context=CONTEXT, kv="int8", graph=graph, page_cache=in_ram)
+    context = max(CONTEXT, prompt + tokens + 1)
+    options = RunOptions(vram=vram, context=context, kv="int8", graph=graph, page_cache=in_ram)
     machine = probe(model, refresh=True)
+    torch.cuda.empty_cache()  # of what measuring took
     with watch, Session.open(model, options) as session:
         span = session.shape.vocab_size - 200
-        prompt = [100 + index * 7919 % span for index in range(PROMPT)]
-        list(session.generate(prompt[:64], Sampling(max_tokens=8, ignore_eos=True)))
+        ids = [100 + index * 7919 % span for index in range(prompt)]
+        list(session.generate(ids[:64], Sampling(max_tokens=8, ignore_eos=True)))
         session.finish_filling()
         runs = []
         for _ in range(rounds + 1):  # the first compiles the kernels of a prompt
             session.reset()
-            runs.append(list(session.generate(prompt, Sampling(max_tokens=TOKENS + 1, ignore_eos=True))))
+            runs.append(list(session.generate(ids, Sampling(max_tokens=tokens + 1, ignore_eos=True))))
         assert session.plan is not None
         figures = measured(runs[1:], session.plan, machine, session.shape, stored_schemes(session.checkpoint))
         return {
@@ -239,12 +264,14 @@ def measured(
     seconds = statistics.median(record.seconds for record in decode)
     requests = sum(sum(record.by_tier.values()) for record in decode)
     hits = {tier: sum(r.by_tier.get(tier, 0) for r in decode) / max(1, requests) for tier in plan.hit_rates}
-    setup = Setup.of(shape, schemes, replace(plan, hit_rates=hits, filled=PROMPT + TOKENS // 2), machine)
+    length = prompts[-1].tokens_in
+    filled = length + len(decode) // len(runs) // 2
+    setup = Setup.of(shape, schemes, replace(plan, hit_rates=hits, filled=filled), machine)
     floor = decode_floor(setup, hits)
     simulated = setup.decode(TOKENS)
     prompt_s = statistics.median(record.seconds for record in prompts)
     prompt_floor = prefill_floor(setup, prompts[-1])
-    prompt_simulated = replace(setup, plan=replace(setup.plan, filled=PROMPT)).prefill(PROMPT)
+    prompt_simulated = setup.prefill(length)
     return {
         "decode": {
             "tokens_per_s": 1 / seconds, "ms": 1e3 * seconds,
@@ -255,7 +282,7 @@ def measured(
             "simulated_waits_ms": {name: 1e3 * value for name, value in simulated.waited.items()},
         },
         "prefill": {
-            "tokens": prompts[-1].tokens_in, "tokens_per_s": prompts[-1].tokens_in / prompt_s, "s": prompt_s,
+            "tokens": length, "tokens_per_s": length / prompt_s, "s": prompt_s,
             "floor_s": prompt_floor, "of_floor": prompt_floor / prompt_s,
             "simulated_tokens_per_s": prompt_simulated.tokens_per_s,
         },
@@ -265,24 +292,28 @@ def measured(
 
 def decode_floor(setup: Setup, hits: Mapping[Tier, float]) -> float:
     """Seconds to read a token's bytes where they lie, at the probed rates."""
-    machine, footprint = setup.machine, setup.footprint
-    assert machine.gpu is not None
-    load = footprint.load(filled=setup.plan.filled, vram_hits=0, hits=1, resident=1)
+    machine, load = setup.machine, _load(setup)
     routed = load.requests * load.expert
-    vram = (load.dense + load.kv + hits["vram"] * routed) / machine.gpu.vram_gb_s / 1e9
-    host = max(machine.ram_gb_s, machine.gpu.together_gb_s or 0.0)
-    ram = (1 - hits["vram"]) * routed / host / 1e9
-    return float(max(vram + ram, hits["disk"] * routed / machine.disk_gb_s / 1e9))
+    host = machine.ram_gb_s
+    if machine.gpu is None:
+        seconds = (load.dense + load.kv + routed) / host / 1e9
+    else:
+        host = max(host, machine.gpu.together_gb_s or 0.0)
+        seconds = (load.dense + load.kv + hits["vram"] * routed) / machine.gpu.vram_gb_s / 1e9
+        seconds += (1 - hits["vram"]) * routed / host / 1e9
+    return float(max(seconds, hits["disk"] * routed / machine.disk_gb_s / 1e9))
 
 
 def prefill_floor(setup: Setup, record: TokenRecord) -> float:
     """Seconds to copy what a prompt did not find in VRAM, or to multiply, whichever is longer."""
-    machine, footprint = setup.machine, setup.footprint
-    assert machine.gpu is not None
+    machine, load = setup.machine, _load(setup)
+    operations = 2 * (load.dense_weights + load.requests * load.expert_weights) * record.tokens_in
+    if machine.gpu is None:
+        return float(operations / machine.int8_gops / 1e9)
     cold = sum(count for tier, count in record.by_tier.items() if tier != "vram")
-    load = footprint.load(filled=1, vram_hits=0, hits=1, resident=1)
-    weights = load.dense_weights + load.requests * load.expert_weights
-    return max(
-        cold * load.expert / machine.gpu.h2d_gb_s / 1e9,
-        2 * weights * record.tokens_in / machine.gpu.bf16_tflops / 1e12,
-    )
+    copied = cold * load.expert / machine.gpu.h2d_gb_s / 1e9
+    return float(max(copied, operations / machine.gpu.bf16_tflops / 1e12))
+
+
+def _load(setup: Setup) -> Load:
+    return setup.footprint.load(filled=setup.plan.filled, vram_hits=0, hits=1, resident=1)

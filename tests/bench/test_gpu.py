@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ import torch
 
 from offload.cards import described_machine
 from offload.plan import make_plan
-from offload.records import TokenRecord
+from offload.records import RunOptions, Sampling, TokenRecord
+from offload.session import Placement
+from quant.checkpoint import Checkpoint
+from quant.convert import convert
 from quant.recipe import load_recipe
+from quant.scheme import Scheme
 from quant.shape import ModelShape
 from tests.bench import gpu, gpu_kernels, gpu_run
 from tests.bench.gpu_report import bars, markdown, slug
@@ -119,9 +124,31 @@ def test_every_kernel_is_called_as_it_wants_to_be() -> None:
     assert layout.nbytes == slots[0].nbytes
 
 
-def test_on_the_cpu_the_demo_model_agrees_with_itself(tmp_path: Path) -> None:
-    judged = gpu_run.agreement(tmp_path)
-    assert judged["identical"] and judged["of"] == [32, 32, 32]
+def test_every_path_agrees_on_the_demo_model(tmp_path: Path) -> None:
+    judged = gpu_run.agreement(tmp_path, tokens=4, prompts=1)
+    assert judged["identical"] and len(judged["agreed_tokens"]) == 7, judged
+
+
+def test_a_path_that_fails_agrees_in_nothing_and_says_why(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(gpu_run.demo(tmp_path))
+    nothing = gpu_run.greedy(
+        checkpoint, RunOptions(), Placement(0), torch.device("cpu"), Sampling(max_tokens=2), 1
+    )
+    assert nothing["kernel"] == "failed" and nothing["notes"]
+    fine = {"tokens": [[1, 2]], "kernel": "k", "notes": []}
+    assert gpu_run.compared({"cpu": fine, "lost": nothing})["agreed_tokens"]["lost"] == [0]
+    assert not gpu_run.compared({"cpu": fine, "lost": nothing})["identical"]
+
+
+def test_a_whole_run_is_measured_beside_floor_and_simulation(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    schemes = {"experts": Scheme("int4", 32), "shared_expert": Scheme("int4", 32)}
+    convert(tiny("llama4_text"), tmp_path / "model", schemes)  # type: ignore[arg-type]
+    figures = gpu_run.run(tmp_path / "model", 0, rounds=1, tokens=3, prompt=20)
+    assert figures["prefill"]["tokens"] == 20 and figures["decode"]["tokens_per_s"] > 0
+    assert 0 < figures["decode"]["of_floor"] < 1 and figures["decode"]["hit_rates"]["ram"] == 1
+    assert json.loads(json.dumps(figures)) == figures
 
 
 def test_a_section_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
