@@ -15,6 +15,7 @@ from offload.kv import KVCache
 from offload.ledger import resident_bytes
 from offload.records import Finish, Sampling, Tier, TokenRecord
 from offload.residency import ExpertCache
+from offload.room import with_room
 from offload.sampling import Sampler, TextStream
 from quant.errors import BudgetError, UsageError
 
@@ -103,7 +104,13 @@ class Generator:
         return logits
 
     def _forward(self, ids: Sequence[int]) -> Tensor:
-        """Run ``ids`` and return the last token's logits ``[vocab]``."""
+        """Run ``ids`` and return the last token's logits ``[vocab]``. Raises MachineError if the GPU fails or
+        has no memory left."""
+        whole = [*self.tokens, *ids]
+        # A try that failed may have cost some of the tokens before, too.
+        return with_room(lambda: self._try(whole[len(self.tokens) :]), self.experts)
+
+    def _try(self, ids: Sequence[int]) -> Tensor:
         before = len(self.tokens)
         try:
             with torch.inference_mode():
@@ -136,7 +143,8 @@ class Generator:
         if self._fills:  # not before the first token is there: filling would compete with what it waits for
             self._fills = False
             self.experts.fill()
-        self.experts.adapt()
+        if self.native is None:  # a decoder of our own sees to it, between its steps
+            self.experts.adapt()
         return TokenRecord(
             phase=phase,
             token_id=token,

@@ -41,9 +41,17 @@ class Heat:
         """``experts`` (with repeats; negative for none) were asked for by the ``tokens`` tokens of a step."""
         row = self._scores[self._row[layer]]
         row *= self._decay**tokens
-        # Tokens of one step are not told apart: each counts as much as they do on average.
-        share = (1 - self._decay**tokens) / (1 - self._decay) / tokens
-        row += share * np.bincount(experts[experts >= 0], minlength=len(row))
+        row += self._share(tokens) * np.bincount(experts[experts >= 0], minlength=len(row))
+
+    def count_step(self, chosen: Ids, tokens: int) -> None:
+        """``chosen`` ``[rows, n]`` (negative for none) were asked for by the ``tokens`` tokens of a step."""
+        self._scores *= self._decay**tokens
+        rows, columns = np.nonzero(chosen >= 0)
+        np.add.at(self._scores, (rows, chosen[rows, columns]), self._share(tokens))
+
+    def _share(self, tokens: int) -> float:
+        """What a request counts: tokens of one step are not told apart, so as much as they do on average."""
+        return (1 - self._decay**tokens) / (1 - self._decay) / tokens
 
     def score(self, key: Key) -> float:
         """``key``'s requests lately."""
@@ -63,8 +71,8 @@ class Heat:
         return sorted(keys, key=lambda key: (-self.score(key), key[1], key[0]))
 
     def worth_swapping(self, cold: Key, hot: Key) -> bool:
-        """Whether ``hot`` is asked for so much more than ``cold`` that it is worth a copy: MARGIN times, and by
-        more than one request."""
+        """Whether ``hot`` is asked for so much more than ``cold`` that it is worth a copy: MARGIN times, and
+        by more than one request."""
         low, high = self.score(cold), self.score(hot)
         return high > MARGIN * low and high - low > 1
 

@@ -4,7 +4,7 @@ Weights are immutable, so eviction is forgetting: nothing is ever written back. 
 thread that runs the model; reading threads only fill buffers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -99,6 +99,10 @@ class ExpertCache:
 
     def adapt(self) -> None:
         """Between two steps: move experts to where they are wanted, as far as that needs no waiting."""
+
+    def shrink_vram(self) -> int:
+        """Give device memory back to the driver; returns its bytes, 0 if there is none to spare."""
+        return 0
 
     def close(self) -> None:
         """Let go of what a device has of the memory."""

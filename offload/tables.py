@@ -58,6 +58,10 @@ class DeviceTables:
         """Where ``key`` is for compute queued after the last flush."""
         return int(self._exposed[self._row[key[0]], key[1]])
 
+    def exposed_places(self) -> npt.NDArray[np.uint8]:
+        """Places ``[rows, experts]`` for compute queued after the last flush; not to be written to."""
+        return self._exposed
+
     def flush(self) -> None:
         """Post the tables in the compute queue, if they have changed."""
         if not self._dirty:

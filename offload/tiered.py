@@ -21,7 +21,7 @@ from offload.residency import ExpertCache
 from offload.slots import Key
 from offload.store import ExpertStore, ExpertWeights
 from offload.stream import Batch, ExpertStream
-from offload.tables import ELSEWHERE, PINNED, VRAM, DeviceTables
+from offload.tables import PINNED, VRAM, DeviceTables
 from offload.transfer import Transfer
 from offload.vram import Vram
 from quant.sizes import format_size
@@ -55,6 +55,9 @@ class TieredCache(ExpertCache):
         self._step: int | None = None  # the row that the running step may have reached
         self._fetched: dict[Key, Tier] = {}  # what the running step asked of the host, and where it was
         self._fills = False
+        self._nbytes = np.array(
+            [[store.record(layer, e).nbytes for e in range(shape.num_experts)] for layer in shape.moe_layers]
+        )
         self._seed(seeds)
 
     @property
@@ -127,11 +130,9 @@ class TieredCache(ExpertCache):
         """After a step: ``chosen`` ``[rows, ..., k]`` (negative for none) were used by it. Counts
         them and moves experts."""
         self._step = None
-        for row, layer in enumerate(self.store.shape.moe_layers):
-            ids = chosen[row].ravel()
-            self.heat.count(layer, ids, max(1, len(ids) // self.store.shape.top_k))
-            for expert in np.unique(ids[ids >= 0]).tolist():
-                self._count_used((layer, expert))
+        ids = chosen.reshape(len(chosen), -1)
+        self.heat.count_step(ids, max(1, ids.shape[1] // self.store.shape.top_k))
+        self._count_used(ids)
         self.adapt()
 
     def adapt(self) -> None:
@@ -166,12 +167,12 @@ class TieredCache(ExpertCache):
         nbytes = self.vram.drop(coldest)
         self.reserve = self._reserve()
         self.tables.flush()
-        note = "the GPU ran out of memory beside another program: "
+        note = "the GPU ran out of memory, within --vram or beside another program: "
         self.notes[:] = [found for found in self.notes if not found.startswith(note)]
         slots = self.vram.slots
         self.notes.append(
-            f"{note}expert slots were given back to it, {slots.count} ({format_size(slots.nbytes)}) are left, "
-            "and the experts of the others run from RAM or disk"
+            f"{note}expert slots were given back, {slots.count} ({format_size(slots.nbytes)}) are left, and "
+            "the other experts run from RAM or disk"
         )
         return nbytes
 
@@ -248,6 +249,11 @@ class TieredCache(ExpertCache):
     def _reserve(self) -> int:
         slots = self.vram.slots.count
         return 0 if slots >= self.store.count else min(RESERVE, -(-slots // 2))
+
+    def _all_in_memory(self) -> bool:
+        """Whether every expert has a slot, of whichever tier."""
+        twice = sum(key in self.host for key in (*self.vram.arriving, *self._leaving))
+        return len(self.host.slot_of) + len(self.vram.table.slot_of) - twice == self.store.count
 
     def _residents(self) -> Mask:
         found: Mask = self.tables.where() == VRAM
@@ -329,7 +335,7 @@ class TieredCache(ExpertCache):
     def fill(self) -> None:
         """Begin reading experts into every free host slot, the hottest first, and keep them filled."""
         self._fills = True
-        if len(self.host.slot_of.keys() | self.vram.table.slot_of.keys()) == self.store.count:
+        if self._all_in_memory():
             return
         absent = (k for k in self.store.experts() if k not in self.host and not self.on_device(k))
         for key in self.heat.ordered(absent)[: len(self.host.free)]:
@@ -338,7 +344,7 @@ class TieredCache(ExpertCache):
     def _keep_a_slot_unseen(self) -> None:
         """Hide the coldest host expert from the device, unless there is a host slot that it does not see:
         what a step asks the disk for needs one that can be overwritten while it runs."""
-        if len(self.host.slot_of.keys() | self.vram.table.slot_of.keys()) == self.store.count:
+        if self._all_in_memory():
             return
         while not self.host.free:
             held = self.guarded()
@@ -353,12 +359,20 @@ class TieredCache(ExpertCache):
                 return
             assert self.relieve(), "every host slot is being copied"
 
-    def _count_used(self, key: Key) -> None:
-        nbytes = self.store.record(*key).nbytes
-        place = self.tables.exposed(key)
-        tier: Tier = "vram" if place == VRAM else self._fetched.get(key, "ram")
-        self.counters.by_tier[tier] += 1
-        if key not in self._fetched:  # what was fetched was counted then
-            self.counters.used_bytes[tier] += nbytes
-        if place != VRAM and key in self.host:
-            self.host_policy.touch(key)
+    def _count_used(self, ids: Ids) -> None:
+        """Count the requests of a step for ``ids`` ``[rows, n]``; quickly, for the device idles meanwhile."""
+        used = np.zeros(self._nbytes.shape, dtype=bool)
+        rows, columns = np.nonzero(ids >= 0)
+        used[rows, ids[rows, columns]] = True
+        near = used & (self.tables.exposed_places() == VRAM)
+        counters, layers = self.counters, self.store.shape.moe_layers
+        counters.by_tier["vram"] += int(near.sum())
+        counters.used_bytes["vram"] += int(self._nbytes[near].sum())
+        for row, expert in np.argwhere(used & ~near).tolist():
+            key = (layers[row], expert)
+            tier = self._fetched.get(key, "ram")
+            counters.by_tier[tier] += 1
+            if key not in self._fetched:  # what was fetched was counted then
+                counters.used_bytes[tier] += int(self._nbytes[row, expert])
+            if key in self.host:
+                self.host_policy.touch(key)

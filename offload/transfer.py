@@ -9,6 +9,8 @@ queued on the stream that is current in the calling thread.
 
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,6 +39,9 @@ class Transfer(Protocol):
     def post(self, source: Tensor, target: Tensor) -> Any:
         """Copy host ``source`` to device ``target`` in the compute queue; the ticket says when that is
         done."""
+
+    def send(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
+        """``values`` on the device, copied there in the compute queue."""
 
     def mark(self) -> Any:
         """A ticket for all compute queued so far."""
@@ -82,6 +87,9 @@ class HostTransfer:
 
     def post(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source)
+
+    def send(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
+        return torch.from_numpy(values)
 
     def mark(self) -> None:
         return
@@ -143,6 +151,10 @@ class CudaTransfer:
     def post(self, source: Tensor, target: Tensor) -> torch.cuda.Event:
         target.copy_(source, non_blocking=True)
         return self.mark()
+
+    def send(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
+        # torch's allocator of pinned memory keeps the staging block until the copy has been made.
+        return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()

@@ -11,7 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -92,6 +95,9 @@ class LaggingTransfer:
     def launch(self, kernel: Callable[[], None]) -> Ticket:
         """Queue ``kernel`` as compute."""
         return self._put(self._compute, kernel)
+
+    def send(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
+        return torch.from_numpy(values)
 
     def mark(self) -> Ticket:
         return self._put(self._compute, lambda: None)

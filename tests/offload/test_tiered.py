@@ -1,4 +1,4 @@
-"""Experts over disk, RAM and a device that lags behind: whoever uses one finds its bytes, whole and its own."""
+"""Experts over disk, RAM and a device that lags behind: whoever uses one finds all of its bytes."""
 
 import ctypes
 import gc
