@@ -119,5 +119,6 @@ def _check(
     if not fits or any(not buffer.is_contiguous() for buffer in buffers):
         raise SchemeError(
             f"query {tuple(query.shape)}, keys {keys.dtype} {tuple(keys.shape)}, values "
-            f"{tuple(values.shape)}: expected {heads} heads of {width} over contiguous [g, capacity, {width}], int8 with scales"
+            f"{tuple(values.shape)}: expected {heads} heads of {width} over contiguous buffers "
+            f"[g, capacity, {width}], int8 with scales"
         )

@@ -60,8 +60,8 @@ def moe_decode(
 
     x bf16 ``[T, H]`` (the reference also takes f32), chosen int32 ``[T, k]`` (-1: none), scores f32
     ``[T, k]``, addresses int64 ``[E]`` and places uint8 ``[E]`` as the layer's rows of the tables, share
-    int32 ``[1]``. Of an expert in VRAM all I intermediate features are computed, of one in pinned host memory the
-    first ``share`` (a multiple of 32 and of down_proj's group), of others none. ``scales_input``: a score
+    int32 ``[1]``. Of an expert in VRAM all I intermediate features are computed, of one in pinned host memory
+    the first ``share`` (a multiple of 32 and of down_proj's group), of others none. ``scales_input``: a score
     multiplies the expert's input (Llama 4), else its output. Raises SchemeError for other shapes.
     """
     _check(x, chosen, scores, addresses, places, layout, scratch, out)

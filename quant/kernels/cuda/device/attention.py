@@ -1,8 +1,8 @@
 """Attention of one token over a KV cache whose length only the device knows.
 
 The kept tokens are cut into SPLITS parts per KV head, so that a long context fills the card at batch 1; a
-part keeps a running maximum and sum, and a second kernel joins them. int8 keys and values stay integers up to the
-tensor core: a key's scale multiplies its score, a value's scale its weight.
+part keeps a running maximum and sum, and a second kernel joins them. int8 keys and values stay integers up to
+the tensor core: a key's scale multiplies its score, a value's scale its weight.
 
 Legend: h query heads, g KV heads, q = h/g query heads per KV head, d head_dim, B tokens per step.
 """
@@ -15,7 +15,8 @@ import triton.language as tl
 def part_kernel(
     query, keys, values, key_scale, value_scale, position, sums, bounds, capacity, scaling,
     CHUNK: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr,
-    PADDED: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr, OPERAND: tl.constexpr,
+    PADDED: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
     """sums f32 ``[h, SPLITS, d]``: Σ exp(score - maximum)·value of each part; bounds f32
     ``[h, SPLITS, 2]``: (maximum, Σ exp(score - maximum)), (-inf, 0) for a part without tokens."""

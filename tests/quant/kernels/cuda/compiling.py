@@ -93,6 +93,7 @@ def describe(compiled: Any, name: str, arch: int) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global.*0x10", ptx)),
         "mma": len(re.findall(r"mma\.sync|wgmma", ptx)),
+        "orders": re.findall(r"\w+\.(?:acquire|release)\.\w+", ptx),
         "instructions": {op: opcodes.count(op) for op in sorted(set(opcodes))},
     }
 
