@@ -5,11 +5,15 @@ that owns the cache, while the step waits for the answer. Whatever goes wrong, t
 longer, and its end is awaited before the error goes on: neither side is left hanging.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from offload.block import gated
+from offload.foresight import Foresight
 from offload.launch import StepThread
 from offload.slots import Key
 from offload.store import ExpertWeights
@@ -17,15 +21,23 @@ from offload.tiered import TieredCache
 from quant.errors import MachineError
 from quant.kernels.doorbell import BellBuffers, HostBell, first_byte
 
+_LEAST_WEIGHT = 1e-4  # of a norm's channel that still tells what came in
+Ids = npt.NDArray[np.int64]
+
 
 class HostWorker:
     """The host's part of decode steps over the experts of ``cache``, to which it listens: the doorbell's
     table says what is in RAM.
 
-    Experts of one layer must be stored alike. Raises SchemeError for those that no native kernel reads.
+    ``routers`` ``[E, H]`` and the weights ``[H]`` of the ``norms`` before them, one of each per MoE layer,
+    guess what to read from disk. Experts of one layer must be stored alike. Raises SchemeError for those
+    that no native kernel reads.
     """
 
-    def __init__(self, buffers: BellBuffers, cache: TieredCache, *, exact: bool) -> None:
+    def __init__(
+        self, buffers: BellBuffers, cache: TieredCache, routers: Sequence[Tensor], norms: Sequence[Tensor], *,
+        exact: bool,
+    ) -> None:  # fmt: skip
         store, shape = cache.store, cache.store.shape
         self.cache, self._layers = cache, shape.moe_layers
         self._row = {layer: row for row, layer in enumerate(shape.moe_layers)}
@@ -34,6 +46,11 @@ class HostWorker:
         self.bell = HostBell(
             buffers, samples, shape.num_experts, scales_input=shape.family.scales_input, exact=exact
         )
+        self._norms = [norm.float().cpu() for norm in norms]
+        self.foresight: Foresight | None = None
+        if not cache.holds_all:
+            near = [router.float().cpu() for router in routers]
+            self.foresight = Foresight(shape.moe_layers, near, self._norms, shape.top_k)
         for key in cache.host.slot_of:
             if cache.tier_of(key) == "ram":
                 self._enter(key)
@@ -76,9 +93,29 @@ class HostWorker:
             raise
 
     def _fetch(self) -> None:
-        """Answer the open request, of which something is on disk."""
+        """Answer the open request, of which something is on disk, and begin reading what is guessed to come:
+        a step that waits for the disk once will do so again."""
         request = self.bell.request()
+        layer = self._layers[request.layer]
+        normed = self.bell.buffers.x.clone()  # the next request overwrites it
         self.bell.begin()
-        for expert, weights in self.cache.fetch(self._layers[request.layer], request.experts):
+        for expert, weights in self.cache.fetch(layer, request.experts):
             self.bell.add(expert, first_byte(gated(weights)))
         self.bell.answer()
+        if self.foresight is not None:
+            # Without the norm's weight it is the residual stream but for a positive factor.
+            norm = self._norms[request.layer]
+            residual = torch.where(norm.abs() > _LEAST_WEIGHT, normed / norm, 0)
+            guessed = self.foresight.guess(layer, residual)
+            self.cache.prefetch(guessed, {(layer, expert) for expert in request.experts})
+
+    def look_ahead(self, embedding: Tensor) -> None:
+        """Begin reading what a token of ``embedding`` f32 ``[1, H]`` will probably want first."""
+        if self.foresight is not None:
+            self.cache.prefetch(self.foresight.guess(-1, embedding), set())
+
+    def learn(self, chosen: Ids) -> None:
+        """Compare guesses with what the token chose, ``[rows, k]``."""
+        if self.foresight is not None:
+            for layer, row in zip(self._layers, chosen.tolist(), strict=True):
+                self.foresight.learn(layer, frozenset(row))

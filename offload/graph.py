@@ -61,7 +61,11 @@ class GraphDecoder:
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
         self._tuned = next((p.shape for p in self._parts if p.shape.temperature_floor), None)
         buffers = BellBuffers.allocate(1, shape.top_k, shape.hidden_size, device)
-        self.worker = HostWorker(buffers, cache, exact=exact)
+        routed = [part for part in self._parts if part.router is not None]
+        self.worker = HostWorker(
+            buffers, cache, [p.router for p in routed if p.router is not None], [p.mlp_norm for p in routed],
+            exact=exact,
+        )  # fmt: skip
         norm = model.model.norm
         self.step = DecodeStep(
             self._parts, rows, norm=(norm.weight.data.float(), norm_eps(norm)), lm_head=model.lm_head,
@@ -117,20 +121,22 @@ class GraphDecoder:
         self.kv.kept[0].check(1)
         self.cache.begin_token()
         cosine, sine = self._angles_at(position)
-        self.step.inputs.stage(
-            self._embedding.weight[token], cosine, sine, temperature(self._tuned, position), position
-        )
-        self.worker.run(self.thread, lambda: self._turn_to(position + 1))
+        embedding = self._embedding.weight[token]
+        self.step.inputs.stage(embedding, cosine, sine, temperature(self._tuned, position), position)
+        self.worker.run(self.thread, lambda: self._while_it_runs(position + 1))
         for layer in self.kv.kept:
             layer.advance(1)
         chosen = self.step.host_chosen.numpy().astype(np.int64)  # a copy: the buffer is the next step's
         for row, layer_index in enumerate(self.shape.moe_layers):
             self.routing.record(layer_index, chosen[row])
+        self.worker.learn(chosen[:, 0])
         self.cache.after_token(chosen)
         return self.step.host_logits
 
-    def _turn_to(self, position: int) -> None:
-        """Have the next position's angles ready."""
+    def _while_it_runs(self, position: int) -> None:
+        """Look ahead from the token's embedding, and have the next position's angles ready. Nothing here may
+        use the device: it may be waiting for this thread."""
+        self.worker.look_ahead(self.step.inputs.staged_x)
         self._angles = {position: self._angles_at(position)}
 
     def _angles_at(self, position: int) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,11 @@ class StepInputs:
         self._staged[3].fill_(temperature)
         self._staged[4].view(torch.int32).fill_(position)
 
+    @property
+    def staged_x(self) -> Tensor:
+        """The staged embedding f32 ``[1, H]``, in host memory."""
+        return self._staged[0][None]
+
     def upload(self) -> None:
         """Queue the copy to the device; the staged inputs stay as they are until the step has ended."""
         self._device.copy_(self._host, non_blocking=True)
