@@ -62,7 +62,8 @@ class StepInputs:
     @property
     def staged_x(self) -> Tensor:
         """The staged embedding f32 ``[1, H]``, in host memory."""
-        return self._staged[0][None]
+        staged: Tensor = self._staged[0][None]
+        return staged
 
     def upload(self) -> None:
         """Queue the copy to the device; the staged inputs stay as they are until the step has ended."""
