@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from offload.allowance import VramMeter
 from offload.kv import KVCache
 from offload.ledger import resident_bytes
 from offload.records import Finish, Sampling, Tier, TokenRecord
@@ -33,11 +34,11 @@ class Generator:
     def __init__(
         self, model: Any, tokenizer: Any, cache: KVCache, experts: ExpertCache, *, dense_bytes: int,
         prompt_chunk: int, eos: frozenset[int], device: torch.device,
-        native: Decoder | None = None, fills: bool = False,
+        native: Decoder | None = None, fills: bool = False, vram: VramMeter | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.cache, self.experts = model, tokenizer, cache, experts
         self.dense_bytes, self.prompt_chunk, self.eos, self.device = dense_bytes, prompt_chunk, eos, device
-        self.native, self._fills = native, fills
+        self.native, self._fills, self._vram = native, fills, vram
         self.tokens: list[int] = []  # what the cache holds
 
     def reset(self) -> None:
@@ -122,6 +123,8 @@ class Generator:
                         input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
                     )
                     logits = found.logits[0, -1]
+                    if self.device.type == "cuda":  # an error of the GPU's shows here, not where it is met
+                        torch.cuda.synchronize(self.device)
         except BaseException:  # KeyboardInterrupt too: some layers have seen the tokens, others not
             self.tokens = self.tokens[: self.cache.rewind(before)]
             raise
@@ -154,6 +157,6 @@ class Generator:
             by_tier=counters.by_tier,
             bytes_read=read,
             rss_bytes=resident_bytes(),
-            vram_bytes=torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0,
+            vram_bytes=0 if self._vram is None else self._vram.used(),
             finish=finish,
         )

@@ -4,14 +4,16 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from offload.allowance import Allowance, VramMeter
 from offload.block import is_native
 from offload.decoder import NativeDecoder
+from offload.driver import gpu_errors
 from offload.experts import ExpertRunner
 from offload.generate import Decoder, Generator
 from offload.graph import GraphDecoder, missed_share, refusal
@@ -25,12 +27,13 @@ from offload.policy import Policy, make_policy
 from offload.reader import Reader
 from offload.records import RunOptions, Sampling, Tier, TokenRecord
 from offload.residency import ExpertCache, Key
+from offload.room import with_room
 from offload.routing import RoutingStats
 from offload.store import ExpertStore, find_weight
 from offload.tiered import TieredCache
 from offload.transfer import CudaTransfer, HostTransfer, Transfer
 from quant.checkpoint import Checkpoint
-from quant.errors import CheckpointError, MachineError, UsageError
+from quant.errors import BudgetError, CheckpointError, MachineError, UsageError
 from quant.families import Role
 from quant.kernels import native
 from quant.linear import Compute
@@ -90,9 +93,13 @@ class Session:
     """One model, loaded. Use as a context manager, or call ``close``."""
 
     def __init__(
-        self, checkpoint: Checkpoint, options: RunOptions, placement: Placement, device: torch.device
-    ) -> None:
+        self, checkpoint: Checkpoint, options: RunOptions, placement: Placement, device: torch.device,
+        allowance: Allowance | None = None,
+    ) -> None:  # fmt: skip
         started = time.perf_counter()
+        self.vram: VramMeter | None = None
+        if device.type == "cuda":
+            self.vram = VramMeter(device, allowance or Allowance.claim(device, options.vram))
         self.checkpoint, self.options, self.placement, self.device = checkpoint, options, placement, device
         self.plan: Plan | None = None
         self.machine: Machine | None = None
@@ -115,7 +122,7 @@ class Session:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.model = load_model(checkpoint, runner, self.compute, dtype, device)
         self._dense = settle(self.model) if device.type == "cpu" else None
-        self.notes = list(self.reader.notes)
+        self.notes = [*self.reader.notes, *(self.vram.allowance.notes if self.vram is not None else ())]
         self.tokenizer = load_tokenizer(checkpoint.path)
         storage: Storage = "plain" if options.exact else options.kv
         cache = KVCache(self.shape, options.context, storage)
@@ -123,7 +130,7 @@ class Session:
         self.generator = Generator(
             self.model, self.tokenizer, cache, self.experts, dense_bytes=self._count(),
             prompt_chunk=placement.prompt_chunk, eos=self._eos(), device=device, native=self.decoder,
-            fills=placement.fills,
+            fills=placement.fills, vram=self.vram,
         )  # fmt: skip
         if self.decoder is None and device.type == "cpu":
             self.kernel = "torch, dequantized weights"
@@ -144,17 +151,28 @@ class Session:
         say = progress or (lambda text: None)
         checkpoint = Checkpoint.open(model)
         device = _device(options)
+        # Before anything else is on the GPU: then the driver's figures tell what CUDA itself takes.
+        allowance = Allowance.claim(device, options.vram) if device.type == "cuda" else None
+        if allowance is not None:
+            options = replace(options, vram=allowance.budget)
         say("measuring the machine")
         machine = probe(model)
         forget_peak()  # measuring takes memory that the run does not
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         routing = RoutingStats.load(options.routing, checkpoint.shape) if options.routing else None
-        plan = plan_run(checkpoint, options, machine, device, routing)
+        try:
+            plan = plan_run(checkpoint, options, machine, device, routing)
+        except BudgetError as error:
+            raise (allowance.explain(error) if allowance is not None else error) from None
         say("loading the model")
         placement = Placement(
             plan.ram_slots, plan.vram_slots, plan.pinned, plan.prompt_chunk,
             share=missed_share(ExpertStore(checkpoint), machine),
         )  # fmt: skip
-        session = cls(checkpoint, options, placement, device)
+        with gpu_errors():
+            session = cls(checkpoint, options, placement, device, allowance)
         session.plan, session.machine = plan, machine
         return session
 
@@ -174,7 +192,8 @@ class Session:
             heat = Heat(self.shape.moe_layers, self.shape.num_experts, counts)
             cache: ExpertCache = TieredCache(
                 self.store, self.reader, policy, ram_slots=ram_slots, vram_slots=vram_slots,
-                transfer=transfer, heat=heat, seeds=self.placement.pinned or heat.ordered(self.store.experts()),
+                transfer=transfer, heat=heat,
+                seeds=self.placement.pinned or heat.ordered(self.store.experts()),
             )  # fmt: skip
         else:
             cache = ExpertCache(self.store, self.reader, policy, ram_slots=ram_slots)
@@ -203,9 +222,13 @@ class Session:
                 f"decoding waits for the host in every layer instead of running as one CUDA graph: {reason}"
             )
             return None
-        decoder = GraphDecoder.open(
-            self.model, self.experts, cache, self.routing, share=self.placement.share, dtype=dtype,
-            device=self.device, exact=self.options.exact,
+        experts = self.experts
+        decoder = with_room(
+            lambda: GraphDecoder(
+                self.model, experts, cache, self.routing, share=self.placement.share, dtype=dtype,
+                device=self.device, exact=self.options.exact,
+            ),
+            experts,
         )  # fmt: skip
         self.kernel = decoder.name
         return decoder
@@ -328,7 +351,8 @@ def _device(options: RunOptions) -> torch.device:
         raise MachineError(
             "no CUDA device was found: expected one for --device cuda; leave it out to run on the CPU"
         )
-    use = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    wanted = options.device == "auto" and options.vram != 0  # --vram 0 leaves the GPU alone
+    use = options.device == "cuda" or (wanted and torch.cuda.is_available())
     return torch.device("cuda") if use else torch.device("cpu")
 
 
