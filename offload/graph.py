@@ -8,7 +8,7 @@ through a doorbell. On a CPU the same step runs in a thread that stands for the 
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from offload.routing import RoutingStats
 from offload.step import DecodeStep
 from offload.store import ExpertStore, find_weight
 from offload.tiered import TieredCache
-from quant.errors import BudgetError, SchemeError
+from quant.errors import SchemeError
 from quant.kernels import native
 from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda.fused import KvRows
@@ -78,22 +78,6 @@ class GraphDecoder:
             if device.type == "cuda"
             else StepThread(self.step)
         )
-
-    @classmethod
-    def open(cls, model: Any, cache: TieredCache, kv: KVCache, routing: RoutingStats, **options: Any) -> Self:
-        """A decoder, for whose memory the device gives up experts if need be. See the class.
-
-        Raises BudgetError if it has none left to give.
-        """
-        while True:
-            try:
-                return cls(model, cache, kv, routing, **options)
-            except torch.OutOfMemoryError:
-                if not cache.shrink_vram():
-                    raise BudgetError(
-                        "the GPU has no memory left for a decode step: lower --vram or --context, or end "
-                        "what else runs on it"
-                    ) from None
 
     @property
     def name(self) -> str:

@@ -115,7 +115,7 @@ def test_with_a_small_kv_cache_the_simple_path_agrees(family: str, storage: Stor
             kv = KVCache(session.shape, 400, storage)
             decoder: Any = session.decoder
             if graph:
-                decoder = GraphDecoder.open(
+                decoder = GraphDecoder(
                     session.model, session.experts, kv, session.routing, share=0, dtype=torch.float32,
                     device=torch.device("cpu"), exact=True,
                 )  # fmt: skip
