@@ -38,7 +38,7 @@ CPU_LAYER_S = 0.04e-3  # per layer and step: norms, RoPE, handing work to thread
 STEP_S = 0.5e-3  # per step: embedding, sampling, text, the record
 # Beside a GPU nothing has been measured: these four are estimates.
 KERNEL_S = 2.0e-6  # a small kernel of a CUDA graph that waits for the one before it
-KERNELS = 19  # of them per layer in offload/step.py, the products among them
+KERNELS = 15  # of them per layer in offload/step.py, the products among them
 GPU_LAYER_S = KERNELS * KERNEL_S
 GPU_STEP_S = 0.3e-3  # per step: launching the graph, embedding row, sampling, text, the record
 BELL_S = 12e-6  # a miss that the CPU computes: doorbell, waking the workers, the result's way back

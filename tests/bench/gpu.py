@@ -157,7 +157,7 @@ def gpu_tests() -> dict[str, Any]:
     )  # fmt: skip
     lines = done.stdout.splitlines()
     failed = [line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    passed = done.returncode == 0
+    passed = done.returncode == 0 and " passed" in (lines[-1] if lines else "")  # skipped is not passed
     # 5: no test was collected
     return {
         "closing": lines[-1] if lines else "",
