@@ -1,4 +1,4 @@
-"""Every test of a Triton kernel that asks for ``device`` runs in the interpreter, or on the card where one is."""
+"""Tests of Triton kernels that ask for ``device`` run in the interpreter, or on the card where one is."""
 
 import os
 

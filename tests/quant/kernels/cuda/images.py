@@ -39,7 +39,8 @@ class Images:
 
 
 def images(
-    experts: int, hidden: int, inter: int, gate_up: Scheme, down: Scheme, device: torch.device, alignment: int = 16
+    experts: int, hidden: int, inter: int, gate_up: Scheme, down: Scheme, device: torch.device,
+    alignment: int = 16,
 ) -> Images:  # fmt: skip
     """Random experts on ``device``, their tensors at odd multiples of ``alignment``."""
     generator = torch.Generator().manual_seed(hidden + inter)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.quant.kernels.cuda.images import assert_near
 
 from quant.errors import SchemeError
 from quant.kernels.cuda import attention
 from quant.kernels.cuda.attention import AttentionScratch
+from tests.quant.kernels.cuda.images import assert_near
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,6 @@ def test_scratch_grows_with_the_capacity_up_to_64_parts() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     scratch = AttentionScratch.allocate(4, 32, 16, torch.device("cpu"))
-    keys = torch.zeros(3, 16, 32)
+    keys, position = torch.zeros(3, 16, 32), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(SchemeError, match="4 heads of 32"):
-        position = torch.zeros(1, dtype=torch.int64)
         attention.decode_attention(torch.zeros(4, 32), keys, keys, None, None, position, 0, 1.0, scratch)

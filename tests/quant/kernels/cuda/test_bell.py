@@ -1,4 +1,4 @@
-"""The step's end of the doorbell: kernels and references leave the same request, and wait for the same answer."""
+"""The step's end of the doorbell: kernels and references ask for the same and wait for the same answer."""
 
 import threading
 import time

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.quant.kernels.cuda.images import Images, assert_near, images, packed
 from torch.nn.functional import silu
 
 from quant.errors import SchemeError
@@ -11,6 +10,7 @@ from quant.kernels.cuda.experts import DecodeScratch
 from quant.kernels.cuda.layout import ExpertLayout
 from quant.pack import dequantize
 from quant.scheme import Scheme
+from tests.quant.kernels.cuda.images import Images, assert_near, images, packed
 
 HALVES = 1e-2  # bf16 activations between the two kernels; the interpreter cuts them off instead of rounding
 SUMS = 2e-6  # f32 sums in another order
@@ -142,11 +142,11 @@ def test_what_does_not_fit_is_refused() -> None:
     offsets = dict.fromkeys([(n, s) for n in ("gate_proj", "up_proj", "down_proj")
                              for s in ("weight_packed", "weight_scale")], 0)  # fmt: skip
     int4, int8 = Scheme("int4", 64), Scheme("int8", 64)
+    mixed = {"gate_proj": int4, "up_proj": int8, "down_proj": int4}
+    nf4 = dict.fromkeys(mixed, Scheme("nf4"))
     with pytest.raises(SchemeError, match="in one scheme"):
-        schemes = {"gate_proj": int4, "up_proj": int8, "down_proj": int4}
-        ExpertLayout.from_offsets(64, 64, schemes, offsets)
+        ExpertLayout.from_offsets(64, 64, mixed, offsets)
     with pytest.raises(SchemeError, match="read int4 and int8"):
-        nf4 = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), Scheme("nf4"))
         ExpertLayout.from_offsets(64, 64, nf4, offsets)
     with pytest.raises(SchemeError, match="multiple of 16"):
         made.layout.check_address(24)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.quant.kernels.cuda.images import assert_near, packed
 
 from quant.errors import SchemeError
 from quant.kernels.cuda import linear
 from quant.linear import Compute, LinearWeight, matmul
 from quant.pack import quantize_nf4
 from quant.scheme import Kind, Scheme
+from tests.quant.kernels.cuda.images import assert_near, packed
 
 HALF = 2**-7  # bf16, which the interpreter cuts off instead of rounding
 

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from tests.quant.kernels.cuda.images import assert_near, images
 from torch.nn.functional import silu
 
 from quant.errors import SchemeError
 from quant.kernels.cuda import prefill
 from quant.scheme import Scheme
+from tests.quant.kernels.cuda.images import assert_near, images
 
-# bf16 activations in, between and out; the interpreter cuts them off instead of rounding: three times 2^-8 one way.
+# bf16 activations in, between and out; the interpreter cuts them off instead of rounding, three times 2^-8
+# in one direction.
 HALVES = 4e-2
 
 
@@ -112,12 +113,10 @@ def test_what_does_not_fit_is_refused() -> None:
     made = images(1, 64, 64, Scheme("int4", 64), Scheme("int4", 64), torch.device("cpu"))
     groups, scores = prefill.group_tokens(torch.zeros(3, 1), 1), torch.ones(3, 1)
     scratch = prefill.PrefillScratch.allocate(made.layout, 2, torch.device("cpu"))
+    x, out, experts = torch.ones(3, 64), torch.ones(2, 64), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(SchemeError, match="at most 2 pairs"):
-        x = torch.ones(3, 64)
         prefill.arrange_tokens(x, groups, scores, made.layout, scratch, scales_input=True, top_k=1)
     with pytest.raises(SchemeError, match=r"expected \(3, 64\)"):
-        experts = torch.zeros(1, dtype=torch.int32)
-        out = torch.ones(2, 64)
         prefill.moe_prefill(
             groups, scores, experts, made.addresses, made.layout, scratch, out, scales_input=True
         )
