@@ -33,6 +33,7 @@ struct Bell {
   int64_t layers, experts, pairs;  // pairs: room for T * k
   const BellLayer* stored;         // [layers]
   int32_t scales_input, exact;
+  int32_t keep_awake;  // microseconds that the workers stay awake beyond a call: waking them costs as much as a bell
 };
 
 namespace {
@@ -117,6 +118,7 @@ void clear(const Bell& bell) {
 COLDSTREAM_API int32_t cs_bell_serve(const coldstream::Bell* bell, int64_t microseconds, int32_t* state) {
   using namespace coldstream;
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(microseconds);
+  if (bell->keep_awake) keep_awake(std::chrono::microseconds(microseconds + bell->keep_awake));
   bool bad = false;
   const int32_t status = guarded([&] {
     for (*state = kIdle;;) {

@@ -25,6 +25,9 @@ from quant.kernels.weight import CWeight
 # Words of ``BellBuffers.control``, each on a cache line of its own.
 RUNG, ANSWERED, STOP, LOST = 0, 32, 64, 96
 _HEADER = 4
+# Microseconds that the kernels' threads look for work after a request beside a GPU: longer than from one token to the
+# next. On a CPU the step itself needs their cores.
+_AWAKE = 3000
 State = Literal["idle", "missing", "stopped"]
 _STATES: tuple[State, ...] = ("idle", "missing", "stopped")
 
@@ -108,6 +111,7 @@ class _CBell(ctypes.Structure):
         ("stored", ctypes.POINTER(_CLayer)),
         ("scales_input", ctypes.c_int32),
         ("exact", ctypes.c_int32),
+        ("keep_awake", ctypes.c_int32),
     ]
 
 
@@ -150,7 +154,7 @@ class HostBell:
         shared = (buffers.control, buffers.request, buffers.scores, buffers.x, buffers.result, self.table)
         self._bell = _CBell(
             *(tensor.data_ptr() for tensor in shared), layers, experts, buffers.scores.numel(), self._stored,
-            scales_input, exact,
+            scales_input, exact, _AWAKE if buffers.sequence.is_cuda else 0,
         )  # fmt: skip
 
     def serve(self, microseconds: int) -> State:
