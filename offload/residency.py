@@ -165,7 +165,7 @@ class ExpertCache:
         for key in keys:
             if key in self.host or self.on_device(key):
                 continue
-            if not self.host.free and len(protected | self._busy()) >= len(self.host.slot_of):
+            if not self.host.free and len(self._taken(protected)) >= len(self.host.slot_of):
                 return
             self._request(key, Priority.PREFETCH, protected)
 
@@ -202,11 +202,12 @@ class ExpertCache:
     def _host_slot(self, key: Key, locked: set[Key]) -> int:
         """A host slot for ``key``: a free one, an idle expert's, or that of a read that has not begun."""
         while not self.host.free:
-            taken = self._taken(locked)
+            reading = self._busy()  # asked once: a read may end at any time
+            taken = reading | self._taken(locked)
             if len(taken) < len(self.host.slot_of):
                 self.release(self.host_policy.victim(self.host.slot_of, taken))
-            elif reading := self._busy() - locked:
-                self.release(self._reclaim(reading))
+            elif reading - locked:
+                self.release(self._reclaim(reading - locked))
             else:
                 assert self.relieve(), "every host slot is in use at once"
         return self.host.take(key)
