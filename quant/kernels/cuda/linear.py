@@ -14,7 +14,7 @@ from quant.pack import Packed, dequantize
 from quant.scheme import Scheme
 
 _ROWS, _WORDS, _WARPS = 16, 128, 8  # as the experts' kernels
-_BLOCK_WORDS = 16  # words of a row per step of the tensor-core kernels
+_BLOCK = 128  # features: a step of the tensor-core kernels takes 16 words, 128 features at 4 bit, 64 at 8
 # (most tokens, rows, tokens, warps, stages) of a tensor-core tile; few tokens want many small programs.
 _TILES = ((16, 32, 16, 2, 5), (1 << 40, 128, 64, 8, 3))
 
@@ -65,7 +65,7 @@ def launch(
     from quant.kernels.cuda.device import gemm
 
     tile_rows, tile_tokens, warps, stages = tile(tokens)
-    arranged = torch.empty(tokens, arranged_width(features, bits), dtype=x.dtype, device=x.device)
+    arranged = torch.empty(tokens, arranged_width(features), dtype=x.dtype, device=x.device)
     arrange(x, None, None, arranged, bits, 1)
     gemm.linear_kernel[(-(-tokens // tile_tokens), -(-rows // tile_rows))](
         arranged, packed, scale, y, tokens, rows, row_words, groups, arranged.shape[1],
@@ -80,10 +80,9 @@ def tile(tokens: int) -> tuple[int, int, int, int]:
     return next(rest for most, *rest in _TILES if tokens <= most)  # type: ignore[return-value]
 
 
-def arranged_width(features: int, bits: int) -> int:
-    """Features of an arranged row: ``features`` up to a whole number of blocks."""
-    block = _BLOCK_WORDS * 32 // bits
-    return -(-features // block) * block
+def arranged_width(features: int) -> int:
+    """Features of an arranged row: ``features`` up to a whole number of blocks, at either width."""
+    return -(-features // _BLOCK) * _BLOCK
 
 
 def arrange(

@@ -19,6 +19,9 @@ from quant.kernels.cuda.layout import ExpertLayout
 from quant.kernels.cuda.linear import arrange, arranged_width
 
 _ROWS, _TOKENS, _WARPS, _STAGES = 128, 64, 8, 3
+_EXPERTS = (
+    16  # a call's experts are looked through in a power of two, at least this: fewer kernels to compile
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def group_tokens(chosen: Tensor, num_experts: int) -> TokenGroups:
 @dataclass(frozen=True)
 class PrefillScratch:
     """What lies between the steps, a row per pair in sorted order: the arranged ``tokens`` and the experts'
-    ``hidden`` activations, bf16, padded to whole blocks. One serves all layers."""
+    ``hidden`` activations, bf16, padded to whole blocks. One serves all layers with experts of one size."""
 
     tokens: Tensor
     hidden: Tensor
@@ -48,10 +51,7 @@ class PrefillScratch:
     @classmethod
     def allocate(cls, layout: ExpertLayout, pairs: int, device: torch.device) -> "PrefillScratch":
         """Scratch for up to ``pairs`` = T·k pairs."""
-        widths = (
-            arranged_width(layout.hidden, layout.gate_up.bits),
-            arranged_width(layout.inter, layout.down.bits),
-        )
+        widths = arranged_width(layout.hidden), arranged_width(layout.inter)
         made = [torch.zeros(pairs, width, dtype=torch.bfloat16, device=device) for width in widths]
         return cls(*made)
 
@@ -108,6 +108,11 @@ def moe_prefill(
         raise SchemeError(
             f"out is {tuple(out.shape)}: expected {(groups.order.shape[0], layout.hidden)}, contiguous"
         )
+    widths = arranged_width(layout.hidden), arranged_width(layout.inter)
+    if widths != (scratch.tokens.shape[1], scratch.hidden.shape[1]):
+        raise SchemeError(
+            f"scratch for {scratch.tokens.shape[1]} and {scratch.hidden.shape[1]} features: expected {widths}"
+        )
     if runtime.on_device(out):
         launch(groups, scores, experts, addresses, layout, scratch, out, scales_input=scales_input)
     else:
@@ -147,7 +152,12 @@ def launch(
     pairs, count = groups.order.shape[0], experts.shape[0]
     tiles = -(-pairs // _TOKENS) + min(count, pairs)
     gate_up, down = layout.gate_up, layout.down
-    sizes = {"EXPERTS": triton.next_power_of_2(count), "ROWS": _ROWS, "TOKENS": _TOKENS, "STAGES": _STAGES}
+    sizes = {
+        "EXPERTS": max(_EXPERTS, triton.next_power_of_2(count)),
+        "ROWS": _ROWS,
+        "TOKENS": _TOKENS,
+        "STAGES": _STAGES,
+    }
     options = {"num_warps": _WARPS, "num_stages": _STAGES, "enable_fp_fusion": True}
     hidden_width = scratch.hidden.shape[1]
     gemm.gate_up_kernel[(tiles, -(-hidden_width // _ROWS))](

@@ -46,7 +46,7 @@ def _first_features(chosen, places, share, inter, count, PAIRS: tl.constexpr):
     return known, tl.where(expert < 0, inter, first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def ring_kernel(
     x, chosen, scores, places, share, control, request, host_scores, host_x, sequence, layer, inter, tokens,
     top_k, features,
@@ -75,7 +75,7 @@ def ring_kernel(
         _publish(control + RUNG, number, NATIVE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["patience"])
 def answer_kernel(
     chosen, places, share, control, result, sequence, out, inter, tokens, top_k, features, patience,
     PAIRS: tl.constexpr, ANSWERED: tl.constexpr, STOP: tl.constexpr, LOST: tl.constexpr,

@@ -89,7 +89,7 @@ def tile_product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def linear_kernel(
     x, packed, scale, out, count, features, row_words, groups, width,
     BITS: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr,
@@ -131,7 +131,7 @@ def _expert_tile(experts, starts, count, tile, TOKENS: tl.constexpr, EXPERTS: tl
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def gate_up_kernel(
     x, experts, starts, addresses, hidden, count, features, inter, row_words, groups, width, hidden_width,
     gate_packed, gate_scale, up_packed, up_scale,
@@ -168,7 +168,7 @@ def gate_up_kernel(
     tl.store(places, result.to(tl.bfloat16), mask=live[None, :] & (position < hidden_width)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def down_kernel(
     hidden, order, scores, experts, starts, addresses, out, count, features, row_words, groups, width,
     down_packed, down_scale,

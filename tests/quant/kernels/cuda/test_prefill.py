@@ -80,7 +80,7 @@ def test_each_step_is_exact_but_for_bf16(device: torch.device) -> None:
         groups, scores.to(device), experts, made.addresses, made.layout, scratch, out, scales_input=False
     )
     gate, up, down = made.dense[0]
-    hidden = unarranged(scratch.hidden, 192, 8).cpu().float()
+    hidden = unarranged(scratch.hidden, 256, 8).cpu().float()
     assert (hidden[:, 160:] == 0).all()
     slack = 2**-7 if device.type == "cpu" else 2e-2  # a card rounds weights of small groups to bf16
     expected = silu(x.float() @ gate.T) * (x.float() @ up.T)
@@ -116,6 +116,9 @@ def test_what_does_not_fit_is_refused() -> None:
     x, out, experts = torch.ones(3, 64), torch.ones(2, 64), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(SchemeError, match="at most 2 pairs"):
         prefill.arrange_tokens(x, groups, scores, made.layout, scratch, scales_input=True, top_k=1)
+    wide = prefill.PrefillScratch(torch.zeros(3, 256), torch.zeros(3, 128))
+    with pytest.raises(SchemeError, match="scratch for 256 and 128 features"):
+        prefill.moe_prefill(groups, scores, experts, made.addresses, made.layout, wide, x, scales_input=True)
     with pytest.raises(SchemeError, match=r"expected \(3, 64\)"):
         prefill.moe_prefill(
             groups, scores, experts, made.addresses, made.layout, scratch, out, scales_input=True
