@@ -62,6 +62,10 @@ PageCache = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads (all physical cores).")
 ]
+NoGraph = Annotated[
+    bool,
+    typer.Option("--no-graph", help="On a GPU, decode layer by layer instead of as one CUDA graph: slower."),
+]
 Policy = Annotated[
     str | None,
     typer.Option("--policy", metavar="NAME", help="Which experts to keep: the name of a cache policy."),
@@ -107,6 +111,8 @@ def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
         said = load_recipe(recipe)
         defaults = {name: getattr(said, name) for name in ("vram", "ram", "context", "kv", "prompt_chunk")}
         given = {name: value for name, value in defaults.items() if value is not None}
+    if asked.pop("no_graph", False):
+        given["graph"] = False
     given |= {name: value for name, value in asked.items() if value is not None and value is not False}
     return RunOptions(**given)
 
@@ -126,6 +132,7 @@ takes_run_options = expands(
         "prompt_chunk": (PromptChunk, None),
         "exact": (Exact, False),
         "page_cache": (PageCache, False),
+        "no_graph": (NoGraph, False),
     },
     run_options,
 )

@@ -17,7 +17,7 @@ from offload.records import TIERS, TokenRecord
 from offload.report import RunReport
 from quant.errors import OutputError
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def write_page(report: RunReport, path: Path) -> None:
@@ -46,16 +46,17 @@ def render_page(report: RunReport) -> str:
     experts = {"moe_layers": report.expert_map.moe_layers, "counts": report.expert_map.counts}
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<style>\n{style}</style></head><body><main>{body}</main>"
-        f"{_data('readouts', readouts)}{_data('experts', {**experts, 'tiers': report.expert_map.tiers})}"
-        f"{_data('report', report.to_json())}<script>\n{script}</script></body></html>\n"
+        f"{data_block('readouts', readouts)}"
+        f"{data_block('experts', {**experts, 'tiers': report.expert_map.tiers})}"
+        f"{data_block('report', report.to_json())}<script>\n{script}</script></body></html>\n"
     )
 
 
-def _data(name: str, value: object) -> str:
+def data_block(name: str, value: object) -> str:
     text = json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>'
 

@@ -36,6 +36,7 @@ DiskBandwidth = Annotated[
 Refresh = Annotated[bool, typer.Option("--refresh", help="Measure this machine again first.")]
 _DEFAULT_RECIPE = "fast"
 _DEFAULT_CONTEXT = 4096
+_REPLAYED = 32  # tokens
 
 
 def plan(
@@ -65,7 +66,9 @@ def plan(
     A quantized MODEL is planned as it is. Otherwise --recipe or schemes by hand say what it will be
     stored as; a shape without either takes the recipe of its name, or `fast`.
     """
+    from cli.words import number
     from offload.plan import make_plan
+    from offload.timeline import Setup
     from quant.hub import fetch_config, is_hub_id
     from quant.recipe import load_recipe, resolve_config
     from quant.shape import ModelShape
@@ -81,12 +84,12 @@ def plan(
         "lm_head": lm_head,
     }
     named = load_recipe(recipe) if recipe else None
-    schemes, defaults, origin = _schemes(model, config, shape, named, by_hand, group_size)
+    schemes, defaults, origin = planned_schemes(model, config, shape, named, by_hand, group_size)
     if defaults is not None:
         vram, ram = vram if vram is not None else defaults.vram, ram if ram is not None else defaults.ram
         context, kv = context or defaults.context, kv or defaults.kv
         prompt_chunk = prompt_chunk or defaults.prompt_chunk
-    machine = _machine(model, gpu, ram, ram_bandwidth, disk_bandwidth, refresh)
+    machine = planned_machine(model, gpu, ram, ram_bandwidth, disk_bandwidth, refresh)
     made = make_plan(
         shape,
         schemes,
@@ -98,13 +101,20 @@ def plan(
         routing=_routing(routing, shape),
         prompt_chunk=prompt_chunk,
     )
+    replay = Setup.of(shape, schemes, made, machine)
+    decode, prefill = replay.decode(_REPLAYED), replay.prefill()
     notes = (*machine.notes, *made.notes)
     if not json:
         _show(console, made, machine, f"{model}: {_weights(shape)}", f"{_described(schemes)} ({origin})")
+        console.say(
+            f"replayed  {number(decode.tokens_per_s)} tokens/s, prefill {number(prefill.tokens_per_s)}: "
+            "the same run event by event (coldstream simulate)"
+        )
         console.notes(notes)
     console.result(
         {
             **made.to_json(),
+            "replayed": {"decode": decode.to_json(), "prefill": prefill.to_json()},
             "model": model,
             "schemes": {role: str(scheme) for role, scheme in schemes.items()},
             "machine": machine.to_json(),
@@ -113,7 +123,7 @@ def plan(
     )
 
 
-def _schemes(
+def planned_schemes(
     model: str,
     config: Mapping[str, Any],
     shape: "ModelShape",
@@ -140,14 +150,15 @@ def _schemes(
     return recipe.schemes, recipe, f"recipe {name}"
 
 
-def _machine(
+def planned_machine(
     model: str,
     gpu: str | None,
     ram: int | None,
     ram_gb_s: float | None,
     disk_gb_s: float | None,
-    refresh: bool,
+    refresh: bool = False,
 ) -> "Machine":
+    """The desktop around the card ``gpu``, or the machine at hand; rates that are given hold."""
     from dataclasses import replace
 
     from offload.cards import described_machine

@@ -79,10 +79,11 @@ def speeds(plan: Plan) -> list[str]:
 
 
 def _served(plan: Plan, tier: Tier) -> str:
+    hot = plan.vram_slots - plan.vram_reserve
     placed = {
-        "vram": plan.vram_slots,
-        "ram": min(plan.ram_slots, plan.experts - plan.vram_slots),
-        "disk": max(0, plan.experts - plan.vram_slots - plan.ram_slots),
+        "vram": hot,
+        "ram": min(plan.ram_slots, plan.experts - hot),
+        "disk": max(0, plan.experts - hot - plan.ram_slots),
     }[tier]
     share = percent(plan.hit_rates[tier])
     return f"{placed:,} of {plan.experts:,} {_PLACES[tier]} for {share} of requests"

@@ -1,4 +1,5 @@
-"""``coldstream simulate``: what each cache policy would have hit on recorded or made-up routing. No torch."""
+"""``coldstream simulate``: what each cache policy would have hit on recorded or made-up routing, or what a
+whole run would take on a machine, event by event. No torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.console import Console
-from cli.options import Json, Ram, Recipe
+from cli.options import Context, Json, Kv, PromptChunk, Ram, Recipe, Report, Vram
+from cli.plan import DiskBandwidth, Gpu, RamBandwidth
 
 if TYPE_CHECKING:
     from offload.footprint import Footprint
@@ -35,6 +37,21 @@ Chunk = Annotated[
 ]
 Sizes = Annotated[int, typer.Option("--sizes", min=2, metavar="N", help="Cache sizes to try.")]
 
+Timeline = Annotated[
+    bool,
+    typer.Option("--timeline", help="Replay the run itself, event by event; --gpu and --report do so too."),
+]
+Swaps = Annotated[
+    int, typer.Option("--swaps", min=0, metavar="N", help="Experts swapped into VRAM per token at most.")
+]
+Split = Annotated[
+    float | None,
+    typer.Option(
+        "--split", min=0, max=1, metavar="PART", help="Part of a miss that the GPU reads in place (best)."
+    ),
+]
+Prompt = Annotated[int, typer.Option("--prompt", min=1, metavar="TOKENS", help="The prompt to replay.")]
+
 # Requests × experts of one replay; a policy looks at every resident for each miss.
 _WORK = 10_000_000
 _MADE_UP = 2048
@@ -48,9 +65,22 @@ def simulate(
     tokens: Tokens = None,
     chunk: Chunk = 1,
     sizes: Sizes = 6,
+    timeline: Timeline = False,
+    gpu: Gpu = None,
+    vram: Vram = None,
+    context: Context = None,
+    kv: Kv = None,
+    ram_bandwidth: RamBandwidth = None,
+    disk_bandwidth: DiskBandwidth = None,
+    prompt_chunk: PromptChunk = None,
+    prompt: Prompt = 2048,
+    swaps: Swaps = 1,
+    split: Split = None,
+    report: Report = None,
     json: Json = False,
 ) -> None:
-    """Replay TRACE against each cache policy and the clairvoyant bound, for several cache sizes.
+    """Replay TRACE against each cache policy and the clairvoyant bound, for several cache sizes; or, with
+    --model and --timeline or --gpu, replay the run itself on this machine or one with that card.
 
     The first half of the trace is what a profile would have known, the second is replayed. --model adds the
     predicted decode speeds on this machine, --ram the cache size that this budget makes.
@@ -59,6 +89,17 @@ def simulate(
     from quant.errors import UsageError
 
     console = Console(json=json)
+    if timeline or gpu is not None or report is not None:
+        if model is None:
+            raise UsageError("a timeline is that of a model: name it with --model, for example --model scout")
+        from cli.replay import Asked, replay_run
+
+        asked = Asked(
+            model, recipe, gpu, vram, ram, context, kv, ram_bandwidth, disk_bandwidth, prompt_chunk, prompt,
+            tokens or 256, swaps, split,
+        )  # fmt: skip
+        replay_run(asked, trace, report, console)
+        return
     if ram is not None and model is None:
         raise UsageError("--ram says nothing without a model: name it with --model")
     target = _Target.of(model, recipe) if model else None

@@ -62,7 +62,7 @@ def account(
 
 def notes_of(session: Session) -> list[str]:
     """What the run, its plan and the measuring of its machine have to tell."""
-    notes = list(session.notes)
+    notes = [*session.notes, *session.experts.notes]
     for part in (session.plan, session.machine):
         notes += part.notes if part is not None else ()
     return notes
@@ -86,14 +86,15 @@ def memory_of(session: Session) -> Memory:
     entries = session.ledger.snapshot()
     ram = {"process": session.ledger.baseline_rss, **entries["ram"]}
     resident = resident_bytes()
-    peak_vram = torch.cuda.max_memory_reserved(session.device) if session.device.type == "cuda" else 0
+    if session.vram is not None:
+        session.vram.used()
     return Memory(
         vram=entries["vram"],
         ram=ram,
         disk=disk_bytes_by_role(session.checkpoint),
         rss_bytes=resident,
         peak_rss_bytes=peak_resident_bytes(),
-        peak_vram_bytes=peak_vram,
+        peak_vram_bytes=session.vram.peak if session.vram is not None else 0,
         unaccounted_bytes=resident - sum(ram.values()),
     )
 

@@ -92,7 +92,7 @@ class BlockTable:
         _, expert = self._gated[id(weights)]
         self.blocks[key[0]].block.set_expert(key[1], expert, ready=False)
 
-    def landed(self, key: Key, whole: bool) -> None:
+    def arrived(self, key: Key, whole: bool) -> None:
         """An expert's bytes are there, or will never be: whoever waits for them goes on."""
         self.blocks[key[0]].block.publish(key[1], READY if whole else FAILED)
 

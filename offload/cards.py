@@ -2,7 +2,7 @@
 
 Figures are the vendor's (memory, bandwidth, dense bf16 with f32 accumulation); what PCIe gives to pinned
 copies is about 0.8 of the link. The machine around the card is an ordinary desktop: eight cores, two
-channels of DDR5-5600, one PCIe 4 NVMe disk.
+channels of DDR5-5600, one PCIe 4 NVMe disk; around a data centre's card a part of a server.
 """
 
 import difflib
@@ -19,7 +19,11 @@ DISK_GB_S = 6.5
 RAM_BYTES = 64 * GIB
 _SYSTEM_BYTES = 4 * GIB
 _CORES = 8
-_INT8_GOPS = 2400.0  # 300 per core: a desktop with VNNI
+_GOPS_PER_CORE = 300.0  # int8, with VNNI
+SERVER_RAM_GB_S = 150.0  # what sixteen cores of a server read, of more that it has
+SERVER_DISK_GB_S = 2.5
+SERVER_RAM_BYTES = 128 * GIB
+_SERVER_CORES = 16
 _LANE_GB_S = {3: 0.80, 4: 1.57, 5: 3.15}  # pinned copies, per lane
 
 
@@ -34,6 +38,7 @@ class Card:
     pcie: int
     lanes: int
     bf16_tflops: float
+    in_server: bool = False
 
     def gpu(self) -> Gpu:
         """As a measured GPU would look."""
@@ -75,6 +80,8 @@ CARDS: tuple[Card, ...] = (
     Card("RTX A6000", 48, 768, 4, 16, 155),
     Card("RTX 6000 Ada", 48, 960, 4, 16, 364),
     Card("RTX PRO 6000", 96, 1792, 5, 16, 500),
+    Card("H100", 79, 3350, 5, 16, 989, in_server=True),
+    Card("H200", 140, 4800, 5, 16, 989, in_server=True),
 )
 
 
@@ -97,22 +104,25 @@ def find_card(name: str) -> Card:
 def described_machine(
     gpu: str, *, ram: int | None = None, ram_gb_s: float | None = None, disk_gb_s: float | None = None
 ) -> Machine:
-    """An ordinary desktop with the card ``gpu`` and, where ``ram`` is asked for, at least that much free.
+    """An ordinary desktop with the card ``gpu`` (a part of a server around a data centre's card) and, where
+    ``ram`` is asked for, at least that much free.
 
     Raises UsageError for a card that is not in the table.
     """
     card = find_card(gpu)
-    ram_bytes = max(RAM_BYTES, (ram or 0) + FRAMEWORK_RAM + _SYSTEM_BYTES)
+    kind, cores = ("server", _SERVER_CORES) if card.in_server else ("desktop", _CORES)
+    least = SERVER_RAM_BYTES if card.in_server else RAM_BYTES
+    ram_bytes = max(least, (ram or 0) + FRAMEWORK_RAM + _SYSTEM_BYTES)
     return Machine(
-        name=f"a desktop with {card.name}",
-        cpu=f"{_CORES}-core desktop (assumed)",
-        cores=_CORES,
+        name=f"a {kind} with {card.name}",
+        cpu=f"{cores}-core {kind} (assumed)",
+        cores=cores,
         isa="avx2 (assumed)",
         ram_bytes=ram_bytes,
         ram_available_bytes=ram_bytes - _SYSTEM_BYTES,
-        ram_gb_s=ram_gb_s or RAM_GB_S,
-        disk_gb_s=disk_gb_s or DISK_GB_S,
-        int8_gops=_INT8_GOPS,
+        ram_gb_s=ram_gb_s or (SERVER_RAM_GB_S if card.in_server else RAM_GB_S),
+        disk_gb_s=disk_gb_s or (SERVER_DISK_GB_S if card.in_server else DISK_GB_S),
+        int8_gops=cores * _GOPS_PER_CORE,
         gpu=card.gpu(),
         measured=False,
     )

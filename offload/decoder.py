@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offload.architecture import attention_shape, norm_eps, router_kind, router_weight
 from offload.block import BlockTable, NativeMoe
 from offload.kv import KVCache
 from offload.residency import ExpertCache
 from offload.routing import RoutingStats
-from quant.kernels.attention import Attention, AttentionShape
+from quant.kernels.attention import Attention
 from quant.kernels.foresight import Foresight
-from quant.kernels.moe import GatedMlp, Job, MoeBlock, RouterKind, mlp
+from quant.kernels.moe import GatedMlp, Job, MoeBlock, mlp
 from quant.kernels.stack import DenseBlock, Head, Stack, Stop
 from quant.kernels.weight import Weight
 from quant.linear import QuantLinear
@@ -44,7 +45,7 @@ class NativeDecoder:
         self.attentions = [_attention(layer, model.config) for layer in layers]
         self.foresight: Foresight | None = None
         if not experts.holds_all:
-            routers = [_router(layers[index]).data for index in shape.moe_layers]
+            routers = [router_weight(layers[index]).data for index in shape.moe_layers]
             norms = [layers[index].post_attention_layernorm.weight.data for index in shape.moe_layers]
             self.foresight = Foresight(routers, norms, shape.top_k)
         self.moes: dict[int, NativeMoe] = {}
@@ -66,7 +67,7 @@ class NativeDecoder:
         self._moe_layers = list(self.moes)
         self._table: tuple[int, Tensor, Tensor] | None = None
         self._attached: KVCache | None = None
-        experts.listen(BlockTable(self.moes))
+        experts.watch(BlockTable(self.moes))
 
     @staticmethod
     def knows(config: Any) -> bool:
@@ -146,7 +147,7 @@ class NativeDecoder:
     def _head(self) -> Head | None:
         if not isinstance(self.lm_head, QuantLinear) or self.lm_head.bias is not None:
             return None
-        return Head(self.norm.weight.data, _eps(self.norm), _weight(self.lm_head))
+        return Head(self.norm.weight.data, norm_eps(self.norm), _weight(self.lm_head))
 
     def _angles(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """RoPE's cosines and sines ``[T, d/2]`` for the tokens from ``position`` on."""
@@ -172,57 +173,22 @@ def _attention(layer: Any, config: Any) -> Attention:
     stock, norm = layer.self_attn, layer.input_layernorm
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     q_norm, k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
-    common: dict[str, Any] = {
-        "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "head_dim": stock.head_dim,
-        "eps": _eps(norm),
-        "scaling": stock.scaling,
-    }
-    if hasattr(stock, "use_rope"):  # Llama 4
-        rope = bool(stock.use_rope)
-        tuned = bool(stock.attn_temperature_tuning) and not rope
-        chunked = config.layer_types[stock.layer_idx] == "chunked_attention"
-        shape = AttentionShape(
-            **common,
-            rope="interleaved" if rope else "none",
-            l2_norm=hasattr(stock, "qk_norm"),
-            qk_eps=config.rms_norm_eps,
-            temperature_floor=float(stock.floor_scale) if tuned else 0.0,
-            temperature_scale=float(stock.attn_scale) if tuned else 0.0,
-            chunk=config.attention_chunk_size if chunked else 0,
-        )
-    else:
-        per_head = q_norm is not None and q_norm.weight.numel() == stock.head_dim
-        kind = "none" if q_norm is None else "per_head" if per_head else "full_width"
-        window = getattr(stock, "sliding_window", None) or 0
-        qk_eps = _eps(q_norm) if q_norm is not None else 1e-5
-        shape = AttentionShape(**common, rope="halves", qk_norm=kind, qk_eps=qk_eps, window=window)  # type: ignore[arg-type]
     q, k, v, o = (_weight(getattr(stock, name)) for name in names)
     biases = tuple(getattr(stock, name).bias for name in names)
     return Attention(
-        shape, q, k, v, o, norm.weight.data,
+        attention_shape(layer, config), q, k, v, o, norm.weight.data,
         None if q_norm is None else q_norm.weight.data, None if k_norm is None else k_norm.weight.data,
         biases,
     )  # fmt: skip
 
 
 def _moe_block(layer: Any) -> MoeBlock:
-    norm, shared, kind = layer.post_attention_layernorm, None, "softmax_normalized"
+    norm, shared = layer.post_attention_layernorm, None
     if hasattr(layer, "feed_forward"):  # Llama 4
-        top_k, kind = layer.feed_forward.top_k, "sigmoid_input"
         shared = _gated(layer.feed_forward.shared_expert)
-    else:
-        top_k = layer.mlp.gate.top_k
-        if not getattr(layer.mlp.gate, "norm_topk_prob", True):
-            kind = "softmax"
-    router_kind: RouterKind = kind  # type: ignore[assignment]
-    weight = Weight.from_tensors("f32", _router(layer).data.float().contiguous())
-    return MoeBlock(weight, top_k, router_kind, shared, None, norm.weight.data, _eps(norm))
-
-
-def _router(layer: Any) -> Any:
-    return layer.feed_forward.router.weight if hasattr(layer, "feed_forward") else layer.mlp.gate.weight
+    kind, top_k = router_kind(layer)
+    weight = Weight.from_tensors("f32", router_weight(layer).data.float().contiguous())
+    return MoeBlock(weight, top_k, kind, shared, None, norm.weight.data, norm_eps(norm))
 
 
 def _dense_mlp(layer: Any, exact: bool) -> Mlp:
@@ -232,7 +198,7 @@ def _dense_mlp(layer: Any, exact: bool) -> Mlp:
 
 def _dense_block(layer: Any) -> DenseBlock:
     norm = layer.post_attention_layernorm
-    return DenseBlock(_dense_gated(layer), norm.weight.data, _eps(norm))
+    return DenseBlock(_dense_gated(layer), norm.weight.data, norm_eps(norm))
 
 
 def _dense_gated(layer: Any) -> GatedMlp:
@@ -247,7 +213,3 @@ def _weight(linear: QuantLinear) -> Weight:
     descriptor = linear.stored.descriptor()
     assert descriptor is not None, "every Linear that is loaded is in a form that the native kernels read"
     return descriptor
-
-
-def _eps(norm: Any) -> float:
-    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from offload.prefill import GroupedExperts
 from offload.residency import ExpertCache
 from offload.routing import RoutingStats
 from offload.store import ExpertWeights
+from offload.tiered import TieredCache
 from quant.linear import Compute, matmul
 
 
@@ -29,11 +31,22 @@ class ExpertRunner:
     compute: Compute
     scales_input: bool
 
+    def __post_init__(self) -> None:
+        tiered = self.cache if isinstance(self.cache, TieredCache) else None
+        self._grouped = None if tiered is None else GroupedExperts(tiered, self.scales_input)
+
     def run(self, layer: int, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         """x ``[T, H]``, chosen int64 ``[T, k]``, scores ``[T, k]`` → the routed experts' sum ``[T, H]``."""
         ids = chosen.cpu().numpy()
         self.routing.record(layer, ids)
         tokens, k = chosen.shape
+        if (
+            tokens > 1
+            and x.dtype == torch.bfloat16
+            and self._grouped is not None
+            and self._grouped.reads(layer)
+        ):
+            return self._grouped.run(layer, x, chosen, ids, scores)
         out = x.new_empty(tokens * k, x.shape[1])
         flat = chosen.reshape(-1)
         for expert, weights in self.cache.stream(layer, sorted(set(ids.ravel().tolist()))):

@@ -16,6 +16,7 @@ CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
 _SCRATCH_PART = 32  # activations of a chunk take at most this part of the budget that experts could have
 _MIN_SLOTS = 2  # one expert computes while the next arrives
 _MIN_CONTEXT = 128
+VRAM_RESERVE = 2  # device slots that hold no expert for good: one is copied while another computes
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Fit:
-    """A placement within a budget: ``vram_slots`` and ``ram_slots`` experts, ``warm`` of them at home in
-    RAM."""
+    """A placement within a budget: ``vram_slots`` and ``ram_slots`` expert slots, ``hot`` and ``warm`` of
+    them home to an expert each."""
 
     rows: tuple[PlanRow, ...]
     prompt_chunk: int
     vram_slots: int
     ram_slots: int
+    hot: int
     warm: int
 
 
@@ -63,10 +65,12 @@ class Fitter:
         rows, total, slot = self._fixed(chunk), self.footprint.experts, self.footprint.slot_bytes
         free = self._free(budget, rows)
         vram_slots = min(total, free["vram"] // slot) if self.on_gpu else 0
-        ram_slots = min(max(total - vram_slots, self._least("ram")), free["ram"] // slot)
-        warm = min(ram_slots, total - vram_slots)
-        rows += self._experts(vram_slots, warm, ram_slots)
-        return Fit(tuple(row for row in rows if row.nbytes), chunk, vram_slots, ram_slots, warm)
+        # Unless every expert is in VRAM, what comes in needs a slot that nobody lives in.
+        hot = vram_slots - (0 if vram_slots == total else min(VRAM_RESERVE, -(-vram_slots // 2)))
+        ram_slots = min(max(total - hot, self._least("ram")), free["ram"] // slot)
+        warm = min(ram_slots, total - hot)
+        rows += self._experts(hot, warm, vram_slots, ram_slots)
+        return Fit(tuple(row for row in rows if row.nbytes), chunk, vram_slots, ram_slots, hot, warm)
 
     def fits(self, budget: Budget) -> bool:
         """Whether there is a placement at all."""
@@ -115,14 +119,14 @@ class Fitter:
             rows.append(PlanRow("framework", "vram", FRAMEWORK_VRAM))
         return rows
 
-    def _experts(self, hot: int, warm: int, ram_slots: int) -> list[PlanRow]:
+    def _experts(self, hot: int, warm: int, vram_slots: int, ram_slots: int) -> list[PlanRow]:
         size, slot = self.footprint.expert_bytes, self.footprint.slot_bytes
         return [
             PlanRow("experts_hot", "vram", hot * size),
             PlanRow("experts_warm", "ram", warm * size),
             PlanRow("experts_cold", "disk", (self.footprint.experts - hot - warm) * size),
-            PlanRow("padding", "vram", hot * (slot - size)),
-            # And the host slots that hold no expert for good: what passes through on its way to the GPU.
+            PlanRow("padding", "vram", vram_slots * slot - hot * size),
+            # And the slots that hold no expert for good: what passes through on its way to the GPU.
             PlanRow("padding", "ram", warm * (slot - size) + (ram_slots - warm) * slot),
         ]
 
@@ -155,7 +159,7 @@ class Fitter:
         if footprint.kv_bits > 8 and self._with(kv_bits=8).fits(budget):
             found.append("--kv int8")
         if self._lighter().fits(budget):
-            found.append("fewer bits (--recipe fast)")
+            found.append("--recipe fast (fewer bits)")
         if self.on_gpu and "vram" in short and replace(self, on_gpu=False).fits(replace(budget, vram=0)):
             found.append("--vram 0 to leave the GPU alone")
         if not found:

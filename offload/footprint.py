@@ -104,6 +104,7 @@ class Footprint:
             head_weights=head,
             expert_weights=shape.expert_weights,
             attention_width=shape.num_layers * shape.num_heads * shape.head_dim,
+            shared=roles.get("shared_expert", 0) // max(1, len(shape.moe_layers)),
             vram_hits=vram_hits,
             hits=hits,
             resident=resident,

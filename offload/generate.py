@@ -6,18 +6,26 @@ not run again. A step that is interrupted leaves the cache as it was before the 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from offload.decoder import NativeDecoder
+from offload.allowance import VramMeter
 from offload.kv import KVCache
 from offload.ledger import resident_bytes
 from offload.records import Finish, Sampling, Tier, TokenRecord
 from offload.residency import ExpertCache
+from offload.room import with_room
 from offload.sampling import Sampler, TextStream
 from quant.errors import BudgetError, UsageError
+
+
+class Decoder(Protocol):
+    """Runs a model faster than its own modules do."""
+
+    def forward(self, ids: Sequence[int], cache: KVCache) -> Tensor:
+        """Append ``ids`` to ``cache`` and return the logits ``[1, vocab]`` of the last one."""
 
 
 class Generator:
@@ -30,11 +38,13 @@ class Generator:
     def __init__(
         self, model: Any, tokenizer: Any, cache: KVCache, experts: ExpertCache, *, dense_bytes: int,
         prompt_chunk: int, eos: frozenset[int], device: torch.device,
-        native: NativeDecoder | None = None, after_first: Callable[[], None] | None = None,
+        native: Decoder | None = None, vram: VramMeter | None = None,
+        after_first: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.cache, self.experts = model, tokenizer, cache, experts
         self.dense_bytes, self.prompt_chunk, self.eos, self.device = dense_bytes, prompt_chunk, eos, device
-        self.native, self._after_first, self._begun = native, after_first, False
+        self.native, self._vram = native, vram
+        self._after_first, self._begun = after_first, False
         self.tokens: list[int] = []  # what the cache holds
 
     def reset(self) -> None:
@@ -110,7 +120,13 @@ class Generator:
         return logits
 
     def _forward(self, ids: Sequence[int]) -> Tensor:
-        """Run ``ids`` and return the last token's logits ``[vocab]``."""
+        """Run ``ids`` and return the last token's logits ``[vocab]``. Raises MachineError if the GPU fails or
+        has no memory left."""
+        whole = [*self.tokens, *ids]
+        # A try that failed may have cost some of the tokens before, too.
+        return with_room(lambda: self._try(whole[len(self.tokens) :]), self.experts)
+
+    def _try(self, ids: Sequence[int]) -> Tensor:
         before = len(self.tokens)
         try:
             with torch.inference_mode():
@@ -122,6 +138,8 @@ class Generator:
                         input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
                     )
                     logits = found.logits[0, -1]
+                    if self.device.type == "cuda":  # an error of the GPU's shows here, not where it is met
+                        torch.cuda.synchronize(self.device)
         except BaseException:  # KeyboardInterrupt too: some layers have seen the tokens, others not
             self.tokens = self.tokens[: self.cache.rewind(before)]
             raise
@@ -141,6 +159,8 @@ class Generator:
         if counters.fetched["disk"]:
             read["disk"] = counters.fetched["disk"]
         self._begun = True
+        if self.native is None:  # a decoder of our own sees to it, between its steps
+            self.experts.adapt()
         return TokenRecord(
             phase=phase,
             token_id=token,
@@ -150,6 +170,6 @@ class Generator:
             by_tier=counters.by_tier,
             bytes_read=read,
             rss_bytes=resident_bytes(),
-            vram_bytes=torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0,
+            vram_bytes=0 if self._vram is None else self._vram.used(),
             finish=finish,
         )

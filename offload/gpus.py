@@ -10,12 +10,14 @@ if TYPE_CHECKING:  # torch costs seconds and is imported where a GPU is measured
 _COPIED = 256 * 2**20
 _RUNS = 4
 _MATRIX = 4096
+_TOGETHER_S = 0.2
 
 
 @dataclass(frozen=True)
 class Gpu:
     """One GPU: capacity in bytes, bandwidths in GB/s of 10^9 bytes (``h2d`` host to device, pinned memory),
-    dense bf16 matrix products in 10^12 operations per second."""
+    dense bf16 matrix products in 10^12 operations per second, ``together`` what the host's memory gives to
+    the bus and the CPU reading at once (None: not measured)."""
 
     name: str
     vram_bytes: int
@@ -23,6 +25,7 @@ class Gpu:
     h2d_gb_s: float
     d2h_gb_s: float
     bf16_tflops: float
+    together_gb_s: float | None = None
 
 
 def measure_gpu() -> Gpu | None:
@@ -45,7 +48,30 @@ def measure_gpu() -> Gpu | None:
         h2d_gb_s=_copy_rate(near, host),
         d2h_gb_s=_copy_rate(host, near),
         bf16_tflops=_product_rate(device),
+        together_gb_s=_together(near, host),
     )
+
+
+def _together(near: "torch.Tensor", host: "torch.Tensor") -> float:
+    """GB/s that the host's memory gives to copies over the bus and to the CPU's reads at once."""
+    import threading
+    import time
+
+    import torch
+
+    from quant.kernels import native
+
+    found: list[float] = []
+    reader = threading.Thread(  # outside the interpreter's lock: ctypes
+        target=lambda: found.append(native.read_bandwidth(host.nbytes, _TOGETHER_S))
+    )
+    copies, started = 0, time.perf_counter()
+    reader.start()
+    while reader.is_alive():  # the bus is never idle while the CPU reads
+        near.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        copies += 1
+    return found[0] + copies * host.nbytes / (time.perf_counter() - started) / 1e9
 
 
 def _copy_rate(target: "torch.Tensor", source: "torch.Tensor") -> float:

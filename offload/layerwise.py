@@ -20,7 +20,6 @@ from offload.reader import Reader
 from offload.residency import ExpertCache
 from offload.routing import Ids, RoutingStats
 from offload.store import ExpertStore, ExpertWeights
-from offload.transfer import HostTransfer
 from quant.checkpoint import Checkpoint
 from quant.linear import Compute
 
@@ -81,7 +80,7 @@ class Layerwise:
         self.store = ExpertStore(checkpoint)
         self.reader = Reader([entry.file for entry in checkpoint.entries.values()], direct=True)
         slots = max(2, min(expert_slots or self.shape.num_experts, self.shape.num_experts))
-        self.cache = ExpertCache(self.store, self.reader, HostTransfer(), LeastRecent, ram_slots=slots)
+        self.cache = ExpertCache(self.store, self.reader, LeastRecent, ram_slots=slots)
         self.compute = Compute(native=True, exact=True)
         routing = RoutingLog("", self.shape)
         self.runner = LayerRunner(self.cache, routing, self.compute, self.shape.family.scales_input)

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from offload.arena import Arena
 from offload.experts import ExpertRunner, RoutedExperts, RoutedLlama4Block
 from offload.pagecache import forget_pages
+from offload.room import with_room
 from offload.store import find_weight
 from quant.checkpoint import DTYPES, Checkpoint
 from quant.errors import CheckpointError
@@ -129,7 +130,7 @@ def load_model(
         )
     model.eval()
     if device.type != "cpu":
-        _move(model, device)
+        with_room(lambda: _move(model, device), runner.cache)
     return model
 
 

@@ -26,7 +26,6 @@ __all__ = ["Plan", "PlanRow", "make_plan"]
 
 Key = tuple[int, int]
 _NOTICEABLE = 0.001
-_WINDOW = 9  # device slots that misses pass through: as many as may be in flight, and one
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,12 @@ class Plan:
     """A placement that fits, and its prediction.
 
     ``vram`` and ``ram`` are the budgets in bytes (``vram`` 0 without a GPU); the framework's share of RAM
-    lies beside the budget. ``vram_slots`` and ``ram_slots`` count expert slots. ``pinned`` are the hottest
-    (layer, expert), which never leave VRAM; the other device slots are a cache. It is empty without routing
-    counts. ``hit_rates`` are the shares of expert requests that each tier is expected to serve. ``gains`` are
-    the decode tokens/s with one more GiB of a tier, where that is more. Decode is predicted with ``filled``
-    tokens in the KV cache, prefill for a prompt of as many.
+    lies beside the budget. ``vram_slots`` and ``ram_slots`` count expert slots, of which ``vram_reserve``
+    are for what comes and goes. ``pinned`` are the (layer, expert) that VRAM starts with, hottest first;
+    swaps may replace them. It is empty without routing counts. ``hit_rates`` are the shares of expert
+    requests that each tier is expected to serve. ``gains`` are the decode tokens/s with one more GiB of a
+    tier, where that is more. Decode is predicted with ``filled`` tokens in the KV cache, prefill for a
+    prompt of as many.
     """
 
     machine: str
@@ -53,6 +53,7 @@ class Plan:
     experts: int
     vram_slots: int
     ram_slots: int
+    vram_reserve: int
     pinned: tuple[Key, ...]
     hit_rates: Mapping[Tier, float]
     routing_known: bool
@@ -108,6 +109,7 @@ class Plan:
             "experts": self.experts,
             "vram_slots": self.vram_slots,
             "ram_slots": self.ram_slots,
+            "vram_reserve": self.vram_reserve,
             "pinned": [list(key) for key in self.pinned],
             "hit_rates": dict(self.hit_rates),
             "routing_known": self.routing_known,
@@ -152,8 +154,7 @@ def make_plan(
         cold=cold,
     )
     plan = planner.plan(budget)
-    window = 0 if plan.vram_slots == plan.experts else min(_WINDOW, -(-plan.vram_slots // 2))
-    pinned = planner.locality.hottest(shape.moe_layers, plan.vram_slots - window)
+    pinned = planner.locality.hottest(shape.moe_layers, plan.vram_slots - plan.vram_reserve)
     return replace(plan, gains=planner.gains(budget, plan), pinned=pinned, notes=budget.notes)
 
 
@@ -167,13 +168,13 @@ class _Planner:
 
     def plan(self, budget: Budget) -> Plan:
         footprint, fit = self.fitter.footprint, self.fitter.fit(budget)
-        vram_hits = self.locality.kept(fit.vram_slots)  # VRAM starts with the hottest and changes slowly
-        hits = max(vram_hits, self.locality.hits(fit.vram_slots + fit.warm))
+        vram_hits = self.locality.kept(fit.hot)  # VRAM starts with the hottest and changes slowly
+        hits = max(vram_hits, self.locality.hits(fit.hot + fit.warm))
         load = footprint.load(
             filled=self.filled,
             vram_hits=vram_hits,
             hits=hits,
-            resident=(fit.vram_slots + fit.warm) / footprint.experts,
+            resident=(fit.hot + fit.warm) / footprint.experts,
         )
         return Plan(
             machine=self.machine.name,
@@ -188,6 +189,7 @@ class _Planner:
             experts=footprint.experts,
             vram_slots=fit.vram_slots,
             ram_slots=fit.ram_slots,
+            vram_reserve=fit.vram_slots - fit.hot,
             pinned=(),
             hit_rates={"vram": vram_hits, "ram": hits - vram_hits, "disk": 1 - hits},
             routing_known=self.locality.known,

@@ -13,11 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from offload.gpus import Gpu
 from offload.machine import Machine
+from quant.errors import MachineError
 
 # How experts outside VRAM are computed beside a GPU: the CPU where they lie, the GPU after a copy, or
 # both at once.
 ColdPath = Literal["split", "cpu", "pcie"]
+_WORTH = 1.05  # a split that gains less is not worth its second reader
 Limit = Literal["ram bandwidth", "vram bandwidth", "pcie", "disk", "compute", "overhead"]
 
 OF_RAM = 0.97  # a decode step's products against the probe, which only reads and sums
@@ -25,7 +28,6 @@ EXPOSED = 0.4  # of a decode step's arithmetic, the part that its reads do not h
 OF_VRAM = 0.85
 OF_PCIE = 0.92
 OF_DISK = 1.0
-SPLIT_OF_RAM = 0.95  # CPU and PCIe reading the same memory at once
 OF_GEMM = 0.70  # a prompt's products against the probe's: fewer rows per expert
 OF_GPU_COMPUTE = 0.50
 NF4_GB_S_PER_CORE = 0.12  # bitsandbytes' nf4 has no fused CPU product: dequantize, then multiply
@@ -34,16 +36,22 @@ DECODE_SERIAL = 0.75  # of the shorter of disk and memory time, the part that th
 PREFILL_SERIAL = 0.3
 CPU_LAYER_S = 0.04e-3  # per layer and step: norms, RoPE, handing work to threads
 STEP_S = 0.5e-3  # per step: embedding, sampling, text, the record
-GPU_LAYER_S = 0.03e-3
+# Beside a GPU nothing has been measured: these four are estimates.
+KERNEL_S = 2.0e-6  # a small kernel of a CUDA graph that waits for the one before it
+KERNELS = 15  # of them per layer in offload/step.py, the products among them
+GPU_LAYER_S = KERNELS * KERNEL_S
+GPU_STEP_S = 0.3e-3  # per step: launching the graph, embedding row, sampling, text, the record
+BELL_S = 12e-6  # a miss that the CPU computes: doorbell, waking the workers, the result's way back
 
 
 @dataclass(frozen=True)
 class Load:
     """What a run reads, in bytes: ``dense`` by every token from its home tier, ``kv`` the cache at the
     length that is predicted for, ``expert`` one expert. ``requests`` counts (layer, expert) requests of a
-    token, ``experts`` those there are per layer. ``dense_weights``, ``head_weights`` and ``expert_weights``
-    count weights, for arithmetic. ``vram_hits`` and ``hits`` are the shares of requests that find the expert
-    in VRAM, and in VRAM or RAM."""
+    token, ``experts`` those there are per layer, ``shared`` the bytes of one layer's shared expert (part of
+    ``dense``). ``dense_weights``, ``head_weights`` and ``expert_weights`` count weights, for arithmetic.
+    ``vram_hits`` and ``hits`` are the shares of requests that find the expert in VRAM, and in VRAM or
+    RAM."""
 
     dense: int
     kv: int
@@ -56,6 +64,7 @@ class Load:
     head_weights: int
     expert_weights: int
     attention_width: int
+    shared: int
     vram_hits: float
     hits: float
     resident: float
@@ -98,19 +107,78 @@ def decode(load: Load, machine: Machine, cold: ColdPath = "split") -> Prediction
             "overhead": load.layers * CPU_LAYER_S + STEP_S,
         }
         return _prediction(1, memory, disk, DECODE_SERIAL)
-    hot = load.vram_hits * routed
-    cpu, pcie = _cpu_rate(load, machine), _rate(machine.gpu.h2d_gb_s, OF_PCIE)
-    # Both read the same DIMMs: together they get what the memory has, the CPU first, which copies nothing.
-    both = min(cpu + pcie, max(cpu, _rate(machine.ram_gb_s, SPLIT_OF_RAM)))
-    rate = {"split": both, "cpu": cpu, "pcie": pcie}[cold]
-    share = {"split": cpu / both, "cpu": 1.0, "pcie": 0.0}[cold]
+    return _beside_gpu(load, machine, machine.gpu, cold)
+
+
+def _beside_gpu(load: Load, machine: Machine, gpu: Gpu, cold: ColdPath) -> Prediction:
+    """The GPU computes what lies in VRAM; of a miss, which it overlaps with the shared expert, ``cold`` says
+    who computes what. Reads from disk are awaited: nothing is guessed."""
+    vram, pcie = _rate(gpu.vram_gb_s, OF_VRAM), _rate(gpu.h2d_gb_s, OF_PCIE)
+    missed = (1 - load.vram_hits) * load.requests
+    if cold == "pcie" or load.nf4:  # a copy, and then the product
+        share, miss = 0.0, load.expert / pcie + load.expert / vram
+    else:
+        split = miss_split(machine, load.expert, load.expert_weights, load.shared)
+        share = 1.0 if cold == "cpu" else 1 - split.gpu_part
+        reading = split.cpu_gb_s if cold == "cpu" else split.gb_s
+        # The shared expert runs meanwhile; what a miss takes longer is waited for.
+        miss = max(0.0, load.expert / (reading * 1e9) + BELL_S - load.shared / vram / load.top_k)
     slow: Limit = "ram bandwidth" if share >= 0.5 else "pcie"
-    memory = {
-        "vram bandwidth": (load.dense + load.kv + hot) / _rate(machine.gpu.vram_gb_s, OF_VRAM),
-        slow: (routed - hot) / rate,
-        "overhead": load.layers * GPU_LAYER_S,
+    disk = (1 - load.hits) * load.requests * load.expert / _rate(machine.disk_gb_s, OF_DISK)
+    memory: dict[Limit, float] = {
+        "vram bandwidth": (load.dense + load.kv + load.vram_hits * load.requests * load.expert) / vram,
+        slow: missed * miss,
+        "overhead": load.layers * GPU_LAYER_S + GPU_STEP_S,
     }
-    return _prediction(1, memory, disk, DECODE_SERIAL, share)
+    return _prediction(1, memory, disk, 1.0, share)
+
+
+@dataclass(frozen=True)
+class MissSplit:
+    """How one missed expert is shared out: ``gpu_part`` of its intermediate rows are read in place over PCIe,
+    the CPU computes the others where they lie. Rates are GB/s of packed bytes: ``cpu_gb_s`` of the CPU alone,
+    ``pcie_gb_s`` of the GPU alone, ``gb_s`` of both at once with this split."""
+
+    gpu_part: float
+    cpu_gb_s: float
+    pcie_gb_s: float
+    gb_s: float
+
+    def rows(self, inter: int, group: int) -> int:
+        """Intermediate rows for the GPU: whole groups of the down projection."""
+        return min(inter, round(self.gpu_part * inter / group) * group)
+
+
+def miss_split(machine: Machine, expert: int, expert_weights: int, shared: int = 0) -> MissSplit:
+    """The split of an expert of ``expert`` bytes and ``expert_weights`` weights that takes the least time.
+
+    CPU and GPU read the same DIMMs, so both at once get at most ``dimm_rate``, in equal shares where both
+    want more than half of it; where the CPU alone takes nearly all, it does everything. The GPU runs the
+    shared expert of ``shared`` bytes first, the CPU starts when the doorbell has reached it: both are to
+    end together. Raises MachineError without a GPU.
+    """
+    if machine.gpu is None:
+        raise MachineError(f"{machine.name} has no GPU: expected one to share missed experts with")
+    cpu = _cpu_rate(machine, expert, expert_weights)
+    alone, dimm = _rate(machine.gpu.h2d_gb_s, OF_PCIE), dimm_rate(machine)
+    pcie = min(alone, max(dimm - cpu, dimm / 2))
+    beside = min(cpu, dimm - pcie)
+    if beside + pcie <= cpu * _WORTH:
+        return MissSplit(0.0, cpu / 1e9, alone / 1e9, cpu / 1e9)
+    head_start = BELL_S - shared / _rate(machine.gpu.vram_gb_s, OF_VRAM)
+    # expert · part / pcie = head_start + expert · (1 - part) / beside
+    part = (head_start + expert / beside) / (expert / beside + expert / pcie)
+    part = min(1.0, part)
+    if part <= 0:
+        return MissSplit(0.0, cpu / 1e9, alone / 1e9, cpu / 1e9)
+    return MissSplit(part, cpu / 1e9, alone / 1e9, min(beside / max(1 - part, 1e-9), pcie / part) / 1e9)
+
+
+def dimm_rate(machine: Machine) -> float:
+    """Bytes per second that the host's memory gives to the CPU and the bus together: measured, or no more
+    than the CPU's probe found."""
+    together = machine.gpu.together_gb_s if machine.gpu and machine.gpu.together_gb_s else machine.ram_gb_s
+    return _rate(max(together, machine.ram_gb_s), OF_RAM)
 
 
 def prefill(load: Load, machine: Machine, tokens: int, chunk: int) -> Prediction:
@@ -135,7 +203,7 @@ def _chunk(load: Load, machine: Machine, tokens: int, before: int, prompt: int) 
     weights += load.head_weights if before + tokens == prompt else 0
     attended = tokens * (before + tokens / 2) * load.attention_width * 2
     operations = 2.0 * (weights + attended)
-    disk = touched * (1 - _scan_hits(load.resident)) * load.expert / _rate(machine.disk_gb_s, OF_DISK)
+    disk = touched * (1 - scan_hits(load.resident)) * load.expert / _rate(machine.disk_gb_s, OF_DISK)
     if machine.gpu is None:
         compute = operations / _rate(machine.int8_gops, OF_GEMM)
         if load.nf4:
@@ -155,7 +223,7 @@ def _chunk(load: Load, machine: Machine, tokens: int, before: int, prompt: int) 
     return {name: max(copied, compute, read), "overhead": overhead, "disk": disk}
 
 
-def _scan_hits(resident: float) -> float:
+def scan_hits(resident: float) -> float:
     """Share of experts that a prompt chunk, which passes over all layers, finds in a cache of ``resident`` of
     them: a little less than were there, for what the pass fetches evicts some of what it comes to later.
     Fitted to replays of the default policy (docs/policy.md); under LRU it would be near 0."""
@@ -180,10 +248,10 @@ def _arithmetic(load: Load, machine: Machine, weights: int, routed: int) -> floa
     return EXPOSED * 2 * weights / _rate(machine.int8_gops, 1) + slow
 
 
-def _cpu_rate(load: Load, machine: Machine) -> float:
-    """Bytes of experts per second that the CPU computes where they lie."""
-    seconds = load.expert / _rate(machine.ram_gb_s, OF_RAM)
-    return load.expert / (seconds + _arithmetic(load, machine, load.expert_weights, load.expert))
+def _cpu_rate(machine: Machine, nbytes: int, weights: int) -> float:
+    """Bytes per second of one expert that the CPU computes where it lies."""
+    reading = nbytes / _rate(machine.ram_gb_s, OF_RAM)
+    return nbytes / (reading + EXPOSED * 2 * weights / _rate(machine.int8_gops, 1))
 
 
 def _nf4_rate(machine: Machine) -> float:

@@ -15,10 +15,11 @@ Finish = Literal["", "eos", "stop", "length", "cancelled"]
 class RunOptions:
     """What the user asked of a run; None means: as much as the machine and the model allow.
 
-    ``vram`` and ``ram`` are budgets in bytes, ``context`` the tokens the KV cache must hold, ``prompt_chunk``
-    the prompt tokens run through the model at once. ``exact`` keeps activations in floating point on the CPU
-    (the native kernels otherwise quantize them to int8 per group). ``page_cache`` reads experts through the
-    operating system's page cache instead of direct I/O.
+    ``vram`` and ``ram`` are budgets in bytes, ``context`` the tokens the KV cache must hold,
+    ``prompt_chunk`` the prompt tokens run through the model at once. ``exact`` keeps activations in
+    floating point on the CPU (the native kernels otherwise quantize them to int8 per group). ``page_cache``
+    reads experts through the operating system's page cache instead of direct I/O. ``graph`` decodes on a
+    GPU without a wait for the host in every layer.
     """
 
     vram: int | None = None
@@ -32,6 +33,7 @@ class RunOptions:
     exact: bool = False
     page_cache: bool = False
     threads: int | None = None
+    graph: bool = True
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class Environment:
 class Memory:
     """Bytes by tier and role as the run counted them, beside what the operating system says.
 
-    ``rss_bytes`` is the resident size at the end. ``unaccounted_bytes`` is what of it the roles in RAM do not
+    ``rss_bytes`` is the resident size at the end, ``peak_vram_bytes`` the most that the driver counted as
+    ours after any step, CUDA's context included. ``unaccounted_bytes`` is what of it the roles in RAM do not
     explain: allocator slack, buffers of libraries; negative where counted memory is not resident.
     """
 

@@ -1,37 +1,26 @@
-"""What is where: experts in host slots and device slots, fetched, kept and evicted.
+"""What is where: experts in host slots, fetched from disk, kept and evicted. ``tiered.py`` adds a device.
 
-Weights are immutable, so eviction is forgetting: nothing is ever written back, and an expert that has a
-device slot needs no host slot. All state is changed by the thread that runs the model; reading threads only
-fill buffers.
+Weights are immutable, so eviction is forgetting: nothing is ever written back. All state is changed by the
+thread that runs the model; reading threads only fill buffers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any, Literal, Protocol
-
-import torch
+from functools import partial
+from typing import Literal, Protocol
 
 from offload.arena import Arena
-from offload.loan import Loans
+from offload.policy import Policy
 from offload.reader import Priority, Reader, Request
 from offload.records import Tier
-from offload.store import ExpertRecord, ExpertStore, ExpertWeights, Layout
+from offload.slots import Key, SlotTable
+from offload.store import ExpertStore, ExpertWeights, Layout
 from offload.transfer import Transfer
 from quant.errors import CheckpointError
 
-Key = tuple[int, int]
+__all__ = ["Counters", "ExpertCache", "Key", "Listener", "Watcher"]
+
 _IN_FLIGHT = 8
-
-
-class Policy(Protocol):
-    """Decides which expert to forget. Sees keys only."""
-
-    def touch(self, key: Key) -> None:
-        """``key`` was used."""
-
-    def victim(self, resident: Iterable[Key], locked: set[Key]) -> Key:
-        """The resident key to forget; never one of ``locked``."""
 
 
 @dataclass
@@ -46,85 +35,94 @@ class Counters:
 class Listener(Protocol):
     """Is told what a host slot holds, so that it can address resident experts without asking."""
 
-    def coming(self, key: Key, weights: ExpertWeights) -> None:
-        """``key``'s bytes will be read to where ``weights`` view them, which stay valid until it is
-        evicted."""
-
-    def landed(self, key: Key, whole: bool) -> None:
-        """``key``'s bytes are all there, or could not be read. Called by a reading thread."""
+    def landed(self, key: Key, weights: ExpertWeights) -> None:
+        """``key``'s bytes are all there; ``weights`` stay valid until it is evicted."""
 
     def evicted(self, key: Key) -> None:
         """``key``'s slot is about to be overwritten."""
 
 
-class SlotTable:
-    """Which key holds which slot of one tier."""
+class Watcher(Protocol):
+    """Is told where an expert's bytes will be before they are there, and by a reading thread that they are:
+    it can wait for them without asking."""
 
-    def __init__(self, slots: int) -> None:
-        self.free = list(range(slots - 1, -1, -1))
-        self.slot_of: dict[Key, int] = {}
+    def coming(self, key: Key, weights: ExpertWeights) -> None:
+        """``key``'s bytes will be read to where ``weights`` view them, which stay valid until it is
+        evicted."""
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self.slot_of
+    def arrived(self, key: Key, whole: bool) -> None:
+        """``key``'s bytes are all there, or could not be read. Called by a reading thread."""
 
-    def take(self, key: Key) -> int:
-        """A free slot, now ``key``'s."""
-        slot = self.free.pop()
-        self.slot_of[key] = slot
-        return slot
-
-    def release(self, key: Key) -> None:
-        """Forget ``key``; its slot is free."""
-        self.free.append(self.slot_of.pop(key))
+    def evicted(self, key: Key) -> None:
+        """``key``'s slot will be overwritten."""
 
 
 class ExpertCache:
-    """Serves the experts of a layer from device slots, host slots or disk.
-
-    ``ram_slots`` host slots and ``vram_slots`` device slots; with no device slots, experts are computed from
-    host slots where they lie. At least two host slots are needed unless every expert fits the device.
-    """
+    """Serves the experts of a layer from ``ram_slots`` host slots or disk, at least two slots unless every
+    expert has one; with ``transfer`` its device can read them."""
 
     def __init__(
-        self, store: ExpertStore, reader: Reader, transfer: Transfer, policy: Callable[[], Policy], *,
-        ram_slots: int, vram_slots: int = 0, pinned: Sequence[Key] = (), loans: Loans | None = None,
+        self, store: ExpertStore, reader: Reader, policy: Callable[[], Policy], *, ram_slots: int,
+        transfer: Transfer | None = None,
     ) -> None:  # fmt: skip
-        self.store, self.reader, self.transfer = store, reader, transfer
-        pin = transfer.device.type == "cuda"
-        self.arena = Arena(ram_slots, store.slot_bytes, pin=pin)
-        self.device_memory = transfer.allocate(vram_slots, store.slot_bytes) if vram_slots else None
-        self.host, self.device = SlotTable(ram_slots), SlotTable(vram_slots)
-        self.host_policy, self.device_policy = policy(), policy()
+        self.store, self.reader = store, reader
+        self.arena = Arena(ram_slots, store.slot_bytes, transfer)
+        self.notes: list[str] = self.arena.notes
+        self.host, self.host_policy = SlotTable(ram_slots), policy()
         self.counters = Counters()
         self._pending: dict[Key, Request] = {}
-        self._tickets: dict[Key, Any] = {}
-        self._draining: dict[int, Any] = {}
-        self._views: dict[tuple[Tier, int, Layout], ExpertWeights] = {}
-        self.loans, self._lent = loans, dict[Key, ExpertWeights]()
+        self._views: dict[tuple[int, Layout], ExpertWeights] = {}
         self.listener: Listener | None = None
-        self.pinned = frozenset(pinned)
-        self._pin(pinned)
+        self.watcher: Watcher | None = None
 
     def take_counters(self) -> Counters:
         """The counts since the last call."""
         counters, self.counters = self.counters, Counters()
         return counters
 
-    @cached_property
+    @property
     def holds_all(self) -> bool:
         """Whether every expert has a slot of its own."""
-        return self.arena.slots + len(self.pinned) >= self.store.count
+        return self.arena.slots >= self.store.count
 
     def tier_of(self, key: Key) -> Tier:
         """Where ``key`` is now; an expert still on its way counts as on disk."""
-        if key in self.device:
-            return "vram"
-        if key in self._lent:
-            return "ram"
         if key not in self.host:
             return "disk"
         pending = self._pending.get(key)
         return "ram" if pending is None or pending.done.is_set() else "disk"
+
+    def on_device(self, key: Key) -> bool:
+        """Whether ``key`` needs no host slot, because a device holds it."""
+        return False
+
+    def guarded(self) -> set[Key]:
+        """Experts whose host slots are being read by a device and may not be overwritten now."""
+        return set()
+
+    def relieve(self) -> bool:
+        """Wait until a guarded expert is so no more; False if none will be."""
+        return False
+
+    def reached_host(self, key: Key) -> None:
+        """``key``'s bytes are all in its host slot."""
+        if self.listener is not None:
+            self.listener.landed(key, self._view(key))
+
+    def left_host(self, key: Key) -> None:
+        """``key``'s host slot is free, or will be overwritten."""
+        if self.listener is not None:
+            self.listener.evicted(key)
+
+    def adapt(self) -> None:
+        """Between two steps: move experts to where they are wanted, as far as that needs no waiting."""
+
+    def shrink_vram(self) -> int:
+        """Give device memory back to the driver; returns its bytes, 0 if there is none to spare."""
+        return 0
+
+    def close(self) -> None:
+        """Let go of what a device has of the memory."""
 
     def count(self, layer: int, experts: Sequence[int]) -> dict[Key, Tier]:
         """Count a request for each of ``experts`` and say where each is."""
@@ -150,17 +148,14 @@ class ExpertCache:
                 if same is None:
                     counters.used_bytes["ram"] += self.store.record(layer, expert).nbytes
 
-    def listen(self, listener: Listener) -> None:
-        """Tell ``listener`` of every expert, those that are there first, in place of whoever listened
-        before."""
+    def watch(self, watcher: Watcher) -> None:
+        """Tell ``watcher`` of every expert that is there, and of all that follow, in place of whoever watched
+        before. Waits for what is under way."""
         self.wait()
-        self.listener = listener
-        for key, slot in self.host.slot_of.items():
-            listener.coming(key, self._view("ram", slot, key))
-            listener.landed(key, True)
-        for key, weights in self._lent.items():
-            listener.coming(key, weights)
-            listener.landed(key, True)
+        self.watcher = watcher
+        for key in self.host.slot_of:
+            watcher.coming(key, self._view(key))
+            watcher.arrived(key, True)
 
     def reap(self) -> None:
         """Take note of reads that have finished. Raises CheckpointError if one failed."""
@@ -173,18 +168,19 @@ class ExpertCache:
         A yielded weight is valid until the next one is asked for. Raises CheckpointError if the disk fails.
         """
         tiers = self.count(layer, experts)
-        ordered = sorted(tiers, key=lambda key: {"vram": 0, "ram": 1, "disk": 2}[tiers[key]])
+        yield from self.serve_from_host(sorted(tiers, key=lambda key: tiers[key] == "disk"))
+
+    def serve_from_host(self, ordered: Sequence[Key]) -> Iterator[tuple[int, ExpertWeights]]:
+        """Yield each of ``ordered`` from its host slot, fetched where it has none; see ``stream``."""
         window = self._window()
-        locked: set[Key] = set()
-        waiting = ordered[:]
+        waiting = list(ordered)
         for index, key in enumerate(ordered):
             # Keep reads in flight for the next few, locked so that they do not evict one another.
             locked = set(ordered[index : index + window])
-            while waiting and waiting[0] in locked:
+            while waiting and waiting[0] in locked and (waiting[0] == key or self._has_slot(locked)):
                 self._request(waiting.pop(0), Priority.DEMAND, locked)
             yield key[1], self._weights(key, locked)
             self.host_policy.touch(key)
-            self.device_policy.touch(key)
 
     def demand(self, keys: Sequence[Key]) -> set[Key]:
         """Begin reading those of ``keys`` that are on disk, as many as may be in flight at once, and return
@@ -204,12 +200,12 @@ class ExpertCache:
         for key, request in list(self._pending.items()):
             if request.priority is Priority.PREFETCH and key not in protected and self.reader.cancel(request):
                 del self._pending[key]
-                self._forget(key)
+                self._free(key)
                 self.counters.fetched["disk"] -= request.nbytes
         for key in keys:
-            if key in self.host or key in self.device or key in self._lent:
+            if key in self.host or self.on_device(key):
                 continue
-            if not self.host.free and len(protected | self._busy()) >= len(self.host.slot_of):
+            if not self.host.free and len(self._taken(protected)) >= len(self.host.slot_of):
                 return
             self._request(key, Priority.PREFETCH, protected)
 
@@ -218,17 +214,8 @@ class ExpertCache:
         for key in self.store.experts():
             if not self.host.free:
                 return
-            if key not in self.host and key not in self.device:
+            if key not in self.host and not self.on_device(key):
                 self._request(key, Priority.FILL, {key})
-
-    def _pin(self, keys: Sequence[Key]) -> None:
-        for key in keys:
-            self._request(key, Priority.DEMAND, {key})
-            self._land(key)
-            slot = self.host.slot_of[key]
-            self._upload(key, set())
-            self.host.release(key)
-            self._draining[slot] = self._tickets[key]
 
     def wait(self) -> None:
         """Wait for every read under way. Raises CheckpointError if one failed."""
@@ -242,29 +229,40 @@ class ExpertCache:
     def _busy(self) -> set[Key]:
         return {key for key, request in self._pending.items() if not request.done.is_set()}
 
+    def _has_slot(self, locked: set[Key]) -> bool:
+        """Whether a slot can be had that none of ``locked`` has and no device reads."""
+        return bool(self.host.free or self._busy() - locked) or len(self._taken(locked)) < len(
+            self.host.slot_of
+        )
+
+    def _taken(self, locked: set[Key]) -> set[Key]:
+        """Experts whose slots may not be given to another."""
+        return self._busy() | ((locked | self.guarded()) & self.host.slot_of.keys())
+
     def _host_slot(self, key: Key, locked: set[Key]) -> int:
         """A host slot for ``key``: a free one, an idle expert's, or that of a read that has not begun."""
-        if not self.host.free:
-            busy = self._busy()
-            if len(busy | (locked & self.host.slot_of.keys())) < len(self.host.slot_of):
-                evicted = self.host_policy.victim(self.host.slot_of, locked | busy)
+        while not self.host.free:
+            reading = self._busy()  # asked once: a read may end at any time
+            taken = reading | self._taken(locked)
+            if len(taken) < len(self.host.slot_of):
+                self.release(self.host_policy.victim(self.host.slot_of, taken))
+            elif reading - locked:
+                self.release(self._reclaim(reading - locked))
             else:
-                evicted = self._reclaim(busy - locked)
-            self._pending.pop(evicted, None)
-            self._forget(evicted)
-            ticket = self._tickets.get(evicted)
-            if ticket is not None:  # its copy to the device may still be reading the slot
-                self.transfer.done(ticket)
-        slot = self.host.take(key)
-        draining = self._draining.pop(slot, None)
-        if draining is not None:
-            self.transfer.done(draining)
-        return slot
+                assert self.relieve(), "every host slot is in use at once"
+        return self.host.take(key)
 
-    def _forget(self, key: Key) -> None:
+    def release(self, key: Key) -> None:
+        """Forget ``key``'s host slot, whose read is over or was cancelled."""
+        landed = self._pending.pop(key, None) is None
+        self._free(key)
+        if landed:
+            self.left_host(key)
+
+    def _free(self, key: Key) -> None:
         self.host.release(key)
-        if self.listener is not None:
-            self.listener.evicted(key)
+        if self.watcher is not None:
+            self.watcher.evicted(key)
 
     def _reclaim(self, busy: set[Key]) -> Key:
         """An expert whose slot is being filled for later, its read dropped or awaited."""
@@ -277,71 +275,31 @@ class ExpertCache:
 
     def _request(self, key: Key, priority: Priority, locked: set[Key]) -> None:
         """Make sure that ``key`` is resident in some tier or on its way to the host."""
-        if key in self.device:
+        if self.on_device(key):
             return
         if key in self.host:
             pending = self._pending.get(key)
             if pending is not None:
                 self.reader.promote(pending, priority)
             return
-        if priority is not Priority.FILL and (key in self._lent or self._lend(key)):
-            return
         slot = self._host_slot(key, locked)
-        record, listener = self.store.record(*key), self.listener
-        then: Callable[[bool], None] | None = None
-        if key in self._lent:
-            then = partial(self._copied, record)
-        elif listener is not None:
-            listener.coming(key, self._view("ram", slot, key))
-            then = partial(listener.landed, key)
+        record = self.store.record(*key)
+        then = self._announce(key)
         self._pending[key] = self.reader.submit(record, self.arena.buffer(slot), priority, key[0], then)
         self.counters.fetched["disk"] += record.nbytes
 
-    def _lend(self, key: Key) -> bool:
-        """Use ``key`` from the page cache for now, if it is there and has no slot yet."""
-        record = self.store.record(*key)
-        image = self.loans.lend(record) if self.loans is not None else None
-        if image is None:
-            return False
-        self._lent[key] = record.view(image)
-        if self.listener is not None:
-            self.listener.coming(key, self._lent[key])
-            self.listener.landed(key, True)
-        return True
-
-    def _copied(self, record: ExpertRecord, whole: bool) -> None:
-        """Called by a reading thread when a lent expert is in its slot, too."""
-        if whole and self.loans is not None:
-            self.loans.returned(record)
-
-    def _move(self, key: Key) -> None:
-        """``key`` was lent and is in its slot now: use it there."""
-        del self._lent[key]
-        if self.listener is not None:
-            self.listener.coming(key, self._view("ram", self.host.slot_of[key], key))
-            self.listener.landed(key, True)
-        if self.loans is not None and not self._lent:
-            self.loans.close()
-            self.loans = None
+    def _announce(self, key: Key) -> Callable[[bool], None] | None:
+        """Say that ``key`` is coming; returns what a reading thread is to call once it is there."""
+        if self.watcher is None:
+            return None
+        self.watcher.coming(key, self._view(key))
+        return partial(self.watcher.arrived, key)
 
     def _weights(self, key: Key, locked: set[Key]) -> ExpertWeights:
-        record = self.store.record(*key)
-        if key not in self.device and self.device_memory is None:
-            self._request(key, Priority.DEMAND, locked)
-            if key in self._lent:
-                self.counters.used_bytes["ram"] += record.nbytes
-                return self._lent[key]
-        if key not in self.device:
-            self._request(key, Priority.DEMAND, locked)
-            self._land(key)
-            if self.device_memory is None:
-                self.counters.used_bytes["ram"] += record.nbytes
-                return self._view("ram", self.host.slot_of[key], key)
-            self._upload(key, locked)
-        if key in self._tickets:
-            self.transfer.landed(self._tickets[key])
-        self.counters.used_bytes["vram"] += record.nbytes
-        return self._view("vram", self.device.slot_of[key], key)
+        self._request(key, Priority.DEMAND, locked)
+        self._land(key)
+        self.counters.used_bytes["ram"] += self.store.record(*key).nbytes
+        return self._view(key)
 
     def _land(self, key: Key) -> None:
         request = self._pending.get(key)
@@ -350,38 +308,18 @@ class ExpertCache:
         try:
             request.wait()
         except CheckpointError:
-            self._forget(key)
+            self._free(key)
             self._pending.pop(key)
-            self._lent.pop(key, None)
             raise
         self._pending.pop(key)
-        if key in self._lent:
-            self._move(key)
+        self.reached_host(key)
 
-    def _upload(self, key: Key, locked: set[Key]) -> None:
-        """Copy ``key`` from its host slot to a device slot."""
-        assert self.device_memory is not None
-        if not self.device.free:
-            evicted = self.device_policy.victim(self.device.slot_of, locked | self.pinned)
-            self.device.release(evicted)
-            self._tickets.pop(evicted, None)
-        slot = self.device.take(key)
-        record = self.store.record(*key)
-        source = self.arena.slot(self.host.slot_of[key])[: record.slot_bytes]
-        self._tickets[key] = self.transfer.copy(source, self.device_memory[slot])
-        self.counters.fetched["pcie"] += record.nbytes
-
-    def _view(self, tier: Tier, slot: int, key: Key) -> ExpertWeights:
-        record = self.store.record(*key)
-        view_key = (tier, slot, record.layout)
+    def _view(self, key: Key) -> ExpertWeights:
+        record, slot = self.store.record(*key), self.host.slot_of[key]
+        view_key = (slot, record.layout)
         if view_key not in self._views:
-            memory = self.arena.slot(slot) if tier == "ram" else self._device_slot(slot)
-            self._views[view_key] = record.view(memory)
+            self._views[view_key] = record.view(self.arena.slot(slot))
         return self._views[view_key]
-
-    def _device_slot(self, slot: int) -> torch.Tensor:
-        assert self.device_memory is not None
-        return self.device_memory[slot]
 
     def tiers(self) -> dict[Key, Tier]:
         """The tier of every expert, for the report's heat map."""

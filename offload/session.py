@@ -4,31 +4,37 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from offload.allowance import Allowance, VramMeter
 from offload.block import is_native
 from offload.decoder import NativeDecoder
+from offload.driver import gpu_errors
 from offload.experts import ExpertRunner
-from offload.generate import Generator
+from offload.generate import Decoder, Generator
+from offload.graph import GraphDecoder, missed_share, refusal
+from offload.heat import Heat
 from offload.kv import KVCache, Storage
 from offload.ledger import MemoryLedger, forget_peak, resident_bytes
+from offload.lending import LendingCache
 from offload.load import load_model, settle
-from offload.loan import Loans
 from offload.machine import Machine, probe
 from offload.plan import Plan, make_plan
-from offload.policy import make_policy
+from offload.policy import Policy, make_policy
 from offload.reader import Reader
 from offload.records import RunOptions, Sampling, Tier, TokenRecord
 from offload.residency import ExpertCache, Key
+from offload.room import with_room
 from offload.routing import RoutingStats
 from offload.store import ExpertStore, find_weight
+from offload.tiered import TieredCache
 from offload.transfer import CudaTransfer, HostTransfer, Transfer
 from quant.checkpoint import Checkpoint
-from quant.errors import CheckpointError, MachineError, UsageError
+from quant.errors import BudgetError, CheckpointError, MachineError, UsageError
 from quant.families import Role
 from quant.kernels import native
 from quant.linear import Compute
@@ -37,13 +43,15 @@ from quant.scheme import Scheme
 
 @dataclass(frozen=True)
 class Placement:
-    """How many slots each tier has and which experts stay on the device."""
+    """How many slots each tier has, which experts the device begins with, and how many intermediate features
+    of an expert in RAM are the device's in a decode step (``share``)."""
 
     ram_slots: int
     vram_slots: int = 0
     pinned: tuple[Key, ...] = ()
     prompt_chunk: int = 512
     fills: bool = True
+    share: int = 0
 
 
 def model_id(checkpoint: Checkpoint) -> str:
@@ -86,9 +94,13 @@ class Session:
     """One model, loaded. Use as a context manager, or call ``close``."""
 
     def __init__(
-        self, checkpoint: Checkpoint, options: RunOptions, placement: Placement, device: torch.device
-    ) -> None:
+        self, checkpoint: Checkpoint, options: RunOptions, placement: Placement, device: torch.device,
+        allowance: Allowance | None = None,
+    ) -> None:  # fmt: skip
         started = time.perf_counter()
+        self.vram: VramMeter | None = None
+        if device.type == "cuda":
+            self.vram = VramMeter(device, allowance or Allowance.claim(device, options.vram))
         self.checkpoint, self.options, self.placement, self.device = checkpoint, options, placement, device
         self.plan: Plan | None = None
         self.machine: Machine | None = None
@@ -104,7 +116,7 @@ class Session:
         self.reader = Reader(
             [entry.file for entry in checkpoint.entries.values()],
             direct=not options.page_cache,
-            warm=placement.ram_slots + len(placement.pinned) >= self.store.count,
+            warm=placement.ram_slots + placement.vram_slots >= self.store.count,
         )
         self.experts = self._expert_cache()
         runner = ExpertRunner(self.experts, self.routing, self.compute, self.shape.family.scales_input)
@@ -113,17 +125,17 @@ class Session:
         self._settled = device.type != "cpu"
         if not self._settled and not self._can_settle_later():
             self._dense, self._settled = settle(self.model), True
-        native_decoder = self._native_decoder()
+        self.notes = [*self.reader.notes, *(self.vram.allowance.notes if self.vram is not None else ())]
         self.tokenizer = load_tokenizer(checkpoint.path)
         storage: Storage = "plain" if options.exact else options.kv
         cache = KVCache(self.shape, options.context, storage)
+        self.decoder: Decoder | None = self._native_decoder() or self._graph_decoder(cache, dtype)
         self.generator = Generator(
             self.model, self.tokenizer, cache, self.experts, dense_bytes=self._count(),
-            prompt_chunk=placement.prompt_chunk, eos=self._eos(), device=device, native=native_decoder,
-            after_first=self._settle_in,
+            prompt_chunk=placement.prompt_chunk, eos=self._eos(), device=device, native=self.decoder,
+            vram=self.vram, after_first=self._settle_in,
         )  # fmt: skip
-        self.notes = list(self.reader.notes)
-        if native_decoder is None and device.type == "cpu":
+        if self.decoder is None and device.type == "cpu":
             self.kernel = "torch, dequantized weights"
             self.notes.append(
                 "experts stored like these are dequantized by torch or bitsandbytes before each use, many "
@@ -142,44 +154,70 @@ class Session:
         say = progress or (lambda text: None)
         checkpoint = Checkpoint.open(model)
         device = _device(options)
+        # Before anything else is on the GPU: then the driver's figures tell what CUDA itself takes.
+        allowance = Allowance.claim(device, options.vram) if device.type == "cuda" else None
+        if allowance is not None:
+            options = replace(options, vram=allowance.budget)
         say("measuring the machine")
         machine = probe(model)
         forget_peak()  # measuring takes memory that the run does not
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         routing = RoutingStats.load(options.routing, checkpoint.shape) if options.routing else None
-        plan = plan_run(checkpoint, options, machine, device, routing)
+        try:
+            plan = plan_run(checkpoint, options, machine, device, routing)
+        except BudgetError as error:
+            raise (allowance.explain(error) if allowance is not None else error) from None
         say("loading the model")
-        placement = Placement(plan.ram_slots, plan.vram_slots, plan.pinned, plan.prompt_chunk)
-        session = cls(checkpoint, options, placement, device)
+        placement = Placement(
+            plan.ram_slots, plan.vram_slots, plan.pinned, plan.prompt_chunk,
+            share=missed_share(ExpertStore(checkpoint), machine),
+        )  # fmt: skip
+        with gpu_errors():
+            session = cls(checkpoint, options, placement, device, allowance)
         session.plan, session.machine = plan, machine
         return session
 
     def _expert_cache(self) -> ExpertCache:
-        transfer: Transfer = CudaTransfer(self.device) if self.device.type == "cuda" else HostTransfer()
         counts = (
             None
             if self.seed_routing is None
             else dict(zip(self.store.experts(), self.seed_routing.counts.ravel().tolist(), strict=True))
         )
-        lends = self.reader.direct and self.reader.warm and not self.placement.vram_slots
-        cache = ExpertCache(
-            self.store, self.reader, transfer, lambda: make_policy(self.options.policy, seed_counts=counts),
-            ram_slots=self.placement.ram_slots, vram_slots=self.placement.vram_slots,
-            pinned=self.placement.pinned, loans=Loans(self.reader) if lends else None,
-        )  # fmt: skip
+
+        def policy() -> Policy:
+            return make_policy(self.options.policy, seed_counts=counts)
+
+        ram_slots, vram_slots = self.placement.ram_slots, self.placement.vram_slots
+        if vram_slots:
+            transfer: Transfer = CudaTransfer(self.device) if self.device.type == "cuda" else HostTransfer()
+            heat = Heat(self.shape.moe_layers, self.shape.num_experts, counts)
+            cache: ExpertCache = TieredCache(
+                self.store, self.reader, policy, ram_slots=ram_slots, vram_slots=vram_slots,
+                transfer=transfer, heat=heat,
+                seeds=self.placement.pinned or heat.ordered(self.store.experts()),
+            )  # fmt: skip
+        elif self.reader.direct and self.reader.warm and ram_slots >= self.store.count:
+            cache = LendingCache(self.store, self.reader, policy, ram_slots=ram_slots)
+        else:
+            cache = ExpertCache(self.store, self.reader, policy, ram_slots=ram_slots)
         self.ledger.add("ram", "experts", cache.arena.nbytes)
-        self.ledger.add("vram", "experts", self.placement.vram_slots * self.store.slot_bytes)
+        self.ledger.add("vram", "experts", vram_slots * self.store.slot_bytes)
         self.ledger.add("disk", "experts", self.store.nbytes)
         return cache
 
     def _can_settle_later(self) -> bool:
         """Whether the files that the dense weights are mapped from will stay as they are."""
-        names, loans = self.checkpoint.names, self.experts.loans
+        names, cache = self.checkpoint.names, self.experts
+        if not isinstance(cache, LendingCache) or cache.loans is None:
+            return False
         dense = {
             self.checkpoint.entries[key].file
             for key, name in names.items()
             if name.role not in ("experts", "vision")
         }
-        return loans is not None and all(loans.hold(file) for file in dense)
+        return all(cache.loans.hold(file) for file in dense)
 
     def _settle_in(self) -> None:
         """Move the dense weights to where they are read fastest, and begin to fill the experts' slots. Both
@@ -187,7 +225,8 @@ class Session:
         started = time.perf_counter()
         if not self._settled:
             self._dense, self._settled = settle(self.model), True
-            self.generator.native = self._native_decoder()
+            if self.decoder is not None:
+                self.decoder = self.generator.native = self._native_decoder()
         if self.placement.fills:
             self.experts.fill()
         self.load_seconds += time.perf_counter() - started
@@ -201,6 +240,27 @@ class Session:
         if self.placement.vram_slots:
             return None
         return NativeDecoder(self.model, self.shape, self.experts, self.routing, self.compute.exact)
+
+    def _graph_decoder(self, cache: KVCache, dtype: torch.dtype) -> GraphDecoder | None:
+        """Decode steps as one launch, where a device's kernels can; a note says where they cannot."""
+        if not (self.options.graph and isinstance(self.experts, TieredCache)):
+            return None
+        reason = refusal(self.model.config, self.store)
+        if reason is not None:
+            self.notes.append(
+                f"decoding waits for the host in every layer instead of running as one CUDA graph: {reason}"
+            )
+            return None
+        experts = self.experts
+        decoder = with_room(
+            lambda: GraphDecoder(
+                self.model, experts, cache, self.routing, share=self.placement.share, dtype=dtype,
+                device=self.device, exact=self.options.exact,
+            ),
+            experts,
+        )  # fmt: skip
+        self.kernel = decoder.name
+        return decoder
 
     def _count(self) -> int:
         """Enter the dense weights in the ledger; returns the bytes of them that every forward pass reads."""
@@ -269,9 +329,10 @@ class Session:
 
     def close(self) -> None:
         """Stop reading and close the files."""
+        if isinstance(self.decoder, GraphDecoder):
+            self.decoder.close()
         self.reader.close()
-        if self.experts.loans is not None:
-            self.experts.loans.close()
+        self.experts.close()
 
     def __enter__(self) -> "Session":
         return self
@@ -320,7 +381,8 @@ def _device(options: RunOptions) -> torch.device:
         raise MachineError(
             "no CUDA device was found: expected one for --device cuda; leave it out to run on the CPU"
         )
-    use = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    wanted = options.device == "auto" and options.vram != 0  # --vram 0 leaves the GPU alone
+    use = options.device == "cuda" or (wanted and torch.cuda.is_available())
     return torch.device("cuda") if use else torch.device("cpu")
 
 
@@ -328,4 +390,5 @@ def _compute(options: RunOptions, device: torch.device) -> Compute:
     if options.threads:
         torch.set_num_threads(options.threads)
         native.set_threads(options.threads)
-    return Compute(native=device.type == "cpu", exact=options.exact)
+    cuda = device.type == "cuda"
+    return Compute(native=not cuda, exact=options.exact, triton=cuda)

@@ -89,6 +89,11 @@ class ExpertRecord:
         return sum(run.length for run in self.runs)
 
     @cached_property
+    def start(self) -> int:
+        """Where in a slot the first of the expert's bytes lies."""
+        return min(tensor.position for place in self.weights.values() for tensor in place.tensors.values())
+
+    @cached_property
     def layout(self) -> "Layout":
         """Equal for records whose tensors lie at the same places of a slot."""
         return tuple(

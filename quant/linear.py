@@ -9,30 +9,36 @@ Legend: T tokens, N out features, K in features.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quant.kernels import native
-from quant.pack import Packed, dequantize, dequantize_nf4
+from quant.kernels.cuda.linear import linear as cuda_linear
+from quant.pack import Packed, dequantize, dequantize_nf4, matmul_nf4, nf4_state
 from quant.scheme import Scheme
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How matrix products are done: by the ``native`` C++ kernels (CPU only), or by torch on the dequantized
-    weight (``native`` False, and always for nf4 and for weights stored transposed).
+    """How matrix products are done: on CPU tensors by the ``native`` C++ kernels, on CUDA tensors by the
+    ``triton`` kernels (bitsandbytes' for nf4), else by torch on the dequantized weight; a weight stored
+    transposed always.
 
     ``exact`` keeps activations in floating point; the native kernels otherwise quantize them to int8 per
-    group.
+    group. The Triton kernels take bf16 activations, so an exact product is torch's there.
     """
 
     native: bool = False
     exact: bool = False
+    triton: bool = False
 
     @property
     def name(self) -> str:
         """What a report calls it."""
+        if self.triton and not self.exact:
+            return "Triton, bf16 activations"
         if not self.native:
             return "torch, dequantized weights"
         return f"native {native.isa()}, {'float' if self.exact else 'int8'} activations"
@@ -51,6 +57,7 @@ class LinearWeight:
     in_features: int
     transposed: bool = False
     _descriptor: list[native.Weight | None] = field(default_factory=list, compare=False, repr=False)
+    _nf4: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight ``[N, K]`` in ``dtype``."""
@@ -69,6 +76,12 @@ class LinearWeight:
             self._descriptor.append(self._describe())
         return self._descriptor[0]
 
+    def nf4_state(self) -> Any:
+        """bitsandbytes' description of an nf4 weight, read once: reading it waits for the device."""
+        if not self._nf4:
+            self._nf4.append(nf4_state(self.tensors))
+        return self._nf4[0]
+
     def _describe(self) -> native.Weight | None:
         if self.scheme.is_packed:
             packed, scale = self.tensors["weight_packed"], self.tensors["weight_scale"]
@@ -82,13 +95,27 @@ class LinearWeight:
 
 
 def matmul(x: Tensor, weight: LinearWeight, compute: Compute) -> Tensor:
-    """x ``[..., K]`` · Wᵀ → ``[..., N]`` in x's dtype."""
+    """x ``[..., K]`` · Wᵀ → ``[..., N]`` in x's dtype.
+
+    Raises SchemeError for activations that the Triton kernels do not take, MachineError without Triton.
+    """
+    if compute.triton and not compute.exact and x.is_cuda and weight.scheme.kind != "bf16":
+        return _matmul_cuda(x, weight)
     if compute.native and x.dtype == torch.float32:
         descriptor = weight.descriptor()
         if descriptor is not None:
             y = native.linear(x.reshape(-1, weight.in_features), descriptor, exact=compute.exact)
             return y.view(*x.shape[:-1], weight.out_features)
     return torch.nn.functional.linear(x, weight.dense(x.dtype))
+
+
+def _matmul_cuda(x: Tensor, weight: LinearWeight) -> Tensor:
+    if weight.scheme.kind == "nf4":
+        return matmul_nf4(x, weight.tensors["weight"], weight.nf4_state())
+    packed, scale = weight.tensors["weight_packed"], weight.tensors["weight_scale"]
+    rows = x.reshape(-1, weight.in_features)
+    y = cuda_linear(rows, packed, scale, weight.scheme.bits, weight.scheme.group_size)
+    return y.view(*x.shape[:-1], weight.out_features)
 
 
 class QuantLinear(nn.Module):

@@ -110,13 +110,28 @@ def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
 def dequantize_nf4(tensors: Mapping[str, Tensor]) -> Tensor:
     """The dense ``[N, K]`` weight of ``quantize_nf4``'s tensors, in the dtype they were quantized from."""
     quiet_bitsandbytes()
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit
+
+    dense: Tensor = dequantize_4bit(tensors["weight"], nf4_state(tensors))
+    return dense
+
+
+def nf4_state(tensors: Mapping[str, Tensor]) -> Any:
+    """What bitsandbytes' functions want to know beside the weight of ``quantize_nf4``'s tensors."""
+    from bitsandbytes.functional import QuantState
 
     parts: dict[str, Any] = {name: value for name, value in tensors.items() if name != "weight"}
-    weight = tensors["weight"]
-    state = QuantState.from_dict(parts, device=weight.device)
-    dense: Tensor = dequantize_4bit(weight, state)
-    return dense
+    return QuantState.from_dict(parts, device=tensors["weight"].device)
+
+
+def matmul_nf4(x: Tensor, weight: Tensor, state: Any) -> Tensor:
+    """x ``[..., K]`` · Wᵀ → ``[..., N]`` by bitsandbytes: fused for one token, else on the dequantized
+    weight."""
+    quiet_bitsandbytes()
+    from bitsandbytes.autograd._functions import matmul_4bit
+
+    y: Tensor = matmul_4bit(x, weight.t(), quant_state=state)
+    return y
 
 
 def quiet_bitsandbytes() -> None:

@@ -17,12 +17,12 @@ INLINE vi nibbles(const uint8_t* from) {
 
 static void widen_row(const Weight& w, int64_t row, int64_t first, int64_t count, float* to) {
   if (w.kind == kF32) {
-    __builtin_memcpy(to, w.packed + (row * w.k + first) * 4, size_t(count) * 4);
+    __builtin_memcpy(to, w.packed + row * w.stride() + first * 4, size_t(count) * 4);
   } else if (w.kind == kBf16) {
-    widen_run(w.packed, kSourceBf16, row * w.k + first, int(count), to);
+    widen_run(w.packed + row * w.stride(), kSourceBf16, first, int(count), to);
   } else {
-    const uint16_t* scale = w.scale + row * w.groups();
-    const uint8_t* from = w.packed + (row * w.k + first) / (w.kind == kInt4 ? 2 : 1);
+    const uint16_t* scale = w.scale + row * w.scale_stride();
+    const uint8_t* from = w.packed + row * w.stride() + w.bytes(first);
     const int shift = __builtin_ctz(unsigned(w.group));
     for (int64_t i = 0; i < count; i += 32) {  // 32 divides every group size
       const float s = bf16_to_float(scale[(first + i) >> shift]);
@@ -66,7 +66,7 @@ static void dense_rows(const Weight& w, int64_t row0, int64_t row1, const float*
   for (int64_t row = row0; row < row1; ++row) {
     vf acc[kTokens] = {};
     float rest[kTokens] = {};
-    const uint8_t* from = w.packed + row * w.row_bytes();
+    const uint8_t* from = w.packed + row * w.stride();
     if (w.kind == kBf16) {
       add_products<kTokens>(reinterpret_cast<const uint16_t*>(from), x, ldx, w.k, acc, rest);
     } else if (w.kind == kF32) {

@@ -8,7 +8,8 @@ constexpr int kPanelRows = kVectors * kLanes;
 
 template <int kBits>
 static void unpack_panel(const Weight& w, int64_t row0, int count, uint8_t* panel, float* scales) {
-  const int64_t bytes = w.row_bytes(), words = bytes / 4, groups = w.groups();
+  const int64_t words = w.row_bytes() / 4, groups = w.groups();
+  const int64_t stride = w.stride(), scale_stride = w.scale_stride();
   constexpr int kParts = kBits == 4 ? 2 : 1;
   for (int v = 0; v < kVectors; ++v)
     for (int64_t word = 0; word < words; word += kLanes) {
@@ -16,7 +17,7 @@ static void unpack_panel(const Weight& w, int64_t row0, int count, uint8_t* pane
       vi m[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const int row = v * kLanes + i;
-        const uint8_t* from = w.packed + (row0 + row) * bytes + word * 4;
+        const uint8_t* from = w.packed + (row0 + row) * stride + word * 4;
         if (row >= count) {
           m[i] = vi{};
         } else if (here == kLanes) {
@@ -40,7 +41,7 @@ static void unpack_panel(const Weight& w, int64_t row0, int count, uint8_t* pane
     }
   for (int row = 0; row < kPanelRows; ++row)
     for (int64_t g = 0; g < groups; ++g)
-      scales[g * kPanelRows + row] = row < count ? bf16_to_float(w.scale[(row0 + row) * groups + g]) : 0.0f;
+      scales[g * kPanelRows + row] = row < count ? bf16_to_float(w.scale[(row0 + row) * scale_stride + g]) : 0.0f;
 }
 
 INLINE vb splat_word(const int8_t* four) {

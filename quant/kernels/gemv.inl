@@ -35,12 +35,13 @@ static void gemv_rows(const Weight& w, int64_t row0, int64_t row1, const Activat
   constexpr int kPerByte = 8 / kBits;
   const int64_t bytes = w.row_bytes(), groups = w.groups(), full = bytes / kBytes * kBytes;
   const int64_t group_bytes = w.group / kPerByte;
+  const int64_t stride = w.stride(), scale_stride = w.scale_stride();
   const int shift = __builtin_ctzll(uint64_t(group_bytes));
   vi lanes{};
   for (int i = 0; i < kLanes; ++i) lanes[i] = int32_t(i * 4 / group_bytes);
   for (int64_t row = row0; row < row1; ++row) {
-    const uint8_t* from = w.packed + row * bytes;
-    const uint16_t* scale = w.scale + row * groups;
+    const uint8_t* from = w.packed + row * stride;
+    const uint16_t* scale = w.scale + row * scale_stride;
     vf acc[kTokens] = {};
     auto step = [&](vb weight, const uint16_t* its_scale, int64_t byte) __attribute__((always_inline)) {
       const int64_t g = byte >> shift;

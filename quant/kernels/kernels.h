@@ -14,19 +14,24 @@ enum SourceType : int32_t { kSourceBf16 = 0, kSourceF16 = 1, kSourceF32 = 2 };
 // Status codes of the C functions; Python turns them into one-line errors.
 enum Status : int32_t { kOk = 0, kBadArgument = -1, kNoMemory = -2, kUnsupported = -3 };
 
-// A weight where it lies: packed int32 words and bf16 scales, or plain bf16/f32 rows. Nothing is owned.
+// A weight where it lies: packed int32 words and bf16 scales, or plain bf16/f32 rows. Nothing is owned. A part of a
+// wider weight's columns (whole groups) is a weight whose rows lie `pitch` columns apart.
 struct Weight {
   int32_t kind;
   int32_t group;  // weights along K that share a scale; 0 for plain kinds
   int64_t n, k;
   const uint8_t* packed;  // 4-byte aligned
   const uint16_t* scale;  // bf16 [N, G]
+  int64_t pitch = 0;      // columns from one row to the next; 0: k
 
   bool is_packed() const { return kind == kInt4 || kind == kInt8; }
   int64_t groups() const { return k / group; }
-  int64_t row_bytes() const {
-    return kind == kInt4 ? k / 2 : kind == kInt8 ? k : kind == kBf16 ? k * 2 : k * 4;
+  int64_t bytes(int64_t columns) const {
+    return kind == kInt4 ? columns / 2 : kind == kInt8 ? columns : kind == kBf16 ? columns * 2 : columns * 4;
   }
+  int64_t row_bytes() const { return bytes(k); }
+  int64_t stride() const { return bytes(pitch ? pitch : k); }      // bytes from one row to the next
+  int64_t scale_stride() const { return (pitch ? pitch : k) / group; }
 };
 
 struct QuantizeStats {

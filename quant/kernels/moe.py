@@ -52,12 +52,17 @@ class GatedMlp:
         """The shapes of the three weights: what experts of one block have in common."""
         return tuple((w.out_features, w.in_features) for w in (self.gate_proj, self.up_proj, self.down_proj))
 
+    @property
+    def pointers(self) -> list[int]:
+        """Six addresses: packed words and scales of gate_proj, up_proj and down_proj."""
+        weights = (self.gate_proj, self.up_proj, self.down_proj)
+        return [pointer for w in weights for pointer in (w.packed_ptr, w.scale_ptr)]
+
     @cached_property
     def entry(self) -> list[int]:
-        """A row of ``MoeBlock.table`` but for its state: six addresses, and how each weight is packed."""
+        """A row of ``MoeBlock.table`` but for its state: the addresses, and how each weight is packed."""
         natives = [w.native for w in (self.gate_proj, self.up_proj, self.down_proj)]
-        addresses = [pointer or 0 for n in natives for pointer in (n.packed, n.scale)]
-        return [*addresses, *(n.kind | n.group << 32 for n in natives)]
+        return [*self.pointers, *(n.kind | n.group << 32 for n in natives)]
 
 
 class _CJob(ctypes.Structure):

@@ -22,6 +22,13 @@ namespace {
 // Long enough to bridge the Python between two calls of one layer, short enough not to fight torch's own pool.
 constexpr auto kSpin = std::chrono::microseconds(60);
 
+// Until then idle workers look for work instead of going to sleep: nanoseconds of the steady clock.
+std::atomic<int64_t> awake_until{0};
+
+int64_t nanoseconds(std::chrono::steady_clock::time_point time) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
+}
+
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -125,7 +132,8 @@ class Pool {
       auto give_up = std::chrono::steady_clock::now() + kSpin;
       while (!news(seen) && !stop_.load(std::memory_order_relaxed)) {
         for (int i = 0; i < 32 && !news(seen); ++i) relax();
-        if (std::chrono::steady_clock::now() < give_up) continue;
+        const auto now = std::chrono::steady_clock::now();
+        if (now < give_up || nanoseconds(now) < awake_until.load(std::memory_order_relaxed)) continue;
         std::unique_lock<std::mutex> lock(sleep_mutex_);
         sleepers_.fetch_add(1);
         wake_.wait(lock, [&] { return news(seen) || stop_.load(); });
@@ -180,6 +188,10 @@ Pool& current_pool() {
 int thread_count() {
   std::lock_guard<std::mutex> lock(pool_mutex);
   return current_pool().size();
+}
+
+void keep_awake(std::chrono::microseconds time) {
+  awake_until.store(nanoseconds(std::chrono::steady_clock::now() + time), std::memory_order_relaxed);
 }
 
 void run_tasks(int64_t tasks, Task function, void* context) {

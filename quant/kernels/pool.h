@@ -1,5 +1,6 @@
 // One thread pool for every native kernel: the caller takes part, idle workers spin briefly and then sleep.
 #pragma once
+#include <chrono>
 #include <cstdint>
 #include <type_traits>
 
@@ -9,6 +10,9 @@ using Task = void (*)(void* context, int64_t task, int worker);
 
 int thread_count();
 void run_tasks(int64_t tasks, Task function, void* context);
+
+// For that long, workers that have nothing to do look for work instead of going to sleep.
+void keep_awake(std::chrono::microseconds time);
 
 // body(task, worker) for every task in [0, tasks), on any worker in [0, thread_count()). Every
 // worker claims tasks of its own share one by one and then helps with the others', so that a core that the system

@@ -29,6 +29,7 @@ class CWeight(ctypes.Structure):
         ("k", ctypes.c_int64),
         ("packed", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
+        ("pitch", ctypes.c_int64),
     ]
 
 

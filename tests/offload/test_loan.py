@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload.lending import LendingCache
 from offload.records import RunOptions, Sampling
 from offload.session import Placement, Session
 from quant.checkpoint import Checkpoint
@@ -38,6 +39,11 @@ def _open(model: Path, **options: object) -> Session:
     return Session(Checkpoint.open(model), run, Placement(ram_slots=64), torch.device("cpu"))
 
 
+def _cache(session: Session) -> LendingCache:
+    assert isinstance(session.experts, LendingCache)
+    return session.experts
+
+
 def _writable(file: Path) -> bool:
     try:
         os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
@@ -50,7 +56,7 @@ def _writable(file: Path) -> bool:
 def tokens(model: Path) -> Iterator[list[int]]:
     """What the model says when nothing is lent."""
     with _open(model, page_cache=True) as session:
-        assert session.experts.loans is None
+        assert not isinstance(session.experts, LendingCache)
         yield [r.token_id for r in session.generate(PROMPT, Sampling(max_tokens=12, ignore_eos=True))]
 
 
@@ -58,10 +64,10 @@ def test_the_first_token_takes_experts_where_they_lie_and_the_rest_of_them_moves
     model: Path, files: list[Path], tokens: list[int]
 ) -> None:
     with _open(model) as session:
-        cache = session.experts
+        cache = _cache(session)
         records = session.generate(PROMPT, Sampling(max_tokens=12, ignore_eos=True))
         first = next(records)
-        lent = set(cache._lent)
+        lent = set(cache.lent)
         assert lent
         assert not cache.host.slot_of  # nothing was copied for it
         assert first.by_tier == {"vram": 0, "ram": len(lent), "disk": 0}
@@ -69,7 +75,7 @@ def test_the_first_token_takes_experts_where_they_lie_and_the_rest_of_them_moves
         found = [first.token_id, *(record.token_id for record in records)]
         session.finish_filling()
         assert found == tokens
-        assert not cache._lent
+        assert not cache.lent
         assert cache.loans is None
         assert len(cache.host.slot_of) == session.store.count
         assert all(_writable(file) for file in files)
@@ -86,7 +92,7 @@ def test_a_file_that_somebody_writes_to_is_not_lent(
     with files[1].open("r+b"), _open(model) as session:
         records = list(session.generate(PROMPT, Sampling(max_tokens=12, ignore_eos=True)))
         assert all(
-            run.file != files[1] for key in session.experts._lent for run in session.store.record(*key).runs
+            run.file != files[1] for key in _cache(session).lent for run in session.store.record(*key).runs
         )
         assert [record.token_id for record in records] == tokens
 
@@ -94,7 +100,7 @@ def test_a_file_that_somebody_writes_to_is_not_lent(
 def test_closing_a_session_gives_the_files_free(model: Path, files: list[Path]) -> None:
     with _open(model) as session:
         next(session.generate(PROMPT, Sampling(max_tokens=2, ignore_eos=True)))
-        assert session.experts._lent
+        assert _cache(session).lent
     assert all(_writable(file) for file in files)
 
 
@@ -103,5 +109,5 @@ def test_a_budget_that_does_not_hold_every_expert_lends_nothing(model: Path, fil
     placement = Placement(ram_slots=4, fills=False)
     with Session(Checkpoint.open(model), run, placement, torch.device("cpu")) as session:
         next(session.generate(PROMPT, Sampling(max_tokens=2, ignore_eos=True)))
-        assert not session.experts._lent
+        assert not isinstance(session.experts, LendingCache)
         assert all(_writable(file) for file in files)

@@ -52,7 +52,7 @@ def test_the_limit_is_what_faster_hardware_helps() -> None:
 
 
 def test_cpu_and_pcie_at_once_beat_either() -> None:
-    on = machine(gpu=RTX_4090)
+    on = machine(gpu=replace(RTX_4090, together_gb_s=90))  # the CPU alone does not take all there is
     paths: tuple[ColdPath, ...] = ("split", "cpu", "pcie")
     split, cpu, pcie = (decode(load(vram_hits=0.3), on, path) for path in paths)
     assert split.tokens_per_s > cpu.tokens_per_s > pcie.tokens_per_s
@@ -75,7 +75,7 @@ def test_cpu_and_pcie_together_get_no_more_than_the_memory_has() -> None:
 
 def test_hits_in_vram_are_worth_what_the_card_reads_faster() -> None:
     speeds = [decode(load(vram_hits=share), machine(gpu=RTX_4090)).tokens_per_s for share in (0, 0.5, 1)]
-    assert speeds == sorted(speeds) and speeds[2] > 3 * speeds[0]
+    assert speeds == sorted(speeds) and speeds[2] > 2.5 * speeds[0]
 
 
 def test_prefill_reads_an_expert_once_per_chunk_so_larger_chunks_are_faster_from_disk() -> None:

@@ -1,0 +1,202 @@
+"""``coldstream simulate --timeline``: a run replayed, for human eyes: speeds, what the time went to, what
+each resource gave."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cli.console import Console
+from cli.plan import planned_machine, planned_schemes
+from cli.plan_table import machine_line
+from cli.run import check_page
+from cli.words import number, percent, size
+from offload.plan import make_plan
+from offload.policy import Key
+from offload.records import TIERS
+from offload.timeline import Replay, Setup
+from offload.timeline_places import stretched
+from offload.trace import RULES, Synthetic, Trace, load_trace
+from quant.errors import ProfileError
+from quant.recipe import load_recipe, resolve_config
+from quant.shape import ModelShape
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CAUSES = {
+    "vram": "VRAM reads (dense part, hits)",
+    "cpu": "the CPU's part of misses",
+    "pcie": "reads and copies over PCIe",
+    "disk": "the disk",
+    "doorbell": "doorbell",
+    "compute": "arithmetic",
+    "overhead": "small kernels, step",
+}
+CPU_CAUSES = {**CAUSES, "cpu": "RAM reads", "overhead": "overhead"}
+RESOURCES = {
+    "vram": "VRAM", "pcie": "PCIe", "ram": "RAM", "cpu": "CPU", "disk": "disk", "gpu": "GPU arithmetic",
+    "cpu compute": "CPU arithmetic",
+}  # fmt: skip
+_BEFORE = 64  # tokens that a profile has seen at the least
+_PLACES = {"vram": "in VRAM", "ram": "in RAM", "disk": "on disk"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of a replay, as the command line takes them."""
+
+    model: str
+    recipe: str | None
+    gpu: str | None
+    vram: int | None
+    ram: int | None
+    context: int | None
+    kv: Literal["bf16", "int8"] | None
+    ram_gb_s: float | None
+    disk_gb_s: float | None
+    prompt_chunk: int | None
+    prompt: int
+    tokens: int
+    swaps: int
+    split: float | None
+
+    def setup(self) -> Setup:
+        """The plan of the run, ready to be replayed. Raises ColdstreamError."""
+        config = resolve_config(self.model)
+        shape = ModelShape.from_config(config)
+        named = load_recipe(self.recipe) if self.recipe else None
+        schemes, defaults, _ = planned_schemes(self.model, config, shape, named, {}, 128)
+        machine = planned_machine(self.model, self.gpu, self.ram, self.ram_gb_s, self.disk_gb_s)
+        kv = self.kv or (defaults.kv if defaults else None)
+        context = self.context or (defaults.context if defaults else None) or max(4096, self.prompt)
+        plan = make_plan(
+            shape, schemes, machine,
+            vram=self.vram if self.vram is not None or defaults is None else defaults.vram,
+            ram=self.ram if self.ram is not None or defaults is None else defaults.ram,
+            context=context, kv_bits=8 if kv == "int8" else 16, filled=min(self.prompt, context),
+            prompt_chunk=self.prompt_chunk or (defaults.prompt_chunk if defaults else None),
+        )  # fmt: skip
+        return Setup.of(shape, schemes, plan, machine, swaps=self.swaps, gpu_part=self.split)
+
+
+def replay_run(asked: Asked, name: str, page: Path | None, console: Console) -> None:
+    """Replay ``asked`` on the routing of ``name`` and say what came out. Raises ColdstreamError."""
+    check_page(page)
+    setup = asked.setup()
+    trace, counts, stretch = _routing(name, setup.footprint.shape, asked.tokens)
+    decode = setup.decode(asked.tokens, trace=trace, counts=counts)
+    prefill = setup.prefill()
+    notes = [*setup.machine.notes, *setup.plan.notes]
+    if stretch:
+        notes.append(
+            f"{name} has {stretch} MoE layers: the model's take turns, each on another stretch of it"
+        )
+    if not console.json:
+        console.say(f"{asked.model} on {machine_line(setup.machine)}; routing: {name}")
+        console.say()
+        console.show(waits_table(setup, decode))
+        console.say()
+        console.show(resources_table(decode))
+        console.say()
+        for line in lines(setup, decode, prefill):
+            console.say(line)
+        console.notes(tuple(notes))
+    if page is not None:
+        from cli.replay_page import write_replay
+
+        write_replay(setup, decode, prefill, f"{asked.model} on {setup.machine.name}", page)
+        console.step(f"page written to {page}")
+    console.result(
+        {
+            **document(setup, decode, prefill), "model": asked.model, "trace": name, "notes": notes,
+            "machine": setup.machine.to_json(), "plan": setup.plan.to_json(),
+        }
+    )  # fmt: skip
+
+
+def _routing(name: str, shape: ModelShape, tokens: int) -> tuple[Trace, dict[Key, float], int]:
+    """The trace to replay, the counts of what came before it, and its layers if they had to be stretched."""
+    layers = len(shape.moe_layers)
+    wanted = 2 * (tokens + _BEFORE)
+    if name in RULES:
+        whole = Synthetic(
+            name, layers=layers, num_experts=shape.num_experts, top_k=shape.top_k, tokens=wanted
+        ).trace()
+        stretch = 0
+    else:
+        found = load_trace(Path(name))
+        if (found.num_experts, found.top_k) != (shape.num_experts, shape.top_k):
+            raise ProfileError(
+                f"{name} is of a model with {found.num_experts} experts, top-{found.top_k}: expected "
+                f"{shape.num_experts}, top-{shape.top_k}"
+            )
+        stretch = found.layers if found.layers != layers else 0
+        whole = stretched(found, layers, len(found.steps))
+    learned, judged = whole.halves()
+    return judged, {key: float(count) for key, count in learned.counts().items()}, stretch
+
+
+def causes(setup: Setup) -> dict[str, str]:
+    """What waits are called on this machine."""
+    return CAUSES if setup.machine.gpu else CPU_CAUSES
+
+
+def waits_table(setup: Setup, decode: Replay) -> "Table":
+    """What a decoded token waited for, longest first."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("a token waits for")
+    table.add_column("ms", justify="right")
+    table.add_column("share", justify="right")
+    names = causes(setup)
+    for cause, seconds in sorted(decode.waited.items(), key=lambda item: -item[1]):
+        share = percent(seconds * decode.tokens_per_s)
+        table.add_row(names.get(cause, cause), number(1e3 * seconds), share)
+    table.add_section()
+    table.add_row("all", number(1e3 / decode.tokens_per_s), "", style="bold")
+    return table
+
+
+def resources_table(decode: Replay) -> "Table":
+    """What passed each resource per token, and the part of what it could have given."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("resource", "per token", "of its rate"):
+        table.add_column(heading, justify="left" if heading == "resource" else "right")
+    for name, amount in decode.moved.items():
+        if amount and "arithmetic" not in RESOURCES[name]:
+            table.add_row(RESOURCES[name], size(round(amount)), percent(decode.used[name]))
+    return table
+
+
+def lines(setup: Setup, decode: Replay, prefill: Replay) -> list[str]:
+    """The sentences beside the tables."""
+    served = ", ".join(
+        f"{percent(decode.hit_rates[tier])} {_PLACES[tier]}" for tier in TIERS if decode.hit_rates[tier]
+    )
+    planned = setup.plan.predicted_tokens_per_s
+    found = [
+        f"decode    {number(decode.tokens_per_s)} tokens/s over {decode.tokens:,} tokens, limited by "
+        f"{decode.limited_by} (the plan's arithmetic says {number(planned)})",
+        f"prefill   {number(prefill.tokens_per_s)} tokens/s for a prompt of {prefill.tokens:,} in chunks of "
+        f"{setup.plan.prompt_chunk:,}, limited by {prefill.limited_by}",
+        f"experts   requests found theirs {served}",
+    ]
+    if setup.machine.gpu and decode.hit_rates["vram"] < 1:
+        found.append(
+            f"          of a miss the GPU reads {percent(setup.part)} in place, the CPU does the rest"
+        )
+    return found
+
+
+def document(setup: Setup, decode: Replay, prefill: Replay) -> dict[str, Any]:
+    """What ``--json`` prints of it."""
+    return {
+        "decode": decode.to_json(),
+        "prefill": prefill.to_json(),
+        "gpu_part": setup.part,
+        "planned_tokens_per_s": setup.plan.predicted_tokens_per_s,
+        "planned_prefill_tokens_per_s": setup.plan.predicted_prefill_tokens_per_s,
+    }

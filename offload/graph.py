@@ -1,0 +1,209 @@
+"""GraphDecoder: a decode step as one launch, on a GPU one CUDA graph.
+
+Prompts go through the model's own modules; a single token through ``DecodeStep``, whose experts are
+computed where they are: in VRAM and in pinned RAM by the GPU, in RAM by the CPU, which the step asks
+through a doorbell. On a CPU the same step runs in a thread that stands for the GPU.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offload.architecture import layer_parts, norm_eps
+from offload.doorbell import HostWorker
+from offload.kv import KVCache
+from offload.launch import GraphThread, StepThread
+from offload.machine import Machine
+from offload.predict import miss_split
+from offload.routing import RoutingStats
+from offload.step import DecodeStep
+from offload.store import ExpertStore, find_weight
+from offload.tiered import TieredCache
+from quant.errors import SchemeError
+from quant.kernels import native
+from quant.kernels.attention import AttentionShape
+from quant.kernels.cuda.fused import KvRows
+from quant.kernels.cuda.layout import ExpertLayout
+from quant.kernels.doorbell import BellBuffers
+from quant.shape import ModelShape
+
+_KERNEL_STEP = 32  # features that the device's kernels share out at once
+
+
+class GraphDecoder:
+    """A decoder-only MoE model on ``device``, its experts in ``cache``, tokens in ``kv``.
+
+    ``share`` intermediate features of an expert in pinned RAM are computed by the device, the others by the
+    CPU. Raises SchemeError for experts that its kernels do not read, BudgetError or MachineError if the
+    device has no memory for it.
+    """
+
+    def __init__(
+        self, model: Any, cache: TieredCache, kv: KVCache, routing: RoutingStats, *,
+        share: int, dtype: torch.dtype, device: torch.device, exact: bool = False,
+    ) -> None:  # fmt: skip
+        shape = cache.store.shape
+        self.model, self.shape, self.cache, self.kv, self.routing = model, shape, cache, kv, routing
+        self.device = device
+        layouts = [layer_layout(cache.store, layer) for layer in shape.moe_layers]
+        self._parts = [
+            layer_parts(layer, model.config, is_moe=index in shape.moe_layers)
+            for index, layer in enumerate(model.model.layers)
+        ]
+        rows = [kv_rows(kv, index, shape, dtype, device) for index in range(shape.num_layers)]
+        self._embedding = model.model.embed_tokens
+        self._rotary = copy.deepcopy(model.model.rotary_emb).to("cpu")
+        self._angles: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tuned = next((p.shape for p in self._parts if p.shape.temperature_floor), None)
+        buffers = BellBuffers.allocate(1, shape.top_k, shape.hidden_size, device)
+        routed = [part for part in self._parts if part.router is not None]
+        self.worker = HostWorker(
+            buffers, cache, [p.router for p in routed if p.router is not None], [p.mlp_norm for p in routed],
+            exact=exact,
+        )  # fmt: skip
+        norm = model.model.norm
+        self.step = DecodeStep(
+            self._parts, rows, norm=(norm.weight.data.float(), norm_eps(norm)), lm_head=model.lm_head,
+            vocab=shape.vocab_size, rotated=2 * self._angles_at(0)[0].numel(), tables=cache.tables,
+            layouts=layouts, share=share, buffers=buffers, dtype=dtype, device=device,
+        )  # fmt: skip
+        bell = self.worker.bell
+        self.thread = (
+            GraphThread(self.step, device, bell.stop, bell.rearm)
+            if device.type == "cuda"
+            else StepThread(self.step)
+        )
+
+    @property
+    def name(self) -> str:
+        """What a report calls it."""
+        if self.device.type == "cuda":
+            return f"one CUDA graph per token, bf16 activations; missed experts by native {native.isa()}"
+        return f"torch reference in a thread in place of a GPU; missed experts by native {native.isa()}"
+
+    def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
+        """Append ``ids`` to the KV cache and return the logits ``[keep, V]`` of the last ``keep`` tokens;
+        those of a single token are valid until the next.
+
+        Raises BudgetError if the KV cache is full and CheckpointError if an expert cannot be read.
+        """
+        assert cache is self.kv, "the step is bound to one KV cache"
+        if len(ids) == 1:
+            return self._decode(ids[0])
+        inputs = torch.tensor([list(ids)], device=self.device)
+        found = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        logits: Tensor = found.logits[0]
+        return logits
+
+    def _decode(self, token: int) -> Tensor:
+        position = self.kv.get_seq_length()
+        self.kv.kept[0].check(1)
+        self.cache.begin_token()
+        cosine, sine = self._angles_at(position)
+        embedding = self._embedding.weight[token]
+        self.step.inputs.stage(embedding, cosine, sine, temperature(self._tuned, position), position)
+        self.worker.run(self.thread, lambda: self._while_it_runs(position + 1))
+        for layer in self.kv.kept:
+            layer.advance(1)
+        chosen = self.step.host_chosen.numpy().astype(np.int64)  # a copy: the buffer is the next step's
+        for row, layer_index in enumerate(self.shape.moe_layers):
+            self.routing.record(layer_index, chosen[row])
+        self.worker.learn(chosen[:, 0])
+        self.cache.after_token(chosen)
+        return self.step.host_logits
+
+    def _while_it_runs(self, position: int) -> None:
+        """Look ahead from the token's embedding, and have the next position's angles ready. Nothing here may
+        use the device: it may be waiting for this thread."""
+        self.worker.look_ahead(self.step.inputs.staged_x)
+        self._angles = {position: self._angles_at(position)}
+
+    def _angles_at(self, position: int) -> tuple[Tensor, Tensor]:
+        """RoPE's cosines and sines f32 ``[r/2]`` at ``position``."""
+        if position in self._angles:
+            return self._angles[position]
+        found = self._rotary(torch.zeros(1, 1, 1), torch.tensor([[position]]))
+        if isinstance(found, tuple):  # cosines and sines, repeated for the two halves of a head
+            half = found[0].shape[-1] // 2
+            return found[0][0, 0, :half], found[1][0, 0, :half]
+        return found[0, 0].real, found[0, 0].imag
+
+    def close(self) -> None:
+        """End the thread that launches steps."""
+        self.thread.close()
+
+
+def refusal(config: Any, store: ExpertStore) -> str | None:
+    """Why a model with ``config`` and the experts of ``store`` cannot be run so; None if it can."""
+    if getattr(config, "clip_qkv", None) is not None:
+        return "its attention clips q, k and v"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "its attention slides over a window"
+    try:
+        for layer in store.shape.moe_layers:
+            layer_layout(store, layer)
+    except SchemeError as error:
+        return str(error)
+    return None
+
+
+def layer_layout(store: ExpertStore, layer: int) -> ExpertLayout:
+    """Where the tensors of every expert of ``layer`` lie, from its first byte on.
+
+    Raises SchemeError if its experts are not all stored alike, or not as the kernels read them.
+    """
+    shape = store.shape
+    records = [store.record(layer, expert) for expert in range(shape.num_experts)]
+    found = set()
+    for record in records:
+        schemes = tuple((name, place.scheme) for name, place in record.weights.items())
+        offsets = tuple(
+            ((name, suffix), tensor.position - record.start)
+            for name, place in record.weights.items()
+            for suffix, tensor in place.tensors.items()
+        )
+        if any(place.transposed or not place.scheme.is_packed for place in record.weights.values()):
+            raise SchemeError(f"experts of layer {layer} are not int4 or int8")
+        found.add((schemes, offsets))
+    if len(found) > 1:
+        raise SchemeError(f"experts of layer {layer} are stored in {len(found)} ways: expected one")
+    schemes, offsets = found.pop()
+    alignment = math.gcd(16, *(record.start for record in records))
+    return ExpertLayout.from_offsets(
+        shape.hidden_size, shape.expert_intermediate, dict(schemes), dict(offsets), alignment
+    )
+
+
+def missed_share(store: ExpertStore, machine: Machine) -> int:
+    """How many intermediate features of an expert in RAM a GPU of ``machine`` should compute, by what reading
+    it in place costs there and computing it costs the CPU; 0 without a GPU."""
+    if machine.gpu is None:
+        return 0
+    shape, record = store.shape, store.record(*store.experts()[0])
+    group = max(record.weights["down_proj"].scheme.group_size, _KERNEL_STEP)
+    shared = 0
+    for spec in shape.dense_linears():
+        if spec.role == "shared_expert" and spec.layer == shape.moe_layers[0]:
+            shared += find_weight(store.checkpoint, spec)[0].nbytes(spec.out_features, spec.in_features)
+    split = miss_split(machine, record.nbytes, shape.expert_weights, shared)
+    return split.rows(shape.expert_intermediate, group)
+
+
+def kv_rows(kv: KVCache, layer: int, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> KvRows:
+    """The buffers of ``layer``, made now: a graph keeps their addresses."""
+    keys, values = kv.kept[layer].key_buffer, kv.kept[layer].value_buffer
+    size = (shape.num_kv_heads, shape.head_dim, dtype, device)
+    return KvRows(keys.allocate(*size), values.allocate(*size), keys.scale, values.scale)
+
+
+def temperature(tuned: AttentionShape | None, position: int) -> float:
+    """What scales q at ``position`` on layers without RoPE (Llama 4), 1 where nothing does."""
+    if tuned is None:
+        return 1.0
+    steps = math.floor((position + 1) / tuned.temperature_floor)
+    return math.log1p(steps) * tuned.temperature_scale + 1.0

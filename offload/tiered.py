@@ -1,0 +1,378 @@
+"""TieredCache: experts over disk, RAM and a device; the hottest on the device, and none twice for good.
+
+What is resident on the device has no host copy. Between steps a few experts move: a hot one is copied into a
+free slot, and once it has landed its host slot takes the cold one it stands in for, read from disk behind
+everything else; only then does the cold one leave the device. No expert is out of reach meanwhile, and none
+is ever written back. While a step runs that reads the device tables, no host slot changes that it could
+still read.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from offload.heat import Heat, Ids, Mask
+from offload.policy import Policy
+from offload.reader import Priority, Reader
+from offload.records import Tier
+from offload.residency import ExpertCache
+from offload.slots import Key
+from offload.store import ExpertStore, ExpertWeights
+from offload.stream import Batch, ExpertStream
+from offload.tables import PINNED, VRAM, DeviceTables
+from offload.transfer import Transfer
+from offload.vram import Vram
+from quant.sizes import format_size
+
+RESERVE = 2  # device slots that hold no expert for good: one is copied while another computes
+SWAPS = 1  # experts on their way to the device at a time, between steps
+
+
+class TieredCache(ExpertCache):
+    """Serves experts from ``vram_slots`` device slots, ``ram_slots`` host slots or disk.
+
+    ``seeds`` are copied to the device before this returns, as many as have room. ``heat`` decides what the
+    device holds, ``policy`` what the host forgets. See ``ExpertCache``.
+    """
+
+    def __init__(
+        self, store: ExpertStore, reader: Reader, policy: Callable[[], Policy], *, ram_slots: int,
+        vram_slots: int, transfer: Transfer, heat: Heat | None = None, seeds: Sequence[Key] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(store, reader, policy, ram_slots=ram_slots, transfer=transfer)
+        shape = store.shape
+        self.transfer = transfer
+        self.heat = heat or Heat(shape.moe_layers, shape.num_experts)
+        self.tables = DeviceTables(shape.moe_layers, shape.num_experts, transfer)
+        self.vram = Vram(transfer, store, vram_slots, least=min(vram_slots, RESERVE, store.count))
+        self.notes += self.vram.slots.notes
+        self.reserve = self._reserve()
+        self.lent = ExpertStream(self)
+        self._leaving: dict[Key, Key] = {}  # cold experts, and which hot one each makes way for
+        self._copied_from: dict[Key, Any] = {}  # host slots that copies to lent slots read, with tickets
+        self._step: int | None = None  # the row that the running step may have reached
+        self._fetched: dict[Key, Tier] = {}  # what the running step asked of the host, and where it was
+        self._fills = False
+        self._nbytes = np.array(
+            [[store.record(layer, e).nbytes for e in range(shape.num_experts)] for layer in shape.moe_layers]
+        )
+        self._seed(seeds)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert has a slot of its own."""
+        return self.arena.slots + self.vram.slots.count - self.reserve >= self.store.count
+
+    def tier_of(self, key: Key) -> Tier:
+        """Where ``key`` is now; an expert still on its way counts as where it comes from."""
+        return "vram" if self.vram.resident(key) else super().tier_of(key)
+
+    def on_device(self, key: Key) -> bool:
+        """Whether ``key`` needs no host slot beside its device slot."""
+        return key in self.vram and key not in self._leaving
+
+    def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
+        """Yield each of ``experts`` with its weights on the device; see ``ExpertCache.stream``."""
+        for batch in self.batches(layer, np.asarray(experts)):
+            yield from batch.weights.items()
+
+    def batches(
+        self, layer: int, chosen: Ids, ahead: Sequence[Key] = (), *, tokens: int = 1
+    ) -> Iterator[Batch]:
+        """Yield the weights of the experts that ``tokens`` tokens have ``chosen`` on the device, residents at
+        once, the others as they land in lent slots; compute waits for them by event, the host only for the
+        disk.
+
+        A batch is valid until the next is asked for. ``ahead`` are experts of the next layer that are copied
+        once this one's are, as far as there are slots: they make this a prompt's large chunk, for which the
+        device lends more slots. Raises CheckpointError if the disk fails.
+        """
+        if self._step is not None:  # it was interrupted, and may still be running
+            self.transfer.drain()
+            self._step = None
+        experts: list[int] = np.unique(chosen).tolist()
+        if not all((layer, expert) in self.vram for expert in experts) or self.reserve:
+            self.lent.borrow(large=bool(ahead))
+        tiers = self.count(layer, experts)
+        self.heat.count(layer, chosen.ravel(), tokens)
+        for key, tier in tiers.items():
+            self.counters.used_bytes["vram"] += self.store.record(*key).nbytes
+            if tier != "vram":
+                self.host_policy.touch(key)
+        return self.lent.batches(list(tiers), ahead)
+
+    def begin_token(self) -> None:
+        """Before a step that reads the tables: note what has landed, and post the tables in the compute
+        queue. Until ``after_token``, nothing is overwritten that they point at."""
+        self.lent.close()
+        self.reap()
+        self._note_landed()
+        self._keep_a_slot_unseen()
+        self.tables.flush()
+        self._fetched.clear()
+        self._step = 0
+
+    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
+        """In a step that has reached ``layer``: yield ``experts``, none of them on the device by its tables,
+        from host slots, residents first and the others as they arrive from disk.
+
+        Raises CheckpointError if the disk fails.
+        """
+        self._step = self.tables.row(layer)
+        tiers = {(layer, expert): self.tier_of((layer, expert)) for expert in experts}
+        self._fetched |= tiers
+        # Those that have a slot first: once they are used, it may be the only one that can be had.
+        yield from self.serve_from_host(sorted(tiers, key=lambda key: key not in self.host))
+
+    def after_token(self, chosen: Ids) -> None:
+        """After a step: ``chosen`` ``[rows, ..., k]`` (negative for none) were used by it. Counts
+        them and moves experts."""
+        self._step = None
+        ids = chosen.reshape(len(chosen), -1)
+        self.heat.count_step(ids, max(1, ids.shape[1] // self.store.shape.top_k))
+        self._count_used(ids)
+        self.adapt()
+
+    def adapt(self) -> None:
+        """Between two steps: take note of copies that have landed, begin at most SWAPS, refill RAM."""
+        if self._step is not None:
+            return
+        self.lent.close()
+        self.reap()
+        self._note_landed()
+        self._let_leave()
+        while len(self.vram.arriving) < min(SWAPS, self.arena.slots - 1) and self._begin_arrival():
+            pass
+        if self._fills and self.host.free:
+            self.fill()
+        self.tables.flush()
+
+    def shrink_vram(self) -> int:
+        """Give device memory back to the driver, the coldest part of it; returns its bytes, 0 if no more can
+        be spared. What lay there is on disk until it is asked for."""
+        segments = list(self.vram.slots.segments())
+        if len(segments) < 2:
+            return 0
+        self.transfer.drain()
+        self.lent.close()
+        self._note_landed()
+        holding = {slot: key for key, slot in self.vram.table.slot_of.items()}
+        coldest = min(
+            segments, key=lambda part: sum(self.heat.score(holding[slot]) for slot in part if slot in holding)
+        )
+        for key in [holding[slot] for slot in coldest if slot in holding]:
+            self.drop_resident(key)
+        nbytes = self.vram.drop(coldest)
+        self.reserve = self._reserve()
+        self.tables.flush()
+        note = "the GPU ran out of memory, within --vram or beside another program: "
+        self.notes[:] = [found for found in self.notes if not found.startswith(note)]
+        slots = self.vram.slots
+        self.notes.append(
+            f"{note}expert slots were given back, {slots.count} ({format_size(slots.nbytes)}) are left, and "
+            "the other experts run from RAM or disk"
+        )
+        return nbytes
+
+    def close(self) -> None:
+        """Wait for the device and unpin host memory."""
+        try:
+            self.transfer.drain()
+        except RuntimeError:  # the GPU is gone, which whoever worked with it has reported, and its pins too
+            return
+        self.arena.unpin()
+
+    def guarded(self) -> set[Key]:
+        """Experts whose host slots a copy or the running step may be reading."""
+        self._copied_from = {
+            key: ticket for key, ticket in self._copied_from.items() if not self.transfer.poll(ticket)
+        }
+        found = self._copied_from.keys() | self.vram.arriving.keys()
+        if self._step is not None:
+            row, exposed = self.tables.row, self.tables.exposed
+            found |= {k for k in self.host.slot_of if exposed(k) == PINNED and row(k[0]) >= self._step}
+        return found
+
+    def relieve(self) -> bool:
+        """Wait until a copy has read its host slot; False if there is none to wait for."""
+        if self._copied_from:
+            self.transfer.done(self._copied_from.pop(next(iter(self._copied_from))))
+            return True
+        if self.vram.arriving and self._step is None:
+            self.transfer.done(next(iter(self.vram.arriving.values())))
+            self._note_landed()
+            return True
+        return False
+
+    def reached_host(self, key: Key) -> None:
+        """``key``'s bytes are all in its host slot, where the device may read them, too."""
+        super().reached_host(key)
+        if not self.vram.resident(key):
+            self._place_on_host(key)
+
+    def left_host(self, key: Key) -> None:
+        """``key``'s host slot is free, or will be overwritten."""
+        super().left_host(key)
+        if not self.vram.resident(key):
+            self.tables.clear(key)
+
+    def wants_source(self, key: Key, locked: set[Key], *, wait: bool) -> bool:
+        """Whether ``key`` lies whole in a host slot, its read begun if it does not and, with ``wait``,
+        awaited. Raises CheckpointError if the disk fails."""
+        if key not in self.host and (wait or self._has_slot(locked)):
+            self._request(key, Priority.DEMAND, {key} if wait else locked)
+        if wait or (key in self._pending and self._pending[key].done.is_set()):
+            self._land(key)
+        return key in self.host and key not in self._pending
+
+    def copy_to_lent(self, key: Key, slot: int, after: Any) -> Any:
+        """Begin copying ``key`` from its host slot to the lent ``slot``; returns the ticket."""
+        record = self.store.record(*key)
+        source = self.arena.slot(self.host.slot_of[key])[: record.slot_bytes]
+        ticket = self._copied_from[key] = self.transfer.copy(source, self.vram.slots.view(slot), after)
+        self.counters.fetched["pcie"] += record.nbytes
+        return ticket
+
+    def drop_resident(self, key: Key) -> None:
+        """Take ``key`` off the device; it is where else it is, if anywhere."""
+        self._leaving.pop(key, None)
+        self.vram.forget(key)
+        self._place_on_host(key)
+
+    def coldest_resident(self) -> Key | None:
+        """The resident that is missed least; one that is leaving anyway goes first."""
+        leaving = next((key for key in self._leaving if self.vram.resident(key)), None)
+        return leaving or self.heat.coldest(self._residents())
+
+    def _reserve(self) -> int:
+        slots = self.vram.slots.count
+        return 0 if slots >= self.store.count else min(RESERVE, -(-slots // 2))
+
+    def _all_in_memory(self) -> bool:
+        """Whether every expert has a slot, of whichever tier."""
+        twice = sum(key in self.host for key in (*self.vram.arriving, *self._leaving))
+        return len(self.host.slot_of) + len(self.vram.table.slot_of) - twice == self.store.count
+
+    def _residents(self) -> Mask:
+        found: Mask = self.tables.where() == VRAM
+        return found
+
+    def _place_on_host(self, key: Key) -> None:
+        """Enter ``key`` in the tables as its host slot is."""
+        whole = key in self.host and key not in self._pending
+        address = self.arena.device_address(self.host.slot_of[key]) if whole else 0
+        if address:
+            self.tables.set(key, PINNED, address + self.store.record(*key).start)
+        else:
+            self.tables.clear(key)
+
+    def _seed(self, seeds: Sequence[Key]) -> None:
+        wanted = deque(seeds[: self.vram.slots.count - self.reserve])
+        while wanted:
+            ahead = list(wanted)[: self._window()]
+            for key in ahead[1:]:
+                self.wants_source(key, set(ahead), wait=False)
+            self.wants_source(wanted[0], set(ahead), wait=True)
+            self._arrive(wanted.popleft())
+            self._note_landed()
+        while self.vram.arriving:
+            self.relieve()
+        self.tables.flush()
+
+    def _arrive(self, key: Key) -> None:
+        record = self.store.record(*key)
+        self.vram.arrive(key, self.arena.slot(self.host.slot_of[key])[: record.slot_bytes])
+        self.counters.fetched["pcie"] += record.nbytes
+
+    def _note_landed(self) -> None:
+        """Make residents of the experts that have landed, and free their host slots."""
+        for key in self.vram.landed():
+            if key in self.host:
+                self.release(key)
+            self.tables.set(key, VRAM, self.vram.address(key))
+
+    def _let_leave(self) -> None:
+        """Let cold experts go whose host copy is there, and begin reading that of those whose turn has
+        come."""
+        for key, hot in list(self._leaving.items()):
+            if hot in self.vram.arriving:
+                continue
+            if key not in self.host and self.host.free:
+                self._request(key, Priority.FILL, {key})
+            elif key in self._pending:
+                continue
+            else:  # it has landed, or its place in RAM went to an expert that was asked for
+                self.drop_resident(key)
+
+    def _begin_arrival(self) -> bool:
+        """Begin moving the hottest expert that is not on the device to it, if it is worth it and can be
+        done."""
+        outside = self.tables.where() != VRAM
+        for key in self.vram.arriving:
+            outside[self.tables.row(key[0]), key[1]] = False
+        hot = self.heat.hottest(outside)
+        if hot is None or not self.vram.free:
+            return False
+        cold: Key | None = None
+        if self.vram.free <= self.reserve:
+            staying = self._residents()
+            for key in self._leaving:
+                staying[self.tables.row(key[0]), key[1]] = False
+            cold = self.heat.coldest(staying)
+            if cold is None or len(self._leaving) >= self.reserve or not self.heat.worth_swapping(cold, hot):
+                return False
+        if hot not in self.host and self._has_slot({hot}):
+            self._request(hot, Priority.FILL, {hot})
+        if hot not in self.host or hot in self._pending:
+            return False
+        self._arrive(hot)
+        if cold is not None:
+            self._leaving[cold] = hot
+        return True
+
+    def fill(self) -> None:
+        """Begin reading experts into every free host slot, the hottest first, and keep them filled."""
+        self._fills = True
+        if self._all_in_memory():
+            return
+        absent = (k for k in self.store.experts() if k not in self.host and not self.on_device(k))
+        for key in self.heat.ordered(absent)[: len(self.host.free)]:
+            self._request(key, Priority.FILL, {key})
+
+    def _keep_a_slot_unseen(self) -> None:
+        """Hide the coldest host expert from the device, unless there is a host slot that it does not see:
+        what a step asks the disk for needs one that can be overwritten while it runs."""
+        if self._all_in_memory():
+            return
+        while not self.host.free:
+            held = self.guarded()
+            if any(self.tables.place(k) != PINNED for k in self.host.slot_of if k not in held):
+                return
+            seen = self.tables.where() == PINNED
+            for key in held:
+                seen[self.tables.row(key[0]), key[1]] = False
+            coldest = self.heat.coldest(seen)
+            if coldest is not None:
+                self.tables.clear(coldest)
+                return
+            assert self.relieve(), "every host slot is being copied"
+
+    def _count_used(self, ids: Ids) -> None:
+        """Count the requests of a step for ``ids`` ``[rows, n]``; quickly, for the device idles meanwhile."""
+        used = np.zeros(self._nbytes.shape, dtype=bool)
+        rows, columns = np.nonzero(ids >= 0)
+        used[rows, ids[rows, columns]] = True
+        near = used & (self.tables.exposed_places() == VRAM)
+        counters, layers = self.counters, self.store.shape.moe_layers
+        counters.by_tier["vram"] += int(near.sum())
+        counters.used_bytes["vram"] += int(self._nbytes[near].sum())
+        for row, expert in np.argwhere(used & ~near).tolist():
+            key = (layers[row], expert)
+            tier = self._fetched.get(key, "ram")
+            counters.by_tier[tier] += 1
+            if key not in self._fetched:  # what was fetched was counted then
+                counters.used_bytes[tier] += int(self._nbytes[row, expert])
+            if key in self.host:
+                self.host_policy.touch(key)

@@ -1,0 +1,124 @@
+"""One token after another, as the runtime computes them: the processes that an Engine runs.
+
+Beside a GPU the step is one stream of kernels. Where a layer's expert is not in VRAM the doorbell rings,
+the host's workers compute their part of it from RAM (fetching it from disk first, if need be) while the GPU
+runs the shared expert and then its own part, read in place over PCIe; the layer ends when both have. Swaps
+into VRAM run on a stream of their own. Without a GPU the CPU does one thing after another, and the disk
+reads ahead.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from offload.records import Tier
+from offload.timeline_engine import Engine, Event, Line, Process
+from offload.timeline_places import Step
+from offload.timeline_work import LayerWork, Rates, Work
+
+# How good guesses of coming experts are (quant/kernels/foresight.py): of the experts that must be read, the part
+# that is guessed in time, and how many wrong guesses are read per right one. Fitted to runs of mini-scout.
+GUESSED = 0.6
+WRONG = 0.4
+AHEAD = 6
+MISS_S = 0.6e-3  # without a GPU: leaving the native step for Python, asking, guessing, and going back in
+
+
+@dataclass
+class Decoder:
+    """Runs ``steps`` through ``work`` on ``rates``. ``gpu_part`` of a missed expert is read by the GPU in
+    place; ``ahead`` layers are guessed while one waits for the disk (0: none)."""
+
+    engine: Engine
+    work: Work
+    rates: Rates
+    gpu_part: float = 0.0
+    ahead: int = 0
+    seed: int = 0
+    disk: Line = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.disk = Line(self.engine)
+        self._dice = random.Random(self.seed)
+        self._coming: dict[tuple[int, int], Event] = {}  # (layer, request) guessed and on its way
+        self._seen: set[int] = set()  # layers that were guessed for this token
+
+    def token(self, step: Step) -> Process:
+        """One decode step."""
+        self._coming, self._seen = {}, set()
+        routed = iter(enumerate(step.tiers))
+        self._guess(step, -1)
+        for layer in self.work.layers:
+            index, tiers = next(routed) if layer.routes else (-1, ())
+            yield self.engine.pause(self.rates.layer, "overhead")
+            if self.rates.vram:
+                yield from self._beside_gpu(layer, tiers)
+            else:
+                yield from self._on_cpu(layer, tiers, step, index)
+        if self.rates.vram:
+            yield self.engine.flow("head", self.work.head, "vram")
+        else:
+            yield self._cpu("head", self.work.head, self.work.head_weights)
+        yield self.engine.pause(self.rates.step, "overhead")
+        for _ in range(step.swaps):
+            self.engine.flow("swap", self.work.expert, "pcie", "ram")
+        for _ in range(step.refills):
+            self._read(2)
+
+    def _beside_gpu(self, layer: LayerWork, tiers: Sequence[Tier]) -> Process:
+        engine, expert = self.engine, self.work.expert
+        yield engine.flow("attention", layer.attention + layer.kv, "vram")
+        shared_out = [tier for tier in tiers if tier == "ram"]
+        read = [tier for tier in tiers if tier == "disk"]
+        host_bytes = len(shared_out) * (1 - self.gpu_part) * expert + len(read) * expert
+        host = engine.start(self._host(host_bytes, len(read))) if host_bytes else None
+        yield engine.flow("shared", layer.mlp, "vram")
+        yield engine.flow("expert", tiers.count("vram") * expert, "vram")
+        yield engine.flow("in place", len(shared_out) * self.gpu_part * expert, "pcie", "ram")
+        if host is not None:
+            yield host
+
+    def _host(self, nbytes: float, read: int) -> Process:
+        """The host's part of a layer: woken by the doorbell, it answers when ``nbytes`` are computed."""
+        yield self.engine.pause(self.rates.ring / 2, "doorbell")
+        for _ in range(read):
+            yield self._read(0)
+        weights = nbytes * self.work.expert_weights / self.work.expert
+        yield self._cpu("expert", nbytes, weights)
+        yield self.engine.pause(self.rates.ring / 2, "doorbell")
+
+    def _on_cpu(self, layer: LayerWork, tiers: Sequence[Tier], step: Step, index: int) -> Process:
+        work = self.work
+        yield self._cpu("attention", layer.attention + layer.kv, layer.attention_weights)
+        on_disk = [place for place, tier in enumerate(tiers) if tier == "disk"]
+        awaited = [self._coming.get((index, place)) or self._read(0) for place in on_disk]
+        if any(not event.done for event in awaited):
+            self._guess(step, index)
+            yield self.engine.pause(MISS_S, "overhead")
+        yield self._cpu("shared" if layer.routes else "dense", layer.mlp, layer.mlp_weights)
+        here = len(tiers) - len(on_disk)
+        yield self._cpu("expert", here * work.expert, here * work.expert_weights)
+        for event in awaited:
+            yield event
+            yield self._cpu("expert", work.expert, work.expert_weights)
+
+    def _guess(self, step: Step, index: int) -> None:
+        """Begin to read what the layers after ``index`` will probably ask for."""
+        for coming in range(index + 1, min(index + 1 + self.ahead, len(step.tiers))):
+            if coming in self._seen:
+                continue
+            self._seen.add(coming)
+            for place, tier in enumerate(step.tiers[coming]):
+                if tier == "disk" and self._dice.random() < GUESSED:
+                    self._coming[coming, place] = self._read(1)
+                    if self._dice.random() < WRONG:
+                        self._read(1)
+
+    def _read(self, urgency: int) -> Event:
+        return self.disk.ask(
+            urgency, lambda: self.engine.flow("read", self.work.expert, "disk", "ram"), "disk"
+        )
+
+    def _cpu(self, what: str, nbytes: float, weights: float) -> Event:
+        cap = self.rates.cpu_read(nbytes, weights) if nbytes else 0.0
+        return self.engine.flow(what, nbytes, "cpu", "ram", cap=cap)

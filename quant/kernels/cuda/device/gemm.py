@@ -1,0 +1,199 @@
+"""Packed weights times many tokens, on tensor cores.
+
+A step takes 16 words of each row. Element i of those words, for i in 0..7 (0..3 at 8 bit), makes an operand
+``[N, 16]`` of its own in registers: words go from global through shared memory straight into the layout the
+tensor core wants, so weights are never written anywhere unpacked. Opposite to operand i lie the activations
+of elements i, which is why activations are stored arranged: blocks of 16 words, within a block element by
+element. The order of a sum's terms is free as long as both sides agree.
+
+A group that spans the step's words has its scale applied to the step's sum, in f32; smaller groups have it
+applied to the weights, which then are rounded to bf16 as dequantized weights are.
+
+OPERAND is bf16 on a card; Triton's interpreter multiplies f32 only.
+
+Legend: K in features, N rows of a tile (constexpr ROWS), T tokens of a tile (constexpr TOKENS), W = 16 words.
+"""
+
+import triton
+import triton.language as tl
+
+from quant.kernels.cuda.device.words import pointers, weight
+
+WORDS = tl.constexpr(16)
+
+
+@triton.jit
+def source_feature(position, BITS: tl.constexpr):
+    """Which feature lies at ``position`` of an arranged row."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    BLOCK: tl.constexpr = WORDS * PER_WORD
+    within = position % BLOCK
+    return position - within + (within % WORDS) * PER_WORD + within // WORDS
+
+
+@triton.jit
+def arrange_kernel(
+    x, order, scores, out, features, width,
+    TOP_K: tl.constexpr, GATHERS: tl.constexpr, SCALES: tl.constexpr, BITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[r] = x's row (of pair order[r] where GATHERS, times its score where SCALES), arranged, then
+    zeros."""
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    feature = source_feature(position, BITS)
+    token = row
+    factor = 1.0
+    if GATHERS:
+        pair = tl.load(order + row)
+        token = (pair // TOP_K).to(tl.int64)
+        if SCALES:
+            factor = tl.load(scores + pair)
+    values = tl.load(x + token * features + feature, mask=feature < features, other=0.0).to(tl.float32)
+    tl.store(out + row * width + position, (values * factor).to(tl.bfloat16), mask=position < width)
+
+
+@triton.jit
+def tile_product(
+    packed, scale, x, rows, tokens, live_tokens, row_words, groups, width,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """W[rows]·x[tokens]ᵀ → f32 ``[N, T]``; ``x`` arranged, ``width`` features per arranged row."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    GROUP_WORDS: tl.constexpr = GROUP // PER_WORD
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    lane = tl.arange(0, WORDS)
+    row_places = packed + rows[:, None] * row_words
+    token_places = x + tokens[None, :] * width + lane[:, None]
+    for start in tl.range(0, row_words, WORDS, num_stages=STAGES):
+        word = start + lane
+        values = tl.load(row_places + word[None, :], mask=(word < row_words)[None, :], other=0)
+        if GROUP_WORDS >= WORDS:
+            part = tl.zeros((ROWS, TOKENS), tl.float32)
+            for i in tl.static_range(PER_WORD):
+                four = tl.load(
+                    token_places + start * PER_WORD + i * WORDS, mask=live_tokens[None, :], other=0.0
+                )
+                part = tl.dot(weight(values, i, BITS).to(OPERAND), four.to(OPERAND), part)
+            scales = tl.load(scale + rows * groups + start // GROUP_WORDS).to(tl.float32)
+            total += part * scales[:, None]
+        else:
+            places = scale + rows[:, None] * groups + (word // GROUP_WORDS)[None, :]
+            scales = tl.load(places, mask=(word < row_words)[None, :], other=0.0).to(tl.float32)
+            for i in tl.static_range(PER_WORD):
+                four = tl.load(
+                    token_places + start * PER_WORD + i * WORDS, mask=live_tokens[None, :], other=0.0
+                )
+                total = tl.dot((weight(values, i, BITS) * scales).to(OPERAND), four.to(OPERAND), total)
+    return total
+
+
+@triton.jit(do_not_specialize=["count"])
+def linear_kernel(
+    x, packed, scale, out, count, features, row_words, groups, width,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """out[t, n] = Σ W[n, k]·x[t, k]; with ADD, f32 out is added to."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_words = tl.multiple_of(row_words, 4)
+    y = tile_product(
+        packed, scale, x, tl.minimum(row, features - 1).to(tl.int64), token.to(tl.int64), token < count,
+        row_words, groups, width, BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
+    )  # fmt: skip
+    places = out + token.to(tl.int64)[None, :] * features + row[:, None]
+    live = (token < count)[None, :] & (row < features)[:, None]
+    if ADD:
+        y += tl.load(places, mask=live, other=0.0)
+    tl.store(places, y.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _expert_tile(experts, starts, count, tile, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
+    """(expert, its first row of this tile, its end) of the ``tile``-th tile over ``experts``; an empty range
+    where there are fewer tiles."""
+    index = tl.arange(0, EXPERTS)
+    here = index < count
+    ids = tl.load(experts + index, mask=here, other=0)
+    first = tl.load(starts + ids, mask=here, other=0)
+    end = tl.load(starts + ids + 1, mask=here, other=0)
+    tiles = (end - first + TOKENS - 1) // TOKENS
+    ends = tl.cumsum(tiles, 0)
+    found = index == tl.sum((ends <= tile).to(tl.int32), 0)
+    row = first + (tile - (ends - tiles)) * TOKENS
+    return (
+        tl.sum(tl.where(found, ids, 0), 0),
+        tl.sum(tl.where(found, row, 0), 0),
+        tl.sum(tl.where(found, end, 0), 0),
+    )
+
+
+@triton.jit(do_not_specialize=["count"])
+def gate_up_kernel(
+    x, experts, starts, addresses, hidden, count, features, inter, row_words, groups, width, hidden_width,
+    gate_packed, gate_scale, up_packed, up_scale,
+    BITS: tl.constexpr, GROUP: tl.constexpr, DOWN_BITS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """hidden[r, :] = silu(gate·x[r])·(up·x[r]), arranged for down_proj: a tile's rows are taken in that
+    order, so that it writes without gaps."""
+    expert, begin, end = _expert_tile(experts, starts, count, tl.program_id(0), TOKENS, EXPERTS)
+    if begin >= end:
+        return
+    address = tl.load(addresses + expert)
+    if address == 0:
+        return
+    row_words = tl.multiple_of(row_words, 4)
+    token = begin + tl.arange(0, TOKENS)
+    live = token < end
+    position = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    feature = source_feature(position, DOWN_BITS)
+    read = tl.minimum(feature, inter - 1).to(tl.int64)
+    gate = tile_product(
+        pointers(address + gate_packed, ALIGNMENT), (address + gate_scale).to(tl.pointer_type(tl.bfloat16)),
+        x, read, token.to(tl.int64), live, row_words, groups, width,
+        BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
+    )  # fmt: skip
+    up = tile_product(
+        pointers(address + up_packed, ALIGNMENT), (address + up_scale).to(tl.pointer_type(tl.bfloat16)),
+        x, read, token.to(tl.int64), live, row_words, groups, width,
+        BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
+    )  # fmt: skip
+    result = tl.where((feature < inter)[:, None], gate * tl.sigmoid(gate) * up, 0.0)
+    places = hidden + token.to(tl.int64)[None, :] * hidden_width + position[:, None]
+    tl.store(places, result.to(tl.bfloat16), mask=live[None, :] & (position < hidden_width)[:, None])
+
+
+@triton.jit(do_not_specialize=["count"])
+def down_kernel(
+    hidden, order, scores, experts, starts, addresses, out, count, features, row_words, groups, width,
+    down_packed, down_scale,
+    SCALES_OUTPUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNMENT: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """out[order[r], :] = down·hidden[r], times the pair's score where SCALES_OUTPUT."""
+    expert, begin, end = _expert_tile(experts, starts, count, tl.program_id(0), TOKENS, EXPERTS)
+    if begin >= end:
+        return
+    address = tl.load(addresses + expert)
+    if address == 0:
+        return
+    row_words = tl.multiple_of(row_words, 4)
+    token = begin + tl.arange(0, TOKENS)
+    live = token < end
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    y = tile_product(
+        pointers(address + down_packed, ALIGNMENT), (address + down_scale).to(tl.pointer_type(tl.bfloat16)),
+        hidden, tl.minimum(row, features - 1).to(tl.int64), token.to(tl.int64), live,
+        row_words, groups, width, BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
+    )  # fmt: skip
+    pair = tl.load(order + token, mask=live, other=0)
+    if SCALES_OUTPUT:
+        y *= tl.load(scores + pair, mask=live, other=0.0)[None, :]
+    places = out + pair.to(tl.int64)[None, :] * features + row[:, None]
+    tl.store(places, y.to(tl.bfloat16), mask=live[None, :] & (row < features)[:, None])

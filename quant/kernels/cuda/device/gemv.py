@@ -1,0 +1,158 @@
+"""Matrix times vector on packed rows, and the two halves of an expert for one token.
+
+A program takes ROWS rows; its warps lie along K, so that a warp reads 512 contiguous bytes of a row at a
+time, 16 bytes per lane. Sums stay in registers, one per word of the tile, until the end of the row: no
+exchange between lanes inside the loop, and enough loads in flight without a pipeline.
+
+Legend: K in features, W words of a row per step (constexpr WORDS), N rows per program (constexpr ROWS).
+"""
+
+import triton
+import triton.language as tl
+
+from quant.kernels.cuda.device.words import pointers, word_dot
+
+
+@triton.jit
+def _scales(scale, rows, word, live, groups, GROUP_WORDS: tl.constexpr):
+    """The scale of each word's group, f32 ``[N, W]``: lanes of one group read one address."""
+    places = scale + rows[:, None] * groups + (word // GROUP_WORDS)[None, :]
+    return tl.load(places, mask=live[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _activations(x, word, live, BITS: tl.constexpr):
+    """bf16 activations opposite to each word, four to an int64: (elements 0-3, elements 4-7)."""
+    fours = x.to(tl.pointer_type(tl.int64)) + word * (8 // BITS)
+    first = tl.load(fours, mask=live, other=0)
+    second = first
+    if BITS == 4:
+        second = tl.load(fours + 1, mask=live, other=0)
+    return first, second
+
+
+@triton.jit
+def row_dots(
+    packed, scale, x, rows, used, row_words, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Σ W[row, k]·x[k] over the first ``used`` words of each row → f32 ``[N]``."""
+    GROUP_WORDS: tl.constexpr = GROUP * BITS // 32
+    total = tl.zeros((ROWS, WORDS), tl.float32)
+    for start in range(0, used, WORDS):
+        word = start + tl.arange(0, WORDS)
+        live = word < used
+        values = tl.load(packed + rows[:, None] * row_words + word[None, :], mask=live[None, :], other=0)
+        scales = _scales(scale, rows, word, live, groups, GROUP_WORDS)
+        first, second = _activations(x, word, live, BITS)
+        total += word_dot(values, first, second, BITS) * scales
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def linear_kernel(
+    x, packed, scale, out, features, row_words, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """out[n] = Σ W[n, k]·x[k] for one token; with ADD, f32 out[n] is added to."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_words = tl.multiple_of(row_words, 4)
+    read = tl.minimum(row, features - 1)
+    y = row_dots(packed, scale, x, read, row_words, row_words, groups, BITS, GROUP, ROWS, WORDS)
+    if ADD:
+        y += tl.load(out + row, mask=row < features, other=0.0)
+    tl.store(out + row, y.to(out.dtype.element_ty), mask=row < features)
+
+
+@triton.jit
+def _features_here(place, address, share, inter):
+    """How many of an expert's intermediate features this card computes."""
+    return tl.where(address == 0, 0, tl.where(place == 0, inter, tl.where(place == 1, share, 0)))
+
+
+@triton.jit
+def gate_up_kernel(
+    x, chosen, scores, addresses, places, share, hidden,
+    features, inter, row_words, groups, gate_packed, gate_scale, up_packed, up_scale,
+    TOP_K: tl.constexpr, SCALES_INPUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """hidden[pair, i] = silu(gate_i·x)·(up_i·x) for the rows i of each chosen expert that are this card's.
+
+    The product is linear in x, so a score that scales the input scales both sums instead. Programs of
+    different pairs are neighbours in the grid: those that read the same expert share it in L2.
+    """
+    pair = tl.program_id(0)
+    expert = tl.load(chosen + pair)
+    if expert < 0:
+        return
+    address = tl.load(addresses + expert)
+    mine = _features_here(tl.load(places + expert), address, tl.load(share), inter)
+    begin = tl.program_id(1) * ROWS
+    if begin >= mine:
+        return
+    row_words = tl.multiple_of(row_words, 4)
+    row = begin + tl.arange(0, ROWS)
+    read = tl.minimum(row, inter - 1).to(tl.int64)
+    token = x + (pair // TOP_K).to(tl.int64) * features
+    gate_words = pointers(address + gate_packed, ALIGNMENT)
+    up_words = pointers(address + up_packed, ALIGNMENT)
+    gate_scales = (address + gate_scale).to(tl.pointer_type(tl.bfloat16))
+    up_scales = (address + up_scale).to(tl.pointer_type(tl.bfloat16))
+    GROUP_WORDS: tl.constexpr = GROUP * BITS // 32
+    gate = tl.zeros((ROWS, WORDS), tl.float32)
+    up = tl.zeros((ROWS, WORDS), tl.float32)
+    for start in range(0, row_words, WORDS):
+        word = start + tl.arange(0, WORDS)
+        live = word < row_words
+        place = read[:, None] * row_words + word[None, :]
+        gate_values = tl.load(gate_words + place, mask=live[None, :], other=0)
+        up_values = tl.load(up_words + place, mask=live[None, :], other=0)
+        first, second = _activations(token, word, live, BITS)
+        gate += word_dot(gate_values, first, second, BITS) * _scales(
+            gate_scales, read, word, live, groups, GROUP_WORDS
+        )
+        up += word_dot(up_values, first, second, BITS) * _scales(
+            up_scales, read, word, live, groups, GROUP_WORDS
+        )
+    gated, linear = tl.sum(gate, 1), tl.sum(up, 1)
+    if SCALES_INPUT:
+        score = tl.load(scores + pair)
+        gated, linear = gated * score, linear * score
+    result = gated * tl.sigmoid(gated) * linear
+    tl.store(hidden + pair.to(tl.int64) * inter + row, result.to(tl.bfloat16), mask=row < mine)
+
+
+@triton.jit
+def down_kernel(
+    hidden, chosen, scores, addresses, places, share, out,
+    features, inter, row_words, groups, down_packed, down_scale,
+    TOP_K: tl.constexpr, SCALES_INPUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """out[token] += Σ over the token's experts, in the router's order, of score · down·hidden[pair].
+
+    One program owns its rows of ``out``: no atomics, the sum has one order, two runs agree to the bit.
+    """
+    token = tl.program_id(0)
+    begin = tl.program_id(1) * ROWS
+    row = begin + tl.arange(0, ROWS)
+    read = tl.minimum(row, features - 1).to(tl.int64)
+    row_words = tl.multiple_of(row_words, 4)
+    total = tl.zeros((ROWS,), tl.float32)
+    for choice in range(TOP_K):
+        pair = token * TOP_K + choice
+        expert = tl.load(chosen + pair)
+        known = tl.maximum(expert, 0)
+        address = tl.load(addresses + known)
+        mine = _features_here(tl.load(places + known), address, tl.load(share), inter)
+        used = tl.multiple_of(tl.where(expert < 0, 0, mine) * BITS // 32, 4)
+        y = row_dots(
+            pointers(address + down_packed, ALIGNMENT),
+            (address + down_scale).to(tl.pointer_type(tl.bfloat16)),
+            hidden + pair.to(tl.int64) * inter, read, used, row_words, groups, BITS, GROUP, ROWS, WORDS,
+        )  # fmt: skip
+        total += y if SCALES_INPUT else y * tl.load(scores + pair)
+    place = out + token.to(tl.int64) * features + row
+    live = row < features
+    tl.store(place, tl.load(place, mask=live, other=0.0) + total, mask=live)

@@ -1,0 +1,53 @@
+"""Packed words in registers: from an int32 of four or eight weights to f32 values.
+
+A weight is turned into a float without a conversion instruction: its bits are masked where they lie, and the
+exponent of a power of two is put above them. A field at bit ``s`` of the mantissa of 2^(23-s) makes the value
+2^(23-s) + field, exactly, and subtracting 2^(23-s) + zero point leaves the weight. Per weight that is one or
+two logic operations, one addition and one multiply-add; a shift is needed for the upper half of a word only
+(the mantissa has 23 bits).
+
+Budget: an RTX 4090 (128 SMs at 2.5 GHz, 1,008 GB/s) receives 6 weights of int4 per SM and clock and can issue
+128 operations, 21 per weight; the loop needs about 5.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def weight(words, i: tl.constexpr, BITS: tl.constexpr):
+    """Element ``i`` of each packed word: f32 in -8..7 (4 bit) or -128..127 (8 bit), exact."""
+    PER_HALF: tl.constexpr = 16 // BITS
+    PLACE: tl.constexpr = (i % PER_HALF) * BITS
+    MASK: tl.constexpr = ((1 << BITS) - 1) << PLACE
+    EXPONENT: tl.constexpr = (127 + 23 - PLACE) << 23
+    OFFSET: tl.constexpr = 2.0 ** (23 - PLACE) + 2.0 ** (BITS - 1)
+    half = words if i < PER_HALF else words >> 16
+    return ((half & MASK) | EXPONENT).to(tl.float32, bitcast=True) - OFFSET
+
+
+@triton.jit
+def activation(four, i: tl.constexpr):
+    """bf16 number ``i`` of four in an int64, as f32."""
+    half = four.to(tl.int32) if i < 2 else (four >> 32).to(tl.int32)
+    bits = half << 16 if i % 2 == 0 else half & -65536
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def word_dot(words, first, second, BITS: tl.constexpr):
+    """Σ over the weights of each word, ``[N, W]``, times the activations ``[W]`` opposite to them.
+
+    ``first`` and ``second`` hold the activations of elements 0-3 and 4-7, bf16 in int64 (8 bit: ``first``).
+    """
+    total = weight(words, 0, BITS) * activation(first, 0)[None, :]
+    for i in tl.static_range(1, 32 // BITS):
+        four = first if i < 4 else second
+        total += weight(words, i, BITS) * activation(four, i % 4)[None, :]
+    return total
+
+
+@triton.jit
+def pointers(address, PACKED_ALIGNMENT: tl.constexpr):
+    """A packed tensor's address as a pointer to words, with what is known of its alignment."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.int32)), PACKED_ALIGNMENT)

@@ -1,0 +1,150 @@
+"""The routed experts of up to eight tokens, read where they lie: VRAM, or pinned host memory in place.
+
+Which experts, where they are and how much of each is this card's is all read on the device, so the call never
+waits for the host and may sit in a CUDA graph: its grid is fixed, programs with nothing to do end at once.
+
+Legend: T tokens, k experts per token, H hidden, I expert intermediate size, E experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from quant.errors import SchemeError
+from quant.kernels.cuda import runtime
+from quant.kernels.cuda.layout import ExpertLayout
+
+MAX_TOKENS = 8
+VRAM, HOST, ELSEWHERE = 0, 1, 2  # values of ``places``
+# A tile of 16 rows × 128 words on 8 warps: two rows per warp; 2 (gate and up) or 4 programs per SM.
+_ROWS, _WORDS, _WARPS = 16, 128, 8
+
+
+@dataclass(frozen=True)
+class DecodeScratch:
+    """What lies between the two halves of an expert: bf16 ``[T·k, I]``. One serves all layers."""
+
+    hidden: Tensor
+
+    @classmethod
+    def allocate(cls, layout: ExpertLayout, tokens: int, pairs: int, device: torch.device) -> "DecodeScratch":
+        """Scratch for up to ``tokens`` tokens that choose ``pairs`` experts in all."""
+        if not 1 <= tokens <= MAX_TOKENS or pairs < tokens:
+            raise SchemeError(
+                f"{tokens} tokens with {pairs} experts: expected 1 to {MAX_TOKENS} tokens with one or more"
+            )
+        return cls(torch.zeros(pairs, layout.inter, dtype=torch.bfloat16, device=device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.hidden.nbytes
+
+
+def moe_decode(
+    x: Tensor,
+    chosen: Tensor,
+    scores: Tensor,
+    addresses: Tensor,
+    places: Tensor,
+    share: Tensor,
+    layout: ExpertLayout,
+    scratch: DecodeScratch,
+    out: Tensor,
+    *,
+    scales_input: bool,
+) -> None:
+    """Add to ``out`` f32 ``[T, H]`` what this card computes of the chosen experts.
+
+    x bf16 ``[T, H]`` (the reference also takes f32), chosen int32 ``[T, k]`` (-1: none), scores f32
+    ``[T, k]``, addresses int64 ``[E]`` and places uint8 ``[E]`` as the layer's rows of the tables, share
+    int32 ``[1]``. Of an expert in VRAM all I intermediate features are computed, of one in pinned host memory
+    the first ``share`` (a multiple of 32 and of down_proj's group), of others none. ``scales_input``: a score
+    multiplies the expert's input (Llama 4), else its output. Raises SchemeError for other shapes.
+    """
+    _check(x, chosen, scores, addresses, places, layout, scratch, out)
+    if runtime.on_device(x):
+        launch(x, chosen, scores, addresses, places, share, layout, scratch, out, scales_input=scales_input)
+    else:
+        reference(x, chosen, scores, addresses, places, share, layout, out, scales_input=scales_input)
+
+
+def reference(
+    x: Tensor, chosen: Tensor, scores: Tensor, addresses: Tensor, places: Tensor, share: Tensor,
+    layout: ExpertLayout, out: Tensor, *, scales_input: bool,
+) -> None:  # fmt: skip
+    """``moe_decode`` in torch, in f32, on experts in host memory."""
+    limits = {VRAM: layout.inter, HOST: int(share)}
+    for token, experts in enumerate(chosen.tolist()):
+        for choice, expert in enumerate(experts):
+            if expert < 0 or int(addresses[expert]) == 0:
+                continue
+            count = limits.get(int(places[expert]), 0)
+            if not count:
+                continue
+            gate, up, down = layout.dense(int(addresses[expert]), torch.float32)
+            score = scores[token, choice].float()
+            inputs = x[token].float()
+            if scales_input:
+                inputs = inputs * score
+            hidden = silu(linear(inputs, gate[:count])) * linear(inputs, up[:count])
+            y = linear(hidden.to(x.dtype).float(), down[:, :count])
+            out[token] += y if scales_input else y * score
+
+
+def launch(
+    x: Tensor, chosen: Tensor, scores: Tensor, addresses: Tensor, places: Tensor, share: Tensor,
+    layout: ExpertLayout, scratch: DecodeScratch, out: Tensor, *, scales_input: bool,
+) -> None:  # fmt: skip
+    """``moe_decode`` by the two Triton kernels."""
+    from quant.kernels.cuda.device import gemv
+
+    if x.dtype != torch.bfloat16:
+        raise SchemeError(f"activations are {x.dtype}: the CUDA kernels take bf16 (--exact runs on the CPU)")
+    tokens, top_k = chosen.shape
+    blocks = -(-layout.inter // _ROWS)
+    gate_up, down = layout.gate_up, layout.down
+    gemv.gate_up_kernel[(tokens * top_k, blocks)](
+        x, chosen, scores, addresses, places, share, scratch.hidden,
+        layout.hidden, layout.inter, layout.hidden * gate_up.bits // 32, layout.hidden // gate_up.group_size,
+        layout.gate_packed, layout.gate_scale, layout.up_packed, layout.up_scale,
+        TOP_K=top_k, SCALES_INPUT=scales_input, BITS=gate_up.bits, GROUP=gate_up.group_size,
+        ALIGNMENT=layout.alignment, ROWS=_ROWS, WORDS=_WORDS,
+        num_warps=_WARPS, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    gemv.down_kernel[(tokens, -(-layout.hidden // _ROWS))](
+        scratch.hidden, chosen, scores, addresses, places, share, out,
+        layout.hidden, layout.inter, layout.inter * down.bits // 32, layout.inter // down.group_size,
+        layout.down_packed, layout.down_scale,
+        TOP_K=top_k, SCALES_INPUT=scales_input, BITS=down.bits, GROUP=down.group_size,
+        ALIGNMENT=layout.alignment, ROWS=_ROWS, WORDS=_WORDS,
+        num_warps=_WARPS, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _check(
+    x: Tensor, chosen: Tensor, scores: Tensor, addresses: Tensor, places: Tensor, layout: ExpertLayout,
+    scratch: DecodeScratch, out: Tensor,
+) -> None:  # fmt: skip
+    tokens, top_k = chosen.shape
+    expected = {
+        "x": (x, (tokens, layout.hidden), None),
+        "chosen": (chosen, (tokens, top_k), torch.int32),
+        "scores": (scores, (tokens, top_k), torch.float32),
+        "addresses": (addresses, tuple(addresses.shape[-1:]), torch.int64),
+        "places": (places, tuple(addresses.shape[-1:]), torch.uint8),
+        "out": (out, (tokens, layout.hidden), torch.float32),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != shape or dtype not in (None, tensor.dtype) or not tensor.is_contiguous():
+            raise SchemeError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {dtype or 'floats'} {shape}, "
+                "contiguous"
+            )
+    if tokens > MAX_TOKENS or tokens * top_k > scratch.hidden.shape[0]:
+        raise SchemeError(
+            f"{tokens} tokens with {top_k} experts each: expected at most {MAX_TOKENS} tokens and "
+            f"{scratch.hidden.shape[0]} experts in all"
+        )

@@ -1,0 +1,209 @@
+"""The doorbell between a decode step on a GPU and the CPU that computes what the step misses.
+
+The buffers lie in pinned host memory, which a GPU addresses as it is. The step writes a request (which
+experts, from which intermediate feature on, their scores, the token's activations) and rings;
+``HostBell.serve`` computes it with the native kernels and answers. One request is open at a time, and every
+control word has one writer.
+
+Legend: T tokens, k experts per token, H hidden, I expert intermediate size, E experts, L MoE layers.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quant.errors import MachineError, SchemeError
+from quant.kernels.library import check, library
+from quant.kernels.moe import GatedMlp
+from quant.kernels.rows import address
+from quant.kernels.weight import CWeight
+
+# Words of ``BellBuffers.control``, each on a cache line of its own.
+RUNG, ANSWERED, STOP, LOST = 0, 32, 64, 96
+_HEADER = 4
+# Microseconds that the kernels' threads look for work after a request beside a GPU: longer than from one token to the
+# next. On a CPU the step itself needs their cores.
+_AWAKE = 3000
+State = Literal["idle", "missing", "stopped"]
+_STATES: tuple[State, ...] = ("idle", "missing", "stopped")
+
+
+def store_release(control: Tensor, word: int, value: int) -> None:
+    """Write a control word; whoever reads it with acquire sees all that was written before."""
+    library().cs_bell_store(address(control), ctypes.c_int64(word), ctypes.c_int32(value))
+
+
+def load_acquire(control: Tensor, word: int) -> int:
+    """Read a control word."""
+    return int(library().cs_bell_load(address(control), ctypes.c_int64(word)))
+
+
+@dataclass(frozen=True)
+class BellBuffers:
+    """What both sides see. All but ``sequence`` lie in host memory, pinned if the step runs on a GPU.
+
+    ``control`` int32 ``[128]``: RUNG is the number of the last request, written by the step; ANSWERED that of
+    the last answer, written by the host; STOP, written by the host, makes the step wait for no answer; LOST
+    is written by a step that gave up waiting. ``request`` int32 ``[4 + 2·T·k]``: MoE layer, T, k, 0, the
+    experts ``[T, k]``, then the first intermediate feature ``[T, k]`` that the host computes (I: none).
+    ``scores`` f32 ``[T, k]``, ``x`` and ``result`` f32 ``[T, H]``. ``sequence`` int32 ``[1]`` counts the
+    requests and lies on the device.
+    """
+
+    control: Tensor
+    request: Tensor
+    scores: Tensor
+    x: Tensor
+    result: Tensor
+    sequence: Tensor
+
+    @classmethod
+    def allocate(cls, tokens: int, top_k: int, hidden: int, device: torch.device) -> "BellBuffers":
+        """Buffers for steps of up to ``tokens`` tokens on ``device``.
+
+        Raises MachineError if they cannot be pinned.
+        """
+        pin = device.type == "cuda"
+        try:
+            return cls(
+                torch.zeros(128, dtype=torch.int32, pin_memory=pin),
+                torch.zeros(_HEADER + 2 * tokens * top_k, dtype=torch.int32, pin_memory=pin),
+                torch.zeros(tokens, top_k, pin_memory=pin),
+                torch.zeros(tokens, hidden, pin_memory=pin),
+                torch.zeros(tokens, hidden, pin_memory=pin),
+                torch.zeros(1, dtype=torch.int32, device=device),
+            )
+        except RuntimeError as error:
+            raise MachineError(
+                f"cannot pin {8 * tokens * hidden + 512} bytes of host memory for the GPU's doorbell "
+                f"({str(error).splitlines()[0]}): use --no-graph"
+            ) from None
+
+    @property
+    def pinned_nbytes(self) -> int:
+        """Bytes of host memory."""
+        return sum(t.nbytes for t in (self.control, self.request, self.scores, self.x, self.result))
+
+
+@dataclass(frozen=True)
+class Request:
+    """An open request: MoE layer ``layer`` (its row in the table) wants ``experts`` from the host."""
+
+    layer: int
+    experts: tuple[int, ...]
+
+
+class _CLayer(ctypes.Structure):
+    _fields_ = [
+        *((name, CWeight) for name in ("gate", "up", "down")),
+        ("offsets", ctypes.c_int64 * 6),
+    ]
+
+
+class _CBell(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("control", "request", "scores", "x", "result", "addresses")),
+        *((name, ctypes.c_int64) for name in ("layers", "experts", "pairs")),
+        ("stored", ctypes.POINTER(_CLayer)),
+        ("scales_input", ctypes.c_int32),
+        ("exact", ctypes.c_int32),
+        ("keep_awake", ctypes.c_int32),
+    ]
+
+
+def first_byte(expert: GatedMlp) -> int:
+    """Where an expert's bytes begin: the least address of its tensors."""
+    return min(expert.pointers)
+
+
+def offsets(expert: GatedMlp) -> tuple[int, ...]:
+    """Where each of the six tensors lies from the expert's first byte on."""
+    base = first_byte(expert)
+    return tuple(pointer - base for pointer in expert.pointers)
+
+
+class HostBell:
+    """The host's end. ``samples`` has one expert per MoE layer, stored like all others of the layer: int4 or
+    int8, the tensors at the same offsets.
+
+    ``table`` int64 ``[L, E]`` says where each expert's first byte lies in host memory, 0 if it is not there;
+    it may be changed while no request is open. Raises SchemeError for experts in another form.
+    """
+
+    def __init__(
+        self, buffers: BellBuffers, samples: Sequence[GatedMlp], experts: int, *, scales_input: bool,
+        exact: bool,
+    ) -> None:  # fmt: skip
+        layers, hidden = len(samples), buffers.x.shape[1]
+        self.buffers, self.table = buffers, torch.zeros(layers, experts, dtype=torch.int64)
+        self._features = samples[0].gate_proj.out_features
+        self._stored = (_CLayer * layers)()
+        for stored, sample in zip(self._stored, samples, strict=True):
+            parts = (sample.gate_proj, sample.up_proj, sample.down_proj)
+            if any(part.kind not in ("int4", "int8") for part in parts):
+                kinds = ", ".join(part.kind for part in parts)
+                raise SchemeError(f"experts in {kinds}: the doorbell serves int4 and int8")
+            if (sample.gate_proj.out_features, sample.gate_proj.in_features) != (self._features, hidden):
+                raise SchemeError(f"experts of {sample.shapes}: expected hidden size {hidden} in every layer")
+            stored.gate, stored.up, stored.down = (part.native for part in parts)
+            stored.offsets[:] = offsets(sample)
+        shared = (buffers.control, buffers.request, buffers.scores, buffers.x, buffers.result, self.table)
+        self._bell = _CBell(
+            *(tensor.data_ptr() for tensor in shared), layers, experts, buffers.scores.numel(), self._stored,
+            scales_input, exact, _AWAKE if buffers.sequence.is_cuda else 0,
+        )  # fmt: skip
+
+    def serve(self, microseconds: int) -> State:
+        """Compute and answer what is asked for that long. "missing" leaves a request open that names an
+        expert which is not in the table; "stopped" says that the stop word is set.
+
+        Other Python threads run meanwhile. Raises MachineError for a request that makes no sense.
+        """
+        state = ctypes.c_int32(0)
+        status = library().cs_bell_serve(
+            ctypes.byref(self._bell), ctypes.c_int64(microseconds), ctypes.byref(state)
+        )
+        check(status, "doorbell")
+        return _STATES[state.value]
+
+    def request(self) -> Request:
+        """The open request."""
+        words = self.buffers.request.tolist()
+        pairs = words[1] * words[2]
+        ids, first = words[_HEADER : _HEADER + pairs], words[_HEADER + pairs : _HEADER + 2 * pairs]
+        wanted = {expert for expert, row in zip(ids, first, strict=True) if row < self._features}
+        return Request(words[0], tuple(sorted(wanted)))
+
+    def begin(self) -> None:
+        """Start the open request's result at zero."""
+        check(library().cs_bell_begin(ctypes.byref(self._bell)), "doorbell")
+
+    def add(self, expert: int, first_byte: int) -> None:
+        """Add what the open request asks of ``expert``, whose bytes begin at ``first_byte``."""
+        status = library().cs_bell_add(
+            ctypes.byref(self._bell), ctypes.c_int32(expert), ctypes.c_int64(first_byte)
+        )
+        check(status, "doorbell")
+
+    def answer(self) -> None:
+        """Answer the open request with what was added, or, after ``stop``, let go of it."""
+        store_release(self.buffers.control, ANSWERED, load_acquire(self.buffers.control, RUNG))
+
+    def stop(self) -> None:
+        """Make the step wait for no answer: what it computes from here on means nothing."""
+        store_release(self.buffers.control, STOP, 1)
+
+    def rearm(self) -> None:
+        """Serve again after ``stop``, once the step has ended."""
+        self.answer()
+        store_release(self.buffers.control, LOST, 0)
+        store_release(self.buffers.control, STOP, 0)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the step gave up waiting for an answer."""
+        return load_acquire(self.buffers.control, LOST) != 0

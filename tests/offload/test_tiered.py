@@ -1,0 +1,464 @@
+"""Experts over disk, RAM and a device that lags behind: whoever uses one finds all of its bytes."""
+
+import ctypes
+import gc
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from offload.heat import Heat
+from offload.policy import LeastRecent
+from offload.reader import Reader
+from offload.residency import Key
+from offload.store import ExpertStore
+from offload.tables import ELSEWHERE, PINNED, VRAM, DeviceTables
+from offload.tiered import RESERVE, TieredCache
+from offload.transfer import HostTransfer
+from quant.checkpoint import Checkpoint
+from quant.convert import convert
+from quant.errors import BudgetError
+from quant.scheme import Scheme
+from tests.offload.lagging import LaggingTransfer
+
+INT4 = Scheme("int4")
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+Choice = list[list[int]]  # per MoE layer, the experts that a token asks for
+
+
+class Bench:
+    """A store of 4 layers × 8 experts, and the bytes of each expert as they lie on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.store = ExpertStore(Checkpoint.open(path))
+        self.layers, self.experts = self.store.shape.moe_layers, self.store.shape.num_experts
+        self.reader = Reader([entry.file for entry in self.store.checkpoint.entries.values()])
+        self.bytes = {key: self._stored(key) for key in self.store.experts()}
+
+    def _stored(self, key: Key) -> bytes:
+        record = self.store.record(*key)
+        slot = bytearray(record.slot_bytes)
+        for run in record.runs:
+            with open(run.file, "rb") as file:
+                file.seek(run.offset)
+                found = file.read(run.needed)
+            slot[run.position : run.position + len(found)] = found
+        return bytes(slot[record.start : record.start + record.nbytes])
+
+    def cache(
+        self, transfer: LaggingTransfer | HostTransfer, ram: int, vram: int, **more: object
+    ) -> TieredCache:
+        return TieredCache(
+            self.store, self.reader, LeastRecent, ram_slots=ram, vram_slots=vram, transfer=transfer, **more
+        )  # type: ignore[arg-type]
+
+    def check(self, key: Key, address: int, transfer: LaggingTransfer, place: int = VRAM) -> None:
+        """That ``key`` lies whole at ``address``."""
+        assert transfer.on_device(address) == (place == VRAM)
+        found = ctypes.string_at(address, len(self.bytes[key]))
+        assert found == self.bytes[key], f"{key} is not at its address"
+
+
+@pytest.fixture(scope="module")
+def bench(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    destination = tmp_path_factory.mktemp("tiered") / "model"
+    convert(tiny("llama4_text"), destination, {"experts": INT4})
+    made = Bench(destination)
+    yield made
+    made.reader.close()
+
+
+def token(bench: Bench, cache: TieredCache, transfer: LaggingTransfer, choice: Choice) -> set[Key]:
+    """A decode step as the graph does it: kernels that look experts up by the tables as they run, while the
+    host fetches what the device cannot reach. Returns what was fetched."""
+    fetched: set[Key] = set()
+    cache.begin_token()
+    for row, layer in enumerate(bench.layers):
+        missing: list[int] = []
+
+        def ring(row: int = row, missing: list[int] = missing) -> None:
+            missing += [e for e in choice[row] if int(cache.tables.places[row, e]) == ELSEWHERE]
+
+        def compute(row: int = row, layer: int = layer) -> None:
+            for expert in choice[row]:
+                place, address = (
+                    int(cache.tables.places[row, expert]),
+                    int(cache.tables.addresses[row, expert]),
+                )
+                assert (address == 0) == (place == ELSEWHERE)
+                if address:
+                    bench.check((layer, expert), address, transfer, place)
+
+        transfer.done(transfer.launch(ring))
+        transfer.launch(compute)
+        for expert, weights in cache.fetch(layer, missing):
+            tensors = weights.gate_proj.tensors
+            record = cache.store.record(layer, expert)
+            start = min(tensor.data_ptr() for tensor in tensors.values())
+            bench.check((layer, expert), start, transfer, PINNED)
+            assert len(record.weights) == 3
+        fetched |= {(layer, expert) for expert in missing}
+    transfer.done(transfer.mark())
+    cache.after_token(np.array(choice))
+    return fetched
+
+
+def prompt(
+    bench: Bench, cache: TieredCache, transfer: LaggingTransfer, choice: Choice, *, large: bool
+) -> dict[Key, int]:
+    """A prompt's chunk, layer by layer. Returns how often each expert was copied to the device."""
+    copied: dict[Key, int] = {}
+    original = cache.copy_to_lent
+
+    def spy(key: Key, slot: int, after: object) -> object:
+        copied[key] = copied.get(key, 0) + 1
+        return original(key, slot, after)
+
+    cache.copy_to_lent = spy  # type: ignore[method-assign]
+    for row, layer in enumerate(bench.layers):
+        following = [(bench.layers[row + 1], e) for e in choice[row + 1]] if row + 1 < len(choice) else []
+        seen: set[int] = set()
+        for batch in cache.batches(layer, np.array(choice[row]), following if large else (), tokens=16):
+            assert batch.weights.keys() == batch.addresses.keys()
+            for expert, address in batch.addresses.items():
+                seen.add(expert)
+                transfer.launch(lambda k=(layer, expert), a=address: bench.check(k, a, transfer))  # type: ignore[misc]
+        assert seen == set(choice[row])
+    cache.copy_to_lent = original  # type: ignore[method-assign]
+    return copied
+
+
+def consistent(bench: Bench, cache: TieredCache) -> None:
+    """What holds between steps: slots, tables and tiers tell the same story, and no expert lies twice."""
+    vram, host = cache.vram.table, cache.host
+    for table, slots in ((vram, cache.vram.slots.count), (host, cache.arena.slots)):
+        lent = len(cache.lent._free) + len(cache.lent._ahead) if table is vram else 0
+        used = [*table.free, *table.slot_of.values()]
+        assert len(set(used)) == len(used) == slots - lent
+    for key in bench.store.experts():
+        place, row = cache.tables.place(key), cache.tables.row(key[0])
+        address = int(cache.tables._set_address[row, key[1]])
+        start = bench.store.record(*key).start
+        assert (place == VRAM) == cache.vram.resident(key) == (cache.tier_of(key) == "vram")
+        if place == VRAM:
+            assert address == cache.vram.address(key)
+            assert key not in host or key in cache._leaving, "a resident has a host copy"
+        elif place == PINNED:
+            assert address == cache.arena.device_address(host.slot_of[key]) + start
+            assert cache.tier_of(key) == "ram"
+        else:
+            assert address == 0
+
+
+def choices(bench_experts: int = 8, layers: int = 4, most: int = 3) -> st.SearchStrategy[Choice]:
+    ids = st.lists(st.integers(0, bench_experts - 1), min_size=most, max_size=most, unique=True)
+    return st.lists(ids, min_size=layers, max_size=layers)
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["token", "token", "prompt", "large", "fill"]), choices()), max_size=8
+    ),
+    ram=st.integers(2, 30),
+    vram=st.integers(1, 20),
+    pinned_part=st.sampled_from([0.0, 0.5, 1.0]),
+    seeds=st.integers(0, 32),
+    seed=st.integers(0, 2**16),
+)
+@QUICK
+def test_every_expert_is_whole_when_used_however_the_device_lags(
+    bench: Bench,
+    steps: list[tuple[str, Choice]],
+    ram: int,
+    vram: int,
+    pinned_part: float,
+    seeds: int,
+    seed: int,
+) -> None:
+    run(bench, steps, ram, vram, pinned_part, seeds, LaggingTransfer(seed), seed)
+
+
+def run(
+    bench: Bench, steps: list[tuple[str, Choice]], ram: int, vram: int, pinned_part: float, seeds: int,
+    transfer: LaggingTransfer, seed: int,
+) -> None:  # fmt: skip
+    slot = bench.store.slot_bytes
+    transfer.limit = vram * slot
+    transfer.pinnable = int(ram * pinned_part) * slot
+    order = bench.store.experts()
+    cache = bench.cache(transfer, ram, vram, seeds=order[seed % 7 :][:seeds])
+    consistent(bench, cache)
+    for kind, choice in steps:
+        if kind == "token":
+            token(bench, cache, transfer, choice)
+        elif kind == "fill":
+            cache.fill()
+        else:
+            vram_before = {key for key in order if key in cache.vram}
+            copied = prompt(bench, cache, transfer, choice, large=kind == "large")
+            assert all(count == 1 for count in copied.values()), "a cold expert was copied twice in a chunk"
+            assert kind == "large" or len(copied.keys() & vram_before) <= 1, "residents were copied again"
+            cache.adapt()
+        consistent(bench, cache)
+    transfer.drain()
+    cache.wait()
+    cache.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_same_holds_when_copies_land_from_another_thread(bench: Bench, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    transfer = LaggingTransfer(seed, threaded=True)
+    try:
+        kinds = random.choice(["token", "token", "token", "prompt", "large", "fill"], 30)
+        steps = [
+            (str(kind), [random.choice(8, 3, replace=False).tolist() for _ in bench.layers]) for kind in kinds
+        ]
+        run(bench, steps, ram=12, vram=10, pinned_part=1.0, seeds=8, transfer=transfer, seed=seed)
+    finally:
+        transfer.close()
+
+
+def ask(bench: Bench, expert: int) -> Choice:
+    """A token that asks for ``expert`` in the first layer and for expert 0 in the others."""
+    return [[expert], *[[0]] * (len(bench.layers) - 1)]
+
+
+def test_a_hot_expert_takes_a_cold_ones_place_and_neither_is_ever_out_of_reach(bench: Bench) -> None:
+    transfer = LaggingTransfer(1)
+    order = bench.store.experts()
+    cold = [(layer, expert) for layer in bench.layers[1:] for expert in (5, 6, 7)]
+    cache = bench.cache(transfer, ram=len(order) - 9, vram=9 + RESERVE, seeds=cold)
+    cache.fill()
+    cache.wait()
+    for _ in range(40):
+        assert not token(bench, cache, transfer, ask(bench, 3)) & set(cold), "it was forgotten, not moved"
+        consistent(bench, cache)
+    hot = [(bench.layers[0], 3), *((layer, 0) for layer in bench.layers[1:])]
+    assert all(cache.tier_of(key) == "vram" for key in hot)
+    cache.wait()
+    cache.adapt()
+    tiers = list(cache.tiers().values())
+    assert tiers.count("disk") == 0 and tiers.count("vram") >= 9, "what left the device came back to RAM"
+
+
+def test_without_reason_nothing_is_swapped(bench: Bench) -> None:
+    transfer = LaggingTransfer(1)
+    cache = bench.cache(transfer, ram=30, vram=6, seeds=bench.store.experts()[:4])
+    cache.fill()
+    cache.wait()
+    random = np.random.default_rng(0)
+    begun: list[int] = []
+    for _ in range(20):  # every expert as often as the next
+        for expert in random.permutation(8).tolist():
+            token(bench, cache, transfer, [[expert]] * 4)
+        begun.append(len(transfer.copies))
+    assert begun[-1] - begun[4] <= 1, "swapped by chance"
+
+
+def test_an_expert_on_its_way_to_the_device_is_awaited_by_a_prompt(bench: Bench) -> None:
+    transfer = LaggingTransfer(3, lazy=True)
+    cache = bench.cache(transfer, ram=8, vram=4)
+    first = (bench.layers[0], 0)
+    assert list(cache.fetch(*([first[0], [first[1]]]))) and cache.tier_of(first) == "ram"
+    cache.after_token(np.array(ask(bench, 0)))
+    assert first in cache.vram and not cache.vram.resident(first)
+    prompt(bench, cache, transfer, ask(bench, 0), large=False)
+    transfer.drain()
+
+
+def test_tables_are_posted_as_they_were_at_each_flush(bench: Bench) -> None:
+    transfer = LaggingTransfer(5, lazy=True)
+    tables = DeviceTables(bench.layers, bench.experts, transfer)
+    seen: list[int] = []
+    for address in range(1, 7):
+        tables.set((bench.layers[0], 0), VRAM, address)
+        tables.flush()
+        transfer.launch(lambda: seen.append(int(tables.addresses[0, 0])))
+    transfer.drain()
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_large_chunk_borrows_slots_that_are_filled_again(bench: Bench) -> None:
+    transfer = LaggingTransfer(2)
+    order = bench.store.experts()
+    seeds = [key for key in order if key[1] < 5]
+    cache = bench.cache(transfer, ram=12, vram=len(seeds) + RESERVE, seeds=seeds)
+    cache.heat.count(bench.layers[0], np.array([0, 1, 2, 3, 4]), 1)
+    every = [list(range(8))] * 4
+    copied = prompt(bench, cache, transfer, every, large=True)
+    lent = [key for key in seeds if key not in cache.vram]
+    assert 0 < len(lent) <= max(RESERVE, cache.vram.slots.count // 8) - RESERVE or not lent
+    assert copied == dict.fromkeys([key for key in order if key[1] >= 5 or key in lent], 1)
+    assert not any(key[0] == bench.layers[0] for key in lent), "the hottest were lent"
+    for _ in range(30):
+        transfer.drain()
+        cache.wait()
+        cache.adapt()
+    assert cache.vram.free == RESERVE and consistent(bench, cache) is None
+
+
+def test_copies_of_a_prompt_run_ahead_of_its_compute(bench: Bench) -> None:
+    """While a layer's last experts compute, the next layer's first ones are on their way."""
+    transfer = LaggingTransfer(2)
+    cache = bench.cache(transfer, ram=32, vram=4)
+    cache.fill()
+    cache.wait()
+    first, second = bench.layers[:2]
+    for _ in cache.batches(first, np.arange(8), [(second, expert) for expert in range(8)]):
+        pass
+    begun = len(transfer.copies)
+    assert begun > 8, "no copy was begun ahead"
+    for _ in cache.batches(second, np.arange(8)):
+        pass
+    assert len(transfer.copies) == 16
+
+
+def test_experts_that_were_copied_ahead_for_nothing_make_room(bench: Bench) -> None:
+    transfer = LaggingTransfer(2)
+    cache = bench.cache(transfer, ram=32, vram=4)
+    cache.fill()
+    cache.wait()
+    first, second = bench.layers[:2]
+    for _ in range(3):
+        for _ in cache.batches(first, np.array([1]), [(second, expert) for expert in range(8)]):
+            pass
+        for batch in cache.batches(second, np.array([7, 6])):
+            for expert, address in batch.addresses.items():
+                transfer.launch(
+                    lambda k=(second, expert), a=address: bench.check(k, a, transfer)  # type: ignore[misc]
+                )
+    cache.adapt()
+    consistent(bench, cache)
+    transfer.drain()
+
+
+def test_memory_goes_back_to_the_driver_by_segments_and_the_run_goes_on(bench: Bench) -> None:
+    transfer = LaggingTransfer(4)
+    cache = bench.cache(transfer, ram=10, vram=16, seeds=bench.store.experts())
+    held = cache.vram.slots.nbytes
+    freed = cache.shrink_vram()
+    assert freed == held // 8 and cache.vram.slots.nbytes == held - freed
+    consistent(bench, cache)
+    for _ in range(6):
+        token(bench, cache, transfer, [[0, 3], [1, 4], [2, 5], [6, 7]])
+        prompt(bench, cache, transfer, [[0, 3], [1, 4], [2, 5], [6, 7]], large=True)
+    while cache.shrink_vram():
+        pass
+    assert cache.vram.slots.count == 2
+    token(bench, cache, transfer, [[0, 3], [1, 4], [2, 5], [6, 7]])
+    prompt(bench, cache, transfer, [[0, 3], [1, 4], [2, 5], [6, 7]], large=True)
+    cache.adapt()
+    consistent(bench, cache)
+    assert len([note for note in cache.notes if "gave back" in note or "given back" in note]) == 1
+
+
+def test_a_dropped_segment_is_not_kept_alive_by_views(bench: Bench) -> None:
+    cache = bench.cache(HostTransfer(), ram=10, vram=16, seeds=bench.store.experts())
+    for _ in cache.batches(bench.layers[0], np.arange(8)):  # views are made
+        pass
+    memory = [weakref.ref(part) for part in cache.vram.slots._memory.values()]
+    cache.shrink_vram()
+    gc.collect()
+    assert [ref() is None for ref in memory].count(True) == 1
+
+
+def test_a_device_with_less_memory_than_planned_holds_fewer_experts_and_says_so(bench: Bench) -> None:
+    slot = bench.store.slot_bytes
+    transfer = LaggingTransfer(0, limit=10 * slot)
+    cache = bench.cache(transfer, ram=12, vram=16, seeds=bench.store.experts())
+    assert cache.vram.slots.count == 10
+    assert any("10 of 16 expert slots" in note for note in cache.notes)
+    token(bench, cache, transfer, [[0, 3], [1, 4], [2, 5], [6, 7]])
+    consistent(bench, cache)
+    with pytest.raises(BudgetError, match="bytes are left"):
+        bench.cache(LaggingTransfer(0, limit=slot // 2), ram=12, vram=16)
+
+
+def test_memory_that_cannot_be_pinned_is_left_to_the_cpu_and_said(bench: Bench) -> None:
+    transfer = LaggingTransfer(0, pinnable=0)
+    cache = bench.cache(transfer, ram=12, vram=4)
+    cache.fill()
+    cache.wait()
+    assert cache.arena.pinned == 0 and not (cache.tables.where() == PINNED).any()
+    assert [note for note in cache.notes if "could be pinned" in note]
+    token(bench, cache, transfer, ask(bench, 0))
+
+
+def test_a_device_that_holds_every_expert_lends_and_swaps_none(bench: Bench) -> None:
+    transfer = LaggingTransfer(0)
+    order = bench.store.experts()
+    cache = bench.cache(transfer, ram=2, vram=len(order), seeds=order)
+    assert cache.holds_all and set(cache.tiers().values()) == {"vram"}
+    begun = len(transfer.copies)
+    for _ in range(5):
+        prompt(bench, cache, transfer, [list(range(8))] * 4, large=True)
+        token(bench, cache, transfer, [[0], [1], [2], [3]])
+    assert len(transfer.copies) == begun == len(order)
+
+
+def test_an_interrupted_step_leaves_the_cache_usable(bench: Bench) -> None:
+    transfer = LaggingTransfer(0)
+    cache = bench.cache(transfer, ram=6, vram=6, seeds=bench.store.experts())
+    cache.begin_token()
+    next(iter(cache.fetch(bench.layers[1], [5, 6])))
+    prompt(bench, cache, transfer, [[0, 3], [1, 4], [2, 5], [6, 7]], large=True)
+    for _ in cache.batches(bench.layers[0], np.arange(8)):
+        break  # nobody asks for the rest
+    cache.adapt()
+    consistent(bench, cache)
+    token(bench, cache, transfer, [[0, 3], [1, 4], [2, 5], [6, 7]])
+
+
+def test_the_checkpoint_is_as_it_was(bench: Bench) -> None:
+    """Whatever the tests above did: nothing is written back."""
+    for key, expected in bench.bytes.items():
+        assert hashlib.sha256(bench._stored(key)).digest() == hashlib.sha256(expected).digest()
+
+
+def test_requests_and_bytes_are_counted_by_tier(bench: Bench) -> None:
+    transfer = LaggingTransfer(0)
+    first = bench.layers[0]
+    cache = bench.cache(transfer, ram=4, vram=4, seeds=[(first, 0), (first, 1)])
+    cache.take_counters()
+    token(bench, cache, transfer, [[0, 1, 2], [0], [0], [0]][:1] + [[0, 0, 0]] * 3)
+    counters = cache.take_counters()
+    assert counters.by_tier == {"vram": 2, "ram": 0, "disk": 4}
+    nbytes = bench.store.record(first, 0).nbytes
+    assert counters.used_bytes == {"vram": 2 * nbytes, "ram": 4 * nbytes, "disk": 0}
+    assert counters.fetched["disk"] >= 4 * nbytes
+
+
+def test_heat_decays_by_tokens_and_starts_from_a_profile() -> None:
+    heat = Heat([0, 2], 4, {(0, 1): 30.0, (0, 2): 10.0}, half_life=2)
+    whole = 1 / (1 - 2**-0.5)
+    assert heat.score((0, 1)) == pytest.approx(0.75 * whole) and heat.score((2, 1)) == 0
+    heat.count(0, np.array([3]), 1)
+    heat.count(0, np.array([-1]), 1)
+    assert heat.score((0, 3)) == pytest.approx(2**-0.5)
+    assert heat.score((0, 1)) == pytest.approx(0.75 * whole / 2)
+    assert heat.ordered([(2, 0), (0, 0), (0, 1)]) == [(0, 1), (0, 0), (2, 0)]
+    everything = np.ones((2, 4), dtype=bool)
+    assert heat.hottest(everything) == (0, 1) and heat.coldest(everything) == (2, 3)
+    assert heat.hottest(~everything) is None
+
+
+def test_a_prompts_tokens_count_as_much_as_those_of_as_many_steps_on_average() -> None:
+    together, alone = Heat([0], 2, half_life=8), Heat([0], 2, half_life=8)
+    together.count(0, np.array([0] * 10 + [1] * 10), 20)
+    for expert in [0, 1] * 10:
+        alone.count(0, np.array([expert]), 1)
+    assert sum(together._scores[0]) == pytest.approx(sum(alone._scores[0]))
+    assert together.score((0, 0)) == pytest.approx(together.score((0, 1)))
+
+
+def test_experts_are_likely_in_a_large_chunk_only() -> None:
+    heat = Heat([0], 4, {(0, 0): 1.0, (0, 1): 1.0, (0, 2): 1.0})
+    assert heat.likely(0, 1) == []
+    assert set(heat.likely(0, 64)) == {0, 1, 2}
+    assert set(heat.likely(0, 4096)) == {0, 1, 2, 3}

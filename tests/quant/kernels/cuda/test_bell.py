@@ -1,0 +1,99 @@
+"""The step's end of the doorbell: kernels and references ask for the same and wait for the same answer."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from quant.errors import SchemeError
+from quant.kernels.cuda import bell
+from quant.kernels.doorbell import ANSWERED, LOST, RUNG, STOP, BellBuffers, load_acquire, store_release
+
+TOKENS, TOP_K, HIDDEN, INTER = 2, 2, 96, 256
+CHOSEN = torch.tensor([[0, 1], [2, -1]], dtype=torch.int32)
+PLACES = torch.tensor([0, 1, 2, 0], dtype=torch.uint8)
+SHARE = torch.tensor([128], dtype=torch.int32)
+
+
+@pytest.fixture(params=["kernel", "reference"])
+def side(
+    request: pytest.FixtureRequest, device: torch.device
+) -> tuple[Callable[..., None], Callable[..., None], torch.device]:
+    """(ring, answer, where they run): the Triton kernels, or the references of a step on the CPU."""
+    if request.param == "kernel":
+        return bell.launch_ring, bell.launch_answer, device
+    if device.type == "cuda":
+        pytest.skip("the references run on the CPU")
+    return bell.reference_ring, bell.reference_answer, device
+
+
+def moved(place: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.to(place) for tensor in tensors]
+
+
+def test_a_ring_publishes_what_is_the_hosts_and_only_if_something_is(side: Any) -> None:
+    ring, _, place = side
+    buffers = BellBuffers.allocate(TOKENS, TOP_K, HIDDEN, place)
+    x, scores = torch.randn(TOKENS, HIDDEN).bfloat16(), torch.rand(TOKENS, TOP_K)
+    x_there, chosen, scores_there, places, share = moved(place, x, CHOSEN, scores, PLACES, SHARE)
+    for each, row in ((torch.zeros_like(places), 3), (places, 7)):
+        ring(x_there, chosen, scores_there, each, share, row, INTER, buffers)
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+    assert load_acquire(buffers.control, RUNG) == int(buffers.sequence) == 1
+    experts, first = [0, 1, 2, 0], [INTER, 128, 0, INTER]
+    assert buffers.request.tolist() == [7, TOKENS, TOP_K, 0, *experts, *first]
+    assert torch.equal(buffers.scores, scores)
+    assert torch.equal(buffers.x, x.float())
+
+
+def test_an_answer_is_waited_for_and_added_once(side: Any) -> None:
+    ring, answer, place = side
+    buffers = BellBuffers.allocate(TOKENS, TOP_K, HIDDEN, place)
+    x, scores = torch.zeros(TOKENS, HIDDEN).bfloat16(), torch.zeros(TOKENS, TOP_K)
+    x, chosen, scores, places, share = moved(place, x, CHOSEN, scores, PLACES, SHARE)
+    out = torch.ones(TOKENS, HIDDEN, device=place)
+    partial = torch.randn(TOKENS, HIDDEN)
+
+    def host() -> None:
+        deadline = time.monotonic() + 30
+        while load_acquire(buffers.control, RUNG) != 1 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        buffers.result.copy_(partial)
+        store_release(buffers.control, ANSWERED, 1)
+
+    worker = threading.Thread(target=host)
+    worker.start()
+    ring(x, chosen, scores, places, share, 0, INTER, buffers)
+    answer(chosen, places, share, INTER, buffers, out, bell.PATIENCE)
+    answer(chosen, torch.zeros_like(places), share, INTER, buffers, out, bell.PATIENCE)  # asked for nothing
+    worker.join()
+    assert torch.equal(out.cpu(), 1 + partial)
+    assert load_acquire(buffers.control, LOST) == 0
+
+
+@pytest.mark.parametrize("reason", ["no answer", "stop", "an answer was lost before"])
+def test_a_dead_host_cannot_hang_the_step(side: Any, reason: str) -> None:
+    _, answer, place = side
+    buffers = BellBuffers.allocate(TOKENS, TOP_K, HIDDEN, place)
+    buffers.sequence.fill_(5)
+    store_release(buffers.control, STOP, int(reason == "stop"))
+    store_release(buffers.control, LOST, 3 if "lost" in reason else 0)
+    out = torch.ones(TOKENS, HIDDEN, device=place)
+    chosen, places, share = moved(place, CHOSEN, PLACES, SHARE)
+    patience = 700 if reason == "no answer" else bell.PATIENCE
+    answer(chosen, places, share, INTER, buffers, out, patience)
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+    assert load_acquire(buffers.control, LOST) == 5
+    assert (out == 1).all()
+
+
+def test_buffers_too_small_are_refused() -> None:
+    buffers = BellBuffers.allocate(1, 1, HIDDEN, torch.device("cpu"))
+    x, scores = torch.zeros(TOKENS, HIDDEN), torch.zeros(TOKENS, TOP_K)
+    with pytest.raises(SchemeError, match="the doorbell's buffers are for 1 experts"):
+        bell.ring(x, CHOSEN, scores, PLACES, SHARE, 0, INTER, buffers)

@@ -1,0 +1,164 @@
+"""The experts' kernels for few tokens equal the reference, wherever experts are and whoever chooses them."""
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from quant.errors import SchemeError
+from quant.kernels.cuda import experts
+from quant.kernels.cuda.experts import DecodeScratch
+from quant.kernels.cuda.layout import ExpertLayout
+from quant.pack import dequantize
+from quant.scheme import Scheme
+from tests.quant.kernels.cuda.images import Images, assert_near, images, packed
+
+HALVES = 1e-2  # bf16 activations between the two kernels; the interpreter cuts them off instead of rounding
+SUMS = 2e-6  # f32 sums in another order
+
+CASES = {
+    "int4-g128": (Scheme("int4", 128), Scheme("int4", 128), 128, 256),
+    "int4-g32, hidden no multiple of the tile": (Scheme("int4", 32), Scheme("int4", 32), 1120, 96),
+    "int8-g64 and int4-g64": (Scheme("int8", 64), Scheme("int4", 64), 192, 64),
+    "int4-g32 and int8-g32": (Scheme("int4", 32), Scheme("int8", 32), 32, 608),
+}
+
+
+class Step:
+    """Inputs and outputs of one call on ``device``."""
+
+    def __init__(self, made: Images, chosen: list[list[int]], places: list[int], share: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.made, layout, device = made, made.layout, made.addresses.device
+        self.chosen = torch.tensor(chosen, dtype=torch.int32)
+        tokens, top_k = self.chosen.shape
+        self.x = torch.randn(tokens, layout.hidden, generator=generator).bfloat16()
+        self.scores = torch.rand(tokens, top_k, generator=generator) + 0.1
+        self.places = torch.tensor(places, dtype=torch.uint8)
+        self.share = torch.tensor([share], dtype=torch.int32)
+        self.out = torch.randn(tokens, layout.hidden, generator=generator)
+        self.scratch = DecodeScratch.allocate(layout, tokens, tokens * top_k, device)
+
+    def ours(self, scales_input: bool) -> torch.Tensor:
+        device = self.made.addresses.device
+        moved = [t.to(device) for t in (self.x, self.chosen, self.scores)]
+        out = self.out.clone().to(device)
+        experts.launch(
+            *moved, self.made.addresses, self.places.to(device), self.share.to(device), self.made.layout,
+            self.scratch, out, scales_input=scales_input,
+        )  # fmt: skip
+        return out
+
+    def theirs(self, scales_input: bool) -> torch.Tensor:
+        addresses = torch.where(self.made.addresses.cpu() == 0, 0, self.made.host_addresses)
+        out = self.out.clone()
+        experts.moe_decode(
+            self.x, self.chosen, self.scores, addresses, self.places, self.share, self.made.layout,
+            DecodeScratch.allocate(self.made.layout, *self._sizes, torch.device("cpu")), out,
+            scales_input=scales_input,
+        )  # fmt: skip
+        return out
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return self.chosen.shape[0], self.chosen.numel()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("scales_input", [True, False])
+def test_one_token_equals_the_reference(name: str, scales_input: bool, device: torch.device) -> None:
+    gate_up, down, hidden, inter = CASES[name]
+    step = Step(images(2, hidden, inter, gate_up, down, device), [[1]], [0, 0], 0)
+    assert_near(step.ours(scales_input), step.theirs(scales_input), HALVES)
+
+
+def test_each_half_is_exact_but_for_the_order_of_sums(device: torch.device) -> None:
+    made = images(1, 1120, 96, Scheme("int4", 32), Scheme("int8", 32), device)
+    step = Step(made, [[0]], [0], 0)
+    step.scores[:] = 1
+    out = step.ours(scales_input=True).cpu()
+    gate, up, down = made.dense[0]
+    x = step.x.float()
+    hidden = silu(x @ gate.T) * (x @ up.T)
+    found = step.scratch.hidden[:1].cpu()
+    assert ((found.float() - hidden).abs() <= hidden.abs() * 2**-7 + 1e-6).all()
+    assert_near(out, step.out + found.float() @ down.T, SUMS)
+
+
+def test_places_shares_absent_experts_and_several_choices(device: torch.device) -> None:
+    made = images(5, 128, 128, Scheme("int4", 64), Scheme("int4", 32), device)
+    made.addresses[4] = 0  # in VRAM, says the table, but the card has no address for it: not its business
+    step = Step(made, [[0, 1, 4], [2, -1, 1]], [0, 1, 2, 0, 0], 96)
+    for scales_input in (True, False):
+        assert_near(step.ours(scales_input), step.theirs(scales_input), HALVES)
+
+
+@pytest.mark.parametrize("share", [0, 128])
+def test_a_share_of_nothing_and_of_all(share: int, device: torch.device) -> None:
+    made = images(1, 64, 128, Scheme("int8", 32), Scheme("int4", 128), device)
+    step = Step(made, [[0]], [1], share)
+    out = step.ours(scales_input=True)
+    assert_near(out, step.theirs(scales_input=True), HALVES)
+    assert torch.equal(out.cpu(), step.out) == (share == 0)
+
+
+def test_no_expert_leaves_the_output_as_it_is(device: torch.device) -> None:
+    step = Step(images(1, 64, 64, Scheme("int4", 64), Scheme("int4", 64), device), [[-1], [-1]], [0], 0)
+    assert torch.equal(step.ours(scales_input=False).cpu(), step.out)
+
+
+@pytest.mark.parametrize("alignment", [4, 8])
+def test_narrow_alignment_costs_width_not_correctness(alignment: int, device: torch.device) -> None:
+    made = images(1, 96, 64, Scheme("int4", 32), Scheme("int4", 64), device, alignment)
+    assert made.layout.alignment == alignment
+    step = Step(made, [[0]], [0], 0)
+    assert_near(step.ours(scales_input=True), step.theirs(scales_input=True), HALVES)
+
+
+def test_two_runs_agree_to_the_bit(device: torch.device) -> None:
+    made = images(2, 64, 64, Scheme("int4", 32), Scheme("int4", 32), device)
+    step = Step(made, [[0, 1]], [0, 0], 0)
+    assert torch.equal(step.ours(scales_input=False), step.ours(scales_input=False))
+
+
+def test_the_reference_equals_the_oracle_on_dequantized_weights() -> None:
+    made = images(2, 96, 64, Scheme("int4", 32), Scheme("int8", 64), torch.device("cpu"))
+    step = Step(made, [[1, 0]], [0, 0], 0)
+    step.x = step.x.float()  # the reference keeps the precision it is given
+    x, total = step.x, step.out.clone()
+    for choice, expert in enumerate((1, 0)):
+        gate, up, down = made.dense[expert]
+        total += (silu(x @ gate.T) * (x @ up.T)) @ down.T * step.scores[:, choice, None]
+    assert_near(step.theirs(scales_input=False), total, SUMS)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    made = images(1, 64, 64, Scheme("int4", 64), Scheme("int4", 64), torch.device("cpu"))
+    step = Step(made, [[0]], [0], 0)
+    step.x = step.x[:, :32]
+    with pytest.raises(SchemeError, match=r"x is .*expected"):
+        step.theirs(scales_input=True)
+    with pytest.raises(SchemeError, match="1 to 8"):
+        DecodeScratch.allocate(made.layout, 9, 9, torch.device("cpu"))
+    offsets = dict.fromkeys([(n, s) for n in ("gate_proj", "up_proj", "down_proj")
+                             for s in ("weight_packed", "weight_scale")], 0)  # fmt: skip
+    int4, int8 = Scheme("int4", 64), Scheme("int8", 64)
+    mixed = {"gate_proj": int4, "up_proj": int8, "down_proj": int4}
+    nf4 = dict.fromkeys(mixed, Scheme("nf4"))
+    with pytest.raises(SchemeError, match="in one scheme"):
+        ExpertLayout.from_offsets(64, 64, mixed, offsets)
+    with pytest.raises(SchemeError, match="read int4 and int8"):
+        ExpertLayout.from_offsets(64, 64, nf4, offsets)
+    with pytest.raises(SchemeError, match="multiple of 16"):
+        made.layout.check_address(24)
+
+
+def test_a_shared_expert_is_an_expert_with_an_address_of_its_own() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = [packed(64, 96, Scheme("int8", 32), generator) for _ in range(2)]
+    weights.append(packed(96, 64, Scheme("int4", 64), generator))
+    tensors = [tensor for weight in weights for tensor in (weight.packed, weight.scale)]
+    layout, address = ExpertLayout.of_weights(*tensors)
+    assert (layout.hidden, layout.inter) == (96, 64)
+    assert (str(layout.gate_up), str(layout.down)) == ("int8-g32", "int4-g64")
+    found = layout.dense(layout.check_address(address), torch.float32)
+    assert all(torch.equal(a, dequantize(b)) for a, b in zip(found, weights, strict=True))

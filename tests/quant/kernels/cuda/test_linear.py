@@ -1,0 +1,93 @@
+"""The product on packed weights equals the reference for any shape, one token to many, both widths."""
+
+import pytest
+import torch
+
+from quant.errors import SchemeError
+from quant.kernels.cuda import linear
+from quant.linear import Compute, LinearWeight, matmul
+from quant.pack import quantize_nf4
+from quant.scheme import Kind, Scheme
+from tests.quant.kernels.cuda.images import assert_near, packed
+
+HALF = 2**-7  # bf16, which the interpreter cuts off instead of rounding
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "rows", "columns", "tokens"),
+    [
+        ("int4", 128, 200, 384, 1),
+        ("int4", 32, 17, 1056, 1),
+        ("int8", 64, 130, 192, 1),
+        ("int8", 256, 16, 1024, 1),
+        ("int4", 128, 48, 384, 2),
+        ("int4", 256, 33, 512, 8),
+        ("int4", 32, 48, 96, 5),
+        ("int4", 64, 20, 192, 17),
+        ("int8", 128, 40, 256, 70),
+        ("int8", 32, 140, 32, 33),
+        ("int8", 64, 31, 320, 16),
+    ],
+)
+def test_equals_the_reference(
+    kind: Kind, group: int, rows: int, columns: int, tokens: int, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = packed(rows, columns, Scheme(kind, group), generator)
+    x = torch.randn(tokens, columns, generator=generator).bfloat16()
+    tensors = x, weight.packed, weight.scale
+    bits = weight.scheme.bits
+    start = torch.randn(tokens, rows, generator=generator)
+    moved = [tensor.to(device) for tensor in tensors]
+    # Groups of less than 16 words are applied to the weights before the tensor core, in bf16 on a card.
+    exact = device.type == "cpu" or tokens == 1 or group * bits >= 512
+    added = linear.launch(*moved, bits, group, start.clone().to(device))
+    assert_near(added, linear.reference(*tensors, bits, group, start.clone()), 1e-6 if exact else HALF)
+    plain = linear.launch(*moved, bits, group)
+    assert plain.dtype == torch.bfloat16
+    assert_near(plain, linear.reference(*tensors, bits, group), HALF)
+
+
+def test_tensors_on_the_cpu_get_the_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = packed(24, 64, Scheme("int4", 32), generator)
+    x = torch.randn(2, 64, generator=generator)
+    y = linear.linear(x, weight.packed, weight.scale, 4, 32)
+    stored = LinearWeight(weight.scheme, weight.tensors(), 24, 64)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, matmul(x, stored, Compute()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_matmul_sends_packed_and_nf4_weights_to_the_fused_kernels(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, 256, generator=generator).bfloat16().cuda()
+    int8 = packed(192, 256, Scheme("int8", 64), generator)
+    nf4 = quantize_nf4((torch.randn(192, 256, generator=generator) / 16).bfloat16().cuda())
+    for scheme, tensors in (
+        (int8.scheme, {name: tensor.cuda() for name, tensor in int8.tensors().items()}),
+        (Scheme("nf4"), nf4),
+    ):
+        weight = LinearWeight(scheme, tensors, 192, 256)
+        ours = matmul(x[None], weight, Compute(triton=True))
+        assert ours.shape == (1, tokens, 192)
+        assert_near(ours, torch.nn.functional.linear(x.float(), weight.dense(torch.float32))[None], 2e-2)
+
+
+def test_the_compute_says_what_it_is() -> None:
+    assert Compute(triton=True).name == "Triton, bf16 activations"
+    assert Compute(triton=True, exact=True).name == "torch, dequantized weights"
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weight = packed(24, 64, Scheme("int4", 32), torch.Generator().manual_seed(0))
+    x = torch.zeros(1, 64)
+    with pytest.raises(SchemeError, match=r"expected \[T, 64\]"):
+        linear.linear(x[:, :32], weight.packed, weight.scale, 4, 32)
+    with pytest.raises(SchemeError, match="expected int4-g64 weights"):
+        linear.linear(x, weight.packed, weight.scale, 4, 64)
+    with pytest.raises(SchemeError, match="expected f32"):
+        linear.linear(x, weight.packed, weight.scale, 4, 32, torch.zeros(1, 24).bfloat16())
+    with pytest.raises(SchemeError, match="take bf16"):
+        linear.launch(x, weight.packed, weight.scale, 4, 32)
