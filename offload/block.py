@@ -95,14 +95,14 @@ class BlockTable:
 
     def __init__(self, blocks: Mapping[int, NativeMoe]) -> None:
         self.blocks = blocks
-        self._layout: Any = None
+        self._layouts: dict[int, Any] = {}
         self._gated: dict[int, GatedMlp] = {}
 
     def landed(self, key: Key, weights: ExpertWeights) -> None:
-        """Enter a resident expert; one stored unlike the others stays out and runs as a job of its own."""
+        """Enter a resident expert; one stored unlike its layer's others stays out and runs as a job of its
+        own."""
         expert = self._gated.setdefault(id(weights), gated(weights))
-        self._layout = self._layout or expert.layout
-        if expert.layout == self._layout:
+        if expert.layout == self._layouts.setdefault(key[0], expert.layout):
             self.blocks[key[0]].block.set_expert(key[1], expert)
 
     def evicted(self, key: Key) -> None:

@@ -35,6 +35,7 @@ from quant.errors import OutputError, UsageError
 from quant.families import PROJECTIONS, Projection, Role
 from quant.gptq import DAMPING, gptq
 from quant.linear import LinearWeight, QuantLinear
+from quant.mixture import described, scheme_of
 from quant.scheme import BF16, Scheme
 from quant.shape import LinearSpec
 
@@ -80,7 +81,7 @@ def calibrate(
     job = {
         "source": checkpoint.identity,
         "text": windows.identity,
-        "schemes": {role: str(scheme) for role, scheme in schemes.items()},
+        "schemes": described(schemes),
     }
     try:
         state = CalibrationState.open(folder, job, resume)
@@ -115,7 +116,7 @@ class _Layer:
         self.specs = {
             spec.module.rpartition(".")[2]: spec
             for spec in walk.shape.dense_linears()
-            if spec.layer == layer and schemes.get(spec.role, BF16).is_packed
+            if spec.layer == layer and scheme_of(schemes, spec).is_packed
         }
         self.names = {spec.module: runtime_name(checkpoint, spec.module) for spec in self.specs.values()}
         self.stock: dict[str, Any] = {
@@ -166,7 +167,7 @@ class _Layer:
         self.made[spec.module] = module
 
     def _round(self, spec: LinearSpec, weight: Tensor, inputs: Moments) -> LinearWeight:
-        scheme, tokens = self.schemes[spec.role], max(inputs.tokens, 1)
+        scheme, tokens = scheme_of(self.schemes, spec), max(inputs.tokens, 1)
         hessian, cross = inputs.hessian / tokens, inputs.cross / tokens
         done = gptq(weight, scheme, hessian, hessian + PULL * (cross - hessian))
         if done.damping > DAMPING:

@@ -27,7 +27,8 @@ SLACK = 48 * MIB
 class Footprint:
     """What a model in ``schemes`` takes for ``context`` tokens of KV cache in ``kv_bits`` (8, 16 or 32).
 
-    ``slot_bytes`` is what one expert takes in an arena: whole pages, as direct I/O wants them.
+    ``slot_bytes`` is what one expert takes in an arena: whole pages, as direct I/O wants them, and where
+    experts differ as many as the largest needs.
     """
 
     shape: ModelShape
@@ -38,12 +39,12 @@ class Footprint:
 
     def __post_init__(self) -> None:
         if not self.slot_bytes:
-            object.__setattr__(self, "slot_bytes", slot_bytes_of(self.expert_bytes))
+            object.__setattr__(self, "slot_bytes", slot_bytes_of(self.shape.largest_expert(self.schemes)))
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert that a forward pass reads."""
-        return self.shape.expert_nbytes(self.schemes.get("experts", BF16))
+        """Bytes of one expert that a forward pass reads; of the mean one where they differ."""
+        return self.shape.experts_nbytes(self.schemes) // max(self.experts, 1)
 
     @property
     def experts(self) -> int:

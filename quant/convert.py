@@ -23,6 +23,7 @@ from quant.errors import CheckpointError, NonFiniteError, OutputError
 from quant.families import QUANTIZABLE, Role
 from quant.fidelity import Fidelity, RoleFidelity
 from quant.journal import Journal, Sums
+from quant.mixture import described
 from quant.parts import Conversion, Part, Piece, plan_conversion
 from quant.rounding import Rounder, Rounding, make_rounder
 from quant.scheme import BF16, Scheme
@@ -221,7 +222,7 @@ def _job(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme], rounder: Rounde
     stats = [(file.name, file.stat()) for file in files]
     return {
         "format": "coldstream quantization 1",
-        "recipe": {role: str(schemes.get(role, BF16)) for role in QUANTIZABLE},
+        "recipe": dict.fromkeys(QUANTIZABLE, str(BF16)) | described(schemes),
         "rounding": rounder.name,
         "source": checkpoint.identity,
         "state of the source's files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
