@@ -146,3 +146,17 @@ def test_buckets_and_bars_hold_every_token_once() -> None:
     assert sum(found.histogram.values()) == 500
     assert found.log_ratio == pytest.approx(-0.1)
     assert found.delta_p_mean > 0
+
+
+def test_a_token_is_counted_in_the_half_decade_of_its_divergence() -> None:
+    kl = np.array([0.0, 2e-6, 2e-3, 4e-3, 0.02, 0.5, 200.0])
+    measures = TokenMeasures(kl, *(np.ones(7) for _ in range(4)))
+    counted = {edge: count for edge, count in Divergence.of(measures).histogram.items() if count}
+    assert counted == {"1e-6": 2, "1e-3": 1, "3e-3": 1, "1e-2": 1, "3e-1": 1, "3e1": 1}
+
+
+def test_divergence_by_position_is_the_mean_over_windows() -> None:
+    kl = np.concatenate([np.arange(32.0), 2 * np.arange(32.0)])
+    measures = TokenMeasures(kl, *(np.ones(64) for _ in range(4)))
+    found = Divergence.of(measures, 32).by_position
+    assert found == pytest.approx([1.5 * (2 * index + 0.5) for index in range(16)])
