@@ -112,6 +112,23 @@ class Footprint:
         )
 
 
+def calibration_nbytes(shape: ModelShape, tokens: int) -> dict[str, int]:
+    """Bytes that ``quantize --calibrate`` takes for a text of ``tokens`` tokens, by what they are for.
+
+    The dense weights of the whole model in bf16, one layer's routed experts, two streams of hidden states
+    and both inputs of an MLP in f32, and the Hessians of one Linear with what is made of them.
+    """
+    roles = shape.role_nbytes({})
+    dense = sum(size for role, size in roles.items() if role not in ("experts", "vision"))
+    widest = max(shape.hidden_size, shape.expert_intermediate, shape.dense_intermediate)
+    return {
+        "dense weights": dense,
+        "experts of one layer": shape.num_experts * shape.expert_weights * 2,
+        "hidden states": tokens * shape.hidden_size * 16,
+        "hessians": 6 * widest * widest * 4,
+    }
+
+
 def slot_bytes_of(expert_bytes: int) -> int:
     """An expert in whole pages."""
     return -(-expert_bytes // PAGE) * PAGE

@@ -1,0 +1,178 @@
+"""How many bits each unit of a checkpoint gets: what is known of it, the budget, and the choice.
+
+Three goals: mean bits of the quantized weights, bytes of the whole checkpoint, or a machine that must hold
+every expert in VRAM and RAM. A slot of the runtime holds any expert, so experts of different size waste
+memory on a machine that just holds them; for that goal the experts' largest scheme is chosen, too.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from quant.allocate import Allocation, Choices, Option, allocate
+from quant.checkpoint import Checkpoint
+from quant.errors import BudgetError, UsageError
+from quant.families import Role
+from quant.parts import plan_conversion
+from quant.scheme import Kind, Scheme
+from quant.sizes import format_size
+from quant.units import Unit, units_of
+
+_STEPS = 12  # of halving, towards the largest size that fits
+Fits = Callable[[Mapping[Role, Scheme]], bool]
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """Chooses for ``choices``; ``fixed`` units keep the scheme they were given and count towards every
+    goal."""
+
+    checkpoint: Checkpoint
+    choices: Sequence[Choices]
+    fixed: Sequence[tuple[Unit, Scheme]]
+    how: str
+
+    def by_bits(self, bits: float) -> Allocation:
+        """At most ``bits`` per quantized weight, scales counted. Raises UsageError if there are too few."""
+        weights = sum(choice.unit.weights for choice in self.choices)
+        weights += sum(unit.weights for unit, _ in self.fixed)
+        return self._allocate(self.choices, int(bits * weights / 8) - self._fixed_bytes)
+
+    def by_size(self, nbytes: int) -> Allocation:
+        """A checkpoint of at most ``nbytes`` bytes. Raises UsageError if it cannot be that small."""
+        least = self._least(self.choices)
+        rest = plan_conversion(self.checkpoint, least.mixture(self.fixed)).layout.nbytes - least.nbytes
+        if rest + least.nbytes > nbytes:
+            raise UsageError(
+                f"the smallest that this checkpoint gets is {format_size(rest + least.nbytes)}, "
+                f"{format_size(rest)} of it not to be allocated, but {format_size(nbytes)} were asked for: "
+                "ask for more, or leave more roles to be allocated"
+            )
+        return self._allocate(self.choices, nbytes - rest)
+
+    def by_fit(self, fits: Fits) -> Allocation:
+        """The least loss whose schemes ``fits``. Raises BudgetError if nothing does."""
+        found: list[Allocation] = []
+        for capped in self._caps():
+            least, most = self._least(capped), self._most(capped)
+            if not fits(least.mixture(self.fixed)):
+                continue
+            if fits(most.mixture(self.fixed)):
+                found.append(most)
+                continue
+            best, low, high = least, least.nbytes, most.nbytes
+            for _ in range(_STEPS):
+                middle = (low + high) // 2
+                tried = self._allocate(capped, middle)
+                if fits(tried.mixture(self.fixed)):
+                    best, low = tried, middle
+                else:
+                    high = middle
+            found.append(best)
+        if not found:
+            least = self._least(self.choices)
+            raise BudgetError(
+                f"even {least.bits:.3f} bits per weight ({format_size(least.nbytes)}) do not fit with every "
+                "expert in memory: use --target-bits or --target-size, and the disk holds the cold experts"
+            )
+        return min(found, key=lambda one: one.loss)
+
+    @property
+    def _fixed_bytes(self) -> int:
+        return sum(unit.nbytes(scheme) for unit, scheme in self.fixed)
+
+    def _allocate(self, choices: Sequence[Choices], budget: int) -> Allocation:
+        """transformers loads the experts of most families with one width only: there both are tried."""
+        if self.checkpoint.shape.family.fused_transposed:
+            return allocate(choices, budget, self.how)
+        kinds: tuple[Kind, ...] = ("int4", "int8")
+        found: list[Allocation] = []
+        failed: UsageError | None = None
+        for kind in kinds:
+            narrowed = list(_narrowed(choices, partial(_is_kind, kind)))
+            try:
+                found.append(allocate(narrowed, budget, self.how))
+            except UsageError as error:
+                failed = failed or error
+        if not found:
+            assert failed is not None
+            raise failed
+        return min(found, key=lambda one: one.loss)
+
+    def _least(self, choices: Sequence[Choices]) -> Allocation:
+        return self._allocate(choices, sum(min(o.nbytes for o in choice.options) for choice in choices))
+
+    def _most(self, choices: Sequence[Choices]) -> Allocation:
+        return self._allocate(choices, sum(max(o.nbytes for o in choice.options) for choice in choices))
+
+    def _caps(self) -> Iterator[list[Choices]]:
+        """The choices with the experts' schemes up to each size."""
+        sizes = {
+            o.scheme.bits_per_weight for c in self.choices if c.unit.role == "experts" for o in c.options
+        }
+        for size in sorted(sizes) or [0.0]:
+            yield list(_narrowed(self.choices, partial(_is_within, size)))
+
+
+def _is_kind(kind: Kind, option: Option) -> bool:
+    return option.scheme.kind == kind
+
+
+def _is_within(bits: float, option: Option) -> bool:
+    return option.scheme.bits_per_weight <= bits
+
+
+def _narrowed(choices: Sequence[Choices], keeps: Callable[[Option], bool]) -> Iterator[Choices]:
+    """``choices`` whose routed experts have those options only that ``keeps`` says."""
+    for choice in choices:
+        if choice.unit.role == "experts":
+            yield replace(choice, options=tuple(option for option in choice.options if keeps(option)))
+        else:
+            yield choice
+
+
+def split_roles(
+    checkpoint: Checkpoint, open_roles: Sequence[Role], fixed: Mapping[Role, Scheme], per_expert: bool
+) -> tuple[list[Unit], list[tuple[Unit, Scheme]]]:
+    """The units to choose for, and those of ``fixed`` roles with their scheme. Raises UsageError if there is
+    nothing to choose, or a fixed scheme has no place beside the chosen ones."""
+    units = units_of(checkpoint.shape, open_roles, "expert" if per_expert else "layer")
+    if not units:
+        raise UsageError("nothing to choose bits for: leave at least one role of the model to be allocated")
+    for role, scheme in fixed.items():
+        if scheme.kind == "nf4":
+            raise UsageError(f"{role} in nf4 has no place beside int4 and int8: choose another scheme for it")
+    kept = [
+        (unit, scheme)
+        for role, scheme in fixed.items()
+        if scheme.is_packed
+        for unit in units_of(checkpoint.shape, [role])
+    ]
+    return units, kept
+
+
+def keep_losses(file: Path, job: Mapping[str, Any], choices: Sequence[Choices]) -> None:
+    """Write what was measured for ``job`` beside a run's other work."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    losses = [[[str(o.scheme), o.loss] for o in choice.options] for choice in choices]
+    draft = file.with_suffix(".new")
+    draft.write_text(json.dumps({"job": job, "losses": losses}))
+    draft.replace(file)
+
+
+def kept_losses(file: Path, job: Mapping[str, Any], units: Sequence[Unit]) -> list[Choices] | None:
+    """What ``keep_losses`` wrote for the same ``job``; None if there is nothing of it."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    if found.get("job") != job or len(found["losses"]) != len(units):
+        return None
+    made = []
+    for unit, losses in zip(units, found["losses"], strict=True):
+        schemes = [(Scheme.parse(text), loss) for text, loss in losses]
+        made.append(Choices(unit, tuple(Option(s, unit.nbytes(s), loss) for s, loss in schemes)))
+    return made

@@ -1,0 +1,114 @@
+"""The importance matrix of a text: mean and mean square of every Linear's input channels.
+
+One walk through the layers of the original model. A routed expert is measured with its own tokens, blended
+with some that stand for all tokens of its layer, which is what an expert lives on that saw few.
+
+In memory: one layer's experts and the hidden states (tokens x H x 8 bytes).
+
+Legend: T tokens, H hidden, K in features, k experts per token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.layerwise import Layerwise
+from offload.load import runtime_name
+from offload.windows import Windows
+from quant.checkpoint import Checkpoint
+from quant.imatrix import Imatrix, Moments
+from quant.shape import LinearSpec
+
+_SAMPLE = 256  # tokens that stand for all of a layer
+_OWN = 2048  # tokens of its own that an expert's down_proj is measured with at most
+Progress = Callable[[int, int], None]
+
+
+class _Sums:
+    """Sums over tokens of one input."""
+
+    def __init__(self) -> None:
+        self.first: Tensor | None = None
+        self.second: Tensor | None = None
+        self.tokens = 0.0
+
+    def add(self, x: Tensor, weight: float = 1.0) -> None:
+        """``x`` f32 ``[T, K]``, each token counting ``weight``."""
+        first, second = weight * x.sum(0), weight * x.square().sum(0)
+        self.first = first if self.first is None else self.first + first
+        self.second = second if self.second is None else self.second + second
+        self.tokens += weight * len(x)
+
+    def moments(self) -> Moments:
+        assert self.first is not None and self.second is not None
+        return Moments(self.first / self.tokens, self.second / self.tokens)
+
+
+def measure_importance(checkpoint: Checkpoint, windows: Windows, progress: Progress | None = None) -> Imatrix:
+    """The moments of every Linear's input in ``checkpoint`` over ``windows``."""
+    found: dict[str, Moments] = {}
+    with Layerwise(checkpoint) as walk, torch.inference_mode():
+        hidden = walk.embed(windows.ids)
+        for layer in range(checkpoint.shape.num_layers):
+            found.update(_layer(walk, layer, hidden))
+            if progress is not None:
+                progress(layer + 1, checkpoint.shape.num_layers)
+        head = [spec for spec in checkpoint.shape.dense_linears() if spec.layer is None]
+        if head:
+            sums = _Sums()
+            for window in hidden:
+                sums.add(walk.model.model.norm(window).float())
+            found[head[0].module] = sums.moments()
+    return Imatrix(found, windows.identity, checkpoint.identity)
+
+
+def _layer(walk: Layerwise, layer: int, hidden: Tensor) -> dict[str, Moments]:
+    """Measure ``layer`` and move ``hidden`` on."""
+    specs = [spec for spec in walk.shape.dense_linears() if spec.layer == layer]
+    sums = {spec.module: _Sums() for spec in specs}
+    handles = [_watch(walk, spec, sums[spec.module]) for spec in specs]
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    walk.runner.observer = lambda x, chosen, scores: seen.append((x.float(), chosen, scores.float()))
+    try:
+        walk.run(layer, hidden, hidden)
+    finally:
+        walk.runner.observer = None
+        for handle in handles:
+            handle.remove()
+    found = {module: one.moments() for module, one in sums.items()}
+    if seen:
+        x, chosen, scores = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        found.update(_experts(walk, layer, x, chosen, scores))
+    return found
+
+
+def _watch(walk: Layerwise, spec: LinearSpec, sums: _Sums) -> Any:
+    module = walk.model.get_submodule(runtime_name(walk.checkpoint, spec.module))
+    return module.register_forward_pre_hook(
+        lambda module, inputs: sums.add(inputs[0].reshape(-1, inputs[0].shape[-1]).float())
+    )
+
+
+def _experts(walk: Layerwise, layer: int, x: Tensor, chosen: Tensor, scores: Tensor) -> dict[str, Moments]:
+    sample = torch.linspace(0, len(x) - 1, min(_SAMPLE, len(x))).long()
+    found: dict[str, Moments] = {}
+    scale = float(scores.mean()) if walk.runner.scales_input else 1.0
+    for expert in range(walk.shape.num_experts):
+        rows, place = (chosen == expert).nonzero(as_tuple=True)
+        factor = scores[rows, place][:, None] if walk.runner.scales_input else 1.0
+        own, all_ = x[rows] * factor, x[sample] * scale
+        weight = min(1.0, 0.1 * max(len(own), 1) / len(all_))  # a tenth of what its own tokens count
+        views = walk.checkpoint.expert(layer, expert)
+        gate, up = views["gate_proj"].dense().float(), views["up_proj"].dense().float()
+        inputs, middle = _Sums(), _Sums()
+        for tokens, count in ((own, 1.0), (all_, weight)):
+            if len(tokens):
+                inputs.add(tokens, count)
+                few = tokens[:: max(1, len(tokens) // _OWN)]
+                gated = torch.nn.functional.silu(few @ gate.t()) * (few @ up.t())
+                middle.add(gated, count * len(tokens) / len(few))
+        for spec in walk.shape.expert_linears(layer, expert):
+            found[spec.module] = (middle if spec.projection == "down_proj" else inputs).moments()
+    return found

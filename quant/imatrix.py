@@ -1,0 +1,148 @@
+"""Importance matrix: how strongly a text excites each input channel of each Linear, and rounding by it.
+
+Per Linear the mean m and the mean square of every input channel (llama.cpp's imatrix has the mean squares).
+Taking channels for independent around their means, the error E of a row costs, per token,
+Σ v_k E_k² + (Σ m_k E_k)², with v the variances. Scales are searched with the mean squares as weights; then
+each value in turn takes the level that costs least given all others, some sweeps long. The stored format
+is that of plain rounding.
+
+Legend: N out features, K in features, G groups along K.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quant.encode import Encoded, check_finite
+from quant.errors import UsageError
+from quant.pack import Packed, dequantize, pack
+from quant.rounding import Rounder
+from quant.scheme import Scheme
+
+VERSION = "coldstream importance matrix 1"
+_FRACTIONS = tuple(j / 32 for j in range(22, 35))
+_SWEEPS = 2
+_ROWS = 2**22  # weights that are rounded at once
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and mean square of a Linear's input channels, f32 ``[K]`` each."""
+
+    mean: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """Moments by checkpoint module; ``text`` identifies the tokens they are of, ``model`` the checkpoint."""
+
+    moments: Mapping[str, Moments]
+    text: str
+    model: str
+
+    def save(self, file: Path) -> None:
+        """Write a safetensors file: ``MODULE.mean`` and ``MODULE.square``."""
+        tensors = {f"{module}.mean": m.mean for module, m in self.moments.items()}
+        tensors |= {f"{module}.square": m.square for module, m in self.moments.items()}
+        about = {"format": VERSION, "text": self.text, "model": self.model}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, file, about)
+
+    @classmethod
+    def load(cls, file: Path, model: str) -> "Imatrix":
+        """Read what ``save`` wrote for the checkpoint of identity ``model``.
+
+        Raises UsageError if it is no importance matrix, or another model's.
+        """
+        try:
+            with safe_open(file, "pt") as stored:
+                about = stored.metadata() or {}
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{file} cannot be read as an importance matrix: {error}") from None
+        if about.get("format") != VERSION:
+            raise UsageError(
+                f"{file} is no importance matrix: expected what --save-imatrix writes, or a text"
+            )
+        if about["model"] != model:
+            raise UsageError(
+                f"{file} is the importance matrix of another model ({about['model']}, this one is {model}): "
+                "measure this model's with --imatrix TEXT"
+            )
+        modules = [key.removesuffix(".mean") for key in tensors if key.endswith(".mean")]
+        moments = {name: Moments(tensors[f"{name}.mean"], tensors[f"{name}.square"]) for name in modules}
+        return cls(moments, about["text"], model)
+
+
+class Weighted:
+    """Rounds int4 by an importance matrix; ``other`` does the rest, at eight bits there is little to win."""
+
+    def __init__(self, imatrix: Imatrix, other: Rounder) -> None:
+        self.imatrix, self._other = imatrix, other
+        self.name = f"imatrix {imatrix.text}"
+
+    def encode(
+        self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int
+    ) -> Encoded:
+        """See ``Rounder``."""
+        moments = self.imatrix.moments.get(module)
+        if moments is None or scheme.kind != "int4":
+            return self._other.encode(weight, scheme, label, transposed, module, row)
+        check_finite(weight, label)
+        dense = (weight.t() if transposed else weight).float()
+        step = max(1, _ROWS // dense.shape[1])
+        done = [round_weighted(block.contiguous(), scheme, moments) for block in dense.split(step)]
+        packed = torch.cat([one.packed for one in done])
+        scale = torch.cat([one.scale for one in done])
+        error = (dequantize(Packed(scheme, packed, scale)) - dense).square().sum(dtype=torch.float64)
+        signal = dense.square().sum(dtype=torch.float64)
+        return Encoded({"weight_packed": packed, "weight_scale": scale}, float(signal), float(error))
+
+
+def round_weighted(weight: Tensor, scheme: Scheme, moments: Moments) -> Packed:
+    """``weight`` f32 ``[N, K]`` in ``scheme``, int4, by ``moments``."""
+    square = moments.square + 1e-4 * moments.square.mean() + 1e-30
+    mean = moments.mean
+    variance = (square - mean.square()).clamp_min(1e-4 * float(square.mean()))
+    scale = _scales(weight, scheme, square)
+    values = _descend(weight, scale.repeat_interleave(scheme.group_size, 1), variance, mean)
+    return Packed(scheme, pack(values.to(torch.int8), scheme.bits), scale.to(torch.bfloat16))
+
+
+def _scales(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
+    """Per group ``[N, G]``, of either sign: the least squared error, each column weighted by
+    ``importance``."""
+    groups = weight.view(len(weight), -1, scheme.group_size)
+    weights = importance.view(-1, scheme.group_size)
+    step = (groups.abs().amax(-1) / 8).clamp_min(2.0**-100)
+    scale, least = step, torch.full_like(step, torch.inf)
+    for fraction in _FRACTIONS:
+        for sign in (1.0, -1.0):
+            tried = (step * (fraction * sign)).to(torch.bfloat16).float()
+            missed = (groups / tried.unsqueeze(-1)).round_().clamp_(-8, 7)
+            missed.mul_(tried.unsqueeze(-1)).sub_(groups)
+            error = missed.square_().mul_(weights).sum(-1)
+            better = error < least
+            least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
+    return scale
+
+
+def _descend(weight: Tensor, scales: Tensor, variance: Tensor, mean: Tensor) -> Tensor:
+    """Values ``[N, K]``: nearest ones, then one column at a time the best given the rest."""
+    columns, steps = weight.t().contiguous(), scales.t().contiguous()  # [K, N]: a column is a row
+    values = (columns / steps).round_().clamp_(-8, 7)
+    bias = ((values * steps - columns) * mean[:, None]).sum(0)  # [N]: what the row's error does to all tokens
+    order = torch.argsort(mean.abs(), descending=True).tolist()
+    for _ in range(_SWEEPS):
+        for k in order:
+            m = float(mean[k])
+            own = m * (values[k] * steps[k] - columns[k])
+            wanted = columns[k] - (bias - own) * (m / (float(variance[k]) + m * m))
+            values[k] = (wanted / steps[k]).round_().clamp_(-8, 7)
+            bias = bias - own + m * (values[k] * steps[k] - columns[k])
+    return values.t().contiguous()
