@@ -13,7 +13,7 @@ Legend: B windows, T tokens of a window, H hidden, E experts.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -58,15 +58,16 @@ def sensitivities(
     checkpoint: Checkpoint, units: Sequence[Unit], ids: Tensor, rounder: Rounder,
     progress: Progress | None = None,
 ) -> list[Choices]:  # fmt: skip
-    """Each unit's schemes with what they are expected to lose, in mean KL divergence over windows ``ids``
-    ``[B, T]`` of the checkpoint's own text.
+    """Each unit's schemes with what they are expected to lose: mean KL divergence, over windows spread evenly
+    among ``ids`` ``[B, T]``, as many as there is room for.
 
     Units that are one expert's get their share of what all experts of the layer lose together.
     """
     joint = _joined(units)
-    count = max(1, sample_tokens(checkpoint, list(joint.values())) // ids.shape[1])
+    count = min(len(ids), max(1, sample_tokens(checkpoint, list(joint.values())) // ids.shape[1]))
+    spread = torch.linspace(0, len(ids) - 1, count).round().long()
     with Layerwise(checkpoint) as walk, torch.inference_mode():
-        survey = _Survey(walk, list(joint.values()), ids[:count], rounder)
+        survey = _Survey(walk, list(joint.values()), ids[spread], rounder)
         for layer in range(checkpoint.shape.num_layers):
             survey.layer(layer)
             if progress is not None:
@@ -232,10 +233,3 @@ class _Survey:
 def _divergence(reference: Tensor, found: Tensor) -> float:
     """Mean KL over tokens ``[T, V]``, in nats."""
     return float((reference.exp() * (reference - found)).sum(-1).mean())
-
-
-def by_name(choices: Sequence[Choices]) -> Mapping[str, Mapping[str, float]]:
-    """Losses by unit and scheme, to be kept and read back."""
-    return {
-        choice.unit.name: {str(option.scheme): option.loss for option in choice.options} for choice in choices
-    }
