@@ -85,11 +85,13 @@ class Goal:
 
 
 def open_roles(
-    recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int
+    recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int, *, measured: bool
 ) -> "tuple[list[Role], dict[Role, Scheme]]":
     """The roles whose bits are to be chosen, and the schemes of those that were named by hand.
 
-    A recipe says which roles are quantized at all; without one all are. ``auto`` by hand opens a role.
+    A recipe says which roles are quantized at all; without one all are. ``auto`` by hand opens a role. The
+    head is opened for a measurement only, else it has 8 bits: errors of its weights are errors of the logits,
+    which weights alone do not tell.
     """
     from quant.families import QUANTIZABLE
     from quant.recipe import load_recipe
@@ -100,6 +102,8 @@ def open_roles(
     fixed = {
         role: Scheme.parse(text, group_size) for role, text in by_hand.items() if text and text != _WHOLE
     }
+    if not measured and "lm_head" in roles and not by_hand.get("lm_head"):
+        fixed["lm_head"] = Scheme("int8", group_size)
     return [role for role in QUANTIZABLE if role in roles and role not in fixed], fixed
 
 

@@ -100,7 +100,7 @@ def quantize(
     plain = _plain(checkpoint, rounding, weights)
     chosen: dict[str, Any] = {}
     if goal is not None:
-        roles, fixed = open_roles(recipe, by_hand, group_size)
+        roles, fixed = open_roles(recipe, by_hand, group_size, measured=windows is not None)
         evidence = Evidence(plain, windows, weights, routing)
         schemes, allocation = allocate_bits(
             checkpoint, goal, roles, fixed, evidence, work / "sensitivity.json", resume, console
@@ -221,7 +221,7 @@ def _show(console: Console, report: "ConversionReport") -> None:
     for role in report.roles:
         worst = f"{role.worst.module} ({_decibels(role.worst.sqnr_db)})"
         table.add_row(
-            role.role, str(role.scheme), f"{role.tensors:,}", f"{role.relative_error:.2%}",
+            role.role, role.scheme, f"{role.tensors:,}", f"{role.relative_error:.2%}",
             _decibels(role.sqnr_db), worst,
         )  # fmt: skip
     if report.roles:
