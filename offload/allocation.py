@@ -17,7 +17,7 @@ from quant.checkpoint import Checkpoint
 from quant.errors import BudgetError, UsageError
 from quant.families import Role
 from quant.parts import plan_conversion
-from quant.scheme import Kind, Scheme
+from quant.scheme import Scheme
 from quant.sizes import format_size
 from quant.units import Unit, units_of
 
@@ -85,25 +85,26 @@ class Allocator:
         return sum(unit.nbytes(scheme) for unit, scheme in self.fixed)
 
     def _allocate(self, choices: Sequence[Choices], budget: int) -> Allocation:
-        """transformers loads the experts of most families with one width only: there both are tried."""
+        """transformers loads the experts of every family but Llama 4 as one: there each scheme is tried."""
         if self.checkpoint.shape.family.fused_transposed:
             return allocate(choices, budget, self.how)
-        kinds: tuple[Kind, ...] = ("int4", "int8")
+        routed = [choice for choice in choices if choice.unit.role == "experts"]
+        schemes = {option.scheme for choice in routed for option in choice.options}
         found: list[Allocation] = []
-        failed: UsageError | None = None
-        for kind in kinds:
-            narrowed = list(_narrowed(choices, partial(_is_kind, kind)))
-            try:
+        for scheme in sorted(schemes, key=lambda one: -one.bits_per_weight):
+            narrowed = list(_narrowed(choices, partial(_is_scheme, scheme)))
+            if self._floor(narrowed) <= budget:
                 found.append(allocate(narrowed, budget, self.how))
-            except UsageError as error:
-                failed = failed or error
         if not found:
-            assert failed is not None
-            raise failed
+            return allocate(choices, budget, self.how)  # for its refusal
         return min(found, key=lambda one: one.loss)
 
+    @staticmethod
+    def _floor(choices: Sequence[Choices]) -> int:
+        return sum(min(option.nbytes for option in choice.options) for choice in choices)
+
     def _least(self, choices: Sequence[Choices]) -> Allocation:
-        return self._allocate(choices, sum(min(o.nbytes for o in choice.options) for choice in choices))
+        return self._allocate(choices, self._floor(choices))
 
     def _most(self, choices: Sequence[Choices]) -> Allocation:
         return self._allocate(choices, sum(max(o.nbytes for o in choice.options) for choice in choices))
@@ -117,8 +118,8 @@ class Allocator:
             yield list(_narrowed(self.choices, partial(_is_within, size)))
 
 
-def _is_kind(kind: Kind, option: Option) -> bool:
-    return option.scheme.kind == kind
+def _is_scheme(scheme: Scheme, option: Option) -> bool:
+    return option.scheme == scheme
 
 
 def _is_within(bits: float, option: Option) -> bool:

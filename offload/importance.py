@@ -1,4 +1,5 @@
-"""The importance matrix of a text: mean and mean square of every Linear's input channels.
+"""The importance matrix of a text: mean squares of every Linear's input channels, and the directions that
+inputs mostly lie along.
 
 One walk through the layers of the original model. A routed expert is measured with its own tokens, blended
 with some that stand for all tokens of its layer, which is what an expert lives on that saw few.
@@ -23,27 +24,37 @@ from quant.shape import LinearSpec
 
 _SAMPLE = 256  # tokens that stand for all of a layer
 _OWN = 2048  # tokens of its own that an expert's down_proj is measured with at most
+_KEPT = 512  # tokens that directions are taken from
+_DIRECTIONS = 32
 Progress = Callable[[int, int], None]
 
 
-class _Sums:
-    """Sums over tokens of one input."""
+class _Inputs:
+    """What is seen of one input: sums over all tokens, and some of the tokens."""
 
     def __init__(self) -> None:
-        self.first: Tensor | None = None
-        self.second: Tensor | None = None
+        self.square: Tensor | None = None
         self.tokens = 0.0
+        self.kept: list[Tensor] = []
 
-    def add(self, x: Tensor, weight: float = 1.0) -> None:
-        """``x`` f32 ``[T, K]``, each token counting ``weight``."""
-        first, second = weight * x.sum(0), weight * x.square().sum(0)
-        self.first = first if self.first is None else self.first + first
-        self.second = second if self.second is None else self.second + second
+    def add(self, x: Tensor, weight: float = 1.0, every: int = 1) -> None:
+        """``x`` f32 ``[T, K]``, each token counting ``weight``; one in ``every`` is kept."""
+        square = weight * x.square().sum(0)
+        self.square = square if self.square is None else self.square + square
         self.tokens += weight * len(x)
+        self.kept.append(x[::every] * weight**0.5)
 
     def moments(self) -> Moments:
-        assert self.first is not None and self.second is not None
-        return Moments(self.first / self.tokens, self.second / self.tokens)
+        """The directions are those of the kept tokens, by the eigenvectors of their products."""
+        assert self.square is not None
+        square, x = self.square / self.tokens, torch.cat(self.kept)
+        x = x[torch.linspace(0, len(x) - 1, min(len(x), _KEPT)).long()]
+        # As much power as all tokens have.
+        x = x * (square.sum() / x.square().sum().clamp_min(1e-30)).sqrt()
+        values, vectors = torch.linalg.eigh(x @ x.t())
+        count = min(_DIRECTIONS, len(x))
+        used = (values[-count:] > 1e-6 * values[-1]).to(x.dtype)
+        return Moments(square, (vectors[:, -count:] * used).t() @ x)
 
 
 def measure_importance(checkpoint: Checkpoint, windows: Windows, progress: Progress | None = None) -> Imatrix:
@@ -57,9 +68,9 @@ def measure_importance(checkpoint: Checkpoint, windows: Windows, progress: Progr
                 progress(layer + 1, checkpoint.shape.num_layers)
         head = [spec for spec in checkpoint.shape.dense_linears() if spec.layer is None]
         if head:
-            sums = _Sums()
+            sums = _Inputs()
             for window in hidden:
-                sums.add(walk.model.model.norm(window).float())
+                sums.add(walk.model.model.norm(window).float(), every=len(hidden))
             found[head[0].module] = sums.moments()
     return Imatrix(found, windows.identity, checkpoint.identity)
 
@@ -67,8 +78,9 @@ def measure_importance(checkpoint: Checkpoint, windows: Windows, progress: Progr
 def _layer(walk: Layerwise, layer: int, hidden: Tensor) -> dict[str, Moments]:
     """Measure ``layer`` and move ``hidden`` on."""
     specs = [spec for spec in walk.shape.dense_linears() if spec.layer == layer]
-    sums = {spec.module: _Sums() for spec in specs}
-    handles = [_watch(walk, spec, sums[spec.module]) for spec in specs]
+    sums = {spec.module: _Inputs() for spec in specs}
+    every = max(1, hidden[..., 0].numel() // _KEPT)
+    handles = [_watch(walk, spec, sums[spec.module], every) for spec in specs]
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     walk.runner.observer = lambda x, chosen, scores: seen.append((x.float(), chosen, scores.float()))
     try:
@@ -84,10 +96,10 @@ def _layer(walk: Layerwise, layer: int, hidden: Tensor) -> dict[str, Moments]:
     return found
 
 
-def _watch(walk: Layerwise, spec: LinearSpec, sums: _Sums) -> Any:
+def _watch(walk: Layerwise, spec: LinearSpec, sums: _Inputs, every: int) -> Any:
     module = walk.model.get_submodule(runtime_name(walk.checkpoint, spec.module))
     return module.register_forward_pre_hook(
-        lambda module, inputs: sums.add(inputs[0].reshape(-1, inputs[0].shape[-1]).float())
+        lambda module, inputs: sums.add(inputs[0].reshape(-1, inputs[0].shape[-1]).float(), every=every)
     )
 
 
@@ -102,13 +114,14 @@ def _experts(walk: Layerwise, layer: int, x: Tensor, chosen: Tensor, scores: Ten
         weight = min(1.0, 0.1 * max(len(own), 1) / len(all_))  # a tenth of what its own tokens count
         views = walk.checkpoint.expert(layer, expert)
         gate, up = views["gate_proj"].dense().float(), views["up_proj"].dense().float()
-        inputs, middle = _Sums(), _Sums()
+        inputs, middle = _Inputs(), _Inputs()
         for tokens, count in ((own, 1.0), (all_, weight)):
             if len(tokens):
-                inputs.add(tokens, count)
+                inputs.add(tokens, count, every=max(1, len(tokens) // _KEPT))
                 few = tokens[:: max(1, len(tokens) // _OWN)]
                 gated = torch.nn.functional.silu(few @ gate.t()) * (few @ up.t())
-                middle.add(gated, count * len(tokens) / len(few))
+                middle.add(gated, count * len(tokens) / len(few), every=max(1, len(few) // _KEPT))
+        before, between = inputs.moments(), middle.moments()
         for spec in walk.shape.expert_linears(layer, expert):
-            found[spec.module] = (middle if spec.projection == "down_proj" else inputs).moments()
+            found[spec.module] = between if spec.projection == "down_proj" else before
     return found

@@ -57,13 +57,13 @@ def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str
 
 
 def _check_fusable(shape: ModelShape, mixture: Mixture) -> None:
-    """transformers fuses the experts of every family but Llama 4 while loading, and takes all of them for
-    the bits of one."""
-    kinds = {scheme_of(mixture, linear).kind for linear in shape.linears() if linear.role == "experts"}
-    if len(kinds) > 1 and not shape.family.fused_transposed:
+    """transformers fuses the experts of every family but Llama 4 while loading, and unpacks all of them by
+    one scheme."""
+    routed = {str(scheme_of(mixture, linear)) for linear in shape.linears() if linear.role == "experts"}
+    if len(routed) > 1 and not shape.family.fused_transposed:
         raise RecipeError(
-            f"experts of {' and '.join(sorted(kinds))} in one {shape.family.name} checkpoint: transformers "
-            "loads them with one width only; let group sizes differ, or the roles beside the experts"
+            f"experts in {' and '.join(sorted(routed))} in one {shape.family.name} checkpoint: transformers "
+            "loads all of them as one; let the roles beside the experts differ"
         )
 
 

@@ -80,9 +80,4 @@ def _error(
         return found.squared_error / max(found.squared_sum, 1e-30)
     source = rows.float()
     missed = LinearWeight(scheme, found.tensors, *rows.shape).dense(torch.float32) - source
-    variance = (moments.square - moments.mean.square()).clamp_min(0)
-
-    def power(weight: Tensor) -> float:
-        return float((weight.square() @ variance + (weight @ moments.mean).square()).sum())
-
-    return power(missed) / max(power(source), 1e-30)
+    return float(moments.cost(missed).sum()) / max(float(moments.cost(source).sum()), 1e-30)

@@ -1,12 +1,12 @@
 """Importance matrix: how strongly a text excites each input channel of each Linear, and rounding by it.
 
-Per Linear the mean m and the mean square of every input channel (llama.cpp's imatrix has the mean squares).
-Taking channels for independent around their means, the error E of a row costs, per token,
-Σ v_k E_k² + (Σ m_k E_k)², with v the variances. Scales are searched with the mean squares as weights; then
-each value in turn takes the level that costs least given all others, some sweeps long. The stored format
-is that of plain rounding.
+Per Linear the mean square of every input channel, as llama.cpp's imatrix has it, and the few directions that
+inputs mostly lie along: a text's inputs X are taken for diag(d) + UᵀU, with U the first principal directions
+of XᵀX / T and d what these leave of the mean squares. Scales are searched with the mean squares as weights;
+then each value in turn takes the level at which its row's error costs least, given all others, some sweeps
+long. The stored format is that of plain rounding.
 
-Legend: N out features, K in features, G groups along K.
+Legend: N out features, K in features, G groups along K, R directions.
 """
 
 from collections.abc import Mapping
@@ -27,15 +27,28 @@ from quant.scheme import Scheme
 VERSION = "coldstream importance matrix 1"
 _FRACTIONS = tuple(j / 32 for j in range(22, 35))
 _SWEEPS = 2
+_LEAST_REST = 0.05
 _ROWS = 2**22  # weights that are rounded at once
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and mean square of a Linear's input channels, f32 ``[K]`` each."""
+    """A Linear's inputs: mean squares ``[K]`` and principal directions ``[R, K]``, as long as the root of the
+    power along each; f32."""
 
-    mean: Tensor
     square: Tensor
+    directions: Tensor
+
+    @property
+    def rest(self) -> Tensor:
+        """The mean squares ``[K]`` that lie along no direction; never quite zero."""
+        left = self.square - self.directions.square().sum(0)
+        return left.maximum(_LEAST_REST * self.square) + 1e-4 * self.square.mean() + 1e-30
+
+    def cost(self, error: Tensor) -> Tensor:
+        """What ``error`` ``[N, K]`` in a weight does to its N outputs: their mean squares ``[N]``."""
+        cost: Tensor = error.square() @ self.rest + (error @ self.directions.t()).square().sum(1)
+        return cost
 
 
 @dataclass(frozen=True)
@@ -47,9 +60,9 @@ class Imatrix:
     model: str
 
     def save(self, file: Path) -> None:
-        """Write a safetensors file: ``MODULE.mean`` and ``MODULE.square``."""
-        tensors = {f"{module}.mean": m.mean for module, m in self.moments.items()}
-        tensors |= {f"{module}.square": m.square for module, m in self.moments.items()}
+        """Write a safetensors file: ``MODULE.square`` and, in bf16, ``MODULE.directions``."""
+        tensors = {f"{module}.square": m.square for module, m in self.moments.items()}
+        tensors |= {f"{name}.directions": m.directions.bfloat16() for name, m in self.moments.items()}
         about = {"format": VERSION, "text": self.text, "model": self.model}
         save_file({key: value.contiguous() for key, value in tensors.items()}, file, about)
 
@@ -74,8 +87,11 @@ class Imatrix:
                 f"{file} is the importance matrix of another model ({about['model']}, this one is {model}): "
                 "measure this model's with --imatrix TEXT"
             )
-        modules = [key.removesuffix(".mean") for key in tensors if key.endswith(".mean")]
-        moments = {name: Moments(tensors[f"{name}.mean"], tensors[f"{name}.square"]) for name in modules}
+        modules = [key.removesuffix(".square") for key in tensors if key.endswith(".square")]
+        moments = {
+            name: Moments(tensors[f"{name}.square"], tensors[f"{name}.directions"].float())
+            for name in modules
+        }
         return cls(moments, about["text"], model)
 
 
@@ -106,11 +122,8 @@ class Weighted:
 
 def round_weighted(weight: Tensor, scheme: Scheme, moments: Moments) -> Packed:
     """``weight`` f32 ``[N, K]`` in ``scheme``, int4, by ``moments``."""
-    square = moments.square + 1e-4 * moments.square.mean() + 1e-30
-    mean = moments.mean
-    variance = (square - mean.square()).clamp_min(1e-4 * float(square.mean()))
-    scale = _scales(weight, scheme, square)
-    values = _descend(weight, scale.repeat_interleave(scheme.group_size, 1), variance, mean)
+    scale = _scales(weight, scheme, moments.square + 1e-4 * moments.square.mean() + 1e-30)
+    values = _descend(weight, scale.repeat_interleave(scheme.group_size, 1), moments)
     return Packed(scheme, pack(values.to(torch.int8), scheme.bits), scale.to(torch.bfloat16))
 
 
@@ -132,17 +145,18 @@ def _scales(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
     return scale
 
 
-def _descend(weight: Tensor, scales: Tensor, variance: Tensor, mean: Tensor) -> Tensor:
+def _descend(weight: Tensor, scales: Tensor, moments: Moments) -> Tensor:
     """Values ``[N, K]``: nearest ones, then one column at a time the best given the rest."""
     columns, steps = weight.t().contiguous(), scales.t().contiguous()  # [K, N]: a column is a row
     values = (columns / steps).round_().clamp_(-8, 7)
-    bias = ((values * steps - columns) * mean[:, None]).sum(0)  # [N]: what the row's error does to all tokens
-    order = torch.argsort(mean.abs(), descending=True).tolist()
+    directions, rest = moments.directions.t().contiguous(), moments.rest  # [K, R]
+    power = directions.square().sum(1)
+    along = (values * steps - columns).t() @ directions  # [N, R]: the rows' errors along each direction
+    order = torch.argsort(moments.square, descending=True).tolist()
     for _ in range(_SWEEPS):
         for k in order:
-            m = float(mean[k])
-            own = m * (values[k] * steps[k] - columns[k])
-            wanted = columns[k] - (bias - own) * (m / (float(variance[k]) + m * m))
-            values[k] = (wanted / steps[k]).round_().clamp_(-8, 7)
-            bias = bias - own + m * (values[k] * steps[k] - columns[k])
+            error = values[k] * steps[k] - columns[k]
+            pull = along @ directions[k] - error * power[k]
+            values[k] = ((columns[k] - pull / (rest[k] + power[k])) / steps[k]).round_().clamp_(-8, 7)
+            along.addr_(values[k] * steps[k] - columns[k] - error, directions[k])
     return values.t().contiguous()
