@@ -6,8 +6,8 @@
 Routed experts, shared expert and attention are quantized, dequantized by each format's own code (``gguf``'s
 quants, bitsandbytes, ``quant.pack``) and put into the stock transformers model, which runs the first 32
 windows of 512 tokens of held_out.txt in f32. Mean KL divergence is to the bf16 weights, over all tokens;
-perplexity over all but each window's last. ``--calibrate`` adds GPTQ on calibration.txt (some minutes). The
-last line is one JSON document.
+perplexity over all but each window's last. ``--calibrate`` adds what needs calibration.txt, GPTQ, importance
+matrix and chosen bits (many minutes). The last line is one JSON document.
 
 Noise: a rounding decision is one draw. Moving every weight by 2 % of its standard deviation before rounding
 moves mean KL by about 0.001 and perplexity by 0.2 (one standard deviation), more than most roundings differ
@@ -17,6 +17,7 @@ in perplexity.
 import argparse
 import json
 import math
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +42,8 @@ from quant.search import search
 DEMO = Path(__file__).resolve().parent.parent.parent / "recipes" / "demo"
 ROLES: tuple[Role, ...] = ("experts", "shared_expert", "attention")
 BARS = {"search int4-g128": 0.055}
+CALIBRATE = ("--calibrate", str(DEMO / "calibration.txt"))
+IMATRIX = ("--imatrix", str(DEMO / "calibration.txt"))
 Method = Callable[[str, Tensor], Tensor]
 
 
@@ -123,7 +126,20 @@ def calibrated(schemes: Mapping[Role, Scheme]) -> Method:
     folder = Path(tempfile.mkdtemp())
     print(*calibrate(source, schemes, windows, folder / "work").notes(), sep="\n", file=sys.stderr)
     convert(DEMO, folder / "out", schemes, rounder=Prepared(folder / "work", "gptq", Search(source)))
-    packed = Checkpoint.open(folder / "out")
+    return stored_in(folder / "out")
+
+
+def command(*asked: str) -> Method:
+    """What ``coldstream quantize`` makes of the demo model, the head left alone."""
+    folder = Path(tempfile.mkdtemp()) / "out"
+    words = ("quantize", str(DEMO), str(folder), "--lm-head", "bf16", *asked)
+    subprocess.run([sys.executable, "-m", "cli.main", *words], check=True, cwd=DEMO.parent.parent)
+    return stored_in(folder)
+
+
+def stored_in(folder: Path) -> Method:
+    """The weights of a quantized checkpoint."""
+    packed = Checkpoint.open(folder)
     specs = {spec.module: spec for spec in packed.shape.linears()}
 
     def stored(module: str, weight: Tensor) -> Tensor:
@@ -134,6 +150,10 @@ def calibrated(schemes: Mapping[Role, Scheme]) -> Method:
     return stored
 
 
+def _by_hand(scheme: str) -> list[str]:
+    return [word for role in ROLES for word in (f"--{role.replace('_', '-')}", scheme)]
+
+
 def main() -> None:
     """Print a line per method as it is measured, then the document."""
     parser = argparse.ArgumentParser(
@@ -141,6 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--only", default="", help="methods whose name holds this")
     arguments = parser.parse_args()
     ruler = Ruler(arguments.windows)
     methods: dict[str, tuple[float, Callable[[], Method]]] = {
@@ -159,8 +180,16 @@ def main() -> None:
             scheme = Scheme.parse(text)
             schemes = dict.fromkeys(ROLES, scheme)
             methods[f"gptq {text}"] = (scheme.bits_per_weight, partial(calibrated, schemes))
+            methods[f"imatrix {text}"] = (scheme.bits_per_weight, partial(command, *_by_hand(text), *IMATRIX))
+        for bits in ("4.25", "4.5", "5"):
+            target = ("--target-bits", bits)
+            methods[f"target {bits}"] = (float(bits), partial(command, *target))
+            methods[f"target {bits}, imatrix"] = (float(bits), partial(command, *target, *IMATRIX))
+            methods[f"target {bits}, gptq"] = (float(bits), partial(command, *target, *CALIBRATE))
     found: dict[str, dict[str, float]] = {}
     for name, (bits, make) in methods.items():
+        if arguments.only not in name:
+            continue
         try:
             method = make()
         except ImportError as error:
