@@ -147,7 +147,7 @@ def _show_calibration(console: Console, found: Mapping[str, Any]) -> None:
     parts = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found["bytes"].items())
     about = "" if found["tokens_counted"] else "about "
     console.say(
-        f"calibrate {size(found['total_bytes'])} of RAM to quantize with {about}{found['tokens']:,} tokens: {parts}"
+        f"calibrate {size(found['total_bytes'])} of RAM for {about}{found['tokens']:,} tokens: {parts}"
     )
 
 

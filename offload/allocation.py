@@ -44,14 +44,21 @@ class Allocator:
     def by_size(self, nbytes: int) -> Allocation:
         """A checkpoint of at most ``nbytes`` bytes. Raises UsageError if it cannot be that small."""
         least = self._least(self.choices)
-        rest = plan_conversion(self.checkpoint, least.mixture(self.fixed)).layout.nbytes - least.nbytes
+        rest = self._stored(least) - least.nbytes
         if rest + least.nbytes > nbytes:
             raise UsageError(
                 f"the smallest that this checkpoint gets is {format_size(rest + least.nbytes)}, "
                 f"{format_size(rest)} of it not to be allocated, but {format_size(nbytes)} were asked for: "
                 "ask for more, or leave more roles to be allocated"
             )
-        return self._allocate(self.choices, nbytes - rest)
+        found = self._allocate(self.choices, nbytes - rest)
+        while (over := self._stored(found) - nbytes) > 0:  # headers are whole pages: some may have grown
+            found = self._allocate(self.choices, max(found.nbytes - over, least.nbytes))
+        return found
+
+    def _stored(self, allocation: Allocation) -> int:
+        """Bytes of the whole checkpoint."""
+        return plan_conversion(self.checkpoint, allocation.mixture(self.fixed)).layout.nbytes
 
     def by_fit(self, fits: Fits) -> Allocation:
         """The least loss whose schemes ``fits``. Raises BudgetError if nothing does."""

@@ -26,6 +26,7 @@ _SAMPLE = 256  # tokens that stand for all of a layer
 _OWN = 2048  # tokens of its own that an expert's down_proj is measured with at most
 _KEPT = 512  # tokens that directions are taken from
 _DIRECTIONS = 32
+_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 Progress = Callable[[int, int], None]
 
 
@@ -78,9 +79,10 @@ def measure_importance(checkpoint: Checkpoint, windows: Windows, progress: Progr
 def _layer(walk: Layerwise, layer: int, hidden: Tensor) -> dict[str, Moments]:
     """Measure ``layer`` and move ``hidden`` on."""
     specs = [spec for spec in walk.shape.dense_linears() if spec.layer == layer]
-    sums = {spec.module: _Inputs() for spec in specs}
+    first = {spec.module: _first(spec.module) for spec in specs}
+    sums = {module: _Inputs() for module in first.values()}
     every = max(1, hidden[..., 0].numel() // _KEPT)
-    handles = [_watch(walk, spec, sums[spec.module], every) for spec in specs]
+    handles = [_watch(walk, spec, sums[spec.module], every) for spec in specs if spec.module in sums]
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     walk.runner.observer = lambda x, chosen, scores: seen.append((x.float(), chosen, scores.float()))
     try:
@@ -89,11 +91,18 @@ def _layer(walk: Layerwise, layer: int, hidden: Tensor) -> dict[str, Moments]:
         walk.runner.observer = None
         for handle in handles:
             handle.remove()
-    found = {module: one.moments() for module, one in sums.items()}
+    measured = {module: one.moments() for module, one in sums.items()}
+    found = {module: measured[other] for module, other in first.items()}
     if seen:
         x, chosen, scores = (torch.cat(parts) for parts in zip(*seen, strict=True))
         found.update(_experts(walk, layer, x, chosen, scores))
     return found
+
+
+def _first(module: str) -> str:
+    """The Linear whose inputs stand for ``module``'s: q_proj for k_proj and v_proj, gate_proj for up_proj."""
+    base, _, name = module.rpartition(".")
+    return f"{base}.{_SAME_INPUT.get(name, name)}"
 
 
 def _watch(walk: Layerwise, spec: LinearSpec, sums: _Inputs, every: int) -> Any:

@@ -9,6 +9,7 @@ long. The stored format is that of plain rounding.
 Legend: N out features, K in features, G groups along K, R directions.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,13 @@ class Imatrix:
 
     def save(self, file: Path) -> None:
         """Write a safetensors file: ``MODULE.square`` and, in bf16, ``MODULE.directions``."""
-        tensors = {f"{module}.square": m.square for module, m in self.moments.items()}
-        tensors |= {f"{name}.directions": m.directions.bfloat16() for name, m in self.moments.items()}
-        about = {"format": VERSION, "text": self.text, "model": self.model}
+        first: dict[int, str] = {}  # Linears with the same input have the same moments
+        for module, moments in self.moments.items():
+            first.setdefault(id(moments), module)
+        tensors = {f"{name}.square": self.moments[name].square for name in first.values()}
+        tensors |= {f"{name}.directions": self.moments[name].directions.bfloat16() for name in first.values()}
+        same = {module: first[id(m)] for module, m in self.moments.items()}
+        about = {"format": VERSION, "text": self.text, "model": self.model, "same": json.dumps(same)}
         save_file({key: value.contiguous() for key, value in tensors.items()}, file, about)
 
     @classmethod
@@ -73,9 +78,9 @@ class Imatrix:
         Raises UsageError if it is no importance matrix, or another model's.
         """
         try:
-            with safe_open(file, "pt") as stored:
-                about = stored.metadata() or {}
-                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            with safe_open(file, "pt") as opened:
+                about = opened.metadata() or {}
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{file} cannot be read as an importance matrix: {error}") from None
         if about.get("format") != VERSION:
@@ -87,11 +92,12 @@ class Imatrix:
                 f"{file} is the importance matrix of another model ({about['model']}, this one is {model}): "
                 "measure this model's with --imatrix TEXT"
             )
-        modules = [key.removesuffix(".square") for key in tensors if key.endswith(".square")]
-        moments = {
+        same: dict[str, str] = json.loads(about["same"])
+        stored = {
             name: Moments(tensors[f"{name}.square"], tensors[f"{name}.directions"].float())
-            for name in modules
+            for name in set(same.values())
         }
+        moments = {module: stored[name] for module, name in same.items()}
         return cls(moments, about["text"], model)
 
 
