@@ -49,7 +49,11 @@ Fit = Annotated[
 ]  # fmt: skip
 PerExpert = Annotated[
     bool,
-    typer.Option("--per-expert", help="Let the experts of a layer differ: fewer bits wasted, slower runs."),
+    typer.Option(
+        "--per-expert",
+        help="Let each expert have bits of its own, 8 for the hot and 4 for the cold. Runs are slower, and "
+        "every expert takes the memory of the largest.",
+    ),
 ]
 _WHOLE = "auto"
 
@@ -126,7 +130,7 @@ def allocate_bits(
 
     units, kept = split_roles(checkpoint, roles, fixed, goal.per_expert)
     choices, how = _choices(checkpoint, units, evidence, file, resume, console)
-    allocator = Allocator(checkpoint, choices, kept, how)
+    allocator = Allocator(checkpoint, choices, kept, how, uneven=goal.per_expert)
     if goal.bits is not None:
         allocation = allocator.by_bits(goal.bits)
     elif goal.size is not None:
@@ -140,7 +144,33 @@ def allocate_bits(
         f"{allocation.bits:.3f} bits per weight, {format_size(allocation.nbytes)}; expected loss "
         f"{allocation.loss:.4g}, of {sum(c.options[0].loss for c in choices):.4g} with the fewest bits"
     )
+    _note(console, checkpoint, goal, allocation, kept)
     return allocation.mixture(kept), allocation
+
+
+def _note(
+    console: Console, checkpoint: "Checkpoint", goal: Goal, allocation: "Allocation",
+    kept: "list[tuple[Unit, Scheme]]",
+) -> None:  # fmt: skip
+    """What a choice costs a run, and what it could not use."""
+    mixture, shape = allocation.mixture(kept), checkpoint.shape
+    mean = shape.experts_nbytes(mixture) / max(shape.num_experts * len(shape.moe_layers), 1)
+    largest = shape.largest_expert(mixture)
+    if goal.per_expert and largest > mean * 1.01:
+        console.notes(
+            [
+                f"experts take up to {format_size(largest)}, {format_size(mean)} in the mean: a run needs "
+                f"memory as if all were the largest ({largest / mean - 1:.0%} more), and computes experts "
+                "stored unlike most of their layer in calls of their own"
+            ]
+        )
+    if goal.bits is not None and not goal.per_expert and allocation.bits < 0.97 * goal.bits < 8:
+        console.notes(
+            [
+                f"{goal.bits:g} bits are not used up: all experts have one width, because memory has to have "
+                "room for the largest; --per-expert lifts that"
+            ]
+        )
 
 
 def _choices(

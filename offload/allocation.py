@@ -1,8 +1,7 @@
 """How many bits each unit of a checkpoint gets: what is known of it, the budget, and the choice.
 
 Three goals: mean bits of the quantized weights, bytes of the whole checkpoint, or a machine that must hold
-every expert in VRAM and RAM. A slot of the runtime holds any expert, so experts of different size waste
-memory on a machine that just holds them; for that goal the experts' largest scheme is chosen, too.
+every expert in VRAM and RAM. For that goal the experts' largest scheme is chosen, too.
 """
 
 import json
@@ -27,13 +26,17 @@ Fits = Callable[[Mapping[Role, Scheme]], bool]
 
 @dataclass(frozen=True)
 class Allocator:
-    """Chooses for ``choices``; ``fixed`` units keep the scheme they were given and count towards every
-    goal."""
+    """Chooses for ``choices``; ``fixed`` units keep the scheme they were given and count towards every goal.
+
+    A slot in memory has room for the largest expert, so one layer of int8 experts would double the memory
+    that all others take: unless ``uneven``, all of them have the same width.
+    """
 
     checkpoint: Checkpoint
     choices: Sequence[Choices]
     fixed: Sequence[tuple[Unit, Scheme]]
     how: str
+    uneven: bool = False
 
     def by_bits(self, bits: float) -> Allocation:
         """At most ``bits`` per quantized weight, scales counted. Raises UsageError if there are too few."""
@@ -92,19 +95,22 @@ class Allocator:
         return sum(unit.nbytes(scheme) for unit, scheme in self.fixed)
 
     def _allocate(self, choices: Sequence[Choices], budget: int) -> Allocation:
-        """transformers loads the experts of every family but Llama 4 as one: there each scheme is tried."""
-        if self.checkpoint.shape.family.fused_transposed:
+        """The best of what the experts may be together: of one width, unless ``uneven``; of one scheme where
+        transformers loads them as one, in every family but Llama 4."""
+        fused = not self.checkpoint.shape.family.fused_transposed
+        if self.uneven and not fused:
             return allocate(choices, budget, self.how)
         routed = [choice for choice in choices if choice.unit.role == "experts"]
         schemes = {option.scheme for choice in routed for option in choice.options}
+        alike = {str(scheme) if fused else scheme.kind for scheme in schemes}
         found: list[Allocation] = []
-        for scheme in sorted(schemes, key=lambda one: -one.bits_per_weight):
-            narrowed = list(_narrowed(choices, partial(_is_scheme, scheme)))
+        for one in sorted(alike):
+            narrowed = list(_narrowed(choices, partial(_is_called, one)))
             if self._floor(narrowed) <= budget:
                 found.append(allocate(narrowed, budget, self.how))
         if not found:
-            return allocate(choices, budget, self.how)  # for its refusal
-        return min(found, key=lambda one: one.loss)
+            return allocate(choices, budget, self.how)  # nothing to choose, or for its refusal
+        return min(found, key=lambda allocation: allocation.loss)
 
     @staticmethod
     def _floor(choices: Sequence[Choices]) -> int:
@@ -125,8 +131,8 @@ class Allocator:
             yield list(_narrowed(self.choices, partial(_is_within, size)))
 
 
-def _is_scheme(scheme: Scheme, option: Option) -> bool:
-    return option.scheme == scheme
+def _is_called(name: str, option: Option) -> bool:
+    return name in (str(option.scheme), option.scheme.kind)
 
 
 def _is_within(bits: float, option: Option) -> bool:

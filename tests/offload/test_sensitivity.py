@@ -90,8 +90,13 @@ def test_a_target_in_bits_or_bytes_is_met_and_not_exceeded(
     for bits in (4.125, 4.5, 5.0, 8.125):
         found = made.by_bits(bits)
         assert bits - 0.25 < found.bits <= bits
+        assert len({o.scheme.kind for unit, o in found.chosen if unit.role == "experts"}) == 1
+    uneven = Allocator(made.checkpoint, measured, [], "test", uneven=True)
+    found = uneven.by_bits(6.5)
+    assert found.loss < made.by_bits(6.5).loss
+    assert {o.scheme.kind for unit, o in found.chosen if unit.role == "experts"} == {"int4", "int8"}
     size = 1_200_000
-    report = convert(source, tmp_path / "out", made.by_size(size).mixture())
+    report = convert(source, tmp_path / "out", uneven.by_size(size).mixture())
     assert 0.97 * size < report.output_bytes <= size
     with pytest.raises(UsageError, match="the smallest that this checkpoint gets"):
         made.by_size(500_000)
