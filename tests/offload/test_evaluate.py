@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from offload import reference
 from offload.divergence import Divergence, TokenMeasures
 from offload.evaluate import evaluate
+from offload.kv import Storage
 from offload.layerwise import Layerwise
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
@@ -18,6 +19,7 @@ from quant.errors import CheckpointError, UsageError
 from quant.scheme import Scheme
 from tests.checkpoints import FAMILIES
 
+STORAGES: tuple[Storage | None, ...] = (None, "plain", "int8")
 TEXT = "It rained on the fourth day, and nobody had brought a tent. " * 20
 IDS = torch.arange(150).view(2, 75)
 
@@ -112,6 +114,21 @@ def test_an_int8_cache_is_measured_by_the_same_ruler(pair: tuple[Path, Path], tm
         for kv in (None, "int8")
     )
     assert plain < int8 < 0.01
+
+
+def test_chunked_layers_see_stored_keys_in_windows_longer_than_a_chunk(tiny: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint.open(tiny("llama4_text"))
+    [layer, *_] = checkpoint.shape.chunked_layers
+    length = 2 * checkpoint.shape.attention_chunk_size
+    ids = torch.arange(length)[None] % checkpoint.shape.vocab_size
+    after = {}
+    for kv in STORAGES:
+        with Layerwise(checkpoint, kv=kv) as walk:
+            after[kv] = walk.run(layer, walk.embed(ids))
+    assert torch.allclose(after["plain"], after[None], atol=1e-5)
+    first = slice(0, length // 2)
+    for part in (first, slice(length // 2, None)):
+        assert not torch.allclose(after["int8"][:, part], after[None][:, part], atol=1e-5)
 
 
 def test_a_reference_of_another_shape_or_tokenizer_is_refused(
