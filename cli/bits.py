@@ -29,7 +29,8 @@ TargetBits = Annotated[
     float | None,
     typer.Option(
         "--target-bits", metavar="BITS", min=0.1,
-        help="Choose each part's bits by what they are worth: at most so many per quantized weight in all.",
+        help="Choose each part's bits by what they are worth: at most so many per weight in the mean, scales "
+        "counted, over all roles that are not named by hand.",
     ),
 ]  # fmt: skip
 TargetSize = Annotated[

@@ -26,7 +26,7 @@ Fits = Callable[[Mapping[Role, Scheme]], bool]
 
 @dataclass(frozen=True)
 class Allocator:
-    """Chooses for ``choices``; ``fixed`` units keep the scheme they were given and count towards every goal.
+    """Chooses for ``choices``; ``fixed`` units keep the scheme they were given, and count towards sizes.
 
     A slot in memory has room for the largest expert, so one layer of int8 experts would double the memory
     that all others take: unless ``uneven``, all of them have the same width.
@@ -39,10 +39,10 @@ class Allocator:
     uneven: bool = False
 
     def by_bits(self, bits: float) -> Allocation:
-        """At most ``bits`` per quantized weight, scales counted. Raises UsageError if there are too few."""
+        """At most ``bits`` per weight that is chosen for, scales counted. Raises UsageError if there are too
+        few."""
         weights = sum(choice.unit.weights for choice in self.choices)
-        weights += sum(unit.weights for unit, _ in self.fixed)
-        return self._allocate(self.choices, int(bits * weights / 8) - self._fixed_bytes)
+        return self._allocate(self.choices, int(bits * weights / 8))
 
     def by_size(self, nbytes: int) -> Allocation:
         """A checkpoint of at most ``nbytes`` bytes. Raises UsageError if it cannot be that small."""
@@ -89,10 +89,6 @@ class Allocator:
                 "expert in memory: use --target-bits or --target-size, and the disk holds the cold experts"
             )
         return min(found, key=lambda one: one.loss)
-
-    @property
-    def _fixed_bytes(self) -> int:
-        return sum(unit.nbytes(scheme) for unit, scheme in self.fixed)
 
     def _allocate(self, choices: Sequence[Choices], budget: int) -> Allocation:
         """The best of what the experts may be together: of one width, unless ``uneven``; of one scheme where

@@ -52,10 +52,20 @@ class _Inputs:
         x = x[torch.linspace(0, len(x) - 1, min(len(x), _KEPT)).long()]
         # As much power as all tokens have.
         x = x * (square.sum() / x.square().sum().clamp_min(1e-30)).sqrt()
-        values, vectors = torch.linalg.eigh(x @ x.t())
-        count = min(_DIRECTIONS, len(x))
-        used = (values[-count:] > 1e-6 * values[-1]).to(x.dtype)
-        return Moments(square, (vectors[:, -count:] * used).t() @ x)
+        return Moments(square, _principal(x))
+
+
+def _principal(x: Tensor) -> Tensor:
+    """The first principal directions ``[R, K]`` of ``x`` ``[T, K]``, as long as the root of their power."""
+    tokens, width = x.shape
+    values, vectors = torch.linalg.eigh(x.t() @ x if width <= tokens else x @ x.t())
+    count = min(_DIRECTIONS, len(values))
+    values, vectors = values[-count:], vectors[:, -count:]
+    if width <= tokens:
+        along: Tensor = (vectors * values.clamp_min(0).sqrt()).t()
+    else:
+        along = (vectors * (values > 1e-6 * values[-1])).t() @ x
+    return along.contiguous()
 
 
 def measure_importance(checkpoint: Checkpoint, windows: Windows, progress: Progress | None = None) -> Imatrix:

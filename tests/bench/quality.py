@@ -43,6 +43,7 @@ DEMO = Path(__file__).resolve().parent.parent.parent / "recipes" / "demo"
 ROLES: tuple[Role, ...] = ("experts", "shared_expert", "attention")
 BARS = {"search int4-g128": 0.055}
 CALIBRATE = ("--calibrate", str(DEMO / "calibration.txt"))
+RECIPES = {"quality": 4.90, "scout-rtx4090": 4.35, "maverick-rtx4090": 4.35, "demo": 4.79}  # bits, of ROLES
 IMATRIX = ("--imatrix", str(DEMO / "calibration.txt"))
 Method = Callable[[str, Tensor], Tensor]
 
@@ -186,6 +187,11 @@ def main() -> None:
             methods[f"target {bits}"] = (float(bits), partial(command, *target))
             methods[f"target {bits}, imatrix"] = (float(bits), partial(command, *target, *IMATRIX))
             methods[f"target {bits}, gptq"] = (float(bits), partial(command, *target, *CALIBRATE))
+            uneven = (*target, "--per-expert", *CALIBRATE)
+            methods[f"uneven {bits}, gptq"] = (float(bits), partial(command, *uneven))
+        for recipe, mean in RECIPES.items():
+            methods[f"recipe {recipe}"] = (mean, partial(command, "--recipe", recipe))
+            methods[f"recipe {recipe}, gptq"] = (mean, partial(command, "--recipe", recipe, *CALIBRATE))
     found: dict[str, dict[str, float]] = {}
     for name, (bits, make) in methods.items():
         if arguments.only not in name:
