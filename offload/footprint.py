@@ -7,6 +7,7 @@ Legend: T tokens of a prompt chunk, H hidden, I intermediate.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from offload.predict import Load
 from quant.families import Role
@@ -41,7 +42,7 @@ class Footprint:
         if not self.slot_bytes:
             object.__setattr__(self, "slot_bytes", slot_bytes_of(self.shape.largest_expert(self.schemes)))
 
-    @property
+    @cached_property
     def expert_bytes(self) -> int:
         """Bytes of one expert that a forward pass reads; of the mean one where they differ."""
         return self.shape.experts_nbytes(self.schemes) // max(self.experts, 1)
@@ -53,9 +54,12 @@ class Footprint:
 
     def roles(self) -> dict[Role, int]:
         """Bytes of every role but the routed experts."""
-        return {
-            role: size for role, size in self.shape.role_nbytes(self.schemes).items() if role != "experts"
-        }
+        return dict(self._roles)
+
+    @cached_property
+    def _roles(self) -> dict[Role, int]:
+        sizes = self.shape.role_nbytes(self.schemes)
+        return {role: size for role, size in sizes.items() if role != "experts"}
 
     @property
     def kv_cache(self) -> int:

@@ -17,7 +17,7 @@ from quant.scheme import Scheme
 from quant.sizes import format_size
 from quant.units import Unit
 
-_EXCHANGES = 400  # units up to which pairs of them are tried: their number squared
+_EXCHANGES = 64  # units up to which pairs of them are tried: with more, little is left over
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def stored_schemes(config: Mapping[str, Any], shape: ModelShape) -> Mapping[Role
             "bitsandbytes (nf4); quantize the original with `coldstream quantize`"
         )
     if method == "compressed-tensors" and _names_layers(found):
-        return joined((linear, _packed(found, _names(shape, linear))) for linear in shape.linears())
+        narrowed = {layer: _of_layer(found, layer) for layer in (None, *range(shape.num_layers))}
+        return joined((one, _packed(narrowed[one.layer], _names(shape, one))) for one in shape.linears())
     scheme_of = _packed if method == "compressed-tensors" else _nf4
     return {role: scheme_of(found, _names(shape, linear)) for role, linear in _samples(shape).items()}
 
@@ -44,6 +45,25 @@ def _names_layers(found: Mapping[str, Any]) -> bool:
     groups = (found.get("config_groups") or {}).values()
     targets = [target for group in groups for target in group["targets"]]
     return any(re.search(r"layers\W*\(?\d", target) for target in targets)
+
+
+# The layers that an expression of ours, or a module's name, is for.
+_LAYERS = re.compile(r"layers\\?\.\(?(\d[\d|]*)\)?\\?\.")
+
+
+def _of_layer(found: Mapping[str, Any], layer: int | None) -> dict[str, Any]:
+    """``found`` without the targets that name other layers: there can be thousands of modules and hundreds of
+    targets."""
+
+    def may_match(target: str) -> bool:
+        named = _LAYERS.search(target)
+        return named is None or str(layer) in named[1].split("|")
+
+    groups = {
+        name: {**group, "targets": [target for target in group["targets"] if may_match(target)]}
+        for name, group in (found.get("config_groups") or {}).items()
+    }
+    return {**found, "config_groups": groups}
 
 
 def _samples(shape: ModelShape) -> dict[Role, LinearSpec]:
