@@ -187,7 +187,7 @@ def _choices(
         shares = _shares(evidence.routing, checkpoint)
         return estimates(checkpoint, units, evidence.rounder, evidence.imatrix, shares), how
     from offload.allocation import keep_losses, kept_losses
-    from offload.sensitivity import sample_tokens, sensitivities
+    from offload.sensitivity import sample_tokens, sensitivities, stream_bytes
 
     job = {
         "source": checkpoint.identity, "text": evidence.windows.identity, "rounding": evidence.rounder.name,
@@ -197,7 +197,10 @@ def _choices(
     how = f"divergence on {tokens:,} tokens of the text, each part rounded alone"
     found = kept_losses(file, job, units) if resume else None
     if found is None:
-        console.step(f"measuring what bits are worth on {tokens:,} tokens")
+        console.step(
+            f"measuring what bits are worth on {tokens:,} tokens; takes one layer's experts and "
+            f"{format_size(stream_bytes(checkpoint, units, tokens))} of memory beside the dense weights"
+        )
         found = sensitivities(
             checkpoint, units, evidence.windows.ids, evidence.rounder,
             progress=lambda done, total: console.step(f"measured layer {done} of {total}"),

@@ -33,7 +33,8 @@ from quant.scheme import BF16, Scheme
 from quant.shape import LinearSpec
 from quant.units import Part, Unit
 
-STREAM_BYTES = 4 * 2**30
+STREAM_BYTES = 8 * 2**30
+_WINDOWS = 4  # at least, however few tokens there is room for
 _LEAST_TOKENS, _MOST_TOKENS = 256, 8192
 _EXPONENTS = 0.3, 1.2  # of divergence over the output's squared change; two draws can say anything
 Progress = Callable[[int, int], None]
@@ -50,8 +51,14 @@ class _Measured:
 
 def sample_tokens(checkpoint: Checkpoint, units: Sequence[Unit]) -> int:
     """How many tokens the streams of ``units`` have room for."""
-    room = STREAM_BYTES // (2 * len(units) * checkpoint.shape.hidden_size * 4)
+    streams = 2 * len(_joined(units))
+    room = STREAM_BYTES // (streams * checkpoint.shape.hidden_size * 4)
     return max(_LEAST_TOKENS, min(_MOST_TOKENS, room))
+
+
+def stream_bytes(checkpoint: Checkpoint, units: Sequence[Unit], tokens: int) -> int:
+    """Bytes of all hidden states in flight."""
+    return (2 * len(_joined(units)) + 2) * tokens * checkpoint.shape.hidden_size * 4
 
 
 def sensitivities(
@@ -64,10 +71,12 @@ def sensitivities(
     Units that are one expert's get their share of what all experts of the layer lose together.
     """
     joint = _joined(units)
-    count = min(len(ids), max(1, sample_tokens(checkpoint, list(joint.values())) // ids.shape[1]))
+    room = sample_tokens(checkpoint, units)
+    length = min(ids.shape[1], room // _WINDOWS)
+    count = min(len(ids), room // length)
     spread = torch.linspace(0, len(ids) - 1, count).round().long()
     with Layerwise(checkpoint) as walk, torch.inference_mode():
-        survey = _Survey(walk, list(joint.values()), ids[spread], rounder)
+        survey = _Survey(walk, list(joint.values()), ids[spread, :length], rounder)
         for layer in range(checkpoint.shape.num_layers):
             survey.layer(layer)
             if progress is not None:
