@@ -97,6 +97,10 @@ def quantize(
     checkpoint, work = open_source(path), _work_folder(destination)
     weights = _imatrix(checkpoint, imatrix, save_imatrix, console)
     windows = _windows(path, calibrate or (imatrix if _is_text(imatrix) else None))
+    if calibrate is not None and windows is not None:
+        from offload.calibrate import check_length
+
+        check_length(checkpoint, windows)
     plain = _plain(checkpoint, rounding, weights)
     chosen: dict[str, Any] = {}
     if goal is not None:

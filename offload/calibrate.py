@@ -58,15 +58,6 @@ def check_length(checkpoint: Checkpoint, windows: Windows) -> None:
         )
 
 
-def memory_nbytes(checkpoint: Checkpoint, tokens: int) -> int:
-    """Bytes that calibration on ``tokens`` tokens takes: one layer of bf16 experts, streams, inputs,
-    Hessians."""
-    shape = checkpoint.shape
-    widest = max(shape.hidden_size, shape.expert_intermediate, shape.dense_intermediate)
-    layer = shape.num_experts * shape.expert_weights * 2
-    return layer + tokens * shape.hidden_size * 16 + 6 * widest * widest * 4
-
-
 def calibrate(
     checkpoint: Checkpoint, schemes: Mapping[Role, Scheme], windows: Windows, folder: Path, *,
     resume: bool = False, progress: Progress | None = None,
