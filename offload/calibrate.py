@@ -40,7 +40,7 @@ from quant.scheme import BF16, Scheme
 from quant.shape import LinearSpec
 
 MIN_EXPERT_TOKENS = 64  # that an expert must see on average
-PULL = 0.5  # how far a weight moves towards making up for its inputs' errors
+PULL = 0.8  # how far a weight moves towards making up for its inputs' errors
 _SAMPLE = 1024  # tokens that stand for all of a layer
 _BATCH = 4
 Progress = Callable[[int, int, float], None]

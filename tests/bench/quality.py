@@ -8,7 +8,7 @@ quants, bitsandbytes, ``quant.pack``) and put into the stock transformers model,
 windows of 512 tokens of held_out.txt in f32 (``--windows 0``: all 81). Mean KL divergence is to the bf16
 weights, over all tokens, with its standard error as of independent tokens;
 perplexity over all but each window's last. ``--calibrate`` adds what needs calibration.txt, GPTQ, importance
-matrix and chosen bits (many minutes). The last line is one JSON document.
+matrix and chosen bits (many minutes), and GPTQ on calibration-long.txt. The last line is one JSON document.
 
 Noise: a rounding decision is one draw. Moving every weight by 2 % of its standard deviation before rounding
 moves mean KL by about 0.001 and perplexity by 0.2 (one standard deviation), more than most roundings differ
@@ -118,15 +118,15 @@ def nearest(scheme: Scheme) -> Method:
     return lambda module, weight: dequantize(quantize(weight, scheme))
 
 
-def calibrated(schemes: Mapping[Role, Scheme]) -> Method:
-    """GPTQ on calibration.txt, through the command's own code."""
+def calibrated(schemes: Mapping[Role, Scheme], text: str = "calibration.txt") -> Method:
+    """GPTQ on ``text``, through the command's own code."""
     from offload.calibrate import calibrate
     from quant.convert import convert
     from quant.prepared import Prepared
     from quant.rounding import Search
 
     source = Checkpoint.open(DEMO)
-    windows = Windows.cut((DEMO / "calibration.txt").read_text(), load_tokenizer(DEMO), 512)
+    windows = Windows.cut((DEMO / text).read_text(), load_tokenizer(DEMO), 512)
     folder = Path(tempfile.mkdtemp())
     print(*calibrate(source, schemes, windows, folder / "work").notes(), sep="\n", file=sys.stderr)
     convert(DEMO, folder / "out", schemes, rounder=Prepared(folder / "work", "gptq", Search(source)))
@@ -185,6 +185,8 @@ def main() -> None:
             schemes = dict.fromkeys(ROLES, scheme)
             methods[f"gptq {text}"] = (scheme.bits_per_weight, partial(calibrated, schemes))
             methods[f"imatrix {text}"] = (scheme.bits_per_weight, partial(command, *_by_hand(text), *IMATRIX))
+        longer = partial(calibrated, dict.fromkeys(ROLES, Scheme("int4")), "calibration-long.txt")
+        methods["gptq int4-g128, longer text"] = (4.125, longer)
         for bits in ("4.25", "4.5", "5"):
             target = ("--target-bits", bits)
             methods[f"target {bits}"] = (float(bits), partial(command, *target))
