@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cli.console import Console
-from cli.options import Json, Model
+from cli.options import Json, Model, Report
 
 if TYPE_CHECKING:
     from offload.evaluate import Evaluation
@@ -41,16 +41,18 @@ def eval(
     kv: Kv = None,
     cache: Cache = None,
     expert_slots: Slots = None,
+    report: Report = None,
     json: Json = False,
 ) -> None:
     """Measure how far MODEL's predictions are from those of the checkpoint it was made from.
 
     Runs the text through both, a layer at a time. The reference's predictions are kept for next time.
     """
-    from cli.run import find_model
+    from cli.run import check_page, find_model
     from cli.texts import read_text
 
     console = Console(json=json)
+    check_page(report)
     path, source = find_model(model), find_model(reference)
     words = read_text(text)
     from offload.evaluate import evaluate
@@ -60,6 +62,12 @@ def eval(
         expert_slots=expert_slots, kv=kv, progress=console.step,
     )  # fmt: skip
     show(found, console)
+    if report is not None:
+        from cli.eval_page import render_evaluation
+        from cli.page import save
+
+        save(render_evaluation(found), report)
+        console.step(f"report page written to {report}")
     console.result(found.to_json())
 
 
@@ -124,7 +132,7 @@ def show(found: "Evaluation", console: Console) -> None:
 
 
 def histogram(counts: "dict[str, int] | object", width: int = 50) -> str:
-    """A bar per decade of KL divergence."""
+    """A bar per half decade of KL divergence."""
     assert isinstance(counts, dict)
     most = max(counts.values()) or 1
     lines = ["Tokens by KL divergence (nats, from):"]

@@ -6,7 +6,7 @@ A content security policy in the page itself forbids every request.
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -22,16 +22,19 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 def write_page(report: RunReport, path: Path) -> None:
     """Write the page to ``path``. Raises OutputError if that cannot be."""
+    save(render_page(report), path)
+
+
+def save(page: str, path: Path) -> None:
+    """Write a page's text to ``path``. Raises OutputError if that cannot be."""
     try:
-        path.write_text(render_page(report), encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}; name another --report file") from None
 
 
 def render_page(report: RunReport) -> str:
     """The whole page as HTML text."""
-    style, script = (files("cli").joinpath("report", name).read_text() for name in ("page.css", "page.js"))
-    title = escape(f"{report.subject.model}: Coldstream run report")
     readouts: dict[str, list[str]] = {}
     body = "".join(
         (
@@ -44,16 +47,40 @@ def render_page(report: RunReport) -> str:
         )
     )
     experts = {"moe_layers": report.expert_map.moe_layers, "counts": report.expert_map.counts}
+    return document(
+        f"{report.subject.model}: Coldstream run report",
+        body,
+        {
+            "readouts": readouts,
+            "experts": {**experts, "tiers": report.expert_map.tiers},
+            "report": report.to_json(),
+        },
+    )
+
+
+def document(title: str, body: str, data: Mapping[str, object]) -> str:
+    """A self-contained page around ``body`` (HTML); ``data`` is what its script reads, by element id."""
+    style, script = (files("cli").joinpath("report", name).read_text() for name in ("page.css", "page.js"))
+    blocks = "".join(data_block(name, value) for name, value in data.items())
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<style>\n{style}</style></head><body><main>{body}</main>"
-        f"{data_block('readouts', readouts)}"
-        f"{data_block('experts', {**experts, 'tiers': report.expert_map.tiers})}"
-        f"{data_block('report', report.to_json())}<script>\n{script}</script></body></html>\n"
+        f"{blocks}<script>\n{script}</script></body></html>\n"
     )
+
+
+def figures(cards: Sequence[tuple[str, str, str, str]]) -> str:
+    """A row of cards: (name, value, unit, detail)."""
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt>"
+        f'<dd><div class="value">{escape(value)} <span class="unit">{escape(unit)}</span></div>'
+        f'<div class="detail">{escape(detail)}</div></dd></div>'
+        for name, value, unit, detail in cards
+    )
+    return f'<dl class="figures">{items}</dl>'
 
 
 def data_block(name: str, value: object) -> str:
@@ -86,13 +113,7 @@ def _figures(report: RunReport) -> str:
          f"{percent(report.experts.hit_rate)} of all {requests:,} requests, prompts included"),
         ("Peak memory", size(memory.peak_rss_bytes), "", f"resident{vram}"),
     ]  # fmt: skip
-    items = "".join(
-        f"<div><dt>{escape(name)}</dt>"
-        f'<dd><div class="value">{escape(value)} <span class="unit">{unit}</span></div>'
-        f'<div class="detail">{escape(detail)}</div></dd></div>'
-        for name, value, unit, detail in cards
-    )
-    return f'<dl class="figures">{items}</dl>'
+    return figures(cards)
 
 
 def _memory(report: RunReport) -> str:

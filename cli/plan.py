@@ -33,10 +33,15 @@ RamBandwidth = Annotated[
 DiskBandwidth = Annotated[
     float | None, typer.Option(metavar="GB/S", min=0.01, help="Take this for the disk's sequential rate.")
 ]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option("--calibrate", metavar="FILE", help="Say what `quantize --calibrate FILE` takes of memory."),
+]
 Refresh = Annotated[bool, typer.Option("--refresh", help="Measure this machine again first.")]
 _DEFAULT_RECIPE = "fast"
 _DEFAULT_CONTEXT = 4096
 _REPLAYED = 32  # tokens
+_BYTES_PER_TOKEN = 4
 
 
 def plan(
@@ -57,6 +62,7 @@ def plan(
     group_size: GroupSize = 128,
     routing: options.Routing = None,
     prompt_chunk: options.PromptChunk = None,
+    calibrate: Calibrate = None,
     refresh: Refresh = False,
     json: options.Json = False,
 ) -> None:
@@ -104,12 +110,15 @@ def plan(
     replay = Setup.of(shape, schemes, made, machine)
     decode, prefill = replay.decode(_REPLAYED), replay.prefill()
     notes = (*machine.notes, *made.notes)
+    calibration = _calibration(model, calibrate, shape) if calibrate is not None else None
     if not json:
         _show(console, made, machine, f"{model}: {_weights(shape)}", f"{_described(schemes)} ({origin})")
         console.say(
             f"replayed  {number(decode.tokens_per_s)} tokens/s, prefill {number(prefill.tokens_per_s)}: "
             "the same run event by event (coldstream simulate)"
         )
+        if calibration is not None:
+            _show_calibration(console, calibration)
         console.notes(notes)
     console.result(
         {
@@ -119,7 +128,36 @@ def plan(
             "schemes": {role: str(scheme) for role, scheme in schemes.items()},
             "machine": machine.to_json(),
             "notes": notes,
+            **({"calibration": calibration} if calibration else {}),
         }
+    )
+
+
+def _calibration(model: str, text: Path, shape: "ModelShape") -> dict[str, Any]:
+    """Tokens of the text, and the bytes that calibrating on it takes. Without the model's tokenizer a token
+    is taken for four bytes."""
+    from cli.texts import read_text
+    from offload.footprint import calibration_nbytes
+
+    words, counted = read_text(text), (Path(model) / "tokenizer.json").is_file()
+    if counted:
+        from tokenizers import Tokenizer
+
+        tokenizer: Any = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+        tokens = len(tokenizer.encode(words, add_special_tokens=False).ids)
+    else:
+        tokens = len(words.encode()) // _BYTES_PER_TOKEN
+    parts = calibration_nbytes(shape, tokens)
+    return {"tokens": tokens, "tokens_counted": counted, "bytes": parts, "total_bytes": sum(parts.values())}
+
+
+def _show_calibration(console: Console, found: Mapping[str, Any]) -> None:
+    from cli.words import size
+
+    parts = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found["bytes"].items())
+    about = "" if found["tokens_counted"] else "about "
+    console.say(
+        f"calibrate {size(found['total_bytes'])} of RAM for {about}{found['tokens']:,} tokens: {parts}"
     )
 
 

@@ -1,5 +1,6 @@
 """``coldstream quantize``: a Hugging Face checkpoint, quantized into a new directory."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -7,13 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cli import options
+from cli.bits import Evidence, Fit, Goal, PerExpert, TargetBits, TargetSize, allocate_bits, open_roles
 from cli.console import Console
 from cli.schemes import Attention, DenseMlp, Experts, GroupSize, LmHead, SharedExpert, chosen_schemes
+from quant.errors import UsageError
 
 if TYPE_CHECKING:
+    from offload.windows import Windows
+    from quant.checkpoint import Checkpoint
     from quant.convert import ConversionReport
     from quant.families import Role
-    from quant.rounding import Rounder
+    from quant.imatrix import Imatrix
+    from quant.rounding import Rounder, Rounding
     from quant.scheme import Scheme
 
 _CALIBRATION_WINDOW = 512
@@ -29,6 +35,13 @@ def quantize(
     attention: Attention = None,
     lm_head: LmHead = None,
     group_size: GroupSize = 128,
+    target_bits: TargetBits = None,
+    target_size: TargetSize = None,
+    fit: Fit = None,
+    vram: options.Vram = None,
+    ram: options.Ram = None,
+    context: options.Context = None,
+    per_expert: PerExpert = False,
     rounding: Annotated[
         Literal["search", "rtn"],
         typer.Option("--rounding", help="search: best scale of each group, for int4; rtn: plain absmax."),
@@ -37,29 +50,72 @@ def quantize(
         Path | None,
         typer.Option("--calibrate", metavar="FILE", help="Round by GPTQ on this text (slower, better)."),
     ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix", metavar="FILE",
+            help="Round by how strongly this text excites each input channel; or by a matrix that was saved.",
+        ),
+    ] = None,
+    save_imatrix: Annotated[
+        Path | None,
+        typer.Option("--save-imatrix", metavar="FILE", dir_okay=False, help="Keep it for another run."),
+    ] = None,
+    routing: options.Routing = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     json: options.Json = False,
-) -> None:
-    """Quantize the checkpoint SRC into the new directory DST, by a recipe or by hand.
+) -> None:  # fmt: skip
+    """Quantize the checkpoint SRC into the new directory DST, by a recipe, by hand or within a size.
 
-    What is not named stays as it is in SRC. DST appears when it is complete; what is under way lies in
-    DST.partial.
+    What is not named stays as it is in SRC. With --target-bits, --target-size or --fit, every role that is
+    neither named by hand nor left out by the recipe gets the bits that it is worth: measured on the text of
+    --calibrate or --imatrix, else judged by its weights. DST appears when it is complete; what is under way
+    lies in DST.partial and DST.calibration.
     """
-    from quant.convert import convert
+    from quant.convert import convert, open_source
     from quant.hub import resolve_model
 
     by_hand: dict[Role, str | None] = {
         "experts": experts, "shared_expert": shared_expert, "dense_mlp": dense_mlp, "attention": attention,
         "lm_head": lm_head,
     }  # fmt: skip
-    schemes = chosen_schemes(recipe, by_hand, group_size)
+    goal = Goal.of(
+        bits=target_bits, size=target_size, fit=fit, per_expert=per_expert, vram=vram, ram=ram,
+        context=context,
+    )  # fmt: skip
+    if calibrate is not None and imatrix is not None:
+        raise UsageError(
+            "--calibrate already weighs inputs, and more exactly than --imatrix: give one of them"
+        )
+    if save_imatrix is not None and imatrix is None:
+        raise UsageError("--save-imatrix has nothing to save: give the text with --imatrix")
+    schemes: Mapping[Role, Scheme] = {}
+    if goal is None:
+        schemes = chosen_schemes(recipe, by_hand, group_size)
     console = Console(json=json)
     path = resolve_model(source)
+    checkpoint, work = open_source(path), _work_folder(destination)
+    weights = _imatrix(checkpoint, imatrix, save_imatrix, console)
+    windows = _windows(path, calibrate or (imatrix if _is_text(imatrix) else None))
+    if calibrate is not None and windows is not None:
+        from offload.calibrate import check_length
+
+        check_length(checkpoint, windows)
+    plain = _plain(checkpoint, rounding, weights)
+    chosen: dict[str, Any] = {}
+    if goal is not None:
+        roles, fixed = open_roles(recipe, by_hand, group_size, measured=windows is not None)
+        evidence = Evidence(plain, windows, weights, routing)
+        schemes, allocation = allocate_bits(
+            checkpoint, goal, roles, fixed, evidence, work / "sensitivity.json", resume, console
+        )
+        chosen = {"allocation": allocation.to_json()}
     named = ", ".join(f"{role} {scheme}" for role, scheme in schemes.items())
-    console.step(f"quantizing {path} to {destination}: {named}")
-    rounder = None
-    if calibrate is not None:
-        rounder = _calibrated(path, destination, schemes, calibrate, resume, console)
+    mostly = "mostly " if goal is not None else ""
+    console.step(f"quantizing {path} to {destination}: {mostly}{named}")
+    rounder = plain
+    if calibrate is not None and windows is not None:
+        rounder = _calibrated(checkpoint, work, schemes, windows, plain, resume, console)
     with console.progress() as bar:
         task = bar.add_task("quantize", total=None)
 
@@ -67,37 +123,83 @@ def quantize(
             bar.update(task, completed=done, total=total)
 
         report = convert(
-            path, destination, schemes, resume=resume, progress=show, rounding=rounding, rounder=rounder
+            path, destination, schemes, resume=resume, progress=show, rounder=rounder, details=chosen
         )
-    if calibrate is not None:
-        rmtree(_work_folder(destination), ignore_errors=True)
+    if calibrate is not None or goal is not None:
+        rmtree(work, ignore_errors=True)
     console.notes(report.notes)
     _show(console, report)
-    console.result(report.to_json())
+    console.result(report.to_json() | chosen)
 
 
 def _work_folder(destination: Path) -> Path:
     return destination.with_name(destination.name + ".calibration")
 
 
-def _calibrated(
-    path: Path, destination: Path, schemes: "dict[Role, Scheme]", file: Path, resume: bool, console: Console
-) -> "Rounder":
-    """Round every layer by the text in ``file``, into a folder beside ``destination``."""
+def _is_text(imatrix: Path | None) -> bool:
+    return imatrix is not None and imatrix.suffix != ".safetensors"
+
+
+def _windows(path: Path, text: Path | None) -> "Windows | None":
+    """The text in whole windows. Raises UsageError if it cannot be read or is too short."""
+    if text is None:
+        return None
     from cli.texts import read_text
-    from offload.calibrate import calibrate, memory_nbytes
     from offload.session import load_tokenizer
     from offload.windows import Windows
-    from quant.checkpoint import Checkpoint
-    from quant.prepared import Prepared
+
+    return Windows.cut(read_text(text), load_tokenizer(path), _CALIBRATION_WINDOW)
+
+
+def _imatrix(
+    checkpoint: "Checkpoint", file: Path | None, save: Path | None, console: Console
+) -> "Imatrix | None":
+    """The importance matrix of the text in ``file``, or the one that lies there."""
+    if file is None:
+        return None
+    from quant.imatrix import Imatrix
+
+    if not _is_text(file):
+        return Imatrix.load(file, checkpoint.identity)
+    from offload.importance import measure_importance
+
+    windows = _windows(checkpoint.path, file)
+    assert windows is not None
+    console.step(f"measuring inputs on {windows.tokens:,} tokens")
+    found = measure_importance(
+        checkpoint, windows, lambda done, total: console.step(f"measured layer {done} of {total}")
+    )
+    if save is not None:
+        found.save(save)
+    return found
+
+
+def _plain(checkpoint: "Checkpoint", rounding: "Rounding", imatrix: "Imatrix | None") -> "Rounder":
+    """How values are found where no calibration has found them."""
     from quant.rounding import make_rounder
+
+    if imatrix is None:
+        return make_rounder(rounding, checkpoint)
+    from quant.imatrix import Weighted
+
+    return Weighted(imatrix, make_rounder(rounding, checkpoint))
+
+
+def _calibrated(
+    checkpoint: "Checkpoint", folder: Path, schemes: "Mapping[Role, Scheme]", windows: "Windows",
+    other: "Rounder", resume: bool, console: Console,
+) -> "Rounder":  # fmt: skip
+    """Round every layer by the text, into ``folder``."""
+    from offload.calibrate import calibrate
+    from offload.footprint import calibration_nbytes
+    from quant.prepared import Prepared
     from quant.sizes import format_size
 
-    checkpoint, folder = Checkpoint.open(path), _work_folder(destination)
-    windows = Windows.cut(read_text(file), load_tokenizer(path), _CALIBRATION_WINDOW)
+    parts = calibration_nbytes(checkpoint.shape, windows.tokens)
+    named = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in parts.items())
     console.step(
-        f"calibrating on {windows.tokens:,} tokens; takes about "
-        f"{format_size(memory_nbytes(checkpoint, windows.tokens))} of memory beside the dense weights"
+        f"calibrating on {windows.tokens:,} tokens; takes about {format_size(sum(parts.values()))} of memory "
+        f"({named})"
     )
 
     def show(done: int, total: int, left: float) -> None:
@@ -105,7 +207,7 @@ def _calibrated(
 
     seen = calibrate(checkpoint, schemes, windows, folder, resume=resume, progress=show)
     console.notes(seen.notes())
-    return Prepared(folder, f"gptq {windows.identity}", make_rounder("search", checkpoint))
+    return Prepared(folder, f"gptq {windows.identity}", other)
 
 
 def _show(console: Console, report: "ConversionReport") -> None:
@@ -123,7 +225,7 @@ def _show(console: Console, report: "ConversionReport") -> None:
     for role in report.roles:
         worst = f"{role.worst.module} ({_decibels(role.worst.sqnr_db)})"
         table.add_row(
-            role.role, str(role.scheme), f"{role.tensors:,}", f"{role.relative_error:.2%}",
+            role.role, role.scheme, f"{role.tensors:,}", f"{role.relative_error:.2%}",
             _decibels(role.sqnr_db), worst,
         )  # fmt: skip
     if report.roles:

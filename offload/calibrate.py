@@ -35,11 +35,12 @@ from quant.errors import OutputError, UsageError
 from quant.families import PROJECTIONS, Projection, Role
 from quant.gptq import DAMPING, gptq
 from quant.linear import LinearWeight, QuantLinear
+from quant.mixture import described, scheme_of
 from quant.scheme import BF16, Scheme
 from quant.shape import LinearSpec
 
 MIN_EXPERT_TOKENS = 64  # that an expert must see on average
-PULL = 0.5  # how far a weight moves towards making up for its inputs' errors
+PULL = 0.8  # how far a weight moves towards making up for its inputs' errors
 _SAMPLE = 1024  # tokens that stand for all of a layer
 _BATCH = 4
 Progress = Callable[[int, int, float], None]
@@ -57,15 +58,6 @@ def check_length(checkpoint: Checkpoint, windows: Windows) -> None:
         )
 
 
-def memory_nbytes(checkpoint: Checkpoint, tokens: int) -> int:
-    """Bytes that calibration on ``tokens`` tokens takes: one layer of bf16 experts, streams, inputs,
-    Hessians."""
-    shape = checkpoint.shape
-    widest = max(shape.hidden_size, shape.expert_intermediate, shape.dense_intermediate)
-    layer = shape.num_experts * shape.expert_weights * 2
-    return layer + tokens * shape.hidden_size * 16 + 6 * widest * widest * 4
-
-
 def calibrate(
     checkpoint: Checkpoint, schemes: Mapping[Role, Scheme], windows: Windows, folder: Path, *,
     resume: bool = False, progress: Progress | None = None,
@@ -80,7 +72,7 @@ def calibrate(
     job = {
         "source": checkpoint.identity,
         "text": windows.identity,
-        "schemes": {role: str(scheme) for role, scheme in schemes.items()},
+        "schemes": described(schemes),
     }
     try:
         state = CalibrationState.open(folder, job, resume)
@@ -115,7 +107,7 @@ class _Layer:
         self.specs = {
             spec.module.rpartition(".")[2]: spec
             for spec in walk.shape.dense_linears()
-            if spec.layer == layer and schemes.get(spec.role, BF16).is_packed
+            if spec.layer == layer and scheme_of(schemes, spec).is_packed
         }
         self.names = {spec.module: runtime_name(checkpoint, spec.module) for spec in self.specs.values()}
         self.stock: dict[str, Any] = {
@@ -166,7 +158,7 @@ class _Layer:
         self.made[spec.module] = module
 
     def _round(self, spec: LinearSpec, weight: Tensor, inputs: Moments) -> LinearWeight:
-        scheme, tokens = self.schemes[spec.role], max(inputs.tokens, 1)
+        scheme, tokens = scheme_of(self.schemes, spec), max(inputs.tokens, 1)
         hessian, cross = inputs.hessian / tokens, inputs.cross / tokens
         done = gptq(weight, scheme, hessian, hessian + PULL * (cross - hessian))
         if done.damping > DAMPING:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 BUCKETS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.95, 1.0)
+SLICES = 16  # that a window is cut into, to show where in it predictions differ
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Bucket:
 class Divergence:
     """What ``eval`` reports. KL is D(reference ‖ model) in nats per token; ``delta_p`` concerns the true
     token's probability (model minus reference); ``log_ratio`` is the mean of ln(perplexity / reference
-    perplexity).
+    perplexity). ``histogram`` counts tokens by half decade of KL, keyed by its lower edge; ``by_position`` is
+    mean KL in equal slices of a window, first to last (empty if the window was not given).
     """
 
     tokens: int
@@ -83,10 +85,11 @@ class Divergence:
     delta_p_rms: float
     buckets: tuple[Bucket, ...]
     histogram: Mapping[str, int]
+    by_position: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, measures: TokenMeasures) -> "Divergence":
-        """The summary of ``measures``."""
+    def of(cls, measures: TokenMeasures, window: int = 0) -> "Divergence":
+        """The summary of ``measures``, of windows of ``window`` tokens (0: not told)."""
         kl, ratio = measures.kl, measures.nll - measures.reference_nll
         delta = np.exp(-measures.nll) - np.exp(-measures.reference_nll)
         median, p90, p99 = (float(value) for value in np.quantile(kl, (0.5, 0.9, 0.99)))
@@ -108,6 +111,7 @@ class Divergence:
             delta_p_rms=float(np.sqrt(np.square(delta).mean())),
             buckets=tuple(_buckets(measures)),
             histogram=_histogram(kl),
+            by_position=_positions(kl, window) if window else (),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -138,6 +142,12 @@ def _buckets(measures: TokenMeasures) -> list[Bucket]:
 
 
 def _histogram(kl: Floats) -> dict[str, int]:
-    """Tokens by decade of their KL divergence; the key is the decade's lower edge."""
-    decades = np.clip(np.floor(np.log10(np.maximum(kl, 1e-9))), -6, 2).astype(int)
-    return {f"1e{decade}": int((decades == decade).sum()) for decade in range(-6, 3)}
+    """Tokens by half decade of their KL divergence; the key is the lower edge, the ends are open."""
+    halves = np.clip(np.floor(2 * np.log10(np.maximum(kl, 1e-12))), -12, 3).astype(int)
+    return {f"{1 if half % 2 == 0 else 3}e{half // 2}": int((halves == half).sum()) for half in range(-12, 4)}
+
+
+def _positions(kl: Floats, window: int) -> tuple[float, ...]:
+    """Mean KL of each slice of a window, over all windows."""
+    by_place = kl.reshape(-1, window).mean(0)
+    return tuple(float(part.mean()) for part in np.array_split(by_place, min(SLICES, window)))

@@ -22,7 +22,8 @@ from quant.shape import ModelShape
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation. ``floor`` is the reference's divergence from itself in bf16; ``router_agreement`` gives
-    per MoE layer the share of expert choices that the two models have in common."""
+    per MoE layer the share of expert choices that the two models have in common; ``kv`` is how keys and
+    values were stored (None: not at all, whole windows at once)."""
 
     model: Path
     reference: Path
@@ -31,6 +32,7 @@ class Evaluation:
     divergence: Divergence
     floor: Mapping[str, Any]
     router_agreement: Mapping[int, float]
+    kv: Storage | None
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -39,6 +41,7 @@ class Evaluation:
             "reference": str(self.reference),
             "windows": self.windows,
             "window_tokens": self.window_tokens,
+            "kv": self.kv,
             **self.divergence.to_json(),
             "floor": dict(self.floor),
             "router_agreement": {str(layer): share for layer, share in self.router_agreement.items()},
@@ -73,9 +76,10 @@ def evaluate(
         reference=reference,
         windows=len(cut.ids),
         window_tokens=length,
-        divergence=Divergence.of(TokenMeasures.joined(parts)),
+        divergence=Divergence.of(TokenMeasures.joined(parts), length),
         floor=kept.floor,
         router_agreement=agreement,
+        kv=kv,
         seconds=time.perf_counter() - started,
     )
 

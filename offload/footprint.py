@@ -7,6 +7,7 @@ Legend: T tokens of a prompt chunk, H hidden, I intermediate.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from offload.predict import Load
 from quant.families import Role
@@ -27,7 +28,8 @@ SLACK = 48 * MIB
 class Footprint:
     """What a model in ``schemes`` takes for ``context`` tokens of KV cache in ``kv_bits`` (8, 16 or 32).
 
-    ``slot_bytes`` is what one expert takes in an arena: whole pages, as direct I/O wants them.
+    ``slot_bytes`` is what one expert takes in an arena: whole pages, as direct I/O wants them, and where
+    experts differ as many as the largest needs.
     """
 
     shape: ModelShape
@@ -38,12 +40,12 @@ class Footprint:
 
     def __post_init__(self) -> None:
         if not self.slot_bytes:
-            object.__setattr__(self, "slot_bytes", slot_bytes_of(self.expert_bytes))
+            object.__setattr__(self, "slot_bytes", slot_bytes_of(self.shape.largest_expert(self.schemes)))
 
-    @property
+    @cached_property
     def expert_bytes(self) -> int:
-        """Bytes of one expert that a forward pass reads."""
-        return self.shape.expert_nbytes(self.schemes.get("experts", BF16))
+        """Bytes of one expert that a forward pass reads; of the mean one where they differ."""
+        return self.shape.experts_nbytes(self.schemes) // max(self.experts, 1)
 
     @property
     def experts(self) -> int:
@@ -52,9 +54,12 @@ class Footprint:
 
     def roles(self) -> dict[Role, int]:
         """Bytes of every role but the routed experts."""
-        return {
-            role: size for role, size in self.shape.role_nbytes(self.schemes).items() if role != "experts"
-        }
+        return dict(self._roles)
+
+    @cached_property
+    def _roles(self) -> dict[Role, int]:
+        sizes = self.shape.role_nbytes(self.schemes)
+        return {role: size for role, size in sizes.items() if role != "experts"}
 
     @property
     def kv_cache(self) -> int:
@@ -110,6 +115,23 @@ class Footprint:
             resident=resident,
             nf4=experts.kind == "nf4",
         )
+
+
+def calibration_nbytes(shape: ModelShape, tokens: int) -> dict[str, int]:
+    """Bytes that ``quantize --calibrate`` takes for a text of ``tokens`` tokens, by what they are for.
+
+    The dense weights of the whole model in bf16, one layer's routed experts, two streams of hidden states
+    and both inputs of an MLP in f32, and the Hessians of one Linear with what is made of them.
+    """
+    roles = shape.role_nbytes({})
+    dense = sum(size for role, size in roles.items() if role not in ("experts", "vision"))
+    widest = max(shape.hidden_size, shape.expert_intermediate, shape.dense_intermediate)
+    return {
+        "dense weights": dense,
+        "experts of one layer": shape.num_experts * shape.expert_weights * 2,
+        "hidden states": tokens * shape.hidden_size * 16,
+        "hessians": 6 * widest * widest * 4,
+    }
 
 
 def slot_bytes_of(expert_bytes: int) -> int:

@@ -7,6 +7,7 @@ Legend: B windows, T tokens of a window, H hidden, E experts, k experts per toke
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,8 +121,17 @@ class Layerwise:
             self._arguments[len(batch)] = self._record(*batch.shape[:2])
         args, kwargs = self._arguments[len(batch)][layer]
         if self.kv:
-            kwargs = {**kwargs, "past_key_values": KVCache(self.shape, batch.shape[1], self.kv)}
+            kwargs = {**kwargs, "past_key_values": self._kv_cache(batch.shape[1])}
         return args, kwargs
+
+    def _kv_cache(self, tokens: int) -> KVCache:
+        """A cache that hands every token's keys and values back as they are stored.
+
+        The cache of a run keeps the current chunk only, and within one step gives the others as they come:
+        then a window longer than a chunk would show nothing of what storing them costs.
+        """
+        assert self.kv is not None
+        return KVCache(replace(self.shape, attention_chunk_size=0), tokens, self.kv)
 
     def _record(self, windows: int, tokens: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Run the model around its layers, which only note how they are called."""
@@ -131,7 +141,7 @@ class Layerwise:
             noted.append((args, kwargs))
             return hidden_states
 
-        cache = KVCache(self.shape, tokens, self.kv) if self.kv else None
+        cache = self._kv_cache(tokens) if self.kv else None
         forwards = [layer.forward for layer in self.layers]
         try:
             for layer in self.layers:

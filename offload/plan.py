@@ -21,6 +21,7 @@ from offload.records import TIERS, Tier
 from quant.families import Role
 from quant.scheme import Scheme
 from quant.shape import ModelShape
+from quant.sizes import format_size
 
 __all__ = ["Plan", "PlanRow", "make_plan"]
 
@@ -155,7 +156,20 @@ def make_plan(
     )
     plan = planner.plan(budget)
     pinned = planner.locality.hottest(shape.moe_layers, plan.vram_slots - plan.vram_reserve)
-    return replace(plan, gains=planner.gains(budget, plan), pinned=pinned, notes=budget.notes)
+    return replace(
+        plan, gains=planner.gains(budget, plan), pinned=pinned, notes=(*budget.notes, *_padding(footprint))
+    )
+
+
+def _padding(footprint: Footprint) -> tuple[str, ...]:
+    """What experts of different size cost in memory, where that is more than their pages' ends."""
+    largest, mean = footprint.shape.largest_expert(footprint.schemes), footprint.expert_bytes
+    if largest <= mean * 1.01:
+        return ()
+    return (
+        f"experts differ in size: a slot has room for the largest, {format_size(largest)}, the mean is "
+        f"{format_size(mean)}: {1 - mean / largest:.0%} of the memory for experts is padding",
+    )
 
 
 @dataclass(frozen=True)

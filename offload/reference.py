@@ -29,7 +29,7 @@ from offload.windows import Windows
 from quant.checkpoint import Checkpoint
 from quant.errors import OutputError
 
-VERSION = 1
+VERSION = 2
 MAX_STORED = 16384
 _LEVELS = 65535
 Progress = Callable[[str], None]
@@ -158,7 +158,7 @@ def _make(walk: Layerwise, windows: Windows, folder: Path, progress: Progress) -
     progress("reference: its own noise")
     made = Reference(folder)
     parts = [made.window(w).measure(walk.log_probs(noisy[w]), ids[w, 1:]) for w in range(count)]
-    about["floor"] = Divergence.of(TokenMeasures.joined(parts)).to_json()
+    about["floor"] = Divergence.of(TokenMeasures.joined(parts), length).to_json()
     (folder / "about.json").write_text(json.dumps(about))
 
 

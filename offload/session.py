@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ from quant.errors import BudgetError, CheckpointError, MachineError, UsageError
 from quant.families import Role
 from quant.kernels import native
 from quant.linear import Compute
+from quant.mixture import joined
 from quant.scheme import Scheme
+from quant.shape import LinearSpec
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,20 @@ def model_id(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:16]
 
 
-def stored_schemes(checkpoint: Checkpoint) -> dict[Role, Scheme]:
-    """The scheme of each role, read off the first Linear of each."""
-    schemes: dict[Role, Scheme] = {}
-    for spec in checkpoint.shape.dense_linears():
-        if spec.role not in schemes:
-            schemes[spec.role] = find_weight(checkpoint, spec)[0]
+def stored_schemes(checkpoint: Checkpoint) -> Mapping[Role, Scheme]:
+    """The scheme of each role, read off the tensors; a Mixture where a role has several."""
     store = ExpertStore(checkpoint)
-    schemes["experts"] = store.record(*store.experts()[0]).weights["gate_proj"].scheme
-    return schemes
+
+    def chosen() -> Iterator[tuple[LinearSpec, Scheme]]:
+        for spec in checkpoint.shape.dense_linears():
+            yield spec, find_weight(checkpoint, spec)[0]
+        for layer, expert in store.experts():
+            weights = store.record(layer, expert).weights
+            for spec in checkpoint.shape.expert_linears(layer, expert):
+                assert spec.projection is not None
+                yield spec, weights[spec.projection].scheme
+
+    return joined(chosen())
 
 
 class Session:

@@ -16,8 +16,9 @@ from offload.timeline_engine import Engine, Event, Line, Process
 from offload.timeline_places import Step
 from offload.timeline_work import LayerWork, Rates, Work
 
-# How good guesses of coming experts are (quant/kernels/foresight.py): of the experts that must be read, the part
-# that is guessed in time, and how many wrong guesses are read per right one. Fitted to runs of mini-scout.
+# How good guesses of coming experts are (quant/kernels/foresight.py): of the experts that must be read, the
+# part that is guessed in time, and how many wrong guesses are read per right one. Fitted to runs of
+# mini-scout.
 GUESSED = 0.6
 WRONG = 0.4
 AHEAD = 6

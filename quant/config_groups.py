@@ -13,8 +13,10 @@ from typing import Any
 
 from quant.errors import RecipeError
 from quant.families import QUANTIZABLE, Family, Role
+from quant.mixture import Mixture, scheme_of
 from quant.scheme import BF16, Scheme
 from quant.shape import ModelShape
+from quant.targets import mixture_targets
 
 _EXPERTS = r"re:.*\.experts(\..+)?$"
 
@@ -44,14 +46,25 @@ def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str
             "loaders; "
             "choose nf4 for all of them or for none"
         )
-    for linear in shape.dense_linears():
-        used.get(linear.role, BF16).check(linear.module, linear.out_features, linear.in_features)
-    if "experts" in used and shape.moe_layers:
-        for linear in shape.expert_linears(shape.moe_layers[0], 0):
-            used["experts"].check(linear.module, linear.out_features, linear.in_features)
+    one = shape.expert_linears(shape.moe_layers[0], 0) if shape.moe_layers else ()
+    for linear in shape.linears() if isinstance(schemes, Mixture) else (*shape.dense_linears(), *one):
+        scheme_of(schemes, linear).check(linear.module, linear.out_features, linear.in_features)
+    if isinstance(schemes, Mixture):
+        _check_fusable(shape, schemes)
     if shape.tie_word_embeddings and schemes.get("lm_head", BF16) != BF16:
         return ["lm_head is tied to the embeddings, which are kept as they are: its scheme is not used"]
     return []
+
+
+def _check_fusable(shape: ModelShape, mixture: Mixture) -> None:
+    """transformers fuses the experts of every family but Llama 4 while loading, and unpacks all of them by
+    one scheme."""
+    routed = {str(scheme_of(mixture, linear)) for linear in shape.linears() if linear.role == "experts"}
+    if len(routed) > 1 and not shape.family.fused_transposed:
+        raise RecipeError(
+            f"experts in {' and '.join(sorted(routed))} in one {shape.family.name} checkpoint: transformers "
+            "loads all of them as one; let the roles beside the experts differ"
+        )
 
 
 def quantization_config(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> dict[str, Any]:
@@ -72,6 +85,21 @@ def quantization_config(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> di
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": _skipped(shape.family, dense),
         }
+    groups = _mixed_groups(shape, schemes) if isinstance(schemes, Mixture) else _groups(shape, used)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "config_groups": {
+            f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(groups)
+        },
+        "ignore": _ignored(shape, dense),
+    }
+
+
+def _groups(shape: ModelShape, used: Mapping[Role, Scheme]) -> list[tuple[Scheme, list[str]]]:
     groups: list[tuple[Scheme, list[str]]] = []
     for role, scheme in used.items():  # experts first, where they are quantized
         if not groups:
@@ -85,21 +113,17 @@ def quantization_config(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> di
                 same.append(pattern)
     if len(groups) > 1 and "experts" in used:
         groups[0][1].insert(0, _EXPERTS)
-    groups = [
-        *groups[1:],
-        groups[0],
-    ]  # class names last: what a regular expression also matches is not searched again
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "config_groups": {
-            f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(groups)
-        },
-        "ignore": _ignored(shape, dense),
-    }
+    # Class names last: what a regular expression also matches is not searched again.
+    return [*groups[1:], groups[0]]
+
+
+def _mixed_groups(shape: ModelShape, mixture: Mixture) -> list[tuple[Scheme, list[str]]]:
+    """Every Linear by its expression, the experts' commonest scheme last and beside "Linear"; first the
+    experts', which transformers takes the first of to have all experts' width."""
+    targets = mixture_targets(shape, mixture)
+    last = next(iter(mixture.values()))
+    targets[last].append("Linear")
+    return [*((scheme, names) for scheme, names in targets.items() if scheme != last), (last, targets[last])]
 
 
 def stores_fused_experts(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> bool:

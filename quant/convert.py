@@ -23,6 +23,7 @@ from quant.errors import CheckpointError, NonFiniteError, OutputError
 from quant.families import QUANTIZABLE, Role
 from quant.fidelity import Fidelity, RoleFidelity
 from quant.journal import Journal, Sums
+from quant.mixture import described
 from quant.parts import Conversion, Part, Piece, plan_conversion
 from quant.rounding import Rounder, Rounding, make_rounder
 from quant.scheme import BF16, Scheme
@@ -32,6 +33,7 @@ from quant.writer import OutputFiles, check_free, write_file
 
 REPORT = "quantization_report.json"
 Progress = Callable[[int, int, str], None]
+_STATE = "state of the source's files"
 _SLACK = 2**20
 _SYNC_BYTES = 256 * 2**20
 
@@ -80,19 +82,19 @@ def convert(
     sync_bytes: int = _SYNC_BYTES,
     rounding: Rounding = "search",
     rounder: Rounder | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
     """Quantize the checkpoint in ``source`` by ``schemes`` (a role not named is kept) into ``destination``.
 
     With ``resume`` a run that was stopped is continued, and the result is the same to the byte. ``progress``
     is called with source bytes done, source bytes in all, and the tensor at hand. What is done is made safe
     on disk every ``sync_bytes`` of output. ``rounding`` says how values are found (``rounder``, if given,
-    does it instead). Raises CheckpointError, SchemeError, RecipeError or OutputError;
+    does it instead). ``details`` go into the
+    checkpoint's report as they are. Raises CheckpointError, SchemeError, RecipeError or OutputError;
     the destination then does not exist.
     """
     started = time.monotonic()
-    checkpoint = Checkpoint.open(source)
-    if checkpoint.is_quantized:
-        raise CheckpointError(f"{source} is already quantized: start from the original bf16 checkpoint")
+    checkpoint = open_source(source)
     notes = check_schemes(checkpoint.shape, schemes)
     conversion = plan_conversion(checkpoint, schemes)
     staging = Staging(Path(destination))
@@ -111,7 +113,9 @@ def convert(
         files.create()
         _Run(checkpoint, parts, files, journal, sync_bytes, rounder).go(progress)
         fidelity = Fidelity.measure(parts, journal.done)
-        _write_small_files(checkpoint, conversion, schemes, staging.model, job, fidelity)
+        _write_small_files(
+            checkpoint, conversion, schemes, staging.model, {**job, **(details or {})}, fidelity
+        )
     except (NonFiniteError, OutputError) as error:
         # Weights that cannot be used, or a disk that is full before anything is done: nothing to go on from.
         if isinstance(error, NonFiniteError) or not journal.done:
@@ -123,6 +127,14 @@ def convert(
     staging.publish()
     read = sum(part.nbytes for part in parts[resumed:])
     return _report(checkpoint, conversion, staging.destination, read, started, fidelity.roles, notes)
+
+
+def open_source(path: Path | str) -> Checkpoint:
+    """The checkpoint in ``path``. Raises CheckpointError if it cannot be read, or is already quantized."""
+    checkpoint = Checkpoint.open(path)
+    if checkpoint.is_quantized:
+        raise CheckpointError(f"{path} is already quantized: start from the original bf16 checkpoint")
+    return checkpoint
 
 
 class _Run:
@@ -221,10 +233,10 @@ def _job(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme], rounder: Rounde
     stats = [(file.name, file.stat()) for file in files]
     return {
         "format": "coldstream quantization 1",
-        "recipe": {role: str(schemes.get(role, BF16)) for role in QUANTIZABLE},
+        "recipe": dict.fromkeys(QUANTIZABLE, str(BF16)) | described(schemes),
         "rounding": rounder.name,
         "source": checkpoint.identity,
-        "state of the source's files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        _STATE: [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     }
 
 
@@ -257,7 +269,7 @@ def _write_small_files(
     index = json.dumps(conversion.layout.index(), indent=2).encode() + b"\n"
     write_file(folder / "model.safetensors.index.json", index)
     report = {
-        **{key: job[key] for key in ("format", "recipe", "rounding", "source")},
+        **{key: value for key, value in job.items() if key != _STATE},
         "source_bytes": conversion.source_bytes,
         "output_bytes": conversion.layout.nbytes,
         "bits_per_weight": _bits_per_weight(checkpoint, conversion),

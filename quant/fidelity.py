@@ -4,6 +4,7 @@ Relative error is ‖Ŵ - W‖ / ‖W‖ (Frobenius); SQNR is the same in decibe
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -45,13 +46,19 @@ class TensorFidelity:
 
 @dataclass(frozen=True)
 class RoleFidelity:
-    """What quantization cost a role: over all its weights, and for the worst of its tensors."""
+    """What quantization cost a role: over all its weights, and for the worst of its tensors. ``schemes`` by
+    falling number of tensors."""
 
     role: Role
-    scheme: Scheme
+    schemes: tuple[Scheme, ...]
     tensors: int
     relative_error: float
     worst: TensorFidelity
+
+    @property
+    def scheme(self) -> str:
+        """The scheme's name, or those of all that the role has."""
+        return ", ".join(map(str, self.schemes))
 
     @property
     def sqnr_db(self) -> float | None:
@@ -60,7 +67,7 @@ class RoleFidelity:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "scheme": str(self.scheme),
+            "scheme": self.scheme,
             "tensors": self.tensors,
             "relative_error": self.relative_error,
             "sqnr_db": self.sqnr_db,
@@ -104,7 +111,8 @@ class Fidelity:
 def _role(role: Role, total: _Total, tensors: tuple[TensorFidelity, ...]) -> RoleFidelity:
     own = [tensor for tensor in tensors if tensor.role == role]
     worst = max(own, key=lambda tensor: tensor.relative_error)
-    return RoleFidelity(role, own[0].scheme, len(own), _rounded(total.relative_error), worst)
+    schemes = tuple(scheme for scheme, _ in Counter(tensor.scheme for tensor in own).most_common())
+    return RoleFidelity(role, schemes, len(own), _rounded(total.relative_error), worst)
 
 
 def _rounded(value: float) -> float:

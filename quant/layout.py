@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from quant.families import Role
-from quant.scheme import BF16, NF4_BLOCK, Scheme
+from quant.mixture import scheme_of
+from quant.scheme import NF4_BLOCK, Scheme
 from quant.shape import LinearSpec, ModelShape
 
 PAGE = 4096
@@ -176,7 +177,7 @@ def lay_out_checkpoint(
     """
     dtypes = dtypes or {}
     stored = [
-        stored_linear(linear, schemes.get(linear.role, BF16), dtypes.get(linear.module, "BF16"))
+        stored_linear(linear, scheme_of(schemes, linear), dtypes.get(linear.module, "BF16"))
         for linear in shape.dense_linears()
     ]
     count = len(shape.moe_layers) + 1
@@ -199,7 +200,7 @@ def lay_out_checkpoint(
             )
         else:
             experts = [
-                stored_linear(linear, schemes.get("experts", BF16), dtypes.get(linear.module, "BF16"))
+                stored_linear(linear, scheme_of(schemes, linear), dtypes.get(linear.module, "BF16"))
                 for expert in range(shape.num_experts)
                 for linear in shape.expert_linears(layer, expert)
             ]

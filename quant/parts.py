@@ -17,6 +17,7 @@ from quant.config_groups import stores_fused_experts
 from quant.errors import CheckpointError
 from quant.families import PROJECTIONS, Role
 from quant.layout import ITEMSIZE, CheckpointLayout, StoredTensor, fused_experts, lay_out_checkpoint
+from quant.mixture import scheme_of
 from quant.scheme import BF16, Scheme
 from quant.shape import LinearSpec, ModelShape
 
@@ -89,7 +90,7 @@ def plan_conversion(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> C
     layout = lay_out_checkpoint(shape, schemes, stored, dtypes, stores_fused_experts(shape, schemes))
     parts = list(_dense_parts(checkpoint, layout, schemes, sources, plain))
     for layer in shape.moe_layers:
-        parts.extend(_expert_parts(checkpoint, layout, schemes.get("experts", BF16), layer))
+        parts.extend(_expert_parts(checkpoint, layout, schemes, layer))
     return Conversion(layout, tuple(parts))
 
 
@@ -170,7 +171,7 @@ def _dense_parts(
     plain: list[TensorEntry],
 ) -> Iterator[Part]:
     for linear in checkpoint.shape.dense_linears():
-        scheme = schemes.get(linear.role, BF16)
+        scheme = scheme_of(schemes, linear)
         yield from _row_parts(checkpoint, layout, sources[linear.module], linear, scheme)
     for entry in plain:
         key = checkpoint.canonical(entry.key)
@@ -196,7 +197,7 @@ def _row_parts(
 
 
 def _expert_parts(
-    checkpoint: Checkpoint, layout: CheckpointLayout, scheme: Scheme, layer: int
+    checkpoint: Checkpoint, layout: CheckpointLayout, schemes: Mapping[Role, Scheme], layer: int
 ) -> Iterator[Part]:
     shape, base = checkpoint.shape, checkpoint.fused_experts(layer)
     for expert in range(shape.num_experts):
@@ -204,7 +205,7 @@ def _expert_parts(
         if base is None:
             for linear in linears:
                 entry = checkpoint.find(f"{linear.module}.weight")
-                yield from _row_parts(checkpoint, layout, entry, linear, scheme)
+                yield from _row_parts(checkpoint, layout, entry, linear, scheme_of(schemes, linear))
             continue
         pieces: dict[str, Piece] = {}
         for projection, linear in zip(PROJECTIONS, linears, strict=True):
@@ -212,6 +213,7 @@ def _expert_parts(
                 "" if projection == "down_proj" else "first" if projection == "gate_proj" else "second"
             )
             source = checkpoint.entry(base + ("down_proj" if not half else "gate_up_proj"))
+            scheme = scheme_of(schemes, linear)
             places = _places(checkpoint, layout, linear, scheme, 0, source.dtype)
             pieces[projection] = Piece(linear.module, "experts", scheme, places, half, expert)
         for name, cut in (("gate_up_proj", PROJECTIONS[:2]), ("down_proj", PROJECTIONS[2:])):

@@ -9,6 +9,7 @@ from typing import Any
 
 from quant.errors import CheckpointError
 from quant.families import PROJECTIONS, Family, Projection, Role, family_of
+from quant.mixture import Mixture, scheme_of
 from quant.scheme import BF16, Scheme
 
 
@@ -105,6 +106,25 @@ class ModelShape:
         up = scheme.nbytes(self.expert_intermediate, self.hidden_size)
         return 2 * up + scheme.nbytes(self.hidden_size, self.expert_intermediate)
 
+    def experts_nbytes(self, schemes: Mapping[Role, Scheme]) -> int:
+        """Bytes of all routed experts."""
+        if not isinstance(schemes, Mixture):
+            one = self.expert_nbytes(schemes.get("experts", BF16))
+            return one * self.num_experts * len(self.moe_layers)
+        return sum(self._mixed_nbytes(schemes))
+
+    def largest_expert(self, schemes: Mapping[Role, Scheme]) -> int:
+        """Bytes of the largest routed expert."""
+        if not isinstance(schemes, Mixture):
+            return self.expert_nbytes(schemes.get("experts", BF16))
+        return max(self._mixed_nbytes(schemes), default=0)
+
+    def _mixed_nbytes(self, schemes: Mapping[Role, Scheme]) -> Iterator[int]:
+        for layer in self.moe_layers:
+            for expert in range(self.num_experts):
+                linears = self.expert_linears(layer, expert)
+                yield sum(scheme_of(schemes, x).nbytes(x.out_features, x.in_features) for x in linears)
+
     def kv_layers(self, context: int) -> Iterator[tuple[int, int]]:
         """(layer, tokens its KV cache must hold) for a context of ``context`` tokens."""
         for layer in range(self.num_layers):
@@ -185,14 +205,11 @@ class ModelShape:
         """Bytes of the whole checkpoint by role; a role that ``schemes`` does not name is bf16."""
         total: dict[Role, int] = {}
         for linear in self.dense_linears():
-            scheme = schemes.get(linear.role, BF16)
-            total[linear.role] = total.get(linear.role, 0) + scheme.nbytes(
-                linear.out_features, linear.in_features
-            )
+            nbytes = scheme_of(schemes, linear).nbytes(linear.out_features, linear.in_features)
+            total[linear.role] = total.get(linear.role, 0) + nbytes
         for tensor in self.plain_tensors():
             total[tensor.role] = total.get(tensor.role, 0) + tensor.elements * 2
-        per_expert = self.expert_nbytes(schemes.get("experts", BF16))
-        total["experts"] = per_expert * self.num_experts * len(self.moe_layers)
+        total["experts"] = self.experts_nbytes(schemes)
         if self.vision_weights:
             total["vision"] = self.vision_weights * 2
         return total

@@ -12,12 +12,14 @@ from typing import Any, cast
 
 from quant.errors import CheckpointError, SchemeError
 from quant.families import Role
+from quant.mixture import joined
 from quant.scheme import BF16, Kind, Scheme
 from quant.shape import LinearSpec, ModelShape
 
 
-def stored_schemes(config: Mapping[str, Any], shape: ModelShape) -> dict[Role, Scheme] | None:
-    """The scheme of each quantizable role; None for a config that says nothing of quantization.
+def stored_schemes(config: Mapping[str, Any], shape: ModelShape) -> Mapping[Role, Scheme] | None:
+    """The scheme of each quantizable role, a Mixture where a role has several; None for a config that says
+    nothing of quantization.
 
     Raises CheckpointError for a quantization that is not among compressed-tensors' packed int4 and int8 and
     bitsandbytes' nf4.
@@ -31,8 +33,37 @@ def stored_schemes(config: Mapping[str, Any], shape: ModelShape) -> dict[Role, S
             f"this checkpoint is quantized by {method!r}: expected compressed-tensors (int4, int8) or "
             "bitsandbytes (nf4); quantize the original with `coldstream quantize`"
         )
+    if method == "compressed-tensors" and _names_layers(found):
+        narrowed = {layer: _of_layer(found, layer) for layer in (None, *range(shape.num_layers))}
+        return joined((one, _packed(narrowed[one.layer], _names(shape, one))) for one in shape.linears())
     scheme_of = _packed if method == "compressed-tensors" else _nf4
     return {role: scheme_of(found, _names(shape, linear)) for role, linear in _samples(shape).items()}
+
+
+def _names_layers(found: Mapping[str, Any]) -> bool:
+    """Whether some group is meant for certain layers or modules only."""
+    groups = (found.get("config_groups") or {}).values()
+    targets = [target for group in groups for target in group["targets"]]
+    return any(re.search(r"layers\W*\(?\d", target) for target in targets)
+
+
+# The layers that an expression of ours, or a module's name, is for.
+_LAYERS = re.compile(r"layers\\?\.\(?(\d[\d|]*)\)?\\?\.")
+
+
+def _of_layer(found: Mapping[str, Any], layer: int | None) -> dict[str, Any]:
+    """``found`` without the targets that name other layers: there can be thousands of modules and hundreds of
+    targets."""
+
+    def may_match(target: str) -> bool:
+        named = _LAYERS.search(target)
+        return named is None or str(layer) in named[1].split("|")
+
+    groups = {
+        name: {**group, "targets": [target for target in group["targets"] if may_match(target)]}
+        for name, group in (found.get("config_groups") or {}).items()
+    }
+    return {**found, "config_groups": groups}
 
 
 def _samples(shape: ModelShape) -> dict[Role, LinearSpec]:

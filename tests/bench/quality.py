@@ -5,9 +5,10 @@
 
 Routed experts, shared expert and attention are quantized, dequantized by each format's own code (``gguf``'s
 quants, bitsandbytes, ``quant.pack``) and put into the stock transformers model, which runs the first 32
-windows of 512 tokens of held_out.txt in f32. Mean KL divergence is to the bf16 weights, over all tokens;
-perplexity over all but each window's last. ``--calibrate`` adds GPTQ on calibration.txt (some minutes). The
-last line is one JSON document.
+windows of 512 tokens of held_out.txt in f32 (``--windows 0``: all 81). Mean KL divergence is to the bf16
+weights, over all tokens, with its standard error as of independent tokens;
+perplexity over all but each window's last. ``--calibrate`` adds what needs calibration.txt, GPTQ, importance
+matrix and chosen bits (many minutes), and GPTQ on calibration-long.txt. The last line is one JSON document.
 
 Noise: a rounding decision is one draw. Moving every weight by 2 % of its standard deviation before rounding
 moves mean KL by about 0.001 and perplexity by 0.2 (one standard deviation), more than most roundings differ
@@ -17,6 +18,7 @@ in perplexity.
 import argparse
 import json
 import math
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -41,13 +43,16 @@ from quant.search import search
 DEMO = Path(__file__).resolve().parent.parent.parent / "recipes" / "demo"
 ROLES: tuple[Role, ...] = ("experts", "shared_expert", "attention")
 BARS = {"search int4-g128": 0.055}
+CALIBRATE = ("--calibrate", str(DEMO / "calibration.txt"))
+RECIPES = {"quality": 4.90, "scout-rtx4090": 4.35, "maverick-rtx4090": 4.35, "demo": 4.79}  # bits, of ROLES
+IMATRIX = ("--imatrix", str(DEMO / "calibration.txt"))
 Method = Callable[[str, Tensor], Tensor]
 
 
 class Ruler:
     """The stock demo model, whose weights can be replaced, and its original predictions."""
 
-    def __init__(self, windows: int) -> None:
+    def __init__(self, windows: int | None) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
         self.ids = Windows.cut((DEMO / "held_out.txt").read_text(), load_tokenizer(DEMO), 512, windows).ids
         self.weights = dict(self._weights())
@@ -84,8 +89,10 @@ class Ruler:
             found = self._predict(window)
             divergences.append((reference.exp() * (reference - found)).sum(-1))
             losses.append(-found[:-1].gather(1, window[1:, None]))
+        kl = torch.cat(divergences)
         return {
-            "kl": torch.cat(divergences).mean().item(),
+            "kl": kl.mean().item(),
+            "kl_error": kl.std().item() / math.sqrt(len(kl)),
             "perplexity": math.exp(torch.cat(losses).mean().item()),
         }
 
@@ -111,19 +118,32 @@ def nearest(scheme: Scheme) -> Method:
     return lambda module, weight: dequantize(quantize(weight, scheme))
 
 
-def calibrated(schemes: Mapping[Role, Scheme]) -> Method:
-    """GPTQ on calibration.txt, through the command's own code."""
+def calibrated(schemes: Mapping[Role, Scheme], text: str = "calibration.txt") -> Method:
+    """GPTQ on ``text``, through the command's own code."""
     from offload.calibrate import calibrate
     from quant.convert import convert
     from quant.prepared import Prepared
     from quant.rounding import Search
 
     source = Checkpoint.open(DEMO)
-    windows = Windows.cut((DEMO / "calibration.txt").read_text(), load_tokenizer(DEMO), 512)
+    windows = Windows.cut((DEMO / text).read_text(), load_tokenizer(DEMO), 512)
     folder = Path(tempfile.mkdtemp())
     print(*calibrate(source, schemes, windows, folder / "work").notes(), sep="\n", file=sys.stderr)
     convert(DEMO, folder / "out", schemes, rounder=Prepared(folder / "work", "gptq", Search(source)))
-    packed = Checkpoint.open(folder / "out")
+    return stored_in(folder / "out")
+
+
+def command(*asked: str) -> Method:
+    """What ``coldstream quantize`` makes of the demo model, the head left alone."""
+    folder = Path(tempfile.mkdtemp()) / "out"
+    words = ("quantize", str(DEMO), str(folder), "--lm-head", "bf16", *asked)
+    subprocess.run([sys.executable, "-m", "cli.main", *words], check=True, cwd=DEMO.parent.parent)
+    return stored_in(folder)
+
+
+def stored_in(folder: Path) -> Method:
+    """The weights of a quantized checkpoint."""
+    packed = Checkpoint.open(folder)
     specs = {spec.module: spec for spec in packed.shape.linears()}
 
     def stored(module: str, weight: Tensor) -> Tensor:
@@ -134,6 +154,10 @@ def calibrated(schemes: Mapping[Role, Scheme]) -> Method:
     return stored
 
 
+def _by_hand(scheme: str) -> list[str]:
+    return [word for role in ROLES for word in (f"--{role.replace('_', '-')}", scheme)]
+
+
 def main() -> None:
     """Print a line per method as it is measured, then the document."""
     parser = argparse.ArgumentParser(
@@ -141,8 +165,9 @@ def main() -> None:
     )
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--only", default="", help="methods whose name holds this")
     arguments = parser.parse_args()
-    ruler = Ruler(arguments.windows)
+    ruler = Ruler(arguments.windows or None)
     methods: dict[str, tuple[float, Callable[[], Method]]] = {
         "bf16": (16, lambda: lambda module, weight: weight),
         "Q8_0": (8.5, lambda: gguf("Q8_0")),
@@ -159,16 +184,33 @@ def main() -> None:
             scheme = Scheme.parse(text)
             schemes = dict.fromkeys(ROLES, scheme)
             methods[f"gptq {text}"] = (scheme.bits_per_weight, partial(calibrated, schemes))
+            methods[f"imatrix {text}"] = (scheme.bits_per_weight, partial(command, *_by_hand(text), *IMATRIX))
+        longer = partial(calibrated, dict.fromkeys(ROLES, Scheme("int4")), "calibration-long.txt")
+        methods["gptq int4-g128, longer text"] = (4.125, longer)
+        for bits in ("4.25", "4.5", "5"):
+            target = ("--target-bits", bits)
+            methods[f"target {bits}"] = (float(bits), partial(command, *target))
+            methods[f"target {bits}, imatrix"] = (float(bits), partial(command, *target, *IMATRIX))
+            methods[f"target {bits}, gptq"] = (float(bits), partial(command, *target, *CALIBRATE))
+            uneven = (*target, "--per-expert", *CALIBRATE)
+            methods[f"uneven {bits}, gptq"] = (float(bits), partial(command, *uneven))
+        for recipe, mean in RECIPES.items():
+            methods[f"recipe {recipe}"] = (mean, partial(command, "--recipe", recipe))
+            methods[f"recipe {recipe}, gptq"] = (mean, partial(command, "--recipe", recipe, *CALIBRATE))
     found: dict[str, dict[str, float]] = {}
     for name, (bits, make) in methods.items():
+        if arguments.only not in name:
+            continue
         try:
             method = make()
         except ImportError as error:
             print(f"{name:18} skipped: {error}")
             continue
         found[name] = {"bits": bits, **ruler.measure(method)}
-        kl, perplexity = found[name]["kl"], found[name]["perplexity"]
-        print(f"{name:18} {bits:6.3f} bits  KL {kl:.4f}  perplexity {perplexity:.2f}", flush=True)
+        kl, error, perplexity = (found[name][key] for key in ("kl", "kl_error", "perplexity"))
+        print(
+            f"{name:18} {bits:6.3f} bits  KL {kl:.4f} ± {error:.4f}  perplexity {perplexity:.2f}", flush=True
+        )
     print(json.dumps(found))
 
 

@@ -113,3 +113,15 @@ def test_wrong_names_are_answered_with_the_right_ones() -> None:
     ):
         done = coldstream("plan", *arguments)
         assert done.returncode in (1, 2) and expected in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_memory_that_calibration_takes_is_said_before_it_starts(demo_model: Path) -> None:
+    text = demo_model / "calibration.txt"
+    counted = planned(demo_model, *CARD, "--recipe", "demo", "--calibrate", text)["calibration"]
+    assert counted["tokens_counted"] and 40_000 < counted["tokens"] < 50_000
+    assert counted["bytes"]["hidden states"] == counted["tokens"] * 128 * 16
+    assert counted["total_bytes"] == sum(counted["bytes"].values())
+    scout = planned("scout", *CARD, "--calibrate", text)["calibration"]
+    assert not scout["tokens_counted"] and scout["bytes"]["experts of one layer"] == 16 * 3 * 5120 * 8192 * 2
+    shown = invoke("plan", "scout", *CARD, "--calibrate", text)
+    assert "calibrate" in shown.stderr and "experts of one layer" in " ".join(shown.stderr.split())

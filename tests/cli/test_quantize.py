@@ -109,3 +109,85 @@ def test_calibrating_says_what_the_experts_saw_and_leaves_nothing_behind(
     text.write_text(words[:3_000])
     answer = invoke("quantize", demo_model, tmp_path / "short", *asked)
     assert answer.returncode == 2 and "an expert sees" in answer.stderr
+
+
+def test_bits_are_chosen_shown_kept_in_the_checkpoint_and_the_same_again(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    shown = invoke("quantize", demo_model, tmp_path / "one", "--target-bits", "4.5")
+    assert shown.returncode == 0, shown.stderr
+    for words in ("equal errors taken for equal harm", "attention qkv", "bits per weight", "0-3"):
+        assert words in " ".join(shown.stderr.split()), words  # lines are wrapped
+    answer = invoke("quantize", demo_model, tmp_path / "two", "--target-bits", "4.5", "--json")
+    found = json.loads(answer.stdout)["allocation"]
+    report = json.loads((tmp_path / "two" / "quantization_report.json").read_text())
+    assert report["allocation"] == found and 4.4 < found["bits"] <= 4.5
+    assert {unit["role"] for unit in found["units"]} == {"attention", "shared_expert", "experts"}
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_size_is_kept_and_what_is_named_by_hand_stays(demo_model: Path, tmp_path: Path) -> None:
+    asked = ("--target-size", "4.2MB", "--attention", "bf16", "--lm-head", "int8", "--json")
+    found = json.loads(invoke("quantize", demo_model, tmp_path / "out", *asked).stdout)
+    assert found["output_bytes"] <= 4_200_000 and "attention" not in found["roles"]
+    assert found["roles"]["lm_head"]["scheme"] == "int8-g128"
+
+
+def test_a_card_that_holds_everything_gets_the_most_bits(demo_model: Path, tmp_path: Path) -> None:
+    asked = ("--fit", "RTX 4090", "--ram", "32GiB", "--json")
+    found = json.loads(invoke("quantize", demo_model, tmp_path / "out", *asked).stdout)
+    assert found["allocation"]["bits"] == 8.125
+    refused = invoke("quantize", demo_model, tmp_path / "no", *asked[:2], "--vram", "560MiB", "--ram", "1MiB")
+    assert refused.returncode == 1 and "even 4.125 bits per weight" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--target-bits", "4.5", "--target-size", "3MB"], "are two goals: give one"),
+        (["--target-bits", "4"], "are too few"),
+        (["--target-size", "1MB"], "the smallest that this checkpoint gets"),
+        (["--experts", "int4", "--ram", "8GiB"], "say what --fit is to fit"),
+        (["--experts", "int4", "--per-expert"], "--per-expert needs a goal"),
+        (["--experts", "int4", "--save-imatrix", "x"], "give the text with --imatrix"),
+        (["--experts", "int4", "--imatrix", "a", "--calibrate", "b"], "give one of them"),
+        (["--experts", "nf4", "--target-bits", "4.5"], "has no place beside int4 and int8"),
+    ],
+)
+def test_goals_that_cannot_be_are_refused_in_one_line(
+    demo_model: Path, tmp_path: Path, options: list[str], words: str
+) -> None:
+    answer = invoke("quantize", demo_model, tmp_path / "out", "--json", *options)
+    assert answer.returncode == 2 and words in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_an_importance_matrix_is_measured_once_and_used_again(demo_model: Path, tmp_path: Path) -> None:
+    text, saved = tmp_path / "text.txt", tmp_path / "im.safetensors"
+    text.write_text((demo_model / "calibration.txt").read_text()[:12_000])
+    asked = ("--experts", "int4", "--json")
+    first = invoke("quantize", demo_model, tmp_path / "a", *asked, "--imatrix", text, "--save-imatrix", saved)
+    assert first.returncode == 0, first.stderr
+    again = invoke("quantize", demo_model, tmp_path / "b", *asked, "--imatrix", saved)
+    report = json.loads((tmp_path / "b" / "quantization_report.json").read_text())
+    assert report["rounding"].startswith("imatrix ")
+    one, two = (json.loads(answer.stdout)["roles"]["experts"]["sqnr_db"] for answer in (first, again))
+    assert one == pytest.approx(two, abs=0.01)  # directions are saved in bf16
+
+
+def test_calibrating_with_a_target_measures_what_bits_are_worth_first(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((demo_model / "calibration.txt").read_text()[:12_000])
+    asked = ("--target-bits", "4.5", "--experts", "auto", "--attention", "bf16", "--calibrate", text)
+    answer = invoke("quantize", demo_model, tmp_path / "out", *asked)
+    assert answer.returncode == 0, answer.stderr
+    assert "divergence on" in answer.stderr and "calibrated layer 4 of 4" in answer.stderr
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert report["rounding"].startswith("gptq ") and report["allocation"]["judged_by"].startswith(
+        "divergence"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]

@@ -9,6 +9,7 @@ import torch
 
 from offload import calibrate as module
 from offload.calibrate import calibrate
+from offload.calibration import Calibration
 from offload.windows import Windows
 from quant.checkpoint import Checkpoint
 from quant.convert import REPORT, convert
@@ -89,6 +90,14 @@ def test_a_text_too_short_is_refused_with_what_an_expert_would_see(
     source = tiny("llama4_text")
     with pytest.raises(UsageError, match=r"an expert sees 16 on average: expected at least 64.*512 tokens"):
         calibrate(Checkpoint.open(source), SCHEMES, windows(2), tmp_path / "work")
+
+
+def test_what_a_calibration_saw_is_said() -> None:
+    seen = Calibration(5_000, {0: 312, 4: 7}, {"layers.0.a": 0.1, "layers.2.b": 10.0})
+    first, second = seen.notes()
+    assert first == "calibrated on 5,000 tokens; the least used expert saw 7 of them (layer 4)"
+    assert "2 Hessians were not positive definite" in second and "up to 10 of" in second
+    assert second.endswith("(layers.2.b)")
 
 
 def test_an_expert_that_saw_nothing_lives_on_the_tokens_of_all(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from offload import reference
 from offload.divergence import Divergence, TokenMeasures
 from offload.evaluate import evaluate
+from offload.kv import Storage
 from offload.layerwise import Layerwise
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
@@ -18,6 +19,7 @@ from quant.errors import CheckpointError, UsageError
 from quant.scheme import Scheme
 from tests.checkpoints import FAMILIES
 
+STORAGES: tuple[Storage | None, ...] = (None, "plain", "int8")
 TEXT = "It rained on the fourth day, and nobody had brought a tent. " * 20
 IDS = torch.arange(150).view(2, 75)
 
@@ -114,6 +116,21 @@ def test_an_int8_cache_is_measured_by_the_same_ruler(pair: tuple[Path, Path], tm
     assert plain < int8 < 0.01
 
 
+def test_chunked_layers_see_stored_keys_in_windows_longer_than_a_chunk(tiny: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint.open(tiny("llama4_text"))
+    [layer, *_] = checkpoint.shape.chunked_layers
+    length = 2 * checkpoint.shape.attention_chunk_size
+    ids = torch.arange(length)[None] % checkpoint.shape.vocab_size
+    after = {}
+    for kv in STORAGES:
+        with Layerwise(checkpoint, kv=kv) as walk:
+            after[kv] = walk.run(layer, walk.embed(ids))
+    assert torch.allclose(after["plain"], after[None], atol=1e-5)
+    first = slice(0, length // 2)
+    for part in (first, slice(length // 2, None)):
+        assert not torch.allclose(after["int8"][:, part], after[None][:, part], atol=1e-5)
+
+
 def test_a_reference_of_another_shape_or_tokenizer_is_refused(
     pair: tuple[Path, Path], tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -146,3 +163,17 @@ def test_buckets_and_bars_hold_every_token_once() -> None:
     assert sum(found.histogram.values()) == 500
     assert found.log_ratio == pytest.approx(-0.1)
     assert found.delta_p_mean > 0
+
+
+def test_a_token_is_counted_in_the_half_decade_of_its_divergence() -> None:
+    kl = np.array([0.0, 2e-6, 2e-3, 4e-3, 0.02, 0.5, 200.0])
+    measures = TokenMeasures(kl, *(np.ones(7) for _ in range(4)))
+    counted = {edge: count for edge, count in Divergence.of(measures).histogram.items() if count}
+    assert counted == {"1e-6": 2, "1e-3": 1, "3e-3": 1, "1e-2": 1, "3e-1": 1, "3e1": 1}
+
+
+def test_divergence_by_position_is_the_mean_over_windows() -> None:
+    kl = np.concatenate([np.arange(32.0), 2 * np.arange(32.0)])
+    measures = TokenMeasures(kl, *(np.ones(64) for _ in range(4)))
+    found = Divergence.of(measures, 32).by_position
+    assert found == pytest.approx([1.5 * (2 * index + 0.5) for index in range(16)])

@@ -1,0 +1,293 @@
+"""``coldstream quantize --target-bits`` and its kin: the goal, what is measured for it, and the table of what
+came of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.console import Console
+from quant.errors import UsageError
+from quant.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from offload.windows import Windows
+    from quant.allocate import Allocation, Choices
+    from quant.checkpoint import Checkpoint
+    from quant.families import Role
+    from quant.imatrix import Imatrix
+    from quant.mixture import Mixture
+    from quant.rounding import Rounder
+    from quant.scheme import Scheme
+    from quant.units import Unit
+
+TargetBits = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bits", metavar="BITS", min=0.1,
+        help="Choose each part's bits by what they are worth: at most so many per weight in the mean, scales "
+        "counted, over all roles that are not named by hand.",
+    ),
+]  # fmt: skip
+TargetSize = Annotated[
+    int | None,
+    typer.Option(
+        "--target-size", parser=parse_size, metavar="SIZE",
+        help="The same, for a checkpoint of at most this size.",
+    ),
+]  # fmt: skip
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit", metavar="CARD",
+        help='The same, the best whose experts all fit memory: of a desktop with this card ("RTX 4090"), or '
+        "of this machine (this); with --vram, --ram, --context.",
+    ),
+]  # fmt: skip
+PerExpert = Annotated[
+    bool,
+    typer.Option(
+        "--per-expert",
+        help="Let each expert have bits of its own, 8 for the hot and 4 for the cold. Runs are slower, and "
+        "every expert takes the memory of the largest.",
+    ),
+]
+_WHOLE = "auto"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the bits are chosen for: one of ``bits``, ``size`` and ``fit``."""
+
+    bits: float | None
+    size: int | None
+    fit: str | None
+    per_expert: bool
+    vram: int | None
+    ram: int | None
+    context: int | None
+
+    @classmethod
+    def of(cls, **asked: Any) -> "Goal | None":
+        """The goal that was asked for, if any. Raises UsageError for two, or for none with options of one."""
+        goal = cls(**asked)
+        named = [name for name in ("bits", "size", "fit") if asked[name] is not None]
+        if len(named) > 1:
+            options = {"bits": "--target-bits", "size": "--target-size", "fit": "--fit"}
+            raise UsageError(f"{' and '.join(options[name] for name in named)} are two goals: give one")
+        extras = [f"--{name}" for name in ("vram", "ram", "context") if asked[name] is not None]
+        if goal.fit is None and extras:
+            raise UsageError(
+                f"{' and '.join(extras)} say what --fit is to fit: give --fit, or leave them out"
+            )
+        if not named and goal.per_expert:
+            raise UsageError("--per-expert needs a goal: --target-bits, --target-size or --fit")
+        return goal if named else None
+
+
+def open_roles(
+    recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int, *, measured: bool
+) -> "tuple[list[Role], dict[Role, Scheme]]":
+    """The roles whose bits are to be chosen, and the schemes of those that were named by hand.
+
+    A recipe says which roles are quantized at all; without one all are. ``auto`` by hand opens a role. The
+    head is opened for a measurement only, else it has 8 bits: errors of its weights are errors of the logits,
+    which weights alone do not tell.
+    """
+    from quant.families import QUANTIZABLE
+    from quant.recipe import load_recipe
+    from quant.scheme import Scheme
+
+    roles = set(load_recipe(recipe).schemes if recipe else QUANTIZABLE)
+    roles |= {role for role, text in by_hand.items() if text == _WHOLE}
+    fixed = {
+        role: Scheme.parse(text, group_size) for role, text in by_hand.items() if text and text != _WHOLE
+    }
+    if not measured and "lm_head" in roles and not by_hand.get("lm_head"):
+        fixed["lm_head"] = Scheme("int8", group_size)
+    return [role for role in QUANTIZABLE if role in roles and role not in fixed], fixed
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What bits can be judged by: a text, an importance matrix of one, a routing profile, or nothing."""
+
+    rounder: "Rounder"
+    windows: "Windows | None" = None
+    imatrix: "Imatrix | None" = None
+    routing: Path | None = None
+
+
+def allocate_bits(
+    checkpoint: "Checkpoint", goal: Goal, roles: "list[Role]", fixed: "Mapping[Role, Scheme]",
+    evidence: Evidence, file: Path, resume: bool, console: Console,
+) -> "tuple[Mixture, Allocation]":  # fmt: skip
+    """Measure, choose, and show the table. ``file`` keeps what was measured, for a run that is resumed."""
+    from offload.allocation import Allocator, split_roles
+
+    units, kept = split_roles(checkpoint, roles, fixed, goal.per_expert)
+    choices, how = _choices(checkpoint, units, evidence, file, resume, console)
+    allocator = Allocator(checkpoint, choices, kept, how, uneven=goal.per_expert)
+    if goal.bits is not None:
+        allocation = allocator.by_bits(goal.bits)
+    elif goal.size is not None:
+        allocation = allocator.by_size(goal.size)
+    else:
+        allocation = allocator.by_fit(_fits(checkpoint, goal))
+    console.step(f"bits chosen by {how}:")
+    if not console.json:
+        console.show(table(allocation))
+    console.step(
+        f"{allocation.bits:.3f} bits per weight, {format_size(allocation.nbytes)}; expected loss "
+        f"{allocation.loss:.4g}, of {sum(c.options[0].loss for c in choices):.4g} with the fewest bits"
+    )
+    _note(console, checkpoint, goal, allocation, kept)
+    return allocation.mixture(kept), allocation
+
+
+def _note(
+    console: Console, checkpoint: "Checkpoint", goal: Goal, allocation: "Allocation",
+    kept: "list[tuple[Unit, Scheme]]",
+) -> None:  # fmt: skip
+    """What a choice costs a run, and what it could not use."""
+    mixture, shape = allocation.mixture(kept), checkpoint.shape
+    mean = shape.experts_nbytes(mixture) / max(shape.num_experts * len(shape.moe_layers), 1)
+    largest = shape.largest_expert(mixture)
+    if goal.per_expert and largest > mean * 1.01:
+        console.notes(
+            [
+                f"experts take up to {format_size(largest)}, {format_size(mean)} in the mean: a run needs "
+                f"memory as if all were the largest ({largest / mean - 1:.0%} more), and computes experts "
+                "stored unlike most of their layer in calls of their own"
+            ]
+        )
+    if goal.bits is not None and not goal.per_expert and allocation.bits < 0.97 * goal.bits < 8:
+        console.notes(
+            [
+                f"{goal.bits:g} bits are not used up: all experts have one width, because memory has to have "
+                "room for the largest; --per-expert lifts that"
+            ]
+        )
+
+
+def _choices(
+    checkpoint: "Checkpoint", units: "list[Unit]", evidence: Evidence, file: Path, resume: bool,
+    console: Console,
+) -> "tuple[list[Choices], str]":  # fmt: skip
+    from quant.estimate import estimates
+
+    if evidence.windows is None:
+        what = "outputs" if evidence.imatrix else "weights"
+        known = "a routing profile" if evidence.routing else "all experts used alike"
+        how = f"relative error of {what}, equal errors taken for equal harm, {known}"
+        shares = _shares(evidence.routing, checkpoint)
+        return estimates(checkpoint, units, evidence.rounder, evidence.imatrix, shares), how
+    from offload.allocation import keep_losses, kept_losses
+    from offload.sensitivity import sample_tokens, sensitivities, stream_bytes
+
+    job = {
+        "source": checkpoint.identity, "text": evidence.windows.identity, "rounding": evidence.rounder.name,
+        "units": [unit.name for unit in units],
+    }  # fmt: skip
+    tokens = min(evidence.windows.tokens, sample_tokens(checkpoint, units))
+    how = f"divergence on {tokens:,} tokens of the text, each part rounded alone"
+    found = kept_losses(file, job, units) if resume else None
+    if found is None:
+        console.step(
+            f"measuring what bits are worth on {tokens:,} tokens; takes one layer's experts and "
+            f"{format_size(stream_bytes(checkpoint, units, tokens))} of memory beside the dense weights"
+        )
+        found = sensitivities(
+            checkpoint, units, evidence.windows.ids, evidence.rounder,
+            progress=lambda done, total: console.step(f"measured layer {done} of {total}"),
+        )  # fmt: skip
+        keep_losses(file, job, found)
+    return found, how
+
+
+def _shares(routing: Path | None, checkpoint: "Checkpoint") -> dict[tuple[int, int], float] | None:
+    if routing is None:
+        return None
+    from offload.routing import RoutingStats
+
+    stats = RoutingStats.load(routing, checkpoint.shape)
+    return {
+        (layer, expert): int(count) / max(int(counts.sum()), 1)
+        for layer, counts in zip(stats.moe_layers, stats.counts, strict=True)
+        for expert, count in enumerate(counts)
+    }
+
+
+def _fits(checkpoint: "Checkpoint", goal: Goal) -> Any:
+    """Whether a plan for the goal's machine keeps every expert in memory."""
+    from offload.cards import described_machine
+    from offload.machine import probe
+    from offload.plan import make_plan
+    from quant.errors import BudgetError
+
+    assert goal.fit is not None
+    machine = probe(checkpoint.path) if goal.fit == "this" else described_machine(goal.fit, ram=goal.ram)
+
+    def fits(schemes: "Mapping[Role, Scheme]") -> bool:
+        try:
+            plan = make_plan(
+                checkpoint.shape, schemes, machine, vram=goal.vram, ram=goal.ram, context=goal.context or 4096
+            )
+        except BudgetError:
+            return False
+        return plan.vram_slots + plan.ram_slots >= plan.experts
+
+    return fits
+
+
+def table(allocation: "Allocation") -> "Table":
+    """Roles down; bits, share of the size, which layers have what, and the loss that is expected."""
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for name in ("role", "bits", "share", "loss at the fewest bits", "expected"):
+        shown.add_column(name, justify="left" if name == "role" else "right")
+    shown.add_column("layers")
+    rows: dict[tuple[str, str], list[int]] = {}
+    for index, choice in enumerate(allocation.choices):
+        rows.setdefault((choice.unit.role, choice.unit.part), []).append(index)
+    for (role, part), indices in rows.items():
+        chosen = [allocation.chosen[index] for index in indices]
+        nbytes = sum(option.nbytes for _, option in chosen)
+        least = sum(allocation.choices[index].options[0].loss for index in indices)
+        shown.add_row(
+            role if part == "all" else f"{role} {part}",
+            f"{nbytes * 8 / sum(unit.weights for unit, _ in chosen):.3f}",
+            f"{nbytes / allocation.nbytes:.1%}",
+            f"{least:.4g}",
+            f"{sum(option.loss for _, option in chosen):.4g}",
+            _layers([(unit, str(option.scheme)) for unit, option in chosen]),
+        )
+    return shown
+
+
+def _layers(chosen: "list[tuple[Unit, str]]") -> str:
+    """``int8-g128 0-2, int4-g32 3``, or how many experts have each."""
+    by_scheme: dict[str, list[Unit]] = {}
+    for unit, scheme in chosen:
+        by_scheme.setdefault(scheme, []).append(unit)
+    if chosen[0][0].expert is not None:
+        return ", ".join(f"{scheme} {len(units):,} experts" for scheme, units in by_scheme.items())
+    named = {
+        scheme: _runs([u.layer for u in units if u.layer is not None]) for scheme, units in by_scheme.items()
+    }
+    return ", ".join(f"{scheme} {layers}".strip() for scheme, layers in named.items())
+
+
+def _runs(layers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
