@@ -58,7 +58,7 @@ class Allowance:
             )
         if budget - context - CODE <= 0:
             raise BudgetError(
-                f"{format_size(budget)} of VRAM can be had, {format_size(context + CODE)} of it for CUDA alone "
+                f"{format_size(budget)} of VRAM can be had, {format_size(context + CODE)} of it for CUDA "
                 f"(other programs hold {format_size(others)} of {format_size(total)}): end them, raise "
                 "--vram, or use --device cpu"
             )

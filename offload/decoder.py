@@ -18,8 +18,11 @@ from torch import Tensor
 from offload.architecture import attention_shape, norm_eps, router_kind, router_weight
 from offload.block import BlockTable, NativeMoe
 from offload.kv import KVCache
+from offload.machine import Machine
+from offload.reader import Priority
 from offload.residency import ExpertCache
 from offload.routing import RoutingStats
+from offload.store import ExpertStore, find_weight
 from quant.kernels.attention import Attention
 from quant.kernels.foresight import Foresight
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, mlp
@@ -29,6 +32,7 @@ from quant.linear import QuantLinear
 from quant.shape import ModelShape
 
 Mlp = Callable[[Tensor], Tensor]
+_LAST = 4  # the last quarter of the layers guesses the next token while it waits
 _ANGLES = 64  # positions whose RoPE angles are computed at a time
 
 
@@ -36,8 +40,9 @@ class NativeDecoder:
     """A decoder-only MoE model, f32 activations. ``exact`` keeps them so in the products, too."""
 
     def __init__(
-        self, model: Any, shape: ModelShape, experts: ExpertCache, routing: RoutingStats, exact: bool
-    ) -> None:
+        self, model: Any, shape: ModelShape, experts: ExpertCache, routing: RoutingStats, exact: bool, *,
+        guess_tokens: bool = True,
+    ) -> None:  # fmt: skip
         self.shape, self.experts, self.routing, self.exact = shape, experts, routing, exact
         layers = model.model.layers
         self.embedding, self.norm, self.lm_head = model.model.embed_tokens, model.model.norm, model.lm_head
@@ -68,6 +73,8 @@ class NativeDecoder:
         self._table: tuple[int, Tensor, Tensor] | None = None
         self._attached: KVCache | None = None
         experts.watch(BlockTable(self.moes))
+        if self.foresight is not None and self.stack.token_logits is not None and guess_tokens:
+            self.stack.guess_tokens(self.embedding.weight.data, -(-len(layers) // _LAST))
 
     @staticmethod
     def knows(config: Any) -> bool:
@@ -136,6 +143,8 @@ class NativeDecoder:
         locked = self.experts.demand(waiting) if waiting else set()
         if stop.wanted:
             self.experts.prefetch(stop.wanted, locked)
+        if stop.wanted_next or not stop.attended:  # at a token's start: what the last one guessed is over
+            self.experts.prefetch(stop.wanted_next, locked | set(stop.wanted), Priority.NEXT)
 
     def _note(self) -> None:
         """Count what a token chose, and what it had to wait for."""
@@ -189,6 +198,15 @@ def _moe_block(layer: Any) -> MoeBlock:
     kind, top_k = router_kind(layer)
     weight = Weight.from_tensors("f32", router_weight(layer).data.float().contiguous())
     return MoeBlock(weight, top_k, kind, shared, None, norm.weight.data, norm_eps(norm))
+
+
+def head_fits_a_wait(store: ExpertStore, machine: Machine) -> bool:
+    """Whether the logits can be computed while one expert is read from the disk of ``machine``."""
+    head = next((spec for spec in store.shape.dense_linears() if spec.role == "lm_head"), None)
+    if head is None:  # it is the embedding
+        return False
+    nbytes = find_weight(store.checkpoint, head)[0].nbytes(head.out_features, head.in_features)
+    return nbytes / machine.ram_gb_s < store.slot_bytes / machine.disk_gb_s
 
 
 def _dense_mlp(layer: Any, exact: bool) -> Mlp:

@@ -22,11 +22,13 @@ PIECE = 4 * 2**20
 
 
 class Priority(IntEnum):
-    """How urgent a read is: needed now, expected soon, or filling memory that is free."""
+    """How urgent a read is: needed now, expected soon, expected by the next token, or filling memory that is
+    free."""
 
     DEMAND = 0
     PREFETCH = 1
-    FILL = 2
+    NEXT = 2
+    FILL = 3
 
 
 @dataclass

@@ -193,21 +193,26 @@ class ExpertCache:
             self._request(key, Priority.DEMAND, first)
         return first
 
-    def prefetch(self, keys: Sequence[Key], protected: set[Key]) -> None:
+    def prefetch(
+        self, keys: Sequence[Key], protected: set[Key], priority: Priority = Priority.PREFETCH
+    ) -> None:
         """Begin reading ``keys``, expected soon, if slots can be had that hold neither them nor
-        ``protected``. Earlier guesses that are not among them any more and have not begun are dropped."""
+        ``protected``. Earlier guesses of this ``priority`` that are not among them any more and have not
+        begun are dropped."""
         protected = protected | set(keys)
         for key, request in list(self._pending.items()):
-            if request.priority is Priority.PREFETCH and key not in protected and self.reader.cancel(request):
+            if request.priority is priority and key not in protected and self.reader.cancel(request):
                 del self._pending[key]
                 self._free(key)
                 self.counters.fetched["disk"] -= request.nbytes
         for key in keys:
             if key in self.host or self.on_device(key):
+                if key in self._pending:
+                    self.reader.promote(self._pending[key], priority)
                 continue
             if not self.host.free and len(self._taken(protected)) >= len(self.host.slot_of):
                 return
-            self._request(key, Priority.PREFETCH, protected)
+            self._request(key, priority, protected)
 
     def fill(self) -> None:
         """Begin reading experts into every free host slot, in disk order, behind whatever is demanded."""

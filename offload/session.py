@@ -12,7 +12,7 @@ import torch
 
 from offload.allowance import Allowance, VramMeter
 from offload.block import is_native
-from offload.decoder import NativeDecoder
+from offload.decoder import NativeDecoder, head_fits_a_wait
 from offload.driver import gpu_errors
 from offload.experts import ExpertRunner
 from offload.generate import Decoder, Generator
@@ -46,7 +46,8 @@ from quant.shape import LinearSpec
 @dataclass(frozen=True)
 class Placement:
     """How many slots each tier has, which experts the device begins with, and how many intermediate features
-    of an expert in RAM are the device's in a decode step (``share``)."""
+    of an expert in RAM are the device's in a decode step (``share``). ``guess_tokens``: guess the next token
+    early to read for it, which takes a product with the head."""
 
     ram_slots: int
     vram_slots: int = 0
@@ -54,6 +55,7 @@ class Placement:
     prompt_chunk: int = 512
     fills: bool = True
     share: int = 0
+    guess_tokens: bool = True
 
 
 def model_id(checkpoint: Checkpoint) -> str:
@@ -180,6 +182,7 @@ class Session:
         placement = Placement(
             plan.ram_slots, plan.vram_slots, plan.pinned, plan.prompt_chunk,
             share=missed_share(ExpertStore(checkpoint), machine),
+            guess_tokens=head_fits_a_wait(ExpertStore(checkpoint), machine),
         )  # fmt: skip
         with gpu_errors():
             session = cls(checkpoint, options, placement, device, allowance)
@@ -246,7 +249,10 @@ class Session:
             return None
         if self.placement.vram_slots:
             return None
-        return NativeDecoder(self.model, self.shape, self.experts, self.routing, self.compute.exact)
+        return NativeDecoder(
+            self.model, self.shape, self.experts, self.routing, self.compute.exact,
+            guess_tokens=self.placement.guess_tokens,
+        )  # fmt: skip
 
     def _graph_decoder(self, cache: KVCache, dtype: torch.dtype) -> GraphDecoder | None:
         """Decode steps as one launch, where a device's kernels can; a note says where they cannot."""

@@ -6,9 +6,10 @@
 
 namespace coldstream {
 
-// What a guess is made from: a token's embedding, a layer's output without its missing experts, a whole output.
-enum GuessKind : int32_t { kFromEmbedding = 0, kFromPartial = 1, kFromOutput = 2 };
-constexpr int kGuessKinds = 3;
+// What a guess is made from: a token's embedding, a layer's output without its missing experts, a whole output, the
+// embedding of a token that is itself a guess.
+enum GuessKind : int32_t { kFromEmbedding = 0, kFromPartial = 1, kFromOutput = 2, kFromGuessedToken = 3 };
+constexpr int kGuessKinds = 4;
 
 // Filled by Python. Legend: L MoE layers, E experts, k chosen per token, D how many layers a guess reaches, B bins.
 struct Foresight {

@@ -28,8 +28,8 @@ _MEMORY = 0.98  # what one guess leaves of the past
 _MARGINS = (0.05, 0.15, 0.3, 0.6)  # in standard deviations of a layer's logits: the bins that are learned
 
 # What a guess is made from, each judged apart: a token's embedding; a layer's output without the experts that
-# it waits for; a whole output.
-FROM_EMBEDDING, FROM_PARTIAL, FROM_OUTPUT = range(3)
+# it waits for; a whole output; the embedding of a token that is itself a guess.
+FROM_EMBEDDING, FROM_PARTIAL, FROM_OUTPUT, FROM_GUESSED_TOKEN = range(4)
 
 
 class CForesight(ctypes.Structure):
@@ -48,7 +48,7 @@ class Foresight:
     """Guesses for a model's MoE layers, numbered from 0; ``routers`` ``[E, H]`` and ``norms`` ``[H]``, one of
     each per layer.
 
-    ``right`` f32 ``[3, DEPTH, bins]`` is how often guesses were right, by what they were made from, how many
+    ``right`` f32 ``[4, DEPTH, bins]`` is how often guesses were right, by what they were made from, how many
     layers ahead (less one), and margin.
     """
 
@@ -59,8 +59,8 @@ class Foresight:
         weighted = [router.float() * norm.float() for router, norm in zip(routers, norms, strict=True)]
         self._routers = torch.cat(weighted)  # [L · E, H]
         self._edges = torch.tensor(_MARGINS)
-        self.right = torch.full((3, DEPTH, len(_MARGINS) + 1), TRUST)
-        slots = 2 * DEPTH + 1  # two guesses by each of the layers before, one from the embedding
+        self.right = torch.full((4, DEPTH, len(_MARGINS) + 1), TRUST)
+        slots = 2 * DEPTH + 2  # two guesses by each of the layers before, two from embeddings
         self._guesses = torch.zeros(self.layers, slots, 1 + top_k, dtype=torch.int32)
         self._counts = torch.zeros(self.layers, dtype=torch.int32)
         self.native = CForesight(

@@ -38,7 +38,7 @@ struct Run {
   int32_t exact;
   int32_t reason;   // out
   int32_t wanted_count;      // out
-  int32_t* wanted;           // out: [layer, expert] pairs, room for `wanted_room` of them
+  int32_t* wanted;           // out: [layer, expert, 1 if it is for the next token], room for `wanted_room` of them
   const int64_t* layer_of;   // [L]: decoder layer of each MoE layer
   const Foresight* foresight;  // or null
   uint64_t* late;            // [count]: ranks of chosen experts that were not ready when their layer asked
@@ -50,6 +50,9 @@ struct Run {
   Weight head;        // [V, H]
   float* normed;      // [H]
   float* logits;      // [V]
+  Weight embeddings;  // [V, H] plain, or k = 0
+  int64_t guess_token_from;  // the first layer that guesses the next token while it waits; `count` for none
+  int32_t guessed_token;     // in and out: whether the last call has
 };
 
 namespace {
@@ -60,10 +63,15 @@ class Token {
 
   void go() {
     run_.reason = 0;
-    run_.wanted_count = 0;
     if (run_.stage == kToken) {
       run_.stage = kLayer;
-      if (look_ahead(kFromEmbedding, -1)) return;
+      bool news = look_ahead(kFromEmbedding, -1);
+      if (run_.guessed_token) {  // what was expected then is not all that is now
+        run_.guessed_token = 0;
+        run_.reason |= kWanted;
+        news = true;
+      }
+      if (news) return;
     }
     while (run_.layer < run_.count) {
       const Layer& layer = layers_[run_.layer];
@@ -78,12 +86,7 @@ class Token {
       run_.stage = kLayer;
       if (++run_.layer, after(layer)) return;
     }
-    if (!run_.norm) return;
-    kernels().rms_norm(run_.x, run_.norm, run_.head.k, run_.eps, run_.normed);
-    Scratch scratch;
-    Product product{run_.head, run_.normed, run_.head.k, 1, run_.logits, run_.head.n, {}};
-    if (!run_.exact) quantize_inputs(&product, 1, scratch);
-    multiply(&product, 1, run_.exact != 0, scratch);
+    if (run_.norm) compute_head();
   }
 
  private:
@@ -136,6 +139,7 @@ class Token {
     const int32_t* chosen = layer.routing.chosen;
     std::sort(order.begin(), order.end(), [&](int a, int b) { return chosen[a] < chosen[b]; });
     for (int rank : order) {
+      if (state_of(moe, chosen[rank]) == kComing && guess_next_token()) return false;
       const ExpertState state = await_expert(moe, chosen[rank], run_.patience);
       if (state != kReady) {
         run_.reason |= state == kComing ? kStillWaiting : kMissing;
@@ -170,19 +174,57 @@ class Token {
     if (!run_.foresight) return false;
     expected_.clear();
     guess(*run_.foresight, kind, here, run_.x, expected_);
+    run_.wanted_count = 0;
+    return note_expected(0);
+  }
+
+  // All that is expected, not what is new alone: the caller protects it and drops what is expected no more.
+  bool note_expected(int32_t next_token) {
     bool news = false;
     for (const Expected& e : expected_) {
       const int64_t layer = run_.layer_of[e.index];
       news |= state_of(*layers_[layer].moe, e.expert) == kAbsent;
-    }
-    // All that is expected, not what is new alone: the caller protects it and drops what is expected no more.
-    for (const Expected& e : expected_) {
-      if (!news || run_.wanted_count >= run_.wanted_room) break;
-      run_.wanted[2 * run_.wanted_count] = int32_t(run_.layer_of[e.index]);
-      run_.wanted[2 * run_.wanted_count++ + 1] = e.expert;
+      if (run_.wanted_count >= run_.wanted_room) break;
+      int32_t* row = run_.wanted + 3 * run_.wanted_count++;
+      row[0] = int32_t(layer);
+      row[1] = e.expert;
+      row[2] = next_token;
     }
     if (news) run_.reason |= kWanted;
     return news;
+  }
+
+  // While one of the last layers waits, the head's choice for what is there of its output is often the token that
+  // comes next, and its embedding tells what its first layers will want: the disk would be idle until then.
+  bool guess_next_token() {
+    if (!run_.foresight || run_.guessed_token || run_.layer < run_.guess_token_from) return false;
+    run_.guessed_token = 1;
+    compute_head();
+    const int64_t token = std::max_element(run_.logits, run_.logits + run_.head.n) - run_.logits;
+    const uint8_t* row = run_.embeddings.packed + token * run_.embeddings.row_bytes();
+    attended_.resize(size_t(run_.embeddings.k));
+    for (int64_t i = 0; i < run_.embeddings.k; ++i) {
+      uint32_t bits = 0;
+      if (run_.embeddings.kind == kF32) {
+        std::memcpy(&bits, row + 4 * i, 4);
+      } else {
+        uint16_t half;
+        std::memcpy(&half, row + 2 * i, 2);
+        bits = uint32_t(half) << 16;
+      }
+      std::memcpy(&attended_[size_t(i)], &bits, 4);
+    }
+    expected_.clear();
+    guess(*run_.foresight, kFromGuessedToken, -1, attended_.data(), expected_);
+    return note_expected(1);
+  }
+
+  void compute_head() {
+    kernels().rms_norm(run_.x, run_.norm, run_.head.k, run_.eps, run_.normed);
+    Scratch scratch;
+    Product product{run_.head, run_.normed, run_.head.k, 1, run_.logits, run_.head.n, {}};
+    if (!run_.exact) quantize_inputs(&product, 1, scratch);
+    multiply(&product, 1, run_.exact != 0, scratch);
   }
 
   static constexpr uint64_t kSharedPending = ~uint64_t(0);

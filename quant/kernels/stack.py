@@ -16,7 +16,7 @@ from quant.kernels.foresight import DEPTH, CForesight, Foresight
 from quant.kernels.library import check, library
 from quant.kernels.moe import GatedMlp, MoeBlock, _CRouting
 from quant.kernels.moe import _CBlock as _CMoeBlock
-from quant.kernels.weight import CWeight, Weight
+from quant.kernels.weight import CWeight, NativeKind, Weight
 
 
 class DenseBlock:
@@ -66,11 +66,14 @@ class _CRun(ctypes.Structure):
         ("head", CWeight),
         ("normed", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
+        ("embeddings", CWeight),
+        ("guess_token_from", ctypes.c_int64),
+        ("guessed_token", ctypes.c_int32),
     ]
 
 
 _TOKEN, _LAYER, _EXPERTS = range(3)  # stages
-_MISSING = 1  # of the reasons
+_MISSING, _WANTED = 1, 2  # of the reasons
 _NOTHING_DONE = 2**64 - 1  # of the current layer not even the shared expert
 _MOST_CHOSEN = 63  # experts of one token and layer: a bit each
 _PATIENCE = 0.1  # seconds in a native call, in which Ctrl-C is not seen
@@ -82,7 +85,8 @@ class Stop:
 
     ``missing`` are the chosen experts of layer ``finished`` that are not computed yet, ascending, if one of
     them is not even coming; ``waiting`` are all of them. ``wanted`` are (layer, expert) that coming layers
-    will probably choose, nearest first, one of them not coming yet.
+    will probably choose, nearest first, ``wanted_next`` what the next token's first layers will, as far as it
+    can be told already.
     """
 
     finished: int
@@ -90,6 +94,7 @@ class Stop:
     missing: bool
     waiting: list[int]
     wanted: list[tuple[int, int]]
+    wanted_next: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -133,9 +138,10 @@ class Stack:
         self._layers = (_CLayer * count)()
         moe_layers = [index for index, block in enumerate(blocks) if isinstance(block, MoeBlock)]
         self._layer_of = torch.tensor(moe_layers, dtype=torch.int64)
-        self._wanted = torch.zeros(2 * DEPTH * max(top_k, 1), 2, dtype=torch.int32)
+        self._wanted = torch.zeros(2 * DEPTH * max(top_k, 1), 3, dtype=torch.int32)
         self.late = torch.zeros(count, dtype=torch.int64)
-        self._run = _CRun(count=count, patience=_PATIENCE, wanted_room=len(self._wanted))
+        self._run = _CRun(count=count, patience=_PATIENCE, guess_token_from=count)
+        self._run.wanted_room = len(self._wanted)
         self._run.wanted, self._run.layer_of = self._wanted.data_ptr(), self._layer_of.data_ptr()
         self._run.late = self.late.data_ptr()
         for index, (attention, block) in enumerate(zip(attentions, blocks, strict=True)):
@@ -181,6 +187,14 @@ class Stack:
         run.stage = _LAYER if foresight is None else _TOKEN
         run.foresight = None if foresight is None else ctypes.pointer(foresight.native)
 
+    def guess_tokens(self, embeddings: Tensor, layers: int) -> None:
+        """While one of the last ``layers`` waits, guess the next token, whose ``embeddings`` ``[V, H]`` (bf16
+        or f32) tell what its first layers will want. Only with a head."""
+        kind: NativeKind = "f32" if embeddings.dtype == torch.float32 else "bf16"
+        self._embeddings = Weight.from_tensors(kind, embeddings)
+        self._run.embeddings = self._embeddings.native
+        self._run.guess_token_from = max(0, len(self.blocks) - layers)
+
     def go(self) -> Stop | None:
         """Run on until the token is through (None), or until there is something that the caller must do
         first: begin the reads of what is missing and of what is wanted. Returns at the latest after a tenth
@@ -195,5 +209,6 @@ class Stack:
             done = 0 if run.done == _NOTHING_DONE else run.done
             chosen = self.chosen[layer, : self.blocks[layer].top_k].tolist()
             waiting = sorted(expert for rank, expert in enumerate(chosen) if not done >> rank & 1)
-        wanted = [(ahead, expert) for ahead, expert in self._wanted[: run.wanted_count].tolist()]
-        return Stop(layer, layer + int(within), bool(run.reason & _MISSING), waiting, wanted)
+        rows = self._wanted[: run.wanted_count].tolist() if run.reason & _WANTED else []
+        wanted, later = ([(a, b) for a, b, next_token in rows if next_token == which] for which in (0, 1))
+        return Stop(layer, layer + int(within), bool(run.reason & _MISSING), waiting, wanted, later)

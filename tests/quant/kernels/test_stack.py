@@ -88,7 +88,7 @@ def test_a_stack_stops_where_an_expert_is_missing_and_goes_on_once_it_is_there()
     kept = last._resident[chosen]
     last.clear_expert(chosen)
     stack.begin(x, 0, cosine, sine, True)
-    assert stack.go() == Stop(2, 3, True, [chosen], [])
+    assert stack.go() == Stop(2, 3, True, [chosen], [], [])
     assert stack.late.tolist() == [0, 0, 1]
     last.set_expert(chosen, kept)
     assert stack.go() is None
@@ -108,9 +108,7 @@ def test_a_stack_waits_for_an_expert_that_is_coming() -> None:
     chosen = int(stack.chosen[2, 0])
     last.set_expert(chosen, last._resident[chosen], ready=False)
     stack.begin(x, 0, cosine, sine, True)
-    assert stack.go() == Stop(
-        2, 3, False, [chosen], []
-    )  # a tenth of a second has passed: Ctrl-C has its turn
+    assert stack.go() == Stop(2, 3, False, [chosen], [], [])  # patience is over: Ctrl-C has its turn
     timer = threading.Timer(0.03, last.publish, (chosen, READY))
     timer.start()
     assert stack.go() is None
@@ -120,7 +118,7 @@ def test_a_stack_waits_for_an_expert_that_is_coming() -> None:
     stack.begin(whole, 0, cosine, sine, True)
     timer = threading.Timer(0.03, last.publish, (chosen, FAILED))
     timer.start()
-    assert stack.go() == Stop(2, 3, True, [chosen], [])
+    assert stack.go() == Stop(2, 3, True, [chosen], [], [])
     timer.join()
 
 
@@ -165,7 +163,7 @@ def test_a_stack_says_what_coming_layers_will_want() -> None:
     last.clear_expert(embedded[1])
     stack.begin(x, 0, cosine, sine, True, foresight)
     expected = [(0, embedded[0]), (2, embedded[1])]
-    assert stack.go() == Stop(0, 0, False, [], expected)  # one of them is absent: all are named
+    assert stack.go() == Stop(0, 0, False, [], expected, [])  # one of them is absent: all are named
     before = foresight.right.clone()
     stop = stack.go()
     changed = (foresight.right != before).nonzero().tolist()
@@ -188,6 +186,48 @@ def test_a_stack_ends_with_the_logits_of_its_head() -> None:
     assert stack.token_logits is not None
     expected = torch.nn.functional.rms_norm(x[0], (HIDDEN,), norm, 1e-5) @ weight.T
     assert torch.allclose(stack.token_logits, expected, atol=1e-4)
+
+
+def test_a_waiting_layer_guesses_the_next_token_and_what_it_will_want() -> None:
+    """The head on what there is of the output, the embedding of its best token, the first layers' routers."""
+    attentions, blocks, caches = _layers()
+    norm, head, embeddings = torch.rand(HIDDEN), torch.randn(50, HIDDEN), torch.randn(50, HIDDEN)
+    stack = Stack(attentions, blocks, 16, Head(norm, 1e-5, Weight.from_tensors("f32", head)))
+    stack.attach(caches, 0)
+    stack.guess_tokens(embeddings, 1)
+    routers = [torch.randn(EXPERTS, HIDDEN) for _ in range(2)]
+    foresight = Foresight(routers, [torch.ones(HIDDEN)] * 2, 1)
+    first, last = blocks[0], blocks[2]
+    assert isinstance(first, MoeBlock)
+    assert isinstance(last, MoeBlock)
+    x, cosine, sine = _token()
+    stack.begin(x.clone(), 0, cosine, sine, True)
+    assert stack.go() is None
+    chosen = [int(stack.chosen[layer, 0]) for layer in (0, 2)]
+    last.set_expert(chosen[1], last._resident[chosen[1]], ready=False)
+    for expert in set(range(EXPERTS)) - {chosen[0]}:
+        first.clear_expert(expert)
+    partial = x.clone()
+    stack.begin(partial, 0, cosine, sine, True, foresight)
+    stops = []
+    while (stop := stack.go()) is not None and not (stop.wanted_next or len(stops) > 9):
+        stops.append(stop)
+    normed = torch.nn.functional.rms_norm(partial[0], (HIDDEN,), norm, 1e-5)
+    token = int((normed @ head.T).argmax())
+    expected = [
+        (layer, int((router @ embeddings[token]).argmax()))
+        for layer, router in zip((0, 2), routers, strict=True)
+    ]
+    assert stop is not None
+    assert stop.finished == 2
+    assert stop.wanted_next == expected
+    last.publish(chosen[1], READY)
+    assert stack.go() is None
+    assert stack.token_logits is not None
+    stack.begin(x.clone(), 0, cosine, sine, True, foresight)
+    again = stack.go()
+    assert again is not None
+    assert again.attended == 0  # whatever was guessed for it is to be looked at anew
 
 
 def test_a_stack_wants_a_block_for_each_attention() -> None:
