@@ -14,6 +14,12 @@ from quant.kernels.cuda.device.words import pointers, word_dot
 
 
 @triton.jit
+def _stream(places, live):
+    """Packed words ``[N, W]``, read once: the first to leave the caches, where scales and activations stay."""
+    return tl.load(places, mask=live[None, :], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _scales(scale, rows, word, live, groups, GROUP_WORDS: tl.constexpr):
     """The scale of each word's group, f32 ``[N, W]``: lanes of one group read one address."""
     places = scale + rows[:, None] * groups + (word // GROUP_WORDS)[None, :]
@@ -42,7 +48,7 @@ def row_dots(
     for start in range(0, used, WORDS):
         word = start + tl.arange(0, WORDS)
         live = word < used
-        values = tl.load(packed + rows[:, None] * row_words + word[None, :], mask=live[None, :], other=0)
+        values = _stream(packed + rows[:, None] * row_words + word[None, :], live)
         scales = _scales(scale, rows, word, live, groups, GROUP_WORDS)
         first, second = _activations(x, word, live, BITS)
         total += word_dot(values, first, second, BITS) * scales
@@ -106,8 +112,7 @@ def gate_up_kernel(
         word = start + tl.arange(0, WORDS)
         live = word < row_words
         place = read[:, None] * row_words + word[None, :]
-        gate_values = tl.load(gate_words + place, mask=live[None, :], other=0)
-        up_values = tl.load(up_words + place, mask=live[None, :], other=0)
+        gate_values, up_values = _stream(gate_words + place, live), _stream(up_words + place, live)
         first, second = _activations(token, word, live, BITS)
         gate += word_dot(gate_values, first, second, BITS) * _scales(
             gate_scales, read, word, live, groups, GROUP_WORDS
