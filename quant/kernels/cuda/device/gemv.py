@@ -15,7 +15,7 @@ from quant.kernels.cuda.device.words import pointers, word_dot
 
 @triton.jit
 def _stream(places, live):
-    """Packed words ``[N, W]``, read once: the first to leave the caches, where scales and activations stay."""
+    """Packed words ``[N, W]``, read once: first to leave the caches, where scales and activations stay."""
     return tl.load(places, mask=live[None, :], other=0, eviction_policy="evict_first")
 
 
