@@ -330,7 +330,7 @@ def plan_run(
         routing=routing,
         prompt_chunk=options.prompt_chunk,
         slot_bytes=ExpertStore(checkpoint).slot_bytes,
-        cold="pcie",  # what is not in VRAM passes through it
+        cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
     )
 
 
