@@ -1,7 +1,5 @@
 """Session: a loaded model with its plan, caches and counts, ready to generate. What the commands talk to."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from offload.experts import ExpertRunner
 from offload.generate import Decoder, Generator
 from offload.graph import GraphDecoder, missed_share, refusal
 from offload.heat import Heat
+from offload.identity import model_id
 from offload.kv import KVCache, Storage
 from offload.ledger import MemoryLedger, forget_peak, resident_bytes
 from offload.load import load_model, settle
@@ -33,11 +32,13 @@ from offload.store import ExpertStore, find_weight
 from offload.tiered import TieredCache
 from offload.transfer import CudaTransfer, HostTransfer, Transfer
 from quant.checkpoint import Checkpoint
-from quant.errors import BudgetError, CheckpointError, MachineError, UsageError
+from quant.errors import BudgetError, MachineError, UsageError
 from quant.families import Role
 from quant.kernels import native
 from quant.linear import Compute
 from quant.scheme import Scheme
+
+_AMPERE = (8, 0)  # compute capability
 
 
 @dataclass(frozen=True)
@@ -51,31 +52,6 @@ class Placement:
     prompt_chunk: int = 512
     fills: bool = True
     share: int = 0
-
-
-def model_id(checkpoint: Checkpoint) -> str:
-    """A name for the model whatever its weights are stored as: a hash over its shape and its first router,
-    which quantization never changes. 16 hex digits."""
-    shape = checkpoint.shape
-    dims = [
-        shape.hidden_size,
-        shape.num_layers,
-        shape.num_experts,
-        shape.top_k,
-        shape.vocab_size,
-        shape.moe_layers,
-    ]
-    digest = hashlib.sha256(json.dumps(dims).encode())
-    first = shape.moe_layers[0]
-    router = next(
-        (k for k, name in checkpoint.names.items() if name.role == "router" and name.layer == first), None
-    )
-    if router is None:
-        raise CheckpointError(
-            f"{checkpoint.path} has no router in layer {first}: expected one in every MoE layer"
-        )
-    digest.update(checkpoint.read(router).float().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def stored_schemes(checkpoint: Checkpoint) -> dict[Role, Scheme]:
@@ -353,6 +329,12 @@ def _device(options: RunOptions) -> torch.device:
         )
     wanted = options.device == "auto" and options.vram != 0  # --vram 0 leaves the GPU alone
     use = options.device == "cuda" or (wanted and torch.cuda.is_available())
+    if use and torch.cuda.get_device_capability() < _AMPERE:
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        raise MachineError(
+            f"{torch.cuda.get_device_name()} has compute capability {found}: the kernels need 8.0 (Ampere) or "
+            "newer; run with --device cpu"
+        )
     return torch.device("cuda") if use else torch.device("cpu")
 
 
