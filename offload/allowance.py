@@ -37,8 +37,8 @@ class Allowance:
     def of(
         cls, total: int, free: int, asked: int | None, context: int | None, reserved: int = 0
     ) -> "Allowance":
-        """The allowance on a GPU of which ``free`` bytes are free beside a context of ``context`` bytes (None:
-        unknown) and ``reserved`` that torch holds already; ``asked`` is --vram.
+        """The allowance on a GPU of which ``free`` bytes are free beside a context of ``context`` bytes
+        (None: unknown) and ``reserved`` that torch holds already; ``asked`` is --vram.
 
         Raises BudgetError if what is left does not even hold the context.
         """
@@ -58,8 +58,8 @@ class Allowance:
             )
         if budget - context - CODE <= 0:
             raise BudgetError(
-                f"{format_size(budget)} of VRAM can be had and CUDA alone takes {format_size(context + CODE)} "
-                f"of it (other programs hold {format_size(others)} of {format_size(total)}): end them, raise "
+                f"{format_size(budget)} of VRAM can be had and CUDA alone takes "
+                f"{format_size(context + CODE)} of it (other programs hold {format_size(others)} of {format_size(total)}): end them, raise "
                 "--vram, or use --device cpu"
             )
         return cls(total, others, context, budget, tuple(notes))
