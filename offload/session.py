@@ -332,8 +332,8 @@ def _device(options: RunOptions) -> torch.device:
     if use and torch.cuda.get_device_capability() < _AMPERE:
         found = ".".join(map(str, torch.cuda.get_device_capability()))
         raise MachineError(
-            f"{torch.cuda.get_device_name()} has compute capability {found}: the kernels need 8.0 (Ampere) or "
-            "newer; run with --device cpu"
+            f"{torch.cuda.get_device_name()} has compute capability {found}: expected 8.0 (Ampere) or newer, "
+            "which the kernels need; run with --device cpu"
         )
     return torch.device("cuda") if use else torch.device("cpu")
 
