@@ -153,7 +153,7 @@ def consistent(bench: Bench, cache: TieredCache) -> None:
         assert (place == VRAM) == cache.vram.resident(key) == (cache.tier_of(key) == "vram")
         if place == VRAM:
             assert address == cache.vram.address(key)
-            assert key not in host or key in cache._leaving, "a resident has a host copy"
+            assert key not in host or key in cache.swaps.leaving, "a resident has a host copy"
         elif place == PINNED:
             assert address == cache.arena.device_address(host.slot_of[key]) + start
             assert cache.tier_of(key) == "ram"
