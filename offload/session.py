@@ -36,6 +36,7 @@ from quant.errors import BudgetError, MachineError, UsageError
 from quant.families import Role
 from quant.kernels import native
 from quant.linear import Compute
+from quant.sizes import format_size
 from quant.scheme import Scheme
 
 _AMPERE = (8, 0)  # compute capability
@@ -132,7 +133,13 @@ class Session:
         if allowance is not None:
             options = replace(options, vram=allowance.budget)
         say("measuring the machine")
-        machine = probe(model)
+        try:
+            machine = probe(model)
+        except torch.OutOfMemoryError:
+            raise BudgetError(
+                f"--vram {format_size(options.vram or 0)} is too little to measure the GPU with: run "
+                "`coldstream probe` first, which keeps what it finds"
+            ) from None
         forget_peak()  # measuring takes memory that the run does not
         if device.type == "cuda":
             torch.cuda.empty_cache()
