@@ -36,8 +36,8 @@ from quant.errors import BudgetError, MachineError, UsageError
 from quant.families import Role
 from quant.kernels import native
 from quant.linear import Compute
-from quant.sizes import format_size
 from quant.scheme import Scheme
+from quant.sizes import format_size
 
 _AMPERE = (8, 0)  # compute capability
 
