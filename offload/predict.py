@@ -41,7 +41,7 @@ KERNEL_S = 2.0e-6  # a small kernel of a CUDA graph that waits for the one befor
 KERNELS = 15  # of them per layer in offload/step.py, the products among them
 GPU_LAYER_S = KERNELS * KERNEL_S
 GPU_STEP_S = 0.3e-3  # per step: launching the graph, embedding row, sampling, text, the record
-BELL_S = 18e-6  # a miss that the CPU computes: request, answer (11 µs measured), the bus and the poll both ways
+BELL_S = 18e-6  # a miss that the CPU computes: request and answer (11 µs measured), the bus both ways
 
 
 @dataclass(frozen=True)
