@@ -5,7 +5,6 @@
 VENV := .venv
 BIN := $(VENV)/bin
 SMOKE := .wheel-smoke
-TRITON := triton==3.9.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard setup.py quant/kernels/*.cpp quant/kernels/*.h quant/kernels/*.inl)
 
@@ -87,9 +86,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) install -c constraints.txt -e .
 	@touch $@
 
-# Not after .installed: the native module would be built twice. A CUDA build of torch has brought the one Triton it
-# works with; beside a CPU build the tests take this one, so it is pinned here and not in the constraints.
+# Not after .installed: the native module would be built twice.
 $(VENV)/.installed-test: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
-	@[ "$$(uname -sm)" != "Linux x86_64" ] || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
 	$(PIP) install -c constraints.txt -e '.[test]'
 	@touch $(VENV)/.installed $@

@@ -125,9 +125,9 @@ class Demo:
         """Where every byte of the coming run goes, with RAM for about half of the experts."""
         from cli.words import number, percent, size
         from offload.machine import probe
+        from offload.placement import stored_schemes
         from offload.plan import make_plan
         from offload.routing import RoutingStats
-        from offload.session import stored_schemes
         from offload.store import ExpertStore
         from quant.checkpoint import Checkpoint
 

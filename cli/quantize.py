@@ -145,7 +145,7 @@ def _windows(path: Path, text: Path | None) -> "Windows | None":
     if text is None:
         return None
     from cli.texts import read_text
-    from offload.session import load_tokenizer
+    from offload.tokenizers import load_tokenizer
     from offload.windows import Windows
 
     return Windows.cut(read_text(text), load_tokenizer(path), _CALIBRATION_WINDOW)

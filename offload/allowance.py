@@ -20,6 +20,7 @@ CODE = 96 * MIB  # kernels that are loaded after the context was measured
 _SPARE = 64 * MIB  # left to others where nothing was asked
 _PART = 0.95
 _NOTICEABLE = 0.02
+_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Allowance:
             )
         if budget - context - CODE <= 0:
             raise BudgetError(
-                f"{format_size(budget)} of VRAM can be had, {format_size(context + CODE)} of it for CUDA "
-                f"(other programs hold {format_size(others)} of {format_size(total)}): end them, raise "
-                "--vram, or use --device cpu"
+                f"{format_size(budget)} of VRAM can be had and CUDA alone takes "
+                f"{format_size(context + CODE)} of it (other programs hold {format_size(others)} of "
+                f"{format_size(total)}): end them, raise --vram, or use --device cpu"
             )
         return cls(total, others, context, budget, tuple(notes))
 
@@ -91,13 +92,18 @@ class VramMeter:
 
     def __init__(self, device: torch.device, allowance: Allowance) -> None:
         self.device, self.allowance = device, allowance
-        self.peak = 0
+        self.peak = self._latest = self._asked = 0
+
+    def glance(self) -> int:
+        """Bytes a few steps ago at most: asking the driver for every token costs time."""
+        self._asked += 1
+        return self.used() if self._asked % _STEPS == 1 else self._latest
 
     def used(self) -> int:
         """Bytes now."""
         free, total = torch.cuda.mem_get_info(self.device)
         used = max(0, total - free - self.allowance.others)
-        self.peak = max(self.peak, used)
+        self.peak, self._latest = max(self.peak, used), used
         return used
 
 

@@ -12,7 +12,7 @@ from offload.divergence import Divergence, TokenMeasures
 from offload.kv import Storage
 from offload.layerwise import Layerwise
 from offload.reference import Progress, Reference, RouteWatch, reference_of
-from offload.session import load_tokenizer
+from offload.tokenizers import load_tokenizer
 from offload.windows import Windows, tokenizer_identity
 from quant.checkpoint import Checkpoint
 from quant.errors import CheckpointError

@@ -161,6 +161,8 @@ class Generator:
         self._begun = True
         if self.native is None:  # a decoder of our own sees to it, between its steps
             self.experts.adapt()
+        meter = self._vram
+        vram = 0 if meter is None else meter.used() if phase == "prefill" else meter.glance()
         return TokenRecord(
             phase=phase,
             token_id=token,
@@ -170,6 +172,6 @@ class Generator:
             by_tier=counters.by_tier,
             bytes_read=read,
             rss_bytes=resident_bytes(),
-            vram_bytes=0 if self._vram is None else self._vram.used(),
+            vram_bytes=vram,
             finish=finish,
         )

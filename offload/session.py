@@ -1,102 +1,42 @@
 """Session: a loaded model with its plan, caches and counts, ready to generate. What the commands talk to."""
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from offload.allowance import Allowance, VramMeter
 from offload.block import is_native
 from offload.decoder import NativeDecoder, head_fits_a_wait
+from offload.devices import choose_compute, choose_device
 from offload.driver import gpu_errors
 from offload.experts import ExpertRunner
 from offload.generate import Decoder, Generator
 from offload.graph import GraphDecoder, missed_share, refusal
 from offload.heat import Heat
+from offload.identity import model_id
 from offload.kv import KVCache, Storage
 from offload.ledger import MemoryLedger, forget_peak, resident_bytes
 from offload.lending import LendingCache
 from offload.load import load_model, settle
 from offload.machine import Machine, probe
-from offload.plan import Plan, make_plan
+from offload.placement import Placement, plan_run
+from offload.plan import Plan
 from offload.policy import Policy, make_policy
 from offload.reader import Reader
 from offload.records import RunOptions, Sampling, Tier, TokenRecord
 from offload.residency import ExpertCache, Key
 from offload.room import with_room
 from offload.routing import RoutingStats
-from offload.store import ExpertStore, find_weight
+from offload.store import ExpertStore
 from offload.tiered import TieredCache
+from offload.tokenizers import load_tokenizer
 from offload.transfer import CudaTransfer, HostTransfer, Transfer
 from quant.checkpoint import Checkpoint
-from quant.errors import BudgetError, CheckpointError, MachineError, UsageError
-from quant.families import Role
-from quant.kernels import native
-from quant.linear import Compute
-from quant.mixture import joined
-from quant.scheme import Scheme
-from quant.shape import LinearSpec
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How many slots each tier has, which experts the device begins with, and how many intermediate features
-    of an expert in RAM are the device's in a decode step (``share``). ``guess_tokens``: guess the next token
-    early to read for it, which takes a product with the head."""
-
-    ram_slots: int
-    vram_slots: int = 0
-    pinned: tuple[Key, ...] = ()
-    prompt_chunk: int = 512
-    fills: bool = True
-    share: int = 0
-    guess_tokens: bool = True
-
-
-def model_id(checkpoint: Checkpoint) -> str:
-    """A name for the model whatever its weights are stored as: a hash over its shape and its first router,
-    which quantization never changes. 16 hex digits."""
-    shape = checkpoint.shape
-    dims = [
-        shape.hidden_size,
-        shape.num_layers,
-        shape.num_experts,
-        shape.top_k,
-        shape.vocab_size,
-        shape.moe_layers,
-    ]
-    digest = hashlib.sha256(json.dumps(dims).encode())
-    first = shape.moe_layers[0]
-    router = next(
-        (k for k, name in checkpoint.names.items() if name.role == "router" and name.layer == first), None
-    )
-    if router is None:
-        raise CheckpointError(
-            f"{checkpoint.path} has no router in layer {first}: expected one in every MoE layer"
-        )
-    digest.update(checkpoint.read(router).float().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def stored_schemes(checkpoint: Checkpoint) -> Mapping[Role, Scheme]:
-    """The scheme of each role, read off the tensors; a Mixture where a role has several."""
-    store = ExpertStore(checkpoint)
-
-    def chosen() -> Iterator[tuple[LinearSpec, Scheme]]:
-        for spec in checkpoint.shape.dense_linears():
-            yield spec, find_weight(checkpoint, spec)[0]
-        for layer, expert in store.experts():
-            weights = store.record(layer, expert).weights
-            for spec in checkpoint.shape.expert_linears(layer, expert):
-                assert spec.projection is not None
-                yield spec, weights[spec.projection].scheme
-
-    return joined(chosen())
+from quant.errors import BudgetError, UsageError
+from quant.sizes import format_size
 
 
 class Session:
@@ -115,7 +55,7 @@ class Session:
         self.machine: Machine | None = None
         self.ledger = MemoryLedger(baseline_rss=resident_bytes())
         self.shape = checkpoint.shape
-        self.compute = _compute(options, device)
+        self.compute = choose_compute(options, device)
         self.kernel = self.compute.name
         self.routing = RoutingStats(model_id(checkpoint), self.shape)
         self.seed_routing = RoutingStats.load(options.routing, self.shape) if options.routing else None
@@ -162,13 +102,19 @@ class Session:
         """
         say = progress or (lambda text: None)
         checkpoint = Checkpoint.open(model)
-        device = _device(options)
+        device = choose_device(options)
         # Before anything else is on the GPU: then the driver's figures tell what CUDA itself takes.
         allowance = Allowance.claim(device, options.vram) if device.type == "cuda" else None
         if allowance is not None:
             options = replace(options, vram=allowance.budget)
         say("measuring the machine")
-        machine = probe(model)
+        try:
+            machine = probe(model)
+        except torch.OutOfMemoryError:
+            raise BudgetError(
+                f"--vram {format_size(options.vram or 0)} is too little to measure the GPU with: run "
+                "`coldstream probe` first, which keeps what it finds"
+            ) from None
         forget_peak()  # measuring takes memory that the run does not
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -352,56 +298,3 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def plan_run(
-    checkpoint: Checkpoint,
-    options: RunOptions,
-    machine: Machine,
-    device: torch.device,
-    routing: RoutingStats | None = None,
-) -> Plan:
-    """The plan of a run on ``device`` of ``machine``. Raises BudgetError if it does not fit."""
-    return make_plan(
-        checkpoint.shape,
-        stored_schemes(checkpoint),
-        machine,
-        vram=options.vram if device.type == "cuda" else 0,
-        ram=options.ram,
-        context=options.context,
-        kv_bits=32 if options.exact else 8 if options.kv == "int8" else 16,
-        routing=routing,
-        prompt_chunk=options.prompt_chunk,
-        slot_bytes=ExpertStore(checkpoint).slot_bytes,
-        cold="pcie",  # what is not in VRAM passes through it
-    )
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The model's tokenizer. Raises MachineError if it cannot be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"{path} has no tokenizer that transformers can load: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def _device(options: RunOptions) -> torch.device:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise MachineError(
-            "no CUDA device was found: expected one for --device cuda; leave it out to run on the CPU"
-        )
-    wanted = options.device == "auto" and options.vram != 0  # --vram 0 leaves the GPU alone
-    use = options.device == "cuda" or (wanted and torch.cuda.is_available())
-    return torch.device("cuda") if use else torch.device("cpu")
-
-
-def _compute(options: RunOptions, device: torch.device) -> Compute:
-    if options.threads:
-        torch.set_num_threads(options.threads)
-        native.set_threads(options.threads)
-    cuda = device.type == "cuda"
-    return Compute(native=not cuda, exact=options.exact, triton=cuda)

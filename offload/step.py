@@ -22,6 +22,7 @@ from torch.nn.functional import linear, silu
 
 from offload.architecture import LayerParts
 from offload.projections import add_product, join
+from quant.errors import SchemeError
 from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda import attention, bell, experts, fused
 from quant.kernels.cuda.attention import AttentionScratch
@@ -71,7 +72,7 @@ class StepInputs:
 
 
 class _Gated:
-    """A gated MLP on every token, added to the residual stream: by the experts' kernel where it is packed."""
+    """A gated MLP on every token, added to the residual stream; by the experts' kernels if they read it."""
 
     def __init__(self, module: Any, device: torch.device) -> None:
         self._module = module
@@ -80,7 +81,10 @@ class _Gated:
         if not all(part.scheme.is_packed and part.bias is None for part in parts):
             return
         tensors = [t.data for part in parts for t in (part.weight_packed, part.weight_scale)]
-        self._layout, address = ExpertLayout.of_weights(*tensors)
+        try:
+            self._layout, address = ExpertLayout.of_weights(*tensors)
+        except SchemeError:  # gate_proj and up_proj in different schemes: three products instead
+            return
         self._addresses = torch.tensor([address], dtype=torch.int64, device=device)
         self._chosen = torch.zeros(1, 1, dtype=torch.int32, device=device)
         self._scores = torch.ones(1, 1, device=device)

@@ -98,7 +98,7 @@ class ExpertStream:
                 self._free.append((vram.table.free.pop(), mark))
             if len(self._free) + len(self._ahead) >= slots:
                 return
-            coldest = cache.coldest_resident()
+            coldest = cache.swaps.coldest()
             if coldest is not None:
                 cache.drop_resident(coldest)
             elif self._free or self._ahead or not cache.relieve():

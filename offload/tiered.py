@@ -1,19 +1,16 @@
 """TieredCache: experts over disk, RAM and a device; the hottest on the device, and none twice for good.
 
-What is resident on the device has no host copy. Between steps a few experts move: a hot one is copied into a
-free slot, and once it has landed its host slot takes the cold one it stands in for, read from disk behind
-everything else; only then does the cold one leave the device. No expert is out of reach meanwhile, and none
-is ever written back. While a step runs that reads the device tables, no host slot changes that it could
-still read.
+What is resident on the device has no host copy, and nothing is ever written back: what leaves the device is
+read from disk again (``swaps.py``), or forgotten. While a step runs that reads the device tables, no host
+slot changes that it could still read.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from offload.heat import Heat, Ids, Mask
+from offload.heat import Heat, Ids
 from offload.policy import Policy
 from offload.reader import Priority, Reader
 from offload.records import Tier
@@ -21,13 +18,13 @@ from offload.residency import ExpertCache
 from offload.slots import Key
 from offload.store import ExpertStore, ExpertWeights
 from offload.stream import Batch, ExpertStream
+from offload.swaps import Swaps
 from offload.tables import PINNED, VRAM, DeviceTables
 from offload.transfer import Transfer
 from offload.vram import Vram
 from quant.sizes import format_size
 
 RESERVE = 2  # device slots that hold no expert for good: one is copied while another computes
-SWAPS = 1  # experts on their way to the device at a time, between steps
 
 
 class TieredCache(ExpertCache):
@@ -50,7 +47,7 @@ class TieredCache(ExpertCache):
         self.notes += self.vram.slots.notes
         self.reserve = self._reserve()
         self.lent = ExpertStream(self)
-        self._leaving: dict[Key, Key] = {}  # cold experts, and which hot one each makes way for
+        self.swaps = Swaps(self)
         self._copied_from: dict[Key, Any] = {}  # host slots that copies to lent slots read, with tickets
         self._step: int | None = None  # the row that the running step may have reached
         self._fetched: dict[Key, Tier] = {}  # what the running step asked of the host, and where it was
@@ -58,7 +55,8 @@ class TieredCache(ExpertCache):
         self._nbytes = np.array(
             [[store.record(layer, e).nbytes for e in range(shape.num_experts)] for layer in shape.moe_layers]
         )
-        self._seed(seeds)
+        self.swaps.seed(seeds)
+        self.tables.flush()
 
     @property
     def holds_all(self) -> bool:
@@ -71,7 +69,7 @@ class TieredCache(ExpertCache):
 
     def on_device(self, key: Key) -> bool:
         """Whether ``key`` needs no host slot beside its device slot."""
-        return key in self.vram and key not in self._leaving
+        return key in self.vram and key not in self.swaps.leaving
 
     def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """Yield each of ``experts`` with its weights on the device; see ``ExpertCache.stream``."""
@@ -108,7 +106,7 @@ class TieredCache(ExpertCache):
         queue. Until ``after_token``, nothing is overwritten that they point at."""
         self.lent.close()
         self.reap()
-        self._note_landed()
+        self.swaps.land()
         self._keep_a_slot_unseen()
         self.tables.flush()
         self._fetched.clear()
@@ -141,10 +139,7 @@ class TieredCache(ExpertCache):
             return
         self.lent.close()
         self.reap()
-        self._note_landed()
-        self._let_leave()
-        while len(self.vram.arriving) < min(SWAPS, self.arena.slots - 1) and self._begin_arrival():
-            pass
+        self.swaps.step()
         if self._fills and self.host.free:
             self.fill()
         self.tables.flush()
@@ -157,7 +152,7 @@ class TieredCache(ExpertCache):
             return 0
         self.transfer.drain()
         self.lent.close()
-        self._note_landed()
+        self.swaps.land()
         holding = {slot: key for key, slot in self.vram.table.slot_of.items()}
         coldest = min(
             segments, key=lambda part: sum(self.heat.score(holding[slot]) for slot in part if slot in holding)
@@ -202,7 +197,7 @@ class TieredCache(ExpertCache):
             return True
         if self.vram.arriving and self._step is None:
             self.transfer.done(next(iter(self.vram.arriving.values())))
-            self._note_landed()
+            self.swaps.land()
             return True
         return False
 
@@ -217,6 +212,19 @@ class TieredCache(ExpertCache):
         super().left_host(key)
         if not self.vram.resident(key):
             self.tables.clear(key)
+
+    def window(self) -> int:
+        """How many experts may be on their way from disk at once."""
+        return self._window()
+
+    def reading(self, key: Key) -> bool:
+        """Whether ``key`` is on its way to its host slot."""
+        return key in self._pending
+
+    def read_behind(self, key: Key) -> None:
+        """Begin reading ``key`` behind everything else, if it has no host slot and one can be had."""
+        if key not in self.host and self._has_slot({key}):
+            self._request(key, Priority.FILL, {key})
 
     def wants_source(self, key: Key, locked: set[Key], *, wait: bool) -> bool:
         """Whether ``key`` lies whole in a host slot, its read begun if it does not and, with ``wait``,
@@ -235,16 +243,17 @@ class TieredCache(ExpertCache):
         self.counters.fetched["pcie"] += record.nbytes
         return ticket
 
+    def copy_to_device(self, key: Key) -> None:
+        """Begin copying ``key`` from its host slot to a free slot of the device, to stay there."""
+        record = self.store.record(*key)
+        self.vram.arrive(key, self.arena.slot(self.host.slot_of[key])[: record.slot_bytes])
+        self.counters.fetched["pcie"] += record.nbytes
+
     def drop_resident(self, key: Key) -> None:
         """Take ``key`` off the device; it is where else it is, if anywhere."""
-        self._leaving.pop(key, None)
+        self.swaps.leaving.pop(key, None)
         self.vram.forget(key)
         self._place_on_host(key)
-
-    def coldest_resident(self) -> Key | None:
-        """The resident that is missed least; one that is leaving anyway goes first."""
-        leaving = next((key for key in self._leaving if self.vram.resident(key)), None)
-        return leaving or self.heat.coldest(self._residents())
 
     def _reserve(self) -> int:
         slots = self.vram.slots.count
@@ -252,12 +261,8 @@ class TieredCache(ExpertCache):
 
     def _all_in_memory(self) -> bool:
         """Whether every expert has a slot, of whichever tier."""
-        twice = sum(key in self.host for key in (*self.vram.arriving, *self._leaving))
+        twice = sum(key in self.host for key in (*self.vram.arriving, *self.swaps.leaving))
         return len(self.host.slot_of) + len(self.vram.table.slot_of) - twice == self.store.count
-
-    def _residents(self) -> Mask:
-        found: Mask = self.tables.where() == VRAM
-        return found
 
     def _place_on_host(self, key: Key) -> None:
         """Enter ``key`` in the tables as its host slot is."""
@@ -267,70 +272,6 @@ class TieredCache(ExpertCache):
             self.tables.set(key, PINNED, address + self.store.record(*key).start)
         else:
             self.tables.clear(key)
-
-    def _seed(self, seeds: Sequence[Key]) -> None:
-        wanted = deque(seeds[: self.vram.slots.count - self.reserve])
-        while wanted:
-            ahead = list(wanted)[: self._window()]
-            for key in ahead[1:]:
-                self.wants_source(key, set(ahead), wait=False)
-            self.wants_source(wanted[0], set(ahead), wait=True)
-            self._arrive(wanted.popleft())
-            self._note_landed()
-        while self.vram.arriving:
-            self.relieve()
-        self.tables.flush()
-
-    def _arrive(self, key: Key) -> None:
-        record = self.store.record(*key)
-        self.vram.arrive(key, self.arena.slot(self.host.slot_of[key])[: record.slot_bytes])
-        self.counters.fetched["pcie"] += record.nbytes
-
-    def _note_landed(self) -> None:
-        """Make residents of the experts that have landed, and free their host slots."""
-        for key in self.vram.landed():
-            if key in self.host:
-                self.release(key)
-            self.tables.set(key, VRAM, self.vram.address(key))
-
-    def _let_leave(self) -> None:
-        """Let cold experts go whose host copy is there, and begin reading that of those whose turn has
-        come."""
-        for key, hot in list(self._leaving.items()):
-            if hot in self.vram.arriving:
-                continue
-            if key not in self.host and self.host.free:
-                self._request(key, Priority.FILL, {key})
-            elif key in self._pending:
-                continue
-            else:  # it has landed, or its place in RAM went to an expert that was asked for
-                self.drop_resident(key)
-
-    def _begin_arrival(self) -> bool:
-        """Begin moving the hottest expert that is not on the device to it, if it is worth it and can be
-        done."""
-        outside = self.tables.where() != VRAM
-        for key in self.vram.arriving:
-            outside[self.tables.row(key[0]), key[1]] = False
-        hot = self.heat.hottest(outside)
-        if hot is None or not self.vram.free:
-            return False
-        cold: Key | None = None
-        if self.vram.free <= self.reserve:
-            staying = self._residents()
-            for key in self._leaving:
-                staying[self.tables.row(key[0]), key[1]] = False
-            cold = self.heat.coldest(staying)
-            if cold is None or len(self._leaving) >= self.reserve or not self.heat.worth_swapping(cold, hot):
-                return False
-        if hot not in self.host and self._has_slot({hot}):
-            self._request(hot, Priority.FILL, {hot})
-        if hot not in self.host or hot in self._pending:
-            return False
-        self._arrive(hot)
-        if cold is not None:
-            self._leaving[cold] = hot
-        return True
 
     def fill(self) -> None:
         """Begin reading experts into every free host slot, the hottest first, and keep them filled."""

@@ -107,8 +107,7 @@ class Setup:
         steps = self.steps(tokens, trace, counts, policy)
         rates, work = self._rates(), Work.of(self.footprint, self.plan.filled)
         engine = Engine(rates.table())
-        ahead = 0 if self.machine.gpu else AHEAD
-        decoder = Decoder(engine, work, rates, self.part, ahead)
+        decoder = Decoder(engine, work, rates, self.part, AHEAD)
         warmup = min(_WARMUP, len(steps) - 1)
         _play(engine, [decoder.token(step) for step in steps[:warmup]])
         before, started = dict(engine.moved), engine.now

@@ -3,8 +3,8 @@
 Beside a GPU the step is one stream of kernels. Where a layer's expert is not in VRAM the doorbell rings,
 the host's workers compute their part of it from RAM (fetching it from disk first, if need be) while the GPU
 runs the shared expert and then its own part, read in place over PCIe; the layer ends when both have. Swaps
-into VRAM run on a stream of their own. Without a GPU the CPU does one thing after another, and the disk
-reads ahead.
+into VRAM run on a stream of their own, and what the next layers will want is guessed while a layer waits
+for the disk. Without a GPU the CPU does one thing after another, and the disk reads ahead.
 """
 
 import random
@@ -48,12 +48,12 @@ class Decoder:
         """One decode step."""
         self._coming, self._seen = {}, set()
         routed = iter(enumerate(step.tiers))
-        self._guess(step, -1)
+        self._guess(step, -1)  # from the token's embedding
         for layer in self.work.layers:
             index, tiers = next(routed) if layer.routes else (-1, ())
             yield self.engine.pause(self.rates.layer, "overhead")
             if self.rates.vram:
-                yield from self._beside_gpu(layer, tiers)
+                yield from self._beside_gpu(layer, tiers, step, index)
             else:
                 yield from self._on_cpu(layer, tiers, step, index)
         if self.rates.vram:
@@ -66,26 +66,31 @@ class Decoder:
         for _ in range(step.refills):
             self._read(2)
 
-    def _beside_gpu(self, layer: LayerWork, tiers: Sequence[Tier]) -> Process:
+    def _beside_gpu(self, layer: LayerWork, tiers: Sequence[Tier], step: Step, index: int) -> Process:
         engine, expert = self.engine, self.work.expert
         yield engine.flow("attention", layer.attention + layer.kv, "vram")
         shared_out = [tier for tier in tiers if tier == "ram"]
-        read = [tier for tier in tiers if tier == "disk"]
-        host_bytes = len(shared_out) * (1 - self.gpu_part) * expert + len(read) * expert
-        host = engine.start(self._host(host_bytes, len(read))) if host_bytes else None
+        on_disk = [place for place, tier in enumerate(tiers) if tier == "disk"]
+        host_bytes = len(shared_out) * (1 - self.gpu_part) * expert
+        host = engine.start(self._host(host_bytes, on_disk, step, index)) if host_bytes or on_disk else None
         yield engine.flow("shared", layer.mlp, "vram")
         yield engine.flow("expert", tiers.count("vram") * expert, "vram")
         yield engine.flow("in place", len(shared_out) * self.gpu_part * expert, "pcie", "ram")
         if host is not None:
             yield host
 
-    def _host(self, nbytes: float, read: int) -> Process:
-        """The host's part of a layer: woken by the doorbell, it answers when ``nbytes`` are computed."""
+    def _host(self, nbytes: float, on_disk: Sequence[int], step: Step, index: int) -> Process:
+        """The host's part of a layer: woken by the doorbell, it answers when ``nbytes`` and the experts
+        that it has read from disk are computed."""
+        work = self.work
         yield self.engine.pause(self.rates.ring / 2, "doorbell")
-        for _ in range(read):
-            yield self._read(0)
-        weights = nbytes * self.work.expert_weights / self.work.expert
-        yield self._cpu("expert", nbytes, weights)
+        awaited = [self._coming.get((index, place)) or self._read(0) for place in on_disk]
+        if any(not event.done for event in awaited):
+            self._guess(step, index)
+        yield self._cpu("expert", nbytes, nbytes * work.expert_weights / work.expert)
+        for event in awaited:
+            yield event
+            yield self._cpu("expert", work.expert, work.expert_weights)
         yield self.engine.pause(self.rates.ring / 2, "doorbell")
 
     def _on_cpu(self, layer: LayerWork, tiers: Sequence[Tier], step: Step, index: int) -> Process:

@@ -13,7 +13,6 @@ from offload.policy import Key, Policy
 from offload.records import TIERS, Tier
 from offload.trace import Trace
 
-_MARGIN = 1.5  # a swap costs a copy: what comes in was used this much more than what goes
 _GOLDEN = 0.6180339887498949
 
 
@@ -57,7 +56,8 @@ class Tiers:
     policy: Callable[[], Policy]
     counts: Mapping[Key, float] | None = None
     swaps: int = 0
-    half_life: float = 64
+    half_life: float = 64  # tokens
+    margin: float = 1.5  # a swap costs a copy: what comes in was used this much more than what goes
     vram: set[Key] = field(init=False)
     ram: set[Key] = field(init=False)
 
@@ -115,7 +115,9 @@ class Tiers:
         hot = sorted(set(missed), key=lambda key: -score[key])
         cold = sorted(self.vram, key=lambda key: score.get(key, 0.0))
         for comes, goes in zip(hot[: self.swaps], cold, strict=False):
-            if not self._in_ram(comes) or score[comes] <= _MARGIN * score.get(goes, 0.0):
+            low, high = score.get(goes, 0.0), score[comes]
+            # As offload/heat.py: clearly more, and by more than one request.
+            if not self._in_ram(comes) or high <= self.margin * low or high - low <= self._unit:
                 break
             self.vram.remove(goes)
             self.vram.add(comes)

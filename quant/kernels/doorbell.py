@@ -25,8 +25,8 @@ from quant.kernels.weight import CWeight
 # Words of ``BellBuffers.control``, each on a cache line of its own.
 RUNG, ANSWERED, STOP, LOST = 0, 32, 64, 96
 _HEADER = 4
-# Microseconds that the kernels' threads look for work after a request beside a GPU: longer than from one
-# token to the next. On a CPU the step itself needs their cores.
+# Microseconds that the kernels' threads look for work after a request beside a GPU: longer than between two
+# tokens. On a CPU the step itself needs their cores.
 _AWAKE = 3000
 State = Literal["idle", "missing", "stopped"]
 _STATES: tuple[State, ...] = ("idle", "missing", "stopped")

@@ -3,6 +3,7 @@
     python -m tests.bench.cards                       uniform routing
     python -m tests.bench.cards --trace routing.json  and Scout with routing like that of the demo model
     python -m tests.bench.cards --trace routing.json --assumptions   what each assumption is worth on a 4090
+    python -m tests.bench.cards --trace routing.json --swaps         VRAM hits by how swaps are chosen
 
 The trace is that of `coldstream profile` on the demo model with ``--trace`` (docs/policy.md).
 """
@@ -15,9 +16,9 @@ from pathlib import Path
 from offload.cards import CARDS, GIB, described_machine
 from offload.machine import Machine
 from offload.plan import Plan, make_plan
-from offload.policy import Key
+from offload.policy import Key, make_policy
 from offload.timeline import Setup
-from offload.timeline_places import stretched
+from offload.timeline_places import Tiers, replayed, shares, stretched
 from offload.trace import Synthetic, Trace, load_trace
 from quant.errors import BudgetError
 from quant.families import Role
@@ -128,17 +129,45 @@ def assumptions(recorded: Trace) -> list[str]:
     ]  # fmt: skip
 
 
+def swaps(recorded: Trace, slots: int = 250) -> list[str]:
+    """VRAM hits (and swaps per token) of Scout with ``slots`` of 768 experts in VRAM, over 600 tokens."""
+    zipf = Synthetic("zipf", layers=48, tokens=1200).trace()
+    kinds = {"demo model": Known.of(stretched(recorded, 48, len(recorded.steps))), "zipf": Known.of(zipf)}
+    rows = []
+    for half_life, margin, most in (
+        (64, 1.5, 0), (16, 1.5, 1), (64, 1.0, 1), (64, 1.5, 1), (64, 2.0, 1), (64, 1.5, 4), (256, 1.5, 1),
+    ):  # fmt: skip
+        cells = []
+        for known in kinds.values():
+            assert known.trace is not None
+            tiers = Tiers(
+                known.trace, slots, 768 - slots, lambda: make_policy("lru"), counts=known.counts, swaps=most,
+                half_life=half_life, margin=margin,
+            )  # fmt: skip
+            steps = replayed(tiers, 600)
+            swapped = sum(step.swaps for step in steps) / len(steps)
+            cells.append(f"{100 * shares(steps)['vram']:.0f} % ({swapped:.1f})")
+        rows.append(f"| {half_life} | {margin} | {most} | {' | '.join(cells)} |")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--assumptions", action="store_true")
+    parser.add_argument("--swaps", action="store_true")
     arguments = parser.parse_args()
     recorded = load_trace(arguments.trace) if arguments.trace else None
-    if arguments.assumptions:
-        if recorded is None:
-            parser.error("--assumptions replays a recorded trace: give one with --trace")
+    if (arguments.assumptions or arguments.swaps) and recorded is None:
+        parser.error("this replays a recorded trace: give one with --trace")
+    if arguments.swaps and recorded is not None:
+        print("| half-life, tokens | margin | swaps per token, at most | demo model: hits (swaps) | zipf |")
+        print("|---:|---:|---:|---:|---:|")
+        print("\n".join(swaps(recorded)))
+        return
+    if arguments.assumptions and recorded is not None:
         print("| Scout on an RTX 4090 | experts in VRAM | VRAM hits | swaps | GPU part | ms | tok/s |")
         print("|---|---:|---:|---:|---:|---:|---:|")
         print("\n".join(assumptions(recorded)))

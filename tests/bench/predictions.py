@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from offload.machine import probe
+from offload.placement import stored_schemes
 from offload.plan import make_plan
 from offload.records import RunOptions, Sampling
-from offload.session import Session, stored_schemes
+from offload.session import Session
 from quant.sizes import parse_size
 
 PROMPT, DECODED, CONTEXT = 512, 64, 1024

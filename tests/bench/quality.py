@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from offload.session import load_tokenizer
 from offload.store import find_weight
+from offload.tokenizers import load_tokenizer
 from offload.windows import Windows
 from quant.checkpoint import Checkpoint
 from quant.families import Role

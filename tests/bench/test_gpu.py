@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from offload.cards import described_machine
+from offload.placement import Placement
 from offload.plan import make_plan
 from offload.records import RunOptions, Sampling, TokenRecord
-from offload.session import Placement
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.recipe import load_recipe

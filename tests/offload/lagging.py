@@ -52,6 +52,7 @@ class LaggingTransfer:
     ) -> None:
         self.device = torch.device("cpu")
         self.limit, self.pinnable, self.lazy = limit, pinnable, lazy
+        self.hurries = False  # compute never lets a copy go first
         self.segments: list[tuple[int, int]] = []  # device memory: first and last address
         self.copies: list[tuple[int, int]] = []  # source and target address of each copy begun
         self._random = random.Random(seed)
@@ -171,7 +172,8 @@ class LaggingTransfer:
             assert ready or not (self._compute or self._copying), "the queues wait for one another"
             if not ready:
                 return
-            work = self._random.choice(ready).popleft()
+            hurried = self.hurries and self._compute in ready
+            work = (self._compute if hurried else self._random.choice(ready)).popleft()
             try:
                 work.do()
             except BaseException as error:  # noqa: BLE001  # told to the thread that waits

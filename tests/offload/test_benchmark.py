@@ -9,8 +9,9 @@ import torch
 from offload.account import account, disk_bytes_by_role
 from offload.benchmark import Benchmark
 from offload.ledger import forget_peak, peak_resident_bytes, resident_bytes
+from offload.placement import Placement
 from offload.records import RunOptions, Sampling
-from offload.session import Placement, Session
+from offload.session import Session
 from offload.speed import Bandwidth
 from quant.checkpoint import Checkpoint
 from quant.convert import convert

@@ -37,3 +37,10 @@ def test_the_machine_around_a_card_has_room_for_the_ram_that_is_asked_for() -> N
     assert asked.ram_available_bytes > 192 * GIB
     assert (asked.ram_gb_s, asked.disk_gb_s, asked.measured) == (55.5, 3, False)
     assert asked.vram_gb_s == 1008 and asked.pcie_gb_s == pytest.approx(25, abs=1)
+
+
+def test_around_a_data_centres_card_stands_a_server() -> None:
+    server, desktop = described_machine("H200"), described_machine("RTX 4090")
+    assert server.name == "a server with H200" and server.cores > desktop.cores
+    assert server.ram_gb_s > desktop.ram_gb_s and server.ram_bytes == 128 * GIB
+    assert described_machine("h200", ram_gb_s=400).ram_gb_s == 400

@@ -72,7 +72,7 @@ def test_divergence_equals_its_definition(pair: tuple[Path, Path], tmp_path: Pat
 
 
 def _log_probs(path: Path, windows: int, length: int) -> torch.Tensor:
-    from offload.session import load_tokenizer
+    from offload.tokenizers import load_tokenizer
     from offload.windows import Windows
 
     cut = Windows.cut(TEXT, load_tokenizer(path), length, windows)

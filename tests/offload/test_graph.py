@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload.graph import GraphDecoder, missed_share, refusal
 from offload.kv import KVCache, Storage
+from offload.placement import Placement
 from offload.records import RunOptions, Sampling
-from offload.session import Placement, Session
+from offload.session import Session
 from offload.store import ExpertStore
 from quant.checkpoint import Checkpoint
 from quant.convert import convert

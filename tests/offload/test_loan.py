@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from offload.lending import LendingCache
+from offload.placement import Placement
 from offload.records import RunOptions, Sampling
-from offload.session import Placement, Session
+from offload.session import Session
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.scheme import Scheme

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload.placement import Placement, stored_schemes
 from offload.plan import make_plan
 from offload.records import RunOptions, Sampling
-from offload.session import Placement, Session, stored_schemes
+from offload.session import Session
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.mixture import Mixture

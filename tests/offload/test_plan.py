@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload.cards import described_machine
 from offload.footprint import FRAMEWORK_RAM, FRAMEWORK_VRAM, Footprint
 from offload.gpus import Gpu
 from offload.machine import Machine
@@ -191,7 +192,7 @@ def test_routing_counts_pin_the_hottest_and_leave_a_window_for_the_rest() -> Non
         shape, load_recipe("fast").schemes, machine(gpu=RTX_4090), routing=Profile(counts, [[0] * 17] * 48)
     )
     assert set(plan.pinned[:48]) == {(layer, 3) for layer in range(48)}
-    assert 0 < plan.vram_slots - len(plan.pinned) <= 9
+    assert plan.vram_slots - len(plan.pinned) == plan.vram_reserve == 2
     assert plan.routing_known and plan.hit_rates["vram"] > 0.98
     uniform = make_plan(shape, load_recipe("fast").schemes, machine(gpu=RTX_4090))
     assert uniform.pinned == () and not uniform.routing_known
@@ -250,6 +251,21 @@ def test_every_remedy_of_a_refusal_is_one() -> None:
     make_plan(shape, schemes, on, vram=0, context=65536)
     assert "--kv int8" not in message
     refused("scout", schemes, on, **asked, kv_bits=8)
+
+
+def test_a_card_too_small_is_refused_with_numbers() -> None:
+    small = described_machine("RTX 4060")
+    message = refused("maverick", load_recipe("fast").schemes, small, context=8192, kv_bits=8)
+    assert re.search(r"needs 8\.\d+ GiB of VRAM .* but --vram is 7\.60 GiB: use ", message)
+    assert "--vram 8" not in message  # the card does not have it
+
+
+def test_with_every_expert_in_vram_no_slot_is_kept_free() -> None:
+    server = described_machine("H200")
+    plan = make_plan(SHAPES["scout"], load_recipe("fast").schemes, server)
+    assert plan.vram_slots == plan.experts and plan.vram_reserve == 0 and plan.hit_rates["vram"] == 1
+    tight = make_plan(SHAPES["scout"], load_recipe("fast").schemes, server, vram=24 * GIB)
+    assert tight.vram_slots - tight.vram_reserve + tight.ram_slots == tight.experts
 
 
 def test_a_refusal_names_what_takes_the_room() -> None:

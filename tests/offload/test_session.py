@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload.placement import Placement
 from offload.records import RunOptions, Sampling
-from offload.session import Placement, Session
+from offload.session import Session
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.families import Role

@@ -76,7 +76,7 @@ def test_a_miss_read_in_place_goes_at_the_speed_of_the_bus() -> None:
 def test_from_disk_alone_a_token_waits_for_the_disk() -> None:
     of = everywhere("disk", setup("maverick"))
     found, work = of.decode(8), Work.of(of.footprint, of.plan.filled)
-    assert found.moved["disk"] == pytest.approx(24 * work.expert)
+    assert 24 * work.expert <= found.moved["disk"] < 1.5 * 24 * work.expert  # wrong guesses are read, too
     assert found.limited_by == "disk"
     assert 1 / found.tokens_per_s > 24 * work.expert / 6.5e9
 

@@ -99,6 +99,8 @@ def launch(
     layout: ExpertLayout, scratch: DecodeScratch, out: Tensor, *, scales_input: bool,
 ) -> None:  # fmt: skip
     """``moe_decode`` by the two Triton kernels."""
+    import triton
+
     from quant.kernels.cuda.device import gemv
 
     if x.dtype != torch.bfloat16:
@@ -118,8 +120,8 @@ def launch(
         scratch.hidden, chosen, scores, addresses, places, share, out,
         layout.hidden, layout.inter, layout.inter * down.bits // 32, layout.inter // down.group_size,
         layout.down_packed, layout.down_scale,
-        TOP_K=top_k, SCALES_INPUT=scales_input, BITS=down.bits, GROUP=down.group_size,
-        ALIGNMENT=layout.alignment, ROWS=_ROWS, WORDS=_WORDS,
+        TOP_K=top_k, CHOICES=triton.next_power_of_2(top_k), SCALES_INPUT=scales_input,
+        BITS=down.bits, GROUP=down.group_size, ALIGNMENT=layout.alignment, ROWS=_ROWS, WORDS=_WORDS,
         num_warps=_WARPS, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 

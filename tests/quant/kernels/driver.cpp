@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "bell.h"
 #include "foresight.h"
 #include "mlp.h"
 #include "moe.h"
@@ -32,6 +33,9 @@ int32_t cs_guess(const Foresight*, int32_t, int32_t, const float*, int32_t*, int
 void cs_learn(const Foresight*, int32_t, const int32_t*);
 int32_t cs_attention(const AttentionBlock*, const float*, int64_t, int64_t, int64_t, const float*, const float*,
                      const KvCache*, float*, int64_t, int32_t);
+int32_t cs_bell_serve(const Bell*, int64_t, int32_t*);
+int32_t cs_bell_load(const int32_t*, int64_t);
+void cs_bell_store(int32_t*, int64_t, int32_t);
 }
 
 namespace {
@@ -236,6 +240,72 @@ void run_moe(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t to
     require(cs_mlp(jobs, 3, x, hidden, out, hidden, exact) == kOk, "mlp", tokens);
 }
 
+// Requests from another thread, as a GPU's, answered by this one: whole experts equal the plain call, and parts of
+// them are within their bytes.
+void run_bell(Heap& heap, Random& random, int32_t kind, int32_t group) {
+  const int64_t hidden = 2 * group, inner = 3 * group, experts = 3, tokens = 2, top_k = 2, pairs = tokens * top_k;
+  std::vector<Mlp> mlps;
+  std::vector<int64_t> addresses;
+  BellLayer stored{};
+  for (int64_t e = 0; e < experts; ++e) {  // one block of memory per expert: the tensors at the same offsets
+    const Mlp mlp = random_mlp(heap, random, kind, group, hidden, inner);
+    const Weight* weights[] = {&mlp.gate, &mlp.up, &mlp.down};
+    int64_t size = 0;
+    for (int i = 0; i < 3; ++i) {
+      stored.offsets[2 * i] = size;
+      size += weights[i]->row_bytes() * weights[i]->n;
+      stored.offsets[2 * i + 1] = size;
+      size += weights[i]->groups() * weights[i]->n * 2;
+    }
+    uint8_t* slot = heap.take<uint8_t>(size);
+    Mlp placed = mlp;
+    Weight* parts[] = {&placed.gate, &placed.up, &placed.down};
+    for (int i = 0; i < 3; ++i) {
+      std::memcpy(slot + stored.offsets[2 * i], parts[i]->packed, size_t(parts[i]->row_bytes() * parts[i]->n));
+      std::memcpy(slot + stored.offsets[2 * i + 1], parts[i]->scale, size_t(parts[i]->groups() * parts[i]->n * 2));
+      parts[i]->packed = slot + stored.offsets[2 * i];
+      parts[i]->scale = reinterpret_cast<uint16_t*>(slot + stored.offsets[2 * i + 1]);
+    }
+    mlps.push_back(placed);
+    addresses.push_back(int64_t(reinterpret_cast<intptr_t>(slot)));
+    stored.gate = placed.gate;
+    stored.up = placed.up;
+    stored.down = placed.down;
+  }
+  int32_t *control = heap.take<int32_t>(128), *request = heap.take<int32_t>(4 + 2 * pairs);
+  std::memset(control, 0, 128 * 4);
+  float *scores = normals(heap, random, pairs), *x = normals(heap, random, tokens * hidden);
+  float *result = heap.take<float>(tokens * hidden), *expected = heap.take<float>(tokens * hidden);
+  const Bell bell{control, request, scores, x, result, addresses.data(), 1, experts, pairs, &stored, 0, 0, 0};
+  std::thread step([&] {
+    for (int32_t number = 1; number <= 6; ++number) {
+      request[0] = 0, request[1] = int32_t(tokens), request[2] = int32_t(top_k), request[3] = 0;
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        request[4 + pair] = int32_t(random.below(experts));
+        request[4 + pairs + pair] = number == 1 ? 0 : int32_t(random.below(4) * group);
+      }
+      cs_bell_store(control, kRung, number);
+      while (cs_bell_load(control, kAnswered) != number) std::this_thread::yield();
+      for (int64_t i = 0; i < tokens * hidden; ++i) require(std::isfinite(result[i]), "a finite answer", number, i);
+      if (number > 1) continue;
+      std::memset(expected, 0, size_t(tokens * hidden) * 4);
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const Mlp& mlp = mlps[size_t(request[4 + pair])];
+        const int32_t token = int32_t(pair / top_k);
+        const Job job{mlp.gate, mlp.up, mlp.down, &token, 1, nullptr, scores + pair};
+        require(cs_mlp(&job, 1, x, hidden, expected, hidden, 0) == kOk, "mlp", pair);
+      }
+      for (int64_t i = 0; i < tokens * hidden; ++i)
+        require(std::fabs(result[i] - expected[i]) < 1e-4f * (1 + std::fabs(expected[i])), "an answer", i);
+    }
+    cs_bell_store(control, kStop, 1);
+  });
+  int32_t state = kIdle;
+  while (state == kIdle) require(cs_bell_serve(&bell, 200, &state) == kOk, "bell", state);
+  step.join();
+  require(state == kStopped, "stopped", state);
+}
+
 void run_attention(Heap& heap, Random& random, int32_t storage, int64_t head_dim, int64_t tokens) {
   const int64_t heads = 6, kv_heads = 2, hidden = 96, capacity = tokens + 2, first = random.below(7);
   AttentionBlock block{};
@@ -293,6 +363,7 @@ void run_all(unsigned seed, bool thorough) {
       }
       if (packed && group <= 64)
         for (int64_t tokens : {1, 6}) run_moe(heap, random, kind, group, tokens);
+      if (packed) run_bell(heap, random, kind, group);
     }
   {
     Heap heap;

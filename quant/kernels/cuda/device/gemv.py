@@ -14,6 +14,12 @@ from quant.kernels.cuda.device.words import pointers, word_dot
 
 
 @triton.jit
+def _stream(places, live):
+    """Packed words ``[N, W]``, read once: first to leave the caches, where scales and activations stay."""
+    return tl.load(places, mask=live[None, :], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _scales(scale, rows, word, live, groups, GROUP_WORDS: tl.constexpr):
     """The scale of each word's group, f32 ``[N, W]``: lanes of one group read one address."""
     places = scale + rows[:, None] * groups + (word // GROUP_WORDS)[None, :]
@@ -42,7 +48,7 @@ def row_dots(
     for start in range(0, used, WORDS):
         word = start + tl.arange(0, WORDS)
         live = word < used
-        values = tl.load(packed + rows[:, None] * row_words + word[None, :], mask=live[None, :], other=0)
+        values = _stream(packed + rows[:, None] * row_words + word[None, :], live)
         scales = _scales(scale, rows, word, live, groups, GROUP_WORDS)
         first, second = _activations(x, word, live, BITS)
         total += word_dot(values, first, second, BITS) * scales
@@ -106,8 +112,7 @@ def gate_up_kernel(
         word = start + tl.arange(0, WORDS)
         live = word < row_words
         place = read[:, None] * row_words + word[None, :]
-        gate_values = tl.load(gate_words + place, mask=live[None, :], other=0)
-        up_values = tl.load(up_words + place, mask=live[None, :], other=0)
+        gate_values, up_values = _stream(gate_words + place, live), _stream(up_words + place, live)
         first, second = _activations(token, word, live, BITS)
         gate += word_dot(gate_values, first, second, BITS) * _scales(
             gate_scales, read, word, live, groups, GROUP_WORDS
@@ -127,8 +132,8 @@ def gate_up_kernel(
 def down_kernel(
     hidden, chosen, scores, addresses, places, share, out,
     features, inter, row_words, groups, down_packed, down_scale,
-    TOP_K: tl.constexpr, SCALES_INPUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCALES_INPUT: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """out[token] += Σ over the token's experts, in the router's order, of score · down·hidden[pair].
 
@@ -139,20 +144,27 @@ def down_kernel(
     row = begin + tl.arange(0, ROWS)
     read = tl.minimum(row, features - 1).to(tl.int64)
     row_words = tl.multiple_of(row_words, 4)
+    # All choices are looked up at once: one after the other, each would wait three times for memory.
+    index = tl.arange(0, CHOICES)
+    asked = index < TOP_K
+    experts = tl.load(chosen + token * TOP_K + index, mask=asked, other=-1)
+    known = tl.maximum(experts, 0)
+    found = tl.load(addresses + known)
+    mine = _features_here(tl.load(places + known), found, tl.load(share), inter)
+    mine = tl.where(experts < 0, 0, mine)
+    factors = tl.load(scores + token * TOP_K + index, mask=asked, other=0.0)
     total = tl.zeros((ROWS,), tl.float32)
     for choice in range(TOP_K):
-        pair = token * TOP_K + choice
-        expert = tl.load(chosen + pair)
-        known = tl.maximum(expert, 0)
-        address = tl.load(addresses + known)
-        mine = _features_here(tl.load(places + known), address, tl.load(share), inter)
-        used = tl.multiple_of(tl.where(expert < 0, 0, mine) * BITS // 32, 4)
+        here = index == choice
+        address = tl.sum(tl.where(here, found, 0), 0)
+        used = tl.multiple_of(tl.sum(tl.where(here, mine, 0), 0) * BITS // 32, 4)
+        pair = (token * TOP_K + choice).to(tl.int64)
         y = row_dots(
             pointers(address + down_packed, ALIGNMENT),
             (address + down_scale).to(tl.pointer_type(tl.bfloat16)),
-            hidden + pair.to(tl.int64) * inter, read, used, row_words, groups, BITS, GROUP, ROWS, WORDS,
+            hidden + pair * inter, read, used, row_words, groups, BITS, GROUP, ROWS, WORDS,
         )  # fmt: skip
-        total += y if SCALES_INPUT else y * tl.load(scores + pair)
+        total += y if SCALES_INPUT else y * tl.sum(tl.where(here, factors, 0.0), 0)
     place = out + token.to(tl.int64) * features + row
     live = row < features
     tl.store(place, tl.load(place, mask=live, other=0.0) + total, mask=live)

@@ -6,7 +6,7 @@ import torch
 from quant.errors import SchemeError
 from quant.kernels.cuda import linear
 from quant.linear import Compute, LinearWeight, matmul
-from quant.pack import quantize_nf4
+from quant.pack import matmul_nf4, quantize_nf4
 from quant.scheme import Kind, Scheme
 from tests.quant.kernels.cuda.images import assert_near, packed
 
@@ -73,6 +73,16 @@ def test_matmul_sends_packed_and_nf4_weights_to_the_fused_kernels(tokens: int) -
         ours = matmul(x[None], weight, Compute(triton=True))
         assert ours.shape == (1, tokens, 192)
         assert_near(ours, torch.nn.functional.linear(x.float(), weight.dense(torch.float32))[None], 2e-2)
+
+
+@pytest.mark.parametrize("shape", [(1, 256), (1, 5, 256)])
+def test_bitsandbytes_multiplies_nf4_weights_as_they_dequantize(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    tensors = quantize_nf4((torch.randn(256, 256, generator=generator) / 16).bfloat16())
+    weight = LinearWeight(Scheme("nf4"), tensors, 256, 256)
+    x = torch.randn(shape, generator=generator).bfloat16()
+    ours = matmul_nf4(x, tensors["weight"], weight.nf4_state())
+    assert_near(ours, torch.nn.functional.linear(x.float(), weight.dense(torch.float32)), 2e-2)
 
 
 def test_the_compute_says_what_it_is() -> None:

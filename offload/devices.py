@@ -1,0 +1,37 @@
+"""Where a run computes, and with which kernels."""
+
+import torch
+
+from offload.records import RunOptions
+from quant.errors import MachineError
+from quant.kernels import native
+from quant.linear import Compute
+
+_AMPERE = (8, 0)  # compute capability
+
+
+def choose_device(options: RunOptions) -> torch.device:
+    """The GPU if there is one and the options do not say otherwise. Raises MachineError if one is asked for
+    that is not there, or is too old."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise MachineError(
+            "no CUDA device was found: expected one for --device cuda; leave it out to run on the CPU"
+        )
+    wanted = options.device == "auto" and options.vram != 0  # --vram 0 leaves the GPU alone
+    use = options.device == "cuda" or (wanted and torch.cuda.is_available())
+    if use and torch.cuda.get_device_capability() < _AMPERE:
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        raise MachineError(
+            f"{torch.cuda.get_device_name()} has compute capability {found}: expected 8.0 (Ampere) or newer, "
+            "which the kernels need; run with --device cpu"
+        )
+    return torch.device("cuda") if use else torch.device("cpu")
+
+
+def choose_compute(options: RunOptions, device: torch.device) -> Compute:
+    """The kernels for ``device``, with as many threads as the options say."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+        native.set_threads(options.threads)
+    cuda = device.type == "cuda"
+    return Compute(native=not cuda, exact=options.exact, triton=cuda)

@@ -1,0 +1,72 @@
+"""How a run's plan is made from a checkpoint, and what of it the runtime needs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from offload.machine import Machine
+from offload.plan import Plan, make_plan
+from offload.records import RunOptions
+from offload.residency import Key
+from offload.routing import RoutingStats
+from offload.store import ExpertStore, find_weight
+from quant.checkpoint import Checkpoint
+from quant.families import Role
+from quant.mixture import joined
+from quant.scheme import Scheme
+from quant.shape import LinearSpec
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many slots each tier has, which experts the device begins with, and how many intermediate features
+    of an expert in RAM are the device's in a decode step (``share``). ``guess_tokens``: guess the next token
+    early to read for it, which takes a product with the head."""
+
+    ram_slots: int
+    vram_slots: int = 0
+    pinned: tuple[Key, ...] = ()
+    prompt_chunk: int = 512
+    fills: bool = True
+    share: int = 0
+    guess_tokens: bool = True
+
+
+def stored_schemes(checkpoint: Checkpoint) -> Mapping[Role, Scheme]:
+    """The scheme of each role, read off the tensors; a Mixture where a role has several."""
+    store = ExpertStore(checkpoint)
+
+    def chosen() -> Iterator[tuple[LinearSpec, Scheme]]:
+        for spec in checkpoint.shape.dense_linears():
+            yield spec, find_weight(checkpoint, spec)[0]
+        for layer, expert in store.experts():
+            weights = store.record(layer, expert).weights
+            for spec in checkpoint.shape.expert_linears(layer, expert):
+                assert spec.projection is not None
+                yield spec, weights[spec.projection].scheme
+
+    return joined(chosen())
+
+
+def plan_run(
+    checkpoint: Checkpoint,
+    options: RunOptions,
+    machine: Machine,
+    device: torch.device,
+    routing: RoutingStats | None = None,
+) -> Plan:
+    """The plan of a run on ``device`` of ``machine``. Raises BudgetError if it does not fit."""
+    return make_plan(
+        checkpoint.shape,
+        stored_schemes(checkpoint),
+        machine,
+        vram=options.vram if device.type == "cuda" else 0,
+        ram=options.ram,
+        context=options.context,
+        kv_bits=32 if options.exact else 8 if options.kv == "int8" else 16,
+        routing=routing,
+        prompt_chunk=options.prompt_chunk,
+        slot_bytes=ExpertStore(checkpoint).slot_bytes,
+        cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
+    )
