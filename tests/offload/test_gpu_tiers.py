@@ -16,7 +16,7 @@ from offload.transfer import CudaTransfer
 from quant.convert import convert
 from quant.errors import MachineError
 from quant.scheme import Scheme
-from tests.offload.test_tiered import Bench
+from tests.offload.tiers import Bench
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
