@@ -19,10 +19,10 @@ from offload.timeline_work import LayerWork, Rates, Work
 # How good guesses of coming experts are (quant/kernels/foresight.py): of the experts that must be read, the
 # part that is guessed in time, and how many wrong guesses are read per right one. Fitted to runs of
 # mini-scout.
-GUESSED = 0.6
-WRONG = 0.4
+GUESSED = 0.95
+WRONG = 0.23
 AHEAD = 6
-MISS_S = 0.6e-3  # without a GPU: leaving the native step for Python, asking, guessing, and going back in
+MISS_S = 0.3e-3  # without a GPU: leaving the native step for Python, asking, and going back in
 
 
 @dataclass

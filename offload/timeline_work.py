@@ -25,6 +25,7 @@ from offload.predict import (
     dimm_rate,
 )
 from quant.families import Role
+from quant.mixture import scheme_of
 from quant.scheme import BF16
 
 
@@ -66,7 +67,7 @@ class Work:
         weights = {role: [0] * shape.num_layers for role in ("attention", "mlp")}
         head = head_weights = 0
         for linear in shape.dense_linears():
-            size = schemes.get(linear.role, BF16).nbytes(linear.out_features, linear.in_features)
+            size = scheme_of(schemes, linear).nbytes(linear.out_features, linear.in_features)
             if linear.layer is None:
                 head, head_weights = size, linear.weights
                 continue
