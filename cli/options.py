@@ -103,8 +103,13 @@ def expands(
 
 
 def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
-    """RunOptions of what was asked on the command line, over what ``recipe`` says. Raises RecipeError."""
+    """RunOptions of what was asked on the command line, over what ``recipe`` says. Raises RecipeError, and
+    UsageError for a policy that nobody knows: before the machine is measured and a model loaded for nothing.
+    """
+    from offload.policy import check_policy
     from quant.recipe import load_recipe
+
+    check_policy(asked.get("policy"), seeded=asked.get("routing") is not None)
 
     given: dict[str, Any] = {}
     if recipe:

@@ -126,9 +126,14 @@ DEFAULT_POLICY = "blended"
 def make_policy(name: str | None, seed_counts: Mapping[Key, float] | None = None) -> Policy:
     """The policy called ``name`` (None: the default). Raises UsageError, also for ``seeded`` without
     counts."""
-    name = name or DEFAULT_POLICY
-    if name not in _MAKERS:
+    check_policy(name, seeded=bool(seed_counts))
+    return _MAKERS[name or DEFAULT_POLICY](seed_counts)
+
+
+def check_policy(name: str | None, *, seeded: bool) -> None:
+    """Raise UsageError if no policy is called ``name``, or if it needs a routing profile and is not
+    ``seeded`` with one."""
+    if name is not None and name not in _MAKERS:
         raise UsageError(f"no cache policy is called {name!r}: expected one of {', '.join(POLICIES)}")
-    if name == "seeded" and not seed_counts:
+    if name == "seeded" and not seeded:
         raise UsageError("policy 'seeded' starts from a routing profile: give one with --routing FILE")
-    return _MAKERS[name](seed_counts)

@@ -6,9 +6,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cli.options import Model, takes_run_options
+from cli.options import Model, run_options, takes_run_options
 from cli.sampling import takes_sampling
 from offload.records import RunOptions, Sampling
+from quant.errors import UsageError
 
 
 def parse(*words: str) -> tuple[str, RunOptions, Sampling]:
@@ -74,3 +75,12 @@ def test_a_recipe_gives_what_is_left_out_and_the_command_line_wins(tmp_path: Pat
     recipe.write_text('[weights]\nexperts = "int4"\n[run]\nram = "3GiB"\ncontext = 512\nkv = "int8"\n')
     _, run, _ = parse("m", "--recipe", str(recipe), "--context", "99")
     assert run == RunOptions(ram=3 * 2**30, context=99, kv="int8")
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [("best", "no cache policy is called 'best'"), ("seeded", "give one with --routing")],
+)
+def test_a_policy_that_cannot_be_is_refused_before_anything_is_loaded(policy: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_options(policy=policy)
