@@ -45,7 +45,7 @@ def profile(
     from cli.run import check_page, find_model, open_session
 
     console = Console(json=json)
-    check_page(out)
+    check_page(out, "--out")
     path = find_model(model)
     from offload.routing import RoutingStats
 

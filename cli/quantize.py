@@ -74,6 +74,7 @@ def quantize(
     """
     from quant.convert import convert, open_source
     from quant.hub import resolve_model
+    from quant.staging import Staging
 
     by_hand: dict[Role, str | None] = {
         "experts": experts, "shared_expert": shared_expert, "dense_mlp": dense_mlp, "attention": attention,
@@ -95,6 +96,7 @@ def quantize(
     console = Console(json=json)
     path = resolve_model(source)
     checkpoint, work = open_source(path), _work_folder(destination)
+    Staging(destination).check(checkpoint.path, resume)  # now, not after hours of measuring
     weights = _imatrix(checkpoint, imatrix, save_imatrix, console)
     windows = _windows(path, calibrate or (imatrix if _is_text(imatrix) else None))
     if calibrate is not None and windows is not None:

@@ -47,7 +47,7 @@ def finish(
     console.result({**(extra or {}), **report.to_json()})
 
 
-def check_page(page: Path | None) -> None:
-    """Raise OutputError now, not after the run, if the folder of the report page is not there."""
+def check_page(page: Path | None, option: str = "--report") -> None:
+    """Raise OutputError now, not after the run, if the folder of what ``option`` names is not there."""
     if page is not None and not page.resolve().parent.is_dir():
-        raise OutputError(f"--report {page}: found no directory {page.resolve().parent}; make it first")
+        raise OutputError(f"{option} {page}: found no directory {page.resolve().parent}; make it first")

@@ -31,7 +31,7 @@ def choose_device(options: RunOptions) -> torch.device:
 def choose_compute(options: RunOptions, device: torch.device) -> Compute:
     """The kernels for ``device``, with as many threads as the options say."""
     if options.threads:
+        native.set_threads(options.threads)  # which refuses what cannot be; torch would crash at its exit
         torch.set_num_threads(options.threads)
-        native.set_threads(options.threads)
     cuda = device.type == "cuda"
     return Compute(native=not cuda, exact=options.exact, triton=cuda)

@@ -127,7 +127,10 @@ def _measure(directory: Path, ram: int, available: int) -> Machine:
     others, everyone = (now - then for now, then in zip(host.cpu_seconds(), (others, everyone), strict=True))
     quiet = others <= _BUSY * everyone
     if not quiet:
-        notes += (f"other programs used {others / everyone:.0%} of the CPU while this machine was measured",)
+        notes += (
+            f"other programs used {others / everyone:.0%} of the CPU while this machine was measured: "
+            "`coldstream probe --refresh` measures it again",
+        )
     return Machine(
         name=host.cpu_name() + (f" + {gpu.name}" if gpu else ""),
         cpu=host.cpu_name(),

@@ -133,6 +133,8 @@ class Session:
         with gpu_errors():
             session = cls(checkpoint, options, placement, device, allowance)
         session.plan, session.machine = plan, machine
+        if options.vram and device.type == "cpu":
+            session.notes.append("--vram has no meaning here: the run is on the CPU")
         return session
 
     def _expert_cache(self) -> ExpertCache:

@@ -29,7 +29,7 @@ class Windows:
         if wanted < 1 or there < wanted:
             raise UsageError(
                 f"the text has {len(ids):,} tokens, {there:,} windows of {length:,}: expected at least "
-                f"{max(wanted, 1):,}; give a longer text, fewer windows or a smaller context"
+                f"{max(wanted, 1):,}; give a longer text"
             )
         return cls(torch.tensor(ids[: wanted * length]).view(wanted, length))
 

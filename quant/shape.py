@@ -234,6 +234,11 @@ def _from_text(family: Family, config: Mapping[str, Any], text: Mapping[str, Any
         expert_inter, dense, norms = text["moe_intermediate_size"], inter, (head_dim, head_dim)
     elif family.name == "olmoe":
         norms = (hidden, kv_heads * head_dim)
+    top_k = text.get("num_experts_per_tok", 1)
+    if moe_layers and not 1 <= top_k <= experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok is {top_k} of {experts} experts: expected 1 to {experts}"
+        )
     return ModelShape(
         family=family,
         model_type=config["model_type"],
@@ -245,7 +250,7 @@ def _from_text(family: Family, config: Mapping[str, Any], text: Mapping[str, Any
         head_dim=head_dim,
         moe_layers=moe_layers,
         num_experts=experts,
-        top_k=text.get("num_experts_per_tok", 1),
+        top_k=top_k,
         expert_intermediate=expert_inter,
         shared_intermediate=shared,
         dense_intermediate=dense if len(moe_layers) < layers else 0,

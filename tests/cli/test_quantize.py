@@ -191,3 +191,15 @@ def test_calibrating_with_a_target_measures_what_bits_are_worth_first(
         "divergence"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+def test_a_destination_that_is_taken_is_refused_before_anything_is_measured(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    done = invoke("quantize", str(demo_model), str(tmp_path / "taken"), "--target-bits", "4.5")
+    assert done.returncode == 1
+    assert "is not empty: choose another destination" in done.stderr
+    assert "measur" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -73,3 +73,12 @@ def test_a_missing_number_is_named(tiny: Tiny) -> None:
     del config["hidden_size"]
     with pytest.raises(CheckpointError, match="has no 'hidden_size'"):
         ModelShape.from_config(config)
+
+
+@pytest.mark.parametrize("top_k", [0, 17])
+def test_more_experts_per_token_than_there_are_is_refused(top_k: int) -> None:
+    config = load_shape("mini-scout")
+    text = config.get("text_config", config)
+    text["num_experts_per_tok"] = top_k
+    with pytest.raises(CheckpointError, match=f"is {top_k} of 16 experts: expected 1 to 16"):
+        ModelShape.from_config(config)
