@@ -17,7 +17,7 @@ from offload.records import TIERS, TokenRecord
 from offload.report import RunReport
 from quant.errors import OutputError
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def write_page(report: RunReport, path: Path) -> None:
@@ -61,10 +61,10 @@ def render_page(report: RunReport) -> str:
 def document(title: str, body: str, data: Mapping[str, object]) -> str:
     """A self-contained page around ``body`` (HTML); ``data`` is what its script reads, by element id."""
     style, script = (files("cli").joinpath("report", name).read_text() for name in ("page.css", "page.js"))
-    blocks = "".join(data_block(name, value) for name, value in data.items())
+    blocks = "".join(_data(name, value) for name, value in data.items())
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<style>\n{style}</style></head><body><main>{body}</main>"
@@ -83,7 +83,7 @@ def figures(cards: Sequence[tuple[str, str, str, str]]) -> str:
     return f'<dl class="figures">{items}</dl>'
 
 
-def data_block(name: str, value: object) -> str:
+def _data(name: str, value: object) -> str:
     text = json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>'
 

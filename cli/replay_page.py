@@ -2,17 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
-from cli import plots
-from cli.page import POLICY, data_block
+from cli import page, plots
 from cli.plots import Bins, nice_ticks
 from cli.replay import RESOURCES, causes, document
 from cli.words import number, percent, size
 from offload.timeline import Replay, Setup
 from offload.timeline_engine import Span
-from quant.errors import OutputError
 
 _LANES = {"vram": "vram", "gpu": "vram", "cpu": "ram", "cpu compute": "ram", "pcie": "plain", "disk": "disk"}
 _BINS = 250
@@ -20,15 +17,11 @@ _BINS = 250
 
 def write_replay(setup: Setup, decode: Replay, prefill: Replay, title: str, path: Path) -> None:
     """Write the page to ``path``. Raises OutputError if that cannot be."""
-    try:
-        path.write_text(render_replay(setup, decode, prefill, title), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}; name another --report file") from None
+    page.save(render_replay(setup, decode, prefill, title), path)
 
 
 def render_replay(setup: Setup, decode: Replay, prefill: Replay, title: str) -> str:
     """The whole page as HTML text."""
-    style, script = (files("cli").joinpath("report", name).read_text() for name in ("page.css", "page.js"))
     readouts: dict[str, list[str]] = {}
     body = (
         f'<header><div class="eyebrow">Coldstream simulate: nothing on this page was measured</div>'
@@ -40,15 +33,7 @@ def render_replay(setup: Setup, decode: Replay, prefill: Replay, title: str) -> 
         f"<section><h2>The prompt</h2>{lanes('prompt', prefill.spans, readouts)}</section>"
         f"<section><h2>Token by token</h2>{_tokens(decode, readouts)}</section>"
     )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<style>\n{style}</style></head><body><main>{body}</main>"
-        f"{data_block('readouts', readouts)}{data_block('replay', document(setup, decode, prefill))}"
-        f"<script>\n{script}</script></body></html>\n"
-    )
+    return page.document(title, body, {"readouts": readouts, "replay": document(setup, decode, prefill)})
 
 
 def lanes(name: str, spans: Sequence[Span], readouts: dict[str, list[str]]) -> str:
@@ -106,13 +91,7 @@ def _figures(setup: Setup, decode: Replay, prefill: Replay) -> str:
         ("Hits", hits, "", f"{plan.vram_slots:,} experts in VRAM, {plan.ram_slots:,} in RAM"),
         ("Swaps", number(decode.swaps_per_token), "per token", size(plan.slot_bytes) + " each"),
     ]  # fmt: skip
-    items = "".join(
-        f"<div><dt>{escape(name)}</dt>"
-        f'<dd><div class="value">{escape(value)} <span class="unit">{unit}</span></div>'
-        f'<div class="detail">{escape(detail)}</div></dd></div>'
-        for name, value, unit, detail in cards
-    )
-    return f'<dl class="figures">{items}</dl>'
+    return page.figures(cards)
 
 
 def _waits(setup: Setup, decode: Replay) -> str:

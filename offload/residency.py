@@ -133,7 +133,7 @@ class ExpertCache:
 
     def serve(self, layers: Sequence[int], chosen: Sequence[Sequence[int]], late: int) -> None:
         """One token's ``chosen`` experts of each of ``layers``, all in host slots by now, were computed by
-        whoever the listener told of them; ``late`` of them had to be waited for."""
+        whoever the watcher told of them; ``late`` of them had to be waited for."""
         counters, count = self.counters, sum(len(experts) for experts in chosen)
         counters.by_tier["ram"] += count - late
         counters.by_tier["disk"] += late
@@ -254,7 +254,8 @@ class ExpertCache:
             elif reading - locked:
                 self.release(self._reclaim(reading - locked))
             else:
-                assert self.relieve(), "every host slot is in use at once"
+                relieved = self.relieve()
+                assert relieved, "every host slot is in use at once"
         return self.host.take(key)
 
     def release(self, key: Key) -> None:

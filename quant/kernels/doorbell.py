@@ -83,11 +83,6 @@ class BellBuffers:
                 f"({str(error).splitlines()[0]}): use --no-graph"
             ) from None
 
-    @property
-    def pinned_nbytes(self) -> int:
-        """Bytes of host memory."""
-        return sum(t.nbytes for t in (self.control, self.request, self.scores, self.x, self.result))
-
 
 @dataclass(frozen=True)
 class Request:

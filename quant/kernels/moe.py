@@ -8,7 +8,7 @@ experts can be fetched while ``mlp`` already runs the others.
 """
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -252,10 +252,6 @@ class MoeBlock:
         """Set the state of ``expert`` (READY, COMING, ABSENT, FAILED) from any thread and wake who waits."""
         place = self.table.data_ptr() + 8 * (expert * _ENTRY + _STATE)
         library().cs_publish(ctypes.c_void_p(place), ctypes.c_int64(state))
-
-    def holds(self, experts: Iterable[int]) -> bool:
-        """Whether all of ``experts`` are ready."""
-        return all(self._rows[expert, _STATE] == READY for expert in experts)
 
     def clear_expert(self, expert: int) -> None:
         """Forget ``expert``: from now on a token that needs it finds it missing."""
