@@ -73,8 +73,10 @@ class NativeDecoder:
         self._table: tuple[int, Tensor, Tensor] | None = None
         self._attached: KVCache | None = None
         experts.watch(BlockTable(self.moes))
-        if self.foresight is not None and self.stack.token_logits is not None and guess_tokens:
-            self.stack.guess_tokens(self.embedding.weight.data, -(-len(layers) // _LAST))
+        rows = self.embedding.weight.data
+        readable = rows.dtype in (torch.bfloat16, torch.float32) and self.stack.token_logits is not None
+        if self.foresight is not None and readable and guess_tokens:
+            self.stack.guess_tokens(rows, -(-len(layers) // _LAST))
 
     @staticmethod
     def knows(config: Any) -> bool:
@@ -156,7 +158,8 @@ class NativeDecoder:
     def _head(self) -> Head | None:
         if not isinstance(self.lm_head, QuantLinear) or self.lm_head.bias is not None:
             return None
-        return Head(self.norm.weight.data, norm_eps(self.norm), _weight(self.lm_head))
+        weight = self.lm_head.stored.descriptor()  # None for f16, which torch multiplies
+        return None if weight is None else Head(self.norm.weight.data, norm_eps(self.norm), weight)
 
     def _angles(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """RoPE's cosines and sines ``[T, d/2]`` for the tokens from ``position`` on."""
