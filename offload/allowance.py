@@ -70,11 +70,12 @@ class Allowance:
         """The allowance on ``device``, to which torch's allocator is held from now on. Raises BudgetError,
         and MachineError if the GPU fails."""
         with driver.gpu_errors():
-            context = _context_bytes(_index(device))
-            free, total = torch.cuda.mem_get_info(device)
-            allowance = cls.of(total, free, asked, context, torch.cuda.memory_reserved(device))
+            index = _index(device)
+            context = _context_bytes(index)
+            free, total = torch.cuda.mem_get_info(index)
+            allowance = cls.of(total, free, asked, context, torch.cuda.memory_reserved(index))
             fraction = (allowance.budget - allowance.context - CODE) / total
-            torch.cuda.set_per_process_memory_fraction(fraction, device)
+            torch.cuda.set_per_process_memory_fraction(fraction, index)  # takes no device without an index
         return allowance
 
     def explain(self, error: BudgetError) -> BudgetError:
@@ -115,13 +116,18 @@ def _index(device: torch.device) -> int:
 def _context_bytes(index: int) -> int | None:
     """What the context on GPU ``index`` takes, cuBLAS in it; None where it was there before or the driver
     does not tell. Made and measured once per process."""
-    bus = None if torch.cuda.is_initialized() else driver.bus_id(index)
-    before = None if bus is None else driver.free_vram(bus)
-    device = torch.device("cuda", index)
-    square = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
-    torch.mm(square, square)
-    torch.cuda.synchronize(device)
+    bus = driver.bus_id(index)
+    before = None if bus is None or driver.has_context(index) else driver.free_vram(bus)
+    reserved = _make_context(torch.device("cuda", index))
     after = None if bus is None else driver.free_vram(bus)
     if before is None or after is None:
         return None
-    return max(0, before - after - torch.cuda.memory_reserved(device))
+    return max(0, before - after - reserved)
+
+
+def _make_context(device: torch.device) -> int:
+    """Use ``device`` for the first time, cuBLAS too; returns the bytes that torch's allocator then holds."""
+    square = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
+    torch.mm(square, square)
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_reserved(device)

@@ -25,7 +25,8 @@ def choose_device(options: RunOptions) -> torch.device:
             f"{torch.cuda.get_device_name()} has compute capability {found}: expected 8.0 (Ampere) or newer, "
             "which the kernels need; run with --device cpu"
         )
-    return torch.device("cuda") if use else torch.device("cpu")
+    # With its number: not all that torch does with a device guesses which one is meant.
+    return torch.device("cuda", torch.cuda.current_device()) if use else torch.device("cpu")
 
 
 def choose_compute(options: RunOptions, device: torch.device) -> Compute:

@@ -18,6 +18,8 @@ from quant.errors import MachineError
 from quant.sizes import format_size
 
 _PORTABLE, _DEVICEMAP = 1, 2  # CU_MEMHOSTREGISTER_*
+# How RuntimeErrors of torch, of its libraries (cuBLAS) and of Triton begin that mean the GPU or its driver.
+_GPU_ERRORS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
 
 
 @cache
@@ -109,6 +111,18 @@ def bus_id(index: int) -> str | None:
     return text.value.decode()
 
 
+def has_context(index: int) -> bool:
+    """Whether this process has a context on CUDA device ``index``, asked without making one. torch counts
+    itself as initialized as soon as it was asked for a device's name, long before there is one."""
+    library = _cuda()
+    device, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
+    if library.cuInit(0) or library.cuDeviceGet(ctypes.byref(device), index):
+        return False
+    if library.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active)):
+        return True  # not known: then it cannot be measured either
+    return bool(active.value)
+
+
 @contextmanager
 def gpu_errors() -> Iterator[None]:
     """Turn an error of the GPU or its driver into one line; being out of memory is not one of those.
@@ -129,6 +143,4 @@ def gpu_errors() -> Iterator[None]:
 
 
 def _is_gpu_error(error: RuntimeError) -> bool:
-    return isinstance(error, torch.AcceleratorError) or str(error).startswith(
-        ("CUDA error", "CUDA driver error")
-    )
+    return isinstance(error, torch.AcceleratorError) or str(error).startswith(_GPU_ERRORS)

@@ -10,6 +10,7 @@ from offload.residency import ExpertCache
 from quant.errors import MachineError
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+_SAID = ("Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 Result = TypeVar("Result")
 
 
@@ -23,7 +24,7 @@ def with_room(work: Callable[[], Result], cache: ExpertCache) -> Result:
         with gpu_errors():
             try:
                 return work()
-            except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 found = str(error).partition(". ")[0].splitlines()[0]
@@ -36,5 +37,8 @@ def with_room(work: Callable[[], Result], cache: ExpertCache) -> Result:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether ``error`` is torch's allocator's, or the driver's own for what torch does not allocate."""
-    return isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _OUT_OF_MEMORY
+    """Whether ``error`` is torch's allocator's, or the driver's own for what torch does not allocate: kernels'
+    code, which Triton loads, and what cuBLAS needs."""
+    if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:
+        return True
+    return any(said in str(error) for said in _SAID)

@@ -126,7 +126,7 @@ class CudaTransfer:
     def allocate(self, slots: int, slot_bytes: int) -> Tensor:
         try:
             return torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.device)
-        except torch.cuda.OutOfMemoryError:
+        except torch.OutOfMemoryError:
             raise BudgetError(
                 f"the GPU has no {format_size(slots * slot_bytes)} free for expert slots: lower --vram, or "
                 "end what else runs on it"

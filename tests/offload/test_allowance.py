@@ -1,7 +1,10 @@
 """What a run may take of a GPU that others use, too."""
 
 import pytest
+import torch
 
+from offload import allowance as module
+from offload import driver
 from offload.allowance import CODE, Allowance
 from offload.footprint import FRAMEWORK_VRAM
 from quant.errors import BudgetError
@@ -58,3 +61,34 @@ def test_a_plan_that_does_not_fit_names_the_others() -> None:
     refused = allowance(24 * GIB, others=6 * GIB).explain(BudgetError("this needs 20 GiB"))
     assert str(refused) == "this needs 20 GiB (other programs hold 6.00 GiB of the GPU's 24.00 GiB)"
     assert str(allowance(24 * GIB).explain(BudgetError("this needs 30 GiB"))) == "this needs 30 GiB"
+
+
+def test_torch_is_told_the_number_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.device("cuda") has none, and torch.cuda.set_per_process_memory_fraction refuses that."""
+    told = []
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: told.append(given), raising=False)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (TOTAL - CONTEXT, TOTAL))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 0)
+    monkeypatch.setattr(module, "_context_bytes", lambda index: CONTEXT)
+    assert Allowance.claim(torch.device("cuda"), 12 * GIB).budget == 12 * GIB
+    assert told == [((12 * GIB - CONTEXT - CODE) / TOTAL, 0)]
+
+
+@pytest.mark.parametrize("had", [False, True])
+def test_a_context_is_measured_if_there_was_none_whatever_torch_was_asked_before(
+    had: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([20 * GIB, 19 * GIB] if not had else [19 * GIB])
+    monkeypatch.setattr(driver, "bus_id", lambda index: "0000:01:00.0")
+    monkeypatch.setattr(driver, "has_context", lambda index: had)
+    monkeypatch.setattr(driver, "free_vram", lambda bus: next(free))
+    monkeypatch.setattr(module, "_make_context", lambda device: 32 * MIB)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # as after asking for the card's name
+    module._context_bytes.cache_clear()
+    try:
+        assert module._context_bytes(0) == (None if had else GIB - 32 * MIB)
+    finally:
+        module._context_bytes.cache_clear()

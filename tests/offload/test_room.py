@@ -45,6 +45,26 @@ def test_slots_are_given_back_until_the_work_fits(driver_says_it: bool) -> None:
     assert cache.times == 3
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_code_that_finds_no_memory_is_given_some(said: str) -> None:
+    cache = Slots(5)
+    _, work = needing(2, RuntimeError(said))
+    assert with_room(work, cache) == 2  # type: ignore[arg-type]
+    assert cache.times == 4
+
+
+def test_a_kernel_that_cannot_be_launched_is_one_line() -> None:
+    _, work = needing(2, RuntimeError("Triton Error [CUDA]: device kernel image is invalid"))
+    with pytest.raises(MachineError, match="the GPU or its driver failed: Triton Error"):
+        with_room(work, Slots(5))  # type: ignore[arg-type]
+
+
 def test_with_nothing_left_to_give_one_line_says_so() -> None:
     _, work = needing(9, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"))
     with pytest.raises(MachineError, match=r"no memory left.*\(CUDA out of memory\)") as raised:
