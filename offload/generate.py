@@ -138,19 +138,23 @@ class Generator:
                         input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
                     )
                     logits = found.logits[0, -1]
-                    if self.device.type == "cuda":  # an error of the GPU's shows here, not where it is met
-                        torch.cuda.synchronize(self.device)
+                    self._wait()  # an error of the GPU's shows here, not where it is met
         except BaseException:  # KeyboardInterrupt too: some layers have seen the tokens, others not
             self.tokens = self.tokens[: self.cache.rewind(before)]
             raise
         self.tokens.extend(ids)
         return logits
 
+    def _wait(self) -> None:
+        """Until the GPU has computed what was queued: not for the copies of experts beside that, of which one
+        begins after most tokens and takes milliseconds."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def _record(
         self, phase: Any, token: int, text: str, tokens_in: int, started: float, finish: Finish
     ) -> TokenRecord:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self._wait()
         counters = self.experts.take_counters()
         home: Tier = "vram" if self.device.type == "cuda" else "ram"
         passes = -(-tokens_in // self.prompt_chunk)

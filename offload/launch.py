@@ -5,6 +5,7 @@ a thread of its own: a launch may block until earlier work of the graph is done,
 waiting for the caller.
 """
 
+import gc
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -85,6 +86,17 @@ class GraphThread(StepThread):
             for _ in range(_WARM_UPS):  # kernels are compiled, workspaces made
                 self._step()
         self._stream.wait_stream(side)
+        # What an earlier run has left is destroyed now: not all of that may happen while a stream captures.
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            self._record(side)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _record(self, side: torch.cuda.Stream) -> None:
         # Reading threads go on while this one captures: calls of theirs are no part of the graph.
         with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
             self._step()

@@ -37,8 +37,8 @@ def with_room(work: Callable[[], Result], cache: ExpertCache) -> Result:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether ``error`` is torch's allocator's, or the driver's own for what torch does not allocate: kernels'
-    code, which Triton loads, and what cuBLAS needs."""
+    """Whether ``error`` is torch's allocator's, or the driver's own for what torch does not allocate:
+    kernels' code, which Triton loads, and what cuBLAS needs."""
     if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:
         return True
     return any(said in str(error) for said in _SAID)

@@ -1,5 +1,6 @@
 """The same on a real GPU: copies in order, pinned memory, and the driver's count of what is ours."""
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -60,7 +61,10 @@ def test_a_copy_waits_for_the_compute_that_reads_its_target(device: torch.device
     host.slot(1).fill_(2)
     transfer.landed(transfer.copy(host.slot(0), near))
     busy = torch.randn(4096, 4096, device=device)
-    for _ in range(20):
+    torch.mm(busy, busy).clamp_(-1, 1)
+    near.max(), near.min()  # code is loaded at first use, which takes time or waits for the device
+    torch.cuda.synchronize(device)
+    for _ in range(100):
         busy = torch.mm(busy, busy).clamp_(-1, 1)
     first = near.max()
     ticket = transfer.copy(host.slot(1), near)
@@ -130,6 +134,8 @@ def test_experts_and_tables_on_the_device_are_what_the_host_says(bench: Bench, d
 def test_shrinking_gives_memory_back_to_the_driver(bench: Bench, device: torch.device) -> None:
     cache = bench.cache(CudaTransfer(device), ram=4, vram=16)  # type: ignore[arg-type]
     slots = cache.vram.slots
+    gc.collect()
+    torch.cuda.empty_cache()  # or torch would cut the slots out of what it holds
     slots._memory = {first: slots.transfer.allocate(1, 64 * MIB) for first in slots._memory}
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)

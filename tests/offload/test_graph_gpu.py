@@ -5,6 +5,7 @@ prompts are such that along the whole answer the best token leads by more than f
 identical.
 """
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ SPLITS = {
     "mostly on disk": Placement(ram_slots=6, vram_slots=12, fills=False),
 }
 GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_for_the_next_test() -> Iterator[None]:
+    """A session's memory, in cycles of references, and the cap that it has put on torch's allocator."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +102,7 @@ def session(model: Path) -> Iterator[Session]:
         yield opened
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_in_a_step_waits_for_the_host(session: Session) -> None:
     decoder: Any = session.decoder
     decoder.worker.bell.stop()  # nobody answers
@@ -127,7 +138,6 @@ def test_an_interrupted_step_ends_and_the_next_is_right(
 
 def test_the_driver_sees_no_more_than_the_budget(model: Path, demo_model: Path) -> None:
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
     context = torch.cuda.mem_get_info()[0]  # free, this process's context already taken
     budget = 2 * GIB
     with Session.open(model, RunOptions(vram=budget, context=600, device="cuda")) as session:

@@ -14,6 +14,7 @@ from tests.quant.kernels.cuda.images import Images, assert_near, images, packed
 
 HALVES = 1e-2  # bf16 activations between the two kernels; the interpreter cuts them off instead of rounding
 SUMS = 2e-6  # f32 sums in another order
+SUMS_ON_A_CARD = 1e-5  # and its exponential
 
 CASES = {
     "int4-g128": (Scheme("int4", 128), Scheme("int4", 128), 128, 256),
@@ -80,8 +81,9 @@ def test_each_half_is_exact_but_for_the_order_of_sums(device: torch.device) -> N
     x = step.x.float()
     hidden = silu(x @ gate.T) * (x @ up.T)
     found = step.scratch.hidden[:1].cpu()
-    assert ((found.float() - hidden).abs() <= hidden.abs() * 2**-7 + 1e-6).all()
-    assert_near(out, step.out + found.float() @ down.T, SUMS)
+    sums = SUMS if device.type == "cpu" else SUMS_ON_A_CARD
+    assert ((found.float() - hidden).abs() <= hidden.abs() * 2**-7 + sums / 2).all()
+    assert_near(out, step.out + found.float() @ down.T, sums)
 
 
 def test_places_shares_absent_experts_and_several_choices(device: torch.device) -> None:

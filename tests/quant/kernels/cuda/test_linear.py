@@ -39,10 +39,12 @@ def test_equals_the_reference(
     bits = weight.scheme.bits
     start = torch.randn(tokens, rows, generator=generator)
     moved = [tensor.to(device) for tensor in tensors]
-    # Groups of less than 16 words are applied to the weights before the tensor core, in bf16 on a card.
+    # Groups of less than 16 words are applied to the weights before the tensor core, in bf16 on a card; there
+    # sums of exact products are cut off after each step, not rounded.
     exact = device.type == "cpu" or tokens == 1 or group * bits >= 512
+    slack = 1e-6 if device.type == "cpu" else 1e-5
     added = linear.launch(*moved, bits, group, start.clone().to(device))
-    assert_near(added, linear.reference(*tensors, bits, group, start.clone()), 1e-6 if exact else HALF)
+    assert_near(added, linear.reference(*tensors, bits, group, start.clone()), slack if exact else HALF)
     plain = linear.launch(*moved, bits, group)
     assert plain.dtype == torch.bfloat16
     assert_near(plain, linear.reference(*tensors, bits, group), HALF)
@@ -60,19 +62,21 @@ def test_tensors_on_the_cpu_get_the_reference() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_matmul_sends_packed_and_nf4_weights_to_the_fused_kernels(tokens: int) -> None:
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_matmul_sends_packed_and_nf4_weights_to_the_fused_kernels(kind: str, tokens: int) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, 256, generator=generator).bfloat16().cuda()
-    int8 = packed(192, 256, Scheme("int8", 64), generator)
-    nf4 = quantize_nf4((torch.randn(192, 256, generator=generator) / 16).bfloat16().cuda())
-    for scheme, tensors in (
-        (int8.scheme, {name: tensor.cuda() for name, tensor in int8.tensors().items()}),
-        (Scheme("nf4"), nf4),
-    ):
-        weight = LinearWeight(scheme, tensors, 192, 256)
-        ours = matmul(x[None], weight, Compute(triton=True))
-        assert ours.shape == (1, tokens, 192)
-        assert_near(ours, torch.nn.functional.linear(x.float(), weight.dense(torch.float32))[None], 2e-2)
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+        tensors = quantize_nf4((torch.randn(192, 256, generator=generator) / 16).bfloat16().cuda())
+        weight = LinearWeight(Scheme("nf4"), tensors, 192, 256)
+    else:
+        int8 = packed(192, 256, Scheme("int8", 64), generator)
+        placed = {name: tensor.cuda() for name, tensor in int8.tensors().items()}
+        weight = LinearWeight(int8.scheme, placed, 192, 256)
+    ours = matmul(x[None], weight, Compute(triton=True))
+    assert ours.shape == (1, tokens, 192)
+    assert_near(ours, torch.nn.functional.linear(x.float(), weight.dense(torch.float32))[None], 2e-2)
 
 
 @pytest.mark.parametrize("shape", [(1, 256), (1, 5, 256)])
