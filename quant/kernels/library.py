@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from quant.errors import MachineError
+from quant.kernels.cores import granted
 
 _MESSAGES = {-1: "bad argument", -2: "no memory for scratch buffers", -3: "not supported by this processor"}
 
@@ -42,6 +43,9 @@ def library() -> ctypes.CDLL:
     forced = os.environ.get("COLDSTREAM_ISA", "")
     if forced:
         choose_isa(loaded, forced)
+    most = granted()
+    if most is not None and most < loaded.cs_threads():
+        check(loaded.cs_set_threads(most), "set_threads")
     return loaded
 
 
