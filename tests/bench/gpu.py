@@ -1,21 +1,23 @@
 """Everything about the GPU path that needs a card, verified and measured in one go: within ten minutes.
 
-    python -m tests.bench.gpu                     all of it, on the first CUDA device python -m
-    tests.bench.gpu --only kernels      a section alone: machine, tests, agreement, kernels, scout, no-graph
-    python -m tests.bench.gpu --model DIR         a full-size model that is there already (else one is
-    synthesized)
+    python -m tests.bench.gpu                   all of it, on the first CUDA device
+    python -m tests.bench.gpu --only tests      sections: machine, tests, agreement, scout, kernels, no-graph
+    python -m tests.bench.gpu --model DIR       a full-size model that is there (else one is synthesized)
 
-Each section is a process of its own with a time limit, so that a failure, a hang or a lost GPU costs that
-section only: it is recorded, and the others go on. Scout is synthesized at full size where a disk (or RAM)
-can take it in time, else as many of its layers as fit, while the sections run whose times do not matter.
-Written at the end: ``docs/gpu-CARD.json`` and ``docs/gpu-CARD.md``. The last line of stdout is the JSON
-document.
+It runs from a checkout, installed or not: the native kernels are built first if they are not there. Each
+section is a process of its own with a time limit, so that a failure, a hang or a lost GPU costs that section
+only: it is recorded, and the others go on. Scout is synthesized at full size where a disk (or RAM) can take
+it in time, else as many of its layers as fit, while the sections run whose times do not matter. Written after
+every section, so that a run that is cut off leaves what it found: ``docs/gpu-CARD.json`` and
+``docs/gpu-CARD.md``. The last line of stdout is the JSON document.
 
 Exit code: 0 if every section ran and every bar was met, 1 if not, 2 without a CUDA device (nothing is
 measured, nothing written).
 """
 
 import argparse
+import contextlib
+import faulthandler
 import json
 import os
 import shutil
@@ -24,18 +26,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quant.sizes import parse_size
+from tests.bench.gpu_checks import card_name, gpu_tests, prepared, versions
 from tests.bench.gpu_report import bars, markdown, slug
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MINUTES = 9.5
 VRAM = "24GiB"
-_SYNTH_S, _LEAST_S = 200.0, 20.0
+_SYNTH_S, _LEAST_S, _LAST_WORDS_S = 200.0, 20.0, 1.0
+_TAIL = 30  # lines of a log that are kept of a section that failed
 
 
 @dataclass(frozen=True)
@@ -49,21 +53,23 @@ class Section:
 
 SECTIONS = (
     Section("machine", 60, "the card, the host, their bandwidths"),
-    Section("tests", 150, "pytest -m gpu"),
-    Section("agreement", 120, "greedy tokens of every path on the demo model"),
+    Section("tests", 210, "pytest -m gpu"),
+    Section("agreement", 150, "greedy tokens of every path on the demo model"),
     Section("scout", 240, "Scout: decode, prefill, VRAM, floor, simulator"),
     Section("kernels", 120, "each kernel against bandwidth or arithmetic"),
-    Section("no-graph", 120, "the same decode with a host round trip per layer"),
+    Section("no-graph", 150, "the same decode with a host round trip per layer"),
 )
 
 
 @dataclass
 class Runner:
-    """Runs sections until ``deadline`` (monotonic seconds), results by name in ``found``."""
+    """Runs sections until ``deadline`` (monotonic seconds), results by name in ``found``; ``keep`` is called
+    after each."""
 
     folder: Path
     deadline: float
     found: dict[str, Any]
+    keep: Callable[[], None] = lambda: None
 
     def run(self, section: Section, *arguments: str) -> Any:
         """Run ``section`` in a process of its own; what it found, or why it did not."""
@@ -77,6 +83,7 @@ class Runner:
         said = self.found[section.name]
         trouble = next((f"{key}: {said[key]}" for key in ("failed", "skipped") if key in said), "done")
         say(f"{section.name}: {trouble}")
+        self.keep()
         return said
 
     def begin(self, name: str, *arguments: str) -> subprocess.Popen[str]:
@@ -93,6 +100,8 @@ class Runner:
         try:
             code = process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGUSR1)  # say where you are
+            time.sleep(_LAST_WORDS_S)
             stop(process)
             return {"failed": f"not done after {seconds:.0f} s", "said": self._tail(name)}
         result = self.folder / f"{name}.json"
@@ -101,7 +110,7 @@ class Runner:
         return {"failed": f"exit code {code}", "said": self._tail(name)}
 
     def _tail(self, name: str) -> list[str]:
-        return (self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-12:]
+        return (self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-_TAIL:]
 
 
 def section_result(name: str, folder: Path, model: Path | None, vram: int, in_ram: bool) -> Any:
@@ -121,7 +130,7 @@ def section_result(name: str, folder: Path, model: Path | None, vram: int, in_ra
         sizes = gpu_kernels.Sizes() if device.type == "cuda" else gpu_kernels.Sizes.small()
         return gpu_kernels.Bench(device, sizes).all()
     if name == "synth":
-        return gpu_run.synth(places(folder), f"{folder.name}-scout-", _SYNTH_S)
+        return gpu_run.synth(places(folder), f"{folder.name}-scout-", 0.6 * _SYNTH_S)
     assert model is not None
     graph = name == "scout"
     return gpu_run.run(model, vram, graph=graph, in_ram=in_ram, rounds=2 if graph else 1)
@@ -143,34 +152,7 @@ def machine(folder: Path) -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "sms": properties.multi_processor_count,
         }
-    import triton
-
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
-    return {**found, **card, "versions": versions, "system": platform.platform()}
-
-
-def gpu_tests() -> dict[str, Any]:
-    """The tests marked ``gpu``: the closing line, and the names of those that failed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
-    failed = [line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    passed = done.returncode == 0 and " passed" in (lines[-1] if lines else "")  # skipped is not passed
-    # 5: no test was collected
-    return {
-        "closing": lines[-1] if lines else "",
-        "passed": passed,
-        "failures": failed,
-        "exit_code": done.returncode,
-    }
-
-
-def has_gpu() -> bool:
-    """Whether torch sees a CUDA device, asked in another process: this one stays without a context."""
-    code = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
-    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    return {**found, **card, "versions": versions(), "system": platform.platform()}
 
 
 def scaled(vram: int, layers: int) -> int:
@@ -178,10 +160,12 @@ def scaled(vram: int, layers: int) -> int:
     return int(vram * (0.1 + 0.9 * layers / 48)) if layers < 48 else vram
 
 
-def everything(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def everything(arguments: argparse.Namespace, folder: Path, card: str) -> dict[str, Any]:
     """All sections that were asked for, and what the bars make of them."""
-    found: dict[str, Any] = {}
-    runner = Runner(folder, time.monotonic() + 60 * arguments.minutes, found)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    found: dict[str, Any] = {"card": {"name": card}, "prepared": prepared()}
+    runner = Runner(folder, deadline, found, lambda: write(arguments.out, found))
+    runner.keep()
     wanted = [section for section in SECTIONS if not arguments.only or section.name in arguments.only]
     names = [section.name for section in wanted]
     vram = parse_size(arguments.vram)
@@ -215,13 +199,23 @@ def everything(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for place in places(folder):
             for left_over in place.glob(f"{folder.name}-scout-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
-    found["bars"] = bars(found)
+    write(arguments.out, found)
     return found
+
+
+def write(out: Path, found: dict[str, Any]) -> Path:
+    """Write what was found so far to ``out``, judged; returns the page."""
+    found["bars"] = bars(found)
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / f"gpu-{slug(found)}.md"
+    page.write_text(markdown(found))
+    page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    return page
 
 
 def stop(process: subprocess.Popen[str]) -> None:
     """End a section and whatever it has started, if it still runs."""
-    if process.poll() is None:
+    with contextlib.suppress(ProcessLookupError):  # it was alone, and has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -251,23 +245,24 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--in-ram", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if arguments.section:
+        faulthandler.register(signal.SIGUSR1)
         file = arguments.folder / f"{arguments.section}.json"
         vram = parse_size(arguments.vram)
         found = section_result(arguments.section, arguments.folder, arguments.model, vram, arguments.in_ram)
         file.write_text(json.dumps(found))
         return 0
-    if not has_gpu():
+    card = card_name()
+    if card is None:
         for section in SECTIONS:
             say(f"{section.name}: skipped, torch sees no CUDA device ({section.about})")
         print(json.dumps({"skipped": "torch sees no CUDA device", "sections": names}))
         return 2
+    # What ends it in good order ends what it has started, too, and removes the model.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="coldstream-gpu-", dir=arguments.folder) as folder:
-        found = everything(arguments, Path(folder))
-    card = slug(found)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"gpu-{card}.json").write_text(json.dumps(found, indent=1) + "\n")
-    (arguments.out / f"gpu-{card}.md").write_text(markdown(found))
-    say(f"written: {arguments.out / f'gpu-{card}.md'} and .json")
+        found = everything(arguments, Path(folder), card)
+    page = write(arguments.out, found)
+    say(f"written: {page} and .json")
     print(markdown(found), file=sys.stderr)
     print(json.dumps(found))
     troubled = any({"failed", "skipped"} & part.keys() for part in found.values() if isinstance(part, dict))

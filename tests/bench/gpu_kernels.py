@@ -85,6 +85,7 @@ class Bench:
         }
         found: Figures = {}
         for name, job in jobs.items():
+            print(name, flush=True)  # to the log: where it was, should it end here
             try:
                 found[name] = job()
             except Exception as error:  # noqa: BLE001  # recorded: one kernel's failure hides no other's figure

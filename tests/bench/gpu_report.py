@@ -39,9 +39,13 @@ def _part(found: Found, name: str) -> Found:
 
 def slug(found: Found) -> str:
     """The card's name as a file name."""
-    gpu = _part(found, "machine").get("gpu") or {}
-    name = str(gpu.get("name", "card")).lower().replace("nvidia", "").replace("geforce", "")
+    name = _name(found).lower().replace("nvidia", "").replace("geforce", "")
     return "-".join("".join(c if c.isalnum() else " " for c in name).split()) or "card"
+
+
+def _name(found: Found) -> str:
+    gpu = _part(found, "machine").get("gpu") or _part(found, "card")
+    return str(gpu.get("name", "card"))
 
 
 def markdown(found: Found) -> str:
@@ -53,7 +57,7 @@ def markdown(found: Found) -> str:
 def _head(found: Found) -> str:
     machine = _part(found, "machine")
     gpu, versions = machine.get("gpu") or {}, machine.get("versions") or {}
-    lines = [f"# Measured: {gpu.get('name', 'an unknown card')}", "", "`python -m tests.bench.gpu`"]
+    lines = [f"# Measured: {_name(found)}", "", "`python -m tests.bench.gpu`"]
     if machine:
         lines += [
             "",
@@ -139,6 +143,8 @@ def _troubles(found: Found) -> str:
     for name, part in found.items():
         if isinstance(part, Mapping) and (trouble := part.get("failed") or part.get("skipped")):
             rows += [f"* {name}: {trouble}", *(f"      {line}" for line in part.get("said", ()))]
+    if absent := (found.get("prepared") or {}).get("missing_optional"):
+        rows.append(f"* not installed, their tests are skipped: {', '.join(absent)}")
     failures = _part(found, "tests").get("failures", ())
     rows += [f"* test failed: {name}" for name in failures]
     for name in ("agreement", "scout"):

@@ -40,6 +40,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = "scout-rtx4090"
 CONTEXT, PROMPT, TOKENS = 4096, 2048, 64
 _AGREE, _PROMPTS = 32, 3  # tokens and prompts that are compared
+# Where in held_out.txt prompts begin along whose answer the best token leads by far more than bf16 moves
+# logits (about 0.1): elsewhere a card may well choose otherwise and be right.
+_CLEAR = (53838, 56829, 58823)
+_CHARACTERS, _PROMPT_TOKENS = 500, 120
 _RAM_PART = 0.8  # of what is free, for slots, embeddings and what lies in memory instead of on a disk
 GIB = 2**30
 
@@ -69,8 +73,9 @@ class Room:
 
     @classmethod
     def of(cls, folder: Path) -> "Room":
-        """Measured by writing half a GiB."""
+        """Measured by writing half a GiB; nothing is free where that fails (a /dev/shm of 64 MiB, say)."""
         file = folder / f"coldstream-room-{os.getpid()}"
+        in_ram = folder.is_relative_to("/dev/shm")
         block = os.urandom(2**22)
         started = time.perf_counter()
         try:
@@ -79,12 +84,12 @@ class Room:
                     stream.write(block)
                 stream.flush()
                 os.fsync(stream.fileno())
+        except OSError:
+            return cls(folder, 0, 1e-3, in_ram)
         finally:
             file.unlink(missing_ok=True)
         seconds = time.perf_counter() - started
-        return cls(
-            folder, shutil.disk_usage(folder).free, 2**29 / seconds / 1e9, folder.is_relative_to("/dev/shm")
-        )
+        return cls(folder, shutil.disk_usage(folder).free, 2**29 / seconds / 1e9, in_ram)
 
 
 def most_layers(rooms: Sequence[Room], ram: int, seconds: float) -> tuple[Room, int]:
@@ -107,7 +112,7 @@ def synth(folders: Sequence[Path], prefix: str, seconds: float) -> dict[str, Any
     from offload.host import memory
 
     rooms = [Room.of(folder) for folder in folders if folder.is_dir() and os.access(folder, os.W_OK)]
-    room, layers = most_layers(rooms, memory()[1], 0.8 * seconds)
+    room, layers = most_layers(rooms, memory()[1], seconds)
     if not layers:
         return {
             "skipped": f"not one layer of Scout ({scout_bytes(1) / GIB:.1f} GiB) fits into any of {rooms}"
@@ -186,6 +191,7 @@ def agreement(folder: Path, tokens: int = _AGREE, prompts: int = _PROMPTS) -> di
         device = torch.device("cpu") if name == "cpu" else card
         options = RunOptions(context=512, graph=graph, exact=device.type == "cpu")
         sampling = Sampling(max_tokens=tokens, ignore_eos=True)
+        print(name, flush=True)  # to the log: where it was, should it end here
         runs[name] = greedy(checkpoint, options, placement, device, sampling, prompts)
     return compared(runs)
 
@@ -198,11 +204,10 @@ def greedy(
     text = (ROOT / "recipes" / "demo" / "held_out.txt").read_text()
     try:
         with Session(checkpoint, options, placement, device) as session:
-            ids = session.encode(text)
             found = []
-            for index in range(prompts):
+            for start in _CLEAR[:prompts]:
                 session.reset()
-                prompt = ids[200 * index : 200 * index + 64]
+                prompt = session.encode(text[start : start + _CHARACTERS])[:_PROMPT_TOKENS]
                 found.append([record.token_id for record in session.generate(prompt, sampling)])
             return {"tokens": found, "kernel": session.kernel, "notes": list(session.notes)}
     except Exception as error:  # noqa: BLE001  # recorded: one path's failure hides no other's tokens
