@@ -17,6 +17,9 @@ from quant.errors import BudgetError
 from quant.sizes import format_size
 
 CODE = 96 * MIB  # kernels that are loaded after the context was measured
+# What torch's allocator takes beyond the tensors: rounding of dense weights to 2 MiB, the graph's own pool,
+# cuBLAS workspaces of two streams (32 MiB each on Hopper).
+_ROUNDING = 160 * MIB
 _SPARE = 64 * MIB  # left to others where nothing was asked
 _PART = 0.95
 _NOTICEABLE = 0.02
@@ -64,6 +67,12 @@ class Allowance:
                 f"{format_size(total)}): end them, raise --vram, or use --device cpu"
             )
         return cls(total, others, context, budget, tuple(notes))
+
+    @property
+    def planned(self) -> int:
+        """What a plan, which counts with FRAMEWORK_VRAM for all that is not a tensor, may give away. One that
+        takes a little too much costs a whole segment of expert slots."""
+        return self.budget - max(0, self.context + CODE + _ROUNDING - FRAMEWORK_VRAM)
 
     @classmethod
     def claim(cls, device: torch.device, asked: int | None) -> "Allowance":

@@ -121,7 +121,8 @@ class Session:
             torch.cuda.reset_peak_memory_stats(device)
         routing = RoutingStats.load(options.routing, checkpoint.shape) if options.routing else None
         try:
-            plan = plan_run(checkpoint, options, machine, device, routing)
+            room = options if allowance is None else replace(options, vram=allowance.planned)
+            plan = plan_run(checkpoint, room, machine, device, routing)
         except BudgetError as error:
             raise (allowance.explain(error) if allowance is not None else error) from None
         say("loading the model")

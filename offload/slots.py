@@ -14,6 +14,7 @@ from quant.sizes import format_size
 
 Key = tuple[int, int]
 SEGMENTS = 8
+_SEGMENT = 512 * 2**20  # bytes that one has at the most: what is lost where a little memory is missing
 
 
 class SlotTable:
@@ -38,7 +39,8 @@ class SlotTable:
 
 
 class DeviceSlots:
-    """``slots`` slots of ``slot_bytes`` bytes on the device, in at most ``segments`` allocations.
+    """``slots`` slots of ``slot_bytes`` bytes on the device, in ``segments`` allocations or, for large slots,
+    more.
 
     Where the device refuses some of them, ``count`` is smaller and ``notes`` says so. Raises BudgetError if
     fewer than ``least`` can be had.
@@ -50,7 +52,7 @@ class DeviceSlots:
         self.transfer, self.slot_bytes = transfer, slot_bytes
         self.notes: list[str] = []
         self._memory: dict[int, Tensor] = {}  # first slot → uint8 [slots of the segment, slot_bytes]
-        each = -(-slots // segments)
+        each = min(-(-slots // segments), max(1, _SEGMENT // slot_bytes))
         for first in range(0, slots, max(each, 1)):
             try:
                 self._memory[first] = transfer.allocate(min(each, slots - first), slot_bytes)

@@ -63,6 +63,12 @@ def test_a_plan_that_does_not_fit_names_the_others() -> None:
     assert str(allowance(24 * GIB).explain(BudgetError("this needs 30 GiB"))) == "this needs 30 GiB"
 
 
+def test_a_plan_counts_with_the_context_that_was_measured() -> None:
+    small, large = (allowance(20 * GIB, context=size * MIB) for size in (200, 600))
+    assert small.planned == 20 * GIB
+    assert large.planned + 600 * MIB + CODE < 20 * GIB + FRAMEWORK_VRAM
+
+
 def test_torch_is_told_the_number_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.device("cuda") has none, and torch.cuda.set_per_process_memory_fraction refuses that."""
     told = []
