@@ -18,8 +18,9 @@ from quant.errors import MachineError
 from quant.sizes import format_size
 
 _PORTABLE, _DEVICEMAP = 1, 2  # CU_MEMHOSTREGISTER_*
-# How RuntimeErrors of torch, of its libraries (cuBLAS) and of Triton begin that mean the GPU or its driver.
-_GPU_ERRORS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
+# How RuntimeErrors of torch, its libraries (cuBLAS) and Triton begin that mean the GPU, its driver or what
+# Triton needs to drive it.
+_GPU_ERRORS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "Failed to find C compiler")
 
 
 @cache

@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +48,8 @@ def prepared(root: Path = ROOT) -> dict[str, Any]:
     found: dict[str, Any] = {**absent, "native": "was there"}
     if absent["missing"]:
         found["failed"] = f"not installed: {', '.join(absent['missing'])}"
+    elif not compiles():
+        found["failed"] = "no C compiler, or no Python.h for it: Triton builds its launcher with them"
     if list((root / "quant/kernels").glob("_native*.so")):
         return found
     started, found["native"] = time.monotonic(), "missing"
@@ -60,6 +65,12 @@ def prepared(root: Path = ROOT) -> dict[str, Any]:
         why = "native kernels: not built; bring _native.abi3.so from a like machine into quant/kernels"
         return {**found, "failed": why, "said": done.stdout.splitlines()[-12:]}
     return {**found, "native": f"built in {time.monotonic() - started:.0f} s"}
+
+
+def compiles() -> bool:
+    """Whether a C compiler and Python's headers are there."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return bool(compiler) and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 def versions() -> dict[str, str | None]:

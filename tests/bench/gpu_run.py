@@ -144,6 +144,8 @@ class VramWatch:
 
     def _watch(self) -> None:
         while torch.cuda.is_available() and not self._stop.wait(0.01):
+            if not driver.has_context(0):  # the run's own is measured as it is made: none may be there before
+                continue
             free, total = torch.cuda.mem_get_info()
             self.peak = max(self.peak, total - free - self.before)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from offload import driver
 from offload.allowance import Allowance, VramMeter
 from offload.arena import Arena
 from offload.tables import VRAM
@@ -21,6 +22,7 @@ from tests.offload.tiers import Bench
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
+ROOT = Path(__file__).resolve().parents[2]
 
 # In a process of its own: the context can be measured only before there is one.
 FILLS_THE_BUDGET = f"""
@@ -145,9 +147,13 @@ def test_shrinking_gives_memory_back_to_the_driver(bench: Bench, device: torch.d
 
 
 def test_the_driver_never_counts_more_than_the_budget() -> None:
+    bus = driver.bus_id(0)
+    if bus is None or driver.free_vram(bus) is None:
+        pytest.skip("the driver's management library does not tell what is in use here")
     done = subprocess.run(
-        [sys.executable, "-c", FILLS_THE_BUDGET], capture_output=True, text=True, timeout=300, check=True
-    )
+        [sys.executable, "-c", FILLS_THE_BUDGET],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
     context, blocks, used, notes = map(int, done.stdout.split())
     assert notes == 0 and 50 * MIB < context < 1024 * MIB
     assert blocks > 0 and used <= 2048 * MIB
