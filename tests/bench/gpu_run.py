@@ -157,7 +157,8 @@ def _used_before() -> int:
     address = driver.bus_id(0)
     free = driver.free_vram(address) if address else None
     total = torch.cuda.get_device_properties(0).total_memory
-    return total - free if free is not None else 0
+    # The two libraries do not agree to the MiB on what a card has.
+    return max(0, total - free) if free is not None else 0
 
 
 def demo(folder: Path) -> Path:
