@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.sizes import parse_size
-from tests.bench.gpu_checks import card_name, gpu_tests, prepared, versions
+from tests.bench.gpu_checks import card_name, gpu_tests, grown, prepared, versions
 from tests.bench.gpu_report import bars, markdown, slug
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -164,6 +164,8 @@ def everything(arguments: argparse.Namespace, folder: Path, card: str) -> dict[s
     """All sections that were asked for, and what the bars make of them."""
     deadline = time.monotonic() + 60 * arguments.minutes
     found: dict[str, Any] = {"card": {"name": card}, "prepared": prepared()}
+    if arguments.touch:
+        found["grown"] = grown(parse_size(arguments.touch))
     runner = Runner(folder, deadline, found, lambda: write(arguments.out, found))
     runner.keep()
     wanted = [section for section in SECTIONS if not arguments.only or section.name in arguments.only]
@@ -241,6 +243,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="time for all of it")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where the results go")
     parser.add_argument("--folder", type=Path, help="a folder with room for the model (default: temporary)")
+    parser.add_argument(
+        "--touch", help="RAM to touch first, where a virtual machine is given it as it is used"
+    )
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--in-ram", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)

@@ -1,7 +1,9 @@
 """What the GPU bench does before it measures: see what is there, build what is not, run the tests."""
 
+import ctypes
 import importlib.metadata
 import importlib.util
+import mmap
 import os
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,35 @@ def prepared(root: Path = ROOT) -> dict[str, Any]:
         why = "native kernels: not built; bring _native.abi3.so from a like machine into quant/kernels"
         return {**found, "failed": why, "said": done.stdout.splitlines()[-12:]}
     return {**found, "native": f"built in {time.monotonic() - started:.0f} s"}
+
+
+def grown(wanted: int, *, block: int = 4 * 2**30, patience: float = 3.0) -> dict[str, int]:
+    """Bytes of RAM before and after touching ``wanted`` of them, block by block, each once there is room for
+    it: a virtual machine may begin with little memory and be given more as it is used, and plans count with
+    what there is."""
+    from offload.host import memory
+
+    before, held = memory()[0], []
+    for _ in range(-(-wanted // block)):
+        deadline = time.monotonic() + patience
+        while memory()[1] < 2 * block and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if memory()[1] < 2 * block:
+            break
+        held.append(mmap.mmap(-1, block, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        _touch(held[-1])
+    touched = block * len(held)
+    for part in held:
+        part.close()
+    return {"ram_before": before, "touched": touched, "ram_after": memory()[0]}
+
+
+def _touch(part: mmap.mmap, threads: int = 8) -> None:
+    """Write to every page."""
+    first = ctypes.c_char.from_buffer(part)
+    start, each = ctypes.addressof(first), len(part) // threads
+    with ThreadPoolExecutor(threads) as pool:  # memset runs outside the interpreter's lock
+        list(pool.map(lambda index: ctypes.memset(start + index * each, 1, each), range(threads)))
 
 
 def compiles() -> bool:

@@ -187,6 +187,12 @@ def test_what_was_found_so_far_is_written_after_every_section(
     assert "# Measured: NVIDIA H200" in (tmp_path / "out/gpu-h200.md").read_text()
 
 
+def test_memory_is_touched_as_far_as_there_is_some() -> None:
+    found = gpu_checks.grown(2 * 2**20, block=2**20)
+    assert found["touched"] == 2 * 2**20 and found["ram_after"] > 0
+    assert gpu_checks.grown(2**60, block=2**59, patience=0.1)["touched"] == 0
+
+
 def test_kernels_that_are_not_there_are_built_or_named(tmp_path: Path) -> None:
     assert gpu_checks.prepared()["native"] == "was there"
     (tmp_path / "setup.py").write_text("import sys; sys.exit('no compiler')")
