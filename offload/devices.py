@@ -1,5 +1,7 @@
 """Where a run computes, and with which kernels."""
 
+import os
+
 import torch
 
 from offload.records import RunOptions
@@ -35,4 +37,14 @@ def choose_compute(options: RunOptions, device: torch.device) -> Compute:
         native.set_threads(options.threads)  # which refuses what cannot be; torch would crash at its exit
         torch.set_num_threads(options.threads)
     cuda = device.type == "cuda"
+    if cuda and not options.threads:
+        _leave_a_core()
     return Compute(native=not cuda, exact=options.exact, triton=cuda)
+
+
+def _leave_a_core() -> None:
+    """Have the kernels' threads, which look for work all the time beside a GPU, leave a core to the thread
+    that launches steps, where hyper-threads do not."""
+    threads = native.threads()
+    if threads > 2 and threads >= len(os.sched_getaffinity(0)):
+        native.set_threads(threads - 1)
