@@ -79,7 +79,10 @@ class Runner:
         else:
             say(f"{section.name}: {section.about} (at most {min(left, section.seconds):.0f} s)")
             process = self.begin(section.name, *arguments)
-            self.found[section.name] = self.end(section.name, process, min(left, section.seconds))
+            try:
+                self.found[section.name] = self.end(section.name, process, min(left, section.seconds))
+            finally:  # Ctrl-C and SIGTERM end it, too
+                stop(process)
         said = self.found[section.name]
         trouble = next((f"{key}: {said[key]}" for key in ("failed", "skipped") if key in said), "done")
         say(f"{section.name}: {trouble}")
@@ -163,7 +166,7 @@ def scaled(vram: int, layers: int) -> int:
 def everything(arguments: argparse.Namespace, folder: Path, card: str) -> dict[str, Any]:
     """All sections that were asked for, and what the bars make of them."""
     deadline = time.monotonic() + 60 * arguments.minutes
-    found: dict[str, Any] = {"card": {"name": card}, "prepared": prepared()}
+    found: dict[str, Any] = {**earlier(arguments, card), "card": {"name": card}, "prepared": prepared()}
     if arguments.touch:
         found["grown"] = grown(parse_size(arguments.touch))
     runner = Runner(folder, deadline, found, lambda: write(arguments.out, found))
@@ -203,6 +206,16 @@ def everything(arguments: argparse.Namespace, folder: Path, card: str) -> dict[s
                 shutil.rmtree(left_over, ignore_errors=True)
     write(arguments.out, found)
     return found
+
+
+def earlier(arguments: argparse.Namespace, card: str) -> dict[str, Any]:
+    """With ``--only``: what an earlier run on ``card`` has found of the other sections, to be kept."""
+    file = arguments.out / f"gpu-{slug({'card': {'name': card}})}.json"
+    if not arguments.only or not file.is_file():
+        return {}
+    found = json.loads(file.read_text())
+    names = [section.name for section in SECTIONS if section.name not in arguments.only]
+    return {name: found[name] for name in names if name in found}
 
 
 def write(out: Path, found: dict[str, Any]) -> Path:

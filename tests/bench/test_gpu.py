@@ -1,6 +1,7 @@
 """The GPU bench on a machine without a card: what it computes, judges and writes; what it does when a part
 of it fails. Its kernels' bodies run on the torch references, at small sizes."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -185,6 +186,10 @@ def test_what_was_found_so_far_is_written_after_every_section(
     kept = json.loads((tmp_path / "out/gpu-h200.json").read_text())
     assert kept["machine"] == {"skipped": "no time left"} and len(kept["bars"]) == 6
     assert "# Measured: NVIDIA H200" in (tmp_path / "out/gpu-h200.md").read_text()
+    for only, kept in ((["tests"], {"machine"}), (["machine"], set()), ([], set())):
+        arguments = argparse.Namespace(out=tmp_path / "out", only=only)
+        assert gpu.earlier(arguments, "NVIDIA H200").keys() == kept
+        assert gpu.earlier(arguments, "RTX 4090") == {}
 
 
 def test_memory_is_touched_as_far_as_there_is_some() -> None:
