@@ -145,6 +145,8 @@ def test_an_expert_on_its_way_to_the_device_is_awaited_by_a_prompt(bench: Bench)
     first = (bench.layers[0], 0)
     assert list(cache.fetch(*([first[0], [first[1]]]))) and cache.tier_of(first) == "ram"
     cache.after_token(np.array(ask(bench, 0)))
+    cache.drop_token()
+    cache.adapt()
     assert first in cache.vram and not cache.vram.resident(first)
     transfer.hurries = True
     prompt(bench, cache, transfer, ask(bench, 0), large=False)

@@ -88,6 +88,7 @@ def token(bench: Bench, cache: TieredCache, transfer: LaggingTransfer, choice: C
                 [(bench.layers[row + 1], expert) for expert in guess], {(layer, e) for e in missing}
             )
     transfer.done(transfer.mark())
+    cache.end_token()
     cache.after_token(np.array(choice))
     return fetched
 
