@@ -24,7 +24,6 @@ from offload.room import with_room
 from offload.sampling import Sampler, TextStream
 from quant.errors import BudgetError, UsageError
 
-
 Phase = Literal["prefill", "decode"]
 
 

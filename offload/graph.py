@@ -27,7 +27,7 @@ from offload.routing import RoutingStats
 from offload.step import DecodeStep
 from offload.store import ExpertStore, find_weight
 from offload.tiered import TieredCache
-from quant.errors import SchemeError
+from quant.errors import ColdstreamError, SchemeError
 from quant.kernels import native
 from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda.fused import KvRows
@@ -122,10 +122,10 @@ class GraphDecoder:
         self._launched = token
         try:
             self._begin(token)
-        except Exception as error:
+        except (ColdstreamError, RuntimeError) as error:
             self.flight.abandon()
             self._failed = error
-        except BaseException:  # KeyboardInterrupt
+        except BaseException:  # KeyboardInterrupt above all
             self.drop()
             raise
         self.settle()

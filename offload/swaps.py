@@ -51,8 +51,8 @@ class Swaps:
             cache.tables.set(key, VRAM, cache.vram.address(key))
 
     def plan(self) -> None:
-        """Decide which expert should come to the device next, by what is asked for lately. It may be asked for
-        while a step runs: nothing moves before ``step``, which looks again whether it can be done."""
+        """Decide which expert should come to the device next, by what is asked for lately. This may be done
+        while a step runs: nothing moves before ``step``, which looks again whether it can."""
         cache = self.cache
         outside: Mask = cache.tables.where() != VRAM
         for key in cache.vram.arriving:
@@ -98,9 +98,7 @@ class Swaps:
             return
         if cache.vram.free > cache.reserve:
             cold = None
-        elif cold is None or cold in self.leaving or len(self.leaving) >= cache.reserve:
-            return
-        elif not cache.vram.resident(cold) or not cache.heat.worth_swapping(cold, hot):
+        elif cold is None or not self._may_leave(cold) or not cache.heat.worth_swapping(cold, hot):
             return
         cache.read_behind(hot)
         if hot not in cache.host or cache.reading(hot):
@@ -108,6 +106,10 @@ class Swaps:
         cache.copy_to_device(hot)
         if cold is not None:
             self.leaving[cold] = hot
+
+    def _may_leave(self, key: Key) -> bool:
+        enough = len(self.leaving) >= self.cache.reserve
+        return not enough and key not in self.leaving and self.cache.vram.resident(key)
 
     def _residents(self) -> Mask:
         found: Mask = self.cache.tables.where() == VRAM

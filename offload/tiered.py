@@ -17,6 +17,7 @@ from offload.policy import Policy
 from offload.reader import Priority, Reader
 from offload.records import Tier
 from offload.residency import ExpertCache
+from offload.retreat import Retreat
 from offload.slots import Key
 from offload.store import ExpertStore, ExpertWeights
 from offload.stream import Batch, ExpertStream
@@ -24,7 +25,6 @@ from offload.swaps import Swaps
 from offload.tables import PINNED, VRAM, DeviceTables
 from offload.transfer import Transfer
 from offload.vram import Vram
-from quant.sizes import format_size
 
 RESERVE = 2  # device slots that hold no expert for good: one is copied while another computes
 
@@ -59,6 +59,7 @@ class TieredCache(ExpertCache):
         self.reserve = self._reserve()
         self.lent = ExpertStream(self)
         self.swaps = Swaps(self)
+        self.retreat = Retreat(self)
         self._copied_from: dict[Key, Any] = {}  # host slots that copies to lent slots read, with tickets
         self._step: int | None = None  # the row that the running step may have reached
         self._fetched: dict[Key, Tier] = {}  # what the running step asked of the host, and where it was
@@ -145,8 +146,8 @@ class TieredCache(ExpertCache):
         yield from self.serve_from_host(sorted(tiers, key=lambda key: key not in self.host))
 
     def after_token(self, chosen: Ids) -> None:
-        """``chosen`` ``[rows, ..., k]`` (negative for none) were used by the step that ended last. Counts them
-        and decides what to move; nothing is moved here, for another step may be running by now."""
+        """``chosen`` ``[rows, ..., k]`` (negative for none) were used by the step that ended last. Counts it
+        and plans what to move; nothing is moved here: another step may be running by now."""
         ids = chosen.reshape(len(chosen), -1)
         self.heat.count_step(ids, max(1, ids.shape[1] // self.store.shape.top_k))
         self._count_used(ids)
@@ -164,6 +165,7 @@ class TieredCache(ExpertCache):
         """Go on with what is under way, begin what is planned, refill RAM. No step may be running."""
         self.lent.close()
         self.reap()
+        self.retreat.look()
         self.swaps.step()
         if self._fills and self.host.free:
             self.fill()
@@ -171,29 +173,12 @@ class TieredCache(ExpertCache):
     def shrink_vram(self) -> int:
         """Give device memory back to the driver, the coldest part of it; returns its bytes, 0 if no more can
         be spared. What lay there is on disk until it is asked for."""
-        segments = list(self.vram.slots.segments())
-        if len(segments) < 2:
-            return 0
-        self.transfer.drain()
-        self.lent.close()
-        self.swaps.land()
-        holding = {slot: key for key, slot in self.vram.table.slot_of.items()}
-        coldest = min(
-            segments, key=lambda part: sum(self.heat.score(holding[slot]) for slot in part if slot in holding)
-        )
-        for key in [holding[slot] for slot in coldest if slot in holding]:
-            self.drop_resident(key)
-        nbytes = self.vram.drop(coldest)
+        return self.retreat.shrink()
+
+    def resized(self) -> None:
+        """The device has more or fewer slots than before."""
         self.reserve = self._reserve()
         self.tables.flush()
-        note = "the GPU ran out of memory, within --vram or beside another program: "
-        self.notes[:] = [found for found in self.notes if not found.startswith(note)]
-        slots = self.vram.slots
-        self.notes.append(
-            f"{note}expert slots were given back, {slots.count} ({format_size(slots.nbytes)}) are left, and "
-            "the other experts run from RAM or disk"
-        )
-        return nbytes
 
     def close(self) -> None:
         """Wait for the device and unpin host memory."""

@@ -169,11 +169,11 @@ def test_an_error_is_raised_once_where_its_own_token_is_asked_for(
             raise CheckpointError("it is gone")
         return work(*args)
 
-    seen = []
     monkeypatch.setattr(*broken, fail)
+    running = session.generate(PROMPT, GREEDY)
+    seen = [next(running).token_id for _ in range(3)]
     with pytest.raises(CheckpointError, match="it is gone"):
-        for record in session.generate(PROMPT, GREEDY):
-            seen.append(record.token_id)
+        next(running)
     monkeypatch.undo()
     assert calls == 1 and seen == expected[:3], "records of the tokens before are not lost"
     at_rest(session, len(PROMPT) + 2)
