@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offload.transfer import Transfer
 from quant.errors import BudgetError
+from quant.kernels.cuda.layout import MAX_ALIGNMENT
 from quant.sizes import format_size
 
 Key = tuple[int, int]
@@ -97,6 +98,7 @@ class DeviceSlots:
         """Have memory for the segment that begins with slot ``first``, which has none now. Raises BudgetError
         if the device has none."""
         memory = self.transfer.allocate(self.segment_bytes(first) // self.slot_bytes, self.slot_bytes)
+        assert not memory.data_ptr() % MAX_ALIGNMENT, "kernels are told that slots begin there"
         self._memory[first] = memory
         return range(first, first + len(memory))
 
