@@ -78,7 +78,9 @@ def token(
 
         transfer.done(transfer.launch(ring))
         transfer.launch(compute)
-        for expert, weights in cache.fetch(layer, missing):
+        # Once one is missing, the host computes its part of those in pinned memory there, too.
+        pinned = [e for e in choice[row] if missing and cache.tables.exposed((layer, e)) == PINNED]
+        for expert, weights in cache.fetch(layer, missing + pinned):
             tensors = weights.gate_proj.tensors
             record = cache.store.record(layer, expert)
             start = min(tensor.data_ptr() for tensor in tensors.values())
