@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from offload.tiered import TieredCache
 
 _TOKENS = 256  # between two looks at what the driver has
-_LOOKS = 3  # that must find room, one after another
+_LOOKS = 3  # that must find room, one after another; each one after them takes another segment
 _SPARE = 64 * 2**20  # bytes left free beside a segment that is taken again
 _NOTE = "the GPU ran out of memory, within --vram or beside another program: expert slots were given back"
 
@@ -68,11 +68,10 @@ class Retreat:
         self._found = self._found + 1 if min(free - self.spare, allowed) >= wanted else 0
         if self._found < self._patience:
             return
-        self._found = 0
         try:
             vram.regain(first)
         except BudgetError:  # somebody was quicker
-            self._patience *= 2
+            self._found, self._patience = 0, 2 * self._patience
             return
         self._lost.pop()
         self._regained += 1

@@ -289,6 +289,18 @@ def test_slots_that_went_to_others_come_back_when_there_has_been_room_for_a_whil
     assert cache.vram.slots.count == 16, "there is nothing more to come back"
 
 
+def test_segments_come_back_one_by_one_while_there_is_room(bench: Bench) -> None:
+    cache, transfer, freed = shrunk(bench)
+    assert cache.shrink_vram() == cache.shrink_vram() == freed
+    transfer.limit = 2 * freed + cache.retreat.spare
+    counts = []
+    for _ in range(8):
+        tokens(cache, 256)
+        counts.append(cache.vram.slots.count)
+        consistent(bench, cache)
+    assert counts == [10, 10, 12, 14, 14, 14, 14, 14], "the third finds no room"
+
+
 def test_slots_that_go_again_stay_away_for_longer(bench: Bench) -> None:
     cache, transfer, freed = shrunk(bench)
     for wait in (3, 6, 12):
