@@ -1,11 +1,10 @@
-"""HostWorker: the thread that runs the model answers a decode step's doorbell until the step has ended.
+"""HostWorker: what the host does for a decode step that asks by the doorbell; ``flight.py`` has the threads.
 
-Experts in RAM are computed without a word of Python. One that is on disk is fetched here, by the thread
-that owns the cache, while the step waits for the answer. Whatever goes wrong, the step is told to wait no
-longer, and its end is awaited before the error goes on: neither side is left hanging.
+Experts in RAM are computed without a word of Python. One that is on disk is fetched here while the step
+waits for the answer, and what the coming layers will want is read behind it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +12,9 @@ import torch
 from torch import Tensor
 
 from offload.block import gated
-from offload.launch import StepThread
 from offload.slots import Key
 from offload.store import ExpertWeights
 from offload.tiered import TieredCache
-from quant.errors import MachineError
 from quant.kernels.doorbell import BellBuffers, HostBell, first_byte
 from quant.kernels.foresight import FROM_EMBEDDING, FROM_PARTIAL, Foresight
 
@@ -68,33 +65,9 @@ class HostWorker:
         slot = self.cache.arena.slot(self.cache.host.slot_of[key])
         self.bell.table[self._row[key[0]], key[1]] = slot.data_ptr() + self.cache.store.record(*key).start
 
-    def run(self, step: StepThread, meanwhile: Callable[[], None]) -> None:
-        """Launch ``step``, do ``meanwhile`` (what takes no longer than a launch), and answer until it has
-        ended.
-
-        Raises what the step raised, CheckpointError if the disk fails and MachineError if the step gave up
-        waiting.
-        """
-        try:
-            step.launch()
-            meanwhile()
-            while not step.finished():
-                if self.bell.serve(step.slice_microseconds) == "missing":
-                    self._fetch()
-            if self.bell.lost:
-                raise MachineError(
-                    "the GPU waited for experts from the CPU until its time limit ran out: is the machine "
-                    "suspended or out of memory? Start again, or use --no-graph"
-                )
-        except BaseException:  # KeyboardInterrupt too
-            self.bell.stop()
-            step.wait()
-            self.bell.rearm()
-            raise
-
-    def _fetch(self) -> None:
+    def fetch(self) -> None:
         """Answer the open request, of which something is on disk, and begin reading what is guessed to come:
-        a step that waits for the disk once will do so again."""
+        a step that waits for the disk once will do so again. Raises CheckpointError if the disk fails."""
         request = self.bell.request()
         layer = self._layers[request.layer]
         normed = self.bell.buffers.x.clone()  # the next request overwrites it

@@ -2,23 +2,29 @@
 
 The KV cache outlives a call. A prompt is always the whole conversation; what the cache already holds of it is
 not run again. A step that is interrupted leaves the cache as it was before the step.
+
+A decoder that can begins a token's step as soon as the token is known: its record, its text and whatever the
+caller does with them take their time while the step runs. A step that nobody comes back for is dropped.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from offload.allowance import VramMeter
+from offload.graph import GraphDecoder
 from offload.kv import KVCache
 from offload.ledger import resident_bytes
 from offload.records import Finish, Sampling, Tier, TokenRecord
-from offload.residency import ExpertCache
+from offload.residency import Counters, ExpertCache
 from offload.room import with_room
 from offload.sampling import Sampler, TextStream
 from quant.errors import BudgetError, UsageError
+
+Phase = Literal["prefill", "decode"]
 
 
 class Decoder(Protocol):
@@ -46,9 +52,11 @@ class Generator:
         self.native, self._vram = native, vram
         self._after_first, self._begun = after_first, False
         self.tokens: list[int] = []  # what the cache holds
+        self._turn = 0  # counts who may go on: a later call ends an earlier one
 
     def reset(self) -> None:
         """Forget the sequence."""
+        self._take_turn()
         self.cache.reset()  # type: ignore[no-untyped-call]
         self.tokens = []
 
@@ -65,36 +73,89 @@ class Generator:
                 f"the prompt has {len(prompt):,} tokens and the KV cache is planned for "
                 f"{self.cache.context:,}: start again with --context {len(prompt) + sampling.max_tokens}"
             )
+        turn = self._take_turn()
+        try:
+            yield from self._steps(list(prompt), sampling, min(sampling.max_tokens, room), turn)
+        finally:
+            if turn == self._turn:
+                self._drop()
+
+    def _steps(self, context: list[int], sampling: Sampling, steps: int, turn: int) -> Iterator[TokenRecord]:
         self.settle_in()
         sampler, text = Sampler(sampling), TextStream(self.tokenizer, sampling.stop)
-        context = list(prompt)
-        steps = min(sampling.max_tokens, room)
         started = time.perf_counter()
         step_ids = self._unseen(context)
         logits = self._prefill(step_ids)
         for step in range(steps):
             token = sampler.pick(logits, context)
             context.append(token)
+            known = time.perf_counter()
             finish: Finish = "eos" if token in self.eos and not sampling.ignore_eos else ""
+            launched, counters = self._go_on(None if finish or step == steps - 1 else token)
             new, stopped = ("", False) if finish else text.push(token)
             finish = finish or ("stop" if stopped else "length" if step == steps - 1 else "")
-            if finish and not stopped:
-                new += text.finish()
-            yield self._record("decode" if step else "prefill", token, new, len(step_ids), started, finish)
+            if finish:
+                self._drop()  # a stop string was met: nobody wants the next token
+                new += "" if stopped else text.finish()
+            seconds = (known if launched else time.perf_counter()) - started
+            phase: Phase = "decode" if step else "prefill"
+            record = self._record(phase, token, new, len(step_ids), seconds, finish, counters)
+            given = time.perf_counter()
+            yield record
+            asked = time.perf_counter()
             if finish:
                 return
+            if turn != self._turn:
+                raise UsageError("another generation has begun on this model: this one cannot go on")
             self.settle_in()
-            started = time.perf_counter()
+            started = known if launched else time.perf_counter()
             step_ids = [token]
             logits = self._forward(step_ids)
+            if launched and isinstance(self.native, GraphDecoder):
+                # Time that the caller took is the step's as far as it ran meanwhile.
+                started += max(0.0, asked - max(given, self.native.ended_at))
 
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
         """Run ``prompt`` through the model without choosing a token; the record's ``token_id`` is -1."""
+        self._take_turn()
         self.settle_in()
         started = time.perf_counter()
         ids = self._unseen(list(prompt))
         self._prefill(ids)
-        return self._record("prefill", -1, "", len(ids), started, "")
+        self._wait()
+        _, counters = self._go_on(None)
+        return self._record("prefill", -1, "", len(ids), time.perf_counter() - started, "", counters)
+
+    def rest(self) -> None:
+        """Wait until no step is under way: then the experts may be looked at between two records."""
+        if isinstance(self.native, GraphDecoder):
+            self.native.rest()
+
+    def _take_turn(self) -> int:
+        self._drop()
+        self._turn += 1
+        return self._turn
+
+    def _drop(self) -> None:
+        if isinstance(self.native, GraphDecoder):
+            self.native.drop()
+
+    def _go_on(self, token: int | None) -> tuple[bool, Counters]:
+        """Begin the step of ``token``, if there is one and the decoder can before it is asked to, and keep
+        the books of the one before. Returns whether it was begun, and what the one before counted."""
+        decoder = self.native
+        ahead = token is not None and self._after_first is None and isinstance(decoder, GraphDecoder)
+        if isinstance(decoder, GraphDecoder):
+            if token is not None and ahead:
+                decoder.launch(token)
+            else:
+                decoder.settle()
+        counters = self.experts.take_counters()
+        if isinstance(decoder, GraphDecoder):
+            decoder.attend()
+        elif decoder is None:  # a decoder of our own sees to it, between its steps
+            self.experts.adapt()
+        return ahead, counters
 
     def settle_in(self, *, now: bool = False) -> None:
         """Do what was put off until after the first token, if that has been or ``now``."""
@@ -152,10 +213,9 @@ class Generator:
             torch.cuda.current_stream(self.device).synchronize()
 
     def _record(
-        self, phase: Any, token: int, text: str, tokens_in: int, started: float, finish: Finish
-    ) -> TokenRecord:
-        self._wait()
-        counters = self.experts.take_counters()
+        self, phase: Phase, token: int, text: str, tokens_in: int, seconds: float, finish: Finish,
+        counters: Counters,
+    ) -> TokenRecord:  # fmt: skip
         home: Tier = "vram" if self.device.type == "cuda" else "ram"
         passes = -(-tokens_in // self.prompt_chunk)
         read: dict[Tier, int] = {tier: size for tier, size in counters.used_bytes.items() if size}
@@ -163,8 +223,6 @@ class Generator:
         if counters.fetched["disk"]:
             read["disk"] = counters.fetched["disk"]
         self._begun = True
-        if self.native is None:  # a decoder of our own sees to it, between its steps
-            self.experts.adapt()
         meter = self._vram
         vram = 0 if meter is None else meter.used() if phase == "prefill" else meter.glance()
         return TokenRecord(
@@ -172,7 +230,7 @@ class Generator:
             token_id=token,
             text=text,
             tokens_in=tokens_in,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             by_tier=counters.by_tier,
             bytes_read=read,
             rss_bytes=resident_bytes(),

@@ -3,6 +3,8 @@
 Prompts go through the model's own modules; a single token through ``DecodeStep``, whose experts are
 computed where they are: in VRAM and in pinned RAM by the GPU, in RAM by the CPU, which the step asks
 through a doorbell. On a CPU the same step runs in a thread that stands for the GPU.
+
+A step can be launched as soon as its token is known; the books of the one before are kept while it runs.
 """
 
 import copy
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 
 from offload.architecture import layer_parts, norm_eps
-from offload.doorbell import HostWorker
+from offload.doorbell import HostWorker, Ids
+from offload.flight import Flight
 from offload.kv import KVCache
 from offload.launch import GraphThread, StepThread
 from offload.machine import Machine
@@ -24,7 +27,7 @@ from offload.routing import RoutingStats
 from offload.step import DecodeStep
 from offload.store import ExpertStore, find_weight
 from offload.tiered import TieredCache
-from quant.errors import SchemeError
+from quant.errors import ColdstreamError, SchemeError
 from quant.kernels import native
 from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda.fused import KvRows
@@ -78,6 +81,12 @@ class GraphDecoder:
             if device.type == "cuda"
             else StepThread(self.step)
         )
+        self.flight = Flight(self.worker, self.thread)
+        self._launched: int | None = None  # the token whose step has begun and was not asked for yet
+        self._failed: Exception | None = None  # what went wrong as it began
+        # What the last step chose, int64 [L, 1, k], as far as that was not yet learned from and counted.
+        self._unlearned: Ids | None = None
+        self._uncounted: Ids | None = None
 
     @property
     def name(self) -> str:
@@ -95,33 +104,98 @@ class GraphDecoder:
         assert cache is self.kv, "the step is bound to one KV cache"
         if len(ids) == 1:
             return self._decode(ids[0])
+        self.drop()
+        self.settle()
         inputs = torch.tensor([list(ids)], device=self.device)
         found = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         logits: Tensor = found.logits[0]
         return logits
 
+    @torch.inference_mode()
+    def launch(self, token: int) -> None:
+        """Begin the step of ``token``, which the next ``forward`` asks for, and keep the books of the one
+        before while it runs. What goes wrong with the step is raised by that ``forward``.
+
+        The logits of the one before are valid until here. The cache may be used until ``attend``.
+        """
+        self.drop()
+        self._launched = token
+        try:
+            self._begin(token)
+        except (ColdstreamError, RuntimeError) as error:
+            self.flight.abandon()
+            self._failed = error
+        except BaseException:  # KeyboardInterrupt above all
+            self.drop()
+            raise
+        self.settle()
+
+    def attend(self) -> None:
+        """From here until the next ``forward`` or ``rest``, the cache belongs to the step that was
+        launched."""
+        self.flight.attend()
+
+    def rest(self) -> None:
+        """Wait until a step that was launched has ended; ``forward`` will still have what it found."""
+        self.flight.rest()
+
+    def drop(self) -> None:
+        """Forget a step that was launched: nothing will ask for it. It is as if it had never begun."""
+        if self._launched is not None:
+            self.flight.abandon()
+            self.cache.drop_token()
+            self._launched = self._failed = None
+
+    def settle(self) -> None:
+        """Keep the books of the last step, if that was not done: learn from it, and count what it used."""
+        self._learn()
+        if self._uncounted is not None:
+            chosen, self._uncounted = self._uncounted, None
+            self.routing.record_step(chosen.swapaxes(0, 1))
+            self.cache.after_token(chosen)
+
+    @property
+    def ended_at(self) -> float:
+        """When the last step ended, by ``time.perf_counter``."""
+        return self.thread.ended_at
+
     def _decode(self, token: int) -> Tensor:
+        if self._launched != token:
+            self.launch(token)
+        try:
+            failed, self._failed, self._launched = self._failed, None, None
+            if failed is not None:
+                raise failed
+            self.flight.finish()
+        except BaseException:
+            self.flight.abandon()
+            self.cache.drop_token()
+            raise
+        for layer in self.kv.kept:
+            layer.advance(1)
+        self.cache.end_token()
+        chosen = self.step.host_chosen.numpy().astype(np.int64)  # a copy: the buffer is the next step's
+        self._unlearned = self._uncounted = chosen
+        return self.step.host_logits
+
+    def _begin(self, token: int) -> None:
         position = self.kv.get_seq_length()
         self.kv.kept[0].check(1)
         self.cache.begin_token()
         cosine, sine = self._angles_at(position)
         embedding = self._embedding.weight[token]
         self.step.inputs.stage(embedding, cosine, sine, temperature(self._tuned, position), position)
-        self.worker.run(self.thread, lambda: self._while_it_runs(position + 1))
-        for layer in self.kv.kept:
-            layer.advance(1)
-        chosen = self.step.host_chosen.numpy().astype(np.int64)  # a copy: the buffer is the next step's
-        for row, layer_index in enumerate(self.shape.moe_layers):
-            self.routing.record(layer_index, chosen[row])
-        self.worker.learn(chosen[:, 0])
-        self.cache.after_token(chosen)
-        return self.step.host_logits
-
-    def _while_it_runs(self, position: int) -> None:
-        """Look ahead from the token's embedding, and have the next position's angles ready. Nothing here may
-        use the device: it may be waiting for this thread."""
+        self.flight.launch()
+        # From here on nothing may wait for the device: it may be waiting for this thread.
+        self._learn()
         self.worker.look_ahead(self.step.inputs.staged_x)
-        self._angles = {position: self._angles_at(position)}
+        self._angles = {position + 1: self._angles_at(position + 1)}
+
+    def _learn(self) -> None:
+        """Compare guesses with what the last step chose, before others are made."""
+        if self._unlearned is not None:
+            chosen, self._unlearned = self._unlearned, None
+            self.worker.learn(chosen[:, 0])
 
     def _angles_at(self, position: int) -> tuple[Tensor, Tensor]:
         """RoPE's cosines and sines f32 ``[r/2]`` at ``position``."""
@@ -134,8 +208,9 @@ class GraphDecoder:
         return found[0, 0].real, found[0, 0].imag
 
     def close(self) -> None:
-        """End the thread that launches steps."""
-        self.thread.close()
+        """End the threads of steps."""
+        self.drop()
+        self.flight.close()
 
 
 def refusal(config: Any, store: ExpertStore) -> str | None:

@@ -1,11 +1,13 @@
 """Launching decode steps: on a GPU as one CUDA graph, on a CPU by a thread that stands for the GPU.
 
-A launch returns at once, and the caller is free to answer the step's doorbell. The launch itself is made by
-a thread of its own: a launch may block until earlier work of the graph is done, and that work may be
-waiting for the caller.
+A launch returns at once, and somebody else answers the step's doorbell. The launch itself is made by a
+thread of its own, which then waits for the step's end: a launch may block until earlier work of the graph is
+done, and that work may be waiting for an answer.
 """
 
 import gc
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -18,26 +20,28 @@ _WARM_UPS = 2
 
 
 class StepThread:
-    """Runs steps one at a time, as a stream would. On a CPU it computes them itself."""
+    """Runs steps one at a time, as a stream would. On a CPU it computes them itself.
 
-    slice_microseconds = 1000  # how long the caller may serve the doorbell before it asks again
+    ``launched`` is set once a step is under way, and ``ended_at`` is when the last one ended, in seconds of
+    ``time.perf_counter``.
+    """
 
     def __init__(self, step: DecodeStep) -> None:
         self._step = step
         self._thread = ThreadPoolExecutor(1, "decode-step")
         self._running: Future[None] | None = None
+        self.launched = threading.Event()
+        self.ended_at = 0.0
 
-    def launch(self) -> None:
-        """Begin a step on the staged inputs."""
-        self._running = self._thread.submit(self._run)
+    def launch(self, ended: Callable[[], None]) -> None:
+        """Begin a step on the staged inputs; its thread calls ``ended`` once it has ended, well or not."""
+        self.launched.clear()
+        self._running = self._thread.submit(self._run, ended)
 
-    def finished(self) -> bool:
-        """Whether the step has ended. Raises what it raised."""
+    def result(self) -> None:
+        """Wait until the step has ended. Raises what it raised, or MachineError if the GPU failed."""
         assert self._running is not None, "a step has been launched"
-        if not self._running.done():
-            return False
         self._running.result()
-        return True
 
     def wait(self) -> None:
         """Until the step has ended, well or not."""
@@ -48,8 +52,17 @@ class StepThread:
         """End the thread."""
         self._thread.shutdown()
 
+    def _run(self, ended: Callable[[], None]) -> None:
+        try:
+            self._compute()
+        finally:
+            self.ended_at = time.perf_counter()
+            self.launched.set()
+            ended()
+
     @torch.inference_mode()
-    def _run(self) -> None:
+    def _compute(self) -> None:
+        self.launched.set()
         self._step.inputs.upload()
         self._step()
         self._step.fetch()
@@ -62,15 +75,14 @@ class GraphThread(StepThread):
     Raises MachineError if the GPU fails or has no memory for the graph.
     """
 
-    slice_microseconds = 50
-
     def __init__(
         self, step: DecodeStep, device: torch.device, stop: Callable[[], None], rearm: Callable[[], None]
     ) -> None:
         super().__init__(step)
-        self._device = device
+        self._device, self._stop = device, stop
         self._stream = torch.cuda.current_stream(device)
-        self._done = torch.cuda.Event()
+        # Who waits for it sleeps: a core that spins is one that computes no missed experts.
+        self._done = torch.cuda.Event(blocking=True)
         self._graph = torch.cuda.CUDAGraph()
         with gpu_errors():
             stop()
@@ -101,23 +113,17 @@ class GraphThread(StepThread):
         with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
             self._step()
 
-    def finished(self) -> bool:
-        """Whether the step has ended. Raises MachineError if the GPU failed."""
-        if not super().finished():
-            return False
-        with gpu_errors():
-            return bool(self._done.query())
-
-    def wait(self) -> None:
-        """Until the step has ended, well or not."""
-        super().wait()
-        with gpu_errors():
-            self._done.synchronize()
-
     @torch.inference_mode()
-    def _run(self) -> None:
+    def _compute(self) -> None:
         with gpu_errors(), torch.cuda.stream(self._stream):
-            self._step.inputs.upload()
-            self._graph.replay()
-            self._step.fetch()
-            self._done.record(self._stream)
+            try:
+                self._step.inputs.upload()
+                self._graph.replay()
+                self._step.fetch()
+                self._done.record(self._stream)
+            except BaseException:  # what is under way all the same waits for nobody, and is waited for
+                self._stop()
+                self._stream.synchronize()
+                raise
+            self.launched.set()
+            self._done.synchronize()

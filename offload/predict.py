@@ -40,7 +40,7 @@ STEP_S = 0.5e-3  # per step: embedding, sampling, text, the record
 KERNEL_S = 2.0e-6  # a small kernel of a CUDA graph that waits for the one before it
 KERNELS = 15  # of them per layer in offload/step.py, the products among them
 GPU_LAYER_S = KERNELS * KERNEL_S
-GPU_STEP_S = 0.3e-3  # per step: launching the graph, embedding row, sampling, text, the record
+GPU_STEP_S = 0.3e-3  # from a step's end to the next one's begin: sampling, tables, embedding row, launch
 BELL_S = 18e-6  # a miss that the CPU computes: request and answer (11 µs measured), the bus both ways
 
 

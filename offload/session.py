@@ -278,6 +278,7 @@ class Session:
     def finish_filling(self) -> None:
         """Wait until every expert that has a slot is in it. Raises CheckpointError if the disk fails."""
         self.generator.settle_in(now=True)
+        self.generator.rest()
         self.experts.fill()
         self.experts.wait()
 
@@ -287,6 +288,7 @@ class Session:
 
     def expert_tiers(self) -> dict[Key, Tier]:
         """Where each expert is now."""
+        self.generator.rest()
         return self.experts.tiers()
 
     def close(self) -> None:

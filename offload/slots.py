@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offload.transfer import Transfer
 from quant.errors import BudgetError
+from quant.kernels.cuda.layout import MAX_ALIGNMENT
 from quant.sizes import format_size
 
 Key = tuple[int, int]
@@ -53,9 +54,10 @@ class DeviceSlots:
         self.notes: list[str] = []
         self._memory: dict[int, Tensor] = {}  # first slot → uint8 [slots of the segment, slot_bytes]
         each = min(-(-slots // segments), max(1, _SEGMENT // slot_bytes))
+        self._each, self._planned = each, slots
         for first in range(0, slots, max(each, 1)):
             try:
-                self._memory[first] = transfer.allocate(min(each, slots - first), slot_bytes)
+                self.regain(first)
             except BudgetError as error:
                 if first < least:
                     raise
@@ -65,7 +67,6 @@ class DeviceSlots:
                     f"are computed from RAM ({error})"
                 )
                 break
-        self._each = each
 
     @property
     def count(self) -> int:
@@ -90,6 +91,18 @@ class DeviceSlots:
         """The slots of each segment."""
         for first, memory in self._memory.items():
             yield range(first, first + len(memory))
+
+    def segment_bytes(self, first: int) -> int:
+        """Bytes of the segment that begins with slot ``first``."""
+        return min(self._each, self._planned - first) * self.slot_bytes
+
+    def regain(self, first: int) -> range:
+        """Have memory for the segment that begins with slot ``first``, which has none now. Raises BudgetError
+        if the device has none."""
+        memory = self.transfer.allocate(self.segment_bytes(first) // self.slot_bytes, self.slot_bytes)
+        assert not memory.data_ptr() % MAX_ALIGNMENT, "kernels are told that slots begin there"
+        self._memory[first] = memory
+        return range(first, first + len(memory))
 
     def drop(self, segment: range) -> int:
         """Give ``segment`` back to the driver; nothing may use its slots any more. Returns its bytes."""

@@ -15,7 +15,7 @@ from offload.tables import VRAM
 if TYPE_CHECKING:
     from offload.tiered import TieredCache
 
-SWAPS = 1  # experts on their way to the device at a time, between steps
+SWAPS = 1  # experts on their way to the device at a time; one begins between two steps
 
 
 class Swaps:
@@ -25,6 +25,7 @@ class Swaps:
     def __init__(self, cache: "TieredCache") -> None:
         self.cache = cache
         self.leaving: dict[Key, Key] = {}
+        self._planned: tuple[Key, Key | None] | None = None  # the next to come, and who would make way
 
     def seed(self, seeds: Sequence[Key]) -> None:
         """Copy ``seeds`` to the device, as many as have room, and wait for them. Raises CheckpointError if
@@ -49,14 +50,28 @@ class Swaps:
                 cache.release(key)
             cache.tables.set(key, VRAM, cache.vram.address(key))
 
+    def plan(self) -> None:
+        """Decide which expert should come to the device next, by what is asked for lately. This may be done
+        while a step runs: nothing moves before ``step``, which looks again whether it can."""
+        cache = self.cache
+        outside: Mask = cache.tables.where() != VRAM
+        for key in cache.vram.arriving:
+            outside[cache.tables.row(key[0]), key[1]] = False
+        hot = cache.heat.hottest(outside)
+        staying = self._residents()
+        for key in self.leaving:
+            staying[cache.tables.row(key[0]), key[1]] = False
+        self._planned = None if hot is None else (hot, cache.heat.coldest(staying))
+
     def step(self) -> None:
-        """Go on with what is under way, and begin new copies while that is worth it."""
+        """Go on with what is under way, and begin what is planned if that is worth a copy."""
         cache = self.cache
         self.land()
         self._let_leave()
+        planned, self._planned = self._planned, None
         # A host slot whose copy is under way cannot be overwritten: one at least must not be such.
-        while len(cache.vram.arriving) < min(SWAPS, cache.arena.slots - 1) and self._begin():
-            pass
+        if planned is not None and len(cache.vram.arriving) < min(SWAPS, cache.arena.slots - 1):
+            self._begin(*planned)
 
     def coldest(self) -> Key | None:
         """The resident that is missed least; one that is leaving anyway goes first."""
@@ -75,33 +90,26 @@ class Swaps:
             elif not cache.reading(key):  # it is there, or its place in RAM went to one that was asked for
                 cache.drop_resident(key)
 
-    def _begin(self) -> bool:
-        """Begin moving the hottest expert that is not on the device to it, if it is worth it and can be
-        done."""
+    def _begin(self, hot: Key, cold: Key | None) -> None:
+        """Begin moving ``hot`` to the device, where ``cold`` makes way if no slot is to spare, if that can be
+        done now and is worth it."""
         cache = self.cache
-        outside: Mask = cache.tables.where() != VRAM
-        for key in cache.vram.arriving:
-            outside[cache.tables.row(key[0]), key[1]] = False
-        hot = cache.heat.hottest(outside)
-        if hot is None or not cache.vram.free:
-            return False
-        cold: Key | None = None
-        if cache.vram.free <= cache.reserve:
-            staying = self._residents()
-            for key in self.leaving:
-                staying[cache.tables.row(key[0]), key[1]] = False
-            cold = cache.heat.coldest(staying)
-            if cold is None or len(self.leaving) >= cache.reserve:
-                return False
-            if not cache.heat.worth_swapping(cold, hot):
-                return False
+        if hot in cache.vram or not cache.vram.free:
+            return
+        if cache.vram.free > cache.reserve:
+            cold = None
+        elif cold is None or not self._may_leave(cold) or not cache.heat.worth_swapping(cold, hot):
+            return
         cache.read_behind(hot)
         if hot not in cache.host or cache.reading(hot):
-            return False
+            return
         cache.copy_to_device(hot)
         if cold is not None:
             self.leaving[cold] = hot
-        return True
+
+    def _may_leave(self, key: Key) -> bool:
+        enough = len(self.leaving) >= self.cache.reserve
+        return not enough and key not in self.leaving and self.cache.vram.resident(key)
 
     def _residents(self) -> Mask:
         found: Mask = self.cache.tables.where() == VRAM

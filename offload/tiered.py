@@ -6,15 +6,18 @@ slot changes that it could still read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from offload.heat import Heat, Ids
 from offload.policy import Policy
 from offload.reader import Priority, Reader
 from offload.records import Tier
 from offload.residency import ExpertCache
+from offload.retreat import Retreat
 from offload.slots import Key
 from offload.store import ExpertStore, ExpertWeights
 from offload.stream import Batch, ExpertStream
@@ -22,9 +25,17 @@ from offload.swaps import Swaps
 from offload.tables import PINNED, VRAM, DeviceTables
 from offload.transfer import Transfer
 from offload.vram import Vram
-from quant.sizes import format_size
 
 RESERVE = 2  # device slots that hold no expert for good: one is copied while another computes
+
+
+@dataclass(frozen=True)
+class _Over:
+    """A step that has ended: where the device found experts, ``[rows, experts]``, and what it asked of the
+    host, with the tier that held it."""
+
+    places: npt.NDArray[np.uint8]
+    fetched: dict[Key, Tier]
 
 
 class TieredCache(ExpertCache):
@@ -48,9 +59,11 @@ class TieredCache(ExpertCache):
         self.reserve = self._reserve()
         self.lent = ExpertStream(self)
         self.swaps = Swaps(self)
+        self.retreat = Retreat(self)
         self._copied_from: dict[Key, Any] = {}  # host slots that copies to lent slots read, with tickets
         self._step: int | None = None  # the row that the running step may have reached
         self._fetched: dict[Key, Tier] = {}  # what the running step asked of the host, and where it was
+        self._over = _Over(self.tables.exposed_places(), {})
         self._fills = False
         self._nbytes = np.array(
             [[store.record(layer, e).nbytes for e in range(shape.num_experts)] for layer in shape.moe_layers]
@@ -102,15 +115,23 @@ class TieredCache(ExpertCache):
         return self.lent.batches(list(tiers), ahead)
 
     def begin_token(self) -> None:
-        """Before a step that reads the tables: note what has landed, and post the tables in the compute
-        queue. Until ``after_token``, nothing is overwritten that they point at."""
-        self.lent.close()
-        self.reap()
-        self.swaps.land()
+        """Before a step that reads the tables: move experts, and post the tables in the compute queue. Until
+        ``end_token``, nothing is overwritten that they point at. The last step is over."""
+        self._step = None
+        self._move()
         self._keep_a_slot_unseen()
         self.tables.flush()
-        self._fetched.clear()
+        self._fetched = {}
         self._step = 0
+
+    def end_token(self) -> None:
+        """The step is over; ``after_token`` counts it when there is time, beside the next step if need be."""
+        self._over = _Over(self.tables.exposed_places().copy(), self._fetched)
+        self.drop_token()
+
+    def drop_token(self) -> None:
+        """The step is over, and what it asked for is not counted."""
+        self._step, self._fetched = None, {}
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """In a step that has reached ``layer``: yield ``experts``, none of them on the device by its tables,
@@ -125,51 +146,39 @@ class TieredCache(ExpertCache):
         yield from self.serve_from_host(sorted(tiers, key=lambda key: key not in self.host))
 
     def after_token(self, chosen: Ids) -> None:
-        """After a step: ``chosen`` ``[rows, ..., k]`` (negative for none) were used by it. Counts
-        them and moves experts."""
-        self._step = None
+        """``chosen`` ``[rows, ..., k]`` (negative for none) were used by the step that ended last. Counts it
+        and plans what to move; nothing is moved here: another step may be running by now."""
         ids = chosen.reshape(len(chosen), -1)
         self.heat.count_step(ids, max(1, ids.shape[1] // self.store.shape.top_k))
         self._count_used(ids)
-        self.adapt()
+        self.swaps.plan()
 
     def adapt(self) -> None:
         """Between two steps: take note of copies that have landed, begin at most SWAPS, refill RAM."""
         if self._step is not None:
             return
+        self.swaps.plan()
+        self._move()
+        self.tables.flush()
+
+    def _move(self) -> None:
+        """Go on with what is under way, begin what is planned, refill RAM. No step may be running."""
         self.lent.close()
         self.reap()
+        self.retreat.look()
         self.swaps.step()
         if self._fills and self.host.free:
             self.fill()
-        self.tables.flush()
 
     def shrink_vram(self) -> int:
         """Give device memory back to the driver, the coldest part of it; returns its bytes, 0 if no more can
         be spared. What lay there is on disk until it is asked for."""
-        segments = list(self.vram.slots.segments())
-        if len(segments) < 2:
-            return 0
-        self.transfer.drain()
-        self.lent.close()
-        self.swaps.land()
-        holding = {slot: key for key, slot in self.vram.table.slot_of.items()}
-        coldest = min(
-            segments, key=lambda part: sum(self.heat.score(holding[slot]) for slot in part if slot in holding)
-        )
-        for key in [holding[slot] for slot in coldest if slot in holding]:
-            self.drop_resident(key)
-        nbytes = self.vram.drop(coldest)
+        return self.retreat.shrink()
+
+    def resized(self) -> None:
+        """The device has more or fewer slots than before."""
         self.reserve = self._reserve()
         self.tables.flush()
-        note = "the GPU ran out of memory, within --vram or beside another program: "
-        self.notes[:] = [found for found in self.notes if not found.startswith(note)]
-        slots = self.vram.slots
-        self.notes.append(
-            f"{note}expert slots were given back, {slots.count} ({format_size(slots.nbytes)}) are left, and "
-            "the other experts run from RAM or disk"
-        )
-        return nbytes
 
     def close(self) -> None:
         """Wait for the device and unpin host memory."""
@@ -289,9 +298,10 @@ class TieredCache(ExpertCache):
             return
         while not self.host.free:
             held = self.guarded()
-            if any(self.tables.place(k) != PINNED for k in self.host.slot_of if k not in held):
-                return
             seen = self.tables.where() == PINNED
+            elsewhere = sum(key in self.host and self.tables.place(key) != PINNED for key in held)
+            if np.count_nonzero(seen) + elsewhere < len(self.host.slot_of):
+                return
             for key in held:
                 seen[self.tables.row(key[0]), key[1]] = False
             coldest = self.heat.coldest(seen)
@@ -301,19 +311,19 @@ class TieredCache(ExpertCache):
             assert self.relieve(), "every host slot is being copied"
 
     def _count_used(self, ids: Ids) -> None:
-        """Count the requests of a step for ``ids`` ``[rows, n]``; quickly, for the device idles meanwhile."""
+        """Count the requests of the step that ended last for ``ids`` ``[rows, n]``."""
         used = np.zeros(self._nbytes.shape, dtype=bool)
         rows, columns = np.nonzero(ids >= 0)
         used[rows, ids[rows, columns]] = True
-        near = used & (self.tables.exposed_places() == VRAM)
+        fetched, near = self._over.fetched, used & (self._over.places == VRAM)
         counters, layers = self.counters, self.store.shape.moe_layers
         counters.by_tier["vram"] += int(near.sum())
         counters.used_bytes["vram"] += int(self._nbytes[near].sum())
         for row, expert in np.argwhere(used & ~near).tolist():
             key = (layers[row], expert)
-            tier = self._fetched.get(key, "ram")
+            tier = fetched.get(key, "ram")
             counters.by_tier[tier] += 1
-            if key not in self._fetched:  # what was fetched was counted then
+            if key not in fetched:  # what was fetched was counted then
                 counters.used_bytes[tier] += int(self._nbytes[row, expert])
             if key in self.host:
                 self.host_policy.touch(key)

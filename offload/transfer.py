@@ -61,6 +61,10 @@ class Transfer(Protocol):
     def reclaim(self) -> None:
         """Hand device memory that nothing refers to back to the driver."""
 
+    def room(self) -> tuple[int, int]:
+        """(bytes of device memory that nobody has, bytes that this process may still take). Asks the driver,
+        waits for nothing."""
+
     def register(self, address: int, nbytes: int) -> int:
         """Pin host memory, so that copies from it do not wait and the device can read it in place; returns
         the address by which the device does. Raises MachineError if that is refused."""
@@ -108,6 +112,9 @@ class HostTransfer:
 
     def reclaim(self) -> None:
         return
+
+    def room(self) -> tuple[int, int]:
+        return 0, 0
 
     def register(self, address: int, nbytes: int) -> int:
         return address
@@ -175,6 +182,12 @@ class CudaTransfer:
 
     def reclaim(self) -> None:
         torch.cuda.empty_cache()
+
+    def room(self) -> tuple[int, int]:
+        index = self._stream.device_index
+        free, total = torch.cuda.mem_get_info(index)
+        limit = int(torch.cuda.get_per_process_memory_fraction(index) * total)
+        return free, limit - torch.cuda.memory_reserved(index)
 
     def register(self, address: int, nbytes: int) -> int:
         return driver.pin(address, nbytes)

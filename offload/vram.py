@@ -73,6 +73,11 @@ class Vram:
             self._views[view_key] = record.view(self.slots.view(slot))
         return self._views[view_key]
 
+    def regain(self, first: int) -> None:
+        """Have the slots again of the dropped segment that began with ``first``, all of them free. Raises
+        BudgetError if the device has no memory for it."""
+        self.table.free += self.slots.regain(first)
+
     def drop(self, segment: range) -> int:
         """Give the memory of ``segment`` back, in which no expert may be left. Returns its bytes."""
         assert not any(slot in segment for slot in self.table.slot_of.values())

@@ -52,6 +52,7 @@ class LaggingTransfer:
     ) -> None:
         self.device = torch.device("cpu")
         self.limit, self.pinnable, self.lazy = limit, pinnable, lazy
+        self.allowed = 2**40  # bytes that this process may still take, if there are any
         self.hurries = False  # compute never lets a copy go first
         self.segments: list[tuple[int, int]] = []  # device memory: first and last address
         self.copies: list[tuple[int, int]] = []  # source and target address of each copy begun
@@ -122,6 +123,9 @@ class LaggingTransfer:
 
     def reclaim(self) -> None:
         return
+
+    def room(self) -> tuple[int, int]:
+        return self.limit, self.allowed
 
     def register(self, address: int, nbytes: int) -> int:
         if nbytes > self.pinnable:

@@ -128,6 +128,7 @@ def test_experts_and_tables_on_the_device_are_what_the_host_says(bench: Bench, d
             missing = [e for e in set(chosen[row].ravel().tolist()) if places[row, e] == 2]
             for _ in cache.fetch(layer, missing):
                 pass
+        cache.end_token()
         cache.after_token(chosen)
     assert cache.counters.fetched["pcie"] > 0
     cache.close()

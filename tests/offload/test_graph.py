@@ -6,6 +6,7 @@ the real ones.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,13 +206,14 @@ def test_a_step_that_nobody_answers_ends_when_told(session: Session) -> None:
     with torch.inference_mode():
         session.experts.begin_token()  # type: ignore[attr-defined]
         table.zero_()
-        decoder.thread.launch()
+        ended = threading.Event()
+        decoder.thread.launch(ended.set)
         while decoder.worker.bell.serve(100) != "missing":
-            assert not decoder.thread.finished()
+            assert not ended.is_set()
         decoder.worker.bell.stop()
-        decoder.thread.wait()
+        decoder.thread.result()
         decoder.worker.bell.rearm()
-    assert decoder.thread.finished()
+    assert ended.is_set()
     table.copy_(there)
     _still_right(session, tokens)
 

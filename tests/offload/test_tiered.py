@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offload.tables import PINNED, VRAM, DeviceTables
-from offload.tiered import RESERVE
+from offload.tiered import RESERVE, TieredCache
 from offload.transfer import HostTransfer
 from quant.convert import convert
 from quant.errors import BudgetError
@@ -21,6 +21,7 @@ from tests.offload.lagging import LaggingTransfer
 from tests.offload.tiers import Bench, Choice, consistent, prompt, token
 
 INT4 = Scheme("int4")
+KINDS = ["token", "token", "token", "prompt", "large", "fill", "given up", "shrink", "regain"]
 QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -39,9 +40,7 @@ def choices(bench_experts: int = 8, layers: int = 4, most: int = 3) -> st.Search
 
 
 @given(
-    steps=st.lists(
-        st.tuples(st.sampled_from(["token", "token", "prompt", "large", "fill"]), choices()), max_size=8
-    ),
+    steps=st.lists(st.tuples(st.sampled_from(KINDS), choices()), max_size=10),
     ram=st.integers(2, 30),
     vram=st.integers(1, 20),
     pinned_part=st.sampled_from([0.0, 0.5, 1.0]),
@@ -76,6 +75,14 @@ def run(
             token(bench, cache, transfer, choice)
         elif kind == "fill":
             cache.fill()
+        elif kind == "given up":
+            token(bench, cache, transfer, choice, choice[0][0] % 5)
+        elif kind == "shrink":
+            transfer.limit += cache.shrink_vram()
+            cache.retreat.spare = -(2**40)
+        elif kind == "regain":
+            cache.retreat._tokens, cache.retreat._found = 255, 99
+            cache.adapt()
         else:
             vram_before = {key for key in order if key in cache.vram}
             copied = prompt(bench, cache, transfer, choice, large=kind == "large")
@@ -93,7 +100,7 @@ def test_the_same_holds_when_copies_land_from_another_thread(bench: Bench, seed:
     random = np.random.default_rng(seed)
     transfer = LaggingTransfer(seed, threaded=True)
     try:
-        kinds = random.choice(["token", "token", "token", "prompt", "large", "fill"], 30)
+        kinds = random.choice(KINDS, 40)
         steps = [
             (str(kind), [random.choice(8, 3, replace=False).tolist() for _ in bench.layers]) for kind in kinds
         ]
@@ -117,6 +124,7 @@ def test_a_hot_expert_takes_a_cold_ones_place_and_neither_is_ever_out_of_reach(b
     for _ in range(40):
         assert not token(bench, cache, transfer, ask(bench, 3)) & set(cold), "it was forgotten, not moved"
         consistent(bench, cache)
+        cache.wait()  # what leaves the device does so once the disk has given its copy
     hot = [(bench.layers[0], 3), *((layer, 0) for layer in bench.layers[1:])]
     assert all(cache.tier_of(key) == "vram" for key in hot)
     cache.wait()
@@ -145,6 +153,8 @@ def test_an_expert_on_its_way_to_the_device_is_awaited_by_a_prompt(bench: Bench)
     first = (bench.layers[0], 0)
     assert list(cache.fetch(*([first[0], [first[1]]]))) and cache.tier_of(first) == "ram"
     cache.after_token(np.array(ask(bench, 0)))
+    cache.drop_token()
+    cache.adapt()
     assert first in cache.vram and not cache.vram.resident(first)
     transfer.hurries = True
     prompt(bench, cache, transfer, ask(bench, 0), large=False)
@@ -235,6 +245,109 @@ def test_memory_goes_back_to_the_driver_by_segments_and_the_run_goes_on(bench: B
     cache.adapt()
     consistent(bench, cache)
     assert len([note for note in cache.notes if "gave back" in note or "given back" in note]) == 1
+
+
+def shrunk(bench: Bench, *, free: int = 0, allowed: int = 2**40) -> tuple[TieredCache, LaggingTransfer, int]:
+    """A cache of 16 device slots that has given a segment back when ``free`` bytes were left to anybody; its
+    transfer; the segment's bytes."""
+    slot = bench.store.slot_bytes
+    transfer = LaggingTransfer(4, limit=16 * slot)
+    cache = bench.cache(transfer, ram=10, vram=16, seeds=bench.store.experts())
+    transfer.limit, transfer.allowed = free, allowed
+    cache.retreat.spare = slot
+    return cache, transfer, cache.shrink_vram()
+
+
+def tokens(cache: TieredCache, count: int) -> None:
+    for _ in range(count):
+        cache.begin_token()
+        cache.end_token()
+
+
+def test_slots_that_went_to_others_come_back_when_there_has_been_room_for_a_while(bench: Bench) -> None:
+    cache, transfer, freed = shrunk(bench)
+    room = freed + cache.retreat.spare
+    transfer.limit = room - 1  # not enough, however long
+    tokens(cache, 8 * 256)
+    assert cache.vram.slots.count == 14
+    transfer.limit = room
+    tokens(cache, 2 * 256)
+    transfer.limit = room - 1  # for a moment only
+    tokens(cache, 256)
+    transfer.limit = room
+    tokens(cache, 3 * 256 - 1)
+    assert cache.vram.slots.count == 14
+    tokens(cache, 1)
+    assert cache.vram.slots.count == 16 and transfer.limit == cache.retreat.spare
+    assert [note for note in cache.notes if "given back" in note and "taken again" in note] == cache.notes
+    consistent(bench, cache)
+    for index in range(80):  # they fill by way of swaps, and are used
+        token(bench, cache, transfer, [[index % 8, (index + 3) % 8], [1, 4], [2, 5], [6, 7]])
+        consistent(bench, cache)
+    assert cache.vram.free <= cache.reserve + 1
+    tokens(cache, 3000)
+    assert cache.vram.slots.count == 16, "there is nothing more to come back"
+
+
+def test_segments_come_back_one_by_one_while_there_is_room(bench: Bench) -> None:
+    cache, transfer, freed = shrunk(bench)
+    assert cache.shrink_vram() == cache.shrink_vram() == freed
+    transfer.limit = 2 * freed + cache.retreat.spare
+    counts = []
+    for _ in range(8):
+        tokens(cache, 256)
+        counts.append(cache.vram.slots.count)
+        consistent(bench, cache)
+    assert counts == [10, 10, 12, 14, 14, 14, 14, 14], "the third finds no room"
+
+
+def test_slots_that_go_again_stay_away_for_longer(bench: Bench) -> None:
+    cache, transfer, freed = shrunk(bench)
+    for wait in (3, 6, 12):
+        transfer.limit = freed + cache.retreat.spare
+        tokens(cache, wait * 256 - 1)
+        assert cache.vram.slots.count == 14
+        tokens(cache, 1)
+        assert cache.vram.slots.count == 16
+        transfer.limit = 0
+        assert cache.shrink_vram() == freed
+        consistent(bench, cache)
+
+
+def test_slots_given_back_within_the_own_limit_do_not_come_back(bench: Bench) -> None:
+    cache, transfer, freed = shrunk(bench, free=2**30, allowed=100)
+    transfer.allowed = 2 * freed
+    tokens(cache, 3000)
+    assert cache.vram.slots.count == 14
+
+
+def test_a_segment_that_somebody_else_takes_first_is_asked_for_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, transfer, freed = shrunk(bench)
+    transfer.limit = freed - 1
+    monkeypatch.setattr(transfer, "room", lambda: (2**30, 2**30))
+    tokens(cache, 3 * 256)
+    assert cache.vram.slots.count == 14
+    transfer.limit = freed
+    tokens(cache, 6 * 256)
+    assert cache.vram.slots.count == 16
+
+
+def test_a_step_that_failed_where_all_was_in_memory_is_tried_again_with_less(bench: Bench) -> None:
+    """No host slot was kept for the disk, since nothing lay there; once slots are given back, one must be."""
+    transfer = LaggingTransfer(4)
+    order = bench.store.experts()
+    cache = bench.cache(transfer, ram=len(order) - 14, vram=16, seeds=order)
+    cache.fill()
+    cache.wait()
+    choice = [[0, 3], [1, 4], [2, 5], [6, 7]]
+    cache.begin_token()
+    assert not cache.host.free
+    cache.shrink_vram()  # the step ran out of memory: see with_room
+    assert "disk" in cache.tiers().values()
+    token(bench, cache, transfer, choice)
+    consistent(bench, cache)
 
 
 def test_a_dropped_segment_is_not_kept_alive_by_views(bench: Bench) -> None:

@@ -51,13 +51,16 @@ class Bench:
         assert found == self.bytes[key], f"{key} is not at its address"
 
 
-def token(bench: Bench, cache: TieredCache, transfer: LaggingTransfer, choice: Choice) -> set[Key]:
+def token(
+    bench: Bench, cache: TieredCache, transfer: LaggingTransfer, choice: Choice, layers: int | None = None
+) -> set[Key]:
     """A decode step as the graph does it: kernels that look experts up by the tables as they run, while the
-    host fetches what the device cannot reach. Returns what was fetched."""
+    host fetches what the device cannot reach. Returns what was fetched. A step of only the first ``layers``
+    was given up there."""
     fetched: set[Key] = set()
     cache.begin_token()
     cache.prefetch([(bench.layers[0], (choice[0][0] + 1) % bench.experts)], set())
-    for row, layer in enumerate(bench.layers):
+    for row, layer in enumerate(bench.layers[:layers]):
         missing: list[int] = []
 
         def ring(row: int = row, missing: list[int] = missing) -> None:
@@ -75,7 +78,9 @@ def token(bench: Bench, cache: TieredCache, transfer: LaggingTransfer, choice: C
 
         transfer.done(transfer.launch(ring))
         transfer.launch(compute)
-        for expert, weights in cache.fetch(layer, missing):
+        # Once one is missing, the host computes its part of those in pinned memory there, too.
+        pinned = [e for e in choice[row] if missing and cache.tables.exposed((layer, e)) == PINNED]
+        for expert, weights in cache.fetch(layer, missing + pinned):
             tensors = weights.gate_proj.tensors
             record = cache.store.record(layer, expert)
             start = min(tensor.data_ptr() for tensor in tensors.values())
@@ -88,6 +93,10 @@ def token(bench: Bench, cache: TieredCache, transfer: LaggingTransfer, choice: C
                 [(bench.layers[row + 1], expert) for expert in guess], {(layer, e) for e in missing}
             )
     transfer.done(transfer.mark())
+    if layers is not None:
+        cache.drop_token()
+        return fetched
+    cache.end_token()
     cache.after_token(np.array(choice))
     return fetched
 

@@ -122,12 +122,6 @@ class ExpertLayout:
         """Bytes from the address to the end of the last tensor."""
         return max(offset + count for offset, count, *_ in self._extents())
 
-    def check_address(self, address: int) -> int:
-        """``address`` itself. Raises SchemeError if loads there would be misaligned."""
-        if address % self.alignment:
-            raise SchemeError(f"an expert at address {address:#x}: expected a multiple of {self.alignment}")
-        return address
-
     def dense(self, address: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """gate_proj, up_proj ``[I, H]`` and down_proj ``[H, I]``, dequantized from *host* memory at
         ``address``: the reference's way to read an expert."""
