@@ -104,7 +104,8 @@ def reference_ring(
         bell.sequence.add_(1)
         store_release(bell.control, RUNG, int(bell.sequence))
     if isinstance(outlook, Coming):
-        best = torch.sort(outlook.logits[0], descending=True, stable=True).indices[: chosen.shape[1]]
+        logits = outlook.logits[0].nan_to_num(nan=-3e38)
+        best = torch.sort(logits, descending=True, stable=True).indices[: chosen.shape[1]]
         words = 1 + outlook.row * outlook.places.numel() + best
         for rank, word in enumerate(torch.where(outlook.places[best] == VRAM, 0, words).tolist()):
             store_release(bell.hint, rank, word)
