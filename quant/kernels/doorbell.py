@@ -190,6 +190,15 @@ class HostBell:
         return _STATES[state.value]
 
     @property
+    def warm_bytes(self) -> int:
+        """What is read ahead at most; may be set while nobody serves."""
+        return int(self._bell.warm_bytes)
+
+    @warm_bytes.setter
+    def warm_bytes(self, nbytes: int) -> None:
+        self._bell.warm_bytes = nbytes
+
+    @property
     def warmed(self) -> Warmed:
         """Since the beginning."""
         return Warmed(*self._warmed[:_COUNTS].tolist())

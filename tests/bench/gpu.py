@@ -134,6 +134,7 @@ def machine(folder: Path) -> dict[str, Any]:
     import torch
 
     from offload.machine import probe
+    from tests.bench import warming
 
     found = probe(folder, refresh=True).to_json()
     card: dict[str, Any] = {}
@@ -146,7 +147,13 @@ def machine(folder: Path) -> dict[str, Any]:
     import triton
 
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
-    return {**found, **card, "versions": versions, "system": platform.platform()}
+    return {
+        **found,
+        "warming": warming.measure(),
+        **card,
+        "versions": versions,
+        "system": platform.platform(),
+    }
 
 
 def gpu_tests() -> dict[str, Any]:
