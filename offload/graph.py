@@ -19,7 +19,7 @@ from offload.doorbell import HostWorker
 from offload.kv import KVCache
 from offload.launch import GraphThread, StepThread
 from offload.machine import Machine
-from offload.predict import miss_split
+from offload.predict import miss_split, rows_of
 from offload.routing import RoutingStats
 from offload.step import DecodeStep
 from offload.store import ExpertStore, find_weight
@@ -187,13 +187,16 @@ def layer_layout(store: ExpertStore, layer: int) -> ExpertLayout:
     )
 
 
-def missed_share(store: ExpertStore, machine: Machine) -> int:
-    """How many intermediate features of an expert in RAM a GPU of ``machine`` should compute, by what reading
-    it in place costs there and computing it costs the CPU; 0 without a GPU."""
+def missed_share(store: ExpertStore, machine: Machine, cpu_share: float | None = None) -> int:
+    """How many intermediate features of an expert in RAM a GPU of ``machine`` should compute: what a plan
+    leaves to it beside ``cpu_share``, or by what reading it in place costs there and computing it costs the
+    CPU; 0 without a GPU."""
     if machine.gpu is None:
         return 0
     shape, record = store.shape, store.record(*store.experts()[0])
     group = max(record.weights["down_proj"].scheme.group_size, _KERNEL_STEP)
+    if cpu_share is not None:
+        return rows_of(1 - cpu_share, shape.expert_intermediate, group)
     shared = 0
     for spec in shape.dense_linears():
         if spec.role == "shared_expert" and spec.layer == shape.moe_layers[0]:

@@ -124,11 +124,11 @@ def _beside_gpu(load: Load, machine: Machine, gpu: Gpu, cold: ColdPath, disk: fl
     if cold == "pcie" or load.nf4:  # a copy, and then the product
         share, miss = 0.0, load.expert / pcie + load.expert / vram
     else:
-        split = miss_split(machine, load.expert, load.expert_weights, load.shared)
+        saved = read_ahead_s(load, machine)
+        split = miss_split(machine, load.expert, load.expert_weights, load.shared, saved)
         share = 1.0 if cold == "cpu" else 1 - split.gpu_part
         reading = split.cpu_gb_s if cold == "cpu" else split.gb_s
-        # A GPU's part is not made smaller for what the CPU has in its caches.
-        saved = _saved(load, machine, vram, split.cpu_gb_s * 1e9) if share == 1 else 0.0
+        saved = min(saved, share * load.expert / (reading * 1e9))
         # The shared expert runs meanwhile; what a miss takes longer is waited for.
         miss = max(0.0, load.expert / (reading * 1e9) + BELL_S - saved - load.shared / vram / load.top_k)
     slow: Limit = "ram bandwidth" if share >= 0.5 else "pcie"
@@ -155,13 +155,16 @@ def cached_gain(machine: Machine, cpu: float) -> float:
     return max(0.0, 1 / cpu - 1 / _rate(CACHED_GB_S_PER_CORE * machine.cores, 1))
 
 
-def _saved(load: Load, machine: Machine, vram: float, cpu: float) -> float:
+def read_ahead_s(load: Load, machine: Machine) -> float:
     """Seconds of a missed expert that reading ahead saves, on average: what the host's memory, idle from
     one answer to the next request, has brought into the caches by then, if it was the right expert.
 
     Idle is the time of a layer's dense part; where the layer before found all its experts in VRAM nothing was
     asked, and theirs as well.
     """
+    if machine.gpu is None or load.nf4 or load.vram_hits >= 1:
+        return 0.0
+    vram, cpu = _rate(machine.gpu.vram_gb_s, OF_VRAM), _cpu_rate(machine, load.expert, load.expert_weights)
     dense = (load.dense + load.kv - load.head) / load.moe_layers - load.shared
     idle = dense / vram + load.layers * GPU_LAYER_S / load.moe_layers + BELL_S
     quiet = load.vram_hits**load.top_k
@@ -192,16 +195,24 @@ class MissSplit:
 
     def rows(self, inter: int, group: int) -> int:
         """Intermediate rows for the GPU: whole groups of the down projection."""
-        return min(inter, round(self.gpu_part * inter / group) * group)
+        return rows_of(self.gpu_part, inter, group)
 
 
-def miss_split(machine: Machine, expert: int, expert_weights: int, shared: int = 0) -> MissSplit:
+def rows_of(part: float, inter: int, group: int) -> int:
+    """``part`` of ``inter`` rows, in whole groups."""
+    return min(inter, round(part * inter / group) * group)
+
+
+def miss_split(
+    machine: Machine, expert: int, expert_weights: int, shared: int = 0, ahead: float = 0.0
+) -> MissSplit:
     """The split of an expert of ``expert`` bytes and ``expert_weights`` weights that takes the least time.
 
     CPU and GPU read the same DIMMs, so both at once get at most ``dimm_rate``, in equal shares where both
     want more than half of it; where the CPU alone takes nearly all, it does everything. The GPU runs the
-    shared expert of ``shared`` bytes first, the CPU starts when the doorbell has reached it: both are to
-    end together. Raises MachineError without a GPU.
+    shared expert of ``shared`` bytes first, the CPU starts when the doorbell has reached it and gains
+    ``ahead`` seconds by what it has in its caches: both are to end together. Raises MachineError without a
+    GPU.
     """
     if machine.gpu is None:
         raise MachineError(f"{machine.name} has no GPU: expected one to share missed experts with")
@@ -211,7 +222,7 @@ def miss_split(machine: Machine, expert: int, expert_weights: int, shared: int =
     beside = min(cpu, dimm - pcie)
     if beside + pcie <= cpu * _WORTH:
         return MissSplit(0.0, cpu / 1e9, alone / 1e9, cpu / 1e9)
-    head_start = BELL_S - shared / _rate(machine.gpu.vram_gb_s, OF_VRAM)
+    head_start = BELL_S - ahead - shared / _rate(machine.gpu.vram_gb_s, OF_VRAM)
     # expert · part / pcie = head_start + expert · (1 - part) / beside
     part = (head_start + expert / beside) / (expert / beside + expert / pcie)
     part = min(1.0, part)

@@ -130,7 +130,7 @@ class Session:
         say("loading the model")
         placement = Placement(
             plan.ram_slots, plan.vram_slots, plan.pinned, plan.prompt_chunk,
-            share=missed_share(ExpertStore(checkpoint), machine),
+            share=missed_share(ExpertStore(checkpoint), machine, plan.decode.cpu_share),
             guess_tokens=head_fits_a_wait(ExpertStore(checkpoint), machine),
             warm=warm_bytes(machine),
         )  # fmt: skip

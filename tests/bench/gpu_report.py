@@ -60,8 +60,8 @@ def _head(found: Found) -> str:
             f"{machine['cpu']}, {machine['cores']} cores; RAM {_n(machine['ram_gb_s'])} GB/s, with the bus "
             f"at once {_n(gpu.get('together_gb_s'))}; PCIe {_n(gpu.get('h2d_gb_s'))} GB/s to the card; VRAM "
             f"{_n(gpu.get('vram_gb_s'))} GB/s; bf16 {_n(gpu.get('bf16_tflops'))} TFLOP/s; disk "
-            f"{_n(machine['disk_gb_s'])} GB/s. {_ahead(machine.get('warming'))}torch {versions.get('torch')}, "
-            f"triton {versions.get('triton')}.",
+            f"{_n(machine['disk_gb_s'])} GB/s. {_ahead(machine.get('warming'))}"
+            f"torch {versions.get('torch')}, triton {versions.get('triton')}.",
         ]
     return "\n".join(lines)
 

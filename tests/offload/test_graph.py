@@ -323,3 +323,5 @@ def test_what_the_gpu_computes_of_a_missed_expert_is_whole_groups(models: Models
     assert missed_share(store, machine()) == 0
     shares = {missed_share(store, machine(ram_gb_s=rate, gpu=RTX_4090)) for rate in (20, 70, 200, 400)}
     assert all(share % 32 == 0 and 0 <= share <= INTER for share in shares)
+    planned = [missed_share(store, machine(gpu=RTX_4090), cpu) for cpu in (1.0, 0.74, 0.0)]
+    assert planned == [0, INTER // 4, INTER]

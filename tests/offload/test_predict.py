@@ -16,6 +16,7 @@ from offload.predict import (
     decode,
     miss_split,
     prefill,
+    read_ahead_s,
     warm_bytes,
     with_warm_bytes,
 )
@@ -102,6 +103,12 @@ def test_what_the_cpu_has_in_its_caches_is_saved_up_to_their_size_and_the_idle_t
     assert seconds(2**28) == seconds(2**30) > 0.9 * seconds(0)  # idle time runs out
     assert seconds(2**26, vram_hits=1.0) == seconds(0, vram_hits=1.0)
     assert seconds(2**26, vram_hits=0.3, hits=0.3) == seconds(0, vram_hits=0.3, hits=0.3)  # all from disk
+    splits = replace(machine(gpu=replace(RTX_4090, together_gb_s=85)), cache_bytes=2**26)
+    asked = scout.load(filled=512, **HITS)
+    ahead = read_ahead_s(asked, splits)
+    parts = [miss_split(splits, asked.expert, asked.expert_weights, asked.shared, s) for s in (0.0, ahead)]
+    assert 0 < parts[1].gpu_part < parts[0].gpu_part  # the CPU, which has a part in cache, takes more
+    assert decode(asked, splits).tokens_per_s > decode(asked, replace(splits, cache_bytes=0)).tokens_per_s
     assert warm_bytes(with_warm_bytes(machine(), 2**20)) == 2**20
 
 

@@ -132,6 +132,11 @@ def test_more_of_anything_is_never_slower(shape: str, what: str) -> None:
 CASES = {
     "scout on a 4090": ("scout", DESKTOP, {}),
     "scout beside caches": ("scout", with_warm_bytes(DESKTOP, 20 * 2**20), {}),
+    "scout beside caches where a split pays": (
+        "scout",
+        with_warm_bytes(replace(DESKTOP, gpu=replace(RTX_4090, together_gb_s=85)), 20 * 2**20),
+        {},
+    ),
     "maverick beside caches": ("maverick", with_warm_bytes(DESKTOP, 20 * 2**20), {}),
     "scout in 12 GiB": ("scout", DESKTOP, {"vram": 12 * GIB}),
     "scout where a split pays": ("scout", replace(DESKTOP, gpu=replace(RTX_4090, together_gb_s=85)), {}),
