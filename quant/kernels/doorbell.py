@@ -144,7 +144,7 @@ class HostBell:
     int8, the tensors at the same offsets.
 
     ``table`` int64 ``[L, E]`` says where each expert's first byte lies in host memory, 0 if it is not there;
-    it may be changed while no request is open, by the thread that serves.
+    it may be changed while no request is open.
 
     While nothing is asked, up to ``warm_bytes`` (0: none) of what ``buffers.hint`` names are read into the
     CPU's caches, if the table has it, from intermediate feature ``share`` on. Raises

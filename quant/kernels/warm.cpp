@@ -52,10 +52,13 @@ bool warm(const Bell& bell) {
   for (int64_t i = 0; i < bell.guesses; ++i) {
     const int64_t word = advice(bell, i), index = word - 1;
     bell.warmed[kKept + i] = word;
-    if (index < 0 || index >= bell.layers * bell.experts || !bell.addresses[index]) continue;
+    if (index < 0 || index >= bell.layers * bell.experts) continue;
+    // Once: whoever owns the table may take the expert out meanwhile. Its slot stays memory of ours.
+    const int64_t base = __atomic_load_n(bell.addresses + index, __ATOMIC_RELAXED);
+    if (!base) continue;
     const BellLayer& stored = bell.stored[index / bell.experts];
     if (bell.share >= stored.gate.n) continue;
-    const Part part = part_of(stored, bell.addresses[index], bell.share);
+    const Part part = part_of(stored, base, bell.share);
     for (const Weight& weight : {part.gate, part.up}) first.push_back({weight, nullptr, 0, 1, nullptr, 0, {}});
     then.push_back({part.down, nullptr, 0, 1, nullptr, 0, {}});
   }
