@@ -66,6 +66,13 @@ NoGraph = Annotated[
     bool,
     typer.Option("--no-graph", help="On a GPU, decode layer by layer instead of as one CUDA graph: slower."),
 ]
+Warm = Annotated[
+    int | None,
+    typer.Option(
+        "--warm", parser=parse_size, metavar="SIZE",
+        help="Beside a GPU, read this much of a coming expert into the CPU's caches (half of their size).",
+    ),
+]  # fmt: skip
 Policy = Annotated[
     str | None,
     typer.Option("--policy", metavar="NAME", help="Which experts to keep: the name of a cache policy."),
@@ -138,6 +145,7 @@ takes_run_options = expands(
         "exact": (Exact, False),
         "page_cache": (PageCache, False),
         "no_graph": (NoGraph, False),
+        "warm": (Warm, None),
     },
     run_options,
 )

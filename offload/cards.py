@@ -20,10 +20,12 @@ RAM_BYTES = 64 * GIB
 _SYSTEM_BYTES = 4 * GIB
 _CORES = 8
 _GOPS_PER_CORE = 300.0  # int8, with VNNI
+_CACHE_BYTES = 40 * 2**20  # a Ryzen 7 7700X or 9700X: 32 MiB of L3, 1 of L2 per core; a Core i7-14700K has 61
 SERVER_RAM_GB_S = 150.0  # what sixteen cores of a server read, of more that it has
 SERVER_DISK_GB_S = 2.5
 SERVER_RAM_BYTES = 128 * GIB
 _SERVER_CORES = 16
+_SERVER_CACHE_BYTES = 64 * 2**20  # sixteen of a Xeon 8480's 56 cores: 30 of its 105 MiB of L3, 2 of L2 each
 _LANE_GB_S = {3: 0.80, 4: 1.57, 5: 3.15}  # pinned copies, per lane
 
 
@@ -124,6 +126,7 @@ def described_machine(
         disk_gb_s=disk_gb_s or (SERVER_DISK_GB_S if card.in_server else DISK_GB_S),
         int8_gops=cores * _GOPS_PER_CORE,
         gpu=card.gpu(),
+        cache_bytes=_SERVER_CACHE_BYTES if card.in_server else _CACHE_BYTES,
         measured=False,
     )
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from offload.block import gated
+from offload.projections import LEAST_WEIGHT
 from offload.slots import Key
 from offload.store import ExpertWeights
 from offload.tiered import TieredCache
 from quant.kernels.doorbell import BellBuffers, HostBell, first_byte
 from quant.kernels.foresight import FROM_EMBEDDING, FROM_PARTIAL, Foresight
 
-_LEAST_WEIGHT = 1e-4  # of a norm's channel that still tells what came in
 Ids = npt.NDArray[np.int64]
 
 
@@ -27,13 +27,14 @@ class HostWorker:
     table says what is in RAM.
 
     ``routers`` ``[E, H]`` and the weights ``[H]`` of the ``norms`` before them, one of each per MoE layer,
-    guess what to read from disk. Experts of one layer must be stored alike. Raises SchemeError for those
-    that no native kernel reads.
+    guess what to read from disk. ``warm`` bytes of what the step hints at are read into the CPU's caches,
+    from intermediate feature ``share`` on. Experts of one layer must be stored alike. Raises SchemeError for
+    those that no native kernel reads.
     """
 
     def __init__(
         self, buffers: BellBuffers, cache: TieredCache, routers: Sequence[Tensor], norms: Sequence[Tensor], *,
-        exact: bool,
+        exact: bool, warm: int = 0, share: int = 0,
     ) -> None:  # fmt: skip
         store, shape = cache.store, cache.store.shape
         self.cache, self._layers = cache, shape.moe_layers
@@ -41,8 +42,9 @@ class HostWorker:
         records = [store.record(layer, 0) for layer in shape.moe_layers]
         samples = [gated(r.view(torch.empty(r.slot_bytes, dtype=torch.uint8))) for r in records]
         self.bell = HostBell(
-            buffers, samples, shape.num_experts, scales_input=shape.family.scales_input, exact=exact
-        )
+            buffers, samples, shape.num_experts, scales_input=shape.family.scales_input, exact=exact,
+            warm_bytes=warm, share=share,
+        )  # fmt: skip
         self._norms = [norm.float().cpu() for norm in norms]
         self.foresight: Foresight | None = None
         if not cache.holds_all:
@@ -78,7 +80,7 @@ class HostWorker:
         if self.foresight is not None:
             # Without the norm's weight it is the residual stream but for a positive factor.
             norm = self._norms[request.layer]
-            residual = torch.where(norm.abs() > _LEAST_WEIGHT, normed / norm, 0)
+            residual = torch.where(norm.abs() > LEAST_WEIGHT, normed / norm, 0)
             expected = self.foresight.guess(FROM_PARTIAL, request.layer, residual)
             self.cache.prefetch(self._keys(expected), {(layer, expert) for expert in request.experts})
 

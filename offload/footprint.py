@@ -76,8 +76,8 @@ class Footprint:
 
         The residual stream and what norms and blocks make of it; queries, keys and values; gate, up and their
         product in the widest MLP; two attention masks; keys and values of one layer as attention reads them;
-        logits; on a GPU what grouped products need; on the CPU, routers and norms in f32 beside their stored
-        form.
+        logits; on a GPU what grouped products need, and routers in f32 that guess a layer ahead; on the CPU,
+        routers and norms in f32 beside their stored form.
         """
         shape, size = self.shape, 2 if on_gpu else 4
         query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -86,6 +86,7 @@ class Footprint:
         longest = max((tokens for _, tokens in shape.kv_layers(self.context)), default=0)
         if on_gpu:  # rows per token and choice: arranged, between the halves of an expert, and out of it
             states += chunk * shape.top_k * (2 * shape.hidden_size + shape.expert_intermediate) * size
+            states += 4 * len(shape.moe_layers) * shape.num_experts * shape.hidden_size
         attention = 2 * chunk * (longest + chunk) + 2 * longest * key * size
         logits = 2 * shape.vocab_size * 4
         plain = (t.elements for t in shape.plain_tensors() if t.role != "embeddings")
@@ -116,6 +117,7 @@ class Footprint:
             vram_hits=vram_hits,
             hits=hits,
             resident=resident,
+            head=roles.get("lm_head", 0) or roles.get("embeddings", 0),
             nf4=experts.kind == "nf4",
         )
 

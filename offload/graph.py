@@ -22,7 +22,7 @@ from offload.flight import Flight
 from offload.kv import KVCache
 from offload.launch import GraphThread, StepThread
 from offload.machine import Machine
-from offload.predict import miss_split
+from offload.predict import miss_split, rows_of
 from offload.routing import RoutingStats
 from offload.step import DecodeStep
 from offload.store import ExpertStore, find_weight
@@ -34,6 +34,7 @@ from quant.kernels.cuda.fused import KvRows
 from quant.kernels.cuda.layout import ExpertLayout
 from quant.kernels.doorbell import BellBuffers
 from quant.shape import ModelShape
+from quant.sizes import format_size
 
 _KERNEL_STEP = 32  # features that the device's kernels share out at once
 
@@ -42,17 +43,20 @@ class GraphDecoder:
     """A decoder-only MoE model on ``device``, its experts in ``cache``, tokens in ``kv``.
 
     ``share`` intermediate features of an expert in pinned RAM are computed by the device, the others by the
-    CPU. Raises SchemeError for experts that its kernels do not read, BudgetError or MachineError if the
-    device has no memory for it.
+    CPU, which reads ``warm`` bytes of what the next layer will probably leave to it into its caches while it
+    waits (0: none). Raises SchemeError for experts that its kernels do not read, BudgetError or MachineError
+    if the device has no memory for it.
     """
 
     def __init__(
         self, model: Any, cache: TieredCache, kv: KVCache, routing: RoutingStats, *,
-        share: int, dtype: torch.dtype, device: torch.device, exact: bool = False,
+        share: int, dtype: torch.dtype, device: torch.device, exact: bool = False, warm: int = 0,
     ) -> None:  # fmt: skip
         shape = cache.store.shape
         self.model, self.shape, self.cache, self.kv, self.routing = model, shape, cache, kv, routing
-        self.device = device
+        if share >= shape.expert_intermediate or cache.vram.slots.count - cache.reserve >= cache.store.count:
+            warm = 0  # the CPU computes nothing
+        self.device, self.warm = device, warm
         layouts = [layer_layout(cache.store, layer) for layer in shape.moe_layers]
         self._parts = [
             layer_parts(layer, model.config, is_moe=index in shape.moe_layers)
@@ -67,13 +71,14 @@ class GraphDecoder:
         routed = [part for part in self._parts if part.router is not None]
         self.worker = HostWorker(
             buffers, cache, [p.router for p in routed if p.router is not None], [p.mlp_norm for p in routed],
-            exact=exact,
+            exact=exact, warm=warm, share=share,
         )  # fmt: skip
         norm = model.model.norm
         self.step = DecodeStep(
             self._parts, rows, norm=(norm.weight.data.float(), norm_eps(norm)), lm_head=model.lm_head,
             vocab=shape.vocab_size, rotated=2 * self._angles_at(0)[0].numel(), tables=cache.tables,
             layouts=layouts, share=share, buffers=buffers, dtype=dtype, device=device,
+            hints=warm > 0,
         )  # fmt: skip
         bell = self.worker.bell
         self.thread = (
@@ -91,9 +96,12 @@ class GraphDecoder:
     @property
     def name(self) -> str:
         """What a report calls it."""
+        missed = f"missed experts by native {native.isa()}"
+        if self.warm:
+            missed += f", up to {format_size(self.warm)} of them read ahead into the CPU's caches"
         if self.device.type == "cuda":
-            return f"one CUDA graph per token, bf16 activations; missed experts by native {native.isa()}"
-        return f"torch reference in a thread in place of a GPU; missed experts by native {native.isa()}"
+            return f"one CUDA graph per token, bf16 activations; {missed}"
+        return f"torch reference in a thread in place of a GPU; {missed}"
 
     def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
         """Append ``ids`` to the KV cache and return the logits ``[keep, V]`` of the last ``keep`` tokens;
@@ -254,13 +262,16 @@ def layer_layout(store: ExpertStore, layer: int) -> ExpertLayout:
     )
 
 
-def missed_share(store: ExpertStore, machine: Machine) -> int:
-    """How many intermediate features of an expert in RAM a GPU of ``machine`` should compute, by what reading
-    it in place costs there and computing it costs the CPU; 0 without a GPU."""
+def missed_share(store: ExpertStore, machine: Machine, cpu_share: float | None = None) -> int:
+    """How many intermediate features of an expert in RAM a GPU of ``machine`` should compute: what a plan
+    leaves to it beside ``cpu_share``, or by what reading it in place costs there and computing it costs the
+    CPU; 0 without a GPU."""
     if machine.gpu is None:
         return 0
     shape, record = store.shape, store.record(*store.experts()[0])
     group = max(record.weights["down_proj"].scheme.group_size, _KERNEL_STEP)
+    if cpu_share is not None:
+        return rows_of(1 - cpu_share, shape.expert_intermediate, group)
     shared = 0
     for spec in shape.dense_linears():
         if spec.role == "shared_expert" and spec.layer == shape.moe_layers[0]:

@@ -29,6 +29,22 @@ def physical_cores() -> int:
     return max(1, len(siblings))
 
 
+def cache_bytes() -> int:
+    """Bytes of the L2 and L3 caches of the cores this process may run on; 0 where Linux does not tell.
+
+    In a virtual machine the neighbours may use a part of the L3.
+    """
+    sizes: dict[tuple[str, str], int] = {}
+    for cpu in os.sched_getaffinity(0):
+        for index in (_SYS / f"devices/system/cpu/cpu{cpu}/cache").glob("index*"):
+            level, kind, size, cpus = (
+                "".join(_lines(index / name)[:1]) for name in ("level", "type", "size", "shared_cpu_list")
+            )
+            if level in ("2", "3") and kind != "Instruction" and size.endswith("K") and size[:-1].isdigit():
+                sizes[level, cpus] = int(size[:-1]) * 1024
+    return sum(sizes.values())
+
+
 def memory() -> tuple[int, int]:
     """(all, available) bytes of RAM for this process, the limits of its control groups respected."""
     fields = {line.partition(":")[0]: line.partition(":")[2] for line in _lines(_PROC / "meminfo")}

@@ -18,7 +18,7 @@ from offload import host
 from offload.disk import disk_rate
 from offload.gpus import Gpu, measure_gpu
 
-VERSION = 2
+VERSION = 3
 _READ_BYTES = 2**30  # caches of a server keep a visible part of less
 _GEMM = (256, 2048, 4096)  # tokens, out and in features: a prompt chunk against one projection
 _GEMM_RUNS = 8
@@ -29,7 +29,8 @@ _BUSY_SECONDS = 60.0  # a measurement beside others' work is repeated when it is
 @dataclass(frozen=True)
 class Machine:
     """What a plan may count on. Sizes in bytes, bandwidths in GB/s of 10^9 bytes, ``int8_gops`` in 10^9 int8
-    operations per second of the CPU's prefill kernel (a multiply-add is two).
+    operations per second of the CPU's prefill kernel (a multiply-add is two), ``cache_bytes`` L2 and L3
+    (0: not known).
 
     ``ram_available_bytes`` is what this process could take now, limits of its control group included.
     ``measured`` is false for a machine that was described, not probed. ``notes`` are what has to be said
@@ -46,6 +47,7 @@ class Machine:
     disk_gb_s: float
     int8_gops: float
     gpu: Gpu | None = None
+    cache_bytes: int = 0
     measured: bool = True
     quiet: bool = True
     notes: tuple[str, ...] = ()
@@ -142,6 +144,7 @@ def _measure(directory: Path, ram: int, available: int) -> Machine:
         disk_gb_s=disk.gb_s,
         int8_gops=gemm_rate,
         gpu=gpu,
+        cache_bytes=host.cache_bytes(),
         quiet=quiet,
         notes=notes,
     )

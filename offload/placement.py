@@ -22,7 +22,8 @@ from quant.shape import LinearSpec
 class Placement:
     """How many slots each tier has, which experts the device begins with, and how many intermediate features
     of an expert in RAM are the device's in a decode step (``share``). ``guess_tokens``: guess the next token
-    early to read for it, which takes a product with the head."""
+    early to read for it, which takes a product with the head. ``warm``: bytes of a coming miss that the CPU
+    reads into its caches while a GPU works (0: none)."""
 
     ram_slots: int
     vram_slots: int = 0
@@ -31,6 +32,7 @@ class Placement:
     fills: bool = True
     share: int = 0
     guess_tokens: bool = True
+    warm: int = 0
 
 
 def stored_schemes(checkpoint: Checkpoint) -> Mapping[Role, Scheme]:

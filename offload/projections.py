@@ -1,6 +1,7 @@
 """Linears that read the same input as one: a GPU reads three small weights slower than one as large."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 
 from quant.kernels.cuda import linear as kernels
 from quant.linear import QuantLinear
+
+LEAST_WEIGHT = 1e-4  # of a norm's channel that still tells what came in
 
 
 def join(linears: Sequence[Any]) -> QuantLinear | None:
@@ -47,3 +50,22 @@ def add_product(linear: Any, x: Tensor, out: Tensor) -> None:
         )
     else:
         out.add_(linear(x))
+
+
+def routers_with_next(
+    routers: Sequence[tuple[Tensor, Tensor]], hints: bool, device: torch.device
+) -> list[Tensor]:
+    """Routers f32 ``[E, H]`` on ``device``, from those and the weights ``[H]`` of the norms before them.
+
+    With ``hints`` every one but the last is ``[2E, H]``: below it lies the next layer's, for the same input,
+    which its own layer's norm has weighted. (A norm's factor is positive and changes no order of logits.)
+    """
+    plain = [router.to(device=device, dtype=torch.float32) for router, _ in routers]
+    if not hints:
+        return plain
+    norms = [norm.to(device=device, dtype=torch.float32) for _, norm in routers]
+    stacked = []
+    for (here, following), (norm, its_norm) in zip(pairwise(plain), pairwise(norms), strict=True):
+        weights = torch.where(norm.abs() > LEAST_WEIGHT, its_norm / norm, 0)
+        stacked.append(torch.cat((here, following * weights)))
+    return [*stacked, plain[-1]]

@@ -19,7 +19,8 @@ class RunOptions:
     ``prompt_chunk`` the prompt tokens run through the model at once. ``exact`` keeps activations in
     floating point on the CPU (the native kernels otherwise quantize them to int8 per group). ``page_cache``
     reads experts through the operating system's page cache instead of direct I/O. ``graph`` decodes on a
-    GPU without a wait for the host in every layer.
+    GPU without a wait for the host in every layer; beside it up to ``warm`` bytes of a coming miss are read
+    into the CPU's caches (None: half of their size, 0: none).
     """
 
     vram: int | None = None
@@ -34,6 +35,7 @@ class RunOptions:
     page_cache: bool = False
     threads: int | None = None
     graph: bool = True
+    warm: int | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from offload.machine import Machine, probe
 from offload.placement import Placement, plan_run
 from offload.plan import Plan
 from offload.policy import Policy, make_policy
+from offload.predict import warm_bytes, with_warm_bytes
 from offload.reader import Reader
 from offload.records import RunOptions, Sampling, Tier, TokenRecord
 from offload.residency import ExpertCache, Key
@@ -115,6 +116,8 @@ class Session:
                 f"--vram {format_size(options.vram or 0)} is too little to measure the GPU with: run "
                 "`coldstream probe` first, which keeps what it finds"
             ) from None
+        if options.warm is not None:
+            machine = with_warm_bytes(machine, options.warm)
         forget_peak()  # measuring takes memory that the run does not
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -128,8 +131,9 @@ class Session:
         say("loading the model")
         placement = Placement(
             plan.ram_slots, plan.vram_slots, plan.pinned, plan.prompt_chunk,
-            share=missed_share(ExpertStore(checkpoint), machine),
+            share=missed_share(ExpertStore(checkpoint), machine, plan.decode.cpu_share),
             guess_tokens=head_fits_a_wait(ExpertStore(checkpoint), machine),
+            warm=warm_bytes(machine),
         )  # fmt: skip
         with gpu_errors():
             session = cls(checkpoint, options, placement, device, allowance)
@@ -217,7 +221,7 @@ class Session:
         decoder = with_room(
             lambda: GraphDecoder(
                 self.model, experts, cache, self.routing, share=self.placement.share, dtype=dtype,
-                device=self.device, exact=self.options.exact,
+                device=self.device, exact=self.options.exact, warm=self.placement.warm,
             ),
             experts,
         )  # fmt: skip

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from offload.architecture import LayerParts
-from offload.projections import add_product, join
+from offload.projections import add_product, join, routers_with_next
 from quant.errors import SchemeError
 from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda import attention, bell, experts, fused
 from quant.kernels.cuda.attention import AttentionScratch
+from quant.kernels.cuda.bell import Coming, Nothing, Outlook
 from quant.kernels.cuda.experts import DecodeScratch
 from quant.kernels.cuda.fused import HeadNorms, KvRows
 from quant.kernels.cuda.layout import ExpertLayout
@@ -110,7 +111,7 @@ class _Gated:
 @dataclass(frozen=True)
 class _Moe:
     row: int
-    router: Tensor  # f32 [E, H]
+    router: Tensor  # f32 [E, H], and below it, where hints are given, the next MoE layer's
     kind: RouterKind
     chosen: Tensor  # int32 [1, k]
     scores: Tensor  # f32 [1, k]
@@ -133,6 +134,7 @@ class DecodeStep:
     ``layouts``, one per MoE layer.
 
     ``share`` is how many intermediate features of an expert in pinned host memory are the device's.
+    ``hints``: tell the host in every MoE layer what the next one will probably ask of it.
     ``chosen`` int32 ``[L, 1, k]`` and ``logits`` f32 ``[1, V]`` are what it leaves, and ``fetch`` copies to
     the host.
     """
@@ -141,8 +143,9 @@ class DecodeStep:
         self, layers: list[LayerParts], rows: list[KvRows], *, norm: tuple[Tensor, float],
         lm_head: Callable[[Tensor], Tensor], vocab: int, rotated: int, tables: ExpertTables,
         layouts: Sequence[ExpertLayout], share: int, buffers: BellBuffers, dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device, hints: bool = False,
     ) -> None:  # fmt: skip
+        self._hints = hints
         self.dtype, self.layouts, self.tables, self.buffers = dtype, list(layouts), tables, buffers
         hidden = layouts[0].hidden
         self._norm, self._lm_head = norm, lm_head
@@ -165,6 +168,8 @@ class DecodeStep:
         attends: dict[int, AttentionScratch] = {}
         scratches: dict[int, DecodeScratch] = {}
         built: list[_Layer] = []
+        routed = [(p.router, p.mlp_norm) for p in layers if p.router is not None]
+        routers = routers_with_next(routed, self._hints, device)
         row = 0
         for parts, kv in zip(layers, rows, strict=True):
             shape, capacity = parts.shape, kv.keys.shape[1]
@@ -178,8 +183,7 @@ class DecodeStep:
                 scratch = scratches[inter]
             moe = None
             if parts.router is not None:
-                router = parts.router.to(device=device, dtype=torch.float32)
-                moe = _Moe(row, router, parts.router_kind, self.chosen[row], self._scores[row])
+                moe = _Moe(row, routers[row], parts.router_kind, self.chosen[row], self._scores[row])
                 row += 1
             norms = None
             if parts.q_norm is not None and parts.k_norm is not None:
@@ -229,8 +233,9 @@ class DecodeStep:
     def _mix(self, layer: _Layer, moe: _Moe, h: Tensor, x: Tensor) -> None:
         """x ``[1, H]`` += moe(h): the host begins before the device does its part."""
         places, layout = self.tables.places[moe.row], self.layouts[moe.row]
-        fused.select(linear(self._normed, moe.router), moe.kind, moe.chosen, moe.scores)
-        bell.ring(h, moe.chosen, moe.scores, places, self.share, moe.row, layout.inter, self.buffers)
+        logits, outlook = self._route(moe)
+        fused.select(logits, moe.kind, moe.chosen, moe.scores)
+        bell.ring(h, moe.chosen, moe.scores, places, self.share, moe.row, layout.inter, self.buffers, outlook)
         experts.moe_decode(
             h, moe.chosen, moe.scores, self.tables.addresses[moe.row], places, self.share, layout,
             self._scratch, x, scales_input=moe.kind == "sigmoid_input",
@@ -238,6 +243,16 @@ class DecodeStep:
         if layer.mlp is not None:
             layer.mlp.add(h, layer.scratch, x)
         bell.answer(moe.chosen, places, self.share, layout.inter, self.buffers, x)
+
+    def _route(self, moe: _Moe) -> tuple[Tensor, Outlook]:
+        """The router's logits f32 ``[1, E]``, and what the next MoE layer's makes of the same input."""
+        found = linear(self._normed, moe.router)
+        if not self._hints:
+            return found, None
+        if moe.row + 1 == len(self.layouts):
+            return found, Nothing()
+        logits, coming = found.chunk(2, -1)
+        return logits, Coming(moe.row + 1, coming, self.tables.places[moe.row + 1])
 
     def fetch(self) -> None:
         """Queue the copy of what the step found to ``host_chosen`` and ``host_logits``."""

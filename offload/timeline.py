@@ -14,7 +14,7 @@ from offload.footprint import Footprint
 from offload.machine import Machine
 from offload.plan import Plan
 from offload.policy import Key, make_policy
-from offload.predict import miss_split, scan_hits
+from offload.predict import miss_split, read_ahead_s, scan_hits
 from offload.records import Tier
 from offload.timeline_decode import AHEAD, Decoder
 from offload.timeline_engine import Engine, Process, Span
@@ -91,8 +91,12 @@ class Setup:
             return 0.0
         if self.gpu_part is not None:
             return self.gpu_part
-        load = self.footprint.load(filled=1, vram_hits=0.0, hits=1.0, resident=1.0)
-        return miss_split(self.machine, load.expert, load.expert_weights, load.shared).gpu_part
+        rates = self.plan.hit_rates
+        load = self.footprint.load(
+            filled=self.plan.filled, vram_hits=rates["vram"], hits=1 - rates["disk"], resident=1.0
+        )
+        ahead = read_ahead_s(load, self.machine)
+        return miss_split(self.machine, load.expert, load.expert_weights, load.shared, ahead).gpu_part
 
     def decode(
         self,

@@ -2,15 +2,18 @@
 
 Beside a GPU the step is one stream of kernels. Where a layer's expert is not in VRAM the doorbell rings,
 the host's workers compute their part of it from RAM (fetching it from disk first, if need be) while the GPU
-runs the shared expert and then its own part, read in place over PCIe; the layer ends when both have. Swaps
+runs the shared expert and then its own part, read in place over PCIe; the layer ends when both have. From one
+answer to the next request the host reads into its caches what the next layer will probably ask for. Swaps
 into VRAM run on a stream of their own, and what the next layers will want is guessed while a layer waits
 for the disk. Without a GPU the CPU does one thing after another, and the disk reads ahead.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from offload.predict import FORESEEN
 from offload.records import Tier
 from offload.timeline_engine import Engine, Event, Line, Process
 from offload.timeline_places import Step
@@ -43,10 +46,11 @@ class Decoder:
         self._dice = random.Random(self.seed)
         self._coming: dict[tuple[int, int], Event] = {}  # (layer, request) guessed and on its way
         self._seen: set[int] = set()  # layers that were guessed for this token
+        self._idle = math.inf  # since when the host could read ahead for the coming layer
 
     def token(self, step: Step) -> Process:
         """One decode step."""
-        self._coming, self._seen = {}, set()
+        self._coming, self._seen, self._idle = {}, set(), math.inf
         routed = iter(enumerate(step.tiers))
         self._guess(step, -1)  # from the token's embedding
         for layer in self.work.layers:
@@ -72,25 +76,46 @@ class Decoder:
         shared_out = [tier for tier in tiers if tier == "ram"]
         on_disk = [place for place, tier in enumerate(tiers) if tier == "disk"]
         host_bytes = len(shared_out) * (1 - self.gpu_part) * expert
-        host = engine.start(self._host(host_bytes, on_disk, step, index)) if host_bytes or on_disk else None
+        idle = engine.now + self.rates.ring / 2 - self._idle
+        host = None
+        if host_bytes or on_disk:
+            host = engine.start(self._host(host_bytes, self._warmed(host_bytes, idle), on_disk, step, index))
+        if layer.routes:
+            self._idle = engine.now
         yield engine.flow("shared", layer.mlp, "vram")
         yield engine.flow("expert", tiers.count("vram") * expert, "vram")
         yield engine.flow("in place", len(shared_out) * self.gpu_part * expert, "pcie", "ram")
         if host is not None:
             yield host
 
-    def _host(self, nbytes: float, on_disk: Sequence[int], step: Step, index: int) -> Process:
-        """The host's part of a layer: woken by the doorbell, it answers when ``nbytes`` and the experts
-        that it has read from disk are computed."""
+    def _warmed(self, nbytes: float, idle: float) -> float:
+        """How many of a layer's ``nbytes`` in RAM the host has in its caches after ``idle`` seconds, on
+        average."""
+        if not nbytes:
+            return 0.0
+        rate = self.rates.cpu_read(nbytes, nbytes * self.work.expert_weights / self.work.expert)
+        return FORESEEN * max(0.0, min(idle * rate, self.rates.warm, nbytes))
+
+    def _host(
+        self, nbytes: float, warmed: float, on_disk: Sequence[int], step: Step, index: int
+    ) -> Process:  # fmt: skip
+        """The host's part of a layer: woken by the doorbell, it answers when ``nbytes``, ``warmed`` of them
+        in its caches, and the experts that it has read from disk are computed."""
         work = self.work
         yield self.engine.pause(self.rates.ring / 2, "doorbell")
         awaited = [self._coming.get((index, place)) or self._read(0) for place in on_disk]
         if any(not event.done for event in awaited):
             self._guess(step, index)
-        yield self._cpu("expert", nbytes, nbytes * work.expert_weights / work.expert)
+        cold = nbytes - warmed
+        yield self._cpu("expert", cold, cold * work.expert_weights / work.expert)
+        if warmed:
+            for name in ("cpu", "ram"):  # they were read while nobody else wanted the memory
+                self.engine.moved[name] += warmed
+            yield self.engine.pause(warmed / self.rates.cached, "cpu")
         for event in awaited:
             yield event
             yield self._cpu("expert", work.expert, work.expert_weights)
+        self._idle = self.engine.now
         yield self.engine.pause(self.rates.ring / 2, "doorbell")
 
     def _on_cpu(self, layer: LayerWork, tiers: Sequence[Tier], step: Step, index: int) -> Process:

@@ -10,6 +10,7 @@ from offload.footprint import Footprint
 from offload.machine import Machine
 from offload.predict import (
     BELL_S,
+    CACHED_GB_S_PER_CORE,
     CPU_LAYER_S,
     EXPOSED,
     GPU_LAYER_S,
@@ -23,6 +24,7 @@ from offload.predict import (
     OF_VRAM,
     STEP_S,
     dimm_rate,
+    warm_bytes,
 )
 from quant.families import Role
 from quant.mixture import scheme_of
@@ -119,7 +121,8 @@ class Rates:
     seconds: ``layer`` and ``step`` per layer and token, ``ring`` from the GPU to the host and back.
 
     ``dimm`` is the host's memory for everybody together, ``cpu`` what its kernels take of it at most. Rates
-    of a card that is not there are 0.
+    of a card that is not there are 0. ``warm`` bytes of a coming miss fit into the CPU's caches, which it
+    reads at ``cached``.
     """
 
     dimm: float
@@ -133,6 +136,8 @@ class Rates:
     pcie: float = 0.0
     gpu: float = 0.0
     nf4: float = 0.0
+    warm: float = 0.0
+    cached: float = 0.0
 
     @classmethod
     def of(cls, machine: Machine, *, nf4: bool = False) -> "Rates":
@@ -158,6 +163,8 @@ class Rates:
             vram=gpu.vram_gb_s * 1e9 * OF_VRAM,
             pcie=gpu.h2d_gb_s * 1e9 * OF_PCIE,
             gpu=gpu.bf16_tflops * 1e12 * OF_GPU_COMPUTE,
+            warm=0 if nf4 else warm_bytes(machine),
+            cached=CACHED_GB_S_PER_CORE * machine.cores * 1e9,
         )
 
     def table(self) -> dict[str, float]:

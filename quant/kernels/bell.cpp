@@ -37,17 +37,6 @@ bool valid(const Bell& bell) {
   return true;
 }
 
-Weight part(const Weight& whole, int64_t base, const int64_t* offsets, int64_t row, int64_t column) {
-  Weight weight = whole;
-  weight.packed = reinterpret_cast<const uint8_t*>(base + offsets[0]) + row * whole.stride() + whole.bytes(column);
-  weight.scale =
-      reinterpret_cast<const uint16_t*>(base + offsets[1]) + row * whole.scale_stride() + column / whole.group;
-  weight.n -= row;
-  weight.k -= column;
-  weight.pitch = whole.k;
-  return weight;
-}
-
 // One pair's share as a job: intermediate features [first, inter) of its expert.
 Job job_of(const Bell& bell, int64_t pair, int64_t base, int32_t* token) {
   const BellLayer& stored = asked(bell);
@@ -55,9 +44,10 @@ Job job_of(const Bell& bell, int64_t pair, int64_t base, int32_t* token) {
   const int64_t first = bell.request[4 + pairs + pair];
   *token = int32_t(pair / bell.request[2]);
   const float* score = bell.scores + pair;
-  return {part(stored.gate, base, stored.offsets, first, 0),
-          part(stored.up, base, stored.offsets + 2, first, 0),
-          part(stored.down, base, stored.offsets + 4, 0, first),
+  const Part part = part_of(stored, base, first);
+  return {part.gate,
+          part.up,
+          part.down,
           token,
           1,
           bell.scales_input ? score : nullptr,
@@ -102,11 +92,13 @@ COLDSTREAM_API int32_t cs_bell_serve(const coldstream::Bell* bell, int64_t micro
       }
       const int32_t rung = load(*bell, kRung);
       if (rung == load(*bell, kAnswered)) {
+        if (bell->warm_bytes && warm(*bell)) continue;
         for (int i = 0; i < 16; ++i) relax();
         if (std::chrono::steady_clock::now() >= deadline) return;
         continue;
       }
       if ((bad = !valid(*bell))) return;
+      if (bell->warm_bytes) count_foreseen(*bell);
       clear(*bell);
       if (!add(*bell, -1, 0)) {
         *state = kMissing;

@@ -28,6 +28,30 @@ struct Bell {
   const BellLayer* stored;         // [layers]
   int32_t scales_input, exact;
   int32_t keep_awake;  // microseconds that the workers stay awake beyond a call: waking them costs as much as a bell
+
+  // Reading ahead into the CPU's caches while the GPU works. `hint`: 1 + layer * experts + expert for each of the
+  // `guesses` experts of a coming layer that are probably chosen and not the GPU's, 0 for none. The step rewrites it
+  // at will: it is advice.
+  const int32_t* hint;
+  int64_t guesses;
+  int64_t warm_bytes;  // per hint, 0: none
+  int64_t share;       // from which intermediate feature on an expert is the host's, most likely
+  int64_t* warmed;     // [kKept + guesses], the host's own: the words below, then the hint that was last followed
 };
+
+enum Warmed : int64_t { kHints = 0, kBytes = 1, kAsked = 2, kForeseen = 3, kKept = 4 };
+
+// While nothing is asked: follows a hint that is new, until the doorbell rings or another hint comes. False if there
+// was nothing to do.
+bool warm(const Bell& bell);
+
+// An expert of one layer that lies at `base`: its weights from intermediate feature `first` on.
+struct Part {
+  Weight gate, up, down;
+};
+Part part_of(const BellLayer& stored, int64_t base, int64_t first);
+
+// Counts which of the open request's experts had been foreseen.
+void count_foreseen(const Bell& bell);
 
 }  // namespace coldstream

@@ -25,6 +25,7 @@ from quant.kernels.weight import CWeight
 # Words of ``BellBuffers.control``, each on a cache line of its own.
 RUNG, ANSWERED, STOP, LOST = 0, 32, 64, 96
 _HEADER = 4
+_COUNTS = 4  # of ``Warmed``
 # Microseconds that the kernels' threads look for work after a request beside a GPU: longer than between two
 # tokens. On a CPU the step itself needs their cores.
 _AWAKE = 3000
@@ -51,7 +52,8 @@ class BellBuffers:
     is written by a step that gave up waiting. ``request`` int32 ``[4 + 2·T·k]``: MoE layer, T, k, 0, the
     experts ``[T, k]``, then the first intermediate feature ``[T, k]`` that the host computes (I: none).
     ``scores`` f32 ``[T, k]``, ``x`` and ``result`` f32 ``[T, H]``. ``sequence`` int32 ``[1]`` counts the
-    requests and lies on the device.
+    requests and lies on the device. ``hint`` int32 ``[k]``, written by the step at will: 1 + layer · E +
+    expert for what a coming layer will probably ask of the host, 0 for nothing.
     """
 
     control: Tensor
@@ -60,6 +62,7 @@ class BellBuffers:
     x: Tensor
     result: Tensor
     sequence: Tensor
+    hint: Tensor
 
     @classmethod
     def allocate(cls, tokens: int, top_k: int, hidden: int, device: torch.device) -> "BellBuffers":
@@ -76,6 +79,7 @@ class BellBuffers:
                 torch.zeros(tokens, hidden, pin_memory=pin),
                 torch.zeros(tokens, hidden, pin_memory=pin),
                 torch.zeros(1, dtype=torch.int32, device=device),
+                torch.zeros(top_k, dtype=torch.int32, pin_memory=pin),
             )
         except RuntimeError as error:
             raise MachineError(
@@ -107,7 +111,21 @@ class _CBell(ctypes.Structure):
         ("scales_input", ctypes.c_int32),
         ("exact", ctypes.c_int32),
         ("keep_awake", ctypes.c_int32),
+        ("hint", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("guesses", "warm_bytes", "share")),
+        ("warmed", ctypes.c_void_p),
     ]
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """What reading ahead into the CPU's caches came to: ``hints`` followed, ``nbytes`` read for them; of
+    ``asked`` experts, ``foreseen`` were those of the hint that was followed last."""
+
+    hints: int
+    nbytes: int
+    asked: int
+    foreseen: int
 
 
 def first_byte(expert: GatedMlp) -> int:
@@ -126,15 +144,20 @@ class HostBell:
     int8, the tensors at the same offsets.
 
     ``table`` int64 ``[L, E]`` says where each expert's first byte lies in host memory, 0 if it is not there;
-    it may be changed while no request is open. Raises SchemeError for experts in another form.
+    it may be changed while no request is open.
+
+    While nothing is asked, up to ``warm_bytes`` (0: none) of what ``buffers.hint`` names are read into the
+    CPU's caches, if the table has it, from intermediate feature ``share`` on. Raises
+    SchemeError for experts in another form.
     """
 
     def __init__(
         self, buffers: BellBuffers, samples: Sequence[GatedMlp], experts: int, *, scales_input: bool,
-        exact: bool,
+        exact: bool, warm_bytes: int = 0, share: int = 0,
     ) -> None:  # fmt: skip
         layers, hidden = len(samples), buffers.x.shape[1]
         self.buffers, self.table = buffers, torch.zeros(layers, experts, dtype=torch.int64)
+        self._warmed = torch.zeros(_COUNTS + buffers.hint.numel(), dtype=torch.int64)
         self._features = samples[0].gate_proj.out_features
         self._stored = (_CLayer * layers)()
         for stored, sample in zip(self._stored, samples, strict=True):
@@ -149,7 +172,8 @@ class HostBell:
         shared = (buffers.control, buffers.request, buffers.scores, buffers.x, buffers.result, self.table)
         self._bell = _CBell(
             *(tensor.data_ptr() for tensor in shared), layers, experts, buffers.scores.numel(), self._stored,
-            scales_input, exact, _AWAKE if buffers.sequence.is_cuda else 0,
+            scales_input, exact, _AWAKE if buffers.sequence.is_cuda else 0, buffers.hint.data_ptr(),
+            buffers.hint.numel(), warm_bytes, share, self._warmed.data_ptr(),
         )  # fmt: skip
 
     def serve(self, microseconds: int) -> State:
@@ -164,6 +188,20 @@ class HostBell:
         )
         check(status, "doorbell")
         return _STATES[state.value]
+
+    @property
+    def warm_bytes(self) -> int:
+        """What is read ahead at most; may be set while nobody serves."""
+        return int(self._bell.warm_bytes)
+
+    @warm_bytes.setter
+    def warm_bytes(self, nbytes: int) -> None:
+        self._bell.warm_bytes = nbytes
+
+    @property
+    def warmed(self) -> Warmed:
+        """Since the beginning."""
+        return Warmed(*self._warmed[:_COUNTS].tolist())
 
     def request(self) -> Request:
         """The open request."""

@@ -83,8 +83,8 @@ class Pool {
     context_ = context;
     const int64_t workers = size();
     for (int64_t worker = 0; worker < workers; ++worker) {
-      ranges_[size_t(worker)].next.store(tasks * worker / workers, std::memory_order_relaxed);
-      ranges_[size_t(worker)].end = tasks * (worker + 1) / workers;
+      ranges_[size_t(worker)].next.store(first_task(tasks, worker, workers), std::memory_order_relaxed);
+      ranges_[size_t(worker)].end = first_task(tasks, worker + 1, workers);
     }
     state_.store((++round_ << 32) | kOpen);
     if (sleepers_.load() > 0) {

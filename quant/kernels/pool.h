@@ -11,6 +11,9 @@ using Task = void (*)(void* context, int64_t task, int worker);
 int thread_count();
 void run_tasks(int64_t tasks, Task function, void* context);
 
+// Of `tasks`, the first that is `worker`'s own: it does those up to the next worker's, and then helps the others.
+inline int64_t first_task(int64_t tasks, int64_t worker, int64_t workers) { return tasks * worker / workers; }
+
 // For that long, workers that have nothing to do look for work instead of going to sleep.
 void keep_awake(std::chrono::microseconds time);
 

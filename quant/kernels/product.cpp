@@ -1,6 +1,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace coldstream {
 namespace {
@@ -25,6 +26,47 @@ int64_t rows_per_task(const Product& product, int64_t all_bytes, int threads) {
   const int64_t bytes = std::clamp<int64_t>(share, 16 << 10, 64 << 10);
   const int64_t rows = std::max<int64_t>(bytes / std::max<int64_t>(product.weight.row_bytes(), 1), 4);
   return (rows + 3) / 4 * 4;
+}
+
+// One product's rows, cut into tasks.
+struct Span {
+  const Product* product;
+  int64_t rows, first_task;
+  bool gemm;
+};
+
+// The rows of all products as tasks, in the order in which they are shared out.
+struct Tasks {
+  std::vector<Span> spans;
+  int64_t count = 0;
+
+  Tasks(const Product* products, int products_count, bool exact) {
+    const int threads = thread_count();
+    int64_t all_bytes = 0;
+    for (int i = 0; i < products_count; ++i) all_bytes += products[i].weight.row_bytes() * products[i].weight.n;
+    for (int i = 0; i < products_count; ++i) {
+      const Product& product = products[i];
+      const Weight& w = product.weight;
+      if (!product.tokens || !w.n) continue;
+      const bool many = product.tokens > kGemvTokens;
+      const int64_t rows = many ? kernels().gemm_rows : rows_per_task(product, all_bytes, threads);
+      spans.push_back({&product, rows, count, many && !exact && w.is_packed()});
+      count += (w.n + rows - 1) / rows;
+    }
+  }
+
+  const Span& of(int64_t task) const {
+    auto next = std::upper_bound(spans.begin(), spans.end(), task,
+                                 [](int64_t value, const Span& span) { return value < span.first_task; });
+    return *--next;
+  }
+};
+
+// One byte of every cache line: the line comes along.
+void touch_bytes(const uint8_t* from, int64_t count) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < count; i += kLine) (void)*static_cast<const volatile uint8_t*>(from + i);
+  if (count) (void)*static_cast<const volatile uint8_t*>(from + count - 1);
 }
 
 }  // namespace
@@ -110,34 +152,18 @@ void quantize_inputs(Product* products, int count, Scratch& scratch) {
 }
 
 void multiply(const Product* products, int count, bool exact, Scratch& scratch) {
-  struct Span {
-    const Product* product;
-    int64_t rows, first_task;
-    bool gemm;
-  };
   const Kernels& table = kernels();
-  const int threads = thread_count();
-  int64_t all_bytes = 0, tasks = 0, panel = 0;
-  for (int i = 0; i < count; ++i) all_bytes += products[i].weight.row_bytes() * products[i].weight.n;
-  std::vector<Span> spans;
-  for (int i = 0; i < count; ++i) {
-    const Product& product = products[i];
-    const Weight& w = product.weight;
-    if (!product.tokens || !w.n) continue;
-    const bool dense = exact || !w.is_packed();
-    const bool gemm = !dense && product.tokens > kGemvTokens;
-    const int64_t rows = gemm || product.tokens > kGemvTokens ? table.gemm_rows : rows_per_task(product, all_bytes, threads);
-    spans.push_back({&product, rows, tasks, gemm});
-    tasks += (w.n + rows - 1) / rows;
-    if (gemm)
+  const Tasks tasks(products, count, exact);
+  int64_t panel = 0;
+  for (const Span& span : tasks.spans) {
+    const Weight& w = span.product->weight;
+    if (span.gemm)
       panel = std::max(panel, round_up(w.k * table.gemm_rows, 64) + w.groups() * table.gemm_rows * 4);
   }
   panel = round_up(panel, 4096);
-  uint8_t* panels = panel ? scratch.take<uint8_t>(panel * threads) : nullptr;
-  parallel(tasks, [&](int64_t task, int worker) {
-    auto next = std::upper_bound(spans.begin(), spans.end(), task,
-                                 [](int64_t value, const Span& span) { return value < span.first_task; });
-    const Span& span = *--next;
+  uint8_t* panels = panel ? scratch.take<uint8_t>(panel * thread_count()) : nullptr;
+  parallel(tasks.count, [&](int64_t task, int worker) {
+    const Span& span = tasks.of(task);
     const Product& product = *span.product;
     const Weight& w = product.weight;
     const int64_t row0 = (task - span.first_task) * span.rows, row1 = std::min(row0 + span.rows, w.n);
@@ -149,6 +175,34 @@ void multiply(const Product* products, int count, bool exact, Scratch& scratch) 
     else
       table.gemv(w, row0, row1, product.quantized, tokens, product.y, product.ldy);
   });
+}
+
+int64_t touch(const Product* products, int count, bool exact, int64_t budget, bool (*stop)(const void*),
+              const void* context) {
+  const Tasks tasks(products, count, exact);
+  const int64_t workers = thread_count();
+  std::atomic<int64_t> touched{0};
+  parallel(workers, [&](int64_t worker, int) {
+    int64_t done = 0;
+    const int64_t last = first_task(tasks.count, worker + 1, workers);
+    for (int64_t task = first_task(tasks.count, worker, workers); task < last; ++task) {
+      const Span& span = tasks.of(task);
+      const Weight& w = span.product->weight;
+      const int64_t row0 = (task - span.first_task) * span.rows, row1 = std::min(row0 + span.rows, w.n);
+      const int64_t scales = w.is_packed() ? w.groups() * 2 : 0;
+      for (int64_t row = row0; row < row1; ++row) {
+        if (done + w.row_bytes() + scales > budget / workers || stop(context)) {
+          touched.fetch_add(done, std::memory_order_relaxed);
+          return;
+        }
+        touch_bytes(w.packed + row * w.stride(), w.row_bytes());
+        if (scales) touch_bytes(reinterpret_cast<const uint8_t*>(w.scale + row * w.scale_stride()), scales);
+        done += w.row_bytes() + scales;
+      }
+    }
+    touched.fetch_add(done, std::memory_order_relaxed);
+  });
+  return touched.load(std::memory_order_relaxed);
 }
 
 }  // namespace coldstream

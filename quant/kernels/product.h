@@ -50,6 +50,11 @@ void quantize_inputs(Product* products, int count, Scratch& scratch);
 // One parallel pass over the rows of all products. `exact` keeps f32 activations.
 void multiply(const Product* products, int count, bool exact, Scratch& scratch);
 
+// Reads into each worker's caches what it will read first when `multiply` is called with these products, `budget`
+// bytes in all, until `stop(context)`, which is asked after every row. Returns how many bytes were read.
+int64_t touch(const Product* products, int count, bool exact, int64_t budget, bool (*stop)(const void*),
+              const void* context);
+
 // Runs `body`, turning a failed allocation into a status.
 template <class Body>
 int32_t guarded(Body&& body) {

@@ -119,6 +119,8 @@ def assumptions(recorded: Trace) -> list[str]:
         assumption("recipe `fast` (attention int4), uniform", card, uniform, recipe="fast"),
         assumption("… demo model's routing, profile and swaps", card, demo, recipe="fast", swaps=1),
         assumption("… and `--vram 23.4GiB`, no screen", card, demo, recipe="fast", swaps=1, vram=23.4),
+        assumption("recipe, uniform, nothing read ahead", replace(card, cache_bytes=0), uniform),
+        assumption("… demo model's routing, profile and swaps", replace(card, cache_bytes=0), demo, swaps=1),
         assumption("recipe, CPU reads 80 GB/s (DDR5-6400), uniform", faster, uniform),
         assumption("… demo model's routing, profile and swaps", faster, demo, swaps=1),
         assumption("… and recipe `fast`, 23.4 GiB", faster, demo, recipe="fast", swaps=1, vram=23.4),

@@ -146,6 +146,7 @@ def machine(folder: Path) -> dict[str, Any]:
     import torch
 
     from offload.machine import probe
+    from tests.bench import warming
 
     found = probe(folder, refresh=True).to_json()
     card: dict[str, Any] = {}
@@ -155,7 +156,13 @@ def machine(folder: Path) -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "sms": properties.multi_processor_count,
         }
-    return {**found, **card, "versions": versions(), "system": platform.platform()}
+    return {
+        **found,
+        "warming": warming.measure(),
+        **card,
+        "versions": versions(),
+        "system": platform.platform(),
+    }
 
 
 def scaled(vram: int, layers: int) -> int:

@@ -64,10 +64,21 @@ def _head(found: Found) -> str:
             f"{machine['cpu']}, {machine['cores']} cores; RAM {_n(machine['ram_gb_s'])} GB/s, with the bus "
             f"at once {_n(gpu.get('together_gb_s'))}; PCIe {_n(gpu.get('h2d_gb_s'))} GB/s to the card; VRAM "
             f"{_n(gpu.get('vram_gb_s'))} GB/s; bf16 {_n(gpu.get('bf16_tflops'))} TFLOP/s; disk "
-            f"{_n(machine['disk_gb_s'])} GB/s. torch {versions.get('torch')}, "
-            f"triton {versions.get('triton')}.",
+            f"{_n(machine['disk_gb_s'])} GB/s. {_ahead(machine.get('warming'))}"
+            f"torch {versions.get('torch')}, triton {versions.get('triton')}.",
         ]
     return "\n".join(lines)
+
+
+def _ahead(part: Found | None) -> str:
+    """What ``tests.bench.warming`` found of the host alone."""
+    if not part:
+        return ""
+    times = ", ".join(f"{_n(ms)} ({float(mib):.0f} MiB)" for mib, ms in part["ms_by_mib"].items())
+    return (
+        f"An expert of {_n(part['expert_mb'])} MB takes the CPU, by what it read ahead into its caches, ms: "
+        f"{times}; products from the caches {_n(part.get('cached_gb_s'))} GB/s. "
+    )
 
 
 def _bars(found: Found) -> str:
@@ -105,8 +116,21 @@ def _scout(found: Found) -> str:
         "prefill tok/s | of floor | simulated | VRAM by the driver |"
     )
     rule = "|---|" + "---:|" * 11
+    told = _warming(_part(found, "scout").get("warming"))
     title = f"## Scout, {layers} of 48 layers, random weights in int4"
-    return "\n".join([title, "", head, rule, *rows])
+    return "\n".join([title, "", head, rule, *rows, *told])
+
+
+def _warming(part: Found | None) -> list[str]:
+    if part is None:
+        return []
+    return [
+        "",
+        f"Reading up to {part['budget'] / 2**20:.0f} MiB of a coming miss into the CPU's caches: "
+        f"{_n(part['ms_with'])} ms per token with it, {_n(part['ms_without'])} without; "
+        f"{100 * part['foreseen']:.0f} % of {part['asked']:,} missed experts were foreseen, "
+        f"{_n(part['mb_per_hint'])} MB read per hint.",
+    ]
 
 
 def _kernels(found: Found) -> str:

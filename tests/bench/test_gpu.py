@@ -24,7 +24,7 @@ from quant.convert import convert
 from quant.recipe import load_recipe
 from quant.scheme import Scheme
 from quant.shape import ModelShape
-from tests.bench import gpu, gpu_checks, gpu_kernels, gpu_run
+from tests.bench import gpu, gpu_checks, gpu_kernels, gpu_run, warming
 from tests.bench.gpu_report import bars, markdown, slug
 
 GIB = 2**30
@@ -43,7 +43,15 @@ def scout() -> dict[str, Any]:
     plan = make_plan(SHAPE, SCHEMES, CARD, context=4096, kv_bits=8)
     run = [record("prefill", 2048, 2.0, 220, 548), *(record("decode", 1, 0.044, 16, 32) for _ in range(4))]
     figures = gpu_run.measured([run], plan, CARD, SHAPE, SCHEMES)
-    about = {"kernel": "made up", "notes": ["a note"], "layers": 48, "vram_budget": 24 * GIB}
+    ahead = {"budget": 2**24, "ms_with": 43.1, "ms_without": 45.0, "foreseen": 0.61, "mb_per_hint": 9.0,
+               "asked": 640}  # fmt: skip
+    about = {
+        "warming": ahead,
+        "kernel": "made up",
+        "notes": ["a note"],
+        "layers": 48,
+        "vram_budget": 24 * GIB,
+    }
     return {**figures, **about, "vram_peak": 23 * GIB, "vram_before": 0}
 
 
@@ -67,7 +75,10 @@ def test_the_simulator_is_asked_about_the_hits_that_were_had(scout: dict[str, An
 
 def found(scout: dict[str, Any]) -> dict[str, Any]:
     whole: dict[str, Any] = {
-        "machine": {**CARD.to_json(), "versions": {"torch": "2", "triton": "3"}},
+        "machine": {
+            **CARD.to_json(), "versions": {"torch": "2", "triton": "3"},
+            "warming": {"expert_mb": 64.9, "ms_by_mib": {0.0: 1.0, 8.0: 0.9}, "cached_gb_s": 210.0},
+        },
         "tests": {"passed": True, "closing": "9 passed", "failures": []},
         "agreement": gpu_run.compared({
             "cpu": {"tokens": [[1, 2, 3]], "kernel": "native", "notes": []},
@@ -90,7 +101,9 @@ def test_bars_are_judged_and_what_did_not_run_is_not(scout: dict[str, Any]) -> N
 def test_the_page_has_every_section_and_every_failure(scout: dict[str, Any]) -> None:
     page = markdown(found(scout))
     for text in ("# Measured: RTX 4090", "met", "one CUDA graph", "| good | 900 GB/s | 0.9 | 70 |", "why",
-                 "no time left", "23.00 GiB of 24.00 GiB", "3 of 3", "a note"):  # fmt: skip
+                 "no time left", "23.00 GiB of 24.00 GiB", "3 of 3", "a note",
+                 "0.9 (8 MiB); products from the caches 210 GB/s", "43.1 ms per token with it, 45 without",
+                 "61 % of 640 missed"):  # fmt: skip
         assert text in page, text
     assert slug(found(scout)) == "rtx-4090"
     assert "# Measured" in markdown({"bars": bars({})}) and slug({}) == "card"
@@ -230,6 +243,29 @@ def test_a_whole_run_is_measured_beside_floor_and_simulation(
     assert figures["prefill"]["tokens"] == 20 and figures["decode"]["tokens_per_s"] > 0
     assert 0 < figures["decode"]["of_floor"] < 1 and figures["decode"]["hit_rates"]["ram"] == 1
     assert json.loads(json.dumps(figures)) == figures
+
+
+def test_reading_ahead_is_measured_with_and_without(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    convert(tiny("llama4_text"), tmp_path / "model", {"experts": Scheme("int4", 32)})
+    placement = Placement(ram_slots=64, vram_slots=6, warm=2**20)
+    options = RunOptions(context=100)
+    with Session(
+        Checkpoint.open(tmp_path / "model"), options, placement, torch.device("cpu")
+    ) as session:  # a thread in place of a GPU
+        ids = list(range(5, 25))
+        runs = [list(session.generate(ids, Sampling(max_tokens=6, ignore_eos=True)))]
+        found = gpu_run.warming(session, ids, 5, runs)
+        assert found is not None and found["budget"] == 2**20 and 0 <= found["foreseen"] <= 1
+        assert found["asked"] > 0 and min(found["ms_with"], found["ms_without"]) > 0
+        bell = session.decoder.worker.bell  # type: ignore[union-attr]
+        assert bell.warm_bytes == 2**20
+        assert session.decoder.worker.bell.warmed.hints > 0  # type: ignore[union-attr]
+
+
+def test_an_expert_of_which_much_is_cached_is_measured() -> None:
+    found = warming.measure((0, 2**17), rounds=3, inter=256)
+    assert set(found["rounds"]) == {0.0, 0.125} and found["expert_mb"] == pytest.approx(2.03, rel=0.01)
+    assert json.loads(json.dumps(found))["threads"] >= 1
 
 
 def test_a_section_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:

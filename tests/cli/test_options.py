@@ -36,12 +36,16 @@ def test_every_option_reaches_the_run() -> None:
     _, run, _ = parse(
         "m", "--vram", "24GiB", "--ram", "1.5 GiB", "--context", "99", "--kv", "int8", "--routing", "r.json",
         "--policy", "lru", "--device", "cpu", "--threads", "3", "--prompt-chunk", "7", "--exact",
-        "--page-cache",
+        "--page-cache", "--warm", "8MiB",
     )  # fmt: skip
     assert run == RunOptions(
         vram=24 * 2**30, ram=3 * 2**29, context=99, kv="int8", device="cpu", policy="lru",
-        routing=Path("r.json"), prompt_chunk=7, exact=True, page_cache=True, threads=3,
+        routing=Path("r.json"), prompt_chunk=7, exact=True, page_cache=True, threads=3, warm=2**23,
     )  # fmt: skip
+
+
+def test_reading_ahead_into_caches_can_be_turned_off() -> None:
+    assert parse("m", "--warm", "0")[1].warm == 0
 
 
 def test_every_sampling_option_reaches_the_sampler() -> None:

@@ -8,6 +8,7 @@ the real ones.
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.errors import CheckpointError, MachineError
 from quant.families import Role
+from quant.kernels.doorbell import Warmed
 from quant.scheme import Scheme
 from tests import oracle
 from tests.machines import RTX_4090, machine
@@ -43,6 +45,7 @@ SPLITS = {
     "misses by the gpu": Placement(ram_slots=64, vram_slots=6, share=INTER),
     "mostly on disk": Placement(ram_slots=4, vram_slots=6, share=INTER // 2, fills=False),
 }
+WARM = 2**22
 Models = Callable[[str], tuple[Path, Path]]
 
 
@@ -104,6 +107,30 @@ def test_greedy_text_and_logits_equal_stock_transformers(
         ours, found = _greedy(session)
         misses = session.decoder.worker.bell.buffers.sequence
         assert (int(misses) == 0) == (split in ("all in vram", "misses by the gpu"))
+    assert ours == tokens
+    assert torch.allclose(found, logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("family", ["llama4_maverick", "mixtral"])
+def test_reading_ahead_changes_no_token_and_is_done_only_where_the_cpu_computes(
+    family: str, split: str, models: Models, expected: Callable[[str], tuple[list[int], torch.Tensor]]
+) -> None:
+    tokens, logits = expected(family)
+    with _session(models(family)[1], replace(SPLITS[split], warm=WARM)) as session:
+        assert isinstance(session.decoder, GraphDecoder)
+        ours, found = _greedy(session)
+        bell, idle = session.decoder.worker.bell, split in ("all in vram", "misses by the gpu")
+        assert (session.decoder.warm == 0) == idle == ("caches" not in session.kernel)
+        assert bell.buffers.hint.tolist() == [0] * session.shape.top_k  # a token's end knows of no layer
+        counted = bell.warmed
+        if idle:
+            assert counted == Warmed(0, 0, 0, 0)
+        else:
+            assert counted.asked > 0
+        if split in ("misses by the cpu", "misses shared"):
+            assert 0 < counted.foreseen <= counted.asked
+            assert 0 < counted.nbytes <= counted.hints * WARM
     assert ours == tokens
     assert torch.allclose(found, logits, atol=1e-4, rtol=0)
 
@@ -298,3 +325,5 @@ def test_what_the_gpu_computes_of_a_missed_expert_is_whole_groups(models: Models
     assert missed_share(store, machine()) == 0
     shares = {missed_share(store, machine(ram_gb_s=rate, gpu=RTX_4090)) for rate in (20, 70, 200, 400)}
     assert all(share % 32 == 0 and 0 <= share <= INTER for share in shares)
+    planned = [missed_share(store, machine(gpu=RTX_4090), cpu) for cpu in (1.0, 0.74, 0.0)]
+    assert planned == [0, INTER // 4, INTER]

@@ -33,6 +33,7 @@ TOKENS = 40
 SPLITS = {
     "all in vram": Placement(ram_slots=3, vram_slots=66),
     "misses by the cpu": Placement(ram_slots=64, vram_slots=12),
+    "misses by the cpu, read ahead": Placement(ram_slots=64, vram_slots=12, warm=2**22),
     "misses by the gpu": Placement(ram_slots=64, vram_slots=12, share=128),
     "mostly on disk": Placement(ram_slots=6, vram_slots=12, fills=False),
 }

@@ -114,3 +114,25 @@ def test_available_memory_never_exceeds_the_control_group(tmp_path: Path) -> Non
 def test_memory_is_what_the_kernel_says_or_less() -> None:
     total, available = host.memory()
     assert 0 < available <= total
+
+
+def test_caches_are_counted_once_however_many_cores_share_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {  # two cores: L1 and L2 of their own, L3 together
+        "index0": ("1", "Data", "32K", "{}"), "index1": ("1", "Instruction", "32K", "{}"),
+        "index2": ("2", "Unified", "1024K", "{}"), "index3": ("3", "Unified", "32768K", "0-1"),
+    }  # fmt: skip
+    for cpu in ("0", "1"):
+        for index, values in sizes.items():
+            folder = tmp_path / f"devices/system/cpu/cpu{cpu}/cache/{index}"
+            folder.mkdir(parents=True)
+            for name, value in zip(("level", "type", "size", "shared_cpu_list"), values, strict=True):
+                (folder / name).write_text(value.format(cpu) + "\n")
+    monkeypatch.setattr(host, "_SYS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert host.cache_bytes() == 34 * 2**20
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
+    assert host.cache_bytes() == 33 * 2**20
+    monkeypatch.setattr(host, "_SYS", tmp_path / "nothing")
+    assert host.cache_bytes() == 0

@@ -8,7 +8,18 @@ import pytest
 from offload.footprint import Footprint
 from offload.gpus import Gpu
 from offload.machine import Machine
-from offload.predict import ColdPath, Load, decode, prefill
+from offload.predict import (
+    CACHED_GB_S_PER_CORE,
+    FORESEEN,
+    ColdPath,
+    Load,
+    decode,
+    miss_split,
+    prefill,
+    read_ahead_s,
+    warm_bytes,
+    with_warm_bytes,
+)
 from quant.recipe import load_recipe, load_shape
 from quant.scheme import Scheme
 from quant.shape import ModelShape
@@ -76,6 +87,29 @@ def test_cpu_and_pcie_together_get_no_more_than_the_memory_has() -> None:
 def test_hits_in_vram_are_worth_what_the_card_reads_faster() -> None:
     speeds = [decode(load(vram_hits=share), machine(gpu=RTX_4090)).tokens_per_s for share in (0, 0.5, 1)]
     assert speeds == sorted(speeds) and speeds[2] > 2.5 * speeds[0]
+
+
+def test_what_the_cpu_has_in_its_caches_is_saved_up_to_their_size_and_the_idle_time() -> None:
+    scout = Footprint(ModelShape.from_config(load_shape("scout")), load_recipe("fast").schemes, 4096, 8)
+
+    def seconds(cache: int, **shares: float) -> float:
+        asked = scout.load(filled=512, **{**HITS, **shares})
+        return 1 / decode(asked, replace(machine(gpu=RTX_4090), cache_bytes=cache)).tokens_per_s
+
+    cached = CACHED_GB_S_PER_CORE * 8e9
+    split = miss_split(machine(gpu=RTX_4090), scout.expert_bytes, scout.shape.expert_weights)
+    saved = 47 * FORESEEN * 2**22 * (1 / split.cpu_gb_s / 1e9 - 1 / cached)  # all layers but the first
+    assert seconds(0) - seconds(2**23) == pytest.approx(saved)
+    assert seconds(2**28) == seconds(2**30) > 0.9 * seconds(0)  # idle time runs out
+    assert seconds(2**26, vram_hits=1.0) == seconds(0, vram_hits=1.0)
+    assert seconds(2**26, vram_hits=0.3, hits=0.3) == seconds(0, vram_hits=0.3, hits=0.3)  # all from disk
+    splits = replace(machine(gpu=replace(RTX_4090, together_gb_s=85)), cache_bytes=2**26)
+    asked = scout.load(filled=512, **HITS)
+    ahead = read_ahead_s(asked, splits)
+    parts = [miss_split(splits, asked.expert, asked.expert_weights, asked.shared, s) for s in (0.0, ahead)]
+    assert 0 < parts[1].gpu_part < parts[0].gpu_part  # the CPU, which has a part in cache, takes more
+    assert decode(asked, splits).tokens_per_s > decode(asked, replace(splits, cache_bytes=0)).tokens_per_s
+    assert warm_bytes(with_warm_bytes(machine(), 2**20)) == 2**20
 
 
 def test_prefill_reads_an_expert_once_per_chunk_so_larger_chunks_are_faster_from_disk() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload.projections import add_product, join
+from offload.projections import add_product, join, routers_with_next
 from quant.linear import Compute, QuantLinear
 from quant.pack import quantize
 from quant.scheme import Scheme
@@ -51,3 +51,23 @@ def test_a_product_is_added_to_what_is_there(scheme: Scheme, bias: bool) -> None
     expected = out + linear(x)
     add_product(linear, x, out)
     assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_a_router_and_the_next_ones_give_both_choices_from_one_input() -> None:
+    generator = torch.Generator().manual_seed(2)
+    routers = [torch.randn(16, 64, generator=generator) for _ in range(3)]
+    norms = [torch.rand(64, generator=generator) + 0.1 for _ in range(3)]
+    norms[0][5] = 0.0  # a channel that is gone tells nothing
+    pairs, cpu = list(zip(routers, norms, strict=True)), torch.device("cpu")
+    stacked = routers_with_next(pairs, True, cpu)
+    assert [len(rows) for rows in stacked] == [32, 32, 16]
+    plain = routers_with_next(pairs, False, cpu)
+    assert all(torch.equal(rows, router) for rows, router in zip(plain, routers, strict=True))
+    residual = torch.randn(1, 64, generator=generator)
+    residual[0, 5] = 0.0
+    for row, rows in enumerate(stacked):
+        both = (residual * norms[row]) @ rows.T
+        assert torch.equal(both[:, :16], (residual * norms[row]) @ routers[row].T)
+        if row < 2:
+            ahead = (residual * norms[row + 1]) @ routers[row + 1].T
+            assert torch.allclose(both[:, 16:], ahead, atol=1e-4)

@@ -10,7 +10,7 @@ from offload.footprint import Footprint
 from offload.machine import Machine
 from offload.plan import Plan, make_plan
 from offload.policy import make_policy
-from offload.predict import OF_PCIE, OF_VRAM, dimm_rate, miss_split
+from offload.predict import FORESEEN, OF_PCIE, OF_VRAM, dimm_rate, miss_split, with_warm_bytes
 from offload.records import Tier
 from offload.timeline import Replay, Setup
 from offload.timeline_places import Step, Tiers, drawn, replayed, shares, stretched
@@ -66,6 +66,21 @@ def test_a_miss_on_the_cpu_hides_the_shared_expert() -> None:
     assert 1 / of.decode(8).tokens_per_s == pytest.approx(expected)
 
 
+def test_a_miss_is_shorter_by_what_was_read_ahead() -> None:
+    on = with_warm_bytes(DESKTOP, 2**22)
+    without, with_cache = (everywhere("ram", setup(on=one, part=0.0)) for one in (DESKTOP, on))
+    rates, work = Rates.of(on), Work.of(with_cache.footprint, with_cache.plan.filled)
+    rate = rates.cpu_read(work.expert, work.expert_weights)
+    saved = 47 * FORESEEN * 2**22 * (1 / rate - 1 / rates.cached)
+    before, after = without.decode(8), with_cache.decode(8)
+    assert 1 / before.tokens_per_s - 1 / after.tokens_per_s == pytest.approx(saved)
+    assert after.moved["ram"] == pytest.approx(before.moved["ram"])  # read all the same, only earlier
+    plenty = everywhere("ram", setup(on=with_warm_bytes(DESKTOP, 2**30), part=0.0)).decode(8)
+    idle = rates.ring + work.layers[1].attention / rates.vram + work.layers[1].kv / rates.vram + rates.layer
+    most = 47 * FORESEEN * idle * rate * (1 / rate - 1 / rates.cached)
+    assert 1 / before.tokens_per_s - 1 / plenty.tokens_per_s == pytest.approx(most, rel=0.05)
+
+
 def test_a_miss_read_in_place_goes_at_the_speed_of_the_bus() -> None:
     of = everywhere("ram", setup(part=1.0))
     found, work = of.decode(8), Work.of(of.footprint, of.plan.filled)
@@ -93,6 +108,8 @@ def test_bytes_are_conserved_over_tiers() -> None:
 
 
 def faster(on: Machine, what: str, times: float) -> Machine:
+    if what == "cache_bytes":
+        return replace(on, cache_bytes=int(2**23 * times))
     if what in ("ram_gb_s", "disk_gb_s", "int8_gops"):
         return replace(on, **{what: getattr(on, what) * times})
     assert on.gpu is not None
@@ -100,7 +117,7 @@ def faster(on: Machine, what: str, times: float) -> Machine:
 
 
 @pytest.mark.parametrize(
-    "what", ["ram_gb_s", "disk_gb_s", "int8_gops", "vram_gb_s", "h2d_gb_s", "bf16_tflops"]
+    "what", ["cache_bytes", "ram_gb_s", "disk_gb_s", "int8_gops", "vram_gb_s", "h2d_gb_s", "bf16_tflops"]
 )
 @pytest.mark.parametrize("shape", ["scout", "maverick"])
 def test_more_of_anything_is_never_slower(shape: str, what: str) -> None:
@@ -114,6 +131,13 @@ def test_more_of_anything_is_never_slower(shape: str, what: str) -> None:
 
 CASES = {
     "scout on a 4090": ("scout", DESKTOP, {}),
+    "scout beside caches": ("scout", with_warm_bytes(DESKTOP, 20 * 2**20), {}),
+    "scout beside caches where a split pays": (
+        "scout",
+        with_warm_bytes(replace(DESKTOP, gpu=replace(RTX_4090, together_gb_s=85)), 20 * 2**20),
+        {},
+    ),
+    "maverick beside caches": ("maverick", with_warm_bytes(DESKTOP, 20 * 2**20), {}),
     "scout in 12 GiB": ("scout", DESKTOP, {"vram": 12 * GIB}),
     "scout where a split pays": ("scout", replace(DESKTOP, gpu=replace(RTX_4090, together_gb_s=85)), {}),
     "maverick on a 4090": ("maverick", DESKTOP, {}),

@@ -7,6 +7,7 @@ Legend: T tokens, k experts per token, H hidden, E experts, inter: expert interm
 """
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,11 +22,30 @@ _BLOCK = 4096
 PATIENCE = 1 << 26  # looks at the flag before a step gives up: a minute or more at one PCIe round trip each
 
 
+@dataclass(frozen=True)
+class Coming:
+    """What is known of the MoE layer after the one that rings, its row in the tables ``row``: ``logits`` f32
+    ``[1, E]``, its router on the present hidden state, and ``places`` uint8 ``[E]`` of its experts."""
+
+    row: int
+    logits: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """The last MoE layer rings: what was said of coming ones is over."""
+
+
+Outlook = Coming | Nothing | None
+
+
 def ring(
     x: Tensor, chosen: Tensor, scores: Tensor, places: Tensor, share: Tensor, row: int, inter: int,
-    bell: BellBuffers,
+    bell: BellBuffers, outlook: Outlook = None,
 ) -> None:  # fmt: skip
-    """Open a request for MoE layer ``row`` if any chosen expert is, in part, the host's.
+    """Open a request for MoE layer ``row`` if any chosen expert is, in part, the host's; whether or not, say
+    in ``bell.hint`` what ``outlook`` (of one token) expects to be the host's next.
 
     x ``[T, H]``, chosen int32 ``[T, k]`` (-1: none), scores f32 ``[T, k]``, places uint8 ``[E]``, share int32
     ``[1]``: of an expert in pinned host memory (place 1) the host computes intermediate features ``share``
@@ -37,10 +57,12 @@ def ring(
             f"x {tuple(x.shape)} with {top_k} experts per token: the doorbell's buffers are for "
             f"{bell.scores.numel()} experts and hidden size {bell.x.shape[1]}"
         )
+    if outlook is not None and (tokens != 1 or bell.hint.numel() < top_k):
+        raise SchemeError(f"{tokens} tokens, room for {bell.hint.numel()} of {top_k} experts: expected one")
     if runtime.on_device(x):
-        launch_ring(x, chosen, scores, places, share, row, inter, bell)
+        launch_ring(x, chosen, scores, places, share, row, inter, bell, outlook)
     else:
-        reference_ring(x, chosen, scores, places, share, row, inter, bell)
+        reference_ring(x, chosen, scores, places, share, row, inter, bell, outlook)
 
 
 def answer(
@@ -67,21 +89,29 @@ def first_features(chosen: Tensor, places: Tensor, share: Tensor, inter: int) ->
 
 def reference_ring(
     x: Tensor, chosen: Tensor, scores: Tensor, places: Tensor, share: Tensor, row: int, inter: int,
-    bell: BellBuffers,
+    bell: BellBuffers, outlook: Outlook = None,
 ) -> None:  # fmt: skip
     """``ring`` in torch, for a step on the CPU."""
     first = first_features(chosen, places, share, inter)
-    if bool((first == inter).all()):
-        return
-    tokens, top_k = chosen.shape
-    pairs = tokens * top_k
-    bell.request[:_HEADER] = torch.tensor([row, tokens, top_k, 0], dtype=torch.int32)
-    bell.request[_HEADER : _HEADER + pairs] = chosen.clamp(min=0).flatten()
-    bell.request[_HEADER + pairs : _HEADER + 2 * pairs] = first.flatten()
-    bell.scores.view(-1)[:pairs] = scores.flatten()
-    bell.x[:tokens] = x.float()
-    bell.sequence.add_(1)
-    store_release(bell.control, RUNG, int(bell.sequence))
+    if not bool((first == inter).all()):
+        tokens, top_k = chosen.shape
+        pairs = tokens * top_k
+        bell.request[:_HEADER] = torch.tensor([row, tokens, top_k, 0], dtype=torch.int32)
+        bell.request[_HEADER : _HEADER + pairs] = chosen.clamp(min=0).flatten()
+        bell.request[_HEADER + pairs : _HEADER + 2 * pairs] = first.flatten()
+        bell.scores.view(-1)[:pairs] = scores.flatten()
+        bell.x[:tokens] = x.float()
+        bell.sequence.add_(1)
+        store_release(bell.control, RUNG, int(bell.sequence))
+    if isinstance(outlook, Coming):
+        logits = outlook.logits[0].nan_to_num(nan=-3e38)
+        best = torch.sort(logits, descending=True, stable=True).indices[: chosen.shape[1]]
+        words = 1 + outlook.row * outlook.places.numel() + best
+        for rank, word in enumerate(torch.where(outlook.places[best] == VRAM, 0, words).tolist()):
+            store_release(bell.hint, rank, word)
+    elif outlook is not None:
+        for rank in range(chosen.shape[1]):
+            store_release(bell.hint, rank, 0)
 
 
 def reference_answer(
@@ -105,19 +135,22 @@ def reference_answer(
 
 def launch_ring(
     x: Tensor, chosen: Tensor, scores: Tensor, places: Tensor, share: Tensor, row: int, inter: int,
-    bell: BellBuffers,
+    bell: BellBuffers, outlook: Outlook = None,
 ) -> None:  # fmt: skip
-    """``ring`` by its Triton kernel."""
+    """``ring`` by its Triton kernel. A pointer that it does not use is that of ``scores`` or ``places``."""
     import triton
 
     from quant.kernels.cuda.device import bell as device
 
-    tokens, top_k = chosen.shape
+    (tokens, top_k), experts = chosen.shape, places.numel()
+    coming = outlook if isinstance(outlook, Coming) else Coming(0, scores, places)
     device.ring_kernel[(1,)](
         x, chosen, scores, places, share, bell.control, bell.request, bell.scores, bell.x, bell.sequence,
-        row, inter, tokens, top_k, x.shape[1],
+        coming.logits, coming.places, bell.hint, coming.row, row, inter, tokens, top_k, x.shape[1], experts,
         PAIRS=triton.next_power_of_2(tokens * top_k), RUNG=RUNG, HEADER=_HEADER, BLOCK=_BLOCK,
-        NATIVE=not runtime.interpreted(), num_warps=4, num_stages=1, enable_fp_fusion=True,
+        GUESS=0 if outlook is None else 1 if isinstance(outlook, Coming) else 2, TOP_K=top_k,
+        WIDE=triton.next_power_of_2(experts), NATIVE=not runtime.interpreted(),
+        num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 
 

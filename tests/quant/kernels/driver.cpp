@@ -274,15 +274,24 @@ void run_bell(Heap& heap, Random& random, int32_t kind, int32_t group) {
   }
   int32_t *control = heap.take<int32_t>(128), *request = heap.take<int32_t>(4 + 2 * pairs);
   std::memset(control, 0, 128 * 4);
+  int32_t* hint = heap.take<int32_t>(top_k);  // also of experts that there are not
+  int64_t* warmed = heap.take<int64_t>(kKept + top_k);
+  std::memset(hint, 0, top_k * 4);
+  std::memset(warmed, 0, size_t(kKept + top_k) * 8);
   float *scores = normals(heap, random, pairs), *x = normals(heap, random, tokens * hidden);
   float *result = heap.take<float>(tokens * hidden), *expected = heap.take<float>(tokens * hidden);
-  const Bell bell{control, request, scores, x, result, addresses.data(), 1, experts, pairs, &stored, 0, 0, 0};
+  const Bell bell{control, request, scores, x, result, addresses.data(), 1, experts, pairs, &stored, 0, 0, 0,
+                  hint, top_k, 1 << 20, group, warmed};
   std::thread step([&] {
     for (int32_t number = 1; number <= 6; ++number) {
       request[0] = 0, request[1] = int32_t(tokens), request[2] = int32_t(top_k), request[3] = 0;
       for (int64_t pair = 0; pair < pairs; ++pair) {
         request[4 + pair] = int32_t(random.below(experts));
         request[4 + pairs + pair] = number == 1 ? 0 : int32_t(random.below(4) * group);
+      }
+      for (int64_t i = 0; i < 40; ++i) {
+        cs_bell_store(hint, i % top_k, int32_t(random.below(experts + 2)));
+        if (i % 8 == 0) std::this_thread::yield();
       }
       cs_bell_store(control, kRung, number);
       while (cs_bell_load(control, kAnswered) != number) std::this_thread::yield();

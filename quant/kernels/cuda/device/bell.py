@@ -46,13 +46,34 @@ def _first_features(chosen, places, share, inter, count, PAIRS: tl.constexpr):
     return known, tl.where(expert < 0, inter, first)
 
 
-@triton.jit(do_not_specialize=["layer"])
-def ring_kernel(
-    x, chosen, scores, places, share, control, request, host_scores, host_x, sequence, layer, inter, tokens,
-    top_k, features,
-    PAIRS: tl.constexpr, RUNG: tl.constexpr, HEADER: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr,
+@triton.jit
+def _advise(
+    logits, places, hint, row, experts, TOP_K: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """Ask the host for its part of the chosen experts, if it has one."""
+    """The k largest of the coming layer's logits, as ``select_kernel`` picks them: 1 + row · E + expert each,
+    0 for one in VRAM. Written through to the host, in no order with anything: it is advice."""
+    at, slot = tl.arange(0, WIDE), tl.arange(0, SLOTS)
+    values = tl.load(logits + at, mask=at < experts, other=float("-inf"))
+    values = tl.where((values != values) & (at < experts), -3.0e38, values)
+    ids = tl.zeros((SLOTS,), tl.int32)
+    for rank in tl.static_range(TOP_K):
+        index = tl.min(tl.where(values == tl.max(values, 0), at, WIDE), 0)
+        ids = tl.where(slot == rank, index, ids)
+        values = tl.where(at == index, float("-inf"), values)
+    place = tl.load(places + ids, mask=slot < TOP_K, other=0)
+    word = tl.where(place == 0, 0, 1 + row * experts + ids)
+    tl.store(hint + slot, word, mask=slot < TOP_K, cache_modifier=".wt")
+
+
+@triton.jit(do_not_specialize=["layer", "next_row"])
+def ring_kernel(
+    x, chosen, scores, places, share, control, request, host_scores, host_x, sequence, next_logits,
+    next_places, hint, next_row, layer, inter, tokens, top_k, features, experts,
+    PAIRS: tl.constexpr, RUNG: tl.constexpr, HEADER: tl.constexpr, BLOCK: tl.constexpr,
+    GUESS: tl.constexpr, TOP_K: tl.constexpr, WIDE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Ask the host for its part of the chosen experts, if it has one, then say what comes next. GUESS: 0 say
+    nothing, 1 the coming layer's best, 2 that nothing is known."""
     count = tokens * top_k
     expert, first = _first_features(chosen, places, share, inter, count, PAIRS)
     if tl.sum((first < inter).to(tl.int32), 0) > 0:
@@ -73,6 +94,12 @@ def ring_kernel(
         tl.store(sequence, number)
         tl.debug_barrier()
         _publish(control + RUNG, number, NATIVE)
+    if GUESS == 1:  # behind the request: nobody waits for it
+        _advise(next_logits, next_places, hint, next_row, experts, TOP_K, PAIRS, WIDE)
+    if GUESS == 2:
+        slot = tl.arange(0, PAIRS)
+        nothing = tl.zeros((PAIRS,), tl.int32)
+        tl.store(hint + slot, nothing, mask=slot < TOP_K, cache_modifier=".wt")
 
 
 @triton.jit(do_not_specialize=["patience"])

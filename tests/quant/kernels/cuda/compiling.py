@@ -186,8 +186,21 @@ def _bell() -> None:
     x, out = torch.zeros(1, 5120, dtype=torch.bfloat16), torch.zeros(1, 5120)
     chosen, scores = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1)
     places, share = torch.zeros(16, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
-    bell.launch_ring(x, chosen, scores, places, share, 3, 8192, buffers)
+    coming = bell.Coming(4, torch.zeros(1, 32)[:, 16:], places)
+    bell.launch_ring(x, chosen, scores, places, share, 3, 8192, buffers, coming)
     bell.launch_answer(chosen, places, share, 8192, buffers, out, bell.PATIENCE)
+
+
+def _hints() -> None:
+    from quant.kernels.cuda import bell
+    from quant.kernels.doorbell import BellBuffers
+
+    buffers = BellBuffers.allocate(1, 4, 5120, torch.device("cpu"))
+    x, share = torch.zeros(1, 5120, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
+    chosen, scores = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 4)
+    places = torch.zeros(128, dtype=torch.uint8)
+    for outlook in (None, bell.Nothing(), bell.Coming(4, torch.zeros(1, 128), places)):
+        bell.launch_ring(x, chosen, scores, places, share, 3, 8192, buffers, outlook)
 
 
 # What every card gets compiled, and what one card more gets: the other widths, groups and forms.
@@ -203,6 +216,7 @@ MORE = {
     "linear int4-g128 T=8": _linear(4, 128, 8),
     "linear int8-g128 T=2048": _linear(8, 128, 2048, adds=True),
     "attention bf16": _attention(torch.bfloat16, 0),
+    "hints top-4": _hints,
     "prefill int4-g32": _prefill(4, 32, scales_input=False),
 }
 

@@ -92,6 +92,48 @@ def test_a_dead_host_cannot_hang_the_step(side: Any, reason: str) -> None:
     assert (out == 1).all()
 
 
+LOGITS = {
+    "one": (torch.tensor([[0.5, 2.0, 1.0, -1.0]]), PLACES, 1),
+    "one in vram": (torch.tensor([[3.5, 2.0, 1.0, -1.0]]), PLACES, 1),
+    "the lowest of equals": (torch.tensor([[0.0, 2.0, 2.0, 2.0]]), PLACES, 2),
+    "not a number": (torch.tensor([[float("nan"), float("nan"), -2.0, float("nan")]]), PLACES, 2),
+    "three of five": (torch.tensor([[0.1, 5.0, 0.3, 4.0, 0.2]]), torch.tensor([1, 1, 2, 0, 1]).byte(), 3),
+}
+
+
+@pytest.mark.parametrize("case", LOGITS)
+@pytest.mark.parametrize("missed", [True, False])
+def test_a_ring_says_what_comes_next_whether_or_not_it_rings(case: str, missed: bool, side: Any) -> None:
+    ring, _, place = side
+    logits, places, top_k = LOGITS[case]
+    buffers = BellBuffers.allocate(1, top_k, HIDDEN, place)
+    x, chosen, scores, here, share, there, logits_there = moved(
+        place, torch.zeros(1, HIDDEN).bfloat16(), torch.zeros(1, top_k).int(), torch.zeros(1, top_k),
+        torch.full_like(places, int(missed)), torch.zeros(1).int(), places, logits,
+    )  # fmt: skip
+
+    def said(outlook: bell.Outlook) -> list[int]:
+        ring(x, chosen, scores, here, share, 3, INTER, buffers, outlook)
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        return buffers.hint.tolist()  # type: ignore[no-any-return]
+
+    ranked = sorted(range(logits.numel()), key=lambda e: (-float(logits[0, e].nan_to_num(-3e38)), e))[:top_k]
+    wanted = [0 if places[e] == 0 else 1 + 4 * logits.numel() + e for e in ranked]
+    assert said(None) == [0] * top_k
+    assert said(bell.Coming(4, logits_there, there)) == wanted
+    assert said(None) == wanted
+    assert said(bell.Nothing()) == [0] * top_k
+    assert load_acquire(buffers.control, RUNG) == (4 if missed else 0)
+
+
+def test_what_comes_next_is_said_of_one_token() -> None:
+    buffers = BellBuffers.allocate(TOKENS, TOP_K, HIDDEN, torch.device("cpu"))
+    x, scores = torch.zeros(TOKENS, HIDDEN), torch.zeros(TOKENS, TOP_K)
+    with pytest.raises(SchemeError, match="2 tokens"):
+        bell.ring(x, CHOSEN, scores, PLACES, SHARE, 0, INTER, buffers, bell.Nothing())
+
+
 def test_buffers_too_small_are_refused() -> None:
     buffers = BellBuffers.allocate(1, 1, HIDDEN, torch.device("cpu"))
     x, scores = torch.zeros(TOKENS, HIDDEN), torch.zeros(TOKENS, TOP_K)
