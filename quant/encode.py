@@ -73,7 +73,7 @@ def encode_by(weight: Tensor, scheme: Scheme, name: str, transposed: bool, curva
         values = round_with_feedback(source, scale, scheme, curvature)
         signal += float(source.square().sum(dtype=torch.float64))
         steps = scale.float().repeat_interleave(scheme.group_size, 1)
-        noise += float(source.sub_(steps.mul_(values)).square().sum(dtype=torch.float64))
+        noise += float(steps.mul_(values).sub_(source).square_().sum(dtype=torch.float64))
         packed.append(_packed(values, scheme.bits))
         scales.append(scale)
     return Encoded({"weight_packed": torch.cat(packed), "weight_scale": torch.cat(scales)}, signal, noise)
