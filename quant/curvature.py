@@ -21,7 +21,7 @@ from torch import Tensor
 from quant.scheme import Scheme
 
 BLOCK = 256  # a multiple of every group size
-DAMPING = 0.3  # of the mean diagonal of a block
+DAMPING = 0.5  # of the mean diagonal of a block
 
 
 @dataclass(frozen=True)

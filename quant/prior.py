@@ -20,7 +20,7 @@ from quant.checkpoint import Checkpoint
 from quant.curvature import Curvature
 from quant.shape import LinearSpec
 
-SAMPLES = 1024
+SAMPLES = 512
 _ZIPF_OFFSET = 10
 _OTHERS, _SPREAD, _OWN = 16, 2.0, 0.3
 _ROW_BYTES = 32 * 2**20  # of a weight, read at once

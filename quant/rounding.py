@@ -50,20 +50,25 @@ class Search:
 
     name = "search"
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._means = InputMeans(checkpoint)
-        self._prior = Prior(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, imagine: bool = True) -> None:
+        self._checkpoint, self._means = checkpoint, InputMeans(checkpoint)
+        self._prior = Prior(checkpoint) if imagine else None
 
     def encode(
         self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int
     ) -> Encoded:
         """See ``Rounder``."""
-        curvature = self._prior.of(module) if scheme.kind in ("int4", "int8") else None
+        curvature = self._prior.of(module) if self._prior and scheme.is_packed else None
         if curvature is not None:
             return encode_by(weight, scheme, label, transposed, curvature)
         if scheme.kind != "int4":
             return encode(weight, scheme, label, transposed)
         return encode(weight, scheme, label, transposed, search=True, means=self._means.of(module))
+
+    def unimagined(self) -> "Search":
+        """Dense Linears rounded as experts are: feedback trades errors of weights for errors of outputs, so
+        that who compares weights needs them without."""
+        return Search(self._checkpoint, imagine=False)
 
 
 def make_rounder(rounding: Rounding, checkpoint: Checkpoint) -> Rounder:

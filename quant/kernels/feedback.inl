@@ -2,7 +2,7 @@
 // many there are. A value's target is its weight plus what the errors of other columns of the block call for; the
 // first pass looks at the columns already rounded, the second at all others.
 
-constexpr int kFeedbackVectors = 4, kFeedbackRows = kFeedbackVectors * kLanes, kFeedbackBlock = 256;
+constexpr int kFeedbackVectors = 2, kFeedbackRows = kFeedbackVectors * kLanes, kFeedbackBlock = 256;
 
 struct FeedbackBlock {  // one block of columns of kFeedbackRows rows, in the order in which they are rounded
   alignas(64) float weight[kFeedbackBlock][kFeedbackRows];
@@ -11,15 +11,18 @@ struct FeedbackBlock {  // one block of columns of kFeedbackRows rows, in the or
   alignas(64) float value[kFeedbackBlock][kFeedbackRows];
 };
 
-// Rounds column i for the errors of columns [0, count) by `row` of the matrix. What is kept as its error is counted
-// from the target in the first pass and from the weight in the second.
+// Rounds column i for the errors of columns [0, count), count even, by `row` of the matrix; two sums hide the latency
+// of adding. What is kept as its error is counted from the target in the first pass and from the weight in the second.
 INLINE void round_column(FeedbackBlock& b, int i, int count, const float* row, float low, float high, bool second) {
-  vf pull[kFeedbackVectors] = {};
-  for (int j = 0; j < count; ++j)
-    for (int v = 0; v < kFeedbackVectors; ++v) pull[v] += load<vf>(b.error[j] + v * kLanes) * row[j];
+  vf even[kFeedbackVectors] = {}, odd[kFeedbackVectors] = {};
+  for (int j = 0; j < count; j += 2)
+    for (int v = 0; v < kFeedbackVectors; ++v) {
+      even[v] += load<vf>(b.error[j] + v * kLanes) * row[j];
+      odd[v] += load<vf>(b.error[j + 1] + v * kLanes) * row[j + 1];
+    }
   for (int v = 0; v < kFeedbackVectors; ++v) {
     const vf weight = load<vf>(b.weight[i] + v * kLanes), scale = load<vf>(b.scale[i] + v * kLanes);
-    const vf target = weight + pull[v];
+    const vf target = weight + (even[v] + odd[v]);
     const vf value = to_float(rounded(larger(smaller(target / scale, splat(high)), splat(low))));
     store(b.value[i] + v * kLanes, value);
     store(b.error[i] + v * kLanes, (second ? weight : target) - value * scale);
@@ -44,8 +47,9 @@ static void round_with_feedback(const FeedbackJob& job, int64_t row0, int64_t ro
         }
       }
       const int64_t square = start * job.block;
+      __builtin_memset(b.error, 0, sizeof b.error);  // column i itself may be summed: its factor is zero
       for (int i = 0; i < width; ++i)
-        round_column(b, i, i, job.first + square + int64_t(i) * job.block, low, high, false);
+        round_column(b, i, (i + 1) & ~1, job.first + square + int64_t(i) * job.block, low, high, false);
       for (int i = 0; i < width; ++i)
         for (int v = 0; v < kFeedbackVectors; ++v) {
           const vf done = load<vf>(b.value[i] + v * kLanes) * load<vf>(b.scale[i] + v * kLanes);
