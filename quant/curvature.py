@@ -1,6 +1,6 @@
 """What a rounding error costs, seen from a Linear's inputs, and rounding that makes up for errors by it.
 
-For inputs X [S, K] the error E = Ŵ - W of a row costs E H Eᵀ with H = XᵀX / S. H is taken in blocks of 256
+For inputs X [S, K] the error E = Ŵ - W of a row costs E H Eᵀ with H = XᵀX / S. H is taken in blocks of 128
 columns, which keeps the work per weight small whatever K is, and damped strongly, because a sample and not
 the inputs themselves gave it. Within a block values are rounded as GPTQ does (Frantar et al., 2022: by
 falling diagonal, each error made up for by the columns still to come), then once more, each given all others.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quant.scheme import Scheme
 
-BLOCK = 256  # a multiple of every group size
+BLOCK = 128
 DAMPING = 0.5  # of the mean diagonal of a block
 
 

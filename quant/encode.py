@@ -71,12 +71,16 @@ def encode_by(weight: Tensor, scheme: Scheme, name: str, transposed: bool, curva
         source = part.float().contiguous()
         scale = quantize_pack(source, scheme.kind, scheme.group_size, search=scheme.kind == "int4").scale
         values = round_with_feedback(source, scale, scheme, curvature)
-        signal += float(source.square().sum(dtype=torch.float64))
-        steps = scale.float().repeat_interleave(scheme.group_size, 1)
-        noise += float(steps.mul_(values).sub_(source).square_().sum(dtype=torch.float64))
+        signal += _squares(source)
+        groups = values.view(len(values), -1, scheme.group_size)
+        noise += _squares((groups * scale.float().unsqueeze(-1)).view_as(source).sub_(source))
         packed.append(_packed(values, scheme.bits))
         scales.append(scale)
     return Encoded({"weight_packed": torch.cat(packed), "weight_scale": torch.cat(scales)}, signal, noise)
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dim=1).square_().sum(dtype=torch.float64))
 
 
 def _packed(values: Tensor, bits: int) -> Tensor:
