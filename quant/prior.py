@@ -5,7 +5,8 @@ has frequent tokens first; Zipf's law), and walked through the layers without th
 replaced by what it does on average: each head adds up its token's value and those of some others, with
 random weights. Norms, v_proj, o_proj, the shared expert and dense MLPs are the model's own. For the first
 layer's q, k and v this is what inputs are, but for frequencies; deeper it is a guess that keeps the mean and
-the main directions of the residual stream, and rounding damps it strongly (``quant.curvature``).
+the main directions of the residual stream, and rounding damps it strongly (``quant.curvature``). What
+down_proj is given it does not foresee well enough to be of use.
 
 Legend: S samples, H hidden size, K in features.
 """
@@ -21,6 +22,7 @@ from quant.curvature import Curvature
 from quant.shape import LinearSpec
 
 SAMPLES = 512
+FIRST_SAMPLES = 8 * SAMPLES  # for what the first layer's q, k and v are given: they need no walk
 _ZIPF_OFFSET = 10
 _OTHERS, _SPREAD, _OWN = 16, 2.0, 0.3
 _ROW_BYTES = 32 * 2**20  # of a weight, read at once
@@ -42,10 +44,10 @@ class Prior:
         self._known: dict[str, Curvature | None] = {}
 
     def of(self, module: str) -> Curvature | None:
-        """The curvature of checkpoint module ``module``; None for experts and head, and where the imagined
-        inputs are zero or overflow."""
+        """The curvature of checkpoint module ``module``; None for experts, down_proj and head, and where the
+        imagined inputs are zero or overflow."""
         spec = self._specs.get(module)
-        if spec is None or spec.layer is None:
+        if spec is None or spec.layer is None or spec.projection == "down_proj":
             return None
         if spec.layer < self._layer:
             self._layer = -1
@@ -58,31 +60,34 @@ class Prior:
 
     def _step(self) -> None:
         """Walk through the next layer, keeping what its Linears are given."""
-        if self._layer < 0:
+        first = self._layer < 0
+        if first:
             self._stream = self._embedded()
         self._layer += 1
         shape, layer = self._checkpoint.shape, self._layer
         base = f"{shape.layer_prefix(layer)}self_attn."
         inputs = {"attention": self._normed("input_layernorm")}
-        inputs["o_proj"] = self._mixed(self._product(f"{base}v_proj", inputs["attention"]))
+        if first:
+            self._stream = self._stream[:SAMPLES].clone()
+        values = self._product(f"{base}v_proj", inputs["attention"][:SAMPLES])
+        inputs["o_proj"] = self._mixed(values)
         self._stream = self._stream + self._product(f"{base}o_proj", inputs["o_proj"])
         modules = [m for m, spec in self._specs.items() if spec.layer == layer and spec.projection]
         if modules:
             gate, up, down = modules
             inputs["mlp"] = self._normed("post_attention_layernorm")
             gated = functional.silu(self._product(gate, inputs["mlp"]))
-            inputs["down_proj"] = gated.mul_(self._product(up, inputs["mlp"]))
-            self._stream = self._stream + self._product(down, inputs["down_proj"])
+            self._stream = self._stream + self._product(down, gated.mul_(self._product(up, inputs["mlp"])))
         self._inputs, self._known = inputs, {}
 
     def _embedded(self) -> Tensor:
-        """Embeddings ``[S, H]`` of tokens evenly spread over Zipf's distribution, in random order."""
+        """Embeddings ``[8 S, H]`` of tokens evenly spread over Zipf's distribution, in random order."""
         entry = self._checkpoint.find(f"{self._checkpoint.shape.prefix}model.embed_tokens.weight")
         rows, width = entry.shape
         share = (torch.arange(rows, dtype=torch.float64) + _ZIPF_OFFSET).reciprocal().cumsum(0)
-        places = (torch.arange(SAMPLES, dtype=torch.float64) + 0.5) / SAMPLES * share[-1]
+        places = (torch.arange(FIRST_SAMPLES, dtype=torch.float64) + 0.5) / FIRST_SAMPLES * share[-1]
         tokens = torch.searchsorted(share, places).clamp_max(rows - 1)
-        order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(FIRST_SAMPLES, generator=torch.Generator().manual_seed(0))
         row_bytes = entry.nbytes // rows
         found = {
             token: self._checkpoint.read(entry.key, token * row_bytes, (1, width)).float()
@@ -127,7 +132,6 @@ class Prior:
 
 def _kind(spec: LinearSpec) -> str:
     """Which of a layer's inputs a Linear is given."""
-    last = spec.module.rpartition(".")[2]
     if spec.projection:
-        return "down_proj" if spec.projection == "down_proj" else "mlp"
-    return "o_proj" if last == "o_proj" else "attention"
+        return "mlp"
+    return "o_proj" if spec.module.endswith(".o_proj") else "attention"

@@ -43,7 +43,7 @@ def test_the_trained_model_s_first_layer_keeps_its_outputs_better(scheme: Scheme
             float(((rounded(rounder, weight, scheme, module) - weight.float()) @ x.t()).square().sum())
             for rounder in (Search(checkpoint), Nearest())
         ]
-        assert wrong[0] < 0.8 * wrong[1], projection
+        assert wrong[0] < 0.6 * wrong[1], projection
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,7 +73,8 @@ def test_dense_linears_have_a_curvature_in_every_layer_and_no_other_has(tiny: Ti
     found = Prior(checkpoint)
     for spec in checkpoint.shape.dense_linears():
         curvature = found.of(spec.module)
-        assert (curvature is None) == (spec.role == "lm_head"), spec.module
+        none = spec.role == "lm_head" or spec.projection == "down_proj"
+        assert (curvature is None) == none, spec.module
         assert curvature is None or len(curvature.order) == spec.in_features
     layer = checkpoint.shape.moe_layers[0]
     assert all(found.of(spec.module) is None for spec in checkpoint.shape.expert_linears(layer, 0))
@@ -81,7 +82,7 @@ def test_dense_linears_have_a_curvature_in_every_layer_and_no_other_has(tiny: Ti
 
 def test_a_conversion_that_goes_on_in_the_middle_finds_the_same(tiny: Tiny) -> None:
     checkpoint = Checkpoint.open(tiny("llama4_maverick"))
-    modules = [spec.module for spec in checkpoint.shape.dense_linears()]
+    modules = [spec.module for spec in checkpoint.shape.dense_linears() if "down" not in spec.module]
     through = Prior(checkpoint)
     expected = {module: through.of(module) for module in modules}
     for module in (modules[-2], modules[0], modules[9]):  # ahead, and back to the beginning
@@ -94,7 +95,7 @@ def test_a_conversion_that_goes_on_in_the_middle_finds_the_same(tiny: Tiny) -> N
 
 def test_weights_read_in_pieces_walk_to_the_same_inputs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(tiny("llama4_text"))
-    module = "model.layers.3.feed_forward.shared_expert.down_proj"
+    module = "model.layers.3.feed_forward.shared_expert.up_proj"
     whole = Prior(checkpoint).of(module)
     monkeypatch.setattr(prior, "_ROW_BYTES", 24 * 256)
     pieces = Prior(checkpoint).of(module)
