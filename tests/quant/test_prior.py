@@ -43,7 +43,7 @@ def test_the_trained_model_s_first_layer_keeps_its_outputs_better(scheme: Scheme
             float(((rounded(rounder, weight, scheme, module) - weight.float()) @ x.t()).square().sum())
             for rounder in (Search(checkpoint), Nearest())
         ]
-        assert wrong[0] < 0.6 * wrong[1], projection
+        assert wrong[0] < 0.8 * wrong[1], projection
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
