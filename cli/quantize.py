@@ -44,7 +44,7 @@ def quantize(
     per_expert: PerExpert = False,
     rounding: Annotated[
         Literal["search", "rtn"],
-        typer.Option("--rounding", help="search: best scale of each group, for int4; rtn: plain absmax."),
+        typer.Option("--rounding", help="search: the best without data; rtn: plain absmax."),
     ] = "search",
     calibrate: Annotated[
         Path | None,

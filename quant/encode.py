@@ -1,7 +1,8 @@
 """One block of a dense weight as the bytes of its stored tensors, and what the rounding cost.
 
-int4 and int8 go through the native kernel, which is tested bit for bit against ``quant.pack``; nf4 through
-bitsandbytes, some rows at a time, because its CPU code needs many times the weight's size.
+int4 and int8 go through the native kernel, which is tested bit for bit against ``quant.pack``; with a
+curvature it finds the scales only, and values are rounded with feedback. nf4 goes through bitsandbytes, some
+rows at a time, because its CPU code needs many times the weight's size.
 
 Legend: N out features, K in features.
 """
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.curvature import Curvature
 from quant.errors import NonFiniteError
+from quant.kernels.feedback import round_with_feedback
 from quant.kernels.quantize import quantize_pack
 from quant.pack import dequantize_nf4, quantize_nf4
 from quant.scheme import Scheme
 
 _NF4_WEIGHTS = 2**20
+_FEEDBACK_WEIGHTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,37 @@ def encode(
     return Encoded(
         {"weight_packed": done.packed, "weight_scale": done.scale}, done.squared_sum, done.squared_error
     )
+
+
+def encode_by(weight: Tensor, scheme: Scheme, name: str, transposed: bool, curvature: Curvature) -> Encoded:
+    """As ``encode`` for int4 (its scales searched) and int8, values rounded with feedback by ``curvature``,
+    some rows at a time."""
+    dense = weight.t() if transposed else weight
+    check_finite(dense, name)
+    packed, scales, signal, noise = [], [], 0.0, 0.0
+    for part in dense.split(max(64, _FEEDBACK_WEIGHTS // dense.shape[1])):
+        source = part.float().contiguous()
+        scale = quantize_pack(source, scheme.kind, scheme.group_size, search=scheme.kind == "int4").scale
+        values = round_with_feedback(source, scale, scheme, curvature)
+        signal += _squares(source)
+        groups = values.view(len(values), -1, scheme.group_size)
+        noise += _squares((groups * scale.float().unsqueeze(-1)).view_as(source).sub_(source))
+        packed.append(_packed(values, scheme.bits))
+        scales.append(scale)
+    return Encoded({"weight_packed": torch.cat(packed), "weight_scale": torch.cat(scales)}, signal, noise)
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dim=1).square_().sum(dtype=torch.float64))
+
+
+def _packed(values: Tensor, bits: int) -> Tensor:
+    """``quant.pack.pack`` without its wide temporaries."""
+    octets = values.view(torch.uint8)
+    if bits == 4:
+        octets = octets.add(8)
+        return (octets[:, ::2] | octets[:, 1::2] << 4).contiguous().view(torch.int32)
+    return octets.bitwise_xor(128).view(torch.int32)
 
 
 def check_finite(tensor: Tensor, name: str) -> None:

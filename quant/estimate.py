@@ -17,7 +17,7 @@ from quant.allocate import Choices, Option
 from quant.checkpoint import Checkpoint
 from quant.imatrix import Imatrix
 from quant.linear import LinearWeight
-from quant.rounding import Rounder
+from quant.rounding import Rounder, Search
 from quant.scheme import Scheme
 from quant.shape import LinearSpec
 from quant.units import Unit
@@ -33,6 +33,8 @@ def estimates(
 ) -> list[Choices]:  # fmt: skip
     """Each unit's schemes with their loss. ``shares`` gives the part of a layer's requests that goes to each
     (layer, expert)."""
+    if isinstance(rounder, Search):  # judged by the error of weights, see its unimagined()
+        rounder = rounder.unimagined()
     return [_choices(checkpoint, unit, rounder, imatrix, shares) for unit in units]
 
 

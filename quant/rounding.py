@@ -9,8 +9,9 @@ from typing import Literal, Protocol, get_args
 from torch import Tensor
 
 from quant.checkpoint import Checkpoint
-from quant.encode import Encoded, encode
+from quant.encode import Encoded, encode, encode_by
 from quant.inputs import InputMeans
+from quant.prior import Prior
 from quant.scheme import Scheme
 
 Rounding = Literal["search", "rtn"]
@@ -42,21 +43,32 @@ class Nearest:
 
 
 class Search:
-    """int4 by the best scale of each group, balanced against the mean input (``quant.search``); the rest as
-    ``Nearest`` does: at eight bits there is nothing to find."""
+    """Without data, and better than ``Nearest``: dense Linears are rounded by what their inputs are imagined
+    to be (``quant.prior``); of experts, int4 takes the best scale of each group, balanced against the mean
+    input (``quant.search``), and int8 goes to nearest. The head, and nf4, are ``Nearest``'s and the
+    search's."""
 
     name = "search"
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._means = InputMeans(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, imagine: bool = True) -> None:
+        self._checkpoint, self._means = checkpoint, InputMeans(checkpoint)
+        self._prior = Prior(checkpoint) if imagine else None
 
     def encode(
         self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int
     ) -> Encoded:
         """See ``Rounder``."""
+        curvature = self._prior.of(module) if self._prior and scheme.is_packed else None
+        if curvature is not None:
+            return encode_by(weight, scheme, label, transposed, curvature)
         if scheme.kind != "int4":
             return encode(weight, scheme, label, transposed)
         return encode(weight, scheme, label, transposed, search=True, means=self._means.of(module))
+
+    def unimagined(self) -> "Search":
+        """Dense Linears rounded as experts are: feedback trades errors of weights for errors of outputs, so
+        that who compares weights needs them without."""
+        return Search(self._checkpoint, imagine=False)
 
 
 def make_rounder(rounding: Rounding, checkpoint: Checkpoint) -> Rounder:

@@ -51,6 +51,18 @@ struct QuantizeJob {
   const int32_t* means;  // [K] in -127..127, what rounding errors are balanced against; or null
 };
 
+// Rounding to given scales that makes up for each value's error in others of its block of columns: see
+// quant/curvature.py. `first` and `again` are [blocks, block, block], `order` says which column of its block comes when.
+struct FeedbackJob {
+  const float* weight;    // [N, K]
+  const uint16_t* scale;  // bf16 [N, G]
+  int64_t n, k;
+  int32_t group, block, low, high;
+  const int32_t* order;  // [K]
+  const float *first, *again;
+  int8_t* values;  // [N, K]
+};
+
 // T rows of activations as int8: blocks of 128 along K, in int4 layout the 64 even elements then the 64 odd
 // ones (the order in which masking and shifting 64 packed bytes yields them), in int8 layout as they come.
 struct Activations {
@@ -93,6 +105,7 @@ struct Kernels {
   void (*quantize_rows)(const QuantizeJob&, int64_t row0, int64_t row1, QuantizeStats*);
   void (*quantize_columns)(const QuantizeJob&, int64_t column0, int64_t column1, int64_t group0, int64_t group1,
                            QuantizeStats*);
+  void (*round_with_feedback)(const FeedbackJob&, int64_t row0, int64_t row1);
   // x f32 [K] to one row of Activations, for weights of this kind and group.
   void (*quantize_activations)(const float* x, int64_t k, int32_t kind, int32_t group, int8_t* q, float* scale,
                                int32_t* sum, float* fix);

@@ -1,5 +1,6 @@
 // Every kernel, in the order in which they use each other, and the table of them.
 #include "quantize.inl"
+#include "feedback.inl"
 #include "activations.inl"
 #include "gemv.inl"
 #include "gemm.inl"
@@ -8,6 +9,6 @@
 #include "attend.inl"
 
 static constexpr Kernels table(const char* name) {
-  return Kernels{name, kPanelRows, quantize_rows, quantize_columns, quantize_activations, gemv, gemm,
-                 dense, silu_multiply, rms_norm, add_scaled, attend, checksum};
+  return Kernels{name, kPanelRows, quantize_rows, quantize_columns, round_with_feedback,
+                 quantize_activations, gemv, gemm, dense, silu_multiply, rms_norm, add_scaled, attend, checksum};
 }

@@ -34,3 +34,15 @@ COLDSTREAM_API int32_t cs_quantize(const coldstream::QuantizeJob* job, coldstrea
   }
   return kOk;
 }
+
+// Round one f32 matrix to the scales it is given. Every argument is checked by Python.
+COLDSTREAM_API int32_t cs_round(const coldstream::FeedbackJob* job) {
+  using namespace coldstream;
+  const Kernels& table = kernels();
+  const int64_t step = 64;
+  parallel((job->n + step - 1) / step, [&](int64_t task, int) {
+    int64_t row = task * step;
+    table.round_with_feedback(*job, row, row + step < job->n ? row + step : job->n);
+  });
+  return kOk;
+}

@@ -35,10 +35,9 @@ from offload.tokenizers import load_tokenizer
 from offload.windows import Windows
 from quant.checkpoint import Checkpoint
 from quant.families import Role
-from quant.inputs import InputMeans
 from quant.pack import Packed, dequantize, dequantize_nf4, quantize, quantize_nf4
+from quant.rounding import Search
 from quant.scheme import Scheme
-from quant.search import search
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "recipes" / "demo"
 ROLES: tuple[Role, ...] = ("experts", "shared_expert", "attention")
@@ -108,9 +107,14 @@ def gguf(kind: str) -> Method:
 
 
 def searched(scheme: Scheme) -> Method:
-    """The default: searched scales, balanced."""
-    means = InputMeans(Checkpoint.open(DEMO))
-    return lambda module, weight: dequantize(search(weight, scheme, means.of(module)))
+    """The default, without data."""
+    rounder = Search(Checkpoint.open(DEMO))
+
+    def stored(module: str, weight: Tensor) -> Tensor:
+        tensors = rounder.encode(weight, scheme, module, False, module, 0).tensors
+        return dequantize(Packed(scheme, tensors["weight_packed"], tensors["weight_scale"]))
+
+    return stored
 
 
 def nearest(scheme: Scheme) -> Method:
@@ -123,7 +127,6 @@ def calibrated(schemes: Mapping[Role, Scheme], text: str = "calibration.txt") ->
     from offload.calibrate import calibrate
     from quant.convert import convert
     from quant.prepared import Prepared
-    from quant.rounding import Search
 
     source = Checkpoint.open(DEMO)
     windows = Windows.cut((DEMO / text).read_text(), load_tokenizer(DEMO), 512)
@@ -172,6 +175,7 @@ def main() -> None:
         "bf16": (16, lambda: lambda module, weight: weight),
         "Q8_0": (8.5, lambda: gguf("Q8_0")),
         "rtn int8-g128": (8.125, lambda: nearest(Scheme("int8"))),
+        "search int8-g128": (8.125, lambda: searched(Scheme("int8"))),
         "Q4_0": (4.5, lambda: gguf("Q4_0")),
         "nf4 b64": (4.5, lambda: lambda module, weight: dequantize_nf4(quantize_nf4(weight))),
         "rtn int4-g32": (4.5, lambda: nearest(Scheme("int4", 32))),

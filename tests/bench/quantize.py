@@ -33,7 +33,7 @@ import json, resource, sys
 from pathlib import Path
 from quant.convert import convert
 from quant.scheme import Scheme
-schemes = dict.fromkeys(("experts", "lm_head"), Scheme.parse(sys.argv[3]))
+schemes = dict.fromkeys(sys.argv[4].split(","), Scheme.parse(sys.argv[3]))
 report = convert(Path(sys.argv[1]), Path(sys.argv[2]), schemes)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"mb_per_s": report.mb_per_s, "seconds": report.seconds, "peak_rss_mb": peak / 1e6}))
@@ -77,14 +77,14 @@ def scout_layers(folder: Path, layers: int, vocab: int) -> Path:
     return folder
 
 
-def run(source: Path, destination: Path, scheme: str, cold: bool) -> dict[str, float]:
+def run(source: Path, destination: Path, scheme: str, roles: str, cold: bool) -> dict[str, float]:
     """Quantize in a fresh process and return its figures."""
     if cold:
         for file in source.glob("*.safetensors"):
             descriptor = os.open(file, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
-    command = [sys.executable, "-c", _RUN, str(source), str(destination), scheme]
+    command = [sys.executable, "-c", _RUN, str(source), str(destination), scheme, roles]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     shutil.rmtree(destination)
     figures: dict[str, float] = json.loads(output.splitlines()[-1])
@@ -99,6 +99,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--vocab", type=int, default=2048, help="202048: head and embeddings of 2 GB each")
     parser.add_argument("--scheme", default="int4")
+    parser.add_argument(
+        "--roles", default="experts,lm_head", help="experts,shared_expert,attention: with imagined inputs"
+    )
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     work = options.folder / f"bench-quantize-{os.getpid()}"
@@ -108,7 +111,9 @@ def main() -> None:
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         result: dict[str, object] = {"source_bytes": size, "scheme": options.scheme, "cores": os.cpu_count()}
         for name, cold in (("warm", False), ("cold", True)):
-            runs = [run(source, work / "out", options.scheme, cold) for _ in range(options.repeat)]
+            runs = [
+                run(source, work / "out", options.scheme, options.roles, cold) for _ in range(options.repeat)
+            ]
             figures = {key: round(statistics.median(r[key] for r in runs), 1) for key in runs[0]}
             spread = [round(f(r["mb_per_s"] for r in runs), 1) for f in (min, max)]
             print(f"{name}: {figures}, MB/s from {spread[0]} to {spread[1]}", file=sys.stderr)
