@@ -54,9 +54,12 @@ def bench(
     from offload.benchmark import Benchmark
     from offload.ledger import forget_peak
     from offload.machine import probe
+    from quant.recipe import resolve_config
+    from quant.shape import ModelShape
 
     plan = Benchmark(prompt_tokens, tokens, repeat)
-    run = replace(run, context=max(run.context, plan.context))
+    shape = ModelShape.from_config(resolve_config(str(path)))
+    run = replace(run, context=max(shape.context(run.context), plan.context))
     console.step("measuring bandwidths")
     probe(path, refresh=True)
     peak_is_clean = forget_peak()

@@ -17,7 +17,7 @@ from offload.records import RunOptions, Sampling
 
 Keep = Annotated[
     Path | None,
-    typer.Option("--keep", metavar="DIR", file_okay=False, help="Leave model, profile and report page here."),
+    typer.Option("--keep", metavar="DIR", help="Leave model, profile and report page here."),
 ]
 
 QUESTION = "What does os.path.join do?"
@@ -45,6 +45,8 @@ def demo(keep: Keep = None, json: Json = False) -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldstream-demo-")))
         else:
             folder = keep
+            if keep.exists() and not keep.is_dir():
+                raise OutputError(f"{keep} is a file: name a new directory for --keep")
             if keep.is_dir() and any(keep.iterdir()):
                 raise OutputError(f"{keep} is not empty: name a new directory for --keep")
             keep.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ def generate(
         extra = {
             "prompt_tokens": len(ids),
             "text": "".join(record.text for record in records),
-            "finish": records[-1].finish,
+            "finish_reason": records[-1].finish_reason,
         }
         # The first decode step meets cold code and caches.
         finish(account(session, [records], command="generate", warmup=1), console, report, extra)

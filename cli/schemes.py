@@ -24,21 +24,34 @@ LmHead = Annotated[str | None, typer.Option(metavar="SCHEME", help="The output h
 GroupSize = Annotated[int, typer.Option(help="Weights that share a scale: 32, 64, 128 or 256.")]
 
 
+def schemes_by_hand(by_hand: "Mapping[Role, str | None]", group_size: int) -> "dict[Role, Scheme]":
+    """The scheme of each role that an option names. Raises UsageError, with the option, if it is none."""
+    from quant.errors import SchemeError
+    from quant.scheme import Scheme
+
+    schemes: dict[Role, Scheme] = {}
+    for role, text in by_hand.items():
+        if text:
+            try:
+                schemes[role] = Scheme.parse(text, group_size)
+            except SchemeError as error:
+                raise UsageError(f"--{role.replace('_', '-')} {text}: {error}") from None
+    return schemes
+
+
 def chosen_schemes(
     recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int
 ) -> "dict[Role, Scheme]":
     """The scheme of each role that was named; what is named by hand wins over the recipe.
 
-    Raises UsageError if neither names any, RecipeError or SchemeError for a bad recipe or scheme.
+    Raises UsageError if neither names any or what is named is none, RecipeError for a bad recipe file.
     """
-    from quant.scheme import Scheme
-
     schemes: dict[Role, Scheme] = {}
     if recipe is not None:
         from quant.recipe import load_recipe
 
         schemes.update(load_recipe(recipe).schemes)
-    schemes.update({role: Scheme.parse(text, group_size) for role, text in by_hand.items() if text})
+    schemes.update(schemes_by_hand(by_hand, group_size))
     if not schemes:
         raise UsageError(
             "nothing to do: give --recipe NAME, or at least one role, for example --experts int4"

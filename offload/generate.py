@@ -69,6 +69,7 @@ class Generator:
         sampler, text = Sampler(sampling), TextStream(self.tokenizer, sampling.stop)
         context = list(prompt)
         steps = min(sampling.max_tokens, room)
+        last: Finish = "context" if room < sampling.max_tokens else "length"
         started = time.perf_counter()
         step_ids = self._unseen(context)
         logits = self._prefill(step_ids)
@@ -77,7 +78,7 @@ class Generator:
             context.append(token)
             finish: Finish = "eos" if token in self.eos and not sampling.ignore_eos else ""
             new, stopped = ("", False) if finish else text.push(token)
-            finish = finish or ("stop" if stopped else "length" if step == steps - 1 else "")
+            finish = finish or ("stop" if stopped else last if step == steps - 1 else "")
             if finish and not stopped:
                 new += text.finish()
             yield self._record("decode" if step else "prefill", token, new, len(step_ids), started, finish)

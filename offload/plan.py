@@ -157,7 +157,10 @@ def make_plan(
     plan = planner.plan(budget)
     pinned = planner.locality.hottest(shape.moe_layers, plan.vram_slots - plan.vram_reserve)
     return replace(
-        plan, gains=planner.gains(budget, plan), pinned=pinned, notes=(*budget.notes, *_padding(footprint))
+        plan,
+        gains=planner.gains(budget, plan),
+        pinned=pinned,
+        notes=(*budget.notes, *_padding(footprint), *_beyond(footprint)),
     )
 
 
@@ -169,6 +172,17 @@ def _padding(footprint: Footprint) -> tuple[str, ...]:
     return (
         f"experts differ in size: a slot has room for the largest, {format_size(largest)}, the mean is "
         f"{format_size(mean)}: {1 - mean / largest:.0%} of the memory for experts is padding",
+    )
+
+
+def _beyond(footprint: Footprint) -> tuple[str, ...]:
+    """That a context is longer than what the model has learned to read."""
+    limit = footprint.shape.max_position_embeddings
+    if not 0 < limit < footprint.context:
+        return ()
+    return (
+        f"--context {footprint.context:,} is beyond the {limit:,} tokens that this model was made for "
+        "(max_position_embeddings): what it writes past them may make no sense",
     )
 
 

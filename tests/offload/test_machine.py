@@ -53,7 +53,7 @@ def test_probe_measures_once_and_then_answers_at_once(tmp_path: Path, cache: Pat
     assert [file.suffix for file in cache.iterdir()] == [".json"]
     assert not list(tmp_path.glob(".coldstream-probe-*"))
     written = next(cache.iterdir())
-    written.write_text('{"version": 2, "cpu": "torn')
+    written.write_text('{"version": 3, "cpu": "torn')
     assert probe(tmp_path).ram_gb_s > 0.5
     assert json.loads(written.read_text())["cpu"] == first.cpu
 
