@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.console import Console
+from cli.imports import without_collecting
 from cli.options import Json, Model, Report, takes_run_options
 from offload.records import RunOptions
 
@@ -50,7 +51,8 @@ def bench(
     check_page(report)
     path = find_model(model)
     source = read_text(text) if text else sample_text()
-    from offload.account import account
+    with without_collecting():
+        from offload.account import account
     from offload.benchmark import Benchmark
     from offload.ledger import forget_peak
     from offload.machine import probe

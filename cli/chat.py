@@ -9,6 +9,7 @@ import typer
 
 from cli import interrupt
 from cli.console import Console, to_json
+from cli.imports import without_collecting
 from cli.options import Json, Model, Report, takes_run_options
 from cli.sampling import takes_sampling
 from offload.records import RunOptions, Sampling, TokenRecord
@@ -46,7 +47,8 @@ def chat(
     console = Console(json=json)
     check_page(report)
     path = find_model(model)
-    from offload.account import account
+    with without_collecting():
+        from offload.account import account
 
     with open_session(path, run, console) as session:
         interrupt.keep_session()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cli.console import Console
+from cli.imports import without_collecting
 from cli.options import Json, Model, Report
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def eval(
     check_page(report)
     path, source = find_model(model), find_model(reference)
     words = read_text(text)
-    from offload.evaluate import evaluate
+    with without_collecting():
+        from offload.evaluate import evaluate
 
     found = evaluate(
         path, source, words, cache=cache or default_cache(), windows=windows or None, length=context,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cli.console import Console
+from cli.imports import without_collecting
 from cli.options import Json, Model, Report, takes_run_options
 from cli.sampling import takes_sampling
 from offload.records import RunOptions, Sampling
@@ -35,7 +36,8 @@ def generate(
     console = Console(json=json)
     check_page(report)
     path = find_model(model)
-    from offload.account import account
+    with without_collecting():
+        from offload.account import account
 
     text = sys.stdin.read() if prompt == "-" else prompt
     with open_session(path, run, console) as session:

@@ -207,6 +207,7 @@ def _show(
     from offload.simulate import CLAIRVOYANT
 
     total = len(done.trace.keys)
+    console.say(f"Hit rate on {done.trace.name}, by policy and slots:")
     for start in range(0, len(done.slots), _COLUMNS):
         columns = range(start, min(start + _COLUMNS, len(done.slots)))
         console.show(_table(done, columns, target, speeds, budget))
@@ -233,8 +234,7 @@ def _table(
     from offload.simulate import CLAIRVOYANT
 
     total = len(done.trace.keys)
-    title = f"Hit rate on {done.trace.name}, by policy and slots"
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table = Table(box=None, pad_edge=False)
     table.add_column("slots", no_wrap=True)
     for index in columns:
         count = done.slots[index]

@@ -169,7 +169,7 @@ def _measure(directory: Path, ram: int, available: int) -> Machine:
             f"other programs used {others / everyone:.0%} of the CPU while this machine was measured: "
             "`coldstream probe --refresh` measures it again",
         )
-    if min(reads) < _STEADY * max(reads):
+    elif min(reads) < _STEADY * max(reads):
         quiet = False
         notes += (
             f"RAM gave {min(reads):.3g} to {max(reads):.3g} GB/s in {_REPEATS} readings: the best is taken, "

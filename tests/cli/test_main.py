@@ -1,5 +1,6 @@
 """The frame of the command line: help, errors as one line, exit codes."""
 
+import gc
 import json
 import resource
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.imports import without_collecting
 from cli.interrupt import INTERRUPTED
 from cli.main import COMMANDS, PIPE_CLOSED, one_line_errors
 from quant.errors import BudgetError, UsageError
@@ -38,6 +40,22 @@ def test_every_command_is_listed_with_what_it_does() -> None:
     for name, summary in COMMANDS.items():
         assert f"  {name} " in listed
         assert summary in listed, "the summary does not fit on one line of 80"
+
+
+def test_garbage_is_not_looked_for_while_importing() -> None:
+    passes: list[str] = []
+    callback = lambda phase, info: passes.append(phase)  # noqa: E731
+    gc.callbacks.append(callback)
+    try:
+        with without_collecting():
+            kept = [[] for _ in range(100_000)]  # type: ignore[var-annotated]
+        assert not passes and len(kept) == 100_000
+        assert gc.isenabled()
+        more = [[] for _ in range(100_000)]  # type: ignore[var-annotated]
+        assert passes and more
+    finally:
+        gc.callbacks.remove(callback)
+        gc.unfreeze()
 
 
 def test_version_is_printed_and_nothing_else_happens() -> None:
