@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.console import Console
-from cli.schemes import schemes_by_hand
+from cli.schemes import GROUP_SIZE, schemes_by_hand
 from quant.errors import UsageError
 from quant.sizes import format_size, parse_size
 
@@ -92,7 +92,7 @@ class Goal:
 
 
 def open_roles(
-    recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int, *, measured: bool
+    recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int | None, *, measured: bool
 ) -> "tuple[list[Role], dict[Role, Scheme]]":
     """The roles whose bits are to be chosen, and the schemes of those that were named by hand.
 
@@ -110,7 +110,7 @@ def open_roles(
         {role: None if text == _WHOLE else text for role, text in by_hand.items()}, group_size
     )
     if not measured and "lm_head" in roles and not by_hand.get("lm_head"):
-        fixed["lm_head"] = Scheme("int8", group_size)
+        fixed["lm_head"] = Scheme("int8", group_size or GROUP_SIZE)
     return [role for role in QUANTIZABLE if role in roles and role not in fixed], fixed
 
 

@@ -58,7 +58,7 @@ def plan(
     dense_mlp: DenseMlp = None,
     attention: Attention = None,
     lm_head: LmHead = None,
-    group_size: GroupSize = 128,
+    group_size: GroupSize = None,
     routing: options.Routing = None,
     prompt_chunk: options.PromptChunk = None,
     calibrate: Calibrate = None,
@@ -167,7 +167,7 @@ def planned_schemes(
     shape: "ModelShape",
     named: "Recipe | None",
     by_hand: "Mapping[Role, str | None]",
-    group_size: int,
+    group_size: int | None,
 ) -> "tuple[Mapping[Role, Scheme], Recipe | None, str]":
     """Each role's scheme, the recipe whose defaults hold for the run, and where the schemes are from."""
     from quant.recipe import load_recipe, recipe_names, shape_names

@@ -42,7 +42,7 @@ def quantize(
     dense_mlp: DenseMlp = None,
     attention: Attention = None,
     lm_head: LmHead = None,
-    group_size: GroupSize = 128,
+    group_size: GroupSize = None,
     target_bits: TargetBits = None,
     target_size: TargetSize = None,
     fit: Fit = None,

@@ -19,7 +19,7 @@ def find_model(model: str) -> Path:
 
     path = resolve_model(model)
     if not (path / "config.json").is_file():
-        what = "no config.json in it" if path.is_dir() else "no such directory"
+        what = "no config.json in it" if path.is_dir() else "a file" if path.exists() else "no such directory"
         raise CheckpointError(f"{path}: {what}; expected a Hugging Face model directory")
     return path
 

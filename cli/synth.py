@@ -30,7 +30,7 @@ def synth(
     dense_mlp: DenseMlp = None,
     attention: Attention = None,
     lm_head: LmHead = None,
-    group_size: GroupSize = 128,
+    group_size: GroupSize = None,
     hidden: Annotated[
         int, typer.Option(min=1, help="Without SHAPE: hidden size, a multiple of the group size.")
     ] = 2048,

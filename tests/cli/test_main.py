@@ -55,7 +55,6 @@ def test_garbage_is_not_looked_for_while_importing() -> None:
         assert passes and more
     finally:
         gc.callbacks.remove(callback)
-        gc.unfreeze()
 
 
 def test_version_is_printed_and_nothing_else_happens() -> None:

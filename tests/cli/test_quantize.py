@@ -40,10 +40,11 @@ def test_what_is_named_by_hand_wins_over_the_recipe(demo_model: Path, tmp_path: 
     ("options", "code", "words"),
     [
         ([], 2, "give --recipe NAME"),
-        (["--experts", "int3"], 1, "unknown scheme 'int3'"),
+        (["--experts", "int3"], 2, "--experts int3: unknown scheme 'int3'"),
         (["--experts", "int4", "--group-size", "256"], 1, "use --group-size 32 or 64 or 128"),
         (["--experts", "nf4", "--lm-head", "int8"], 1, "cannot be mixed"),
-        (["--recipe", "nowhere"], 1, "no recipe is called 'nowhere'"),
+        (["--recipe", "fast", "--group-size", "32"], 2, "--group-size 32 says nothing beside a recipe"),
+        (["--recipe", "nowhere"], 2, "no recipe is called 'nowhere'"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(
