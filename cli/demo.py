@@ -95,7 +95,7 @@ class Demo:
         done = convert(self.source, self.model, recipe.schemes)
         self.console.say(
             f"   {size(done.source_bytes)} became {size(done.output_bytes)}, "
-            f"{done.bits_per_weight:.2f} bits per weight over all, in {done.seconds:.1f} s"
+            f"{done.bits_per_weight:.2f} bits per weight of the whole checkpoint, in {done.seconds:.1f} s"
         )
         return done.to_json()
 

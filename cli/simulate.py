@@ -106,6 +106,13 @@ def simulate(
     for option, value in (("--ram", ram), ("--recipe", recipe)):
         if value is not None and model is None:
             raise UsageError(f"{option} says nothing without a model: name it with --model")
+    of_a_run = {
+        "--vram": vram, "--context": context, "--kv": kv, "--ram-bandwidth": ram_bandwidth,
+        "--disk-bandwidth": disk_bandwidth, "--prompt-chunk": prompt_chunk, "--split": split,
+    }  # fmt: skip
+    given = [option for option, value in of_a_run.items() if value is not None]
+    if given:
+        raise UsageError(f"{' and '.join(given)} are of a run's timeline: give --timeline or --gpu, too")
     target = _Target.of(model, recipe, console) if model else None
     found = _trace(trace, target, tokens)
     slots = replay.sizes(found, sizes)

@@ -160,7 +160,7 @@ def make_plan(
         plan,
         gains=planner.gains(budget, plan),
         pinned=pinned,
-        notes=(*budget.notes, *_padding(footprint), *_beyond(footprint)),
+        notes=(*budget.notes, *_padding(footprint), *beyond(shape, context)),
     )
 
 
@@ -175,14 +175,14 @@ def _padding(footprint: Footprint) -> tuple[str, ...]:
     )
 
 
-def _beyond(footprint: Footprint) -> tuple[str, ...]:
-    """That a context is longer than what the model has learned to read."""
-    limit = footprint.shape.max_position_embeddings
-    if not 0 < limit < footprint.context:
+def beyond(shape: ModelShape, context: int) -> tuple[str, ...]:
+    """A note that ``context`` tokens are more than the model has learned to read, if they are."""
+    limit = shape.max_position_embeddings
+    if not 0 < limit < context:
         return ()
     return (
-        f"--context {footprint.context:,} is beyond the {limit:,} tokens that this model was made for "
-        "(max_position_embeddings): what it writes past them may make no sense",
+        f"a context of {context:,} tokens is beyond the {limit:,} that this model was made for "
+        "(max_position_embeddings): what it makes of later ones may be no sense",
     )
 
 

@@ -106,7 +106,7 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_context_beyond_the_models_own_is_a_note(demo_model: Path) -> None:
     notes = planned(demo_model, *CARD, "--context", "5000")["notes"]
-    assert len([note for note in notes if "beyond the 1,024 tokens" in note]) == 1
+    assert len([note for note in notes if "5,000 tokens is beyond the 1,024" in note]) == 1
     assert not planned("scout", *CARD, "--context", "5000")["notes"]
 
 

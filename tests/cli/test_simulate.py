@@ -60,6 +60,8 @@ def test_a_trace_of_another_model_is_refused(recorded: Path) -> None:
     assert coldstream("simulate", recorded, "--ram", "2GiB").returncode == 2
     assert coldstream("simulate", recorded.parent / "absent.json").returncode == 1
     assert coldstream("simulate", recorded, "--recipe", "fast").returncode == 2
+    alone = coldstream("simulate", recorded, "--split", "0.5", "--vram", "8GiB")
+    assert alone.returncode == 2 and "--vram and --split are of a run's timeline" in alone.stderr
 
 
 def test_simulate_does_not_import_torch(recorded: Path) -> None:

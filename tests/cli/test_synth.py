@@ -41,7 +41,7 @@ def test_a_config_json_is_a_shape_too(demo_model: Path, tmp_path: Path) -> None:
     [
         (["--hidden", "100"], "--hidden 100: expected a multiple of 128, the group size: 128 "),
         (["--intermediate", "300"], "256 or 384"),
-        (["--heads", "3"], "--kv-heads 2"),
+        (["--kv-heads", "3"], "--kv-heads 3"),
         (["--head-dim", "96", "--heads", "6"], "--heads times --head-dim 576"),
         (["--top-k", "5"], "at most 4 experts per token"),
         (["--layers", "0"], "--layers"),
