@@ -283,9 +283,9 @@ class _Fitting:
         """What was fitted into, and how."""
         plan = self.plan(schemes)
         hot = min(plan.vram_slots, plan.experts)
-        places = [f"{plan.experts - hot:,} experts in {format_size(plan.ram)} of RAM"]
-        if plan.vram:
-            places.insert(0, f"{hot:,} experts in {format_size(plan.vram)} of VRAM")
+        warm = plan.experts - hot
+        places = [f"{hot:,} experts in {format_size(plan.vram)} of VRAM"] if hot else []
+        places += [f"{warm:,} experts in {format_size(plan.ram)} of RAM"] if warm else []
         return (
             f"fits {self.machine.name}: {', '.join(places)}, beside a context of {plan.context:,} tokens; "
             f"{plan.predicted_tokens_per_s:,.1f} tokens/s predicted (--vram, --ram and --context set others)"
