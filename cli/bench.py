@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.console import Console
-from cli.imports import without_collecting
+from cli.imports import seldom_collecting
 from cli.options import Json, Model, Report, takes_run_options
 from offload.records import RunOptions
 
@@ -51,7 +51,7 @@ def bench(
     check_page(report)
     path = find_model(model)
     source = read_text(text) if text else sample_text()
-    with without_collecting():
+    with seldom_collecting():
         from offload.account import account
     from offload.benchmark import Benchmark
     from offload.ledger import forget_peak

@@ -9,7 +9,7 @@ import typer
 
 from cli import interrupt
 from cli.console import Console, to_json
-from cli.imports import without_collecting
+from cli.imports import seldom_collecting
 from cli.options import Json, Model, Report, takes_run_options
 from cli.sampling import takes_sampling
 from offload.records import RunOptions, Sampling, TokenRecord
@@ -47,7 +47,7 @@ def chat(
     console = Console(json=json)
     check_page(report)
     path = find_model(model)
-    with without_collecting():
+    with seldom_collecting():
         from offload.account import account
 
     with open_session(path, run, console) as session:

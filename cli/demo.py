@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.console import Console
-from cli.imports import without_collecting
+from cli.imports import seldom_collecting
 from cli.options import Json
 from offload.records import RunOptions, Sampling
 
@@ -35,7 +35,7 @@ def demo(keep: Keep = None, json: Json = False) -> None:
     The model is a small Llama 4 (9 MB), trained on Python's standard library: what it writes looks like
     Python and means little.
     """
-    with without_collecting():
+    with seldom_collecting():
         import torch  # noqa: F401  (before there is a folder to tidy up: Ctrl-C ends an import on the spot)
 
     from quant.errors import OutputError

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cli.console import Console
-from cli.imports import without_collecting
+from cli.imports import seldom_collecting
 from cli.options import Json, Model, Report
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def eval(
     check_page(report)
     path, source = find_model(model), find_model(reference)
     words = read_text(text)
-    with without_collecting():
+    with seldom_collecting():
         from offload.evaluate import evaluate
 
     found = evaluate(

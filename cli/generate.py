@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cli.console import Console
-from cli.imports import without_collecting
+from cli.imports import seldom_collecting
 from cli.options import Json, Model, Report, takes_run_options
 from cli.sampling import takes_sampling
 from offload.records import RunOptions, Sampling
@@ -36,7 +36,7 @@ def generate(
     console = Console(json=json)
     check_page(report)
     path = find_model(model)
-    with without_collecting():
+    with seldom_collecting():
         from offload.account import account
 
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -10,7 +10,7 @@ import typer
 from cli import options
 from cli.bits import Evidence, Fit, Goal, PerExpert, TargetBits, TargetSize, allocate_bits, open_roles
 from cli.console import Console
-from cli.imports import without_collecting
+from cli.imports import seldom_collecting
 from cli.schemes import Attention, DenseMlp, Experts, GroupSize, LmHead, SharedExpert, chosen_schemes
 from quant.errors import UsageError
 
@@ -83,7 +83,7 @@ def quantize(
     from cli.run import check_page
     from cli.words import schemes_line
 
-    with without_collecting():
+    with seldom_collecting():
         from quant.convert import convert, open_source
     from quant.hub import resolve_model
     from quant.staging import Staging

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.console import Console
-from cli.imports import without_collecting
+from cli.imports import seldom_collecting
 from offload.records import RunOptions
 from quant.errors import CheckpointError, OutputError, ProfileError
 
@@ -28,7 +28,7 @@ def open_session(path: Path, run: RunOptions, console: Console) -> "Session":
     """The session of the model in ``path``, its notes said. Raises ColdstreamError."""
     if run.routing is not None and not run.routing.is_file():
         raise ProfileError(f"{run.routing} is no file: expected a profile that `coldstream profile` wrote")
-    with without_collecting():
+    with seldom_collecting():
         from offload.session import Session
 
     session = Session.open(path, run, progress=console.step)

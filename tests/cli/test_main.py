@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.imports import without_collecting
+from cli.imports import seldom_collecting
 from cli.interrupt import INTERRUPTED
 from cli.main import COMMANDS, PIPE_CLOSED, one_line_errors
 from quant.errors import BudgetError, UsageError
@@ -42,19 +42,19 @@ def test_every_command_is_listed_with_what_it_does() -> None:
         assert summary in listed, "the summary does not fit on one line of 80"
 
 
-def test_garbage_is_not_looked_for_while_importing() -> None:
-    passes: list[str] = []
-    callback = lambda phase, info: passes.append(phase)  # noqa: E731
-    gc.callbacks.append(callback)
+def test_garbage_is_looked_for_seldom_while_importing_and_as_before_afterwards() -> None:
+    before = gc.get_threshold()
+    looks: list[str] = []
+    gc.callbacks.append(count := lambda phase, info: looks.append(phase))
     try:
-        with without_collecting():
+        with seldom_collecting():
             kept = [[] for _ in range(100_000)]  # type: ignore[var-annotated]
-        assert not passes and len(kept) == 100_000
-        assert gc.isenabled()
+        inside = len(looks)
         more = [[] for _ in range(100_000)]  # type: ignore[var-annotated]
-        assert passes and more
     finally:
-        gc.callbacks.remove(callback)
+        gc.callbacks.remove(count)
+    assert len(kept) == len(more) and 10 * inside < len(looks) - inside
+    assert gc.get_threshold() == before
 
 
 def test_version_is_printed_and_nothing_else_happens() -> None:
