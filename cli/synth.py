@@ -1,6 +1,7 @@
 """``coldstream synth``: a checkpoint of random weights in any shape: try a machine before a download."""
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,19 +60,35 @@ def synth(
     int8 head.
     """
     from cli.words import schemes_line
-    from quant.recipe import recipe_names, resolve_config
+    from quant.recipe import recipe_names, resolve_config, shape_names
     from quant.synth import synthesize
     from quant.synth_config import llama4_config
 
     name, folder = (shape, destination) if destination is not None else (None, shape)
     if folder is None:
         raise UsageError("synth needs a destination: coldstream synth SHAPE DST, for example mini-scout DST")
+    numbers = {
+        "hidden": hidden, "layers": layers, "experts_per_layer": experts_per_layer, "top_k": top_k,
+        "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
+        "vocab": vocab, "dense_every": dense_every,
+    }  # fmt: skip
     if name is None:
+        if str(folder) in shape_names():
+            raise UsageError(
+                f"{folder} is a shape, and no destination was given: coldstream synth {folder} DST (or "
+                f"./{folder} for a folder of that name)"
+            )
         config = llama4_config(
             hidden=hidden, layers=layers, experts=experts_per_layer, top_k=top_k, intermediate=intermediate,
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab, moe_every=dense_every,
         )  # fmt: skip
     else:
+        usual = signature(synth).parameters
+        given = [
+            f"--{key.replace('_', '-')}" for key, value in numbers.items() if value != usual[key].default
+        ]
+        if given:
+            raise UsageError(f"{' and '.join(given)} make a model of their own: leave out the shape {name}")
         config = resolve_config(name)
     by_hand: dict[Role, str | None] = {
         "experts": experts, "shared_expert": shared_expert, "dense_mlp": dense_mlp, "attention": attention,
