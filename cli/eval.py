@@ -72,7 +72,7 @@ def eval(
 
         save(render_evaluation(found), report)
         console.step(f"report page written to {report}")
-    console.result({**found.to_json(), "notes": beyond})
+    console.result({**found.to_json(), **({"notes": beyond} if beyond else {})})
 
 
 def _beyond(path: Path, context: int) -> list[str]:
