@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.console import Console
+from cli.imports import seldom_collecting
 from cli.options import Json, Model, Report, takes_run_options
 from offload.records import RunOptions
 
@@ -50,13 +51,17 @@ def bench(
     check_page(report)
     path = find_model(model)
     source = read_text(text) if text else sample_text()
-    from offload.account import account
+    with seldom_collecting():
+        from offload.account import account
     from offload.benchmark import Benchmark
     from offload.ledger import forget_peak
     from offload.machine import probe
+    from quant.recipe import resolve_config
+    from quant.shape import ModelShape
 
     plan = Benchmark(prompt_tokens, tokens, repeat)
-    run = replace(run, context=max(run.context, plan.context))
+    shape = ModelShape.from_config(resolve_config(str(path)))
+    run = replace(run, context=max(shape.context(run.context), plan.context))
     console.step("measuring bandwidths")
     probe(path, refresh=True)
     peak_is_clean = forget_peak()

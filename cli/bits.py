@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.console import Console
+from cli.schemes import GROUP_SIZE, schemes_by_hand
 from quant.errors import UsageError
 from quant.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from offload.plan import Plan
     from offload.windows import Windows
     from quant.allocate import Allocation, Choices
     from quant.checkpoint import Checkpoint
@@ -29,8 +31,8 @@ TargetBits = Annotated[
     float | None,
     typer.Option(
         "--target-bits", metavar="BITS", min=0.1,
-        help="Choose each part's bits by what they are worth: at most so many per weight in the mean, scales "
-        "counted, over all roles that are not named by hand.",
+        help="Choose each part's bits by what they are worth: at most so many per quantized weight in the "
+        "mean, scales counted, over all roles that are not named by hand.",
     ),
 ]  # fmt: skip
 TargetSize = Annotated[
@@ -90,7 +92,7 @@ class Goal:
 
 
 def open_roles(
-    recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int, *, measured: bool
+    recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int | None, *, measured: bool
 ) -> "tuple[list[Role], dict[Role, Scheme]]":
     """The roles whose bits are to be chosen, and the schemes of those that were named by hand.
 
@@ -104,11 +106,11 @@ def open_roles(
 
     roles = set(load_recipe(recipe).schemes if recipe else QUANTIZABLE)
     roles |= {role for role, text in by_hand.items() if text == _WHOLE}
-    fixed = {
-        role: Scheme.parse(text, group_size) for role, text in by_hand.items() if text and text != _WHOLE
-    }
+    fixed = schemes_by_hand(
+        {role: None if text == _WHOLE else text for role, text in by_hand.items()}, group_size
+    )
     if not measured and "lm_head" in roles and not by_hand.get("lm_head"):
-        fixed["lm_head"] = Scheme("int8", group_size)
+        fixed["lm_head"] = Scheme("int8", group_size or GROUP_SIZE)
     return [role for role in QUANTIZABLE if role in roles and role not in fixed], fixed
 
 
@@ -131,22 +133,42 @@ def allocate_bits(
 
     units, kept = split_roles(checkpoint, roles, fixed, goal.per_expert)
     choices, how = _choices(checkpoint, units, evidence, file, resume, console)
+    fitting: _Fitting | None = None
     allocator = Allocator(checkpoint, choices, kept, how, uneven=goal.per_expert)
     if goal.bits is not None:
         allocation = allocator.by_bits(goal.bits)
     elif goal.size is not None:
         allocation = allocator.by_size(goal.size)
     else:
-        allocation = allocator.by_fit(_fits(checkpoint, goal))
+        fitting = _Fitting(checkpoint, goal, console)
+        allocation = allocator.by_fit(fitting)
     console.step(f"bits chosen by {how}:")
     if not console.json:
         console.show(table(allocation))
     console.step(
-        f"{allocation.bits:.3f} bits per weight, {format_size(allocation.nbytes)}; expected loss "
+        f"{allocation.bits:.3f} bits per quantized weight, {format_size(allocation.nbytes)}; expected loss "
         f"{allocation.loss:.4g}, of {sum(c.options[0].loss for c in choices):.4g} with the fewest bits"
     )
+    if fitting is not None:
+        console.step(fitting.said(allocation.mixture(kept)))
+    console.say(_head(allocation, fixed, checkpoint))
     _note(console, checkpoint, goal, allocation, kept)
     return allocation.mixture(kept), allocation
+
+
+def _head(allocation: "Allocation", fixed: "Mapping[Role, Scheme]", checkpoint: "Checkpoint") -> str:
+    """Whether the LM head takes part in the mean, and how to have it otherwise."""
+    chosen = [option for unit, option in allocation.chosen if unit.role == "lm_head"]
+    if chosen:
+        nbytes = sum(option.nbytes for option in chosen)
+        return (
+            f"The LM head takes part: {nbytes / allocation.nbytes:.1%} of this size; --lm-head bf16 (or int8)"
+            " leaves it out of the mean."
+        )
+    if checkpoint.shape.tie_word_embeddings:
+        return "The LM head is the embeddings, which stay as they are: it is not in the mean."
+    stays = str(fixed["lm_head"]) if "lm_head" in fixed else "as it is in SRC"
+    return f"The LM head is not in the mean: it stays {stays}; --lm-head auto lets it take part."
 
 
 def _note(
@@ -222,36 +244,64 @@ def _shares(routing: Path | None, checkpoint: "Checkpoint") -> dict[tuple[int, i
     }
 
 
-def _fits(checkpoint: "Checkpoint", goal: Goal) -> Any:
-    """Whether a plan for the goal's machine keeps every expert in memory."""
-    from offload.cards import described_machine
-    from offload.machine import probe
-    from offload.plan import make_plan
-    from quant.errors import BudgetError
+class _Fitting:
+    """What --fit is to fit: a machine, budgets and a context."""
 
-    assert goal.fit is not None
-    machine = probe(checkpoint.path) if goal.fit == "this" else described_machine(goal.fit, ram=goal.ram)
+    def __init__(self, checkpoint: "Checkpoint", goal: Goal, console: Console) -> None:
+        from offload.cards import described_machine
+        from offload.machine import probe
 
-    def fits(schemes: "Mapping[Role, Scheme]") -> bool:
+        assert goal.fit is not None
+        self.shape, self.goal = checkpoint.shape, goal
+        self.machine = (
+            probe(checkpoint.path, say=console.step)
+            if goal.fit == "this"
+            else described_machine(goal.fit, ram=goal.ram)
+        )
+
+    def plan(self, schemes: "Mapping[Role, Scheme]") -> "Plan":
+        """The plan of a run there. Raises BudgetError if there is none."""
+        from offload.plan import make_plan
+
+        goal = self.goal
+        return make_plan(
+            self.shape, schemes, self.machine, vram=goal.vram, ram=goal.ram,
+            context=self.shape.context(goal.context),
+        )  # fmt: skip
+
+    def __call__(self, schemes: "Mapping[Role, Scheme]") -> bool:
+        """Whether every expert is in memory then."""
+        from quant.errors import BudgetError
+
         try:
-            plan = make_plan(
-                checkpoint.shape, schemes, machine, vram=goal.vram, ram=goal.ram, context=goal.context or 4096
-            )
+            plan = self.plan(schemes)
         except BudgetError:
             return False
         return plan.vram_slots + plan.ram_slots >= plan.experts
 
-    return fits
+    def said(self, schemes: "Mapping[Role, Scheme]") -> str:
+        """What was fitted into, and how."""
+        plan = self.plan(schemes)
+        hot = min(plan.vram_slots, plan.experts)
+        warm = plan.experts - hot
+        places = [f"{hot:,} experts in {format_size(plan.vram)} of VRAM"] if hot else []
+        places += [f"{warm:,} experts in {format_size(plan.ram)} of RAM"] if warm else []
+        return (
+            f"fits {self.machine.name}: {', '.join(places)}, beside a context of {plan.context:,} tokens; "
+            f"{plan.predicted_tokens_per_s:,.1f} tokens/s predicted (--vram, --ram and --context set others)"
+        )
 
 
 def table(allocation: "Allocation") -> "Table":
     """Roles down; bits, share of the size, which layers have what, and the loss that is expected."""
     from rich.table import Table
 
+    from cli.words import role_name
+
     shown = Table(box=None, pad_edge=False)
-    for name in ("role", "bits", "share", "loss at the fewest bits", "expected"):
-        shown.add_column(name, justify="left" if name == "role" else "right")
-    shown.add_column("layers")
+    for name in ("weights of", "bits", "share", "least bits' loss", "loss"):
+        shown.add_column(name, justify="left" if name == "weights of" else "right")
+    shown.add_column("layers", overflow="fold")
     rows: dict[tuple[str, str], list[int]] = {}
     for index, choice in enumerate(allocation.choices):
         rows.setdefault((choice.unit.role, choice.unit.part), []).append(index)
@@ -260,7 +310,7 @@ def table(allocation: "Allocation") -> "Table":
         nbytes = sum(option.nbytes for _, option in chosen)
         least = sum(allocation.choices[index].options[0].loss for index in indices)
         shown.add_row(
-            role if part == "all" else f"{role} {part}",
+            role_name(role) if part == "all" else f"{role_name(role)} {part}",
             f"{nbytes * 8 / sum(unit.weights for unit, _ in chosen):.3f}",
             f"{nbytes / allocation.nbytes:.1%}",
             f"{least:.4g}",

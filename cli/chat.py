@@ -9,6 +9,7 @@ import typer
 
 from cli import interrupt
 from cli.console import Console, to_json
+from cli.imports import seldom_collecting
 from cli.options import Json, Model, Report, takes_run_options
 from cli.sampling import takes_sampling
 from offload.records import RunOptions, Sampling, TokenRecord
@@ -46,7 +47,8 @@ def chat(
     console = Console(json=json)
     check_page(report)
     path = find_model(model)
-    from offload.account import account
+    with seldom_collecting():
+        from offload.account import account
 
     with open_session(path, run, console) as session:
         interrupt.keep_session()
@@ -57,7 +59,8 @@ def chat(
         conversation.loop(_line_reader(console))
         if conversation.runs:
             measured = account(session, conversation.runs, command="chat", warmup=1)
-            finish(measured, console, report, {"messages": conversation.messages})
+            extra = {"messages": conversation.messages, "finish_reason": conversation.finish_reason}
+            finish(measured, console, report, extra)
         else:
             console.result({"command": "chat", "messages": [], "notes": session.notes})
 
@@ -70,6 +73,11 @@ class Conversation:
         self.runs: list[list[TokenRecord]] = []
         self.messages: list[dict[str, str]] = []
         self.begin(system)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the last answer ended; None if there is none, or it was broken off."""
+        return self.runs[-1][-1].finish_reason if self.runs else None
 
     def begin(self, system: str | None) -> None:
         """Start anew; ``system`` is what the model is told first."""
@@ -115,7 +123,12 @@ class Conversation:
         if stopped:
             self.console.say("(stopped)")
         elif records[-1].finish == "length":
-            self.console.say(f"(cut off after {len(records):,} tokens: --max-tokens, or --context is full)")
+            self.console.say(f"(cut off after {len(records):,} tokens: --max-tokens allows no more)")
+        elif records[-1].finish == "context":
+            self.console.say(
+                f"(cut off: the context of {self.session.context:,} tokens is full; /reset forgets the "
+                "conversation, and --context makes room for a longer one)"
+            )
 
     def command(self, line: str) -> None:
         """Do what a line beginning with a slash asks for. Raises OutputError if /save cannot write."""
@@ -149,7 +162,7 @@ class Conversation:
             self.console.say("(nothing was generated yet)")
             return
         self.console.say(summary(account(self.session, self.runs, command="chat", warmup=1)))
-        cached, context = self.session.cached_tokens, self.session.options.context
+        cached, context = self.session.cached_tokens, self.session.context
         self.console.say(f"  {'context':<10}{cached:,} of {context:,} tokens")
 
     def _print(self, text: str) -> None:

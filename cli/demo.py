@@ -12,12 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from cli.console import Console
+from cli.imports import seldom_collecting
 from cli.options import Json
 from offload.records import RunOptions, Sampling
 
 Keep = Annotated[
     Path | None,
-    typer.Option("--keep", metavar="DIR", file_okay=False, help="Leave model, profile and report page here."),
+    typer.Option("--keep", metavar="DIR", help="Leave model, profile and report page here."),
 ]
 
 QUESTION = "What does os.path.join do?"
@@ -34,7 +35,8 @@ def demo(keep: Keep = None, json: Json = False) -> None:
     The model is a small Llama 4 (9 MB), trained on Python's standard library: what it writes looks like
     Python and means little.
     """
-    import torch  # noqa: F401  (before there is a folder to tidy up: Ctrl-C ends an import on the spot)
+    with seldom_collecting():
+        import torch  # noqa: F401  (before there is a folder to tidy up: Ctrl-C ends an import on the spot)
 
     from quant.errors import OutputError
 
@@ -45,6 +47,8 @@ def demo(keep: Keep = None, json: Json = False) -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldstream-demo-")))
         else:
             folder = keep
+            if keep.exists() and not keep.is_dir():
+                raise OutputError(f"{keep} is a file: name a new directory for --keep")
             if keep.is_dir() and any(keep.iterdir()):
                 raise OutputError(f"{keep} is not empty: name a new directory for --keep")
             keep.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,7 @@ class Demo:
         done = convert(self.source, self.model, recipe.schemes)
         self.console.say(
             f"   {size(done.source_bytes)} became {size(done.output_bytes)}, "
-            f"{done.bits_per_weight:.2f} bits per weight over all, in {done.seconds:.1f} s"
+            f"{done.bits_per_weight:.2f} bits per weight of the whole checkpoint, in {done.seconds:.1f} s"
         )
         return done.to_json()
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cli.console import Console
+from cli.imports import seldom_collecting
 from cli.options import Json, Model, Report
 
 if TYPE_CHECKING:
@@ -55,20 +56,32 @@ def eval(
     check_page(report)
     path, source = find_model(model), find_model(reference)
     words = read_text(text)
-    from offload.evaluate import evaluate
+    with seldom_collecting():
+        from offload.evaluate import evaluate
 
     found = evaluate(
         path, source, words, cache=cache or default_cache(), windows=windows or None, length=context,
         expert_slots=expert_slots, kv=kv, progress=console.step,
     )  # fmt: skip
+    beyond = _beyond(path, context)
     show(found, console)
+    console.notes(beyond)
     if report is not None:
         from cli.eval_page import render_evaluation
         from cli.page import save
 
         save(render_evaluation(found), report)
         console.step(f"report page written to {report}")
-    console.result(found.to_json())
+    console.result({**found.to_json(), **({"notes": beyond} if beyond else {})})
+
+
+def _beyond(path: Path, context: int) -> list[str]:
+    """A note if windows are longer than what the model was made for."""
+    from offload.plan import beyond
+    from quant.recipe import resolve_config
+    from quant.shape import ModelShape
+
+    return list(beyond(ModelShape.from_config(resolve_config(str(path))), context))
 
 
 def default_cache() -> Path:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cli.console import Console
+from cli.imports import seldom_collecting
 from cli.options import Json, Model, Report, takes_run_options
 from cli.sampling import takes_sampling
 from offload.records import RunOptions, Sampling
@@ -35,7 +36,8 @@ def generate(
     console = Console(json=json)
     check_page(report)
     path = find_model(model)
-    from offload.account import account
+    with seldom_collecting():
+        from offload.account import account
 
     text = sys.stdin.read() if prompt == "-" else prompt
     with open_session(path, run, console) as session:
@@ -50,7 +52,7 @@ def generate(
         extra = {
             "prompt_tokens": len(ids),
             "text": "".join(record.text for record in records),
-            "finish": records[-1].finish,
+            "finish_reason": records[-1].finish_reason,
         }
         # The first decode step meets cold code and caches.
         finish(account(session, [records], command="generate", warmup=1), console, report, extra)

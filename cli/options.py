@@ -26,7 +26,12 @@ Ram = Annotated[
 ]
 Context = Annotated[
     int | None,
-    typer.Option("--context", min=1, metavar="TOKENS", help="Tokens the KV cache must hold (4096)."),
+    typer.Option(
+        "--context",
+        min=1,
+        metavar="TOKENS",
+        help="Tokens the KV cache must hold (4096, or all that the model knows).",
+    ),
 ]
 Kv = Annotated[
     Literal["bf16", "int8"] | None, typer.Option("--kv", help="How the KV cache is stored (bf16).")
@@ -38,11 +43,8 @@ Recipe = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
 Report = Annotated[
     Path | None,
-    typer.Option(
-        "--report", metavar="FILE", dir_okay=False, help="Write the report page (one HTML file) here."
-    ),
+    typer.Option("--report", metavar="FILE", help="Write the report page (one HTML file) here."),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
 Routing = Annotated[
     Path | None,
     typer.Option(
@@ -110,14 +112,15 @@ def expands(
 
 
 def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
-    """RunOptions of what was asked on the command line, over what ``recipe`` says. Raises RecipeError, and
-    UsageError for a policy that nobody knows: before the machine is measured and a model loaded for nothing.
+    """RunOptions of what was asked on the command line, over what ``recipe`` says.
+
+    Raises RecipeError, and UsageError for names that nobody knows: before the machine is measured and a model
+    loaded for nothing.
     """
     from offload.policy import check_policy
     from quant.recipe import load_recipe
 
     check_policy(asked.get("policy"), seeded=asked.get("routing") is not None)
-
     given: dict[str, Any] = {}
     if recipe:
         said = load_recipe(recipe)

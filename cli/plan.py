@@ -1,7 +1,7 @@
 """``coldstream plan``: where every byte goes, how fast it runs, what limits it. Needs neither weights nor
 torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +9,7 @@ import typer
 
 from cli import options
 from cli.console import Console
-from cli.schemes import Attention, DenseMlp, Experts, GroupSize, LmHead, SharedExpert
+from cli.schemes import Attention, DenseMlp, Experts, GroupSize, LmHead, SharedExpert, schemes_by_hand
 
 if TYPE_CHECKING:
     from offload.machine import Machine
@@ -39,7 +39,6 @@ Calibrate = Annotated[
 ]
 Refresh = Annotated[bool, typer.Option("--refresh", help="Measure this machine again first.")]
 _DEFAULT_RECIPE = "fast"
-_DEFAULT_CONTEXT = 4096
 _REPLAYED = 32  # tokens
 _BYTES_PER_TOKEN = 4
 
@@ -59,7 +58,7 @@ def plan(
     dense_mlp: DenseMlp = None,
     attention: Attention = None,
     lm_head: LmHead = None,
-    group_size: GroupSize = 128,
+    group_size: GroupSize = None,
     routing: options.Routing = None,
     prompt_chunk: options.PromptChunk = None,
     calibrate: Calibrate = None,
@@ -95,14 +94,14 @@ def plan(
         vram, ram = vram if vram is not None else defaults.vram, ram if ram is not None else defaults.ram
         context, kv = context or defaults.context, kv or defaults.kv
         prompt_chunk = prompt_chunk or defaults.prompt_chunk
-    machine = planned_machine(model, gpu, ram, ram_bandwidth, disk_bandwidth, refresh)
+    machine = planned_machine(model, gpu, ram, ram_bandwidth, disk_bandwidth, refresh, console.step)
     made = make_plan(
         shape,
         schemes,
         machine,
         vram=vram,
         ram=ram,
-        context=context or _context(shape),
+        context=shape.context(context),
         kv_bits=8 if kv == "int8" else 16,
         routing=_routing(routing, shape),
         prompt_chunk=prompt_chunk,
@@ -135,9 +134,9 @@ def plan(
 
 def _calibration(model: str, text: Path, shape: "ModelShape") -> dict[str, Any]:
     """Tokens of the text, and the bytes that calibrating on it takes. Without the model's tokenizer a token
-    is taken for four bytes."""
+    is taken for four bytes. Raises InputError for a text too short to calibrate on, as quantize does."""
     from cli.texts import read_text
-    from offload.footprint import calibration_nbytes
+    from offload.footprint import CALIBRATION_WINDOW, calibration_nbytes, check_calibration
 
     words, counted = read_text(text), (Path(model) / "tokenizer.json").is_file()
     if counted:
@@ -147,6 +146,7 @@ def _calibration(model: str, text: Path, shape: "ModelShape") -> dict[str, Any]:
         tokens = len(tokenizer.encode(words, add_special_tokens=False).ids)
     else:
         tokens = len(words.encode()) // _BYTES_PER_TOKEN
+    check_calibration(shape, tokens // CALIBRATION_WINDOW * CALIBRATION_WINDOW, counted=counted)
     parts = calibration_nbytes(shape, tokens)
     return {"tokens": tokens, "tokens_counted": counted, "bytes": parts, "total_bytes": sum(parts.values())}
 
@@ -167,14 +167,13 @@ def planned_schemes(
     shape: "ModelShape",
     named: "Recipe | None",
     by_hand: "Mapping[Role, str | None]",
-    group_size: int,
+    group_size: int | None,
 ) -> "tuple[Mapping[Role, Scheme], Recipe | None, str]":
     """Each role's scheme, the recipe whose defaults hold for the run, and where the schemes are from."""
     from quant.recipe import load_recipe, recipe_names, shape_names
-    from quant.scheme import Scheme
     from quant.stored import stored_schemes
 
-    chosen = {role: Scheme.parse(text, group_size) for role, text in by_hand.items() if text}
+    chosen = schemes_by_hand(by_hand, group_size)
     if named is not None or chosen:
         origin = f"recipe {named.name}" if named else "by hand"
         return {**(named.schemes if named else {}), **chosen}, named, origin
@@ -195,6 +194,7 @@ def planned_machine(
     ram_gb_s: float | None,
     disk_gb_s: float | None,
     refresh: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> "Machine":
     """The desktop around the card ``gpu``, or the machine at hand; rates that are given hold."""
     from dataclasses import replace
@@ -205,7 +205,7 @@ def planned_machine(
     if gpu is not None:
         return described_machine(gpu, ram=ram, ram_gb_s=ram_gb_s, disk_gb_s=disk_gb_s)
     path = Path(model)
-    machine = probe(path if path.is_dir() else Path(), refresh=refresh)
+    machine = probe(path if path.is_dir() else Path(), refresh=refresh, say=say)
     return replace(machine, ram_gb_s=ram_gb_s or machine.ram_gb_s, disk_gb_s=disk_gb_s or machine.disk_gb_s)
 
 
@@ -215,10 +215,6 @@ def _routing(path: Path | None, shape: "ModelShape") -> Any:
     from offload.routing import RoutingStats
 
     return RoutingStats.load(path, shape)
-
-
-def _context(shape: "ModelShape") -> int:
-    return min(_DEFAULT_CONTEXT, shape.max_position_embeddings or _DEFAULT_CONTEXT)
 
 
 def _weights(shape: "ModelShape") -> str:
@@ -240,7 +236,9 @@ def _billions(count: float) -> str:
 
 
 def _described(schemes: "Mapping[Role, Scheme]") -> str:
-    return ", ".join(f"{role} {scheme}" for role, scheme in schemes.items()) or "bf16 throughout"
+    from cli.words import schemes_line
+
+    return schemes_line(schemes) or "bf16 throughout"
 
 
 def _show(console: Console, plan: "Plan", machine: "Machine", model: str, schemes: str) -> None:

@@ -15,13 +15,6 @@ _ORDER = (
     "experts_hot", "experts_warm", "experts_cold", "shared_expert", "dense_mlp", "attention", "lm_head",
     "embeddings", "router", "norm", "kv_cache", "scratch", "padding", "framework", "vision",
 )  # fmt: skip
-_NAMES = {
-    "experts_hot": "experts, hot",
-    "experts_warm": "experts, warm",
-    "experts_cold": "experts, cold",
-    "scratch": "scratch",
-    "padding": "slot padding",
-}
 _PLACES: dict[Tier, str] = {"vram": "in VRAM", "ram": "in RAM", "disk": "on disk"}
 _UNKNOWN = "uniform routing assumed"
 
@@ -49,7 +42,7 @@ def byte_table(plan: Plan) -> "Table":
     for role in sorted({row.role for row in plan.rows}, key=_ORDER.index):
         sizes = {tier: plan.total(tier, role) for tier in tiers}
         cells = [size(sizes[tier]) if sizes[tier] else "" for tier in tiers]
-        table.add_row(_NAMES.get(role) or role_name(role), *cells, percent(sum(sizes.values()) / whole))
+        table.add_row(role_name(role), *cells, percent(sum(sizes.values()) / whole))
     table.add_section()
     table.add_row("all", *(size(plan.total(tier)) for tier in tiers), "", style="bold")
     budgets = {"vram": plan.vram, "ram": plan.ram + plan.framework_bytes, "disk": 0}

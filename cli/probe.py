@@ -1,5 +1,6 @@
 """``coldstream probe``: what this machine has, and how fast its memories really are."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,12 +24,12 @@ def probe(directory: Directory = Path(), refresh: Refresh = False, json: Json = 
     Takes about three seconds and is kept for later runs; --refresh measures again.
     """
     from offload.machine import probe as measure
-    from quant.errors import UsageError
+    from quant.errors import InputError
 
     if not directory.is_dir():
-        raise UsageError(f"{directory} is no directory: name the one that the model lies in, or none")
+        raise InputError(f"{directory} is no directory: name the one that the model lies in, or none")
     console = Console(json=json)
-    machine = measure(directory, refresh=refresh)
+    machine = measure(directory, refresh=refresh, say=console.step)
     show(machine, console)
     console.notes(machine.notes)
     console.result(machine.to_json())
@@ -59,3 +60,5 @@ def show(machine: "Machine", console: Console) -> None:
     console.show(table)
     if gpu is None:
         console.say("no GPU: RAM is the fast tier, disk the cold one")
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(machine.measured_at))
+    console.say(f"measured {when} and kept; --refresh measures again")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Text = Annotated[
     list[Path], typer.Option("--text", metavar="FILE", help="Text to run; may be given again, - is stdin.")
 ]
-Out = Annotated[Path, typer.Option("--out", metavar="FILE", dir_okay=False, help="Where the profile goes.")]
+Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the profile goes.")]
 Merge = Annotated[
     list[Path] | None,
     typer.Option("--merge", metavar="FILE", help="Add this profile of the same model; may be given again."),
@@ -73,12 +73,12 @@ def run_text(session: "Session", text: str, limit: int | None, console: Console)
     """Run ``text`` through the model in pieces as long as its context; returns the seconds it took."""
     import time
 
-    from quant.errors import UsageError
+    from quant.errors import InputError
 
     if not text.strip():
-        raise UsageError("there is no text to run: the files given are empty")
+        raise InputError("there is no text to run: the files given are empty")
     ids = session.encode(text)[:limit]
-    window = session.options.context
+    window = session.context
     started = time.perf_counter()
     for start in range(0, len(ids), window):
         session.reset()

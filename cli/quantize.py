@@ -10,6 +10,7 @@ import typer
 from cli import options
 from cli.bits import Evidence, Fit, Goal, PerExpert, TargetBits, TargetSize, allocate_bits, open_roles
 from cli.console import Console
+from cli.imports import seldom_collecting
 from cli.schemes import Attention, DenseMlp, Experts, GroupSize, LmHead, SharedExpert, chosen_schemes
 from quant.errors import UsageError
 
@@ -22,7 +23,14 @@ if TYPE_CHECKING:
     from quant.rounding import Rounder, Rounding
     from quant.scheme import Scheme
 
-_CALIBRATION_WINDOW = 512
+_MEASURED = (
+    "Error and SQNR compare the stored weights with those of SRC; what that does to the model's answers, "
+    "`coldstream eval` tells."
+)
+_CALIBRATED = (
+    " Calibrated weights lie further off: they make up for errors in their inputs, and so bring outputs "
+    "nearer."
+)
 
 
 def quantize(
@@ -34,7 +42,7 @@ def quantize(
     dense_mlp: DenseMlp = None,
     attention: Attention = None,
     lm_head: LmHead = None,
-    group_size: GroupSize = 128,
+    group_size: GroupSize = None,
     target_bits: TargetBits = None,
     target_size: TargetSize = None,
     fit: Fit = None,
@@ -59,7 +67,7 @@ def quantize(
     ] = None,
     save_imatrix: Annotated[
         Path | None,
-        typer.Option("--save-imatrix", metavar="FILE", dir_okay=False, help="Keep it for another run."),
+        typer.Option("--save-imatrix", metavar="FILE", help="Keep it for another run."),
     ] = None,
     routing: options.Routing = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
@@ -72,7 +80,11 @@ def quantize(
     --calibrate or --imatrix, else judged by its weights. DST appears when it is complete; what is under way
     lies in DST.partial and DST.calibration.
     """
-    from quant.convert import convert, open_source
+    from cli.run import check_page
+    from cli.words import schemes_line
+
+    with seldom_collecting():
+        from quant.convert import convert, open_source
     from quant.hub import resolve_model
     from quant.staging import Staging
 
@@ -90,6 +102,12 @@ def quantize(
         )
     if save_imatrix is not None and imatrix is None:
         raise UsageError("--save-imatrix has nothing to save: give the text with --imatrix")
+    if routing is not None and goal is None:
+        raise UsageError(
+            "--routing says which experts are worth more bits: give it with --target-bits, --target-size or "
+            "--fit"
+        )
+    check_page(save_imatrix, "--save-imatrix")
     schemes: Mapping[Role, Scheme] = {}
     if goal is None:
         schemes = chosen_schemes(recipe, by_hand, group_size)
@@ -112,7 +130,7 @@ def quantize(
             checkpoint, goal, roles, fixed, evidence, work / "sensitivity.json", resume, console
         )
         chosen = {"allocation": allocation.to_json()}
-    named = ", ".join(f"{role} {scheme}" for role, scheme in schemes.items())
+    named = schemes_line(schemes)
     mostly = "mostly " if goal is not None else ""
     console.step(f"quantizing {path} to {destination}: {mostly}{named}")
     rounder = plain
@@ -130,7 +148,7 @@ def quantize(
     if calibrate is not None or goal is not None:
         rmtree(work, ignore_errors=True)
     console.notes(report.notes)
-    _show(console, report)
+    _show(console, report, calibrate is not None)
     console.result(report.to_json() | chosen)
 
 
@@ -147,10 +165,11 @@ def _windows(path: Path, text: Path | None) -> "Windows | None":
     if text is None:
         return None
     from cli.texts import read_text
+    from offload.footprint import CALIBRATION_WINDOW
     from offload.tokenizers import load_tokenizer
     from offload.windows import Windows
 
-    return Windows.cut(read_text(text), load_tokenizer(path), _CALIBRATION_WINDOW)
+    return Windows.cut(read_text(text), load_tokenizer(path), CALIBRATION_WINDOW)
 
 
 def _imatrix(
@@ -212,31 +231,30 @@ def _calibrated(
     return Prepared(folder, f"gptq {windows.identity}", other)
 
 
-def _show(console: Console, report: "ConversionReport") -> None:
+def _show(console: Console, report: "ConversionReport", calibrated: bool) -> None:
     from rich.table import Table
 
+    from cli.words import role_name
     from quant.sizes import format_size
 
     table = Table(box=None, pad_edge=False)
-    columns: list[tuple[str, Any]] = [
-        ("role", "left"), ("scheme", "left"), ("tensors", "right"), ("relative error", "right"),
-        ("SQNR", "right"), ("worst tensor", "left"),
-    ]  # fmt: skip
-    for name, side in columns:
-        table.add_column(name, justify=side)
+    for name in ("weights of", "scheme", "tensors", "relative error", "SQNR", "worst"):
+        left = name in ("weights of", "scheme")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
     for role in report.roles:
-        worst = f"{role.worst.module} ({_decibels(role.worst.sqnr_db)})"
         table.add_row(
-            role.role, role.scheme, f"{role.tensors:,}", f"{role.relative_error:.2%}",
-            _decibels(role.sqnr_db), worst,
+            role_name(role.role), role.scheme, f"{role.tensors:,}", f"{role.relative_error:.2%}",
+            _decibels(role.sqnr_db), _decibels(role.worst.sqnr_db),
         )  # fmt: skip
     if report.roles:
         console.show(table)
+        for role in report.roles:
+            console.say(f"worst of the {role_name(role.role)}: {role.worst.module}")
+        console.say(_MEASURED + (_CALIBRATED if calibrated else ""))
     console.step(
-        f"{format_size(report.source_bytes)} became {format_size(report.output_bytes)} "
-        f"({report.bits_per_weight:.2f} bits per weight) in {report.seconds:.1f} s, {report.mb_per_s:,.0f} "
-        "MB/s: "
-        f"{report.path}"
+        f"{format_size(report.source_bytes)} became {format_size(report.output_bytes)} in "
+        f"{report.seconds:.1f} s, {report.mb_per_s:,.0f} MB/s, {report.bits_per_weight:.2f} bits per weight "
+        f"of the whole checkpoint: {report.path}"
     )
 
 

@@ -1,6 +1,7 @@
 """``coldstream simulate --timeline``: a run replayed, for human eyes: speeds, what the time went to, what
 each resource gave."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,7 +10,7 @@ from cli.console import Console
 from cli.plan import planned_machine, planned_schemes
 from cli.plan_table import machine_line
 from cli.run import check_page
-from cli.words import number, percent, size
+from cli.words import number, percent, schemes_line, size
 from offload.plan import make_plan
 from offload.policy import Key
 from offload.records import TIERS
@@ -60,13 +61,14 @@ class Asked:
     swaps: int
     split: float | None
 
-    def setup(self) -> Setup:
-        """The plan of the run, ready to be replayed. Raises ColdstreamError."""
+    def setup(self, say: Callable[[str], None]) -> tuple[Setup, str]:
+        """The plan of the run, ready to be replayed, and what the weights are stored as and why. Raises
+        ColdstreamError."""
         config = resolve_config(self.model)
         shape = ModelShape.from_config(config)
         named = load_recipe(self.recipe) if self.recipe else None
-        schemes, defaults, _ = planned_schemes(self.model, config, shape, named, {}, 128)
-        machine = planned_machine(self.model, self.gpu, self.ram, self.ram_gb_s, self.disk_gb_s)
+        schemes, defaults, origin = planned_schemes(self.model, config, shape, named, {}, 128)
+        machine = planned_machine(self.model, self.gpu, self.ram, self.ram_gb_s, self.disk_gb_s, say=say)
         kv = self.kv or (defaults.kv if defaults else None)
         context = self.context or (defaults.context if defaults else None) or max(4096, self.prompt)
         plan = make_plan(
@@ -76,13 +78,14 @@ class Asked:
             context=context, kv_bits=8 if kv == "int8" else 16, filled=min(self.prompt, context),
             prompt_chunk=self.prompt_chunk or (defaults.prompt_chunk if defaults else None),
         )  # fmt: skip
-        return Setup.of(shape, schemes, plan, machine, swaps=self.swaps, gpu_part=self.split)
+        stored = f"{schemes_line(schemes) or 'bf16 throughout'} ({origin})"
+        return Setup.of(shape, schemes, plan, machine, swaps=self.swaps, gpu_part=self.split), stored
 
 
 def replay_run(asked: Asked, name: str, page: Path | None, console: Console) -> None:
     """Replay ``asked`` on the routing of ``name`` and say what came out. Raises ColdstreamError."""
     check_page(page)
-    setup = asked.setup()
+    setup, stored = asked.setup(console.step)
     trace, counts, stretch = _routing(name, setup.footprint.shape, asked.tokens)
     decode = setup.decode(asked.tokens, trace=trace, counts=counts)
     prefill = setup.prefill()
@@ -93,6 +96,7 @@ def replay_run(asked: Asked, name: str, page: Path | None, console: Console) -> 
         )
     if not console.json:
         console.say(f"{asked.model} on {machine_line(setup.machine)}; routing: {name}")
+        console.say(f"{stored}; context {setup.plan.context:,}")
         console.say()
         console.show(waits_table(setup, decode))
         console.say()
@@ -108,8 +112,9 @@ def replay_run(asked: Asked, name: str, page: Path | None, console: Console) -> 
         console.step(f"page written to {page}")
     console.result(
         {
-            **document(setup, decode, prefill), "model": asked.model, "trace": name, "notes": notes,
-            "machine": setup.machine.to_json(), "plan": setup.plan.to_json(),
+            **document(setup, decode, prefill), "model": asked.model, "stored": stored, "trace": name,
+            "notes": notes, "machine": setup.machine.to_json(),
+            "plan": setup.plan.to_json(),
         }
     )  # fmt: skip
 

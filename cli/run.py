@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.console import Console
+from cli.imports import seldom_collecting
 from offload.records import RunOptions
-from quant.errors import CheckpointError, OutputError
+from quant.errors import CheckpointError, OutputError, ProfileError
 
 if TYPE_CHECKING:  # these import torch
     from offload.report import RunReport
@@ -18,18 +19,21 @@ def find_model(model: str) -> Path:
 
     path = resolve_model(model)
     if not (path / "config.json").is_file():
-        what = "no config.json in it" if path.is_dir() else "no such directory"
+        what = "no config.json in it" if path.is_dir() else "a file" if path.exists() else "no such directory"
         raise CheckpointError(f"{path}: {what}; expected a Hugging Face model directory")
     return path
 
 
 def open_session(path: Path, run: RunOptions, console: Console) -> "Session":
     """The session of the model in ``path``, its notes said. Raises ColdstreamError."""
-    from offload.session import Session
+    if run.routing is not None and not run.routing.is_file():
+        raise ProfileError(f"{run.routing} is no file: expected a profile that `coldstream profile` wrote")
+    with seldom_collecting():
+        from offload.session import Session
 
     session = Session.open(path, run, progress=console.step)
     console.step(f"loaded in {session.load_seconds:.1f} s, {session.kernel}")
-    console.notes(session.notes)
+    console.notes([*session.notes, *(session.plan.notes if session.plan else ())])
     return session
 
 
@@ -48,6 +52,8 @@ def finish(
 
 
 def check_page(page: Path | None, option: str = "--report") -> None:
-    """Raise OutputError now, not after the run, if the folder of what ``option`` names is not there."""
+    """Raise OutputError now, not after the run, if what ``option`` names cannot become a file."""
     if page is not None and not page.resolve().parent.is_dir():
         raise OutputError(f"{option} {page}: found no directory {page.resolve().parent}; make it first")
+    if page is not None and page.is_dir():
+        raise OutputError(f"{option} {page}: found a directory: expected the name of a file in it")

@@ -12,6 +12,8 @@ from cli.options import Context, Json, Kv, PromptChunk, Ram, Recipe, Report, Vra
 from cli.plan import DiskBandwidth, Gpu, RamBandwidth
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from offload.footprint import Footprint
     from offload.machine import Machine
     from offload.simulate import Simulation
@@ -55,6 +57,7 @@ Prompt = Annotated[int, typer.Option("--prompt", min=1, metavar="TOKENS", help="
 # Requests × experts of one replay; a policy looks at every resident for each miss.
 _WORK = 10_000_000
 _MADE_UP = 2048
+_COLUMNS = 6  # cache sizes side by side: 80 columns hold as many, and the names of policies
 
 
 def simulate(
@@ -100,9 +103,17 @@ def simulate(
         )  # fmt: skip
         replay_run(asked, trace, report, console)
         return
-    if ram is not None and model is None:
-        raise UsageError("--ram says nothing without a model: name it with --model")
-    target = _Target.of(model, recipe) if model else None
+    for option, value in (("--ram", ram), ("--recipe", recipe)):
+        if value is not None and model is None:
+            raise UsageError(f"{option} says nothing without a model: name it with --model")
+    of_a_run = {
+        "--vram": vram, "--context": context, "--kv": kv, "--ram-bandwidth": ram_bandwidth,
+        "--disk-bandwidth": disk_bandwidth, "--prompt-chunk": prompt_chunk, "--split": split,
+    }  # fmt: skip
+    given = [option for option, value in of_a_run.items() if value is not None]
+    if given:
+        raise UsageError(f"{' and '.join(given)} are of a run's timeline: give --timeline or --gpu, too")
+    target = _Target.of(model, recipe, console) if model else None
     found = _trace(trace, target, tokens)
     slots = replay.sizes(found, sizes)
     budget = target.slots(ram) if target and ram is not None else None
@@ -126,7 +137,7 @@ class _Target:
         self.footprint, self.machine = footprint, machine
 
     @classmethod
-    def of(cls, model: str, recipe: str | None) -> "_Target":
+    def of(cls, model: str, recipe: str | None, console: Console) -> "_Target":
         """Planned as it is stored, by ``recipe``, or by the recipe of the shape's name."""
         from offload.footprint import Footprint
         from offload.machine import probe
@@ -140,8 +151,8 @@ class _Target:
         name = recipe or (model if model in recipe_names() else "fast")
         schemes = stored if stored is not None else load_recipe(name).schemes
         path = Path(model)
-        machine = replace(probe(path if path.is_dir() else Path()), gpu=None)
-        return cls(Footprint(shape, schemes, 4096, 16), machine)
+        machine = probe(path if path.is_dir() else Path(), say=console.step)
+        return cls(Footprint(shape, schemes, shape.context(), 16), replace(machine, gpu=None))
 
     def slots(self, ram: int) -> int:
         """Expert slots within ``ram``. Raises BudgetError."""
@@ -198,33 +209,15 @@ def _show(
     speeds: dict[str, list[float]],
     budget: int | None,
 ) -> None:
-    from rich.table import Table
-
     from cli.curves import curves
-    from cli.words import number, percent, size
     from offload.policy import DEFAULT_POLICY
     from offload.simulate import CLAIRVOYANT
 
     total = len(done.trace.keys)
-    names = ["bound" if name == CLAIRVOYANT else name for name in done.hit_rates]
-    table = Table(box=None, pad_edge=False, title=f"Hit rate on {done.trace.name}", title_justify="left")
-    for heading in ("slots", "of all", *(["RAM"] if target else []), *names):
-        table.add_column(heading, justify="right", no_wrap=True)
-    if speeds:
-        table.add_column(f"tok/s {DEFAULT_POLICY}", justify="right", no_wrap=True)
-        table.add_column("bound", justify="right", no_wrap=True)
-    for index, count in enumerate(done.slots):
-        cells = [f"{'→ ' if count == budget else ''}{count:,}", percent(count / total)]
-        if target:
-            cells.append(size(count * target.footprint.slot_bytes))
-        best = done.best(index)
-        for name, rates in done.hit_rates.items():
-            text = f"{100 * rates[index]:.1f} %"
-            cells.append(f"[bold]{text}[/bold]" if name == best else text)
-        if speeds:
-            cells += [number(speeds[name][index]) for name in (DEFAULT_POLICY, CLAIRVOYANT)]
-        table.add_row(*cells)
-    console.show(table)
+    console.say(f"Hit rate on {done.trace.name}, by policy and slots:")
+    for start in range(0, len(done.slots), _COLUMNS):
+        columns = range(start, min(start + _COLUMNS, len(done.slots)))
+        console.show(_table(done, columns, target, speeds, budget))
     if budget is not None:
         console.say("→ is what --ram holds beside the rest of the model")
     console.say("\nHit rate over the share of experts that have a slot:")
@@ -234,6 +227,41 @@ def _show(
     console.say(
         f"\nPoints below the clairvoyant bound, on average: {listed}. The default is {DEFAULT_POLICY}."
     )
+
+
+def _table(
+    done: "Simulation", columns: range, target: _Target | None, speeds: dict[str, list[float]],
+    budget: int | None,
+) -> "Table":  # fmt: skip
+    """Policies down, cache sizes across: narrow enough for any terminal."""
+    from rich.table import Table
+
+    from cli.words import number, percent, size
+    from offload.policy import DEFAULT_POLICY
+    from offload.simulate import CLAIRVOYANT
+
+    total = len(done.trace.keys)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("slots", no_wrap=True)
+    for index in columns:
+        count = done.slots[index]
+        table.add_column(f"{'→ ' if count == budget else ''}{count:,}", justify="right", no_wrap=True)
+    counts = [done.slots[index] for index in columns]
+    table.add_row("of all experts", *(percent(count / total) for count in counts))
+    if target:
+        table.add_row("RAM", *(size(count * target.footprint.slot_bytes) for count in counts))
+    table.add_section()
+    for name, rates in done.hit_rates.items():
+        cells = [f"{100 * rates[index]:.1f} %" for index in columns]
+        marked = [
+            f"[bold]{cell}[/bold]" if name == done.best(index) else cell
+            for index, cell in zip(columns, cells, strict=True)
+        ]
+        table.add_row("bound" if name == CLAIRVOYANT else name, *marked)
+    for name in (DEFAULT_POLICY, CLAIRVOYANT) if speeds else ():
+        shown = "bound" if name == CLAIRVOYANT else name
+        table.add_row(f"tokens/s, {shown}", *(number(speeds[name][index]) for index in columns))
+    return table
 
 
 def _document(

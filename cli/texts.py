@@ -3,19 +3,19 @@
 from importlib.resources import files
 from pathlib import Path
 
-from quant.errors import UsageError
+from quant.errors import InputError
 
 
 def read_text(path: Path) -> str:
-    """The text of ``path``. Raises UsageError if it cannot be read as UTF-8 text."""
+    """The text of ``path``. Raises InputError if it cannot be read as UTF-8 text."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(
+        raise InputError(
             f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}"
         ) from None
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def sample_text() -> str:

@@ -1,26 +1,19 @@
 """How a report's facts are said, the same on the terminal and on the page."""
 
+from collections.abc import Mapping
+
 from offload.records import Tier
 from offload.report import RunReport
+from offload.roles import role_name
+from quant.families import Role
+from quant.scheme import Scheme
 from quant.sizes import format_size
 
+__all__ = [
+    "TIER_NAMES", "deviation", "limit_name", "number", "percent", "role_name", "schemes_line", "sentence",
+    "size", "verdict",
+]  # fmt: skip
 TIER_NAMES: dict[Tier, str] = {"vram": "VRAM", "ram": "RAM", "disk": "Disk"}
-_ROLES = {
-    "experts": "routed experts",
-    "shared_expert": "shared experts",
-    "dense_mlp": "dense MLPs",
-    "attention": "attention",
-    "lm_head": "LM head",
-    "embeddings": "embeddings",
-    "router": "routers",
-    "norm": "norms",
-    "vision": "vision tower",
-    "kv": "KV cache",
-    "kv_cache": "KV cache",
-    "free_slots": "free expert slots",
-    "framework": "Python and its libraries",
-    "process": "Python and its libraries",
-}
 _LIMITS = {
     "ram": "RAM bandwidth",
     "vram": "VRAM bandwidth",
@@ -29,9 +22,9 @@ _LIMITS = {
 }
 
 
-def role_name(role: str) -> str:
-    """A ledger's or a checkpoint's role as a reader calls it."""
-    return _ROLES.get(role) or role.replace("_", " ")
+def schemes_line(schemes: Mapping[Role, Scheme]) -> str:
+    """What each role is stored as: ``routed experts int4-g128, LM head int8-g128``."""
+    return ", ".join(f"{role_name(role)} {scheme}" for role, scheme in schemes.items())
 
 
 def sentence(text: str) -> str:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 
 import torch
@@ -19,6 +20,8 @@ from quant.checkpoint import Checkpoint
 from quant.kernels import native
 
 _PACKAGES = ("coldstream", "torch", "transformers", "bitsandbytes", "safetensors")
+_TOO_GOOD = 1.25  # of the measured bandwidth; less is how memory varies
+_CACHES = 64 * 2**20  # bytes per token that a processor's caches may hold
 
 
 def account(
@@ -36,7 +39,7 @@ def account(
     RunReport.of for ``warmup`` and ``median``.
     """
     shape = session.shape
-    return RunReport.of(
+    report = RunReport.of(
         runs,
         subject=Subject(
             command=command,
@@ -46,7 +49,7 @@ def account(
             family=shape.family.name,
             num_experts=shape.num_experts,
             top_k=shape.top_k,
-            context=session.options.context,
+            context=session.context,
             load_seconds=session.load_seconds,
         ),
         environment=environment_of(session),
@@ -54,15 +57,35 @@ def account(
         memory=memory_of(session),
         plan=prediction_of(session, runs),
         expert_map=expert_map_of(session),
-        notes=notes_of(session),
+        notes=notes_of(session, runs),
         warmup=warmup,
         median=median,
     )
+    return replace(report, notes=(*report.notes, *_too_good(report)))
 
 
-def notes_of(session: Session) -> list[str]:
+def _too_good(report: RunReport) -> list[str]:
+    """Tiers that were read faster than they were measured: that measurement was disturbed. What caches may
+    hold tells nothing."""
+    return [
+        f"{tier} was read at {got:.3g} GB/s, above the {measured:.3g} it was measured at, so floor and "
+        "prediction are too low: `coldstream probe --refresh` measures this machine again"
+        for tier, got in report.achieved.items()
+        if report.decode.bytes_per_token[tier] > _CACHES
+        and (measured := report.bandwidth.of(tier) or got) * _TOO_GOOD < got
+    ]
+
+
+def notes_of(session: Session, runs: Sequence[Run] = ()) -> list[str]:
     """What the run, its plan and the measuring of its machine have to tell."""
     notes = [*session.notes, *session.experts.notes]
+    if any(run[-1].finish == "context" for run in runs if run):
+        limit = session.shape.max_position_embeddings
+        notes.append(
+            f"the text was cut off because the context of {session.context:,} tokens was full: give more "
+            "with --context"
+            + (f" (the model was made for up to {limit:,})" if limit > session.context else "")
+        )
     for part in (session.plan, session.machine):
         notes += part.notes if part is not None else ()
     return notes

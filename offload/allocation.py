@@ -14,12 +14,13 @@ from typing import Any
 from quant.allocate import Allocation, Choices, Option, allocate
 from quant.checkpoint import Checkpoint
 from quant.errors import BudgetError, UsageError
-from quant.families import Role
+from quant.families import ROLE_NAMES, Role
 from quant.parts import plan_conversion
 from quant.scheme import Scheme
 from quant.sizes import format_size
 from quant.units import Unit, units_of
 
+_ROUNDING = 1e-3  # as the largest is printed
 _STEPS = 12  # of halving, towards the largest size that fits
 Fits = Callable[[Mapping[Role, Scheme]], bool]
 
@@ -40,8 +41,18 @@ class Allocator:
 
     def by_bits(self, bits: float) -> Allocation:
         """At most ``bits`` per weight that is chosen for, scales counted. Raises UsageError if there are too
-        few."""
+        few, or more than the widest schemes take."""
         weights = sum(choice.unit.weights for choice in self.choices)
+        least, most = (
+            sum(best(option.nbytes for option in choice.options) for choice in self.choices) * 8 / weights
+            for best in (min, max)
+        )
+        if bits > most + _ROUNDING:
+            raise UsageError(
+                f"{bits:g} bits per weight are more than any scheme to choose from has: expected "
+                f"{least:.3f} to {most:.3f}; name the roles that are to stay whole, for "
+                "example --attention bf16"
+            )
         return self._allocate(self.choices, int(bits * weights / 8))
 
     def by_size(self, nbytes: int) -> Allocation:
@@ -154,7 +165,9 @@ def split_roles(
         raise UsageError("nothing to choose bits for: leave at least one role of the model to be allocated")
     for role, scheme in fixed.items():
         if scheme.kind == "nf4":
-            raise UsageError(f"{role} in nf4 has no place beside int4 and int8: choose another scheme for it")
+            raise UsageError(
+                f"nf4 ({ROLE_NAMES[role]}) has no place beside int4 and int8: choose another scheme"
+            )
     kept = [
         (unit, scheme)
         for role, scheme in fixed.items()

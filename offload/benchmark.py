@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from offload.records import Sampling, TokenRecord
 from offload.session import Session
-from quant.errors import UsageError
+from quant.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Benchmark:
     def run(
         self, session: Session, text: str, progress: Callable[[str], None] | None = None
     ) -> list[list[TokenRecord]]:
-        """The records of each repetition, without the warm-up. Raises UsageError if ``text`` is empty."""
+        """The records of each repetition, without the warm-up. Raises InputError if ``text`` is empty."""
         say = progress or (lambda line: None)
         if not text.strip():
-            raise UsageError("the text to measure with is empty: expected some prose or code")
+            raise InputError("the text to measure with is empty: expected some prose or code")
         ids = session.encode(text)
         say("warm-up")
         self._once(session, self._prompt(ids, 0), min(self.tokens, 16))

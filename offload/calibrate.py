@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from offload.calibration import Calibration, CalibrationState
+from offload.footprint import check_calibration
 from offload.layerwise import Layerwise, Observer
 from offload.load import runtime_name
 from offload.moments import Moments
 from offload.store import ExpertWeights
 from offload.windows import Windows
 from quant.checkpoint import Checkpoint
-from quant.errors import OutputError, UsageError
+from quant.errors import OutputError
 from quant.families import PROJECTIONS, Projection, Role
 from quant.gptq import DAMPING, gptq
 from quant.linear import LinearWeight, QuantLinear
@@ -39,7 +40,6 @@ from quant.mixture import described, scheme_of
 from quant.scheme import BF16, Scheme
 from quant.shape import LinearSpec
 
-MIN_EXPERT_TOKENS = 64  # that an expert must see on average
 PULL = 0.8  # how far a weight moves towards making up for its inputs' errors
 _SAMPLE = 1024  # tokens that stand for all of a layer
 _BATCH = 4
@@ -47,15 +47,8 @@ Progress = Callable[[int, int, float], None]
 
 
 def check_length(checkpoint: Checkpoint, windows: Windows) -> None:
-    """Raise UsageError if the text is too short for the experts, saying how many tokens one would see."""
-    shape = checkpoint.shape
-    each = windows.tokens * shape.top_k // max(shape.num_experts, 1)
-    if each < MIN_EXPERT_TOKENS:
-        needed = MIN_EXPERT_TOKENS * shape.num_experts // shape.top_k
-        raise UsageError(
-            f"the calibration text has {windows.tokens:,} tokens in whole windows, of which an expert sees "
-            f"{each:,} on average: expected at least {MIN_EXPERT_TOKENS}, so a text of {needed:,} tokens"
-        )
+    """Raise InputError if the text is too short for the experts, saying how many tokens one would see."""
+    check_calibration(checkpoint.shape, windows.tokens)
 
 
 def calibrate(
@@ -64,7 +57,7 @@ def calibrate(
 ) -> Calibration:  # fmt: skip
     """Round every Linear of the layers that ``schemes`` packs, and keep the results in ``folder``.
 
-    ``progress`` gets layers done, layers in all and the seconds that are likely left. Raises UsageError for a
+    ``progress`` gets layers done, layers in all and the seconds that are likely left. Raises InputError for a
     text too short, OutputError if ``folder`` is another calibration's or cannot be written.
     """
     check_length(checkpoint, windows)

@@ -7,6 +7,7 @@ from typing import Literal
 from offload.budget import GIB, Budget
 from offload.footprint import FRAMEWORK_RAM, FRAMEWORK_VRAM, Footprint, slot_bytes_of
 from offload.records import Tier
+from offload.roles import role_name
 from quant.errors import BudgetError
 from quant.families import QUANTIZABLE
 from quant.scheme import Scheme
@@ -138,7 +139,7 @@ class Fitter:
             row for row in self._fixed(chunk) if row.tier == tier and (tier, row.role) != ("ram", "framework")
         ]
         largest = sorted(rows, key=lambda row: -row.nbytes)[:3]
-        named = ", ".join(f"{row.role} {format_size(row.nbytes)}" for row in largest)
+        named = ", ".join(f"{role_name(row.role)} {format_size(row.nbytes)}" for row in largest)
         slots = f"{self._least(tier)} experts of {format_size(self.footprint.slot_bytes)}"
         return (
             f"this needs {format_size(have + lacking)} of {tier.upper()} ({named}, and room for {slots}) "

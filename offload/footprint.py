@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from offload.predict import Load
+from quant.errors import InputError
 from quant.families import Role
 from quant.scheme import BF16, Scheme
 from quant.shape import ModelShape
@@ -22,6 +23,8 @@ FRAMEWORK_RAM = 400 * MIB
 FRAMEWORK_VRAM = 500 * MIB
 # What allocators, threads and the reader keep.
 SLACK = 48 * MIB
+CALIBRATION_WINDOW = 512  # tokens of a text that are run as one
+MIN_EXPERT_TOKENS = 64  # that an expert must see on average
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,19 @@ def calibration_nbytes(shape: ModelShape, tokens: int) -> dict[str, int]:
         "hidden states": tokens * shape.hidden_size * 16,
         "hessians": 6 * widest * widest * 4,
     }
+
+
+def check_calibration(shape: ModelShape, tokens: int, *, counted: bool = True) -> None:
+    """Raise InputError if a text of ``tokens`` tokens (about that many, if not ``counted``) is too short to
+    calibrate the experts on, saying how many one would see."""
+    each = tokens * shape.top_k // max(shape.num_experts, 1)
+    about = "" if counted else "about "
+    if each < MIN_EXPERT_TOKENS:
+        needed = MIN_EXPERT_TOKENS * shape.num_experts // shape.top_k
+        raise InputError(
+            f"the calibration text has {about}{tokens:,} tokens in whole windows, of which an expert sees "
+            f"{each:,} on average: expected at least {MIN_EXPERT_TOKENS}, so a text of {needed:,} tokens"
+        )
 
 
 def slot_bytes_of(expert_bytes: int) -> int:

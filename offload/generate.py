@@ -75,14 +75,16 @@ class Generator:
             )
         turn = self._take_turn()
         try:
-            yield from self._steps(list(prompt), sampling, min(sampling.max_tokens, room), turn)
+            yield from self._steps(list(prompt), sampling, room, turn)
         finally:
             if turn == self._turn:
                 self._drop()
 
-    def _steps(self, context: list[int], sampling: Sampling, steps: int, turn: int) -> Iterator[TokenRecord]:
+    def _steps(self, context: list[int], sampling: Sampling, room: int, turn: int) -> Iterator[TokenRecord]:
         self.settle_in()
         sampler, text = Sampler(sampling), TextStream(self.tokenizer, sampling.stop)
+        steps = min(sampling.max_tokens, room)
+        last: Finish = "context" if room < sampling.max_tokens else "length"
         started = time.perf_counter()
         step_ids = self._unseen(context)
         logits = self._prefill(step_ids)
@@ -93,7 +95,7 @@ class Generator:
             finish: Finish = "eos" if token in self.eos and not sampling.ignore_eos else ""
             launched, counters = self._go_on(None if finish or step == steps - 1 else token)
             new, stopped = ("", False) if finish else text.push(token)
-            finish = finish or ("stop" if stopped else "length" if step == steps - 1 else "")
+            finish = finish or ("stop" if stopped else last if step == steps - 1 else "")
             if finish:
                 self._drop()  # a stop string was met: nobody wants the next token
                 new += "" if stopped else text.finish()

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,12 @@ _READ_BYTES = 2**30  # caches of a server keep a visible part of less
 _GEMM = (256, 2048, 4096)  # tokens, out and in features: a prompt chunk against one projection
 _GEMM_RUNS = 8
 _BUSY = 0.1  # share of all cores that others may take while measuring
-_BUSY_SECONDS = 60.0  # a measurement beside others' work is repeated when it is older
+_BUSY_SECONDS = 60.0  # a doubtful measurement is repeated when it is older, the next one ten times that
+_REPEATS = 4  # of reading RAM
+_STEADY = 0.85  # what the slowest repeat must reach of the fastest
+_FAR_BELOW = 0.75  # of what the same machine has shown before
+_RATES = {"ram_gb_s": "RAM", "disk_gb_s": "disk", "int8_gops": "int8 arithmetic"}
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,9 @@ class Machine:
 
     ``ram_available_bytes`` is what this process could take now, limits of its control group included.
     ``measured`` is false for a machine that was described, not probed. ``notes`` are what has to be said
-    about the measurement, ``quiet`` whether other programs left the machine alone meanwhile.
+    about the measurement, ``quiet`` whether nothing spoke against it: other programs left the machine alone
+    meanwhile, repeats agreed, and no rate was far below what had been measured before. ``doubts`` counts the
+    measurements in a row that were not quiet, ``measured_at`` is when (seconds since 1970, 0 if described).
     """
 
     name: str
@@ -51,6 +59,8 @@ class Machine:
     measured: bool = True
     quiet: bool = True
     notes: tuple[str, ...] = ()
+    doubts: int = 0
+    measured_at: float = 0.0
 
     @property
     def pcie_gb_s(self) -> float | None:
@@ -87,29 +97,57 @@ class Machine:
         return machine
 
 
-def probe(directory: Path | None = None, *, refresh: bool = False) -> Machine:
+def probe(directory: Path | None = None, *, refresh: bool = False, say: Say | None = None) -> Machine:
     """This machine, and the disk on which ``directory`` (by default the temporary one) lies.
 
     Measured in about three seconds the first time and kept in ``$XDG_CACHE_HOME/coldstream``; ``refresh``
-    measures again, and so does a later run if other programs were busy the first time. Raises MachineError
-    if the disk cannot be read or the native kernels are missing.
+    measures again, and so does a later run while a measurement is in doubt: after a minute, then after ten,
+    and so on. ``say`` is told when there is something to measure. Raises MachineError if the disk cannot be
+    read or the native kernels are missing.
     """
     directory = directory if directory is not None and directory.is_dir() else Path(tempfile.gettempdir())
     ram, available = host.memory()
     kept = _cache_file(directory)
-    machine = None if refresh else _read(kept)
-    if machine is None or not (machine.quiet or time.time() - kept.stat().st_mtime < _BUSY_SECONDS):
-        machine = _better(_measure(directory, ram, available), machine)
+    before = _read(kept)
+    machine = None if refresh else before
+    if machine is None or _is_due(machine, time.time()):
+        if say is not None:
+            say("measuring the machine (about three seconds; kept for later runs)")
+        machine = judged(_measure(directory, ram, available), before, keep_best=not refresh)
         _write(kept, machine)
     return replace(machine, ram_bytes=ram, ram_available_bytes=available)
 
 
-def _better(new: Machine, old: Machine | None) -> Machine:
-    """``new``, but no rate below what the same machine has already shown beside others' work."""
-    if old is None or new.quiet:
-        return new
-    rates = ("ram_gb_s", "disk_gb_s", "int8_gops")
-    return replace(new, **{rate: max(getattr(new, rate), getattr(old, rate)) for rate in rates})
+def _is_due(machine: Machine, now: float) -> bool:
+    """Whether a measurement in doubt is to be repeated: the oftener it was, the later."""
+    wait = _BUSY_SECONDS * 10.0 ** max(machine.doubts - 1, 0)
+    return not machine.quiet and not machine.measured_at <= now < machine.measured_at + wait
+
+
+def judged(new: Machine, old: Machine | None, *, keep_best: bool) -> Machine:
+    """``new`` beside what the same machine showed before: a rate far below that is said and doubted.
+
+    With ``keep_best`` no rate of a doubtful measurement is below the old one; otherwise the new ones hold.
+    """
+    if old is None:
+        return replace(new, doubts=0 if new.quiet else 1)
+    low = [
+        f"{name} {getattr(new, rate):.3g}, was {getattr(old, rate):.3g}"
+        for rate, name in _RATES.items()
+        if getattr(new, rate) < _FAR_BELOW * getattr(old, rate)
+    ]
+    if low:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(old.measured_at))
+        held = "the better figures hold" if keep_best else "the new figures hold"
+        note = (
+            f"this machine is slower than on {when} ({'; '.join(low)}; in GB/s, Gop/s): something else may "
+            f"be using it; {held}, and `coldstream probe --refresh` measures again"
+        )
+        new = replace(new, quiet=False, notes=(*new.notes, note))
+    if new.quiet:
+        return replace(new, doubts=0)
+    best = {rate: max(getattr(new, rate), getattr(old, rate)) for rate in _RATES} if keep_best else {}
+    return replace(new, **best, doubts=old.doubts + 1)
 
 
 def _measure(directory: Path, ram: int, available: int) -> Machine:
@@ -124,7 +162,7 @@ def _measure(directory: Path, ram: int, available: int) -> Machine:
         notes += (
             f"torch sees no GPU, the driver {host.gpu_driver()}: install a CUDA build of torch to use it",
         )
-    ram_rate = max(native.read_bandwidth(nbytes, 0.2) for _ in range(2))
+    reads = [native.read_bandwidth(nbytes, 0.15) for _ in range(_REPEATS)]
     gemm_rate = _gemm_rate()
     others, everyone = (now - then for now, then in zip(host.cpu_seconds(), (others, everyone), strict=True))
     quiet = others <= _BUSY * everyone
@@ -133,6 +171,12 @@ def _measure(directory: Path, ram: int, available: int) -> Machine:
             f"other programs used {others / everyone:.0%} of the CPU while this machine was measured: "
             "`coldstream probe --refresh` measures it again",
         )
+    elif min(reads) < _STEADY * max(reads):
+        quiet = False
+        notes += (
+            f"RAM gave {min(reads):.3g} to {max(reads):.3g} GB/s in {_REPEATS} readings: the best is taken, "
+            "and a later run measures again",
+        )
     return Machine(
         name=host.cpu_name() + (f" + {gpu.name}" if gpu else ""),
         cpu=host.cpu_name(),
@@ -140,13 +184,14 @@ def _measure(directory: Path, ram: int, available: int) -> Machine:
         isa=native.isa(),
         ram_bytes=ram,
         ram_available_bytes=available,
-        ram_gb_s=ram_rate,
+        ram_gb_s=max(reads),
         disk_gb_s=disk.gb_s,
         int8_gops=gemm_rate,
         gpu=gpu,
         cache_bytes=host.cache_bytes(),
         quiet=quiet,
         notes=notes,
+        measured_at=time.time(),
     )
 
 

@@ -65,7 +65,7 @@ def plan_run(
         machine,
         vram=options.vram if device.type == "cuda" else 0,
         ram=options.ram,
-        context=options.context,
+        context=checkpoint.shape.context(options.context),
         kv_bits=32 if options.exact else 8 if options.kv == "int8" else 16,
         routing=routing,
         prompt_chunk=options.prompt_chunk,

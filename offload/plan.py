@@ -157,7 +157,10 @@ def make_plan(
     plan = planner.plan(budget)
     pinned = planner.locality.hottest(shape.moe_layers, plan.vram_slots - plan.vram_reserve)
     return replace(
-        plan, gains=planner.gains(budget, plan), pinned=pinned, notes=(*budget.notes, *_padding(footprint))
+        plan,
+        gains=planner.gains(budget, plan),
+        pinned=pinned,
+        notes=(*budget.notes, *_padding(footprint), *beyond(shape, context)),
     )
 
 
@@ -169,6 +172,17 @@ def _padding(footprint: Footprint) -> tuple[str, ...]:
     return (
         f"experts differ in size: a slot has room for the largest, {format_size(largest)}, the mean is "
         f"{format_size(mean)}: {1 - mean / largest:.0%} of the memory for experts is padding",
+    )
+
+
+def beyond(shape: ModelShape, context: int) -> tuple[str, ...]:
+    """A note that ``context`` tokens are more than the model has learned to read, if they are."""
+    limit = shape.max_position_embeddings
+    if not 0 < limit < context:
+        return ()
+    return (
+        f"a context of {context:,} tokens is beyond the {limit:,} that this model was made for "
+        "(max_position_embeddings): what it makes of later ones may be no sense",
     )
 
 

@@ -8,14 +8,16 @@ from typing import Literal
 
 Tier = Literal["vram", "ram", "disk"]
 TIERS: tuple[Tier, ...] = ("vram", "ram", "disk")
-Finish = Literal["", "eos", "stop", "length", "cancelled"]
+Finish = Literal["", "eos", "stop", "length", "context", "cancelled"]
+FinishReason = Literal["stop", "length", "context"]
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """What the user asked of a run; None means: as much as the machine and the model allow.
 
-    ``vram`` and ``ram`` are budgets in bytes, ``context`` the tokens the KV cache must hold,
+    ``vram`` and ``ram`` are budgets in bytes, ``context`` the tokens the KV cache must hold (None: see
+    ModelShape.context),
     ``prompt_chunk`` the prompt tokens run through the model at once. ``exact`` keeps activations in
     floating point on the CPU (the native kernels otherwise quantize them to int8 per group). ``page_cache``
     reads experts through the operating system's page cache instead of direct I/O. ``graph`` decodes on a
@@ -25,7 +27,7 @@ class RunOptions:
 
     vram: int | None = None
     ram: int | None = None
-    context: int = 4096
+    context: int | None = None
     kv: Literal["bf16", "int8"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     policy: str | None = None
@@ -61,7 +63,8 @@ class TokenRecord:
     ``by_tier`` counts (layer, expert) requests by the tier that held the expert when it was asked for;
     ``bytes_read`` the bytes the step read from each tier: dense weights, experts and KV cache from "ram" (or
     "vram"), expert fetches from "disk". ``text`` is what became printable. ``finish`` is set on the last
-    record.
+    record: "eos" and "stop" for a token or a text that ends it, "length" after ``max_tokens``, "context" when
+    the KV cache is full before that.
     """
 
     phase: Literal["prefill", "decode"]
@@ -84,3 +87,11 @@ class TokenRecord:
     def misses(self) -> int:
         """Expert requests that had to read the disk."""
         return self.by_tier.get("disk", 0)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the text ends here, as servers call it; None where it goes on or was broken off."""
+        reasons: dict[Finish, FinishReason] = {
+            "eos": "stop", "stop": "stop", "length": "length", "context": "context",
+        }  # fmt: skip
+        return reasons.get(self.finish)

@@ -56,6 +56,7 @@ class Session:
         self.machine: Machine | None = None
         self.ledger = MemoryLedger(baseline_rss=resident_bytes())
         self.shape = checkpoint.shape
+        self.context = self.shape.context(options.context)
         self.compute = choose_compute(options, device)
         self.kernel = self.compute.name
         self.routing = RoutingStats(model_id(checkpoint), self.shape)
@@ -78,7 +79,7 @@ class Session:
         self.notes = [*self.reader.notes, *(self.vram.allowance.notes if self.vram is not None else ())]
         self.tokenizer = load_tokenizer(checkpoint.path)
         storage: Storage = "plain" if options.exact else options.kv
-        cache = KVCache(self.shape, options.context, storage)
+        cache = KVCache(self.shape, self.context, storage)
         self.decoder: Decoder | None = self._native_decoder() or self._graph_decoder(cache, dtype)
         self.generator = Generator(
             self.model, self.tokenizer, cache, self.experts, dense_bytes=self._count(),
@@ -108,9 +109,8 @@ class Session:
         allowance = Allowance.claim(device, options.vram) if device.type == "cuda" else None
         if allowance is not None:
             options = replace(options, vram=allowance.budget)
-        say("measuring the machine")
         try:
-            machine = probe(model)
+            machine = probe(model, say=say)
         except torch.OutOfMemoryError:
             raise BudgetError(
                 f"--vram {format_size(options.vram or 0)} is too little to measure the GPU with: run "
@@ -238,9 +238,7 @@ class Session:
             nbytes = self.checkpoint.entries[key].nbytes
             self.ledger.add("ram" if name.role == "embeddings" else home, name.role, nbytes)
             read += 0 if name.role == "embeddings" and not self.shape.tie_word_embeddings else nbytes
-        self.ledger.add(
-            home, "kv_cache", self.shape.kv_nbytes(self.options.context, 4 if self.options.exact else 2)
-        )
+        self.ledger.add(home, "kv_cache", self.shape.kv_nbytes(self.context, 4 if self.options.exact else 2))
         return read
 
     def _eos(self) -> frozenset[int]:

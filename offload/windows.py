@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.errors import UsageError
+from quant.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Windows:
     def cut(cls, text: str, tokenizer: Any, length: int, count: int | None = None) -> "Windows":
         """The first ``count`` whole windows of ``length`` tokens (None: all there are).
 
-        Raises UsageError if the text does not hold that many, or none.
+        Raises InputError if the text does not hold that many, or none.
         """
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         there = len(ids) // length
         wanted = there if count is None else count
         if wanted < 1 or there < wanted:
-            raise UsageError(
+            raise InputError(
                 f"the text has {len(ids):,} tokens, {there:,} windows of {length:,}: expected at least "
                 f"{max(wanted, 1):,}; give a longer text"
             )

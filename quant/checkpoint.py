@@ -227,8 +227,8 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     try:
         config = json.loads(file.read_text())
-    except FileNotFoundError:
-        what = "no such directory" if not path.is_dir() else "no config.json in it"
+    except (FileNotFoundError, NotADirectoryError):
+        what = "no config.json in it" if path.is_dir() else "a file" if path.exists() else "no such directory"
         raise CheckpointError(f"{path}: {what}; expected a Hugging Face model directory") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quant.errors import RecipeError
-from quant.families import QUANTIZABLE, Family, Role
+from quant.families import QUANTIZABLE, ROLE_NAMES, Family, Role
 from quant.mixture import Mixture, scheme_of
 from quant.scheme import BF16, Scheme
 from quant.shape import ModelShape
@@ -40,7 +40,7 @@ def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str
             "--experts int4"
         )
     if any(s.kind == "nf4" for s in used.values()) and any(s.is_packed for s in used.values()):
-        mixed = ", ".join(f"{role} {scheme}" for role, scheme in used.items())
+        mixed = ", ".join(f"{ROLE_NAMES[role]} {scheme}" for role, scheme in used.items())
         raise RecipeError(
             f"nf4 and int4 or int8 cannot be mixed in one checkpoint ({mixed}): the formats have different "
             "loaders; "

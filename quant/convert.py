@@ -27,7 +27,7 @@ from quant.mixture import described
 from quant.parts import Conversion, Part, Piece, plan_conversion
 from quant.rounding import Rounder, Rounding, make_rounder
 from quant.scheme import BF16, Scheme
-from quant.sidecars import copy_sidecars, sidecar_bytes, write_config
+from quant.sidecars import copy_sidecars, left_out, sidecar_bytes, write_config
 from quant.staging import Staging
 from quant.writer import OutputFiles, check_free, write_file
 
@@ -125,6 +125,8 @@ def convert(
         files.close()
         journal.close()
     staging.publish()
+    unused = left_out(checkpoint.path, {entry.file for entry in checkpoint.entries.values()})
+    notes += [unused] if unused else []
     read = sum(part.nbytes for part in parts[resumed:])
     return _report(checkpoint, conversion, staging.destination, read, started, fidelity.roles, notes)
 

@@ -6,13 +6,16 @@
     │   └── NonFiniteError       a weight with NaN or Inf
     ├── SchemeError          a quantization scheme that does not fit a tensor
     ├── RecipeError          a recipe with an unknown key or a bad value
+    ├── InputError           a text or another file given to work on: absent, unreadable, too short
     ├── OutputError          a destination that cannot be written (not empty, disk full, nothing to resume)
     ├── BudgetError          a plan that does not fit --vram or --ram
     ├── MachineError         a device, driver or system feature that is not there
     ├── ProfileError         routing statistics that are unreadable or belong to another model
-    └── UsageError           arguments that contradict each other (exit code 2)
+    └── UsageError           a command line that cannot be right, whatever is on the disk (exit code 2)
 
 The command line turns any of them into one line on stderr and an exit code; nothing else is caught there.
+A name that nobody knows (a recipe, scheme, card or policy) and options that contradict each other are wrong
+usage: 2. A path that leads nowhere, and anything about what lies there, is a failure: 1.
 """
 
 
@@ -42,6 +45,10 @@ class RecipeError(ColdstreamError):
     """A recipe has an unknown key, a missing key or a value out of range."""
 
 
+class InputError(ColdstreamError):
+    """A file to work on is not there, cannot be read, or holds too little."""
+
+
 class OutputError(ColdstreamError):
     """A destination cannot be written."""
 
@@ -59,6 +66,6 @@ class ProfileError(ColdstreamError):
 
 
 class UsageError(ColdstreamError):
-    """Arguments that contradict each other."""
+    """Arguments that contradict each other, or a name that is none."""
 
     exit_code = 2

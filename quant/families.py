@@ -21,6 +21,18 @@ Role = Literal[
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
 QUANTIZABLE: tuple[Role, ...] = ("experts", "shared_expert", "dense_mlp", "attention", "lm_head")
+# As people call them, in refusals and tables; recipes and options have the roles themselves.
+ROLE_NAMES: dict[str, str] = {
+    "experts": "routed experts",
+    "shared_expert": "shared experts",
+    "dense_mlp": "dense MLPs",
+    "attention": "attention",
+    "lm_head": "LM head",
+    "embeddings": "embeddings",
+    "router": "routers",
+    "norm": "norms",
+    "vision": "vision tower",
+}
 
 Projection = Literal["gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)

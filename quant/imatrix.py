@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.encode import Encoded, check_finite
-from quant.errors import UsageError
+from quant.errors import InputError
 from quant.pack import Packed, dequantize, pack
 from quant.rounding import Rounder
 from quant.scheme import Scheme
@@ -75,20 +75,20 @@ class Imatrix:
     def load(cls, file: Path, model: str) -> "Imatrix":
         """Read what ``save`` wrote for the checkpoint of identity ``model``.
 
-        Raises UsageError if it is no importance matrix, or another model's.
+        Raises InputError if it is no importance matrix, or another model's.
         """
         try:
             with safe_open(file, "pt") as opened:
                 about = opened.metadata() or {}
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"{file} cannot be read as an importance matrix: {error}") from None
+            raise InputError(f"{file} cannot be read as an importance matrix: {error}") from None
         if about.get("format") != VERSION:
-            raise UsageError(
+            raise InputError(
                 f"{file} is no importance matrix: expected what --save-imatrix writes, or a text"
             )
         if about["model"] != model:
-            raise UsageError(
+            raise InputError(
                 f"{file} is the importance matrix of another model ({about['model']}, this one is {model}): "
                 "measure this model's with --imatrix TEXT"
             )

@@ -28,7 +28,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from quant.errors import CheckpointError, RecipeError, UsageError
+from quant.errors import CheckpointError, RecipeError, SchemeError, UsageError
 from quant.families import QUANTIZABLE, Role
 from quant.scheme import Scheme
 from quant.sizes import parse_size
@@ -57,11 +57,14 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe called ``name``, or that of the file at path ``name``. Raises RecipeError."""
+    """The recipe called ``name``, or that of the file at path ``name``.
+
+    Raises UsageError if no recipe is called that, RecipeError for what is in a file.
+    """
     source: Path | Traversable = Path(name)
     if not name.endswith(".toml"):
         if name not in recipe_names():
-            raise RecipeError(
+            raise UsageError(
                 f"no recipe is called {name!r}: expected {', '.join(recipe_names())}, or a .toml file"
             )
         source = files("recipes").joinpath(f"{name}.toml")
@@ -86,7 +89,10 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
     schemes: dict[Role, Scheme] = {}
     for role in QUANTIZABLE:
         if role in weights:
-            schemes[role] = Scheme.parse(str(weights[role]), group_size)
+            try:
+                schemes[role] = Scheme.parse(str(weights[role]), group_size)
+            except SchemeError as error:
+                raise RecipeError(f"recipe {name}: weights.{role}: {error}") from None
     kv = run.get("kv")
     if kv not in (None, "bf16", "int8"):
         raise RecipeError(f"recipe {name}: run.kv is {kv!r}: expected 'bf16' or 'int8'")

@@ -57,6 +57,10 @@ class Scheme:
         kind, mark, group = text.strip().lower().partition("-g")
         if mark and not group.isdigit():
             raise SchemeError(f"bad scheme {text!r}: expected for example 'int4' or 'int4-g32'")
+        own = {"nf4": str(NF4_BLOCK)}.get(kind)
+        if mark and kind in ("nf4", "bf16") and group != own:
+            has = f"has blocks of {NF4_BLOCK}" if own else "has no groups"
+            raise SchemeError(f"bad scheme {text!r}: {kind} {has}: expected {kind!r}")
         return cls(cast(Kind, kind), int(group) if group else group_size)
 
     def __str__(self) -> str:

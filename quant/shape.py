@@ -12,6 +12,8 @@ from quant.families import PROJECTIONS, Family, Projection, Role, family_of
 from quant.mixture import Mixture, scheme_of
 from quant.scheme import BF16, Scheme
 
+_CONTEXT = 4096
+
 
 @dataclass(frozen=True)
 class LinearSpec:
@@ -124,6 +126,10 @@ class ModelShape:
             for expert in range(self.num_experts):
                 linears = self.expert_linears(layer, expert)
                 yield sum(scheme_of(schemes, x).nbytes(x.out_features, x.in_features) for x in linears)
+
+    def context(self, asked: int | None = None) -> int:
+        """Tokens that a run plans for: those asked for, else 4,096 or all that the model was made for."""
+        return asked or min(_CONTEXT, self.max_position_embeddings or _CONTEXT)
 
     def kv_layers(self, context: int) -> Iterator[tuple[int, int]]:
         """(layer, tokens its KV cache must hold) for a context of ``context`` tokens."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from cli.main import build_app
+from quant.errors import ColdstreamError
 
 ROOT = Path(__file__).resolve().parent.parent
 COLDSTREAM = [sys.executable, "-m", "cli.main"]
@@ -43,6 +44,9 @@ def invoke(*arguments: str | Path, stdin: str = "") -> Finished:
     """``coldstream ARGUMENTS`` in this process, where torch is imported once for all tests."""
     words = [str(argument) for argument in arguments]
     result = CliRunner().invoke(build_app(words[0]), words, input=stdin)
+    if isinstance(result.exception, ColdstreamError):  # of a value that was being parsed: main() says it
+        error = result.exception
+        return Finished(error.exit_code, result.stdout, f"{result.stderr}coldstream: error: {error}\n")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Finished(result.exit_code, result.stdout, result.stderr)

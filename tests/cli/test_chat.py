@@ -66,6 +66,13 @@ def test_a_conversation_that_outgrows_its_context_says_so_and_goes_on(model: Pat
     assert "tokens/s" in done.stderr, "the short question was answered"
 
 
+def test_an_answer_that_fills_the_context_says_so(model: Path) -> None:
+    asked = ("chat", model, "--context", "40", "--max-tokens", "200")
+    shown = invoke(*asked, stdin=QUESTION + "\n").stderr
+    assert "(cut off: the context of 40 tokens is full; /reset" in shown and "--context" in shown
+    assert json.loads(invoke(*asked, "--json", stdin=QUESTION + "\n").stdout)["finish_reason"] == "context"
+
+
 def test_an_end_without_a_question_is_no_error(model: Path) -> None:
     assert invoke("chat", model, stdin="").returncode == 0
 

@@ -49,6 +49,16 @@ def test_a_short_text_is_one_line(model: Path, text: Path, tmp_path: Path) -> No
     assert "expected at least 32; give a longer text" in done.stderr
 
 
+def test_windows_longer_than_the_model_was_made_for_are_a_note(
+    model: Path, demo_model: Path, tmp_path: Path
+) -> None:
+    asked = ("--reference", model, "--text", demo_model / "held_out.txt", "--windows", "1")
+    done = invoke("eval", model, *asked, "--context", "1030", "--cache", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    [note] = json.loads(done.stdout)["notes"]
+    assert "1,030 tokens is beyond the 1,024" in note
+
+
 def test_the_report_page_draws_what_the_document_says(model: Path, text: Path, tmp_path: Path) -> None:
     page = tmp_path / "eval.html"
     asked = ("--reference", model, "--text", text, "--windows", "2", "--context", "32", "--cache", tmp_path)

@@ -28,7 +28,7 @@ def test_greedy_text_is_the_same_with_json_from_stdin_and_streamed(model: Path) 
     document = json.loads(piped.stdout)
     assert piped.stderr == ""
     assert document["text"] + "\n" == streamed.stdout
-    assert document["finish"] == "length"
+    assert document["finish_reason"] == "length"
     assert document["decode"]["tokens"] == 18, "20, less the one of the prefill and the warm-up step"
 
 
@@ -45,7 +45,28 @@ def test_a_stop_string_ends_the_text_before_it(model: Path) -> None:
     stop = whole[5:8]
     document = json.loads(invoke("generate", model, PROMPT, "-n", "20", "--json", "--stop", stop).stdout)
     assert document["text"] == whole[: whole.index(stop)]
-    assert document["finish"] == "stop"
+    assert document["finish_reason"] == "stop"
+
+
+def test_a_full_context_is_said_once_and_what_to_do(model: Path) -> None:
+    asked = ("generate", model, PROMPT, "-n", "50", "--context", "32")
+    shown = invoke(*asked)
+    [line] = [line for line in shown.stderr.splitlines() if "was cut off because the context of 32" in line]
+    assert "--context" in line and "made for up to 1,024" in line
+    document = json.loads(invoke(*asked, "--json").stdout)
+    assert document["finish_reason"] == "context"
+    assert document["prompt_tokens"] + len(document["timeline"]["ms"]) == 32
+    enough = json.loads(invoke(*asked[:4], "8", *asked[5:], "--json").stdout)
+    assert enough["finish_reason"] == "length" and not any("cut off" in note for note in enough["notes"])
+
+
+def test_a_context_beyond_the_models_own_is_a_note_and_the_default_is_never_beyond(model: Path) -> None:
+    asked = ("generate", model, PROMPT, "-n", "2", "--json")
+    beyond = json.loads(invoke(*asked, "--context", "2000").stdout)
+    [note] = [note for note in beyond["notes"] if "max_position_embeddings" in note]
+    assert "2,000" in note and "1,024" in note
+    default = json.loads(invoke(*asked).stdout)
+    assert default["context"] == 1024 and not any("max_position" in note for note in default["notes"])
 
 
 def test_the_chat_template_changes_the_prompt(model: Path) -> None:

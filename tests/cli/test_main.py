@@ -1,5 +1,6 @@
 """The frame of the command line: help, errors as one line, exit codes."""
 
+import gc
 import json
 import resource
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.imports import seldom_collecting
 from cli.interrupt import INTERRUPTED
 from cli.main import COMMANDS, PIPE_CLOSED, one_line_errors
 from quant.errors import BudgetError, UsageError
@@ -38,6 +40,21 @@ def test_every_command_is_listed_with_what_it_does() -> None:
     for name, summary in COMMANDS.items():
         assert f"  {name} " in listed
         assert summary in listed, "the summary does not fit on one line of 80"
+
+
+def test_garbage_is_looked_for_seldom_while_importing_and_as_before_afterwards() -> None:
+    before = gc.get_threshold()
+    looks: list[str] = []
+    gc.callbacks.append(count := lambda phase, info: looks.append(phase))
+    try:
+        with seldom_collecting():
+            kept = [[] for _ in range(100_000)]  # type: ignore[var-annotated]
+        inside = len(looks)
+        more = [[] for _ in range(100_000)]  # type: ignore[var-annotated]
+    finally:
+        gc.callbacks.remove(count)
+    assert len(kept) == len(more) and 10 * inside < len(looks) - inside
+    assert gc.get_threshold() == before
 
 
 def test_version_is_printed_and_nothing_else_happens() -> None:

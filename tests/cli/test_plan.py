@@ -35,7 +35,7 @@ def test_a_shape_is_planned_for_a_machine_that_is_not_there(shape: str) -> None:
 def test_behemoth_is_refused_in_one_line_with_numbers() -> None:
     done = coldstream("plan", "behemoth", *CARD)
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert "GiB of VRAM" in done.stderr and "shared_expert" in done.stderr
+    assert "GiB of VRAM" in done.stderr and "shared experts" in done.stderr
 
 
 def test_planning_imports_no_torch() -> None:
@@ -54,7 +54,7 @@ def test_a_human_reads_where_bytes_go_what_limits_and_what_a_gib_buys() -> None:
     assert shown.stdout == ""
     for text in (
         "128 experts",
-        "experts, cold",
+        "routed experts, cold",
         "KV cache",
         "limited by disk",
         "1 GiB     more of RAM",
@@ -102,6 +102,27 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     plan = planned("mini-scout", "--context", "512", "--ram", "1GiB")
     assert plan["machine"]["measured"] and plan["budgets"] == {"vram": 0, "ram": 2**30}
     assert list((tmp_path / "coldstream").glob("machine-*.json"))
+
+
+def test_a_context_beyond_the_models_own_is_a_note(demo_model: Path) -> None:
+    notes = planned(demo_model, *CARD, "--context", "5000")["notes"]
+    assert len([note for note in notes if "5,000 tokens is beyond the 1,024" in note]) == 1
+    assert not planned("scout", *CARD, "--context", "5000")["notes"]
+
+
+def test_a_text_too_short_to_calibrate_on_is_refused_as_quantize_does(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((demo_model / "calibration.txt").read_text()[:3_000])
+    refused = [
+        invoke("plan", demo_model, *CARD, "--recipe", "demo", "--calibrate", text),
+        invoke("quantize", demo_model, tmp_path / "out", "--recipe", "demo", "--calibrate", text),
+    ]
+    assert [done.returncode for done in refused] == [1, 1]
+    first, second = (done.stderr.splitlines()[-1] for done in refused)
+    assert first == second and "so a text of 1,024 tokens" in first
+    assert "about " in invoke("plan", "scout", *CARD, "--calibrate", text).stderr
 
 
 def test_wrong_names_are_answered_with_the_right_ones() -> None:

@@ -22,11 +22,13 @@ def test_probe_prints_one_json_document_with_the_rates_at_top_level(tmp_path: Pa
 
 def test_probe_for_a_human_names_each_memory_and_its_rate(tmp_path: Path) -> None:
     shown = invoke("probe", tmp_path)
-    assert shown.stdout == ""
+    assert shown.stdout == "" and shown.stderr.count("measuring the machine") == 1
+    again = invoke("probe", tmp_path)
+    assert "measuring" not in again.stderr and "--refresh measures again" in again.stderr
     lines = {line.split()[0]: line for line in shown.stderr.splitlines() if line.strip()}
     assert "GB/s" in lines["RAM"] and "GB/s" in lines["Disk"]
 
 
-def test_probe_of_no_directory_is_wrong_usage(tmp_path: Path) -> None:
+def test_probe_of_no_directory_fails_in_one_line(tmp_path: Path) -> None:
     answer = coldstream("probe", tmp_path / "absent")
-    assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1
+    assert answer.returncode == 1 and len(answer.stderr.splitlines()) == 1

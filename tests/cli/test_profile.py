@@ -64,9 +64,9 @@ def test_a_profile_of_another_model_is_refused_before_any_text_is_run(
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00"], ids=["empty", "not text"])
-def test_text_that_is_none_is_wrong_usage(model: Path, tmp_path: Path, content: bytes) -> None:
+def test_text_that_is_none_fails_in_one_line(model: Path, tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "text"
     file.write_bytes(content)
     done = invoke("profile", model, "--text", file, "--out", tmp_path / "r.json")
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("coldstream: error: ")

@@ -40,10 +40,11 @@ def test_what_is_named_by_hand_wins_over_the_recipe(demo_model: Path, tmp_path: 
     ("options", "code", "words"),
     [
         ([], 2, "give --recipe NAME"),
-        (["--experts", "int3"], 1, "unknown scheme 'int3'"),
+        (["--experts", "int3"], 2, "--experts int3: unknown scheme 'int3'"),
         (["--experts", "int4", "--group-size", "256"], 1, "use --group-size 32 or 64 or 128"),
         (["--experts", "nf4", "--lm-head", "int8"], 1, "cannot be mixed"),
-        (["--recipe", "nowhere"], 1, "no recipe is called 'nowhere'"),
+        (["--recipe", "fast", "--group-size", "32"], 2, "--group-size 32 says nothing beside a recipe"),
+        (["--recipe", "nowhere"], 2, "no recipe is called 'nowhere'"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(
@@ -108,7 +109,7 @@ def test_calibrating_says_what_the_experts_saw_and_leaves_nothing_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
     text.write_text(words[:3_000])
     answer = invoke("quantize", demo_model, tmp_path / "short", *asked)
-    assert answer.returncode == 2 and "an expert sees" in answer.stderr
+    assert answer.returncode == 1 and "an expert sees" in answer.stderr
 
 
 def test_bits_are_chosen_shown_kept_in_the_checkpoint_and_the_same_again(
@@ -116,7 +117,7 @@ def test_bits_are_chosen_shown_kept_in_the_checkpoint_and_the_same_again(
 ) -> None:
     shown = invoke("quantize", demo_model, tmp_path / "one", "--target-bits", "4.5")
     assert shown.returncode == 0, shown.stderr
-    for words in ("equal errors taken for equal harm", "attention qkv", "bits per weight", "0-3"):
+    for words in ("equal errors taken for equal harm", "attention qkv", "bits per quantized weight", "0-3"):
         assert words in " ".join(shown.stderr.split()), words  # lines are wrapped
     answer = invoke("quantize", demo_model, tmp_path / "two", "--target-bits", "4.5", "--json")
     found = json.loads(answer.stdout)["allocation"]
@@ -135,10 +136,40 @@ def test_a_size_is_kept_and_what_is_named_by_hand_stays(demo_model: Path, tmp_pa
     assert found["roles"]["lm_head"]["scheme"] == "int8-g128"
 
 
+def test_what_the_head_has_to_do_with_the_mean_is_said(demo_model: Path, tmp_path: Path) -> None:
+    def said(name: str, *options: str) -> str:
+        done = invoke("quantize", demo_model, tmp_path / name, "--target-bits", "6", *options)
+        return next(line for line in done.stderr.splitlines() if line.startswith("The LM head"))
+
+    assert "stays int8-g128; --lm-head auto" in said("judged")
+    assert "stays bf16" in said("whole", "--lm-head", "bf16")
+    opened = said("opened", "--lm-head", "auto")
+    share = float(opened.split("%")[0].rpartition(" ")[2])
+    assert "takes part" in opened and 5 < share < 50
+
+
+def test_nothing_is_cut_at_80_columns(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, options in (("plain", ["--recipe", "demo"]), ("mixed", ["--target-bits", "5"])):
+        shown = invoke("quantize", demo_model, tmp_path / name, *options).stderr
+        assert "…" not in shown
+        report = json.loads((tmp_path / name / "quantization_report.json").read_text())
+        for role in report["roles"].values():
+            assert role["worst"]["tensor"] in shown
+            assert all(scheme in shown for scheme in role["scheme"].split(", "))
+
+
 def test_a_card_that_holds_everything_gets_the_most_bits(demo_model: Path, tmp_path: Path) -> None:
     asked = ("--fit", "RTX 4090", "--ram", "32GiB", "--json")
     found = json.loads(invoke("quantize", demo_model, tmp_path / "out", *asked).stdout)
     assert found["allocation"]["bits"] == 8.125
+    shown = invoke(
+        "quantize", demo_model, tmp_path / "shown", *asked[:2], "--ram", "32GiB", "--context", "900"
+    )
+    [line] = [line for line in shown.stderr.splitlines() if "fits a desktop with RTX 4090" in line]
+    assert ": 64 experts in 2" in line and "GiB of VRAM, beside" in line and "context of 900 tokens" in line
     refused = invoke("quantize", demo_model, tmp_path / "no", *asked[:2], "--vram", "560MiB", "--ram", "1MiB")
     assert refused.returncode == 1 and "even 4.125 bits per weight" in refused.stderr
 
@@ -148,6 +179,8 @@ def test_a_card_that_holds_everything_gets_the_most_bits(demo_model: Path, tmp_p
     [
         (["--target-bits", "4.5", "--target-size", "3MB"], "are two goals: give one"),
         (["--target-bits", "4"], "are too few"),
+        (["--target-bits", "40"], "expected 4.125 to 8.125"),
+        (["--experts", "int4", "--routing", "r.json"], "give it with --target-bits"),
         (["--target-size", "1MB"], "the smallest that this checkpoint gets"),
         (["--experts", "int4", "--ram", "8GiB"], "say what --fit is to fit"),
         (["--experts", "int4", "--per-expert"], "--per-expert needs a goal"),

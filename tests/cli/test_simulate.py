@@ -33,6 +33,18 @@ def test_simulate_for_a_human_has_a_table_a_plot_and_a_ranking(recorded: Path) -
     assert f"The default is {DEFAULT_POLICY}." in shown.stderr
 
 
+def test_nothing_is_cut_at_80_columns(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = invoke("simulate", recorded, "--sizes", "14").stderr
+    found = json.loads(invoke("simulate", recorded, "--sizes", "14", "--json").stdout)
+    assert "…" not in shown and len(found["slots"]) > 6
+    for name, rates in found["hit_rates"].items():
+        shown_as = "bound" if name == "clairvoyant" else name
+        rows = [line.split() for line in shown.splitlines() if line.split()[:1] == [shown_as]]
+        values = [float(word) for row in rows for word in row[1:] if word != "%"]
+        assert values == [round(100 * rate, 1) for rate in rates], name
+
+
 def test_a_budget_marks_its_cache_size_and_predicts_speeds() -> None:
     words = ("simulate", "uniform", "--model", "mini-scout", "--ram", "2.2GiB", "--tokens", "16", "--json")
     found = json.loads(invoke(*words).stdout)
@@ -47,6 +59,9 @@ def test_a_trace_of_another_model_is_refused(recorded: Path) -> None:
     assert answer.returncode == 1 and "expected 16 of 16" in answer.stderr
     assert coldstream("simulate", recorded, "--ram", "2GiB").returncode == 2
     assert coldstream("simulate", recorded.parent / "absent.json").returncode == 1
+    assert coldstream("simulate", recorded, "--recipe", "fast").returncode == 2
+    alone = coldstream("simulate", recorded, "--split", "0.5", "--vram", "8GiB")
+    assert alone.returncode == 2 and "--vram and --split are of a run's timeline" in alone.stderr
 
 
 def test_simulate_does_not_import_torch(recorded: Path) -> None:
@@ -75,7 +90,15 @@ def test_a_replay_for_a_human_says_what_a_token_waits_for_and_writes_a_page(tmp_
     words = ("simulate", "uniform", "--model", "maverick", "--gpu", "4090", "--tokens", "8", "--report", page)
     shown = invoke(*words)
     assert shown.returncode == 0 and shown.stdout == ""
-    for text in ("a token waits for", "the disk", "of its rate", "plan's arithmetic", "assumed"):
+    for text in (
+        "routed experts int4-g128",
+        "(recipe fast)",
+        "a token waits for",
+        "the disk",
+        "of its rate",
+        "plan's arithmetic",
+        "assumed",
+    ):
         assert text in shown.stderr, text
     text = page.read_text()
     assert "nothing on this page was measured" in text and text.count('class="canvas') == 3

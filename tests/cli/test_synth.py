@@ -37,9 +37,29 @@ def test_a_config_json_is_a_shape_too(demo_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--hidden", "100"], "--hidden 100: expected a multiple of 128, the group size: 128 "),
+        (["--intermediate", "300"], "256 or 384"),
+        (["--kv-heads", "3"], "--kv-heads 3"),
+        (["--head-dim", "96", "--heads", "6"], "--heads times --head-dim 576"),
+        (["--top-k", "5"], "at most 4 experts per token"),
+        (["--layers", "0"], "--layers"),
+        (["--dense-every", "0"], "--dense-every"),
+    ],
+)
+def test_numbers_that_make_no_model_are_wrong_usage(tmp_path: Path, options: list[str], words: str) -> None:
+    answer = invoke("synth", tmp_path / "out", *SMALL, *options)
+    assert answer.returncode == 2 and words in answer.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["synth"], 2, "needs a destination"),
+        (["synth", "scout"], 2, "coldstream synth scout DST"),
+        (["synth", "mini-scout", "OUT", "--hidden", "256", "--top-k", "2"], 2, "--hidden and --top-k make a"),
         (["synth", "nowhere", "OUT"], 1, "nor a shape"),
         (["synth", "behemoth", "OUT", "--experts", "int4"], 1, "free, but the output needs"),
     ],

@@ -15,7 +15,7 @@ from offload.session import Session
 from offload.speed import Bandwidth
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
-from quant.errors import UsageError
+from quant.errors import InputError
 from quant.scheme import Scheme
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
@@ -48,7 +48,7 @@ def test_a_text_shorter_than_the_prompts_is_repeated(session: Session) -> None:
 
 
 def test_an_empty_text_is_refused(session: Session) -> None:
-    with pytest.raises(UsageError, match="empty"):
+    with pytest.raises(InputError, match="empty"):
         Benchmark().run(session, " \n")
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload import calibrate as module
+from offload import footprint
 from offload.calibrate import calibrate
 from offload.calibration import Calibration
 from offload.windows import Windows
 from quant.checkpoint import Checkpoint
 from quant.convert import REPORT, convert
-from quant.errors import OutputError, UsageError
+from quant.errors import InputError, OutputError
 from quant.families import Role
 from quant.prepared import Prepared
 from quant.rounding import Nearest
@@ -88,7 +88,7 @@ def test_a_text_too_short_is_refused_with_what_an_expert_would_see(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = tiny("llama4_text")
-    with pytest.raises(UsageError, match=r"an expert sees 16 on average: expected at least 64.*512 tokens"):
+    with pytest.raises(InputError, match=r"an expert sees 16 on average: expected at least 64.*512 tokens"):
         calibrate(Checkpoint.open(source), SCHEMES, windows(2), tmp_path / "work")
 
 
@@ -104,7 +104,7 @@ def test_an_expert_that_saw_nothing_lives_on_the_tokens_of_all(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tiny("llama4_text")
-    monkeypatch.setattr(module, "MIN_EXPERT_TOKENS", 1)
+    monkeypatch.setattr(footprint, "MIN_EXPERT_TOKENS", 1)
     text = Windows(torch.full((1, 64), 65))  # one token throughout: one expert for nearly all
     seen = calibrate(Checkpoint.open(source), SCHEMES, text, tmp_path / "work")
     assert min(seen.least_used.values()) == 0

@@ -15,7 +15,7 @@ from offload.kv import Storage
 from offload.layerwise import Layerwise
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
-from quant.errors import CheckpointError, UsageError
+from quant.errors import CheckpointError, InputError
 from quant.scheme import Scheme
 from tests.checkpoints import FAMILIES
 
@@ -149,7 +149,7 @@ def test_a_reference_of_another_shape_or_tokenizer_is_refused(
 
 
 def test_a_text_too_short_is_refused_with_its_length(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"the text has 5 tokens, 0 windows of 512: expected at least 32"):
+    with pytest.raises(InputError, match=r"the text has 5 tokens, 0 windows of 512: expected at least 32"):
         evaluate(pair[1], pair[0], "Hello", cache=tmp_path)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from offload.importance import measure_importance
 from offload.windows import Windows
 from quant.checkpoint import Checkpoint
-from quant.errors import UsageError
+from quant.errors import InputError
 from quant.imatrix import Imatrix, Moments, Weighted, round_weighted
 from quant.pack import dequantize, quantize
 from quant.rounding import Nearest
@@ -81,10 +81,10 @@ def test_saved_and_read_back_it_is_the_same_and_only_its_own_models(
     assert again.text == measured.text and set(again.moments) == set(measured.moments)
     for module, moments in measured.moments.items():
         assert torch.equal(again.moments[module].square, moments.square)
-    with pytest.raises(UsageError, match="of another model"):
+    with pytest.raises(InputError, match="of another model"):
         Imatrix.load(file, "0" * 16)
     (tmp_path / "no.safetensors").write_text("no")
-    with pytest.raises(UsageError, match="cannot be read as an importance matrix"):
+    with pytest.raises(InputError, match="cannot be read as an importance matrix"):
         Imatrix.load(tmp_path / "no.safetensors", measured.model)
 
 

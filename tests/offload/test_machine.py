@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ import pytest
 from offload import host
 from offload.disk import disk_rate
 from offload.gpus import Gpu
-from offload.machine import Machine, probe
+from offload.machine import Machine, _is_due, judged, probe
 
 GPU = Gpu("Some GPU", 24 * 2**30, 1008.0, 25.0, 26.0, 165.0)
 MACHINE = Machine(
@@ -53,7 +52,7 @@ def test_probe_measures_once_and_then_answers_at_once(tmp_path: Path, cache: Pat
     assert [file.suffix for file in cache.iterdir()] == [".json"]
     assert not list(tmp_path.glob(".coldstream-probe-*"))
     written = next(cache.iterdir())
-    written.write_text('{"version": 2, "cpu": "torn')
+    written.write_text('{"version": 3, "cpu": "torn')
     assert probe(tmp_path).ram_gb_s > 0.5
     assert json.loads(written.read_text())["cpu"] == first.cpu
 
@@ -74,13 +73,48 @@ def test_a_measurement_beside_others_work_is_repeated_later_and_only_gets_better
 ) -> None:
     probe(tmp_path)
     kept = next(cache.iterdir())
-    slow = json.loads(kept.read_text()) | {"quiet": False, "ram_gb_s": 0.5, "int8_gops": 1e9}
+    slow = json.loads(kept.read_text()) | {"quiet": False, "doubts": 1, "ram_gb_s": 0.5, "int8_gops": 1e9}
     kept.write_text(json.dumps(slow))
     assert probe(tmp_path).ram_gb_s == 0.5  # just measured: not again at once
-    os.utime(kept, (0, 0))
+    kept.write_text(json.dumps(slow | {"measured_at": 1.0}))
     again = probe(tmp_path)
     assert again.ram_gb_s > 0.5
     assert again.quiet or again.int8_gops == 1e9
+
+
+def test_a_rate_far_below_what_was_measured_before_is_said_and_measured_again() -> None:
+    slow = dataclasses.replace(MACHINE, ram_gb_s=20.0, measured_at=2000.0)
+    kept, refreshed = (judged(slow, MACHINE, keep_best=best) for best in (True, False))
+    for found in (kept, refreshed):
+        assert not found.quiet and found.doubts == 1
+        [note] = [note for note in found.notes if "slower than on" in note]
+        assert "RAM 20, was 70" in note and "disk" not in note
+    assert (kept.ram_gb_s, refreshed.ram_gb_s) == (70.0, 20.0)
+    usual = dataclasses.replace(MACHINE, ram_gb_s=60.0)
+    assert judged(usual, MACHINE, keep_best=False) == usual
+
+
+def test_a_doubtful_measurement_is_repeated_ever_more_rarely() -> None:
+    def due(doubts: int, age: float) -> bool:
+        return _is_due(dataclasses.replace(MACHINE, quiet=False, doubts=doubts, measured_at=1e6), 1e6 + age)
+
+    assert [due(1, 59), due(1, 61), due(2, 61), due(2, 601), due(3, 601)] == [False, True, False, True, False]
+    assert due(1, -5), "measured in the future: the clock was set"
+    assert not _is_due(MACHINE, 1e9)
+    again = judged(
+        dataclasses.replace(MACHINE, quiet=False), dataclasses.replace(MACHINE, doubts=4), keep_best=True
+    )
+    assert again.doubts == 5 and judged(MACHINE, again, keep_best=True).doubts == 0
+
+
+def test_who_probes_is_told_only_when_there_is_something_to_measure(tmp_path: Path) -> None:
+    said: list[str] = []
+    probe(tmp_path, say=said.append)
+    assert len(said) == 1
+    kept = next((tmp_path / "cache" / "coldstream").iterdir())
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"quiet": True}))
+    probe(tmp_path, say=said.append)
+    assert len(said) == 1
 
 
 def test_importing_the_machine_does_not_import_torch() -> None:

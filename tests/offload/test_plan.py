@@ -270,7 +270,7 @@ def test_with_every_expert_in_vram_no_slot_is_kept_free() -> None:
 
 def test_a_refusal_names_what_takes_the_room() -> None:
     message = refused("scout", {"experts": Scheme("int4")}, machine(gpu=RTX_4090), vram=8 * GIB)
-    assert "shared_expert 11.25 GiB" in message and "8.00 GiB" in message
+    assert "shared experts 11.25 GiB" in message and "8.00 GiB" in message
 
 
 def test_a_budget_beyond_the_machine_is_cut_to_it_and_said() -> None:

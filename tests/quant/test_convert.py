@@ -232,9 +232,20 @@ def test_tokenizer_chat_template_and_other_files_travel_along_but_no_weights(
     shutil.copytree(tiny("llama4_text"), source)
     (source / "LICENSE").write_text("terms")
     (source / "pytorch_model.bin").write_bytes(b"old")
+    (source / "original").mkdir()
+    (source / "original" / "params.json").write_text("{}")
+    (source / "original" / "consolidated.00.pth").write_bytes(b"old")
+    for stranger in ("model-q4.gguf", "consolidated.00.pth", "plot.png", "training.parquet"):
+        (source / stranger).write_bytes(b"no part of it")
+    with (source / "corpus.txt").open("wb") as stream:
+        stream.truncate(9 * 2**20)  # data, for its size
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    for belongs in ("README.md", "preprocessor_config.json", "chat_template.jinja", "tokenizer.model"):
+        (source / belongs).write_text("{}")
     (source / ".cache").mkdir()
     (source / ".cache" / "x").write_text("hidden")
-    run(source, tmp_path / "out", INT4)
+    report = run(source, tmp_path / "out", INT4)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
         "LICENSE",
@@ -243,7 +254,13 @@ def test_tokenizer_chat_template_and_other_files_travel_along_but_no_weights(
         "generation_config.json",
         "config.json",
     } <= names
-    assert not {"pytorch_model.bin", ".cache"} & names
+    assert {"README.md", "preprocessor_config.json", "chat_template.jinja", "tokenizer.model"} <= names
+    assert (tmp_path / "out" / "additional_chat_templates" / "rag.jinja").is_file()
+    strangers = {"pytorch_model.bin", "original", "model-q4.gguf", "consolidated.00.pth", "plot.png"}
+    assert not {*strangers, "training.parquet", "corpus.txt", ".cache"} & names
+    [note] = [note for note in report.notes if note.startswith("not copied, 9.00 MiB")]
+    assert "original/ (2 files)" in note and "pytorch_model.bin" in note and "and 1 more" in note
+    assert ".cache" not in note and "safetensors" not in note
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer.encode("héllo")) == "héllo"
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(source).chat_template

@@ -45,7 +45,7 @@ def test_a_bad_recipe_is_refused_by_key(data: dict[str, object], message: str | 
 
 
 def test_unknown_names_list_the_known(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="scout-rtx4090"):
+    with pytest.raises(UsageError, match="scout-rtx4090"):
         load_recipe("scout")
     with pytest.raises(UsageError, match="maverick"):
         load_shape("llama")
