@@ -134,7 +134,7 @@ def test_however_a_text_ends_no_step_is_left_and_the_next_turn_goes_on_from_it(
                 running.close()  # type: ignore[attr-defined]
         else:
             taken = list(session.generate(PROMPT, sampling))
-            assert taken[-1].finish == ("length" if how == "context" else how)
+            assert taken[-1].finish == how
     finally:
         generator.eos = frozenset()
     many = len(taken) if many < 0 else many
