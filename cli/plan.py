@@ -148,7 +148,11 @@ def _calibration(model: str, text: Path, shape: "ModelShape") -> dict[str, Any]:
         tokens = len(words.encode()) // _BYTES_PER_TOKEN
     check_calibration(shape, tokens // CALIBRATION_WINDOW * CALIBRATION_WINDOW, counted=counted)
     parts = calibration_nbytes(shape, tokens)
-    return {"tokens": tokens, "tokens_counted": counted, "bytes": parts, "total_bytes": sum(parts.values())}
+    tuning = calibration_nbytes(shape, tokens, tuned=True)["tuning"]
+    return {
+        "tokens": tokens, "tokens_counted": counted, "bytes": parts, "total_bytes": sum(parts.values()),
+        "tuning_bytes": tuning,
+    }  # fmt: skip
 
 
 def _show_calibration(console: Console, found: Mapping[str, Any]) -> None:
@@ -157,7 +161,8 @@ def _show_calibration(console: Console, found: Mapping[str, Any]) -> None:
     parts = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found["bytes"].items())
     about = "" if found["tokens_counted"] else "about "
     console.say(
-        f"calibrate {size(found['total_bytes'])} of RAM for {about}{found['tokens']:,} tokens: {parts}"
+        f"calibrate {size(found['total_bytes'])} of RAM for {about}{found['tokens']:,} tokens: {parts}; "
+        f"{size(found['tuning_bytes'])} more with --tune"
     )
 
 

@@ -58,6 +58,13 @@ def quantize(
         Path | None,
         typer.Option("--calibrate", metavar="FILE", help="Round by GPTQ on this text (slower, better)."),
     ] = None,
+    tune: Annotated[
+        int,
+        typer.Option(
+            "--tune", metavar="PASSES", min=0, max=100,
+            help="After GPTQ, tune dense weights by their layer's output (with --calibrate; 8 is good).",
+        ),
+    ] = 0,
     imatrix: Annotated[
         Path | None,
         typer.Option(
@@ -100,6 +107,8 @@ def quantize(
         raise UsageError(
             "--calibrate already weighs inputs, and more exactly than --imatrix: give one of them"
         )
+    if tune and calibrate is None:
+        raise UsageError("--tune goes on from GPTQ: give the text with --calibrate as well")
     if save_imatrix is not None and imatrix is None:
         raise UsageError("--save-imatrix has nothing to save: give the text with --imatrix")
     if routing is not None and goal is None:
@@ -135,7 +144,7 @@ def quantize(
     console.step(f"quantizing {path} to {destination}: {mostly}{named}")
     rounder = plain
     if calibrate is not None and windows is not None:
-        rounder = _calibrated(checkpoint, work, schemes, windows, plain, resume, console)
+        rounder = _calibrated(checkpoint, work, schemes, windows, plain, tune, resume, console)
     with console.progress() as bar:
         task = bar.add_task("quantize", total=None)
 
@@ -208,7 +217,7 @@ def _plain(checkpoint: "Checkpoint", rounding: "Rounding", imatrix: "Imatrix | N
 
 def _calibrated(
     checkpoint: "Checkpoint", folder: Path, schemes: "Mapping[Role, Scheme]", windows: "Windows",
-    other: "Rounder", resume: bool, console: Console,
+    other: "Rounder", passes: int, resume: bool, console: Console,
 ) -> "Rounder":  # fmt: skip
     """Round every layer by the text, into ``folder``."""
     from offload.calibrate import calibrate
@@ -216,7 +225,7 @@ def _calibrated(
     from quant.prepared import Prepared
     from quant.sizes import format_size
 
-    parts = calibration_nbytes(checkpoint.shape, windows.tokens)
+    parts = calibration_nbytes(checkpoint.shape, windows.tokens, tuned=passes > 0)
     named = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in parts.items())
     console.step(
         f"calibrating on {windows.tokens:,} tokens; takes about {format_size(sum(parts.values()))} of memory "
@@ -226,9 +235,10 @@ def _calibrated(
     def show(done: int, total: int, left: float) -> None:
         console.step(f"calibrated layer {done} of {total}, about {left / 60:.0f} min left")
 
-    seen = calibrate(checkpoint, schemes, windows, folder, resume=resume, progress=show)
+    seen = calibrate(checkpoint, schemes, windows, folder, passes=passes, resume=resume, progress=show)
     console.notes(seen.notes())
-    return Prepared(folder, f"gptq {windows.identity}", other)
+    name = f"gptq {windows.identity}" + (f", tuned in {passes} passes" if passes else "")
+    return Prepared(folder, name, other)
 
 
 def _show(console: Console, report: "ConversionReport", calibrated: bool) -> None:

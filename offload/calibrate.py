@@ -18,11 +18,12 @@ Legend: T tokens, H hidden, I intermediate, N out features, K in features, k exp
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload.calibration import Calibration, CalibrationState
 from offload.footprint import check_calibration
@@ -30,13 +31,16 @@ from offload.layerwise import Layerwise, Observer
 from offload.load import runtime_name
 from offload.moments import Moments
 from offload.store import ExpertWeights
+from offload.tuning import plain_experts, tune
 from offload.windows import Windows
 from quant.checkpoint import Checkpoint
-from quant.errors import OutputError
+from quant.errors import OutputError, UsageError
 from quant.families import PROJECTIONS, Projection, Role
 from quant.gptq import DAMPING, gptq
-from quant.linear import LinearWeight, QuantLinear
+from quant.latent import Latent
+from quant.linear import Compute, LinearWeight, QuantLinear
 from quant.mixture import described, scheme_of
+from quant.pack import Packed, dequantize
 from quant.scheme import BF16, Scheme
 from quant.shape import LinearSpec
 
@@ -53,27 +57,38 @@ def check_length(checkpoint: Checkpoint, windows: Windows) -> None:
 
 def calibrate(
     checkpoint: Checkpoint, schemes: Mapping[Role, Scheme], windows: Windows, folder: Path, *,
-    resume: bool = False, progress: Progress | None = None,
+    passes: int = 0, resume: bool = False, progress: Progress | None = None,
 ) -> Calibration:  # fmt: skip
     """Round every Linear of the layers that ``schemes`` packs, and keep the results in ``folder``.
 
+    The dense ones of each layer are then tuned together, in so many ``passes`` over the text.
     ``progress`` gets layers done, layers in all and the seconds that are likely left. Raises InputError for a
-    text too short, OutputError if ``folder`` is another calibration's or cannot be written.
+    text too short, UsageError if there is nothing to tune, OutputError if ``folder`` is
+    another calibration's or cannot be written.
     """
     check_length(checkpoint, windows)
+    if passes and not any(
+        spec.layer is not None and scheme_of(schemes, spec).is_packed
+        for spec in checkpoint.shape.dense_linears()
+    ):
+        raise UsageError(
+            "--tune has nothing to tune: it moves attention, shared experts and dense MLPs, and none of them "
+            f"is to be int4 or int8 (asked for: {described(schemes)}): leave --tune out"
+        )
     total = checkpoint.shape.num_layers
     job = {
         "source": checkpoint.identity,
         "text": windows.identity,
         "schemes": described(schemes),
+        "passes": passes,
     }
     try:
         state = CalibrationState.open(folder, job, resume)
-        with Layerwise(checkpoint) as walk, torch.inference_mode():
+        with Layerwise(checkpoint) as walk, torch.no_grad():
             streams = state.streams(walk.embed(windows.ids))
             started, first = time.monotonic(), state.layer
             for layer in range(first, total):
-                results = _Layer(walk, layer, schemes, streams, state.calibration).run()
+                results = _Layer(walk, layer, schemes, streams, state.calibration).run(passes)
                 state.keep(layer, results, streams)
                 each = (time.monotonic() - started) / (layer + 1 - first)
                 if progress is not None:
@@ -109,8 +124,8 @@ class _Layer:
         self.made: dict[str, QuantLinear] = {}
         self.results: dict[str, Tensor] = {}
 
-    def run(self) -> dict[str, Tensor]:
-        """Round everything, move both streams on, and return the stored tensors by key."""
+    def run(self, passes: int) -> dict[str, Tensor]:
+        """Round everything, tune it, move both streams on, and return the stored tensors by key."""
         for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",)):
             specs = [self.specs[name] for name in names if name in self.specs]
             if specs:
@@ -134,11 +149,46 @@ class _Layer:
             if experts:
                 replaced = self._experts(plain, quantized, chosen, scores)
         self.walk.run(self.layer, self.streams[0], self.streams[0])
+        if passes and self.made:
+            self.walk.runner.replaced = replaced or (
+                plain_experts(self.walk.checkpoint, self.layer) if moe else None
+            )
+            self._tune(passes)
         self.walk.runner.replaced = replaced
         with self._quantized():
             self.walk.run(self.layer, self.streams[1], self.streams[1])
         self.walk.runner.replaced = None
         return self.results
+
+    def _tune(self, passes: int) -> None:
+        """Move the dense Linears towards the layer's output, given what the second stream brings."""
+        layer = self.walk.layers[self.layer].requires_grad_(False)
+        latents: dict[str, Latent] = {}
+        for module, made in self.made.items():
+            now = made.stored.tensors
+            packed = Packed(made.scheme, now["weight_packed"], now["weight_scale"])
+            latents[module] = Latent(packed, self.stock[module].weight.data, made.bias)
+        others = [part for part in layer.modules() if isinstance(part, QuantLinear)]
+        with self._quantized(latents):
+            for part in others:
+                part.compute = Compute(exact=True)  # torch's product: the native one knows no gradients
+            self.seen.tuned[self.layer] = tune(
+                list(latents.values()), partial(self.walk.step, self.layer), self.streams[1], self.streams[0],
+                passes, self.walk.divergence if self.layer == self.walk.shape.num_layers - 1 else None,
+            )  # fmt: skip
+            for part in others:
+                part.compute = self.walk.compute
+        for module, latent in latents.items():
+            self._store(module, latent.packed(), self.stock[module].weight.data)
+
+    def _store(self, module: str, packed: Packed, weight: Tensor) -> None:
+        made = self.made[module]
+        made.weight_packed.data, made.weight_scale.data = packed.packed, packed.scale
+        error = (dequantize(packed) - weight.float()).square().sum(dtype=torch.float64)
+        self.results[f"{module}.weight_packed"], self.results[f"{module}.weight_scale"] = (
+            packed.packed, packed.scale
+        )  # fmt: skip
+        self.results[f"{module}.sums"][1] = error
 
     def _dense(self, spec: LinearSpec, inputs: Moments) -> None:
         weight: Tensor = self.stock[spec.module].weight.data
@@ -163,14 +213,15 @@ class _Layer:
         return LinearWeight(scheme, tensors, spec.out_features, spec.in_features)
 
     @contextmanager
-    def _quantized(self) -> Iterator[None]:
-        """The layer with what has been rounded in place of the original."""
-        for module, linear in self.made.items():
+    def _quantized(self, parts: Mapping[str, nn.Module] | None = None) -> Iterator[None]:
+        """The layer with what has been rounded, or ``parts``, in place of the original."""
+        parts = self.made if parts is None else parts
+        for module, linear in parts.items():
             self.walk.model.set_submodule(self.names[module], linear)
         try:
             yield
         finally:
-            for module in self.made:
+            for module in parts:
                 self.walk.model.set_submodule(self.names[module], self.stock[module])
 
     def _inputs_of(self, spec: LinearSpec) -> Moments:

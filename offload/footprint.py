@@ -5,6 +5,7 @@ Pure Python: counted from the shape of the model, as the runtime allocates. Size
 Legend: T tokens of a prompt chunk, H hidden, I intermediate.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,21 +126,31 @@ class Footprint:
         )
 
 
-def calibration_nbytes(shape: ModelShape, tokens: int) -> dict[str, int]:
+def calibration_nbytes(shape: ModelShape, tokens: int, *, tuned: bool = False) -> dict[str, int]:
     """Bytes that ``quantize --calibrate`` takes for a text of ``tokens`` tokens, by what they are for.
 
     The dense weights of the whole model in bf16, one layer's routed experts, two streams of hidden states
-    and both inputs of an MLP in f32, and the Hessians of one Linear with what is made of them.
+    and both inputs of an MLP in f32, and the Hessians of one Linear with what is made of them. If ``tuned``
+    (``--tune``): a layer's dense weights in f32 with gradients and Adam's two moments, the dense weights they
+    make, one expert in f32, and the predictions for a window.
     """
     roles = shape.role_nbytes({})
     dense = sum(size for role, size in roles.items() if role not in ("experts", "vision"))
     widest = max(shape.hidden_size, shape.expert_intermediate, shape.dense_intermediate)
-    return {
+    parts = {
         "dense weights": dense,
         "experts of one layer": shape.num_experts * shape.expert_weights * 2,
         "hidden states": tokens * shape.hidden_size * 16,
         "hessians": 6 * widest * widest * 4,
     }
+    if tuned:
+        by_layer = Counter[int]()
+        for spec in shape.dense_linears():
+            if spec.layer is not None:
+                by_layer[spec.layer] += spec.out_features * spec.in_features
+        parts["tuning"] = 6 * 4 * max(by_layer.values()) + 4 * shape.expert_weights
+        parts["tuning"] += 5 * 4 * CALIBRATION_WINDOW * shape.vocab_size
+    return parts
 
 
 def check_calibration(shape: ModelShape, tokens: int, *, counted: bool = True) -> None:

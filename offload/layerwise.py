@@ -8,10 +8,12 @@ Legend: B windows, T tokens of a window, H hidden, E experts, k experts per toke
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpoint_
 
 from offload.experts import ExpertRunner, expert_mlp
 from offload.kv import KVCache, Storage
@@ -22,7 +24,7 @@ from offload.residency import ExpertCache
 from offload.routing import Ids, RoutingStats
 from offload.store import ExpertStore, ExpertWeights
 from quant.checkpoint import Checkpoint
-from quant.linear import Compute
+from quant.linear import Compute, QuantLinear
 
 _BATCH_TOKENS = 2048
 Observer = Callable[[Tensor, Tensor, Tensor], None]
@@ -40,7 +42,8 @@ class LayerRunner(ExpertRunner):
 
     ``observer`` is called with x ``[T, H]``, chosen ``[T, k]`` and scores ``[T, k]``; ``replaced`` maps an
     expert of the layer being run to the weights to use. ``idle`` skips the
-    experts, for who only wants to know what reaches them.
+    experts, for who only wants to know what reaches them. Where gradients are enabled they reach x and
+    scores; an expert is then computed twice, so that only one is dequantized at a time.
     """
 
     observer: Observer | None = None
@@ -55,16 +58,22 @@ class LayerRunner(ExpertRunner):
             return torch.zeros_like(x)
         if self.replaced is None:
             return super().run(layer, x, chosen, scores)
+        mlp = _with_gradients if torch.is_grad_enabled() else partial(expert_mlp, compute=self.compute)
         tokens, k = chosen.shape
         out, flat = x.new_empty(tokens * k, x.shape[1]), chosen.reshape(-1)
         for expert in flat.unique().tolist():
             rows = (flat == expert).nonzero().squeeze(1)
             score, inputs = scores.reshape(-1, 1)[rows].to(x.dtype), x[rows // k]
             if self.scales_input:
-                out[rows] = expert_mlp(inputs * score, self.replaced[expert], self.compute)
+                out[rows] = mlp(inputs * score, self.replaced[expert])
             else:
-                out[rows] = expert_mlp(inputs, self.replaced[expert], self.compute) * score
+                out[rows] = mlp(inputs, self.replaced[expert]) * score
         return out.view(tokens, k, -1).sum(1)
+
+
+def _with_gradients(x: Tensor, weights: ExpertWeights) -> Tensor:
+    made: Tensor = checkpoint_(expert_mlp, x, weights, Compute(exact=True), use_reentrant=False)
+    return made
 
 
 class Layerwise:
@@ -91,29 +100,51 @@ class Layerwise:
         self.layers = list(self.model.model.layers)
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states ``[B, T, H]`` f32 of token ids ``[B, T]``, as the first layer takes them."""
         hidden: Tensor = self.model.get_input_embeddings()(ids)
         return hidden
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, layer: int, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """``hidden`` ``[B, T, H]`` after ``layer``, written to ``out`` (which may be ``hidden``) if given."""
         result = torch.empty_like(hidden) if out is None else out
         size = 1 if self.kv else max(1, _BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), size):
-            batch = hidden[start : start + size]
-            args, kwargs = self._layer_arguments(layer, batch)
-            made = self.layers[layer](batch, *args, **kwargs)
-            result[start : start + size] = made if isinstance(made, Tensor) else made[0]
+            result[start : start + size] = self.step(layer, hidden[start : start + size])
         return result
 
-    @torch.inference_mode()
+    def step(self, layer: int, batch: Tensor) -> Tensor:
+        """``batch`` ``[B, T, H]`` after ``layer``, at once; with gradients where they are enabled."""
+        args, kwargs = self._layer_arguments(layer, batch)
+        made = self.layers[layer](batch, *args, **kwargs)
+        return made if isinstance(made, Tensor) else made[0]
+
+    @torch.no_grad()
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities ``[T, V]`` of what follows each of ``hidden`` ``[T, H]``, the last layer's."""
         logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
         return torch.log_softmax(logits.float(), -1)
+
+    def divergence(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """Mean KL divergence of what the last layer's ``found`` ``[B, T, H]`` predicts from what ``wanted``
+        does, a window at a time; with gradients where they are enabled."""
+        parts = [
+            checkpoint_(self._divergence, *pair, use_reentrant=False) if torch.is_grad_enabled()
+            else self._divergence(*pair)
+            for pair in zip(found, wanted, strict=True)
+        ]  # fmt: skip
+        return torch.stack(parts).mean()
+
+    def _divergence(self, found: Tensor, wanted: Tensor) -> Tensor:
+        with torch.no_grad():
+            theirs = self.log_probs(wanted)
+        head = self.model.lm_head
+        weight = head.stored.dense(torch.float32) if isinstance(head, QuantLinear) else head.weight
+        logits = torch.nn.functional.linear(self.model.model.norm(found), weight)
+        ours = torch.log_softmax(logits.float(), -1)
+        return (theirs.exp() * (theirs - ours)).sum(-1).mean()
 
     def _layer_arguments(self, layer: int, batch: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model passes to ``layer`` for a batch of this shape: it depends on no token."""
@@ -147,7 +178,8 @@ class Layerwise:
             for layer in self.layers:
                 layer.forward = note
             ids = torch.zeros(windows, tokens, dtype=torch.int64)
-            self.model.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+            with torch.no_grad():
+                self.model.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
         finally:
             for layer, forward in zip(self.layers, forwards, strict=True):
                 layer.forward = forward

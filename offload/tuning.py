@@ -1,0 +1,115 @@
+"""Tuning of rounded weights: gradient descent on a layer's output, after GPTQ has rounded Linear by Linear.
+
+GPTQ sees one Linear at a time. What the errors of q, k, v and o, of shared expert and routed experts come to
+together only the layer's output shows: it is brought nearer to the original's, given the inputs that the
+quantized layers before it bring. Values and scales of the layer's dense Linears move (quant.latent); its
+experts, router and norms stay as they are.
+
+The loss is the squared error of each token's output relative to the mean square of the original's: layers
+after it take its direction, not its length. After the last layer it is what all this is for, the divergence
+of the predictions. Every eighth window is kept back, and the layer left as it was if its output there has
+come no nearer.
+
+Legend: B windows, T tokens of a window, H hidden.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from offload.store import ExpertWeights
+from quant.checkpoint import Checkpoint
+from quant.errors import InputError
+from quant.families import PROJECTIONS
+from quant.latent import Latent
+from quant.linear import LinearWeight
+from quant.scheme import BF16
+
+BATCH = 4  # windows of a step
+_KEPT = 8  # one window of so many is kept back
+_VALUE_RATE, _SCALE_RATE = 0.01, 3e-4  # of a rounding step, and of a scale, per step of Adam
+_BETAS = (0.9, 0.99)
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def plain_experts(checkpoint: Checkpoint, layer: int) -> dict[int, ExpertWeights]:
+    """The routed experts of ``layer`` as the checkpoint has them, in a form that gradients pass."""
+    made: dict[int, ExpertWeights] = {}
+    for expert in range(checkpoint.shape.num_experts):
+        views = checkpoint.expert(layer, expert)
+        linears = []
+        for spec in checkpoint.shape.expert_linears(layer, expert):
+            assert spec.projection is not None
+            tensors = {"weight": views[spec.projection].dense()}
+            linears.append(
+                (spec.projection, LinearWeight(BF16, tensors, spec.out_features, spec.in_features))
+            )
+        by_name = dict(linears)
+        made[expert] = ExpertWeights(*(by_name[name] for name in PROJECTIONS))
+    return made
+
+
+def tune(
+    latents: Sequence[Latent], forward: Callable[[Tensor], Tensor], inputs: Tensor, target: Tensor,
+    passes: int, loss_of: Loss | None = None,
+) -> tuple[float, float]:  # fmt: skip
+    """Move ``latents`` so that ``forward`` of ``inputs`` ``[B, T, H]`` comes nearer to ``target``, alike: by
+    ``loss_of`` the two, a mean over windows, or their relative squared error.
+
+    ``passes`` over the windows, in an order that depends on nothing but their number; the rates fall to zero
+    along half a cosine. Returns the loss on the windows kept back, before and after; if
+    that would not be less, ``latents`` are as they were.
+    """
+    loss_of = loss_of or _relative
+    order = torch.Generator().manual_seed(0)
+    kept = torch.arange(len(inputs)) % _KEPT == _KEPT - 1
+    if not kept.any():
+        kept[-1] = True
+    rows = (~kept).nonzero().squeeze(1)
+    size = min(BATCH, len(rows))
+    if not size:
+        raise InputError("a text of one window leaves nothing to tune on: expected two at least")
+    batches = len(rows) // size
+    first = [latent.state() for latent in latents]
+    before = _error(forward, loss_of, inputs[kept], target[kept])
+    adam = torch.optim.Adam(
+        [
+            {"params": [latent.values for latent in latents], "lr": _VALUE_RATE},
+            {"params": [latent.factors for latent in latents], "lr": _SCALE_RATE},
+        ],
+        betas=_BETAS,
+    )
+    steps = passes * batches
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    with torch.enable_grad():
+        for _ in range(passes):
+            mixed = rows[torch.randperm(len(rows), generator=order)]
+            for batch in mixed[: batches * size].split(size):
+                loss = loss_of(forward(inputs[batch]), target[batch])
+                adam.zero_grad(set_to_none=True)
+                loss.backward()
+                adam.step()
+                schedule.step()
+    after = _error(forward, loss_of, inputs[kept], target[kept])
+    if not after < before:
+        for latent, state in zip(latents, first, strict=True):
+            latent.restore(state)
+        after = before
+    return before, after
+
+
+def _relative(found: Tensor, wanted: Tensor) -> Tensor:
+    return ((found - wanted).square() / wanted.square().mean(-1, keepdim=True).clamp_min(1e-30)).mean()
+
+
+@torch.no_grad()
+def _error(forward: Callable[[Tensor], Tensor], loss_of: Loss, inputs: Tensor, target: Tensor) -> float:
+    parts = [
+        loss_of(forward(some), wanted) * len(some)
+        for some, wanted in zip(inputs.split(BATCH), target.split(BATCH), strict=True)
+    ]
+    return float(sum(parts, torch.zeros(()))) / len(inputs)
