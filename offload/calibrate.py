@@ -162,7 +162,7 @@ class _Layer:
 
     def _tune(self, passes: int) -> None:
         """Move the dense Linears towards the layer's output, given what the second stream brings."""
-        layer = self.walk.layers[self.layer].requires_grad_(False)
+        layer = self.walk.layers[self.layer]
         latents: dict[str, Latent] = {}
         for module, made in self.made.items():
             now = made.stored.tensors

@@ -97,6 +97,7 @@ class Layerwise:
         self.model: Any = load_model(
             checkpoint, self.runner, self.compute, torch.float32, torch.device("cpu")
         )
+        self.model.requires_grad_(False)
         self.layers = list(self.model.model.layers)
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 

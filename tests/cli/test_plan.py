@@ -142,7 +142,10 @@ def test_the_memory_that_calibration_takes_is_said_before_it_starts(demo_model: 
     assert counted["tokens_counted"] and 40_000 < counted["tokens"] < 50_000
     assert counted["bytes"]["hidden states"] == counted["tokens"] * 128 * 16
     assert counted["total_bytes"] == sum(counted["bytes"].values())
+    dense = 4 * 128 * 128 + 3 * 128 * 256  # at least, of a layer: attention's and the shared expert's
+    assert counted["tuning_bytes"] > 6 * 4 * dense / 2
     scout = planned("scout", *CARD, "--calibrate", text)["calibration"]
     assert not scout["tokens_counted"] and scout["bytes"]["experts of one layer"] == 16 * 3 * 5120 * 8192 * 2
     shown = invoke("plan", "scout", *CARD, "--calibrate", text)
     assert "calibrate" in shown.stderr and "experts of one layer" in " ".join(shown.stderr.split())
+    assert "more with --tune" in " ".join(shown.stderr.split())

@@ -102,14 +102,27 @@ def test_calibrating_says_what_the_experts_saw_and_leaves_nothing_behind(
     text = tmp_path / "text.txt"
     words = (demo_model / "calibration.txt").read_text()
     text.write_text(words[:12_000])
-    asked = ("--experts", "int4", "--calibrate", text)
-    answer = invoke("quantize", demo_model, tmp_path / "out", *asked)
+    asked = ("--experts", "int4", "--attention", "int4", "--calibrate", text)
+    answer = invoke("quantize", demo_model, tmp_path / "out", *asked, "--tune", "1")
     assert answer.returncode == 0, answer.stderr
     assert "calibrated layer 4 of 4" in answer.stderr and "the least used expert saw" in answer.stderr
+    said = " ".join(answer.stderr.split())
+    assert "tuning lowered the error" in said and ", tuning " in said, said  # the second is memory
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert report["rounding"].endswith("tuned in 1 passes")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
     text.write_text(words[:3_000])
     answer = invoke("quantize", demo_model, tmp_path / "short", *asked)
     assert answer.returncode == 1 and "an expert sees" in answer.stderr
+
+
+def test_tuning_what_there_is_not_is_refused(demo_model: Path, tmp_path: Path) -> None:
+    asked = ("quantize", demo_model, tmp_path / "out", "--experts", "int4", "--tune", "2")
+    answer = invoke(*asked)
+    assert answer.returncode == 2 and "--calibrate" in answer.stderr
+    answer = invoke(*asked, "--calibrate", demo_model / "calibration.txt")
+    assert answer.returncode == 2 and "nothing to tune" in answer.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_bits_are_chosen_shown_kept_in_the_checkpoint_and_the_same_again(
