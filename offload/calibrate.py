@@ -31,7 +31,7 @@ from offload.layerwise import Layerwise, Observer
 from offload.load import runtime_name
 from offload.moments import Moments
 from offload.store import ExpertWeights
-from offload.tuning import plain_experts, tune
+from offload.tuning import TRUTH, plain_experts, tune
 from offload.windows import Windows
 from quant.checkpoint import Checkpoint
 from quant.errors import OutputError, UsageError
@@ -88,7 +88,7 @@ def calibrate(
             streams = state.streams(walk.embed(windows.ids))
             started, first = time.monotonic(), state.layer
             for layer in range(first, total):
-                results = _Layer(walk, layer, schemes, streams, state.calibration).run(passes)
+                results = _Layer(walk, layer, schemes, streams, state.calibration).run(passes, windows.ids)
                 state.keep(layer, results, streams)
                 each = (time.monotonic() - started) / (layer + 1 - first)
                 if progress is not None:
@@ -124,7 +124,7 @@ class _Layer:
         self.made: dict[str, QuantLinear] = {}
         self.results: dict[str, Tensor] = {}
 
-    def run(self, passes: int) -> dict[str, Tensor]:
+    def run(self, passes: int, ids: Tensor) -> dict[str, Tensor]:
         """Round everything, tune it, move both streams on, and return the stored tensors by key."""
         for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",)):
             specs = [self.specs[name] for name in names if name in self.specs]
@@ -153,14 +153,14 @@ class _Layer:
             self.walk.runner.replaced = replaced or (
                 plain_experts(self.walk.checkpoint, self.layer) if moe else None
             )
-            self._tune(passes)
+            self._tune(passes, ids)
         self.walk.runner.replaced = replaced
         with self._quantized():
             self.walk.run(self.layer, self.streams[1], self.streams[1])
         self.walk.runner.replaced = None
         return self.results
 
-    def _tune(self, passes: int) -> None:
+    def _tune(self, passes: int, ids: Tensor) -> None:
         """Move the dense Linears towards the layer's output, given what the second stream brings."""
         layer = self.walk.layers[self.layer]
         latents: dict[str, Latent] = {}
@@ -169,12 +169,16 @@ class _Layer:
             packed = Packed(made.scheme, now["weight_packed"], now["weight_scale"])
             latents[module] = Latent(packed, self.stock[module].weight.data, made.bias)
         others = [part for part in layer.modules() if isinstance(part, QuantLinear)]
+
+        def by_predictions(found: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
+            return self.walk.loss(found, wanted, ids[rows], TRUTH)
+
         with self._quantized(latents):
             for part in others:
                 part.compute = Compute(exact=True)  # torch's product: the native one knows no gradients
             self.seen.tuned[self.layer] = tune(
                 list(latents.values()), partial(self.walk.step, self.layer), self.streams[1], self.streams[0],
-                passes, self.walk.divergence if self.layer == self.walk.shape.num_layers - 1 else None,
+                passes, by_predictions if self.layer == self.walk.shape.num_layers - 1 else None,
             )  # fmt: skip
             for part in others:
                 part.compute = self.walk.compute

@@ -128,24 +128,27 @@ class Layerwise:
         logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
         return torch.log_softmax(logits.float(), -1)
 
-    def divergence(self, found: Tensor, wanted: Tensor) -> Tensor:
+    def loss(self, found: Tensor, wanted: Tensor, ids: Tensor, truth: float) -> Tensor:
         """Mean KL divergence of what the last layer's ``found`` ``[B, T, H]`` predicts from what ``wanted``
-        does, a window at a time; with gradients where they are enabled."""
+        does, and ``truth`` times the mean loss of ``found`` on the text ``ids`` ``[B, T]`` itself; a window
+        at a time, with gradients where they are enabled."""
         parts = [
-            checkpoint_(self._divergence, *pair, use_reentrant=False) if torch.is_grad_enabled()
-            else self._divergence(*pair)
-            for pair in zip(found, wanted, strict=True)
-        ]  # fmt: skip
+            checkpoint_(self._window_loss, *window, truth, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else self._window_loss(*window, truth)
+            for window in zip(found, wanted, ids, strict=True)
+        ]
         return torch.stack(parts).mean()
 
-    def _divergence(self, found: Tensor, wanted: Tensor) -> Tensor:
+    def _window_loss(self, found: Tensor, wanted: Tensor, ids: Tensor, truth: float) -> Tensor:
         with torch.no_grad():
             theirs = self.log_probs(wanted)
         head = self.model.lm_head
         weight = head.stored.dense(torch.float32) if isinstance(head, QuantLinear) else head.weight
         logits = torch.nn.functional.linear(self.model.model.norm(found), weight)
         ours = torch.log_softmax(logits.float(), -1)
-        return (theirs.exp() * (theirs - ours)).sum(-1).mean()
+        divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+        return divergence + truth * torch.nn.functional.nll_loss(ours[:-1], ids[1:])
 
     def _layer_arguments(self, layer: int, batch: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model passes to ``layer`` for a batch of this shape: it depends on no token."""

@@ -6,9 +6,10 @@ quantized layers before it bring. Values and scales of the layer's dense Linears
 experts, router and norms stay as they are.
 
 The loss is the squared error of each token's output relative to the mean square of the original's: layers
-after it take its direction, not its length. After the last layer it is what all this is for, the divergence
-of the predictions. Every eighth window is kept back, and the layer left as it was if its output there has
-come no nearer.
+after it take its direction, not its length. After the last layer it is what all this is for: the divergence
+of the predictions, and a little of how unlikely they make the text itself (Hinton et al., 2015, mix the two
+when one model learns from another). Every eighth window is kept back, and the layer left as it was if its
+loss there is no less.
 
 Legend: B windows, T tokens of a window, H hidden.
 """
@@ -31,7 +32,8 @@ BATCH = 4  # windows of a step
 _KEPT = 8  # one window of so many is kept back
 _VALUE_RATE, _SCALE_RATE = 0.01, 3e-4  # of a rounding step, and of a scale, per step of Adam
 _BETAS = (0.9, 0.99)
-Loss = Callable[[Tensor, Tensor], Tensor]
+TRUTH = 0.1  # what the text's own loss counts beside the divergence, after the last layer
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # found, wanted, which windows
 
 
 def plain_experts(checkpoint: Checkpoint, layer: int) -> dict[int, ExpertWeights]:
@@ -56,7 +58,7 @@ def tune(
     passes: int, loss_of: Loss | None = None,
 ) -> tuple[float, float]:  # fmt: skip
     """Move ``latents`` so that ``forward`` of ``inputs`` ``[B, T, H]`` comes nearer to ``target``, alike: by
-    ``loss_of`` the two, a mean over windows, or their relative squared error.
+    ``loss_of`` the two and the windows' numbers, a mean over windows, or their relative squared error.
 
     ``passes`` over the windows, in an order that depends on nothing but their number; the rates fall to zero
     along half a cosine. Returns the loss on the windows kept back, before and after; if
@@ -73,7 +75,7 @@ def tune(
         raise InputError("a text of one window leaves nothing to tune on: expected two at least")
     batches = len(rows) // size
     first = [latent.state() for latent in latents]
-    before = _error(forward, loss_of, inputs[kept], target[kept])
+    before = _error(forward, loss_of, inputs, target, kept.nonzero().squeeze(1))
     adam = torch.optim.Adam(
         [
             {"params": [latent.values for latent in latents], "lr": _VALUE_RATE},
@@ -89,12 +91,12 @@ def tune(
         for _ in range(passes):
             mixed = rows[torch.randperm(len(rows), generator=order)]
             for batch in mixed[: batches * size].split(size):
-                loss = loss_of(forward(inputs[batch]), target[batch])
+                loss = loss_of(forward(inputs[batch]), target[batch], batch)
                 adam.zero_grad(set_to_none=True)
                 loss.backward()
                 adam.step()
                 schedule.step()
-    after = _error(forward, loss_of, inputs[kept], target[kept])
+    after = _error(forward, loss_of, inputs, target, kept.nonzero().squeeze(1))
     if not after < before:
         for latent, state in zip(latents, first, strict=True):
             latent.restore(state)
@@ -102,14 +104,13 @@ def tune(
     return before, after
 
 
-def _relative(found: Tensor, wanted: Tensor) -> Tensor:
+def _relative(found: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
     return ((found - wanted).square() / wanted.square().mean(-1, keepdim=True).clamp_min(1e-30)).mean()
 
 
 @torch.no_grad()
-def _error(forward: Callable[[Tensor], Tensor], loss_of: Loss, inputs: Tensor, target: Tensor) -> float:
-    parts = [
-        loss_of(forward(some), wanted) * len(some)
-        for some, wanted in zip(inputs.split(BATCH), target.split(BATCH), strict=True)
-    ]
-    return float(sum(parts, torch.zeros(()))) / len(inputs)
+def _error(
+    forward: Callable[[Tensor], Tensor], loss_of: Loss, inputs: Tensor, target: Tensor, kept: Tensor
+) -> float:
+    parts = [loss_of(forward(inputs[rows]), target[rows], rows) * len(rows) for rows in kept.split(BATCH)]
+    return float(sum(parts, torch.zeros(()))) / len(kept)

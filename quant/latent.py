@@ -1,9 +1,9 @@
 """A packed weight as gradient descent may move it: real numbers behind the integers, and scales.
 
 The product is that of the rounded integers; the gradient passes through rounding as if it were not there
-(straight-through estimation, Bengio et al., 2013). A value starts at its stored integer, part of the way
-towards what the dense weight is at the stored scale, so that what was close to being rounded otherwise
-changes first.
+(straight-through estimation, Bengio et al., 2013). A value starts at its stored integer, as far
+towards what the dense weight is at the stored scale as rounding allows, so that what was close to being
+rounded otherwise changes first.
 
 Legend: N out features, K in features, G groups along K.
 """
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from quant.pack import Packed, pack, unpack
 
 _REACH = 0.49  # of a step from the stored integer, at most: further, it would be another integer
-_PART = 0.5  # of the way: were it all of it, noise alone would change much of what GPTQ decided
 
 
 class Latent(nn.Module):
@@ -26,7 +25,7 @@ class Latent(nn.Module):
         self._first = stored.scale.float()
         integers = unpack(stored.packed, self.scheme.bits).float()
         wanted = weight.float() / self._spread(self._first)
-        self.values = nn.Parameter(integers + _PART * (wanted - integers).clamp(-_REACH, _REACH))  # [N, K]
+        self.values = nn.Parameter(integers + (wanted - integers).clamp(-_REACH, _REACH))  # [N, K]
         self.factors = nn.Parameter(torch.ones_like(self._first))  # [N, G], on the scales as stored
 
     def _spread(self, scale: Tensor) -> Tensor:

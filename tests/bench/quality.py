@@ -122,8 +122,8 @@ def nearest(scheme: Scheme) -> Method:
     return lambda module, weight: dequantize(quantize(weight, scheme))
 
 
-def calibrated(schemes: Mapping[Role, Scheme], text: str = "calibration.txt") -> Method:
-    """GPTQ on ``text``, through the command's own code."""
+def calibrated(schemes: Mapping[Role, Scheme], text: str = "calibration.txt", passes: int = 0) -> Method:
+    """GPTQ on ``text``, tuned in so many ``passes``, through the command's own code."""
     from offload.calibrate import calibrate
     from quant.convert import convert
     from quant.prepared import Prepared
@@ -131,7 +131,8 @@ def calibrated(schemes: Mapping[Role, Scheme], text: str = "calibration.txt") ->
     source = Checkpoint.open(DEMO)
     windows = Windows.cut((DEMO / text).read_text(), load_tokenizer(DEMO), 512)
     folder = Path(tempfile.mkdtemp())
-    print(*calibrate(source, schemes, windows, folder / "work").notes(), sep="\n", file=sys.stderr)
+    seen = calibrate(source, schemes, windows, folder / "work", passes=passes)
+    print(*seen.notes(), sep="\n", file=sys.stderr)
     convert(DEMO, folder / "out", schemes, rounder=Prepared(folder / "work", "gptq", Search(source)))
     return stored_in(folder / "out")
 
@@ -191,6 +192,7 @@ def main() -> None:
             methods[f"imatrix {text}"] = (scheme.bits_per_weight, partial(command, *_by_hand(text), *IMATRIX))
         longer = partial(calibrated, dict.fromkeys(ROLES, Scheme("int4")), "calibration-long.txt")
         methods["gptq int4-g128, longer text"] = (4.125, longer)
+        methods["gptq int4-g128, longer text, tuned"] = (4.125, partial(longer, passes=6))
         for bits in ("4.25", "4.5", "5"):
             target = ("--target-bits", bits)
             methods[f"target {bits}"] = (float(bits), partial(command, *target))

@@ -117,20 +117,22 @@ def test_gradients_reach_every_dense_linear_of_every_layer(
     assert any("tuning lowered the error" in note for note in seen.notes())
 
 
-def test_the_last_layer_is_tuned_by_the_divergence_of_predictions(tiny: Callable[..., Path]) -> None:
+def test_the_last_layer_is_tuned_by_predictions(tiny: Callable[..., Path]) -> None:
     source = Checkpoint.open(tiny("qwen3_moe"))
     random = torch.Generator().manual_seed(7)
     with Layerwise(source) as walk:
+        ids = torch.randint(0, 256, (3, 16), generator=random)
         wanted = torch.randn(3, 16, source.shape.hidden_size, generator=random)
         found = (wanted + 0.1 * torch.randn(wanted.shape, generator=random)).requires_grad_()
-        assert float(walk.divergence(wanted, wanted)) == pytest.approx(0, abs=1e-6)
-        loss = walk.divergence(found, wanted)
+        assert float(walk.loss(wanted, wanted, ids, 0)) == pytest.approx(0, abs=1e-6)
+        loss = walk.loss(found, wanted, ids, 0.5)
         ours, theirs = (walk.log_probs(hidden.detach().flatten(0, 1)) for hidden in (found, wanted))
         expected = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-        torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-6)
+        unlikely = -ours.view(3, 16, -1)[:, :-1].gather(2, ids[:, 1:, None]).mean()
+        torch.testing.assert_close(loss.detach(), expected + 0.5 * unlikely, rtol=1e-4, atol=1e-6)
         (towards,) = torch.autograd.grad(loss, found)
         nearer = found.detach() - 0.1 * towards / towards.norm()
-        assert float(walk.divergence(nearer, wanted)) < loss.item()
+        assert float(walk.loss(nearer, wanted, ids, 0.5)) < loss.item()
 
 
 def test_tuning_without_a_dense_linear_to_tune_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
