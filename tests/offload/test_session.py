@@ -170,7 +170,8 @@ def test_hits_misses_and_bytes_are_counted(session: Session) -> None:
     assert sum(read) >= sum(record.misses for record in records) * expert
     assert all(count % expert == 0 for count in read)
     assert session.routing.tokens == len(PROMPT) + 3
-    assert sum(tier != "disk" for tier in session.expert_tiers().values()) == 3
+    # Three slots, of which some may hold a guess that is still being read.
+    assert 1 <= sum(tier != "disk" for tier in session.expert_tiers().values()) <= 3
 
 
 def test_evicted_experts_are_never_written_back(
