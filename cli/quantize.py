@@ -62,7 +62,7 @@ def quantize(
         int,
         typer.Option(
             "--tune", metavar="PASSES", min=0, max=100,
-            help="After GPTQ, tune dense weights by their layer's output (with --calibrate; 8 is good).",
+            help="After GPTQ, tune dense weights by their layer's output (with --calibrate; 6 is good).",
         ),
     ] = 0,
     imatrix: Annotated[
