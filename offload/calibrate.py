@@ -176,12 +176,15 @@ class _Layer:
         with self._quantized(latents):
             for part in others:
                 part.compute = Compute(exact=True)  # torch's product: the native one knows no gradients
-            self.seen.tuned[self.layer] = tune(
+            before, after = tune(
                 list(latents.values()), partial(self.walk.step, self.layer), self.streams[1], self.streams[0],
                 passes, by_predictions if self.layer == self.walk.shape.num_layers - 1 else None,
             )  # fmt: skip
             for part in others:
                 part.compute = self.walk.compute
+        self.seen.tuned[self.layer] = before, min(before, after)
+        if not after < before:
+            return  # as GPTQ left it
         for module, latent in latents.items():
             self._store(module, latent.packed(), self.stock[module].weight.data)
 
@@ -189,9 +192,8 @@ class _Layer:
         made = self.made[module]
         made.weight_packed.data, made.weight_scale.data = packed.packed, packed.scale
         error = (dequantize(packed) - weight.float()).square().sum(dtype=torch.float64)
-        self.results[f"{module}.weight_packed"], self.results[f"{module}.weight_scale"] = (
-            packed.packed, packed.scale
-        )  # fmt: skip
+        self.results[f"{module}.weight_packed"] = packed.packed
+        self.results[f"{module}.weight_scale"] = packed.scale
         self.results[f"{module}.sums"][1] = error
 
     def _dense(self, spec: LinearSpec, inputs: Moments) -> None:

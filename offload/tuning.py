@@ -61,8 +61,8 @@ def tune(
     ``loss_of`` the two and the windows' numbers, a mean over windows, or their relative squared error.
 
     ``passes`` over the windows, in an order that depends on nothing but their number; the rates fall to zero
-    along half a cosine. Returns the loss on the windows kept back, before and after; if
-    that would not be less, ``latents`` are as they were.
+    along half a cosine. Returns the loss on the windows kept back, before and after: what has come no
+    nearer there is better left as it was stored. Raises InputError for a single window.
     """
     loss_of = loss_of or _relative
     order = torch.Generator().manual_seed(0)
@@ -74,8 +74,8 @@ def tune(
     if not size:
         raise InputError("a text of one window leaves nothing to tune on: expected two at least")
     batches = len(rows) // size
-    first = [latent.state() for latent in latents]
-    before = _error(forward, loss_of, inputs, target, kept.nonzero().squeeze(1))
+    held = kept.nonzero().squeeze(1)
+    before = _error(forward, loss_of, inputs, target, held)
     adam = torch.optim.Adam(
         [
             {"params": [latent.values for latent in latents], "lr": _VALUE_RATE},
@@ -96,12 +96,7 @@ def tune(
                 loss.backward()
                 adam.step()
                 schedule.step()
-    after = _error(forward, loss_of, inputs, target, kept.nonzero().squeeze(1))
-    if not after < before:
-        for latent, state in zip(latents, first, strict=True):
-            latent.restore(state)
-        after = before
-    return before, after
+    return before, _error(forward, loss_of, inputs, target, held)
 
 
 def _relative(found: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:

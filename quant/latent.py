@@ -1,9 +1,9 @@
 """A packed weight as gradient descent may move it: real numbers behind the integers, and scales.
 
 The product is that of the rounded integers; the gradient passes through rounding as if it were not there
-(straight-through estimation, Bengio et al., 2013). A value starts at its stored integer, as far
-towards what the dense weight is at the stored scale as rounding allows, so that what was close to being
-rounded otherwise changes first.
+(straight-through estimation, Bengio et al., 2013). A value starts at its stored integer, as far towards
+what the dense weight is at the stored scale as rounding allows: what was close to being rounded otherwise
+changes first.
 
 Legend: N out features, K in features, G groups along K.
 """
@@ -52,14 +52,3 @@ class Latent(nn.Module):
         """What to store."""
         integers, scale = self._rounded()
         return Packed(self.scheme, pack(integers.to(torch.int8), self.scheme.bits), scale)
-
-    def state(self) -> tuple[Tensor, Tensor]:
-        """A copy for ``restore``: of the values what is stored of them, a quarter of the bytes."""
-        integers, _ = self._rounded()
-        return integers.detach().to(torch.int8), self.factors.detach().clone()
-
-    @torch.no_grad()
-    def restore(self, state: tuple[Tensor, Tensor]) -> None:
-        """Store again what ``state`` would have stored."""
-        self.values.copy_(state[0].float())
-        self.factors.copy_(state[1])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from offload import calibrate as calibrate_module
 from offload import tuning
@@ -75,15 +76,20 @@ def test_tuning_brings_a_product_nearer_than_rounding_left_it() -> None:
     assert torch.equal(again.packed().packed, latent.packed().packed), "the same input gives the same bytes"
 
 
-def test_what_came_no_nearer_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, latent = made()
-    stored = latent.packed()
-    inputs = torch.randn(16, 8, 64, generator=torch.Generator().manual_seed(6))
+def test_what_came_no_nearer_is_left_as_it_was(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Checkpoint.open(tiny("llama4_text"))
+    schemes: dict[Role, Scheme] = {"attention": Scheme("int4")}
+    text = Windows(torch.randint(0, 256, (12, 64), generator=torch.Generator().manual_seed(0)))
+    calibrate(source, schemes, text, tmp_path / "plain")
     monkeypatch.setattr(tuning, "_VALUE_RATE", 10.0)
-    before, after = tune([latent], latent, inputs, inputs @ weight.t(), passes=2)
-    assert after == before > 0
-    assert torch.equal(latent.packed().packed, stored.packed)
-    assert torch.equal(latent.packed().scale, stored.scale)
+    seen = calibrate(source, schemes, text, tmp_path / "tuned", passes=1)
+    assert all(after == before > 0 for before, after in seen.tuned.values())
+    for file in sorted((tmp_path / "plain").glob("layer-*.safetensors")):
+        theirs, ours = load_file(file), load_file(tmp_path / "tuned" / file.name)
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize(
