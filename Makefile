@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOKE := .wheel-smoke
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-NATIVE := $(wildcard setup.py quant/kernels/*.cpp quant/kernels/*.h quant/kernels/*.inl)
+NATIVE := $(wildcard setup.py quant/kernels/cpp/*)
 
 # The first of these that is Python 3.11 or later; `make PYTHON=/path/to/python` overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \

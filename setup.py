@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-HERE = Path("quant/kernels")
+HERE = Path("quant/kernels/cpp")
 
 setup(
     ext_modules=[

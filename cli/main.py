@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from cli import interrupt
+from cli.terminal import interrupt
 from quant.errors import ColdstreamError, MachineError
 
 COMMANDS: dict[str, str] = {
@@ -66,7 +66,7 @@ def build_app(wanted: str | None = None) -> typer.Typer:
 
 def load_command(name: str) -> Callable[..., None]:
     """The function of command ``name``: ``cli.NAME.NAME``."""
-    command: Callable[..., None] = getattr(import_module(f"cli.{name}"), name)
+    command: Callable[..., None] = getattr(import_module(f"cli.commands.{name}"), name)
     return command
 
 
@@ -100,9 +100,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     def guarded(*args: object, **kwargs: object) -> None:
         with one_line_errors():
             if sys.platform != "linux":
-                raise MachineError(
-                    f"coldstream runs on Linux and in WSL2, found {sys.platform}: run it there"
-                )
+                raise MachineError(f"coldstream runs on Linux and in WSL2, found {sys.platform}: run it there")
             command(*args, **kwargs)
             sys.stdout.flush()
 
@@ -117,8 +115,7 @@ def _print_version(asked: bool) -> None:
 
 def _root(
     show_version: Annotated[
-        bool,
-        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
     """What ``coldstream`` itself takes, before a command."""

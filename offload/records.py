@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Tier = Literal["vram", "ram", "disk"]
-TIERS: tuple[Tier, ...] = ("vram", "ram", "disk")
+from offload.tiers import Tier
+
 Finish = Literal["", "eos", "stop", "length", "context", "cancelled"]
 FinishReason = Literal["stop", "length", "context"]
 
@@ -91,7 +91,5 @@ class TokenRecord:
     @property
     def finish_reason(self) -> FinishReason | None:
         """Why the text ends here, as servers call it; None where it goes on or was broken off."""
-        reasons: dict[Finish, FinishReason] = {
-            "eos": "stop", "stop": "stop", "length": "length", "context": "context",
-        }  # fmt: skip
+        reasons: dict[Finish, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length", "context": "context"}
         return reasons.get(self.finish)

@@ -62,9 +62,7 @@ class LinearWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight ``[N, K]`` in ``dtype``."""
         if self.scheme.is_packed:
-            return dequantize(
-                Packed(self.scheme, self.tensors["weight_packed"], self.tensors["weight_scale"]), dtype
-            )
+            return dequantize(Packed(self.scheme, self.tensors["weight_packed"], self.tensors["weight_scale"]), dtype)
         if self.scheme.kind == "nf4":
             return dequantize_nf4(self.tensors).to(dtype)
         weight = self.tensors["weight"]
@@ -125,16 +123,17 @@ class QuantLinear(nn.Module):
     """
 
     def __init__(
-        self, out_features: int, in_features: int, scheme: Scheme, compute: Compute, *, bias: bool = False,
+        self,
+        out_features: int,
+        in_features: int,
+        scheme: Scheme,
+        compute: Compute,
+        *,
+        bias: bool = False,
         dtype: torch.dtype = torch.bfloat16,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
-        self.out_features, self.in_features, self.scheme, self.compute = (
-            out_features,
-            in_features,
-            scheme,
-            compute,
-        )
+        self.out_features, self.in_features, self.scheme, self.compute = (out_features, in_features, scheme, compute)
         if scheme.is_packed:
             words, groups = in_features * scheme.bits // 32, in_features // scheme.group_size
             self._register("weight_packed", torch.empty(out_features, words, dtype=torch.int32))

@@ -99,9 +99,7 @@ def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
     quiet_bitsandbytes()
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(
-        weight.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=False
-    )
+    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=False)
     tensors = {"weight": packed}
     tensors.update({f"weight.{name}": value for name, value in state.as_dict(packed=True).items()})
     return tensors

@@ -47,8 +47,7 @@ class Scheme:
             object.__setattr__(self, "group_size", NF4_BLOCK)
         elif self.group_size not in GROUP_SIZES:
             raise SchemeError(
-                f"group size {self.group_size} is not supported: expected one of "
-                f"{', '.join(map(str, GROUP_SIZES))}"
+                f"group size {self.group_size} is not supported: expected one of {', '.join(map(str, GROUP_SIZES))}"
             )
 
     @classmethod
@@ -89,8 +88,7 @@ class Scheme:
             fits = [str(size) for size in GROUP_SIZES if in_features % size == 0]
             remedy = f"use --group-size {' or '.join(fits)}" if fits else "keep this role in bf16"
             raise SchemeError(
-                f"{name} has {in_features} input features, which groups of {self.group_size} do not divide: "
-                f"{remedy}"
+                f"{name} has {in_features} input features, which groups of {self.group_size} do not divide: {remedy}"
             )
         if self.kind == "nf4" and (out_features * in_features) % NF4_BLOCK:
             raise SchemeError(

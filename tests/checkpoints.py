@@ -108,12 +108,7 @@ _QWEN3_MOE = _COMMON | {
     "norm_topk_prob": True,
     "mlp_only_layers": [1],
 }
-_OLMOE = _COMMON | {
-    "num_key_value_heads": 4,
-    "intermediate_size": 128,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-}
+_OLMOE = _COMMON | {"num_key_value_heads": 4, "intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
 
 
 def _llama4(overrides: dict[str, Any]) -> PreTrainedModel:

@@ -22,12 +22,7 @@ COLDSTREAM = [sys.executable, "-m", "cli.main"]
 def coldstream(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run ``coldstream ARGUMENTS`` to its end, with ``stdin`` in a pipe."""
     return subprocess.run(
-        [*COLDSTREAM, *map(str, arguments)],
-        cwd=ROOT,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [*COLDSTREAM, *map(str, arguments)], cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=120
     )
 
 
@@ -61,9 +56,13 @@ class Terminal:
         self.seen = ""
         self.process = subprocess.Popen(
             [*COLDSTREAM, *map(str, arguments)],
-            cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            cwd=ROOT,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
             env=os.environ | {"TERM": "dumb"},
-        )  # fmt: skip
+        )
         os.close(theirs)
 
     def read_until(self, text: str, seconds: float = 60) -> str:
@@ -94,9 +93,7 @@ class Terminal:
     def wait(self, seconds: float = 30) -> int:
         """Read to the end; the exit code."""
         end = time.monotonic() + seconds
-        while (
-            time.monotonic() < end and select.select([self.ours], [], [], max(0.0, end - time.monotonic()))[0]
-        ):
+        while time.monotonic() < end and select.select([self.ours], [], [], max(0.0, end - time.monotonic()))[0]:
             try:
                 got = os.read(self.ours, 65536)
             except OSError:

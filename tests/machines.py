@@ -1,18 +1,14 @@
 """Machines to plan for: round numbers, nothing measured."""
 
-from offload.gpus import Gpu
-from offload.machine import Machine
+from offload.hardware.gpu import Gpu
+from offload.hardware.probe import Machine
 
 GIB = 2**30
 
-RTX_4090 = Gpu(
-    name="RTX 4090", vram_bytes=24 * GIB, vram_gb_s=1008, h2d_gb_s=25, d2h_gb_s=25, bf16_tflops=165
-)
+RTX_4090 = Gpu(name="RTX 4090", vram_bytes=24 * GIB, vram_gb_s=1008, h2d_gb_s=25, d2h_gb_s=25, bf16_tflops=165)
 
 
-def machine(
-    *, ram: int = 64 * GIB, ram_gb_s: float = 70, disk_gb_s: float = 6.5, gpu: Gpu | None = None
-) -> Machine:
+def machine(*, ram: int = 64 * GIB, ram_gb_s: float = 70, disk_gb_s: float = 6.5, gpu: Gpu | None = None) -> Machine:
     """A machine with ``ram`` bytes, 4 GiB of them taken by others."""
     return Machine(
         name="test machine",

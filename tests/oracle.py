@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration, PreTrainedModel
 
-from offload.store import find_weight
-from quant.checkpoint import Checkpoint
+from offload.experts.storage.store import find_weight
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.model.tensors import LinearSpec
 from quant.pack import Packed, dequantize, dequantize_nf4
-from quant.shape import LinearSpec
 
 
 def dense_weight(checkpoint: Checkpoint, spec: LinearSpec) -> torch.Tensor:

@@ -3,9 +3,10 @@
 
 import random
 
-from offload.records import Tier, TokenRecord
-from offload.report import Environment, ExpertMap, Memory, Prediction, RunReport, Subject
-from offload.speed import Bandwidth
+from offload.records import TokenRecord
+from offload.run.report import Environment, ExpertMap, Memory, Prediction, RunReport, Subject
+from offload.run.speed import Bandwidth
+from offload.tiers import Tier
 
 GIB = 2**30
 
@@ -29,9 +30,7 @@ def records(
             "ram": by_tier["ram"] * 65 * 2**20 // 3,
             "disk": misses * 65 * 2**20 // 3,
         }
-        steps.append(
-            TokenRecord("decode", index, "word ", 1, seconds, by_tier, read, rss, 21 * GIB if vram else 0)
-        )
+        steps.append(TokenRecord("decode", index, "word ", 1, seconds, by_tier, read, rss, 21 * GIB if vram else 0))
     return steps
 
 
@@ -43,9 +42,7 @@ def report(
     vram: float = 0.0,
     disk: float = 0.04,
     model: str = "Llama-4-Scout-17B-16E-int4",
-    notes: tuple[str, ...] = (
-        "direct I/O is not available on this filesystem: reads go through the page cache",
-    ),
+    notes: tuple[str, ...] = ("direct I/O is not available on this filesystem: reads go through the page cache",),
 ) -> RunReport:
     """``layers`` × ``experts`` experts, ``tokens`` decoded tokens; ``vram`` > 0 invents a GPU."""
     random_ = random.Random(11)
@@ -76,19 +73,31 @@ def report(
         bandwidth=Bandwidth(62.3, 6.9, 24.8 if vram else None, 941.0 if vram else None),
         memory=Memory(
             vram={"attention": 6 * GIB, "experts": 12 * GIB, "kv_cache": 2 * GIB} if vram else {},
-            ram={"experts": 40 * GIB, "attention": 3 * GIB, "shared_expert": 3 * GIB, "embeddings": 2 * GIB,
-                 "lm_head": 2 * GIB, "kv_cache": GIB, "router": GIB // 16, "framework": GIB // 2},
-            disk={"experts": 50 * GIB, "attention": 3 * GIB, "shared_expert": 3 * GIB, "embeddings": 2 * GIB,
-                  "lm_head": 2 * GIB, "vision": GIB},
+            ram={
+                "experts": 40 * GIB,
+                "attention": 3 * GIB,
+                "shared_expert": 3 * GIB,
+                "embeddings": 2 * GIB,
+                "lm_head": 2 * GIB,
+                "kv_cache": GIB,
+                "router": GIB // 16,
+                "framework": GIB // 2,
+            },
+            disk={
+                "experts": 50 * GIB,
+                "attention": 3 * GIB,
+                "shared_expert": 3 * GIB,
+                "embeddings": 2 * GIB,
+                "lm_head": 2 * GIB,
+                "vision": GIB,
+            },
             rss_bytes=52 * GIB,
             peak_rss_bytes=53 * GIB,
             peak_vram_bytes=21 * GIB if vram else 0,
             unaccounted_bytes=300 * 2**20,
         ),
         plan=Prediction(17.2, 190.0, "ram"),
-        expert_map=ExpertMap(
-            tuple(range(layers)), counts, tuple(tuple(map(place, row)) for row in counts)
-        ),
+        expert_map=ExpertMap(tuple(range(layers)), counts, tuple(tuple(map(place, row)) for row in counts)),
         notes=notes,
         warmup=1,
-    )  # fmt: skip
+    )

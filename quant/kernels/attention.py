@@ -138,19 +138,10 @@ class Attention:
         self.hidden = q_proj.in_features
         q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         found = tuple((w.out_features, w.in_features) for w in self.weights)
-        expected = (
-            (q_width, self.hidden),
-            (kv_width, self.hidden),
-            (kv_width, self.hidden),
-            (self.hidden, q_width),
-        )
+        expected = ((q_width, self.hidden), (kv_width, self.hidden), (kv_width, self.hidden), (self.hidden, q_width))
         if found != expected:
             raise SchemeError(f"projections are {found}: expected {expected}")
-        norms = {
-            "none": (0, 0),
-            "per_head": (shape.head_dim, shape.head_dim),
-            "full_width": (q_width, kv_width),
-        }
+        norms = {"none": (0, 0), "per_head": (shape.head_dim, shape.head_dim), "full_width": (q_width, kv_width)}
         wanted = (self.hidden, *norms[shape.qk_norm], q_width, kv_width, kv_width, self.hidden)
         vectors = [None if v is None else v.float().contiguous() for v in (norm, q_norm, k_norm, *biases)]
         if any(v is not None and v.numel() != size for v, size in zip(vectors, wanted, strict=True)):
@@ -160,11 +151,26 @@ class Attention:
         self._vectors = vectors
         pointers = [None if v is None else v.data_ptr() for v in vectors]
         self._block = _CBlock(
-            pointers[0], shape.eps, shape.heads, shape.kv_heads, shape.head_dim, _ROPES[shape.rope], 0,
-            _QK_NORMS[shape.qk_norm], shape.l2_norm, pointers[1], pointers[2], shape.qk_eps,
-            shape.scaling or shape.head_dim**-0.5, shape.temperature_floor, shape.temperature_scale,
-            shape.chunk, shape.window, *(w.native for w in self.weights), *pointers[3:],
-        )  # fmt: skip
+            pointers[0],
+            shape.eps,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            _ROPES[shape.rope],
+            0,
+            _QK_NORMS[shape.qk_norm],
+            shape.l2_norm,
+            pointers[1],
+            pointers[2],
+            shape.qk_eps,
+            shape.scaling or shape.head_dim**-0.5,
+            shape.temperature_floor,
+            shape.temperature_scale,
+            shape.chunk,
+            shape.window,
+            *(w.native for w in self.weights),
+            *pointers[3:],
+        )
 
     def run(
         self,
@@ -195,16 +201,21 @@ class Attention:
                 raise SchemeError(f"RoPE rotates {rotary} of {self.shape.head_dim} channels")
         self._block.rope_dim = rotary
         angles = (
-            (address(cosine), address(sine))
-            if cosine is not None and sine is not None and rotary
-            else (None, None)
+            (address(cosine), address(sine)) if cosine is not None and sine is not None and rotary else (None, None)
         )
         native = self._cache(cache, position, tokens)
         status = library().cs_attention(
-            ctypes.byref(self._block), address(x), ctypes.c_int64(x.stride(0)), ctypes.c_int64(tokens),
-            ctypes.c_int64(position), *angles, ctypes.byref(native), address(out),
-            ctypes.c_int64(out.stride(0)), int(exact),
-        )  # fmt: skip
+            ctypes.byref(self._block),
+            address(x),
+            ctypes.c_int64(x.stride(0)),
+            ctypes.c_int64(tokens),
+            ctypes.c_int64(position),
+            *angles,
+            ctypes.byref(native),
+            address(out),
+            ctypes.c_int64(out.stride(0)),
+            int(exact),
+        )
         check(status, "attention")
         return out
 
@@ -212,9 +223,7 @@ class Attention:
         keys, values, shape = cache.keys, cache.values, self.shape
         first, capacity = cache.first_position, keys.shape[1]
         if keys.shape != values.shape or keys.shape[0] != shape.kv_heads or keys.shape[2] != shape.head_dim:
-            raise SchemeError(
-                f"KV buffers {tuple(keys.shape)}: expected [{shape.kv_heads}, …, {shape.head_dim}]"
-            )
+            raise SchemeError(f"KV buffers {tuple(keys.shape)}: expected [{shape.kv_heads}, …, {shape.head_dim}]")
         if not first <= position <= first + capacity - tokens:
             raise SchemeError(
                 f"tokens {position} to {position + tokens - 1} have no place in KV buffers for {first} to "
@@ -223,13 +232,16 @@ class Attention:
         scales = [cache.key_scale, cache.value_scale]
         if keys.dtype != values.dtype or keys.dtype not in _STORAGES:
             raise SchemeError(f"KV buffers in {keys.dtype} and {values.dtype}: expected f32, bf16 or int8")
-        if keys.dtype == torch.int8 and any(
-            s is None or s.numel() != keys.shape[0] * capacity for s in scales
-        ):
+        if keys.dtype == torch.int8 and any(s is None or s.numel() != keys.shape[0] * capacity for s in scales):
             raise SchemeError("int8 KV buffers need f32 scales, one per head and row")
         if any(t is not None and not t.is_contiguous() for t in (keys, values, *scales)):
             raise SchemeError("KV buffers must be contiguous")
         return _CCache(
-            keys.data_ptr(), values.data_ptr(), *(None if s is None else s.data_ptr() for s in scales),
-            capacity * shape.head_dim, capacity, first, _STORAGES[keys.dtype],
-        )  # fmt: skip
+            keys.data_ptr(),
+            values.data_ptr(),
+            *(None if s is None else s.data_ptr() for s in scales),
+            capacity * shape.head_dim,
+            capacity,
+            first,
+            _STORAGES[keys.dtype],
+        )

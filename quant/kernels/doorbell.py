@@ -89,7 +89,7 @@ class BellBuffers:
 
 
 @dataclass(frozen=True)
-class Request:
+class DoorbellRequest:
     """An open request: MoE layer ``layer`` (its row in the table) wants ``experts`` from the host."""
 
     layer: int
@@ -97,10 +97,7 @@ class Request:
 
 
 class _CLayer(ctypes.Structure):
-    _fields_ = [
-        *((name, CWeight) for name in ("gate", "up", "down")),
-        ("offsets", ctypes.c_int64 * 6),
-    ]
+    _fields_ = [*((name, CWeight) for name in ("gate", "up", "down")), ("offsets", ctypes.c_int64 * 6)]
 
 
 class _CBell(ctypes.Structure):
@@ -152,9 +149,16 @@ class HostBell:
     """
 
     def __init__(
-        self, buffers: BellBuffers, samples: Sequence[GatedMlp], experts: int, *, scales_input: bool,
-        exact: bool, warm_bytes: int = 0, share: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        buffers: BellBuffers,
+        samples: Sequence[GatedMlp],
+        experts: int,
+        *,
+        scales_input: bool,
+        exact: bool,
+        warm_bytes: int = 0,
+        share: int = 0,
+    ) -> None:
         layers, hidden = len(samples), buffers.x.shape[1]
         self.buffers, self.table = buffers, torch.zeros(layers, experts, dtype=torch.int64)
         self._warmed = torch.zeros(_COUNTS + buffers.hint.numel(), dtype=torch.int64)
@@ -171,10 +175,20 @@ class HostBell:
             stored.offsets[:] = offsets(sample)
         shared = (buffers.control, buffers.request, buffers.scores, buffers.x, buffers.result, self.table)
         self._bell = _CBell(
-            *(tensor.data_ptr() for tensor in shared), layers, experts, buffers.scores.numel(), self._stored,
-            scales_input, exact, _AWAKE if buffers.sequence.is_cuda else 0, buffers.hint.data_ptr(),
-            buffers.hint.numel(), warm_bytes, share, self._warmed.data_ptr(),
-        )  # fmt: skip
+            *(tensor.data_ptr() for tensor in shared),
+            layers,
+            experts,
+            buffers.scores.numel(),
+            self._stored,
+            scales_input,
+            exact,
+            _AWAKE if buffers.sequence.is_cuda else 0,
+            buffers.hint.data_ptr(),
+            buffers.hint.numel(),
+            warm_bytes,
+            share,
+            self._warmed.data_ptr(),
+        )
 
     def serve(self, microseconds: int) -> State:
         """Compute and answer what is asked for that long. "missing" leaves a request open that names an
@@ -183,9 +197,7 @@ class HostBell:
         Other Python threads run meanwhile. Raises MachineError for a request that makes no sense.
         """
         state = ctypes.c_int32(0)
-        status = library().cs_bell_serve(
-            ctypes.byref(self._bell), ctypes.c_int64(microseconds), ctypes.byref(state)
-        )
+        status = library().cs_bell_serve(ctypes.byref(self._bell), ctypes.c_int64(microseconds), ctypes.byref(state))
         check(status, "doorbell")
         return _STATES[state.value]
 
@@ -203,13 +215,13 @@ class HostBell:
         """Since the beginning."""
         return Warmed(*self._warmed[:_COUNTS].tolist())
 
-    def request(self) -> Request:
+    def request(self) -> DoorbellRequest:
         """The open request."""
         words = self.buffers.request.tolist()
         pairs = words[1] * words[2]
         ids, first = words[_HEADER : _HEADER + pairs], words[_HEADER + pairs : _HEADER + 2 * pairs]
         wanted = {expert for expert, row in zip(ids, first, strict=True) if row < self._features}
-        return Request(words[0], tuple(sorted(wanted)))
+        return DoorbellRequest(words[0], tuple(sorted(wanted)))
 
     def begin(self) -> None:
         """Start the open request's result at zero."""
@@ -217,9 +229,7 @@ class HostBell:
 
     def add(self, expert: int, first_byte: int) -> None:
         """Add what the open request asks of ``expert``, whose bytes begin at ``first_byte``."""
-        status = library().cs_bell_add(
-            ctypes.byref(self._bell), ctypes.c_int32(expert), ctypes.c_int64(first_byte)
-        )
+        status = library().cs_bell_add(ctypes.byref(self._bell), ctypes.c_int32(expert), ctypes.c_int64(first_byte))
         check(status, "doorbell")
 
     def answer(self) -> None:

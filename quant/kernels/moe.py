@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.kernels.library import check, library
+from quant.kernels.product import linear
 from quant.kernels.rows import address, float_rows, output_rows
 from quant.kernels.weight import CWeight, Weight
 
@@ -123,17 +124,20 @@ def mlp(jobs: Sequence[Job], x: Tensor, out: Tensor | None = None, *, exact: boo
     """
     for job in jobs:
         if job.expert.gate_proj.in_features != x.shape[-1]:
-            raise SchemeError(
-                f"x is {tuple(x.shape)}: the expert expects {job.expert.gate_proj.in_features} columns"
-            )
+            raise SchemeError(f"x is {tuple(x.shape)}: the expert expects {job.expert.gate_proj.in_features} columns")
     x = float_rows(x, x.shape[-1], "x")
     out = torch.zeros(x.shape) if out is None else output_rows(out, x.shape[0], x.shape[1])
     kept: list[Tensor] = []
     native = (_CJob * len(jobs))(*(_job(job, x, kept) for job in jobs))
     status = library().cs_mlp(
-        native, ctypes.c_int64(len(jobs)), address(x), ctypes.c_int64(x.stride(0)),
-        address(out), ctypes.c_int64(out.stride(0)), int(exact),
-    )  # fmt: skip
+        native,
+        ctypes.c_int64(len(jobs)),
+        address(x),
+        ctypes.c_int64(x.stride(0)),
+        address(out),
+        ctypes.c_int64(out.stride(0)),
+        int(exact),
+    )
     check(status, "mlp")
     return out
 
@@ -200,9 +204,7 @@ class MoeBlock:
         if router.kind not in ("bf16", "f32"):
             raise SchemeError(f"a router in {router.kind}: expected bf16 or f32")
         if not 1 <= top_k <= router.out_features:
-            raise SchemeError(
-                f"top_k {top_k} of {router.out_features} experts: expected 1 to {router.out_features}"
-            )
+            raise SchemeError(f"top_k {top_k} of {router.out_features} experts: expected 1 to {router.out_features}")
         self.router, self.top_k, self.router_kind = router, top_k, router_kind
         self.shared, self.shared_router = shared, shared_router
         self.norm = None if norm is None else norm.float().contiguous()
@@ -234,16 +236,12 @@ class MoeBlock:
         Raises SchemeError if it has not the shapes of the experts before it."""
         if self._shapes is None:
             if weights.gate_proj.in_features != self.router.in_features:
-                raise SchemeError(
-                    f"an expert of hidden size {weights.gate_proj.in_features}, not the router's"
-                )
+                raise SchemeError(f"an expert of hidden size {weights.gate_proj.in_features}, not the router's")
             self._shapes = weights.shapes
             self._block.gate, self._block.up = weights.gate_proj.native, weights.up_proj.native
             self._block.down = weights.down_proj.native
         if weights.shapes != self._shapes:
-            raise SchemeError(
-                f"expert {expert} is of shapes {weights.shapes}: expected {self._shapes} as the others"
-            )
+            raise SchemeError(f"expert {expert} is of shapes {weights.shapes}: expected {self._shapes} as the others")
         self._resident[expert] = weights
         self._rows[expert, :_STATE] = weights.entry
         self.publish(expert, READY if ready else COMING)
@@ -270,10 +268,16 @@ class MoeBlock:
         routing = _CRouting(*(t.data_ptr() for t in (normed, logits, chosen, weights)))
         complete = ctypes.c_int32(0)
         status = library().cs_moe(
-            ctypes.byref(self._block), address(x), ctypes.c_int64(x.stride(0)), ctypes.c_int64(tokens),
-            None if out is None else address(out), ctypes.c_int64(hidden), ctypes.byref(routing), int(exact),
+            ctypes.byref(self._block),
+            address(x),
+            ctypes.c_int64(x.stride(0)),
+            ctypes.c_int64(tokens),
+            None if out is None else address(out),
+            ctypes.c_int64(hidden),
+            ctypes.byref(routing),
+            int(exact),
             ctypes.byref(complete),
-        )  # fmt: skip
+        )
         check(status, "MoE block")
         return MoeResult(out if complete.value else None, logits, chosen, weights, normed)
 
@@ -283,7 +287,6 @@ class MoeBlock:
             return []
         if self.shared_router is None:
             return [Job(self.shared)]
-        from quant.kernels.native import linear
 
         return [Job(self.shared, out_weight=linear(result.normed, self.shared_router).sigmoid())]
 

@@ -4,7 +4,7 @@ Legend: N out features, K in features, G groups along K.
 
 The same arithmetic as the torch reference, to the bit: scale = bf16(absmax / 7.5) for int4 or bf16(absmax /
 127.5) for int8 (1.0 where that is zero), q = round_half_even(w / scale) clamped to the kind's range. With
-``search``, that of ``quant.search``.
+``search``, that of ``quant.rounding.search``.
 """
 
 import ctypes
@@ -40,11 +40,7 @@ class _Job(ctypes.Structure):
 
 
 class _Stats(ctypes.Structure):
-    _fields_ = [
-        ("nonfinite", ctypes.c_int64),
-        ("squared_error", ctypes.c_double),
-        ("squared_sum", ctypes.c_double),
-    ]
+    _fields_ = [("nonfinite", ctypes.c_int64), ("squared_error", ctypes.c_double), ("squared_sum", ctypes.c_double)]
 
 
 class Quantized(NamedTuple):
@@ -79,14 +75,12 @@ def quantize_pack(
     """Quantize bf16, fp16 or f32 weights ``[N, K]``, or ``[K, N]`` if ``transposed``, per group.
 
     ``search`` (int4 only) looks for each group's best scale and balances rounding against ``means`` (int32
-    ``[K]`` in -127..127), see ``quant.search``. The source may be a slice with a row stride of its own; its
-    columns must be adjacent. Raises SchemeError for what cannot be packed, MachineError if the kernels are
-    missing.
+    ``[K]`` in -127..127), see ``quant.rounding.search``. The source may be a slice with a row stride of
+    its own; its columns must be adjacent. Raises SchemeError for what cannot be packed, MachineError if the
+    kernels are missing.
     """
     if kind not in _KINDS or group_size not in GROUP_SIZES:
-        raise SchemeError(
-            f"{kind} with groups of {group_size} cannot be packed: expected int4 or int8, {GROUP_SIZES}"
-        )
+        raise SchemeError(f"{kind} with groups of {group_size} cannot be packed: expected int4 or int8, {GROUP_SIZES}")
     if source.dtype not in _SOURCES or source.device.type != "cpu" or source.dim() != 2:
         raise SchemeError(
             f"a {source.dim()}-D {source.dtype} tensor on {source.device} cannot be packed: "
@@ -96,9 +90,7 @@ def quantize_pack(
     if k % group_size or not n or not k:
         raise SchemeError(f"{n}x{k} weights cannot be packed: groups of {group_size} do not divide {k}")
     if means is not None and (means.dtype != torch.int32 or means.shape != (k,) or not search):
-        raise SchemeError(
-            f"means of shape {tuple(means.shape)} {means.dtype}: expected int32 [{k}], for a search"
-        )
+        raise SchemeError(f"means of shape {tuple(means.shape)} {means.dtype}: expected int32 [{k}], for a search")
     if search and kind != "int4":
         raise SchemeError(f"{kind} has no searched scales: expected int4")
     means = None if means is None else means.contiguous()
@@ -107,10 +99,19 @@ def quantize_pack(
     packed = torch.empty((n, k // (8 if kind == "int4" else 4)), dtype=torch.int32)
     scale = torch.empty((n, k // group_size), dtype=torch.bfloat16)
     job = _Job(
-        source.data_ptr(), _SOURCES[source.dtype], _KINDS[kind], group_size, transposed, n, k,
-        source.stride(0), packed.data_ptr(), scale.data_ptr(), search,
+        source.data_ptr(),
+        _SOURCES[source.dtype],
+        _KINDS[kind],
+        group_size,
+        transposed,
+        n,
+        k,
+        source.stride(0),
+        packed.data_ptr(),
+        scale.data_ptr(),
+        search,
         None if means is None else means.data_ptr(),
-    )  # fmt: skip
+    )
     stats = _Stats()
     check(library().cs_quantize(ctypes.byref(job), ctypes.byref(stats)), "quantize")
     return Quantized(packed, scale, stats.nonfinite == 0, stats.squared_error, stats.squared_sum)

@@ -11,9 +11,7 @@ from quant.errors import SchemeError
 def float_rows(x: Tensor, features: int, name: str) -> Tensor:
     """``x`` as f32 ``[T, features]`` with adjacent columns; raises SchemeError if it is not that shape."""
     if x.dim() != 2 or x.shape[1] != features or x.device.type != "cpu":
-        raise SchemeError(
-            f"{name} is {tuple(x.shape)} on {x.device}: expected [tokens, {features}] on the CPU"
-        )
+        raise SchemeError(f"{name} is {tuple(x.shape)} on {x.device}: expected [tokens, {features}] on the CPU")
     x = x.float()
     return x if x.stride(1) == 1 else x.contiguous()
 

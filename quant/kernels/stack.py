@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.kernels.attention import Attention, KvBuffers, _CBlock, _CCache
-from quant.kernels.foresight import DEPTH, CForesight, Foresight
 from quant.kernels.library import check, library
+from quant.kernels.lookahead import DEPTH, CLookahead, Lookahead
 from quant.kernels.moe import GatedMlp, MoeBlock, _CRouting
 from quant.kernels.moe import _CBlock as _CMoeBlock
 from quant.kernels.weight import CWeight, NativeKind, Weight
@@ -56,7 +56,7 @@ class _CRun(ctypes.Structure):
         ("wanted_count", ctypes.c_int32),
         ("wanted", ctypes.c_void_p),
         ("layer_of", ctypes.c_void_p),
-        ("foresight", ctypes.POINTER(CForesight)),
+        ("lookahead", ctypes.POINTER(CLookahead)),
         ("late", ctypes.c_void_p),
         ("done", ctypes.c_uint64),
         ("patience", ctypes.c_double),
@@ -117,21 +117,20 @@ class Stack:
     """
 
     def __init__(
-        self, attentions: Sequence[Attention], blocks: Sequence[MoeBlock | DenseBlock], rotary: int,
+        self,
+        attentions: Sequence[Attention],
+        blocks: Sequence[MoeBlock | DenseBlock],
+        rotary: int,
         head: Head | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not attentions or len(attentions) != len(blocks):
-            raise SchemeError(
-                f"{len(attentions)} attentions and {len(blocks)} blocks: expected as many of each"
-            )
+            raise SchemeError(f"{len(attentions)} attentions and {len(blocks)} blocks: expected as many of each")
         self.attentions, self.blocks, self.rotary = list(attentions), list(blocks), rotary
         count, hidden = len(blocks), attentions[0].hidden
         top_k = max(block.top_k for block in blocks)
         if top_k > _MOST_CHOSEN:
             raise SchemeError(f"{top_k} experts per token: expected {_MOST_CHOSEN} at most")
-        experts = max(
-            (block.router.out_features for block in blocks if isinstance(block, MoeBlock)), default=0
-        )
+        experts = max((block.router.out_features for block in blocks if isinstance(block, MoeBlock)), default=0)
         self.normed = torch.empty(count, hidden)
         self.logits, self.weights = torch.empty(count, max(experts, 1)), torch.empty(count, max(top_k, 1))
         self.chosen = torch.zeros(count, max(top_k, 1), dtype=torch.int32)
@@ -157,11 +156,7 @@ class Stack:
         if head is not None:
             self.head, self._norm, self._normed = head, head.norm.float().contiguous(), torch.empty(hidden)
             self.token_logits = torch.empty(head.weight.out_features)
-            self._run.norm, self._run.eps, self._run.head = (
-                self._norm.data_ptr(),
-                head.eps,
-                head.weight.native,
-            )
+            self._run.norm, self._run.eps, self._run.head = (self._norm.data_ptr(), head.eps, head.weight.native)
             self._run.normed, self._run.logits = self._normed.data_ptr(), self.token_logits.data_ptr()
 
     def attach(self, caches: Sequence[KvBuffers], position: int) -> None:
@@ -176,16 +171,15 @@ class Stack:
         self._layers[layer].cache.first_position = first_position
 
     def begin(
-        self, x: Tensor, position: int, cosine: Tensor, sine: Tensor, exact: bool,
-        foresight: Foresight | None = None,
-    ) -> None:  # fmt: skip
+        self, x: Tensor, position: int, cosine: Tensor, sine: Tensor, exact: bool, lookahead: Lookahead | None = None
+    ) -> None:
         """Start a token: x f32 ``[H]`` (contiguous) is worked on in place; cosine and sine f32 ``[r/2]``."""
         run = self._run
         self._held = (x, cosine, sine)
         run.x, run.cosine, run.sine = x.data_ptr(), cosine.data_ptr(), sine.data_ptr()
         run.position, run.layer, run.exact = position, 0, int(exact)
-        run.stage = _LAYER if foresight is None else _TOKEN
-        run.foresight = None if foresight is None else ctypes.pointer(foresight.native)
+        run.stage = _LAYER if lookahead is None else _TOKEN
+        run.lookahead = None if lookahead is None else ctypes.pointer(lookahead.native)
 
     def guess_tokens(self, embeddings: Tensor, layers: int) -> None:
         """While one of the last ``layers`` waits, guess the next token, whose ``embeddings`` ``[V, H]`` (bf16

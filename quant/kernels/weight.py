@@ -63,9 +63,7 @@ class Weight:
                     f"{', '.join(map(str, GROUP_SIZES))} that divides {self.in_features}"
                 )
             if self.packed_ptr % 4 or self.scale_ptr % 2:
-                raise SchemeError(
-                    f"a {shape} weight at an odd address: expected a multiple of 4 (scales: of 2)"
-                )
+                raise SchemeError(f"a {shape} weight at an odd address: expected a multiple of 4 (scales: of 2)")
         fields = (_CODES[self.kind], self.group_size, self.out_features, self.in_features)
         object.__setattr__(self, "_native", CWeight(*fields, self.packed_ptr, self.scale_ptr or None))
 
@@ -91,7 +89,5 @@ class Weight:
             return cls(kind, 0, n, k, packed.data_ptr(), 0, packed)
         groups = scale.shape[1]
         if scale.shape[0] != n or not groups or k % groups:
-            raise SchemeError(
-                f"scales {tuple(scale.shape)} do not fit a {n}x{k} {kind} weight: expected [{n}, G]"
-            )
+            raise SchemeError(f"scales {tuple(scale.shape)} do not fit a {n}x{k} {kind} weight: expected [{n}, G]")
         return cls(kind, k // groups, n, k, packed.data_ptr(), scale.data_ptr(), (packed, scale))

@@ -117,8 +117,7 @@ def sources(megabytes: float) -> Iterator[tuple[str, str]]:
     files = [
         path
         for path in sorted(root.rglob("*.py"))
-        if not {"site-packages", "test", "tests", "idle_test", "dist-packages"}
-        & set(path.relative_to(root).parts)
+        if not {"site-packages", "test", "tests", "idle_test", "dist-packages"} & set(path.relative_to(root).parts)
     ]
     random.Random(0).shuffle(files)
     left = megabytes * 1e6
@@ -235,11 +234,7 @@ def head_loss(head: nn.Module, hidden: Tensor, rows: Tensor) -> tuple[float, Ten
     leaf = hidden.detach().requires_grad_()
     total = 0.0
     for part, tokens in zip(leaf.split(4), rows.split(4), strict=True):
-        loss = (
-            F.cross_entropy(head(part[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-            * len(tokens)
-            / len(rows)
-        )
+        loss = F.cross_entropy(head(part[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()) * len(tokens) / len(rows)
         loss.backward()
         total += loss.item()
     assert leaf.grad is not None
@@ -247,13 +242,7 @@ def head_loss(head: nn.Module, hidden: Tensor, rows: Tensor) -> tuple[float, Ten
 
 
 def train(
-    model: Llama4ForCausalLM,
-    text: Tensor,
-    chats: Tensor,
-    minutes: float,
-    steps: int | None,
-    batch: int,
-    length: int,
+    model: Llama4ForCausalLM, text: Tensor, chats: Tensor, minutes: float, steps: int | None, batch: int, length: int
 ) -> int:
     """AdamW for ``minutes`` or ``steps``, learning rate up to 3e-3, then a cosine; returns steps done."""
     blocks = [module for module in model.modules() if isinstance(module, SparseMoe)]
@@ -290,10 +279,7 @@ def train(
         step += 1
         recent = loss if step == 1 else 0.95 * recent + 0.05 * loss
         if step <= 3 or step % 50 == 0:
-            print(
-                f"{elapsed:5.1f} min  step {step:5d}  loss {recent:.3f}  balance {balance.item():.3f}",
-                flush=True,
-            )
+            print(f"{elapsed:5.1f} min  step {step:5d}  loss {recent:.3f}  balance {balance.item():.3f}", flush=True)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -319,9 +305,7 @@ def main(arguments: list[str]) -> None:
     tokenizer = train_tokenizer([text for _, text in modules])
     text = stream(tokenizer, [f"{BEGIN}{text}{END}" for _, text in modules])
     chats = stream(tokenizer, [as_chat(pair) for pair in asked])
-    print(
-        f"{len(modules)} modules, {len(text):,} tokens; {len(asked)} chats, {len(chats):,} tokens", flush=True
-    )
+    print(f"{len(modules)} modules, {len(text):,} tokens; {len(asked)} chats, {len(chats):,} tokens", flush=True)
 
     model = sparse(Llama4ForCausalLM(config()))
     started = time.monotonic()

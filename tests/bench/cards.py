@@ -13,18 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from offload.cards import CARDS, GIB, described_machine
-from offload.machine import Machine
-from offload.plan import Plan, make_plan
-from offload.policy import Key, make_policy
-from offload.timeline import Setup
-from offload.timeline_places import Tiers, replayed, shares, stretched
-from offload.trace import Synthetic, Trace, load_trace
+from offload.hardware.gpu_catalog import CARDS, GIB, described_machine
+from offload.hardware.probe import Machine
+from offload.plan.plan import Plan, make_plan
+from offload.routing.eviction import make_policy
+from offload.routing.trace import Synthetic, Trace, load_trace
+from offload.simulator.requests import Tiers, replayed, shares, stretched
+from offload.simulator.simulation import Setup
+from offload.tiers import Key
 from quant.errors import BudgetError
-from quant.families import Role
-from quant.recipe import load_recipe, load_shape
+from quant.model.families import Role
+from quant.model.recipe import load_recipe, load_shape
+from quant.model.shape import ModelShape
 from quant.scheme import Scheme
-from quant.shape import ModelShape
 
 NAMES = ("RTX 4060", "RTX 3060 12GB", "RTX 4060 Ti 16GB", "RTX 4080", "RTX 3090", "RTX 4090", "RTX 5090")
 CONTEXT, PROMPT, TOKENS = 8192, 2048, 256
@@ -45,9 +46,14 @@ class Known:
 
 
 def planned(
-    shape: ModelShape, machine: Machine, schemes: Mapping[Role, Scheme], *,
-    kv_bits: int = 8, context: int = CONTEXT, vram: int | None = None,
-) -> Plan | str:  # fmt: skip
+    shape: ModelShape,
+    machine: Machine,
+    schemes: Mapping[Role, Scheme],
+    *,
+    kv_bits: int = 8,
+    context: int = CONTEXT,
+    vram: int | None = None,
+) -> Plan | str:
     """The plan, or why there is none."""
     try:
         return make_plan(
@@ -82,10 +88,16 @@ def row(model: str, card: str, known: Known) -> str:
 
 
 def assumption(
-    name: str, machine: Machine, known: Known, *,
-    recipe: str = "scout-rtx4090", kv_bits: int = 8, vram: float = 22.5, swaps: int = 0,
+    name: str,
+    machine: Machine,
+    known: Known,
+    *,
+    recipe: str = "scout-rtx4090",
+    kv_bits: int = 8,
+    vram: float = 22.5,
+    swaps: int = 0,
     part: float | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """One line of the table of what an assumption is worth: Scout on a 4090, 16,384 tokens of context."""
     shape = ModelShape.from_config(load_shape("scout"))
     chosen: dict[Role, Scheme] = dict(load_recipe(recipe).schemes)
@@ -128,7 +140,7 @@ def assumptions(recorded: Trace) -> list[str]:
         assumption("recipe, uniform, a fifth of each miss over PCIe all the same", card, uniform, part=0.2),
         assumption("recipe, uniform, half of each miss", card, uniform, part=0.5),
         assumption("recipe, uniform, all of each miss (no CPU)", card, uniform, part=1.0),
-    ]  # fmt: skip
+    ]
 
 
 def swaps(recorded: Trace, slots: int = 250) -> list[str]:
@@ -137,15 +149,27 @@ def swaps(recorded: Trace, slots: int = 250) -> list[str]:
     kinds = {"demo model": Known.of(stretched(recorded, 48, len(recorded.steps))), "zipf": Known.of(zipf)}
     rows = []
     for half_life, margin, most in (
-        (64, 1.5, 0), (16, 1.5, 1), (64, 1.0, 1), (64, 1.5, 1), (64, 2.0, 1), (64, 1.5, 4), (256, 1.5, 1),
-    ):  # fmt: skip
+        (64, 1.5, 0),
+        (16, 1.5, 1),
+        (64, 1.0, 1),
+        (64, 1.5, 1),
+        (64, 2.0, 1),
+        (64, 1.5, 4),
+        (256, 1.5, 1),
+    ):
         cells = []
         for known in kinds.values():
             assert known.trace is not None
             tiers = Tiers(
-                known.trace, slots, 768 - slots, lambda: make_policy("lru"), counts=known.counts, swaps=most,
-                half_life=half_life, margin=margin,
-            )  # fmt: skip
+                known.trace,
+                slots,
+                768 - slots,
+                lambda: make_policy("lru"),
+                counts=known.counts,
+                swaps=most,
+                half_life=half_life,
+                margin=margin,
+            )
             steps = replayed(tiers, 600)
             swapped = sum(step.swaps for step in steps) / len(steps)
             cells.append(f"{100 * shares(steps)['vram']:.0f} % ({swapped:.1f})")
@@ -154,9 +178,7 @@ def swaps(recorded: Trace, slots: int = 250) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--assumptions", action="store_true")
     parser.add_argument("--swaps", action="store_true")

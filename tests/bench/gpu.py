@@ -94,9 +94,13 @@ class Runner:
         command = [sys.executable, "-m", "tests.bench.gpu", "--section", name, "--folder", str(self.folder)]
         with (self.folder / f"{name}.log").open("w") as log:
             return subprocess.Popen(
-                [*command, *arguments], cwd=ROOT, text=True, stdout=log, stderr=subprocess.STDOUT,
+                [*command, *arguments],
+                cwd=ROOT,
+                text=True,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that what it has started can be ended with it
-            )  # fmt: skip
+            )
 
     def end(self, name: str, process: subprocess.Popen[str], seconds: float) -> Any:
         """Wait for a section, ``seconds`` at most; its result or the end of what it said."""
@@ -145,24 +149,15 @@ def machine(folder: Path) -> dict[str, Any]:
 
     import torch
 
-    from offload.machine import probe
+    from offload.hardware.probe import probe
     from tests.bench import warming
 
     found = probe(folder, refresh=True).to_json()
     card: dict[str, Any] = {}
     if torch.cuda.is_available():
         properties: Any = torch.cuda.get_device_properties(0)
-        card = {
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "sms": properties.multi_processor_count,
-        }
-    return {
-        **found,
-        "warming": warming.measure(),
-        **card,
-        "versions": versions(),
-        "system": platform.platform(),
-    }
+        card = {"compute_capability": f"{properties.major}.{properties.minor}", "sms": properties.multi_processor_count}
+    return {**found, "warming": warming.measure(), **card, "versions": versions(), "system": platform.platform()}
 
 
 def scaled(vram: int, layers: int) -> int:
@@ -198,9 +193,7 @@ def everything(arguments: argparse.Namespace, folder: Path, card: str) -> dict[s
             if section.name == "kernels":
                 runner.run(section)
             elif "model" not in where:
-                found[section.name] = {
-                    "skipped": f"there is no model: {where.get('failed') or where.get('skipped')}"
-                }
+                found[section.name] = {"skipped": f"there is no model: {where.get('failed') or where.get('skipped')}"}
             else:
                 more = ["--in-ram"] if where["in_ram"] else []
                 budget = scaled(vram, where["layers"])
@@ -253,9 +246,7 @@ def say(text: str) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [section.name for section in SECTIONS]
     parser.add_argument("--only", nargs="+", choices=names, help="run these sections only")
     parser.add_argument("--model", type=Path, help="a model that is there (default: synthesize Scout)")
@@ -263,9 +254,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="time for all of it")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where the results go")
     parser.add_argument("--folder", type=Path, help="a folder with room for the model (default: temporary)")
-    parser.add_argument(
-        "--touch", help="RAM to touch first, where a virtual machine is given it as it is used"
-    )
+    parser.add_argument("--touch", help="RAM to touch first, where a virtual machine is given it as it is used")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--in-ram", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)

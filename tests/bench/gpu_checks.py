@@ -17,17 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KERNEL_TESTS = Path("tests/quant/kernels/cuda")
-_NEEDED = (
-    "torch",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "psutil",
-    "rich",
-    "pytest",
-)
+_NEEDED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "psutil", "rich", "pytest")
 _OPTIONAL = ("bitsandbytes", "compressed_tensors", "accelerate")
 _NO_TESTS = 5  # pytest's exit code where all were deselected
 _BUILD_S = 300
@@ -59,9 +49,13 @@ def prepared(root: Path = ROOT) -> dict[str, Any]:
     try:
         done = subprocess.run(
             [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-            cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_BUILD_S,
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_BUILD_S,
             check=False,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
         return {**found, "failed": f"native kernels: not built after {_BUILD_S} s"}
     if done.returncode:
@@ -74,7 +68,7 @@ def grown(wanted: int, *, block: int = 4 * 2**30, patience: float = 3.0) -> dict
     """Bytes of RAM before and after touching ``wanted`` of them, block by block, each once there is room for
     it: a virtual machine may begin with little memory and be given more as it is used, and plans count with
     what there is."""
-    from offload.host import memory
+    from offload.hardware.system import memory
 
     before, held = memory()[0], []
     for _ in range(-(-wanted // block)):
@@ -122,14 +116,13 @@ def gpu_test_files(root: Path = ROOT) -> tuple[list[Path], list[Path]]:
     """(files of the kernels' tests, the other files with tests marked ``gpu``). No others are collected: they
     import packages that only tests without a card need."""
     kernels = [
-        file
-        for file in sorted((root / KERNEL_TESTS).glob("test_*.py"))
-        if "device: torch.device" in file.read_text()
+        file for file in sorted((root / KERNEL_TESTS).glob("test_*.py")) if "device: torch.device" in file.read_text()
     ]
     others = [
-        file for file in sorted((root / "tests").rglob("test_*.py"))
+        file
+        for file in sorted((root / "tests").rglob("test_*.py"))
         if "pytest.mark.gpu" in file.read_text() and file not in kernels
-    ]  # fmt: skip
+    ]
     return kernels, others
 
 

@@ -14,19 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.gpus import measure_gpu
+from offload.hardware.gpu import measure_gpu
 from quant.kernels.cuda.attention import AttentionScratch, decode_attention
 from quant.kernels.cuda.experts import HOST, VRAM, DecodeScratch, moe_decode
 from quant.kernels.cuda.fused import rms_norm
 from quant.kernels.cuda.layout import ExpertLayout
 from quant.kernels.cuda.linear import linear
-from quant.kernels.cuda.prefill import (
-    PrefillScratch,
-    arrange_tokens,
-    combine,
-    group_tokens,
-    moe_prefill,
-)
+from quant.kernels.cuda.prefill import PrefillScratch, arrange_tokens, combine, group_tokens, moe_prefill
 from quant.scheme import Scheme
 
 Figures = dict[str, Any]
@@ -102,9 +96,13 @@ class Bench:
         read = source.nbytes / self._seconds(lambda: source.sum()) / 1e9
         self.vram_gb_s, self.h2d_gb_s, self.tflops = max(read, gpu.vram_gb_s), gpu.h2d_gb_s, gpu.bf16_tflops
         return {
-            "read_gb_s": read, "copy_gb_s": gpu.vram_gb_s, "h2d_gb_s": gpu.h2d_gb_s, "d2h_gb_s": gpu.d2h_gb_s,
-            "cpu_and_bus_gb_s": gpu.together_gb_s, "bf16_tflops": gpu.bf16_tflops,
-        }  # fmt: skip
+            "read_gb_s": read,
+            "copy_gb_s": gpu.vram_gb_s,
+            "h2d_gb_s": gpu.h2d_gb_s,
+            "d2h_gb_s": gpu.d2h_gb_s,
+            "cpu_and_bus_gb_s": gpu.together_gb_s,
+            "bf16_tflops": gpu.bf16_tflops,
+        }
 
     def moe(self, bits: int, place: int) -> Figures:
         """One expert of a layer after another for one token."""
@@ -148,9 +146,7 @@ class Bench:
         """One token over a full cache of ``context`` tokens, layer by layer."""
         sizes = self.sizes
         shape = (sizes.kv_heads, context, sizes.head_dim)
-        per_layer = (
-            2 * sizes.kv_heads * context * (2 * sizes.head_dim if kind == "bf16" else sizes.head_dim + 4)
-        )
+        per_layer = 2 * sizes.kv_heads * context * (2 * sizes.head_dim if kind == "bf16" else sizes.head_dim + 4)
         count = max(1, (2**28 if self.device.type == "cuda" else 1) // per_layer)
         layers: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
         for _ in range(count):
@@ -191,11 +187,7 @@ class Bench:
 
         seconds = self._seconds(step)
         tflops = 2 * 3 * sizes.hidden * sizes.inter * sizes.prompt / seconds / 1e12
-        return {
-            "ms": 1e3 * seconds,
-            "tflops": tflops,
-            "of_bf16_peak": tflops / self.tflops if self.tflops else None,
-        }
+        return {"ms": 1e3 * seconds, "tflops": tflops, "of_bf16_peak": tflops / self.tflops if self.tflops else None}
 
     def small_kernel(self) -> Figures:
         """Microseconds of a norm of one token in a CUDA graph of many: what a kernel costs that does
@@ -216,9 +208,11 @@ class Bench:
     def _read(self, nbytes: int, seconds: float, limit: float, launches: int) -> Figures:
         rate = nbytes / seconds / 1e9
         return {
-            "gb_s": rate, "of_bandwidth": rate / limit if limit else None,
-            "us_each": 1e6 * seconds / launches, "mb_each": nbytes / launches / 1e6,
-        }  # fmt: skip
+            "gb_s": rate,
+            "of_bandwidth": rate / limit if limit else None,
+            "us_each": 1e6 * seconds / launches,
+            "mb_each": nbytes / launches / 1e6,
+        }
 
     def _seconds(self, call: Callable[[], object]) -> float:
         """Median seconds of a call, after one that warms up. On a card it is captured into a CUDA graph
@@ -249,9 +243,7 @@ class Bench:
         return float(statistics.median(times))
 
     def _weight(self, rows: int, columns: int, bits: int, group: int) -> tuple[Tensor, Tensor]:
-        words = torch.randint(
-            -(2**31), 2**31 - 1, (rows, columns * bits // 32), dtype=torch.int32, device=self.device
-        )
+        words = torch.randint(-(2**31), 2**31 - 1, (rows, columns * bits // 32), dtype=torch.int32, device=self.device)
         return words, torch.full((rows, columns // group), 0.003, dtype=torch.bfloat16, device=self.device)
 
     def _experts(self, bits: int, *, on_host: bool) -> tuple[ExpertLayout, list[Tensor]]:

@@ -17,9 +17,7 @@ def bars(found: Found) -> list[dict[str, Any]]:
     off = None if ratio is None else abs(ratio - 1)
     return [
         _bar("tests marked gpu", tests.get("passed"), "all pass", lambda value: bool(value)),
-        _bar(
-            "greedy tokens agree on every path", _part(found, "agreement").get("identical"), "identical", bool
-        ),
+        _bar("greedy tokens agree on every path", _part(found, "agreement").get("identical"), "identical", bool),
         _bar("decode, of the floor", decode.get("of_floor"), "≥ 0.7, aim 0.85", lambda value: value >= 0.7),
         _bar("prefill of 2,048, of the floor", prefill.get("of_floor"), "≥ 0.5, aim 0.8", lambda v: v >= 0.5),
         _bar("VRAM as the driver sees it, of --vram", within, "≤ 1", lambda value: value <= 1),
@@ -83,8 +81,7 @@ def _ahead(part: Found | None) -> str:
 
 def _bars(found: Found) -> str:
     rows = [
-        f"| {bar['name']} | {_n(bar['value'])} | {bar['bar']} | {_met(bar['met'])} |"
-        for bar in found.get("bars", ())
+        f"| {bar['name']} | {_n(bar['value'])} | {bar['bar']} | {_met(bar['met'])} |" for bar in found.get("bars", ())
     ]
     return "\n".join(["| | measured | bar | |", "|---|---:|---|---|", *rows])
 

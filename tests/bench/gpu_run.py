@@ -2,7 +2,7 @@
 
 Speeds, floors and memory come from one process: bandwidths are probed right before the run. The floor of a
 token is the time to read its bytes where they lie, VRAM and RAM one after the other, as in
-offload/speed.py; RAM gives what the CPU and the bus read at once. The floor of a prompt is the longer of
+offload/run/speed.py; RAM gives what the CPU and the bus read at once. The floor of a prompt is the longer of
 copying its cold experts over the bus and multiplying, at the rate of a large bf16 product.
 """
 
@@ -21,21 +21,22 @@ from typing import Any
 
 import torch
 
-from offload import driver
-from offload.graph import GraphDecoder
-from offload.machine import Machine, probe
-from offload.placement import Placement, stored_schemes
-from offload.plan import Plan
-from offload.predict import Load
-from offload.records import RunOptions, Sampling, Tier, TokenRecord
-from offload.session import Session
-from offload.store import ExpertStore
-from offload.timeline import Setup
-from quant.checkpoint import Checkpoint
-from quant.convert import convert
-from quant.recipe import load_recipe, load_shape
-from quant.shape import ModelShape
-from quant.synth import synthesize
+from offload.decode.gpu import GraphDecoder
+from offload.experts.storage.store import ExpertStore
+from offload.hardware import cuda_driver as driver
+from offload.hardware.probe import Machine, probe
+from offload.plan.cost_model import Workload
+from offload.plan.plan import Plan
+from offload.records import RunOptions, Sampling, TokenRecord
+from offload.run.plan_run import Placement, stored_schemes
+from offload.run.session import Session
+from offload.simulator.simulation import Setup
+from offload.tiers import Tier
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.convert.convert import convert
+from quant.model.recipe import load_recipe, load_shape
+from quant.model.shape import ModelShape
+from quant.synth.synth import synthesize
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = "scout-rtx4090"
@@ -110,20 +111,23 @@ def most_layers(rooms: Sequence[Room], ram: int, seconds: float) -> tuple[Room, 
 def synth(folders: Sequence[Path], prefix: str, seconds: float) -> dict[str, Any]:
     """Write as much of Scout as fits, where it fits best, in a folder whose name begins with ``prefix``. The
     path is in ``model``."""
-    from offload.host import memory
+    from offload.hardware.system import memory
 
     rooms = [Room.of(folder) for folder in folders if folder.is_dir() and os.access(folder, os.W_OK)]
     room, layers = most_layers(rooms, memory()[1], seconds)
     if not layers:
-        return {
-            "skipped": f"not one layer of Scout ({scout_bytes(1) / GIB:.1f} GiB) fits into any of {rooms}"
-        }
+        return {"skipped": f"not one layer of Scout ({scout_bytes(1) / GIB:.1f} GiB) fits into any of {rooms}"}
     target = Path(tempfile.mkdtemp(prefix=prefix, dir=room.folder)) / "model"
     report = synthesize(scout(layers), target, load_recipe(RECIPE).schemes)
     return {
-        "model": str(target), "layers": layers, "gib": report.output_bytes / GIB, "seconds": report.seconds,
-        "mb_per_s": report.mb_per_s, "in_ram": room.in_ram, "write_gb_s": room.gb_s,
-    }  # fmt: skip
+        "model": str(target),
+        "layers": layers,
+        "gib": report.output_bytes / GIB,
+        "seconds": report.seconds,
+        "mb_per_s": report.mb_per_s,
+        "in_ram": room.in_ram,
+        "write_gb_s": room.gb_s,
+    }
 
 
 @dataclass
@@ -201,9 +205,13 @@ def agreement(folder: Path, tokens: int = _AGREE, prompts: int = _PROMPTS) -> di
 
 
 def greedy(
-    checkpoint: Checkpoint, options: RunOptions, placement: Placement, device: torch.device,
-    sampling: Sampling, prompts: int,
-) -> dict[str, Any]:  # fmt: skip
+    checkpoint: Checkpoint,
+    options: RunOptions,
+    placement: Placement,
+    device: torch.device,
+    sampling: Sampling,
+    prompts: int,
+) -> dict[str, Any]:
     """Tokens that follow some prompts, and which kernel made them; or why there are none."""
     text = (ROOT / "recipes" / "demo" / "held_out.txt").read_text()
     try:
@@ -231,20 +239,28 @@ def compared(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
     whole = [len(one) for one in first]
     return {
-        "agreed_tokens": agreed, "of": whole, "identical": all(found == whole for found in agreed.values()),
+        "agreed_tokens": agreed,
+        "of": whole,
+        "identical": all(found == whole for found in agreed.values()),
         "kernels": {name: run["kernel"] for name, run in runs.items()},
         "notes": sorted({note for run in runs.values() for note in run["notes"]}),
-    }  # fmt: skip
+    }
 
 
 def run(
-    model: Path, vram: int, *, graph: bool = True, in_ram: bool = False, rounds: int = 2,
-    tokens: int = TOKENS, prompt: int = PROMPT,
-) -> dict[str, Any]:  # fmt: skip
+    model: Path,
+    vram: int,
+    *,
+    graph: bool = True,
+    in_ram: bool = False,
+    rounds: int = 2,
+    tokens: int = TOKENS,
+    prompt: int = PROMPT,
+) -> dict[str, Any]:
     """Decode and prefill of ``model`` within ``vram``, beside floor, prediction and simulation. Without a
     card it runs on the CPU."""
     # In a process of its own: what measuring leaves on the card would count as this run's.
-    code = f"import pathlib, offload.machine as m; m.probe(pathlib.Path({str(model)!r}), refresh=True)"
+    code = f"import pathlib, offload.hardware.probe as m; m.probe(pathlib.Path({str(model)!r}), refresh=True)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     watch, machine = VramWatch(), probe(model)
     context = max(CONTEXT, prompt + tokens + 1)
@@ -262,11 +278,18 @@ def run(
         assert session.plan is not None
         figures = measured(runs[1:], session.plan, machine, session.shape, stored_schemes(session.checkpoint))
         return {
-            **figures, "warming": ahead, "layers": session.shape.num_layers, "kernel": session.kernel,
-            "load_seconds": session.load_seconds, "notes": [*session.notes, *session.experts.notes],
-            "vram_budget": vram, "vram_peak": watch.peak, "vram_before": watch.before,
-            "vram_slots": session.plan.vram_slots, "experts": session.plan.experts,
-        }  # fmt: skip
+            **figures,
+            "warming": ahead,
+            "layers": session.shape.num_layers,
+            "kernel": session.kernel,
+            "load_seconds": session.load_seconds,
+            "notes": [*session.notes, *session.experts.notes],
+            "vram_budget": vram,
+            "vram_peak": watch.peak,
+            "vram_before": watch.before,
+            "vram_slots": session.plan.vram_slots,
+            "experts": session.plan.experts,
+        }
 
 
 def warming(
@@ -287,11 +310,13 @@ def warming(
         return 1e3 * statistics.median(record.seconds for record in records if record.phase == "decode")
 
     return {
-        "budget": budget, "ms_with": ms([record for one in runs for record in one]),
+        "budget": budget,
+        "ms_with": ms([record for one in runs for record in one]),
         "ms_without": ms(without),
         "foreseen": counted.foreseen / max(1, counted.asked),
-        "mb_per_hint": counted.nbytes / max(1, counted.hints) / 1e6, "asked": counted.asked,
-    }  # fmt: skip
+        "mb_per_hint": counted.nbytes / max(1, counted.hints) / 1e6,
+        "asked": counted.asked,
+    }
 
 
 def measured(
@@ -313,20 +338,26 @@ def measured(
     prompt_simulated = setup.prefill(length)
     return {
         "decode": {
-            "tokens_per_s": 1 / seconds, "ms": 1e3 * seconds,
-            "floor_ms": 1e3 * floor, "of_floor": floor / seconds,
-            "hit_rates": hits, "planned_tokens_per_s": plan.predicted_tokens_per_s,
+            "tokens_per_s": 1 / seconds,
+            "ms": 1e3 * seconds,
+            "floor_ms": 1e3 * floor,
+            "of_floor": floor / seconds,
+            "hit_rates": hits,
+            "planned_tokens_per_s": plan.predicted_tokens_per_s,
             "simulated_tokens_per_s": simulated.tokens_per_s,
             "simulated_over_measured": simulated.tokens_per_s * seconds,
             "simulated_waits_ms": {name: 1e3 * value for name, value in simulated.waited.items()},
         },
         "prefill": {
-            "tokens": length, "tokens_per_s": length / prompt_s, "s": prompt_s,
-            "floor_s": prompt_floor, "of_floor": prompt_floor / prompt_s,
+            "tokens": length,
+            "tokens_per_s": length / prompt_s,
+            "s": prompt_s,
+            "floor_s": prompt_floor,
+            "of_floor": prompt_floor / prompt_s,
             "simulated_tokens_per_s": prompt_simulated.tokens_per_s,
         },
         "machine": machine.to_json(),
-    }  # fmt: skip
+    }
 
 
 def decode_floor(setup: Setup, hits: Mapping[Tier, float]) -> float:
@@ -354,5 +385,5 @@ def prefill_floor(setup: Setup, record: TokenRecord) -> float:
     return float(max(copied, operations / machine.gpu.bf16_tflops / 1e12))
 
 
-def _load(setup: Setup) -> Load:
+def _load(setup: Setup) -> Workload:
     return setup.footprint.load(filled=setup.plan.filled, vram_hits=0, hits=1, resident=1)

@@ -132,9 +132,7 @@ def prefill(kind: Kind, n: int, k: int, tokens: int, rounds: int) -> dict[str, f
 def quantizing(kind: Kind, transposed: bool, rounds: int) -> dict[str, float]:
     """bf16 weights of Scout's gate_up_proj shape to packed words; GB/s of source."""
     source = torch.randn(2560, 8192).bfloat16()
-    took = statistics.median(
-        seconds(lambda: quantize_pack(source, kind, 128, transposed)) for _ in range(rounds + 2)
-    )
+    took = statistics.median(seconds(lambda: quantize_pack(source, kind, 128, transposed)) for _ in range(rounds + 2))
     return {"gb_per_s": source.nbytes / took / 1e9}
 
 

@@ -12,9 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
-from offload.policy import POLICIES
-from offload.simulate import CLAIRVOYANT, Simulation, simulate
-from offload.trace import RULES, Synthetic, Trace, load_trace
+from offload.routing.eviction import POLICIES
+from offload.routing.policy_replay import CLAIRVOYANT, Simulation, simulate
+from offload.routing.trace import RULES, Synthetic, Trace, load_trace
 
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 CHUNKS = {1: "decode", 512: "prompt chunks of 512 tokens"}
@@ -33,9 +33,7 @@ def table(done: Simulation) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--tokens", type=int, default=8192)
     arguments = parser.parse_args()

@@ -13,11 +13,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from offload.machine import probe
-from offload.placement import stored_schemes
-from offload.plan import make_plan
+from offload.hardware.probe import probe
+from offload.plan.plan import make_plan
 from offload.records import RunOptions, Sampling
-from offload.session import Session
+from offload.run.plan_run import stored_schemes
+from offload.run.session import Session
 from quant.sizes import parse_size
 
 PROMPT, DECODED, CONTEXT = 512, 64, 1024
@@ -58,9 +58,15 @@ def compare(model: Path, ram: str) -> Compared:
         first, *rest = session.generate(prompt, Sampling(max_tokens=DECODED + 1, ignore_eos=True))
         assert session.plan is not None
         plan = make_plan(
-            session.shape, stored_schemes(session.checkpoint), machine, vram=0, ram=session.plan.ram,
-            context=CONTEXT, prompt_chunk=session.plan.prompt_chunk, slot_bytes=session.plan.slot_bytes,
-        )  # fmt: skip
+            session.shape,
+            stored_schemes(session.checkpoint),
+            machine,
+            vram=0,
+            ram=session.plan.ram,
+            context=CONTEXT,
+            prompt_chunk=session.plan.prompt_chunk,
+            slot_bytes=session.plan.slot_bytes,
+        )
     return Compared(
         ram=ram,
         slots=plan.ram_slots,
@@ -76,9 +82,7 @@ def compare(model: Path, ram: str) -> Compared:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("ram", nargs="+", help="budgets, or all")
     arguments = parser.parse_args()

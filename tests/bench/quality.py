@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from offload.store import find_weight
-from offload.tokenizers import load_tokenizer
-from offload.windows import Windows
-from quant.checkpoint import Checkpoint
-from quant.families import Role
+from offload.experts.storage.store import find_weight
+from offload.model.tokenizer import load_tokenizer
+from offload.quality.windows import Windows
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.model.families import Role
 from quant.pack import Packed, dequantize, dequantize_nf4, quantize, quantize_nf4
-from quant.rounding import Search
+from quant.rounding.rounding import Search
 from quant.scheme import Scheme
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "recipes" / "demo"
@@ -124,9 +124,9 @@ def nearest(scheme: Scheme) -> Method:
 
 def calibrated(schemes: Mapping[Role, Scheme], text: str = "calibration.txt", passes: int = 0) -> Method:
     """GPTQ on ``text``, tuned in so many ``passes``, through the command's own code."""
-    from offload.calibrate import calibrate
-    from quant.convert import convert
-    from quant.prepared import Prepared
+    from offload.quality.calibrate import calibrate
+    from quant.convert.convert import convert
+    from quant.rounding.prepared import Prepared
 
     source = Checkpoint.open(DEMO)
     windows = Windows.cut((DEMO / text).read_text(), load_tokenizer(DEMO), 512)
@@ -164,9 +164,7 @@ def _by_hand(scheme: str) -> list[str]:
 
 def main() -> None:
     """Print a line per method as it is measured, then the document."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--only", default="", help="methods whose name holds this")
@@ -214,9 +212,7 @@ def main() -> None:
             continue
         found[name] = {"bits": bits, **ruler.measure(method)}
         kl, error, perplexity = (found[name][key] for key in ("kl", "kl_error", "perplexity"))
-        print(
-            f"{name:18} {bits:6.3f} bits  KL {kl:.4f} ± {error:.4f}  perplexity {perplexity:.2f}", flush=True
-        )
+        print(f"{name:18} {bits:6.3f} bits  KL {kl:.4f} ± {error:.4f}  perplexity {perplexity:.2f}", flush=True)
     print(json.dumps(found))
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from quant.layout import StoredTensor, lay_out
-from quant.shape import ModelShape
+from quant.checkpoint.layout import StoredTensor, lay_out
+from quant.model.shape import ModelShape
 
 # What was expected before the first measurement, on 2 cores with a disk of 1 GB/s: torch's import 280 MB, two
 # source slices of 168 MB, two results of 44 MB, and the kernel's 1.6 GB/s shared with reading and writing.
@@ -31,7 +31,7 @@ BARS = {"peak_rss_mb": 1500, "mb_per_s": 400}
 _RUN = """
 import json, resource, sys
 from pathlib import Path
-from quant.convert import convert
+from quant.convert.convert import convert
 from quant.scheme import Scheme
 schemes = dict.fromkeys(sys.argv[4].split(","), Scheme.parse(sys.argv[3]))
 report = convert(Path(sys.argv[1]), Path(sys.argv[2]), schemes)
@@ -44,12 +44,21 @@ def scout_layers(folder: Path, layers: int, vocab: int) -> Path:
     """A Llama 4 checkpoint of ``layers`` MoE layers in Scout's shape, its experts fused."""
 
     config = {
-        "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "dtype": "bfloat16",
-        "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+        "model_type": "llama4_text",
+        "architectures": ["Llama4ForCausalLM"],
+        "dtype": "bfloat16",
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
         "num_hidden_layers": layers,
-        "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": vocab,
-        "num_local_experts": 16, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
-    }  # fmt: skip
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": vocab,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+    }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     shape = ModelShape.from_config(config)
@@ -92,9 +101,7 @@ def run(source: Path, destination: Path, scheme: str, roles: str, cold: bool) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--vocab", type=int, default=2048, help="202048: head and embeddings of 2 GB each")
@@ -111,9 +118,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         result: dict[str, object] = {"source_bytes": size, "scheme": options.scheme, "cores": os.cpu_count()}
         for name, cold in (("warm", False), ("cold", True)):
-            runs = [
-                run(source, work / "out", options.scheme, options.roles, cold) for _ in range(options.repeat)
-            ]
+            runs = [run(source, work / "out", options.scheme, options.roles, cold) for _ in range(options.repeat)]
             figures = {key: round(statistics.median(r[key] for r in runs), 1) for key in runs[0]}
             spread = [round(f(r["mb_per_s"] for r in runs), 1) for f in (min, max)]
             print(f"{name}: {figures}, MB/s from {spread[0]} to {spread[1]}", file=sys.stderr)

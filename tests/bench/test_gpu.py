@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from offload.cards import described_machine
-from offload.placement import Placement
-from offload.plan import make_plan
+from offload.hardware.gpu_catalog import described_machine
+from offload.plan.plan import make_plan
 from offload.records import RunOptions, Sampling, TokenRecord
-from offload.session import Session
-from quant.checkpoint import Checkpoint
-from quant.convert import convert
-from quant.recipe import load_recipe
+from offload.run.plan_run import Placement
+from offload.run.session import Session
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.convert.convert import convert
+from quant.model.recipe import load_recipe
+from quant.model.shape import ModelShape
 from quant.scheme import Scheme
-from quant.shape import ModelShape
 from tests.bench import gpu, gpu_checks, gpu_kernels, gpu_run, warming
 from tests.bench.gpu_report import bars, markdown, slug
 
@@ -43,15 +43,8 @@ def scout() -> dict[str, Any]:
     plan = make_plan(SHAPE, SCHEMES, CARD, context=4096, kv_bits=8)
     run = [record("prefill", 2048, 2.0, 220, 548), *(record("decode", 1, 0.044, 16, 32) for _ in range(4))]
     figures = gpu_run.measured([run], plan, CARD, SHAPE, SCHEMES)
-    ahead = {"budget": 2**24, "ms_with": 43.1, "ms_without": 45.0, "foreseen": 0.61, "mb_per_hint": 9.0,
-               "asked": 640}  # fmt: skip
-    about = {
-        "warming": ahead,
-        "kernel": "made up",
-        "notes": ["a note"],
-        "layers": 48,
-        "vram_budget": 24 * GIB,
-    }
+    ahead = {"budget": 2**24, "ms_with": 43.1, "ms_without": 45.0, "foreseen": 0.61, "mb_per_hint": 9.0, "asked": 640}
+    about = {"warming": ahead, "kernel": "made up", "notes": ["a note"], "layers": 48, "vram_budget": 24 * GIB}
     return {**figures, **about, "vram_peak": 23 * GIB, "vram_before": 0}
 
 
@@ -76,18 +69,21 @@ def test_the_simulator_is_asked_about_the_hits_that_were_had(scout: dict[str, An
 def found(scout: dict[str, Any]) -> dict[str, Any]:
     whole: dict[str, Any] = {
         "machine": {
-            **CARD.to_json(), "versions": {"torch": "2", "triton": "3"},
+            **CARD.to_json(),
+            "versions": {"torch": "2", "triton": "3"},
             "warming": {"expert_mb": 64.9, "ms_by_mib": {0.0: 1.0, 8.0: 0.9}, "cached_gb_s": 210.0},
         },
         "tests": {"passed": True, "closing": "9 passed", "failures": []},
-        "agreement": gpu_run.compared({
-            "cpu": {"tokens": [[1, 2, 3]], "kernel": "native", "notes": []},
-            "graph": {"tokens": [[1, 2, 3]], "kernel": "graph", "notes": []},
-        }),
+        "agreement": gpu_run.compared(
+            {
+                "cpu": {"tokens": [[1, 2, 3]], "kernel": "native", "notes": []},
+                "graph": {"tokens": [[1, 2, 3]], "kernel": "graph", "notes": []},
+            }
+        ),
         "kernels": {"good": {"gb_s": 900.0, "of_bandwidth": 0.9, "us_each": 70.0}, "bad": {"failed": "why"}},
         "scout": scout,
         "no-graph": {"skipped": "no time left"},
-    }  # fmt: skip
+    }
     return {**whole, "bars": bars(whole)}
 
 
@@ -100,10 +96,20 @@ def test_bars_are_judged_and_what_did_not_run_is_not(scout: dict[str, Any]) -> N
 
 def test_the_page_has_every_section_and_every_failure(scout: dict[str, Any]) -> None:
     page = markdown(found(scout))
-    for text in ("# Measured: RTX 4090", "met", "one CUDA graph", "| good | 900 GB/s | 0.9 | 70 |", "why",
-                 "no time left", "23.00 GiB of 24.00 GiB", "3 of 3", "a note",
-                 "0.9 (8 MiB); products from the caches 210 GB/s", "43.1 ms per token with it, 45 without",
-                 "61 % of 640 missed"):  # fmt: skip
+    for text in (
+        "# Measured: RTX 4090",
+        "met",
+        "one CUDA graph",
+        "| good | 900 GB/s | 0.9 | 70 |",
+        "why",
+        "no time left",
+        "23.00 GiB of 24.00 GiB",
+        "3 of 3",
+        "a note",
+        "0.9 (8 MiB); products from the caches 210 GB/s",
+        "43.1 ms per token with it, 45 without",
+        "61 % of 640 missed",
+    ):
         assert text in page, text
     assert slug(found(scout)) == "rtx-4090"
     assert "# Measured" in markdown({"bars": bars({})}) and slug({}) == "card"
@@ -133,15 +139,11 @@ def test_every_kernel_is_called_as_it_wants_to_be() -> None:
     figures = gpu_kernels.Bench(torch.device("cpu"), gpu_kernels.Sizes.small()).all()
     assert not [name for name, one in figures.items() if "failed" in one], figures
     assert sum("gb_s" in one for one in figures.values()) == 8
-    layout, slots = gpu_kernels.Bench(torch.device("cpu"), gpu_kernels.Sizes.small())._experts(
-        4, on_host=True
-    )
+    layout, slots = gpu_kernels.Bench(torch.device("cpu"), gpu_kernels.Sizes.small())._experts(4, on_host=True)
     assert layout.nbytes == slots[0].nbytes
 
 
-def test_a_folder_without_room_is_no_place_and_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_without_room_is_no_place_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(name: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -154,7 +156,7 @@ def test_a_folder_without_room_is_no_place_and_no_error(
 def test_the_tests_of_the_bench_need_no_package_that_a_card_does_not(tmp_path: Path) -> None:
     kernels, others = gpu_checks.gpu_test_files()
     names = {file.name for file in (*kernels, *others)}
-    assert {"test_bell.py", "test_experts.py", "test_graph_gpu.py", "test_gpu_tiers.py"} <= names
+    assert {"test_bell.py", "test_experts.py", "test_gpu_card.py", "test_tiered_cache_gpu.py"} <= names
     code = f"""if True:
         import importlib.abc, importlib.machinery, sys
 
@@ -190,9 +192,7 @@ def test_prompts_are_compared_where_the_choice_is_clear(tmp_path: Path) -> None:
             logits = session.generator._forward([int(logits.argmax())])
 
 
-def test_what_was_found_so_far_is_written_after_every_section(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_found_so_far_is_written_after_every_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, Any] = {"card": {"name": "NVIDIA H200"}}
     runner = gpu.Runner(tmp_path, time.monotonic() + 1, found, lambda: gpu.write(tmp_path / "out", found))
     runner.run(gpu.SECTIONS[0])  # no time is left: that is found, too
@@ -225,18 +225,14 @@ def test_every_path_agrees_on_the_demo_model(tmp_path: Path) -> None:
 
 def test_a_path_that_fails_agrees_in_nothing_and_says_why(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(gpu_run.demo(tmp_path))
-    nothing = gpu_run.greedy(
-        checkpoint, RunOptions(), Placement(0), torch.device("cpu"), Sampling(max_tokens=2), 1
-    )
+    nothing = gpu_run.greedy(checkpoint, RunOptions(), Placement(0), torch.device("cpu"), Sampling(max_tokens=2), 1)
     assert nothing["kernel"] == "failed" and nothing["notes"]
     fine = {"tokens": [[1, 2]], "kernel": "k", "notes": []}
     assert gpu_run.compared({"cpu": fine, "lost": nothing})["agreed_tokens"]["lost"] == [0]
     assert not gpu_run.compared({"cpu": fine, "lost": nothing})["identical"]
 
 
-def test_a_whole_run_is_measured_beside_floor_and_simulation(
-    tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_whole_run_is_measured_beside_floor_and_simulation(tiny: Callable[..., Path], tmp_path: Path) -> None:
     schemes = {"experts": Scheme("int4", 32), "shared_expert": Scheme("int4", 32)}
     convert(tiny("llama4_text"), tmp_path / "model", schemes)  # type: ignore[arg-type]
     figures = gpu_run.run(tmp_path / "model", 0, rounds=1, tokens=3, prompt=20)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.arena import Arena
+from offload.experts.storage.arena import Arena
 from quant.kernels import native
 from quant.kernels.doorbell import RUNG, BellBuffers, HostBell, first_byte, store_release
 from quant.kernels.moe import GatedMlp
@@ -81,10 +81,13 @@ def measure(budgets: Sequence[int] = BUDGETS, rounds: int = 30, inter: int = INT
                 reading.append((bell.warmed.nbytes - read) / (followed - started) / 1e9)
     ms = {budget / MIB: 1e3 * statistics.median(found) for budget, found in took.items() if found}
     found: dict[str, Any] = {
-        "expert_mb": nbytes / 1e6, "threads": native.threads(), "isa": native.isa(), "ms_by_mib": ms,
+        "expert_mb": nbytes / 1e6,
+        "threads": native.threads(),
+        "isa": native.isa(),
+        "ms_by_mib": ms,
         "rounds": {budget / MIB: len(found) for budget, found in took.items()},
         "reading_gb_s": statistics.median(reading) if reading else None,
-    }  # fmt: skip
+    }
     most = max(budgets) / MIB
     if 0.0 in ms and most in ms and most:
         # ms = (bytes - warmed) / rate + warmed / cached

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.convert import convert
+from quant.convert.convert import convert
 from quant.scheme import Scheme
 
 

@@ -30,17 +30,23 @@ VALID: dict[str, list[str]] = {
     "demo": [],
 }
 ARGUMENTS = {  # positions in VALID of what must be there
-    "quantize": [0], "profile": [0], "plan": [0], "generate": [0], "chat": [0], "eval": [0, 2], "bench": [0],
-    "synth": [0], "probe": [0], "simulate": [0, 2], "demo": [],
-}  # fmt: skip
+    "quantize": [0],
+    "profile": [0],
+    "plan": [0],
+    "generate": [0],
+    "chat": [0],
+    "eval": [0, 2],
+    "bench": [0],
+    "synth": [0],
+    "probe": [0],
+    "simulate": [0, 2],
+    "demo": [],
+}
 NAMES = {"recipe", "policy", "gpu", "fit", "experts", "shared_expert", "dense_mlp", "attention", "lm_head"}
 FILES = {"text", "calibrate", "imatrix", "routing", "merge", "reference", "model"}
 WRITTEN = {"report", "out", "save_imatrix"}
 FREE = {"prompt", "system", "stop", "cache", "keep", "source", "destination", "shape", "directory", "trace"}
-BESIDE = {
-    ("quantize", "save_imatrix"): ["--imatrix", "TEXT"],
-    ("quantize", "routing"): ["--target-bits", "6"],
-}
+BESIDE = {("quantize", "save_imatrix"): ["--imatrix", "TEXT"], ("quantize", "routing"): ["--target-bits", "6"]}
 
 
 def parameters(command: str) -> Iterator[Any]:
@@ -83,10 +89,14 @@ def there(demo_model: Path, model: Path, tmp_path_factory: pytest.TempPathFactor
     text = folder / "text.txt"
     text.write_text("import os\n" * 40)
     return {
-        "SRC": str(demo_model), "MODEL": str(model), "TEXT": str(text), "FOLDER": str(folder),
-        "ABSENT": str(folder / "absent"), "ABSENT/file": str(folder / "absent" / "file"),
+        "SRC": str(demo_model),
+        "MODEL": str(model),
+        "TEXT": str(text),
+        "FOLDER": str(folder),
+        "ABSENT": str(folder / "absent"),
+        "ABSENT/file": str(folder / "absent" / "file"),
         "ABSENT.toml": str(folder / "absent.toml"),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(("command", "words", "code"), list(cases()), ids=lambda value: str(value)[-60:])
@@ -103,9 +113,7 @@ def test_what_is_wrong_has_the_same_code_everywhere(
 
 @pytest.mark.parametrize("scheme", ["int5", "nf4-g7", "bf16-g32", "int4-g7", "int4-g"])
 @pytest.mark.parametrize("command", ["quantize", "plan", "synth"])
-def test_a_scheme_that_is_none_is_refused_with_the_option(
-    places: dict[str, str], command: str, scheme: str
-) -> None:
+def test_a_scheme_that_is_none_is_refused_with_the_option(places: dict[str, str], command: str, scheme: str) -> None:
     done = invoke(command, *[places.get(word, word) for word in VALID[command]], "--experts", scheme)
     assert done.returncode == 2
     assert f"--experts {scheme}: " in done.stderr

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cli.imports import seldom_collecting
-from cli.interrupt import INTERRUPTED
 from cli.main import COMMANDS, PIPE_CLOSED, one_line_errors
+from cli.terminal.imports import seldom_collecting
+from cli.terminal.interrupt import INTERRUPTED
 from quant.errors import BudgetError, UsageError
 from tests.commands import ROOT, coldstream
 
@@ -30,7 +30,7 @@ def test_help_answers_in_half_a_second(command: str | None) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_module_of_a_command_imports_neither_torch_nor_transformers(command: str) -> None:
     heavy = ("torch", "transformers", "rich", "numpy")
-    code = f"import cli.{command}, sys; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import cli.commands.{command}, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -118,9 +118,7 @@ def test_ctrl_c_exits_130_without_a_traceback(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_closed_pipe_ends_the_command_quietly() -> None:
-    code = (
-        "import cli.main\nwith cli.main.one_line_errors():\n    while True: print('x' * 1000, flush=True)\n"
-    )
+    code = "import cli.main\nwith cli.main.one_line_errors():\n    while True: print('x' * 1000, flush=True)\n"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

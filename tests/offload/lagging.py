@@ -42,13 +42,7 @@ class LaggingTransfer:
     nothing is done but what somebody waits for."""
 
     def __init__(
-        self,
-        seed: int = 0,
-        *,
-        limit: int = 2**40,
-        pinnable: int = 2**40,
-        threaded: bool = False,
-        lazy: bool = False,
+        self, seed: int = 0, *, limit: int = 2**40, pinnable: int = 2**40, threaded: bool = False, lazy: bool = False
     ) -> None:
         self.device = torch.device("cpu")
         self.limit, self.pinnable, self.lazy = limit, pinnable, lazy

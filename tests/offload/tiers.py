@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from offload.policy import LeastRecent
-from offload.reader import Reader
-from offload.residency import Key
-from offload.store import ExpertStore
-from offload.tables import ELSEWHERE, PINNED, VRAM
-from offload.tiered import TieredCache
-from offload.transfer import HostTransfer
-from quant.checkpoint import Checkpoint
+from offload.experts.cache.address_table import ELSEWHERE, PINNED, VRAM
+from offload.experts.cache.tiered_cache import TieredCache
+from offload.experts.storage.reader import Reader
+from offload.experts.storage.store import ExpertStore
+from offload.experts.storage.transfer import HostTransfer
+from offload.routing.eviction import LeastRecent
+from offload.tiers import Key
+from quant.checkpoint.checkpoint import Checkpoint
 from tests.offload.lagging import LaggingTransfer
 
 Choice = list[list[int]]  # per MoE layer, the experts that a token asks for
@@ -37,9 +37,7 @@ class Bench:
             slot[run.position : run.position + len(found)] = found
         return bytes(slot[record.start : record.start + record.nbytes])
 
-    def cache(
-        self, transfer: LaggingTransfer | HostTransfer, ram: int, vram: int, **more: object
-    ) -> TieredCache:
+    def cache(self, transfer: LaggingTransfer | HostTransfer, ram: int, vram: int, **more: object) -> TieredCache:
         return TieredCache(
             self.store, self.reader, LeastRecent, ram_slots=ram, vram_slots=vram, transfer=transfer, **more
         )  # type: ignore[arg-type]
@@ -68,10 +66,7 @@ def token(
 
         def compute(row: int = row, layer: int = layer) -> None:
             for expert in choice[row]:
-                place, address = (
-                    int(cache.tables.places[row, expert]),
-                    int(cache.tables.addresses[row, expert]),
-                )
+                place, address = (int(cache.tables.places[row, expert]), int(cache.tables.addresses[row, expert]))
                 assert (address == 0) == (place == ELSEWHERE)
                 if address:
                     bench.check((layer, expert), address, transfer, place)
@@ -89,9 +84,7 @@ def token(
         fetched |= {(layer, expert) for expert in missing}
         if missing and row + 1 < len(bench.layers):  # the host guesses what is next, half of it wrongly
             guess = [*choice[row + 1][:2], (choice[row][0] + 3) % bench.experts]
-            cache.prefetch(
-                [(bench.layers[row + 1], expert) for expert in guess], {(layer, e) for e in missing}
-            )
+            cache.prefetch([(bench.layers[row + 1], expert) for expert in guess], {(layer, e) for e in missing})
     transfer.done(transfer.mark())
     if layers is not None:
         cache.drop_token()
@@ -106,13 +99,13 @@ def prompt(
 ) -> dict[Key, int]:
     """A prompt's chunk, layer by layer. Returns how often each expert was copied to the device."""
     copied: dict[Key, int] = {}
-    original = cache.copy_to_lent
+    original = cache.copy_to_staging
 
     def spy(key: Key, slot: int, after: object) -> object:
         copied[key] = copied.get(key, 0) + 1
         return original(key, slot, after)
 
-    cache.copy_to_lent = spy  # type: ignore[method-assign]
+    cache.copy_to_staging = spy  # type: ignore[method-assign]
     for row, layer in enumerate(bench.layers):
         following = [(bench.layers[row + 1], e) for e in choice[row + 1]] if row + 1 < len(choice) else []
         seen: set[int] = set()
@@ -122,7 +115,7 @@ def prompt(
                 seen.add(expert)
                 transfer.launch(lambda k=(layer, expert), a=address: bench.check(k, a, transfer))  # type: ignore[misc]
         assert seen == set(choice[row])
-    cache.copy_to_lent = original  # type: ignore[method-assign]
+    cache.copy_to_staging = original  # type: ignore[method-assign]
     return copied
 
 
@@ -130,7 +123,7 @@ def consistent(bench: Bench, cache: TieredCache) -> None:
     """What holds between steps: slots, tables and tiers tell the same story, and no expert lies twice."""
     vram, host = cache.vram.table, cache.host
     for table, slots in ((vram, cache.vram.slots.count), (host, cache.arena.slots)):
-        lent = len(cache.lent._free) + len(cache.lent._ahead) if table is vram else 0
+        lent = len(cache.staging._free) + len(cache.staging._ahead) if table is vram else 0
         used = [*table.free, *table.slot_of.values()]
         assert len(set(used)) == len(used) == slots - lent
     for key in bench.store.experts():

@@ -65,9 +65,7 @@ def check_commands() -> None:
         started = time.perf_counter()
         done = run("demo", "--json", folder=folder)
         report = json.loads(done.stdout.splitlines()[-1])
-        assert isinstance(report, dict) and report, (
-            f"no JSON object on the last line of stdout: {done.stdout[-300:]}"
-        )
+        assert isinstance(report, dict) and report, f"no JSON object on the last line of stdout: {done.stdout[-300:]}"
         say(f"coldstream demo --json ran in {time.perf_counter() - started:.1f} s with {', '.join(report)}")
 
 

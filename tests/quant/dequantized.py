@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quant.checkpoint import Checkpoint
+from quant.checkpoint.checkpoint import Checkpoint
 from quant.pack import Packed, dequantize
 from quant.scheme import Scheme
 
@@ -79,11 +79,7 @@ def dequantized_twin(source: Path, quantized: Path, out: Path) -> Path:
             shutil.copyfile(file, out / file.name)
     config = json.loads((source / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config))
-    save_file(
-        {key: value.contiguous() for key, value in tensors.items()},
-        out / "model.safetensors",
-        {"format": "pt"},
-    )
+    save_file({key: value.contiguous() for key, value in tensors.items()}, out / "model.safetensors", {"format": "pt"})
     return out
 
 

@@ -30,9 +30,7 @@ def test_int8_words_hold_four_values_offset_by_128() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    rows=st.integers(1, 9), words=st.integers(1, 9), bits=st.sampled_from([4, 8]), seed=st.integers(0, 999)
-)
+@given(rows=st.integers(1, 9), words=st.integers(1, 9), bits=st.sampled_from([4, 8]), seed=st.integers(0, 999))
 def test_packing_is_compressed_tensors_packing(rows: int, words: int, bits: int, seed: int) -> None:
     top = 2 ** (bits - 1)
     generator = torch.Generator().manual_seed(seed)
@@ -99,9 +97,7 @@ def test_shapes_follow_from_the_tensors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantized_is_value_times_scale_in_the_dtype_asked_for(dtype: torch.dtype) -> None:
     packed = Packed(
-        Scheme("int4", 32),
-        pack(torch.full((1, 32), 7, dtype=torch.int8), 4),
-        torch.ones(1, 1).bfloat16() * 0.1,
+        Scheme("int4", 32), pack(torch.full((1, 32), 7, dtype=torch.int8), 4), torch.ones(1, 1).bfloat16() * 0.1
     )
     expected = torch.tensor(7, dtype=dtype) * torch.tensor(0.1).bfloat16().to(dtype)
     assert (dequantize(packed, dtype) == expected).all()

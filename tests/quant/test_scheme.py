@@ -8,12 +8,7 @@ from quant.scheme import BF16, GROUP_SIZES, Scheme
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [
-        ("int4", Scheme("int4", 128)),
-        ("INT8-g32", Scheme("int8", 32)),
-        (" nf4 ", Scheme("nf4")),
-        ("bf16", BF16),
-    ],
+    [("int4", Scheme("int4", 128)), ("INT8-g32", Scheme("int8", 32)), (" nf4 ", Scheme("nf4")), ("bf16", BF16)],
 )
 def test_a_scheme_is_read_as_it_is_written(text: str, expected: Scheme) -> None:
     assert Scheme.parse(text) == expected
@@ -49,9 +44,7 @@ def test_the_group_sizes_offered_do_fit(columns: int) -> None:
             Scheme("int4", size).check("w", 8, columns)
         else:
             offer = " or ".join(map(str, fits))
-            with pytest.raises(
-                SchemeError, match=f"w has {columns} input features.*use --group-size {offer}$"
-            ):
+            with pytest.raises(SchemeError, match=f"w has {columns} input features.*use --group-size {offer}$"):
                 Scheme("int4", size).check("w", 8, columns)
 
 

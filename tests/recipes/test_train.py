@@ -90,9 +90,7 @@ def test_loss_by_parts_has_the_gradient_of_the_whole(demo_model: Path) -> None:
 
 def test_held_out_modules_are_in_neither_training_nor_calibration(demo_model: Path) -> None:
     held_out = (demo_model / "held_out.txt").read_text().split("<|document|>\n")
-    calibration, longer = (
-        (demo_model / name).read_text() for name in ("calibration.txt", "calibration-long.txt")
-    )
+    calibration, longer = ((demo_model / name).read_text() for name in ("calibration.txt", "calibration-long.txt"))
     assert longer.startswith(calibration.rstrip())
     seen = load_script(demo_model / "train.py").sources(math.inf)
     texts = {text.strip() for _, text in seen}

@@ -34,9 +34,7 @@ class AttentionScratch:
         parts = 1
         while parts < _MAX_SPLITS and parts * 2 * _TOKENS < capacity:
             parts *= 2
-        return cls(
-            torch.zeros(heads, parts, head_dim, device=device), torch.zeros(heads, parts, 2, device=device)
-        )
+        return cls(torch.zeros(heads, parts, head_dim, device=device), torch.zeros(heads, parts, 2, device=device))
 
     @property
     def nbytes(self) -> int:
@@ -45,9 +43,17 @@ class AttentionScratch:
 
 
 def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None,
-    position: Tensor, chunk: int, scaling: float, scratch: AttentionScratch, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    position: Tensor,
+    chunk: int,
+    scaling: float,
+    scratch: AttentionScratch,
+    out: Tensor | None = None,
+) -> Tensor:
     """softmax(scaling · q·Kᵀ)·V of ``query`` (h·d numbers) over the tokens up to ``position`` → ``[h, d]`` in
     query's dtype.
 
@@ -66,9 +72,16 @@ def decode_attention(
 
 
 def reference(
-    query: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None,
-    position: Tensor, chunk: int, scaling: float, out: Tensor,
-) -> None:  # fmt: skip
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    position: Tensor,
+    chunk: int,
+    scaling: float,
+    out: Tensor,
+) -> None:
     """``decode_attention`` in torch, in f32."""
     row = int(position) % chunk if chunk else int(position)
     kept = [buffer[:, : row + 1].float() for buffer in (keys, values)]
@@ -82,9 +95,17 @@ def reference(
 
 
 def launch(
-    query: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None,
-    position: Tensor, chunk: int, scaling: float, scratch: AttentionScratch, out: Tensor,
-) -> None:  # fmt: skip
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    position: Tensor,
+    chunk: int,
+    scaling: float,
+    scratch: AttentionScratch,
+    out: Tensor,
+) -> None:
     """``decode_attention`` by two Triton kernels."""
     import triton
 
@@ -96,22 +117,51 @@ def launch(
     kv_heads, capacity, _ = keys.shape
     group, padded = heads // kv_heads, max(16, triton.next_power_of_2(width))
     attention.part_kernel[(kv_heads, parts)](
-        query, keys, values, key_scale, value_scale, position, scratch.sums, scratch.bounds,
-        capacity, scaling,
-        CHUNK=chunk, GROUP=group, QUERIES=max(16, triton.next_power_of_2(group)), WIDTH=width, PADDED=padded,
-        TOKENS=_TOKENS, SPLITS=parts, SCALED=key_scale is not None, OPERAND=runtime.operand(),
-        num_warps=_WARPS, num_stages=2, enable_fp_fusion=True,
-    )  # fmt: skip
+        query,
+        keys,
+        values,
+        key_scale,
+        value_scale,
+        position,
+        scratch.sums,
+        scratch.bounds,
+        capacity,
+        scaling,
+        CHUNK=chunk,
+        GROUP=group,
+        QUERIES=max(16, triton.next_power_of_2(group)),
+        WIDTH=width,
+        PADDED=padded,
+        TOKENS=_TOKENS,
+        SPLITS=parts,
+        SCALED=key_scale is not None,
+        OPERAND=runtime.operand(),
+        num_warps=_WARPS,
+        num_stages=2,
+        enable_fp_fusion=True,
+    )
     attention.join_kernel[(heads,)](
-        scratch.sums, scratch.bounds, out, WIDTH=width, PADDED=padded, SPLITS=parts,
-        num_warps=_WARPS, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+        scratch.sums,
+        scratch.bounds,
+        out,
+        WIDTH=width,
+        PADDED=padded,
+        SPLITS=parts,
+        num_warps=_WARPS,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
 
 
 def _check(
-    query: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None,
-    heads: int, width: int,
-) -> None:  # fmt: skip
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    heads: int,
+    width: int,
+) -> None:
     buffers = [buffer for buffer in (keys, values, key_scale, value_scale) if buffer is not None]
     fits = keys.dim() == 3 and keys.shape[2] == width and values.shape == keys.shape
     fits = fits and heads % keys.shape[0] == 0 and query.numel() == heads * width

@@ -41,9 +41,16 @@ Outlook = Coming | Nothing | None
 
 
 def ring(
-    x: Tensor, chosen: Tensor, scores: Tensor, places: Tensor, share: Tensor, row: int, inter: int,
-    bell: BellBuffers, outlook: Outlook = None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    chosen: Tensor,
+    scores: Tensor,
+    places: Tensor,
+    share: Tensor,
+    row: int,
+    inter: int,
+    bell: BellBuffers,
+    outlook: Outlook = None,
+) -> None:
     """Open a request for MoE layer ``row`` if any chosen expert is, in part, the host's; whether or not, say
     in ``bell.hint`` what ``outlook`` (of one token) expects to be the host's next.
 
@@ -66,9 +73,8 @@ def ring(
 
 
 def answer(
-    chosen: Tensor, places: Tensor, share: Tensor, inter: int, bell: BellBuffers, out: Tensor,
-    patience: int = PATIENCE,
-) -> None:  # fmt: skip
+    chosen: Tensor, places: Tensor, share: Tensor, inter: int, bell: BellBuffers, out: Tensor, patience: int = PATIENCE
+) -> None:
     """Wait for the answer to this layer's request, if there was one, and add it to ``out`` f32 ``[T, H]``.
 
     A host that says stop, or nothing for ``patience`` looks, makes it add nothing and set the LOST word.
@@ -88,9 +94,16 @@ def first_features(chosen: Tensor, places: Tensor, share: Tensor, inter: int) ->
 
 
 def reference_ring(
-    x: Tensor, chosen: Tensor, scores: Tensor, places: Tensor, share: Tensor, row: int, inter: int,
-    bell: BellBuffers, outlook: Outlook = None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    chosen: Tensor,
+    scores: Tensor,
+    places: Tensor,
+    share: Tensor,
+    row: int,
+    inter: int,
+    bell: BellBuffers,
+    outlook: Outlook = None,
+) -> None:
     """``ring`` in torch, for a step on the CPU."""
     first = first_features(chosen, places, share, inter)
     if not bool((first == inter).all()):
@@ -134,9 +147,16 @@ def reference_answer(
 
 
 def launch_ring(
-    x: Tensor, chosen: Tensor, scores: Tensor, places: Tensor, share: Tensor, row: int, inter: int,
-    bell: BellBuffers, outlook: Outlook = None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    chosen: Tensor,
+    scores: Tensor,
+    places: Tensor,
+    share: Tensor,
+    row: int,
+    inter: int,
+    bell: BellBuffers,
+    outlook: Outlook = None,
+) -> None:
     """``ring`` by its Triton kernel. A pointer that it does not use is that of ``scores`` or ``places``."""
     import triton
 
@@ -145,13 +165,38 @@ def launch_ring(
     (tokens, top_k), experts = chosen.shape, places.numel()
     coming = outlook if isinstance(outlook, Coming) else Coming(0, scores, places)
     device.ring_kernel[(1,)](
-        x, chosen, scores, places, share, bell.control, bell.request, bell.scores, bell.x, bell.sequence,
-        coming.logits, coming.places, bell.hint, coming.row, row, inter, tokens, top_k, x.shape[1], experts,
-        PAIRS=triton.next_power_of_2(tokens * top_k), RUNG=RUNG, HEADER=_HEADER, BLOCK=_BLOCK,
-        GUESS=0 if outlook is None else 1 if isinstance(outlook, Coming) else 2, TOP_K=top_k,
-        WIDE=triton.next_power_of_2(experts), NATIVE=not runtime.interpreted(),
-        num_warps=4, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+        x,
+        chosen,
+        scores,
+        places,
+        share,
+        bell.control,
+        bell.request,
+        bell.scores,
+        bell.x,
+        bell.sequence,
+        coming.logits,
+        coming.places,
+        bell.hint,
+        coming.row,
+        row,
+        inter,
+        tokens,
+        top_k,
+        x.shape[1],
+        experts,
+        PAIRS=triton.next_power_of_2(tokens * top_k),
+        RUNG=RUNG,
+        HEADER=_HEADER,
+        BLOCK=_BLOCK,
+        GUESS=0 if outlook is None else 1 if isinstance(outlook, Coming) else 2,
+        TOP_K=top_k,
+        WIDE=triton.next_power_of_2(experts),
+        NATIVE=not runtime.interpreted(),
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
 
 
 def launch_answer(
@@ -164,8 +209,25 @@ def launch_answer(
 
     tokens, top_k = chosen.shape
     device.answer_kernel[(1,)](
-        chosen, places, share, bell.control, bell.result, bell.sequence, out, inter, tokens, top_k,
-        out.shape[1], patience,
-        PAIRS=triton.next_power_of_2(tokens * top_k), ANSWERED=ANSWERED, STOP=STOP, LOST=LOST, BLOCK=_BLOCK,
-        NATIVE=not runtime.interpreted(), num_warps=4, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+        chosen,
+        places,
+        share,
+        bell.control,
+        bell.result,
+        bell.sequence,
+        out,
+        inter,
+        tokens,
+        top_k,
+        out.shape[1],
+        patience,
+        PAIRS=triton.next_power_of_2(tokens * top_k),
+        ANSWERED=ANSWERED,
+        STOP=STOP,
+        LOST=LOST,
+        BLOCK=_BLOCK,
+        NATIVE=not runtime.interpreted(),
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )

@@ -72,9 +72,17 @@ def moe_decode(
 
 
 def reference(
-    x: Tensor, chosen: Tensor, scores: Tensor, addresses: Tensor, places: Tensor, share: Tensor,
-    layout: ExpertLayout, out: Tensor, *, scales_input: bool,
-) -> None:  # fmt: skip
+    x: Tensor,
+    chosen: Tensor,
+    scores: Tensor,
+    addresses: Tensor,
+    places: Tensor,
+    share: Tensor,
+    layout: ExpertLayout,
+    out: Tensor,
+    *,
+    scales_input: bool,
+) -> None:
     """``moe_decode`` in torch, in f32, on experts in host memory."""
     limits = {VRAM: layout.inter, HOST: int(share)}
     for token, experts in enumerate(chosen.tolist()):
@@ -95,9 +103,18 @@ def reference(
 
 
 def launch(
-    x: Tensor, chosen: Tensor, scores: Tensor, addresses: Tensor, places: Tensor, share: Tensor,
-    layout: ExpertLayout, scratch: DecodeScratch, out: Tensor, *, scales_input: bool,
-) -> None:  # fmt: skip
+    x: Tensor,
+    chosen: Tensor,
+    scores: Tensor,
+    addresses: Tensor,
+    places: Tensor,
+    share: Tensor,
+    layout: ExpertLayout,
+    scratch: DecodeScratch,
+    out: Tensor,
+    *,
+    scales_input: bool,
+) -> None:
     """``moe_decode`` by the two Triton kernels."""
     import triton
 
@@ -109,27 +126,70 @@ def launch(
     blocks = -(-layout.inter // _ROWS)
     gate_up, down = layout.gate_up, layout.down
     gemv.gate_up_kernel[(tokens * top_k, blocks)](
-        x, chosen, scores, addresses, places, share, scratch.hidden,
-        layout.hidden, layout.inter, layout.hidden * gate_up.bits // 32, layout.hidden // gate_up.group_size,
-        layout.gate_packed, layout.gate_scale, layout.up_packed, layout.up_scale,
-        TOP_K=top_k, SCALES_INPUT=scales_input, BITS=gate_up.bits, GROUP=gate_up.group_size,
-        ALIGNMENT=layout.alignment, ROWS=_ROWS, WORDS=_WORDS,
-        num_warps=_WARPS, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+        x,
+        chosen,
+        scores,
+        addresses,
+        places,
+        share,
+        scratch.hidden,
+        layout.hidden,
+        layout.inter,
+        layout.hidden * gate_up.bits // 32,
+        layout.hidden // gate_up.group_size,
+        layout.gate_packed,
+        layout.gate_scale,
+        layout.up_packed,
+        layout.up_scale,
+        TOP_K=top_k,
+        SCALES_INPUT=scales_input,
+        BITS=gate_up.bits,
+        GROUP=gate_up.group_size,
+        ALIGNMENT=layout.alignment,
+        ROWS=_ROWS,
+        WORDS=_WORDS,
+        num_warps=_WARPS,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
     gemv.down_kernel[(tokens, -(-layout.hidden // _ROWS))](
-        scratch.hidden, chosen, scores, addresses, places, share, out,
-        layout.hidden, layout.inter, layout.inter * down.bits // 32, layout.inter // down.group_size,
-        layout.down_packed, layout.down_scale,
-        TOP_K=top_k, CHOICES=triton.next_power_of_2(top_k), SCALES_INPUT=scales_input,
-        BITS=down.bits, GROUP=down.group_size, ALIGNMENT=layout.alignment, ROWS=_ROWS, WORDS=_WORDS,
-        num_warps=_WARPS, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+        scratch.hidden,
+        chosen,
+        scores,
+        addresses,
+        places,
+        share,
+        out,
+        layout.hidden,
+        layout.inter,
+        layout.inter * down.bits // 32,
+        layout.inter // down.group_size,
+        layout.down_packed,
+        layout.down_scale,
+        TOP_K=top_k,
+        CHOICES=triton.next_power_of_2(top_k),
+        SCALES_INPUT=scales_input,
+        BITS=down.bits,
+        GROUP=down.group_size,
+        ALIGNMENT=layout.alignment,
+        ROWS=_ROWS,
+        WORDS=_WORDS,
+        num_warps=_WARPS,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
 
 
 def _check(
-    x: Tensor, chosen: Tensor, scores: Tensor, addresses: Tensor, places: Tensor, layout: ExpertLayout,
-    scratch: DecodeScratch, out: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor,
+    chosen: Tensor,
+    scores: Tensor,
+    addresses: Tensor,
+    places: Tensor,
+    layout: ExpertLayout,
+    scratch: DecodeScratch,
+    out: Tensor,
+) -> None:
     tokens, top_k = chosen.shape
     expected = {
         "x": (x, (tokens, layout.hidden), None),
@@ -142,8 +202,7 @@ def _check(
     for name, (tensor, shape, dtype) in expected.items():
         if tuple(tensor.shape) != shape or dtype not in (None, tensor.dtype) or not tensor.is_contiguous():
             raise SchemeError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {dtype or 'floats'} {shape}, "
-                "contiguous"
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {dtype or 'floats'} {shape}, contiguous"
             )
     if tokens > MAX_TOKENS or tokens * top_k > scratch.hidden.shape[0]:
         raise SchemeError(

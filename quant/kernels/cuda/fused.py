@@ -48,9 +48,7 @@ class HeadNorms:
     k: Tensor
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, unrounded: Tensor | None = None
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, unrounded: Tensor | None = None) -> Tensor:
     """x f32 ``[T, H]`` / √(mean(x²) + eps) · weight, in ``dtype``, and in f32 to ``unrounded``."""
     if x.dim() != 2 or weight.shape != x.shape[1:] or x.dtype != torch.float32:
         raise SchemeError(f"norm of {x.dtype} {tuple(x.shape)} by {tuple(weight.shape)}: expected f32 [T, H]")
@@ -69,9 +67,17 @@ def launch_rms_norm(
     out = torch.empty(tokens, features, dtype=dtype, device=x.device)
     block = _power_of_two(features)
     fused.rms_norm_kernel[(tokens,)](
-        x, weight, out, x if unrounded is None else unrounded, features, eps, BOTH=unrounded is not None,
-        BLOCK=block, num_warps=min(16, max(1, block // 512)), enable_fp_fusion=True,
-    )  # fmt: skip
+        x,
+        weight,
+        out,
+        x if unrounded is None else unrounded,
+        features,
+        eps,
+        BOTH=unrounded is not None,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+        enable_fp_fusion=True,
+    )
     return out
 
 
@@ -86,10 +92,18 @@ def rms_norm_reference(
 
 
 def append(
-    q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, rows: KvRows, position: Tensor, *,
-    norms: HeadNorms | None = None, cosine: Tensor | None = None, sine: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: AttentionShape,
+    rows: KvRows,
+    position: Tensor,
+    *,
+    norms: HeadNorms | None = None,
+    cosine: Tensor | None = None,
+    sine: Tensor | None = None,
     temperature: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Finish one token's q ``[1, h·d]``, k and v ``[1, g·d]``: norms, RoPE, temperature; store k and v.
 
     Returns q ``[1, h, 1, d]`` in its dtype. ``position`` int32 ``[1]``; ``cosine`` and ``sine`` f32
@@ -102,9 +116,17 @@ def append(
 
 
 def launch_append(
-    q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, rows: KvRows, position: Tensor,
-    norms: HeadNorms | None, cosine: Tensor | None, sine: Tensor | None, temperature: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: AttentionShape,
+    rows: KvRows,
+    position: Tensor,
+    norms: HeadNorms | None,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    temperature: Tensor | None,
+) -> Tensor:
     """``append`` by its kernel. A pointer that the kernel does not use is q's."""
     from quant.kernels.cuda.device import fused
 
@@ -112,33 +134,60 @@ def launch_append(
     query = torch.empty(1, h, 1, d, dtype=q.dtype, device=q.device)
     whole = shape.qk_norm == "full_width"
     fused.append_kernel[(h + 2 * g,)](
-        q, k, v, q if norms is None else norms.q, q if norms is None else norms.k,
-        q if cosine is None else cosine, q if sine is None else sine,
-        q if temperature is None else temperature, position, query, rows.keys, rows.values,
+        q,
+        k,
+        v,
+        q if norms is None else norms.q,
+        q if norms is None else norms.k,
+        q if cosine is None else cosine,
+        q if sine is None else sine,
+        q if temperature is None else temperature,
+        position,
+        query,
+        rows.keys,
+        rows.values,
         q if rows.key_scale is None else rows.key_scale,
         q if rows.value_scale is None else rows.value_scale,
-        h, g, rows.keys.shape[1], shape.chunk, 0 if cosine is None else 2 * cosine.numel(), shape.qk_eps,
-        QK_NORM=_QK_NORMS[shape.qk_norm], ROPE=_ROPES[shape.rope], L2=shape.l2_norm,
-        TUNED=temperature is not None, INT8=rows.key_scale is not None, HEAD=d, BLOCK=_power_of_two(d),
-        WIDE_Q=_power_of_two(h * d) if whole else 1, WIDE_K=_power_of_two(g * d) if whole else 1,
-        num_warps=4 if whole else 1, enable_fp_fusion=True,
-    )  # fmt: skip
+        h,
+        g,
+        rows.keys.shape[1],
+        shape.chunk,
+        0 if cosine is None else 2 * cosine.numel(),
+        shape.qk_eps,
+        QK_NORM=_QK_NORMS[shape.qk_norm],
+        ROPE=_ROPES[shape.rope],
+        L2=shape.l2_norm,
+        TUNED=temperature is not None,
+        INT8=rows.key_scale is not None,
+        HEAD=d,
+        BLOCK=_power_of_two(d),
+        WIDE_Q=_power_of_two(h * d) if whole else 1,
+        WIDE_K=_power_of_two(g * d) if whole else 1,
+        num_warps=4 if whole else 1,
+        enable_fp_fusion=True,
+    )
     return query
 
 
 def append_reference(
-    q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, rows: KvRows, position: Tensor,
-    norms: HeadNorms | None, cosine: Tensor | None, sine: Tensor | None, temperature: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: AttentionShape,
+    rows: KvRows,
+    position: Tensor,
+    norms: HeadNorms | None,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    temperature: Tensor | None,
+) -> Tensor:
     """``append`` in torch."""
     d = shape.head_dim
     query = _finish(q, shape, None if norms is None else norms.q, cosine, sine)
     if temperature is not None:
         query = query * temperature
     row = (position % shape.chunk if shape.chunk else position).long()
-    _store(
-        rows.keys, rows.key_scale, _finish(k, shape, None if norms is None else norms.k, cosine, sine), row
-    )
+    _store(rows.keys, rows.key_scale, _finish(k, shape, None if norms is None else norms.k, cosine, sine), row)
     _store(rows.values, rows.value_scale, v.float().view(-1, d), row)
     return query.to(q.dtype).view(1, shape.heads, 1, d)
 
@@ -178,9 +227,15 @@ def _store(target: Tensor, scale: Tensor | None, states: Tensor, row: Tensor) ->
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, rows: KvRows, norms: HeadNorms | None,
-    cosine: Tensor | None, sine: Tensor | None,
-) -> None:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: AttentionShape,
+    rows: KvRows,
+    norms: HeadNorms | None,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+) -> None:
     d, h, g = shape.head_dim, shape.heads, shape.kv_heads
     if q.shape != (1, h * d) or k.shape != (1, g * d) or v.shape != (1, g * d):
         found = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
@@ -213,10 +268,17 @@ def launch_select(logits: Tensor, kind: RouterKind, chosen: Tensor, scores: Tens
     tokens, experts = logits.shape
     top_k = chosen.shape[1]
     fused.select_kernel[(tokens,)](
-        logits, chosen, scores, experts,
-        KIND=_ROUTERS[kind], TOP_K=top_k, SLOTS=_power_of_two(top_k), BLOCK=_power_of_two(experts),
-        num_warps=1, enable_fp_fusion=True,
-    )  # fmt: skip
+        logits,
+        chosen,
+        scores,
+        experts,
+        KIND=_ROUTERS[kind],
+        TOP_K=top_k,
+        SLOTS=_power_of_two(top_k),
+        BLOCK=_power_of_two(experts),
+        num_warps=1,
+        enable_fp_fusion=True,
+    )
 
 
 def select_reference(logits: Tensor, kind: RouterKind, chosen: Tensor, scores: Tensor) -> None:

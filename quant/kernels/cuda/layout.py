@@ -45,10 +45,7 @@ class ExpertLayout:
     alignment: int = MAX_ALIGNMENT
 
     def __post_init__(self) -> None:
-        for scheme, features, name in (
-            (self.gate_up, self.hidden, "gate_proj"),
-            (self.down, self.inter, "down_proj"),
-        ):
+        for scheme, features, name in ((self.gate_up, self.hidden, "gate_proj"), (self.down, self.inter, "down_proj")):
             if not scheme.is_packed:
                 raise SchemeError(f"{name} is stored as {scheme}: the CUDA kernels read int4 and int8")
             if features < scheme.group_size or features % scheme.group_size:
@@ -85,9 +82,18 @@ class ExpertLayout:
             alignment //= 2
         gate, gate_scale, up, up_scale, down, down_scale = places
         return cls(
-            hidden, inter, schemes["gate_proj"], schemes["down_proj"],
-            gate, gate_scale, up, up_scale, down, down_scale, alignment,
-        )  # fmt: skip
+            hidden,
+            inter,
+            schemes["gate_proj"],
+            schemes["down_proj"],
+            gate,
+            gate_scale,
+            up,
+            up_scale,
+            down,
+            down_scale,
+            alignment,
+        )
 
     @classmethod
     def of_weights(

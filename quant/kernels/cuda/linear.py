@@ -19,9 +19,7 @@ _BLOCK = 128  # features: a step of the tensor-core kernels takes 16 words, 128 
 _TILES = ((16, 32, 16, 2, 5), (1 << 40, 128, 64, 8, 3))
 
 
-def linear(
-    x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None) -> Tensor:
     """x ``[T, K]`` times packed int32 ``[N, K·bits/32]`` with scales bf16 ``[N, G]`` → ``[T, N]``.
 
     The result has x's dtype; or it is added to ``out``, f32 ``[T, N]``, which is returned. x is bf16 (the
@@ -33,18 +31,14 @@ def linear(
     return reference(x, packed, scale, bits, group, out)
 
 
-def reference(
-    x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None
-) -> Tensor:
+def reference(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None) -> Tensor:
     """``linear`` in torch, in f32 on the dequantized weight."""
     weight = dequantize(Packed(_scheme(bits, group), packed, scale), torch.float32)
     y = torch.nn.functional.linear(x.float(), weight)
     return y.to(x.dtype) if out is None else out.add_(y)
 
 
-def launch(
-    x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None
-) -> Tensor:
+def launch(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None) -> Tensor:
     """``linear`` by Triton kernels."""
     if x.dtype != torch.bfloat16:
         raise SchemeError(f"activations are {x.dtype}: the CUDA kernels take bf16 (--exact runs on the CPU)")
@@ -57,10 +51,22 @@ def launch(
         from quant.kernels.cuda.device import gemv
 
         gemv.linear_kernel[(-(-rows // _ROWS),)](
-            x, packed, scale, y, rows, row_words, groups,
-            BITS=bits, GROUP=group, ADD=adds, ROWS=_ROWS, WORDS=_WORDS,
-            num_warps=_WARPS, num_stages=1, enable_fp_fusion=True,
-        )  # fmt: skip
+            x,
+            packed,
+            scale,
+            y,
+            rows,
+            row_words,
+            groups,
+            BITS=bits,
+            GROUP=group,
+            ADD=adds,
+            ROWS=_ROWS,
+            WORDS=_WORDS,
+            num_warps=_WARPS,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
         return y
     from quant.kernels.cuda.device import gemm
 
@@ -68,10 +74,26 @@ def launch(
     arranged = torch.empty(tokens, arranged_width(features), dtype=x.dtype, device=x.device)
     arrange(x, None, None, arranged, bits, 1)
     gemm.linear_kernel[(-(-tokens // tile_tokens), -(-rows // tile_rows))](
-        arranged, packed, scale, y, tokens, rows, row_words, groups, arranged.shape[1],
-        BITS=bits, GROUP=group, ADD=adds, ROWS=tile_rows, TOKENS=tile_tokens, STAGES=stages,
-        OPERAND=runtime.operand(), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-    )  # fmt: skip
+        arranged,
+        packed,
+        scale,
+        y,
+        tokens,
+        rows,
+        row_words,
+        groups,
+        arranged.shape[1],
+        BITS=bits,
+        GROUP=group,
+        ADD=adds,
+        ROWS=tile_rows,
+        TOKENS=tile_tokens,
+        STAGES=stages,
+        OPERAND=runtime.operand(),
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=True,
+    )
     return y
 
 
@@ -85,18 +107,27 @@ def arranged_width(features: int) -> int:
     return -(-features // _BLOCK) * _BLOCK
 
 
-def arrange(
-    x: Tensor, order: Tensor | None, scores: Tensor | None, out: Tensor, bits: int, top_k: int
-) -> None:
+def arrange(x: Tensor, order: Tensor | None, scores: Tensor | None, out: Tensor, bits: int, top_k: int) -> None:
     """Write x ``[T, K]``, or its rows of the pairs ``order``, times ``scores``, arranged to ``out``."""
     from quant.kernels.cuda.device import gemm
 
     columns = 1024
     gemm.arrange_kernel[(out.shape[0], -(-out.shape[1] // columns))](
-        x, order, scores, out, x.shape[1], out.shape[1],
-        TOP_K=top_k, GATHERS=order is not None, SCALES=scores is not None, BITS=bits, COLUMNS=columns,
-        num_warps=4, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+        x,
+        order,
+        scores,
+        out,
+        x.shape[1],
+        out.shape[1],
+        TOP_K=top_k,
+        GATHERS=order is not None,
+        SCALES=scores is not None,
+        BITS=bits,
+        COLUMNS=columns,
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
 
 
 def check(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None) -> None:

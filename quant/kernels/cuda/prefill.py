@@ -19,9 +19,7 @@ from quant.kernels.cuda.layout import ExpertLayout
 from quant.kernels.cuda.linear import arrange, arranged_width
 
 _ROWS, _TOKENS, _WARPS, _STAGES = 128, 64, 8, 3
-_EXPERTS = (
-    16  # a call's experts are looked through in a power of two, at least this: fewer kernels to compile
-)
+_EXPERTS = 16  # a call's experts are looked through in a power of two, at least this: fewer kernels to compile
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,15 @@ class PrefillScratch:
 
 
 def arrange_tokens(
-    x: Tensor, groups: TokenGroups, scores: Tensor, layout: ExpertLayout, scratch: PrefillScratch, *,
-    scales_input: bool, top_k: int,
-) -> None:  # fmt: skip
+    x: Tensor,
+    groups: TokenGroups,
+    scores: Tensor,
+    layout: ExpertLayout,
+    scratch: PrefillScratch,
+    *,
+    scales_input: bool,
+    top_k: int,
+) -> None:
     """Put x ``[T, H]`` into ``scratch``, a row per pair, sorted; times its score if ``scales_input``.
 
     Once per layer, before the calls of ``moe_prefill``.
@@ -86,9 +90,15 @@ def arrange_tokens(
 
 
 def launch_arrange(
-    x: Tensor, groups: TokenGroups, scores: Tensor, layout: ExpertLayout, scratch: PrefillScratch, *,
-    scales_input: bool, top_k: int,
-) -> None:  # fmt: skip
+    x: Tensor,
+    groups: TokenGroups,
+    scores: Tensor,
+    layout: ExpertLayout,
+    scratch: PrefillScratch,
+    *,
+    scales_input: bool,
+    top_k: int,
+) -> None:
     """``arrange_tokens`` by its Triton kernel."""
     rows = scratch.tokens[: groups.order.shape[0]]
     factors = scores if scales_input else None
@@ -96,18 +106,23 @@ def launch_arrange(
 
 
 def moe_prefill(
-    groups: TokenGroups, scores: Tensor, experts: Tensor, addresses: Tensor, layout: ExpertLayout,
-    scratch: PrefillScratch, out: Tensor, *, scales_input: bool,
-) -> None:  # fmt: skip
+    groups: TokenGroups,
+    scores: Tensor,
+    experts: Tensor,
+    addresses: Tensor,
+    layout: ExpertLayout,
+    scratch: PrefillScratch,
+    out: Tensor,
+    *,
+    scales_input: bool,
+) -> None:
     """Fill the rows of ``out`` ``[T·k, H]`` (by pair, bf16) whose expert is among ``experts`` int32 ``[P]``.
 
     ``addresses`` int64 ``[E]``; an expert at address 0 is skipped, and its rows are left as they are. Scores
     f32 ``[T, k]`` multiply the result unless ``scales_input`` (``arrange_tokens`` then has applied them).
     """
     if out.shape != (groups.order.shape[0], layout.hidden) or not out.is_contiguous():
-        raise SchemeError(
-            f"out is {tuple(out.shape)}: expected {(groups.order.shape[0], layout.hidden)}, contiguous"
-        )
+        raise SchemeError(f"out is {tuple(out.shape)}: expected {(groups.order.shape[0], layout.hidden)}, contiguous")
     widths = arranged_width(layout.hidden), arranged_width(layout.inter)
     if widths != (scratch.tokens.shape[1], scratch.hidden.shape[1]):
         raise SchemeError(
@@ -120,9 +135,16 @@ def moe_prefill(
 
 
 def reference(
-    groups: TokenGroups, scores: Tensor, experts: Tensor, addresses: Tensor, layout: ExpertLayout,
-    scratch: PrefillScratch, out: Tensor, *, scales_input: bool,
-) -> None:  # fmt: skip
+    groups: TokenGroups,
+    scores: Tensor,
+    experts: Tensor,
+    addresses: Tensor,
+    layout: ExpertLayout,
+    scratch: PrefillScratch,
+    out: Tensor,
+    *,
+    scales_input: bool,
+) -> None:
     """``moe_prefill`` in torch, in f32, on experts in host memory; its tokens are not arranged."""
     starts = groups.starts.tolist()
     for expert in experts.tolist():
@@ -138,9 +160,16 @@ def reference(
 
 
 def launch(
-    groups: TokenGroups, scores: Tensor, experts: Tensor, addresses: Tensor, layout: ExpertLayout,
-    scratch: PrefillScratch, out: Tensor, *, scales_input: bool,
-) -> None:  # fmt: skip
+    groups: TokenGroups,
+    scores: Tensor,
+    experts: Tensor,
+    addresses: Tensor,
+    layout: ExpertLayout,
+    scratch: PrefillScratch,
+    out: Tensor,
+    *,
+    scales_input: bool,
+) -> None:
     """``moe_prefill`` by two Triton kernels. Their grids hold as many tiles as these tokens could need, since
     the host does not know how they fell; the tiles too many end at once."""
     import triton
@@ -161,20 +190,53 @@ def launch(
     options = {"num_warps": _WARPS, "num_stages": _STAGES, "enable_fp_fusion": True}
     hidden_width = scratch.hidden.shape[1]
     gemm.gate_up_kernel[(tiles, -(-hidden_width // _ROWS))](
-        scratch.tokens, experts, groups.starts, addresses, scratch.hidden, count,
-        layout.hidden, layout.inter, layout.hidden * gate_up.bits // 32, layout.hidden // gate_up.group_size,
-        scratch.tokens.shape[1], hidden_width,
-        layout.gate_packed, layout.gate_scale, layout.up_packed, layout.up_scale,
-        BITS=gate_up.bits, GROUP=gate_up.group_size, DOWN_BITS=down.bits, ALIGNMENT=layout.alignment,
-        OPERAND=runtime.operand(), **sizes, **options,
-    )  # fmt: skip
+        scratch.tokens,
+        experts,
+        groups.starts,
+        addresses,
+        scratch.hidden,
+        count,
+        layout.hidden,
+        layout.inter,
+        layout.hidden * gate_up.bits // 32,
+        layout.hidden // gate_up.group_size,
+        scratch.tokens.shape[1],
+        hidden_width,
+        layout.gate_packed,
+        layout.gate_scale,
+        layout.up_packed,
+        layout.up_scale,
+        BITS=gate_up.bits,
+        GROUP=gate_up.group_size,
+        DOWN_BITS=down.bits,
+        ALIGNMENT=layout.alignment,
+        OPERAND=runtime.operand(),
+        **sizes,
+        **options,
+    )
     gemm.down_kernel[(tiles, -(-layout.hidden // _ROWS))](
-        scratch.hidden, groups.order, scores, experts, groups.starts, addresses, out, count,
-        layout.hidden, layout.inter * down.bits // 32, layout.inter // down.group_size, hidden_width,
-        layout.down_packed, layout.down_scale,
-        SCALES_OUTPUT=not scales_input, BITS=down.bits, GROUP=down.group_size, ALIGNMENT=layout.alignment,
-        OPERAND=runtime.operand(), **sizes, **options,
-    )  # fmt: skip
+        scratch.hidden,
+        groups.order,
+        scores,
+        experts,
+        groups.starts,
+        addresses,
+        out,
+        count,
+        layout.hidden,
+        layout.inter * down.bits // 32,
+        layout.inter // down.group_size,
+        hidden_width,
+        layout.down_packed,
+        layout.down_scale,
+        SCALES_OUTPUT=not scales_input,
+        BITS=down.bits,
+        GROUP=down.group_size,
+        ALIGNMENT=layout.alignment,
+        OPERAND=runtime.operand(),
+        **sizes,
+        **options,
+    )
 
 
 def combine(out: Tensor, top_k: int) -> Tensor:

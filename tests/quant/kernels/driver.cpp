@@ -13,7 +13,7 @@
 
 #include "attention.h"
 #include "bell.h"
-#include "foresight.h"
+#include "lookahead.h"
 #include "mlp.h"
 #include "moe.h"
 
@@ -29,8 +29,8 @@ int32_t cs_linear(const Weight*, const float*, int64_t, int64_t, float*, int64_t
 int32_t cs_mlp(const Job*, int64_t, const float*, int64_t, float*, int64_t, int32_t);
 int32_t cs_moe(const MoeBlock*, const float*, int64_t, int64_t, float*, int64_t, const Routing*, int32_t, int32_t*);
 void cs_publish(int64_t*, int64_t);
-int32_t cs_guess(const Foresight*, int32_t, int32_t, const float*, int32_t*, int32_t*);
-void cs_learn(const Foresight*, int32_t, const int32_t*);
+int32_t cs_guess(const Lookahead*, int32_t, int32_t, const float*, int32_t*, int32_t*);
+void cs_learn(const Lookahead*, int32_t, const int32_t*);
 int32_t cs_attention(const AttentionBlock*, const float*, int64_t, int64_t, int64_t, const float*, const float*,
                      const KvCache*, float*, int64_t, int32_t);
 int32_t cs_bell_serve(const Bell*, int64_t, int32_t*);
@@ -150,7 +150,7 @@ Mlp random_mlp(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t 
           random_weight(heap, random, kind, group, hidden, inner)};
 }
 
-void run_foresight(Heap& heap, Random& random) {
+void run_lookahead(Heap& heap, Random& random) {
   const int64_t layers = 5, experts = 6, hidden = 96;
   const int32_t top_k = 2, depth = 3, bins = 3, slots = 2;
   const float edges[] = {0.1f, 0.5f};
@@ -158,20 +158,20 @@ void run_foresight(Heap& heap, Random& random) {
   std::fill(right, right + kGuessKinds * depth * bins, 0.75f);
   int32_t* counts = heap.take<int32_t>(layers);
   std::fill(counts, counts + layers, 0);
-  Foresight foresight{random_weight(heap, random, kF32, 0, layers * experts, hidden), int32_t(layers), int32_t(experts),
+  Lookahead lookahead{random_weight(heap, random, kF32, 0, layers * experts, hidden), int32_t(layers), int32_t(experts),
                       top_k, depth, bins, slots, 0.75f, 0.9f, edges, right,
                       heap.take<int32_t>(layers * slots * (1 + top_k)), counts};
   int32_t* pairs = heap.take<int32_t>(2 * depth * top_k);
   for (int token = 0; token < 3; ++token)
     for (int32_t here = -1; here < layers; ++here) {
       int32_t count = -1;
-      require(cs_guess(&foresight, here < 0 ? kFromEmbedding : kFromOutput, here, normals(heap, random, hidden), pairs,
+      require(cs_guess(&lookahead, here < 0 ? kFromEmbedding : kFromOutput, here, normals(heap, random, hidden), pairs,
                        &count) == kOk, "a guess", here);
       require(count >= 0 && count <= depth * top_k, "a number of guesses", count);
       for (int i = 0; i < count; ++i)
         require(pairs[2 * i] > here && pairs[2 * i] < layers && pairs[2 * i + 1] < experts, "a guess in range", here);
       const int32_t chosen[] = {int32_t(random.below(experts)), int32_t(random.below(experts))};
-      if (here + 1 < layers) cs_learn(&foresight, here + 1, chosen);
+      if (here + 1 < layers) cs_learn(&lookahead, here + 1, chosen);
     }
 }
 
@@ -376,7 +376,7 @@ void run_all(unsigned seed, bool thorough) {
     }
   {
     Heap heap;
-    run_foresight(heap, random);
+    run_lookahead(heap, random);
   }
   for (int32_t storage : {kCacheF32, kCacheBf16, kCacheInt8})
     for (int64_t head_dim : {8, 40, 128}) {

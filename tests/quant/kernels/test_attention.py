@@ -47,10 +47,7 @@ def plain(linear: Any) -> Weight:
 def block_of(stock: Any, shape: AttentionShape, norm: torch.Tensor, kind: Any = plain) -> Attention:
     projections = [stock.q_proj, stock.k_proj, stock.v_proj, stock.o_proj]
     biases = tuple(None if p.bias is None else p.bias.detach() for p in projections)
-    norms = [
-        getattr(stock, name).weight.detach() if shape.qk_norm != "none" else None
-        for name in ("q_norm", "k_norm")
-    ]
+    norms = [getattr(stock, name).weight.detach() if shape.qk_norm != "none" else None for name in ("q_norm", "k_norm")]
     return Attention(shape, *(kind(p) for p in projections), norm, *norms, biases)  # type: ignore[call-arg]
 
 
@@ -74,9 +71,16 @@ def angles(position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_block(
-    stock: Any, block: Attention, norm: torch.Tensor, positions: Any, x: torch.Tensor, keep: torch.Tensor,
-    storage: torch.dtype = torch.float32, tolerance: float = 1e-4, exact: bool = True,
-) -> None:  # fmt: skip
+    stock: Any,
+    block: Attention,
+    norm: torch.Tensor,
+    positions: Any,
+    x: torch.Tensor,
+    keep: torch.Tensor,
+    storage: torch.dtype = torch.float32,
+    tolerance: float = 1e-4,
+    exact: bool = True,
+) -> None:
     """A prompt of 11 tokens, one of 5, then one token at a time: all rows equal the stock attention's."""
     tokens = x.shape[0]
     with torch.no_grad():
@@ -116,9 +120,17 @@ def llama4(layer: int, use_qk_norm: bool = True, chunk: int = 0) -> tuple[Any, A
     randomize(stock)
     roped = layer == 0
     shape = AttentionShape(
-        HEADS, KV, D, "interleaved" if roped else "none", l2_norm=use_qk_norm and roped, eps=EPS, qk_eps=EPS,
-        temperature_floor=0.0 if roped else 8.0, temperature_scale=0.1, chunk=chunk,
-    )  # fmt: skip
+        HEADS,
+        KV,
+        D,
+        "interleaved" if roped else "none",
+        l2_norm=use_qk_norm and roped,
+        eps=EPS,
+        qk_eps=EPS,
+        temperature_floor=0.0 if roped else 8.0,
+        temperature_scale=0.1,
+        chunk=chunk,
+    )
     return stock, shape, Llama4TextRotaryEmbedding(config)
 
 
@@ -165,9 +177,7 @@ COMMON: dict[str, Any] = {
 def test_other_families(isa: str, family: str) -> None:
     window = 6 if family == "mixtral-window" else 0
     if family.startswith("mixtral"):
-        parts = halves(
-            MixtralAttention, MixtralConfig(**COMMON, sliding_window=window or None), window=window
-        )
+        parts = halves(MixtralAttention, MixtralConfig(**COMMON, sliding_window=window or None), window=window)
     elif family == "qwen2_moe":
         parts = halves(Qwen2MoeAttention, Qwen2MoeConfig(**COMMON, qkv_bias=True))
     elif family == "qwen3_moe":
@@ -190,9 +200,7 @@ def test_packed_projections_and_rounded_activations(isa: str) -> None:
 
 
 @pytest.mark.parametrize(("storage", "tolerance"), [(torch.bfloat16, 5e-3), (torch.int8, 1e-2)])
-def test_smaller_kv_storage_costs_its_rounding_and_no_more(
-    isa: str, storage: torch.dtype, tolerance: float
-) -> None:
+def test_smaller_kv_storage_costs_its_rounding_and_no_more(isa: str, storage: torch.dtype, tolerance: float) -> None:
     stock, shape, rotary = llama4(0)
     x, norm = inputs(20)
     positions = rotary(x, torch.arange(20)[None])
@@ -210,9 +218,7 @@ def test_long_contexts_are_cut_into_runs_and_merged(isa: str) -> None:
     cache = KvBuffers(torch.zeros(KV, 1100, D), torch.zeros(KV, 1100, D))
     prompt = block.run(x[:1099], 0, cache, exact=True)
     torch.testing.assert_close(prompt, expected[:1099], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        block.run(x[1099:], 1099, cache, exact=True), expected[1099:], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(block.run(x[1099:], 1099, cache, exact=True), expected[1099:], rtol=1e-4, atol=1e-4)
 
 
 def test_buffers_may_begin_at_the_current_chunk(isa: str) -> None:

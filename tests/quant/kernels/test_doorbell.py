@@ -8,15 +8,7 @@ import pytest
 import torch
 
 from quant.errors import MachineError, SchemeError
-from quant.kernels.doorbell import (
-    ANSWERED,
-    RUNG,
-    BellBuffers,
-    HostBell,
-    Warmed,
-    load_acquire,
-    store_release,
-)
+from quant.kernels.doorbell import ANSWERED, RUNG, BellBuffers, HostBell, Warmed, load_acquire, store_release
 from quant.kernels.moe import GatedMlp
 from quant.kernels.native import Weight
 from quant.pack import dequantize, quantize
@@ -68,29 +60,22 @@ def ring(buffers: BellBuffers, layer: int, ids: list[list[int]], first: list[lis
 
 
 def host_bell(
-    experts: Experts, tokens: int, k: int, *, scales_input: bool, exact: bool = True, warm: int = 0,
-    share: int = 0,
-) -> HostBell:  # fmt: skip
+    experts: Experts, tokens: int, k: int, *, scales_input: bool, exact: bool = True, warm: int = 0, share: int = 0
+) -> HostBell:
     buffers = BellBuffers.allocate(tokens, k, H, CPU)
     generator = torch.Generator().manual_seed(5)
     buffers.x.copy_(torch.randn(tokens, H, generator=generator))
     buffers.scores.copy_(torch.rand(tokens, k, generator=generator))
     bell = HostBell(
-        buffers, experts.native[:LAYERS], E, scales_input=scales_input, exact=exact, warm_bytes=warm,
-        share=share,
-    )  # fmt: skip
+        buffers, experts.native[:LAYERS], E, scales_input=scales_input, exact=exact, warm_bytes=warm, share=share
+    )
     for index, slot in enumerate(experts.memory):
         bell.table[index // E, index % E] = slot.data_ptr()
     return bell
 
 
 def expected(
-    experts: Experts,
-    bell: HostBell,
-    layer: int,
-    ids: list[list[int]],
-    first: list[list[int]],
-    scales_input: bool,
+    experts: Experts, bell: HostBell, layer: int, ids: list[list[int]], first: list[list[int]], scales_input: bool
 ) -> torch.Tensor:
     out = torch.zeros(len(ids), H, dtype=torch.float64)
     for token, row in enumerate(ids):
@@ -183,12 +168,8 @@ def test_serving_ends_when_told_to_stop_and_goes_on_after() -> None:
     assert load_acquire(bell.buffers.control, ANSWERED) == 2
 
 
-@pytest.mark.parametrize(
-    ("ids", "first", "layer"), [([[E]], [[0]], 0), ([[0]], [[7]], 0), ([[0]], [[0]], LAYERS)]
-)
-def test_a_request_that_makes_no_sense_is_an_error(
-    ids: list[list[int]], first: list[list[int]], layer: int
-) -> None:
+@pytest.mark.parametrize(("ids", "first", "layer"), [([[E]], [[0]], 0), ([[0]], [[7]], 0), ([[0]], [[0]], LAYERS)])
+def test_a_request_that_makes_no_sense_is_an_error(ids: list[list[int]], first: list[list[int]], layer: int) -> None:
     experts = Experts(Scheme("int4", 128))
     bell = host_bell(experts, 1, 1, scales_input=True)
     ring(bell.buffers, layer, ids, first)
@@ -292,9 +273,7 @@ def test_hints_that_come_and_go_change_no_answer_and_delay_none(share: int) -> N
     over.set()
     for thread in threads:
         thread.join()
-    wanted = [
-        expected(experts, bell, layer, [[e]], [[share]], True) for layer in range(LAYERS) for e in range(E)
-    ]
+    wanted = [expected(experts, bell, layer, [[e]], [[share]], True) for layer in range(LAYERS) for e in range(E)]
     for number, result in enumerate(results, 1):
         assert torch.allclose(result.double(), wanted[number % LAYERS * E + number % E], atol=1e-5)
     assert bell.warmed.hints > 0 and bell.warmed.asked == 500

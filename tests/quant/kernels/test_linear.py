@@ -71,9 +71,7 @@ def test_any_shape_equals_the_reference(isa: str) -> None:
 def check_random_bytes(rows: int, groups: int, group_size: int, kind: Kind, tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     words = group_size * groups // (8 if kind == "int4" else 4)
-    packed = torch.randint(-(2**31), 2**31, (rows, words), generator=generator, dtype=torch.int64).to(
-        torch.int32
-    )
+    packed = torch.randint(-(2**31), 2**31, (rows, words), generator=generator, dtype=torch.int64).to(torch.int32)
     bits = torch.randint(-(2**15), 2**15, (rows, groups), generator=generator, dtype=torch.int64)
     scale = bits.to(torch.int16).view(torch.bfloat16)
     weight = Weight.from_tensors(kind, packed, scale)
@@ -110,9 +108,7 @@ def test_integer_parts_are_exact(isa: str, kind: Kind, tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("columns", [1, 7, 64, 100, 2500])
-def test_plain_weights_of_any_width_are_multiplied_exactly(
-    isa: str, dtype: torch.dtype, columns: int
-) -> None:
+def test_plain_weights_of_any_width_are_multiplied_exactly(isa: str, dtype: torch.dtype, columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
     plain = torch.randn(37, columns, generator=generator).to(dtype)
     weight = Weight.from_tensors("bf16" if dtype is torch.bfloat16 else "f32", plain)

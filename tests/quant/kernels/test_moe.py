@@ -92,11 +92,7 @@ def test_llama4_block_equals_the_stock_module(isa: str) -> None:
 @pytest.mark.parametrize("normalized", [False, True])
 def test_softmax_block_equals_the_stock_module(isa: str, normalized: bool) -> None:
     config = OlmoeConfig(
-        hidden_size=H,
-        intermediate_size=INNER,
-        num_experts=E,
-        num_experts_per_tok=3,
-        norm_topk_prob=normalized,
+        hidden_size=H, intermediate_size=INNER, num_experts=E, num_experts_per_tok=3, norm_topk_prob=normalized
     )
     stock = OlmoeSparseMoeBlock(config).eval()
     kind: RouterKind = "softmax_normalized" if normalized else "softmax"
@@ -139,9 +135,7 @@ def shared_interface_block(stock: Any, top_k: int, kind: RouterKind, shared: boo
         top_k,
         kind,
         shared=pack_mlp(stock.shared_expert) if shared else None,
-        shared_router=Weight.from_tensors("f32", stock.shared_expert_gate.weight.detach())
-        if shared
-        else None,
+        shared_router=Weight.from_tensors("f32", stock.shared_expert_gate.weight.detach()) if shared else None,
     )
     for e in range(E):
         gate, gate_dense = packed(stock.experts.gate_up_proj[e, :INNER].detach().contiguous())

@@ -12,7 +12,6 @@ import torch
 from quant.errors import MachineError
 from quant.kernels import library, native
 from quant.kernels.native import Weight
-from quant.kernels.pages import use_huge_pages
 from quant.pack import quantize
 from quant.scheme import Scheme
 
@@ -20,9 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def weight(seed: int) -> Weight:
-    stored = quantize(
-        torch.randn(200, 256, generator=torch.Generator().manual_seed(seed)), Scheme("int4", 64)
-    )
+    stored = quantize(torch.randn(200, 256, generator=torch.Generator().manual_seed(seed)), Scheme("int4", 64))
     return Weight.from_tensors("int4", stored.packed, stored.scale)
 
 
@@ -44,9 +41,7 @@ def test_missing_kernels_say_how_to_build_them(tmp_path: Path, monkeypatch: pyte
         library.library.__wrapped__()
 
 
-def test_kernels_that_cannot_be_loaded_name_their_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_that_cannot_be_loaded_name_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "_native.abi3.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
@@ -102,10 +97,3 @@ def test_thread_counts_that_make_no_sense_are_refused() -> None:
 
 def test_read_bandwidth_is_a_plausible_rate() -> None:
     assert 0.1 < native.read_bandwidth(1 << 24, 0.02) < 5000
-
-
-def test_moving_to_huge_pages_keeps_every_byte() -> None:
-    tensor = torch.arange(3 << 20, dtype=torch.int32)
-    use_huge_pages(tensor)
-    assert torch.equal(tensor, torch.arange(3 << 20, dtype=torch.int32))
-    assert not use_huge_pages(torch.zeros(10))

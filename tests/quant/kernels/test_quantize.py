@@ -9,8 +9,8 @@ from quant.errors import MachineError, SchemeError
 from quant.kernels import native
 from quant.kernels.quantize import Quantized, quantize_pack
 from quant.pack import Packed, dequantize, quantize
+from quant.rounding.search import search
 from quant.scheme import GROUP_SIZES, Kind, Scheme
-from quant.search import search
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).parents[3] / "quant" / "kernels"
+KERNELS = Path(__file__).parents[3] / "quant" / "kernels" / "cpp"
 DRIVER = Path(__file__).with_name("driver.cpp")
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
 
@@ -20,33 +20,22 @@ def build(sanitizer: str, folder: Path) -> Path:
     """The driver with the kernels' sources, or a skip where the compiler has no such sanitizer."""
     assert COMPILER is not None
     flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-pthread"]
-    flags += [
-        f"-fsanitize={sanitizer}",
-        "-fno-sanitize-recover=all",
-        "-fno-omit-frame-pointer",
-        f"-I{KERNELS}",
-    ]
+    flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", f"-I{KERNELS}"]
     trial = folder / "trial.cpp"
     trial.write_text("int main() {}\n")
-    if subprocess.run(
-        [COMPILER, *flags, str(trial), "-o", str(folder / "trial")], capture_output=True
-    ).returncode:
+    if subprocess.run([COMPILER, *flags, str(trial), "-o", str(folder / "trial")], capture_output=True).returncode:
         pytest.skip(f"{COMPILER} cannot link -fsanitize={sanitizer}")
     sources = [path for path in sorted(KERNELS.glob("*.cpp")) if path.name != "module.cpp"] + [DRIVER]
     objects = [folder / f"{path.stem}.o" for path in sources]
 
     def compile_one(source: Path, to: Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [COMPILER, *flags, "-c", str(source), "-o", str(to)], capture_output=True, text=True
-        )
+        return subprocess.run([COMPILER, *flags, "-c", str(source), "-o", str(to)], capture_output=True, text=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done in pool.map(compile_one, sources, objects):
             assert done.returncode == 0, done.stderr
     binary = folder / "driver"
-    linked = subprocess.run(
-        [COMPILER, *flags, *map(str, objects), "-o", str(binary)], capture_output=True, text=True
-    )
+    linked = subprocess.run([COMPILER, *flags, *map(str, objects), "-o", str(binary)], capture_output=True, text=True)
     assert linked.returncode == 0, linked.stderr
     return binary
 

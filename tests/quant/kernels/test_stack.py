@@ -8,7 +8,7 @@ import torch
 
 from quant.errors import SchemeError
 from quant.kernels.attention import Attention, AttentionShape, KvBuffers
-from quant.kernels.foresight import FROM_EMBEDDING, Foresight
+from quant.kernels.lookahead import FROM_EMBEDDING, Lookahead
 from quant.kernels.moe import FAILED, READY, GatedMlp, Job, MoeBlock, mlp
 from quant.kernels.stack import DenseBlock, Head, Stack, Stop
 from quant.kernels.weight import Weight
@@ -38,11 +38,7 @@ def _layers() -> tuple[list[Attention], list[MoeBlock | DenseBlock], list[KvBuff
         for expert in range(EXPERTS):
             block.set_expert(expert, _gated())
         blocks.append(block)
-    return (
-        attentions,
-        blocks,
-        [KvBuffers(torch.zeros(2, 8, 16), torch.zeros(2, 8, 16)) for _ in range(LAYERS)],
-    )
+    return (attentions, blocks, [KvBuffers(torch.zeros(2, 8, 16), torch.zeros(2, 8, 16)) for _ in range(LAYERS)])
 
 
 def test_a_stack_equals_its_layers_one_by_one() -> None:
@@ -157,22 +153,19 @@ def test_a_stack_says_what_coming_layers_will_want() -> None:
     assert isinstance(first, MoeBlock)
     assert isinstance(last, MoeBlock)
     routers = [torch.randn(EXPERTS, HIDDEN) for _ in range(2)]
-    foresight = Foresight(routers, [torch.ones(HIDDEN)] * 2, 1)
+    lookahead = Lookahead(routers, [torch.ones(HIDDEN)] * 2, 1)
     x, cosine, sine = _token()
     embedded = [int((router @ x[0]).argmax()) for router in routers]
     last.clear_expert(embedded[1])
-    stack.begin(x, 0, cosine, sine, True, foresight)
+    stack.begin(x, 0, cosine, sine, True, lookahead)
     expected = [(0, embedded[0]), (2, embedded[1])]
     assert stack.go() == Stop(0, 0, False, [], expected, [])  # one of them is absent: all are named
-    before = foresight.right.clone()
+    before = lookahead.right.clone()
     stop = stack.go()
-    changed = (foresight.right != before).nonzero().tolist()
+    changed = (lookahead.right != before).nonzero().tolist()
     assert [row[:2] for row in changed] == [[FROM_EMBEDDING, 0]]  # of layer 0 alone
     assert stop is not None
-    assert stop.finished in (
-        1,
-        2,
-    )
+    assert stop.finished in (1, 2)
 
 
 def test_a_stack_ends_with_the_logits_of_its_head() -> None:
@@ -196,7 +189,7 @@ def test_a_waiting_layer_guesses_the_next_token_and_what_it_will_want() -> None:
     stack.attach(caches, 0)
     stack.guess_tokens(embeddings, 1)
     routers = [torch.randn(EXPERTS, HIDDEN) for _ in range(2)]
-    foresight = Foresight(routers, [torch.ones(HIDDEN)] * 2, 1)
+    lookahead = Lookahead(routers, [torch.ones(HIDDEN)] * 2, 1)
     first, last = blocks[0], blocks[2]
     assert isinstance(first, MoeBlock)
     assert isinstance(last, MoeBlock)
@@ -208,15 +201,14 @@ def test_a_waiting_layer_guesses_the_next_token_and_what_it_will_want() -> None:
     for expert in set(range(EXPERTS)) - {chosen[0]}:
         first.clear_expert(expert)
     partial = x.clone()
-    stack.begin(partial, 0, cosine, sine, True, foresight)
+    stack.begin(partial, 0, cosine, sine, True, lookahead)
     stops = []
     while (stop := stack.go()) is not None and not (stop.wanted_next or len(stops) > 9):
         stops.append(stop)
     normed = torch.nn.functional.rms_norm(partial[0], (HIDDEN,), norm, 1e-5)
     token = int((normed @ head.T).argmax())
     expected = [
-        (layer, int((router @ embeddings[token]).argmax()))
-        for layer, router in zip((0, 2), routers, strict=True)
+        (layer, int((router @ embeddings[token]).argmax())) for layer, router in zip((0, 2), routers, strict=True)
     ]
     assert stop is not None
     assert stop.finished == 2
@@ -224,7 +216,7 @@ def test_a_waiting_layer_guesses_the_next_token_and_what_it_will_want() -> None:
     last.publish(chosen[1], READY)
     assert stack.go() is None
     assert stack.token_logits is not None
-    stack.begin(x.clone(), 0, cosine, sine, True, foresight)
+    stack.begin(x.clone(), 0, cosine, sine, True, lookahead)
     again = stack.go()
     assert again is not None
     assert again.attended == 0  # whatever was guessed for it is to be looked at anew

@@ -13,11 +13,26 @@ import triton.language as tl
 
 @triton.jit
 def part_kernel(
-    query, keys, values, key_scale, value_scale, position, sums, bounds, capacity, scaling,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr,
-    PADDED: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr,
+    query,
+    keys,
+    values,
+    key_scale,
+    value_scale,
+    position,
+    sums,
+    bounds,
+    capacity,
+    scaling,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
     OPERAND: tl.constexpr,
-):  # fmt: skip
+):
     """sums f32 ``[h, SPLITS, d]``: Σ exp(score - maximum)·value of each part; bounds f32
     ``[h, SPLITS, 2]``: (maximum, Σ exp(score - maximum)), (-inf, 0) for a part without tokens."""
     head, part = tl.program_id(0), tl.program_id(1)
@@ -65,9 +80,7 @@ def part_kernel(
 
 
 @triton.jit
-def join_kernel(
-    sums, bounds, out, WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr
-):  # fmt: skip
+def join_kernel(sums, bounds, out, WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):
     """out[h, :] = the parts' sums, each brought to the common maximum, over the sum of their weights."""
     head = tl.program_id(0)
     part = tl.arange(0, SPLITS)

@@ -16,9 +16,13 @@ import triton.language as tl
 def _publish(word, value, NATIVE: tl.constexpr):
     if NATIVE:
         tl.inline_asm_elementwise(
-            "st.release.sys.global.b32 [$1], $2; mov.b32 $0, $2;", "=r,l,r", [word, value],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+            "st.release.sys.global.b32 [$1], $2; mov.b32 $0, $2;",
+            "=r,l,r",
+            [word, value],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     else:
         tl.store(word, value)
 
@@ -47,9 +51,7 @@ def _first_features(chosen, places, share, inter, count, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _advise(
-    logits, places, hint, row, experts, TOP_K: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
+def _advise(logits, places, hint, row, experts, TOP_K: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr):
     """The k largest of the coming layer's logits, as ``select_kernel`` picks them: 1 + row · E + expert each,
     0 for one in VRAM. Written through to the host, in no order with anything: it is advice."""
     at, slot = tl.arange(0, WIDE), tl.arange(0, SLOTS)
@@ -67,11 +69,35 @@ def _advise(
 
 @triton.jit(do_not_specialize=["layer", "next_row"])
 def ring_kernel(
-    x, chosen, scores, places, share, control, request, host_scores, host_x, sequence, next_logits,
-    next_places, hint, next_row, layer, inter, tokens, top_k, features, experts,
-    PAIRS: tl.constexpr, RUNG: tl.constexpr, HEADER: tl.constexpr, BLOCK: tl.constexpr,
-    GUESS: tl.constexpr, TOP_K: tl.constexpr, WIDE: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
+    x,
+    chosen,
+    scores,
+    places,
+    share,
+    control,
+    request,
+    host_scores,
+    host_x,
+    sequence,
+    next_logits,
+    next_places,
+    hint,
+    next_row,
+    layer,
+    inter,
+    tokens,
+    top_k,
+    features,
+    experts,
+    PAIRS: tl.constexpr,
+    RUNG: tl.constexpr,
+    HEADER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GUESS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WIDE: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
     """Ask the host for its part of the chosen experts, if it has one, then say what comes next. GUESS: 0 say
     nothing, 1 the coming layer's best, 2 that nothing is known."""
     count = tokens * top_k
@@ -104,10 +130,25 @@ def ring_kernel(
 
 @triton.jit(do_not_specialize=["patience"])
 def answer_kernel(
-    chosen, places, share, control, result, sequence, out, inter, tokens, top_k, features, patience,
-    PAIRS: tl.constexpr, ANSWERED: tl.constexpr, STOP: tl.constexpr, LOST: tl.constexpr,
-    BLOCK: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
+    chosen,
+    places,
+    share,
+    control,
+    result,
+    sequence,
+    out,
+    inter,
+    tokens,
+    top_k,
+    features,
+    patience,
+    PAIRS: tl.constexpr,
+    ANSWERED: tl.constexpr,
+    STOP: tl.constexpr,
+    LOST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
     """out += result, once the host has answered what ``ring_kernel`` asked.
 
     Gives up after ``patience`` looks at the flag, or when the host says so: sets the LOST word and adds

@@ -24,9 +24,22 @@ def rms_norm_kernel(x, weight, out, unrounded, features, eps, BOTH: tl.constexpr
 
 @triton.jit
 def _head(
-    x, norm, head, at, live, cosine, sine, rotated, eps, width,
-    QK_NORM: tl.constexpr, ROPE: tl.constexpr, L2: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    x,
+    norm,
+    head,
+    at,
+    live,
+    cosine,
+    sine,
+    rotated,
+    eps,
+    width,
+    QK_NORM: tl.constexpr,
+    ROPE: tl.constexpr,
+    L2: tl.constexpr,
+    HEAD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Channels ``at`` of one head of x, normed and rotated, f32. A channel's partner in the rotation is
     loaded again rather than exchanged."""
     mine = tl.load(x + head * HEAD + at, mask=live, other=0.0).to(tl.float32)
@@ -63,32 +76,43 @@ def _head(
 
 @triton.jit
 def append_kernel(
-    q, k, v, q_norm, k_norm, cosine, sine, temperature, position, query, keys, values, key_scale, value_scale,
-    heads, kv_heads, capacity, chunk, rotated, eps,
-    QK_NORM: tl.constexpr, ROPE: tl.constexpr, L2: tl.constexpr, TUNED: tl.constexpr, INT8: tl.constexpr,
-    HEAD: tl.constexpr, BLOCK: tl.constexpr, WIDE_Q: tl.constexpr, WIDE_K: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    q_norm,
+    k_norm,
+    cosine,
+    sine,
+    temperature,
+    position,
+    query,
+    keys,
+    values,
+    key_scale,
+    value_scale,
+    heads,
+    kv_heads,
+    capacity,
+    chunk,
+    rotated,
+    eps,
+    QK_NORM: tl.constexpr,
+    ROPE: tl.constexpr,
+    L2: tl.constexpr,
+    TUNED: tl.constexpr,
+    INT8: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE_Q: tl.constexpr,
+    WIDE_K: tl.constexpr,
+):
     """One head per program: h of q, then g of k, then g of v."""
     head = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     live = at < HEAD
     if head < heads:
         mine = _head(
-            q,
-            q_norm,
-            head,
-            at,
-            live,
-            cosine,
-            sine,
-            rotated,
-            eps,
-            heads * HEAD,
-            QK_NORM,
-            ROPE,
-            L2,
-            HEAD,
-            WIDE_Q,
+            q, q_norm, head, at, live, cosine, sine, rotated, eps, heads * HEAD, QK_NORM, ROPE, L2, HEAD, WIDE_Q
         )
         if TUNED:
             mine = mine * tl.load(temperature)
@@ -100,21 +124,7 @@ def append_kernel(
     head -= heads
     if head < kv_heads:
         mine = _head(
-            k,
-            k_norm,
-            head,
-            at,
-            live,
-            cosine,
-            sine,
-            rotated,
-            eps,
-            kv_heads * HEAD,
-            QK_NORM,
-            ROPE,
-            L2,
-            HEAD,
-            WIDE_K,
+            k, k_norm, head, at, live, cosine, sine, rotated, eps, kv_heads * HEAD, QK_NORM, ROPE, L2, HEAD, WIDE_K
         )
         _store(keys, key_scale, head * capacity + row, at, live, mine, INT8, HEAD)
     else:
@@ -136,9 +146,8 @@ def _store(target, scale, row, at, live, mine, INT8: tl.constexpr, HEAD: tl.cons
 
 @triton.jit
 def select_kernel(
-    logits, chosen, scores, experts,
-    KIND: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits, chosen, scores, experts, KIND: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):
     """The k largest of a token's logits, the lowest index among equals; SLOTS is k rounded up to a power of
     two. KIND: 0 sigmoid, 1 softmax over all, 2 over the chosen."""
     token = tl.program_id(0).to(tl.int64)

@@ -33,10 +33,18 @@ def source_feature(position, BITS: tl.constexpr):
 
 @triton.jit
 def arrange_kernel(
-    x, order, scores, out, features, width,
-    TOP_K: tl.constexpr, GATHERS: tl.constexpr, SCALES: tl.constexpr, BITS: tl.constexpr,
+    x,
+    order,
+    scores,
+    out,
+    features,
+    width,
+    TOP_K: tl.constexpr,
+    GATHERS: tl.constexpr,
+    SCALES: tl.constexpr,
+    BITS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):  # fmt: skip
+):
     """out[r] = x's row (of pair order[r] where GATHERS, times its score where SCALES), arranged, then
     zeros."""
     row = tl.program_id(0).to(tl.int64)
@@ -55,10 +63,22 @@ def arrange_kernel(
 
 @triton.jit
 def tile_product(
-    packed, scale, x, rows, tokens, live_tokens, row_words, groups, width,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    packed,
+    scale,
+    x,
+    rows,
+    tokens,
+    live_tokens,
+    row_words,
+    groups,
+    width,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
     OPERAND: tl.constexpr,
-):  # fmt: skip
+):
     """W[rows]·x[tokens]ᵀ → f32 ``[N, T]``; ``x`` arranged, ``width`` features per arranged row."""
     PER_WORD: tl.constexpr = 32 // BITS
     GROUP_WORDS: tl.constexpr = GROUP // PER_WORD
@@ -72,9 +92,7 @@ def tile_product(
         if GROUP_WORDS >= WORDS:
             part = tl.zeros((ROWS, TOKENS), tl.float32)
             for i in tl.static_range(PER_WORD):
-                four = tl.load(
-                    token_places + start * PER_WORD + i * WORDS, mask=live_tokens[None, :], other=0.0
-                )
+                four = tl.load(token_places + start * PER_WORD + i * WORDS, mask=live_tokens[None, :], other=0.0)
                 part = tl.dot(weight(values, i, BITS).to(OPERAND), four.to(OPERAND), part)
             scales = tl.load(scale + rows * groups + start // GROUP_WORDS).to(tl.float32)
             total += part * scales[:, None]
@@ -82,28 +100,51 @@ def tile_product(
             places = scale + rows[:, None] * groups + (word // GROUP_WORDS)[None, :]
             scales = tl.load(places, mask=(word < row_words)[None, :], other=0.0).to(tl.float32)
             for i in tl.static_range(PER_WORD):
-                four = tl.load(
-                    token_places + start * PER_WORD + i * WORDS, mask=live_tokens[None, :], other=0.0
-                )
+                four = tl.load(token_places + start * PER_WORD + i * WORDS, mask=live_tokens[None, :], other=0.0)
                 total = tl.dot((weight(values, i, BITS) * scales).to(OPERAND), four.to(OPERAND), total)
     return total
 
 
 @triton.jit(do_not_specialize=["count"])
 def linear_kernel(
-    x, packed, scale, out, count, features, row_words, groups, width,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    x,
+    packed,
+    scale,
+    out,
+    count,
+    features,
+    row_words,
+    groups,
+    width,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
     OPERAND: tl.constexpr,
-):  # fmt: skip
+):
     """out[t, n] = Σ W[n, k]·x[t, k]; with ADD, f32 out is added to."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_words = tl.multiple_of(row_words, 4)
     y = tile_product(
-        packed, scale, x, tl.minimum(row, features - 1).to(tl.int64), token.to(tl.int64), token < count,
-        row_words, groups, width, BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
-    )  # fmt: skip
+        packed,
+        scale,
+        x,
+        tl.minimum(row, features - 1).to(tl.int64),
+        token.to(tl.int64),
+        token < count,
+        row_words,
+        groups,
+        width,
+        BITS,
+        GROUP,
+        ROWS,
+        TOKENS,
+        STAGES,
+        OPERAND,
+    )
     places = out + token.to(tl.int64)[None, :] * features + row[:, None]
     live = (token < count)[None, :] & (row < features)[:, None]
     if ADD:
@@ -124,21 +165,37 @@ def _expert_tile(experts, starts, count, tile, TOKENS: tl.constexpr, EXPERTS: tl
     ends = tl.cumsum(tiles, 0)
     found = index == tl.sum((ends <= tile).to(tl.int32), 0)
     row = first + (tile - (ends - tiles)) * TOKENS
-    return (
-        tl.sum(tl.where(found, ids, 0), 0),
-        tl.sum(tl.where(found, row, 0), 0),
-        tl.sum(tl.where(found, end, 0), 0),
-    )
+    return (tl.sum(tl.where(found, ids, 0), 0), tl.sum(tl.where(found, row, 0), 0), tl.sum(tl.where(found, end, 0), 0))
 
 
 @triton.jit(do_not_specialize=["count"])
 def gate_up_kernel(
-    x, experts, starts, addresses, hidden, count, features, inter, row_words, groups, width, hidden_width,
-    gate_packed, gate_scale, up_packed, up_scale,
-    BITS: tl.constexpr, GROUP: tl.constexpr, DOWN_BITS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    x,
+    experts,
+    starts,
+    addresses,
+    hidden,
+    count,
+    features,
+    inter,
+    row_words,
+    groups,
+    width,
+    hidden_width,
+    gate_packed,
+    gate_scale,
+    up_packed,
+    up_scale,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DOWN_BITS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
     OPERAND: tl.constexpr,
-):  # fmt: skip
+):
     """hidden[r, :] = silu(gate·x[r])·(up·x[r]), arranged for down_proj: a tile's rows are taken in that
     order, so that it writes without gaps."""
     expert, begin, end = _expert_tile(experts, starts, count, tl.program_id(0), TOKENS, EXPERTS)
@@ -154,15 +211,39 @@ def gate_up_kernel(
     feature = source_feature(position, DOWN_BITS)
     read = tl.minimum(feature, inter - 1).to(tl.int64)
     gate = tile_product(
-        pointers(address + gate_packed, ALIGNMENT), (address + gate_scale).to(tl.pointer_type(tl.bfloat16)),
-        x, read, token.to(tl.int64), live, row_words, groups, width,
-        BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
-    )  # fmt: skip
+        pointers(address + gate_packed, ALIGNMENT),
+        (address + gate_scale).to(tl.pointer_type(tl.bfloat16)),
+        x,
+        read,
+        token.to(tl.int64),
+        live,
+        row_words,
+        groups,
+        width,
+        BITS,
+        GROUP,
+        ROWS,
+        TOKENS,
+        STAGES,
+        OPERAND,
+    )
     up = tile_product(
-        pointers(address + up_packed, ALIGNMENT), (address + up_scale).to(tl.pointer_type(tl.bfloat16)),
-        x, read, token.to(tl.int64), live, row_words, groups, width,
-        BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
-    )  # fmt: skip
+        pointers(address + up_packed, ALIGNMENT),
+        (address + up_scale).to(tl.pointer_type(tl.bfloat16)),
+        x,
+        read,
+        token.to(tl.int64),
+        live,
+        row_words,
+        groups,
+        width,
+        BITS,
+        GROUP,
+        ROWS,
+        TOKENS,
+        STAGES,
+        OPERAND,
+    )
     result = tl.where((feature < inter)[:, None], gate * tl.sigmoid(gate) * up, 0.0)
     places = hidden + token.to(tl.int64)[None, :] * hidden_width + position[:, None]
     tl.store(places, result.to(tl.bfloat16), mask=live[None, :] & (position < hidden_width)[:, None])
@@ -170,12 +251,30 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def down_kernel(
-    hidden, order, scores, experts, starts, addresses, out, count, features, row_words, groups, width,
-    down_packed, down_scale,
-    SCALES_OUTPUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNMENT: tl.constexpr,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    hidden,
+    order,
+    scores,
+    experts,
+    starts,
+    addresses,
+    out,
+    count,
+    features,
+    row_words,
+    groups,
+    width,
+    down_packed,
+    down_scale,
+    SCALES_OUTPUT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
     OPERAND: tl.constexpr,
-):  # fmt: skip
+):
     """out[order[r], :] = down·hidden[r], times the pair's score where SCALES_OUTPUT."""
     expert, begin, end = _expert_tile(experts, starts, count, tl.program_id(0), TOKENS, EXPERTS)
     if begin >= end:
@@ -188,10 +287,22 @@ def down_kernel(
     live = token < end
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     y = tile_product(
-        pointers(address + down_packed, ALIGNMENT), (address + down_scale).to(tl.pointer_type(tl.bfloat16)),
-        hidden, tl.minimum(row, features - 1).to(tl.int64), token.to(tl.int64), live,
-        row_words, groups, width, BITS, GROUP, ROWS, TOKENS, STAGES, OPERAND,
-    )  # fmt: skip
+        pointers(address + down_packed, ALIGNMENT),
+        (address + down_scale).to(tl.pointer_type(tl.bfloat16)),
+        hidden,
+        tl.minimum(row, features - 1).to(tl.int64),
+        token.to(tl.int64),
+        live,
+        row_words,
+        groups,
+        width,
+        BITS,
+        GROUP,
+        ROWS,
+        TOKENS,
+        STAGES,
+        OPERAND,
+    )
     pair = tl.load(order + token, mask=live, other=0)
     if SCALES_OUTPUT:
         y *= tl.load(scores + pair, mask=live, other=0.0)[None, :]

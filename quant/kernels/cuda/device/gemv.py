@@ -39,9 +39,18 @@ def _activations(x, word, live, BITS: tl.constexpr):
 
 @triton.jit
 def row_dots(
-    packed, scale, x, rows, used, row_words, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
+    packed,
+    scale,
+    x,
+    rows,
+    used,
+    row_words,
+    groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """Σ W[row, k]·x[k] over the first ``used`` words of each row → f32 ``[N]``."""
     GROUP_WORDS: tl.constexpr = GROUP * BITS // 32
     total = tl.zeros((ROWS, WORDS), tl.float32)
@@ -57,9 +66,19 @@ def row_dots(
 
 @triton.jit
 def linear_kernel(
-    x, packed, scale, out, features, row_words, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
+    x,
+    packed,
+    scale,
+    out,
+    features,
+    row_words,
+    groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """out[n] = Σ W[n, k]·x[k] for one token; with ADD, f32 out[n] is added to."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_words = tl.multiple_of(row_words, 4)
@@ -78,11 +97,29 @@ def _features_here(place, address, share, inter):
 
 @triton.jit
 def gate_up_kernel(
-    x, chosen, scores, addresses, places, share, hidden,
-    features, inter, row_words, groups, gate_packed, gate_scale, up_packed, up_scale,
-    TOP_K: tl.constexpr, SCALES_INPUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
+    x,
+    chosen,
+    scores,
+    addresses,
+    places,
+    share,
+    hidden,
+    features,
+    inter,
+    row_words,
+    groups,
+    gate_packed,
+    gate_scale,
+    up_packed,
+    up_scale,
+    TOP_K: tl.constexpr,
+    SCALES_INPUT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """hidden[pair, i] = silu(gate_i·x)·(up_i·x) for the rows i of each chosen expert that are this card's.
 
     The product is linear in x, so a score that scales the input scales both sums instead. Programs of
@@ -114,12 +151,8 @@ def gate_up_kernel(
         place = read[:, None] * row_words + word[None, :]
         gate_values, up_values = _stream(gate_words + place, live), _stream(up_words + place, live)
         first, second = _activations(token, word, live, BITS)
-        gate += word_dot(gate_values, first, second, BITS) * _scales(
-            gate_scales, read, word, live, groups, GROUP_WORDS
-        )
-        up += word_dot(up_values, first, second, BITS) * _scales(
-            up_scales, read, word, live, groups, GROUP_WORDS
-        )
+        gate += word_dot(gate_values, first, second, BITS) * _scales(gate_scales, read, word, live, groups, GROUP_WORDS)
+        up += word_dot(up_values, first, second, BITS) * _scales(up_scales, read, word, live, groups, GROUP_WORDS)
     gated, linear = tl.sum(gate, 1), tl.sum(up, 1)
     if SCALES_INPUT:
         score = tl.load(scores + pair)
@@ -130,11 +163,28 @@ def gate_up_kernel(
 
 @triton.jit
 def down_kernel(
-    hidden, chosen, scores, addresses, places, share, out,
-    features, inter, row_words, groups, down_packed, down_scale,
-    TOP_K: tl.constexpr, CHOICES: tl.constexpr, SCALES_INPUT: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    chosen,
+    scores,
+    addresses,
+    places,
+    share,
+    out,
+    features,
+    inter,
+    row_words,
+    groups,
+    down_packed,
+    down_scale,
+    TOP_K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    SCALES_INPUT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """out[token] += Σ over the token's experts, in the router's order, of score · down·hidden[pair].
 
     One program owns its rows of ``out``: no atomics, the sum has one order, two runs agree to the bit.
@@ -162,8 +212,16 @@ def down_kernel(
         y = row_dots(
             pointers(address + down_packed, ALIGNMENT),
             (address + down_scale).to(tl.pointer_type(tl.bfloat16)),
-            hidden + pair * inter, read, used, row_words, groups, BITS, GROUP, ROWS, WORDS,
-        )  # fmt: skip
+            hidden + pair * inter,
+            read,
+            used,
+            row_words,
+            groups,
+            BITS,
+            GROUP,
+            ROWS,
+            WORDS,
+        )
         total += y if SCALES_INPUT else y * tl.sum(tl.where(here, factors, 0.0), 0)
     place = out + token.to(tl.int64) * features + row
     live = row < features

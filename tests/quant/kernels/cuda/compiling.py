@@ -22,9 +22,13 @@ from triton.runtime.jit import JITFunction
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-    torch.uint8: "*u8", torch.int8: "*i8",
-}  # fmt: skip
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+}
 
 
 def record(call: Callable[[], object]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -78,10 +82,7 @@ def describe(compiled: Any, name: str, arch: int) -> dict[str, Any]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run(
-            [NVIDIA / "cuobjdump", "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
+            [NVIDIA / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
         code = subprocess.run([NVIDIA / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
     ptx = compiled.asm["ptx"]

@@ -25,11 +25,7 @@ SHAPES = {
 
 
 def norms(generator: torch.Generator) -> None:
-    for tokens, features, dtype in (
-        (1, 128, torch.float32),
-        (3, 5120, torch.bfloat16),
-        (2, 100, torch.float32),
-    ):
+    for tokens, features, dtype in ((1, 128, torch.float32), (3, 5120, torch.bfloat16), (2, 100, torch.float32)):
         x = torch.randn(tokens, features, generator=generator) * 3
         weight = torch.randn(features, generator=generator)
         whole = torch.zeros(2, tokens, features)
@@ -49,8 +45,10 @@ def buffers(shape: AttentionShape, storage: torch.dtype) -> KvRows:
 def appends(generator: torch.Generator) -> None:
     for name, shape in SHAPES.items():
         for storage, dtype in (
-            (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.int8, torch.float32)
-        ):  # fmt: skip
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.bfloat16),
+            (torch.int8, torch.float32),
+        ):
             d, h, g = shape.head_dim, shape.heads, shape.kv_heads
             q, k, v = (torch.randn(1, n * d, generator=generator).to(dtype) for n in (h, g, g))
             rotated = d // 2 if name.startswith("part") else d

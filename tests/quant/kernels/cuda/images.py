@@ -10,9 +10,7 @@ from quant.pack import Packed, dequantize, quantize
 from quant.scheme import Scheme
 
 KEYS = [
-    (name, suffix)
-    for name in ("gate_proj", "up_proj", "down_proj")
-    for suffix in ("weight_packed", "weight_scale")
+    (name, suffix) for name in ("gate_proj", "up_proj", "down_proj") for suffix in ("weight_packed", "weight_scale")
 ]
 
 
@@ -39,9 +37,8 @@ class Images:
 
 
 def images(
-    experts: int, hidden: int, inter: int, gate_up: Scheme, down: Scheme, device: torch.device,
-    alignment: int = 16,
-) -> Images:  # fmt: skip
+    experts: int, hidden: int, inter: int, gate_up: Scheme, down: Scheme, device: torch.device, alignment: int = 16
+) -> Images:
     """Random experts on ``device``, their tensors at odd multiples of ``alignment``."""
     generator = torch.Generator().manual_seed(hidden + inter)
     memory, dense, addresses, host_addresses = [], [], [], []
@@ -72,16 +69,8 @@ def images(
         memory += [host, placed]
         dense.append(tuple(dequantize(weight) for weight in weights))
     schemes = {"gate_proj": gate_up, "up_proj": gate_up, "down_proj": down}
-    layout = ExpertLayout.from_offsets(
-        hidden, inter, schemes, dict(zip(KEYS, offsets, strict=True)), alignment
-    )
-    return Images(
-        layout,
-        torch.tensor(addresses, device=device),
-        dense,
-        torch.tensor(host_addresses),
-        memory,
-    )
+    layout = ExpertLayout.from_offsets(hidden, inter, schemes, dict(zip(KEYS, offsets, strict=True)), alignment)
+    return Images(layout, torch.tensor(addresses, device=device), dense, torch.tensor(host_addresses), memory)
 
 
 def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:

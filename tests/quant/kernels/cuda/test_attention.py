@@ -21,9 +21,8 @@ from tests.quant.kernels.cuda.images import assert_near
     ],
 )
 def test_equals_the_reference(
-    heads: int, kv_heads: int, width: int, capacity: int, position: int, chunk: int, int8: bool,
-    device: torch.device,
-) -> None:  # fmt: skip
+    heads: int, kv_heads: int, width: int, capacity: int, position: int, chunk: int, int8: bool, device: torch.device
+) -> None:
     generator = torch.Generator().manual_seed(position)
     query = torch.randn(heads, width, generator=generator).bfloat16()
     states = torch.randn(2, kv_heads, capacity, width, generator=generator) * 2

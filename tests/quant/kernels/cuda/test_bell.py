@@ -108,9 +108,15 @@ def test_a_ring_says_what_comes_next_whether_or_not_it_rings(case: str, missed: 
     logits, places, top_k = LOGITS[case]
     buffers = BellBuffers.allocate(1, top_k, HIDDEN, place)
     x, chosen, scores, here, share, there, logits_there = moved(
-        place, torch.zeros(1, HIDDEN).bfloat16(), torch.zeros(1, top_k).int(), torch.zeros(1, top_k),
-        torch.full_like(places, int(missed)), torch.zeros(1).int(), places, logits,
-    )  # fmt: skip
+        place,
+        torch.zeros(1, HIDDEN).bfloat16(),
+        torch.zeros(1, top_k).int(),
+        torch.zeros(1, top_k),
+        torch.full_like(places, int(missed)),
+        torch.zeros(1).int(),
+        places,
+        logits,
+    )
 
     def said(outlook: bell.Outlook) -> list[int]:
         ring(x, chosen, scores, here, share, 3, INTER, buffers, outlook)

@@ -44,19 +44,32 @@ class Step:
         moved = [t.to(device) for t in (self.x, self.chosen, self.scores)]
         out = self.out.clone().to(device)
         experts.launch(
-            *moved, self.made.addresses, self.places.to(device), self.share.to(device), self.made.layout,
-            self.scratch, out, scales_input=scales_input,
-        )  # fmt: skip
+            *moved,
+            self.made.addresses,
+            self.places.to(device),
+            self.share.to(device),
+            self.made.layout,
+            self.scratch,
+            out,
+            scales_input=scales_input,
+        )
         return out
 
     def theirs(self, scales_input: bool) -> torch.Tensor:
         addresses = torch.where(self.made.addresses.cpu() == 0, 0, self.made.host_addresses)
         out = self.out.clone()
         experts.moe_decode(
-            self.x, self.chosen, self.scores, addresses, self.places, self.share, self.made.layout,
-            DecodeScratch.allocate(self.made.layout, *self._sizes, torch.device("cpu")), out,
+            self.x,
+            self.chosen,
+            self.scores,
+            addresses,
+            self.places,
+            self.share,
+            self.made.layout,
+            DecodeScratch.allocate(self.made.layout, *self._sizes, torch.device("cpu")),
+            out,
             scales_input=scales_input,
-        )  # fmt: skip
+        )
         return out
 
     @property
@@ -141,8 +154,9 @@ def test_what_does_not_fit_is_refused() -> None:
         step.theirs(scales_input=True)
     with pytest.raises(SchemeError, match="1 to 8"):
         DecodeScratch.allocate(made.layout, 9, 9, torch.device("cpu"))
-    offsets = dict.fromkeys([(n, s) for n in ("gate_proj", "up_proj", "down_proj")
-                             for s in ("weight_packed", "weight_scale")], 0)  # fmt: skip
+    offsets = dict.fromkeys(
+        [(n, s) for n in ("gate_proj", "up_proj", "down_proj") for s in ("weight_packed", "weight_scale")], 0
+    )
     int4, int8 = Scheme("int4", 64), Scheme("int8", 64)
     mixed = {"gate_proj": int4, "up_proj": int8, "down_proj": int4}
     nf4 = dict.fromkeys(mixed, Scheme("nf4"))

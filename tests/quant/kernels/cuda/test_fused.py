@@ -20,10 +20,7 @@ AT = torch.zeros(1, dtype=torch.int32)
 def test_kernels_equal_their_references_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.quant.kernels.cuda.fused_cases"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "tests.quant.kernels.cuda.fused_cases"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout.strip().endswith("equal"), done.stderr
 
@@ -32,18 +29,8 @@ def test_kernels_equal_their_references_in_the_interpreter() -> None:
     ("shape", "rows", "norms", "message"),
     [
         (AttentionShape(4, 1, 32), ROWS, None, "expected one token of 4 and 1 heads"),
-        (
-            AttentionShape(4, 2, 32),
-            KvRows(torch.zeros(1, 16, 32), torch.zeros(1, 16, 32)),
-            None,
-            "KV buffers",
-        ),
-        (
-            AttentionShape(4, 2, 32),
-            KvRows(ROWS.keys.to(torch.int8), ROWS.values.to(torch.int8)),
-            None,
-            "scales",
-        ),
+        (AttentionShape(4, 2, 32), KvRows(torch.zeros(1, 16, 32), torch.zeros(1, 16, 32)), None, "KV buffers"),
+        (AttentionShape(4, 2, 32), KvRows(ROWS.keys.to(torch.int8), ROWS.values.to(torch.int8)), None, "scales"),
         (AttentionShape(4, 2, 32), ROWS, HeadNorms(torch.ones(32), torch.ones(32)), "norms to match"),
         (AttentionShape(4, 2, 32, rope="halves"), ROWS, None, "cosines and sines to match"),
     ],

@@ -30,9 +30,15 @@ def unarranged(rows: torch.Tensor, features: int, bits: int) -> torch.Tensor:
     ],
 )
 def test_equals_the_reference_in_any_order_of_calls(
-    gate_up: Scheme, down: Scheme, hidden: int, inter: int, tokens: int, top_k: int, scales_input: bool,
+    gate_up: Scheme,
+    down: Scheme,
+    hidden: int,
+    inter: int,
+    tokens: int,
+    top_k: int,
+    scales_input: bool,
     device: torch.device,
-) -> None:  # fmt: skip
+) -> None:
     generator = torch.Generator().manual_seed(tokens)
     made = images(5, hidden, inter, gate_up, down, device)
     x = torch.randn(tokens, hidden, generator=generator).bfloat16()
@@ -69,16 +75,12 @@ def test_each_step_is_exact_but_for_bf16(device: torch.device) -> None:
     x, scores = torch.randn(18, 288, generator=generator).bfloat16(), torch.rand(18, 1, generator=generator)
     scratch = prefill.PrefillScratch.allocate(made.layout, 18, device)
     scratch.hidden.fill_(float("nan"))
-    prefill.launch_arrange(
-        x.to(device), groups, scores.to(device), made.layout, scratch, scales_input=False, top_k=1
-    )
+    prefill.launch_arrange(x.to(device), groups, scores.to(device), made.layout, scratch, scales_input=False, top_k=1)
     assert torch.equal(unarranged(scratch.tokens, 288, 4).cpu(), x)
     assert (unarranged(scratch.tokens, 384, 4)[:, 288:] == 0).all()
     out = torch.empty(18, 288, dtype=torch.bfloat16, device=device)
     experts = torch.zeros(1, dtype=torch.int32, device=device)
-    prefill.launch(
-        groups, scores.to(device), experts, made.addresses, made.layout, scratch, out, scales_input=False
-    )
+    prefill.launch(groups, scores.to(device), experts, made.addresses, made.layout, scratch, out, scales_input=False)
     gate, up, down = made.dense[0]
     hidden = unarranged(scratch.hidden, 256, 8).cpu().float()
     assert (hidden[:, 160:] == 0).all()
@@ -120,6 +122,4 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(SchemeError, match="scratch for 256 and 128 features"):
         prefill.moe_prefill(groups, scores, experts, made.addresses, made.layout, wide, x, scales_input=True)
     with pytest.raises(SchemeError, match=r"expected \(3, 64\)"):
-        prefill.moe_prefill(
-            groups, scores, experts, made.addresses, made.layout, scratch, out, scales_input=True
-        )
+        prefill.moe_prefill(groups, scores, experts, made.addresses, made.layout, scratch, out, scales_input=True)

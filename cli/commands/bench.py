@@ -1,0 +1,66 @@
+"""``coldstream bench``: prefill and decode measured apart, beside the floor that memory and disk set."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options.common import Json, Model, Report, takes_run_options
+from cli.terminal.console import Console
+from cli.terminal.imports import seldom_collecting
+from offload.records import RunOptions
+
+PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Tokens of each prompt.")]
+Tokens = Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Tokens decoded after each prompt.")]
+Repeat = Annotated[int, typer.Option("--repeat", min=1, metavar="N", help="Measured repetitions, after one warm-up.")]
+Text = Annotated[
+    Path | None,
+    typer.Option("--text", metavar="FILE", help="Text the prompts are cut from (Python source, if left out)."),
+]
+
+
+@takes_run_options
+def bench(
+    model: Model,
+    run: RunOptions,
+    prompt_tokens: PromptTokens = 512,
+    tokens: Tokens = 64,
+    repeat: Repeat = 3,
+    text: Text = None,
+    report: Report = None,
+    json: Json = False,
+) -> None:
+    """Measure MODEL: prefill and decode apart, after a warm-up, as medians with their spread.
+
+    Bandwidths are measured in the same run. The floor is the time to read a token's bytes at those: no token
+    can be faster.
+    """
+    from cli.commands.open_run import check_page, find_model, finish, open_session
+    from cli.options.texts import read_text, sample_text
+
+    console = Console(json=json)
+    check_page(report)
+    path = find_model(model)
+    source = read_text(text) if text else sample_text()
+    with seldom_collecting():
+        from offload.run.collect import account
+    from offload.hardware.ledger import forget_peak
+    from offload.hardware.probe import probe
+    from offload.run.benchmark import Benchmark
+    from quant.model.recipe import resolve_config
+    from quant.model.shape import ModelShape
+
+    plan = Benchmark(prompt_tokens, tokens, repeat)
+    shape = ModelShape.from_config(resolve_config(str(path)))
+    run = replace(run, context=max(shape.context(run.context), plan.context))
+    console.step("measuring bandwidths")
+    probe(path, refresh=True)
+    peak_is_clean = forget_peak()
+    with open_session(path, run, console) as session:
+        if not peak_is_clean:
+            session.notes.append("the peak of resident memory includes what measuring the machine took")
+        runs = plan.run(session, source, console.step)
+        measured = account(session, runs, command="bench", median=True)
+        console.say()
+        finish(measured, console, report, {"prompt_tokens": prompt_tokens, "tokens": tokens, "repeat": repeat})

@@ -1,0 +1,347 @@
+"""``coldstream quantize --target-bits`` and its kin: the goal, what is measured for it, and the table of what
+came of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.options.schemes import GROUP_SIZE, schemes_by_hand
+from cli.terminal.console import Console
+from quant.errors import UsageError
+from quant.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from offload.plan.plan import Plan
+    from offload.quality.windows import Windows
+    from quant.allocation.allocate import Allocation, Choices
+    from quant.allocation.units import Unit
+    from quant.checkpoint.checkpoint import Checkpoint
+    from quant.model.families import Role
+    from quant.model.mixed_precision import MixedPrecision
+    from quant.rounding.imatrix import Imatrix
+    from quant.rounding.rounding import Rounder
+    from quant.scheme import Scheme
+
+TargetBits = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bits",
+        metavar="BITS",
+        min=0.1,
+        help="Choose each part's bits by what they are worth: at most so many per quantized weight in the "
+        "mean, scales counted, over all roles that are not named by hand.",
+    ),
+]
+TargetSize = Annotated[
+    int | None,
+    typer.Option(
+        "--target-size", parser=parse_size, metavar="SIZE", help="The same, for a checkpoint of at most this size."
+    ),
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit",
+        metavar="CARD",
+        help='The same, the best whose experts all fit memory: of a desktop with this card ("RTX 4090"), or '
+        "of this machine (this); with --vram, --ram, --context.",
+    ),
+]
+PerExpert = Annotated[
+    bool,
+    typer.Option(
+        "--per-expert",
+        help="Let each expert have bits of its own, 8 for the hot and 4 for the cold. Runs are slower, and "
+        "every expert takes the memory of the largest.",
+    ),
+]
+_WHOLE = "auto"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the bits are chosen for: one of ``bits``, ``size`` and ``fit``."""
+
+    bits: float | None
+    size: int | None
+    fit: str | None
+    per_expert: bool
+    vram: int | None
+    ram: int | None
+    context: int | None
+
+    @classmethod
+    def of(cls, **asked: Any) -> "Goal | None":
+        """The goal that was asked for, if any. Raises UsageError for two, or for none with options of one."""
+        goal = cls(**asked)
+        named = [name for name in ("bits", "size", "fit") if asked[name] is not None]
+        if len(named) > 1:
+            options = {"bits": "--target-bits", "size": "--target-size", "fit": "--fit"}
+            raise UsageError(f"{' and '.join(options[name] for name in named)} are two goals: give one")
+        extras = [f"--{name}" for name in ("vram", "ram", "context") if asked[name] is not None]
+        if goal.fit is None and extras:
+            raise UsageError(f"{' and '.join(extras)} say what --fit is to fit: give --fit, or leave them out")
+        if not named and goal.per_expert:
+            raise UsageError("--per-expert needs a goal: --target-bits, --target-size or --fit")
+        return goal if named else None
+
+
+def open_roles(
+    recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int | None, *, measured: bool
+) -> "tuple[list[Role], dict[Role, Scheme]]":
+    """The roles whose bits are to be chosen, and the schemes of those that were named by hand.
+
+    A recipe says which roles are quantized at all; without one all are. ``auto`` by hand opens a role. The
+    head is opened for a measurement only, else it has 8 bits: errors of its weights are errors of the logits,
+    which weights alone do not tell.
+    """
+    from quant.model.families import QUANTIZABLE
+    from quant.model.recipe import load_recipe
+    from quant.scheme import Scheme
+
+    roles = set(load_recipe(recipe).schemes if recipe else QUANTIZABLE)
+    roles |= {role for role, text in by_hand.items() if text == _WHOLE}
+    fixed = schemes_by_hand({role: None if text == _WHOLE else text for role, text in by_hand.items()}, group_size)
+    if not measured and "lm_head" in roles and not by_hand.get("lm_head"):
+        fixed["lm_head"] = Scheme("int8", group_size or GROUP_SIZE)
+    return [role for role in QUANTIZABLE if role in roles and role not in fixed], fixed
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What bits can be judged by: a text, an importance matrix of one, a routing profile, or nothing."""
+
+    rounder: "Rounder"
+    windows: "Windows | None" = None
+    imatrix: "Imatrix | None" = None
+    routing: Path | None = None
+
+
+def allocate_bits(
+    checkpoint: "Checkpoint",
+    goal: Goal,
+    roles: "list[Role]",
+    fixed: "Mapping[Role, Scheme]",
+    evidence: Evidence,
+    file: Path,
+    resume: bool,
+    console: Console,
+) -> "tuple[MixedPrecision, Allocation]":
+    """Measure, choose, and show the table. ``file`` keeps what was measured, for a run that is resumed."""
+    from quant.allocation.allocator import Allocator, split_roles
+
+    units, kept = split_roles(checkpoint, roles, fixed, goal.per_expert)
+    choices, how = _choices(checkpoint, units, evidence, file, resume, console)
+    fitting: _Fitting | None = None
+    allocator = Allocator(checkpoint, choices, kept, how, uneven=goal.per_expert)
+    if goal.bits is not None:
+        allocation = allocator.by_bits(goal.bits)
+    elif goal.size is not None:
+        allocation = allocator.by_size(goal.size)
+    else:
+        fitting = _Fitting(checkpoint, goal, console)
+        allocation = allocator.by_fit(fitting)
+    console.step(f"bits chosen by {how}:")
+    if not console.json:
+        console.show(table(allocation))
+    console.step(
+        f"{allocation.bits:.3f} bits per quantized weight, {format_size(allocation.nbytes)}; expected loss "
+        f"{allocation.loss:.4g}, of {sum(c.options[0].loss for c in choices):.4g} with the fewest bits"
+    )
+    if fitting is not None:
+        console.step(fitting.said(allocation.mixture(kept)))
+    console.say(_head(allocation, fixed, checkpoint))
+    _note(console, checkpoint, goal, allocation, kept)
+    return allocation.mixture(kept), allocation
+
+
+def _head(allocation: "Allocation", fixed: "Mapping[Role, Scheme]", checkpoint: "Checkpoint") -> str:
+    """Whether the LM head takes part in the mean, and how to have it otherwise."""
+    chosen = [option for unit, option in allocation.chosen if unit.role == "lm_head"]
+    if chosen:
+        nbytes = sum(option.nbytes for option in chosen)
+        return (
+            f"The LM head takes part: {nbytes / allocation.nbytes:.1%} of this size; --lm-head bf16 (or int8)"
+            " leaves it out of the mean."
+        )
+    if checkpoint.shape.tie_word_embeddings:
+        return "The LM head is the embeddings, which stay as they are: it is not in the mean."
+    stays = str(fixed["lm_head"]) if "lm_head" in fixed else "as it is in SRC"
+    return f"The LM head is not in the mean: it stays {stays}; --lm-head auto lets it take part."
+
+
+def _note(
+    console: Console, checkpoint: "Checkpoint", goal: Goal, allocation: "Allocation", kept: "list[tuple[Unit, Scheme]]"
+) -> None:
+    """What a choice costs a run, and what it could not use."""
+    mixture, shape = allocation.mixture(kept), checkpoint.shape
+    mean = shape.experts_nbytes(mixture) / max(shape.num_experts * len(shape.moe_layers), 1)
+    largest = shape.largest_expert(mixture)
+    if goal.per_expert and largest > mean * 1.01:
+        console.notes(
+            [
+                f"experts take up to {format_size(largest)}, {format_size(mean)} in the mean: a run needs "
+                f"memory as if all were the largest ({largest / mean - 1:.0%} more), and computes experts "
+                "stored unlike most of their layer in calls of their own"
+            ]
+        )
+    if goal.bits is not None and not goal.per_expert and allocation.bits < 0.97 * goal.bits < 8:
+        console.notes(
+            [
+                f"{goal.bits:g} bits are not used up: all experts have one width, because memory has to have "
+                "room for the largest; --per-expert lifts that"
+            ]
+        )
+
+
+def _choices(
+    checkpoint: "Checkpoint", units: "list[Unit]", evidence: Evidence, file: Path, resume: bool, console: Console
+) -> "tuple[list[Choices], str]":
+    from quant.allocation.estimate import estimates
+
+    if evidence.windows is None:
+        what = "outputs" if evidence.imatrix else "weights"
+        known = "a routing profile" if evidence.routing else "all experts used alike"
+        how = f"relative error of {what}, equal errors taken for equal harm, {known}"
+        shares = _shares(evidence.routing, checkpoint)
+        return estimates(checkpoint, units, evidence.rounder, evidence.imatrix, shares), how
+    from offload.quality.sensitivity import sample_tokens, sensitivities, stream_bytes
+    from quant.allocation.allocator import keep_losses, kept_losses
+
+    job = {
+        "source": checkpoint.identity,
+        "text": evidence.windows.identity,
+        "rounding": evidence.rounder.name,
+        "units": [unit.name for unit in units],
+    }
+    tokens = min(evidence.windows.tokens, sample_tokens(checkpoint, units))
+    how = f"divergence on {tokens:,} tokens of the text, each part rounded alone"
+    found = kept_losses(file, job, units) if resume else None
+    if found is None:
+        console.step(
+            f"measuring what bits are worth on {tokens:,} tokens; takes one layer's experts and "
+            f"{format_size(stream_bytes(checkpoint, units, tokens))} of memory beside the dense weights"
+        )
+        found = sensitivities(
+            checkpoint,
+            units,
+            evidence.windows.ids,
+            evidence.rounder,
+            progress=lambda done, total: console.step(f"measured layer {done} of {total}"),
+        )
+        keep_losses(file, job, found)
+    return found, how
+
+
+def _shares(routing: Path | None, checkpoint: "Checkpoint") -> dict[tuple[int, int], float] | None:
+    if routing is None:
+        return None
+    from offload.routing.stats import RoutingStats
+
+    stats = RoutingStats.load(routing, checkpoint.shape)
+    return {
+        (layer, expert): int(count) / max(int(counts.sum()), 1)
+        for layer, counts in zip(stats.moe_layers, stats.counts, strict=True)
+        for expert, count in enumerate(counts)
+    }
+
+
+class _Fitting:
+    """What --fit is to fit: a machine, budgets and a context."""
+
+    def __init__(self, checkpoint: "Checkpoint", goal: Goal, console: Console) -> None:
+        from offload.hardware.gpu_catalog import described_machine
+        from offload.hardware.probe import probe
+
+        assert goal.fit is not None
+        self.shape, self.goal = checkpoint.shape, goal
+        self.machine = (
+            probe(checkpoint.path, say=console.step)
+            if goal.fit == "this"
+            else described_machine(goal.fit, ram=goal.ram)
+        )
+
+    def plan(self, schemes: "Mapping[Role, Scheme]") -> "Plan":
+        """The plan of a run there. Raises BudgetError if there is none."""
+        from offload.plan.plan import make_plan
+
+        goal = self.goal
+        return make_plan(
+            self.shape, schemes, self.machine, vram=goal.vram, ram=goal.ram, context=self.shape.context(goal.context)
+        )
+
+    def __call__(self, schemes: "Mapping[Role, Scheme]") -> bool:
+        """Whether every expert is in memory then."""
+        from quant.errors import BudgetError
+
+        try:
+            plan = self.plan(schemes)
+        except BudgetError:
+            return False
+        return plan.vram_slots + plan.ram_slots >= plan.experts
+
+    def said(self, schemes: "Mapping[Role, Scheme]") -> str:
+        """What was fitted into, and how."""
+        plan = self.plan(schemes)
+        hot = min(plan.vram_slots, plan.experts)
+        warm = plan.experts - hot
+        places = [f"{hot:,} experts in {format_size(plan.vram)} of VRAM"] if hot else []
+        places += [f"{warm:,} experts in {format_size(plan.ram)} of RAM"] if warm else []
+        return (
+            f"fits {self.machine.name}: {', '.join(places)}, beside a context of {plan.context:,} tokens; "
+            f"{plan.predicted_tokens_per_s:,.1f} tokens/s predicted (--vram, --ram and --context set others)"
+        )
+
+
+def table(allocation: "Allocation") -> "Table":
+    """Roles down; bits, share of the size, which layers have what, and the loss that is expected."""
+    from rich.table import Table
+
+    from cli.terminal.words import role_name
+
+    shown = Table(box=None, pad_edge=False)
+    for name in ("weights of", "bits", "share", "least bits' loss", "loss"):
+        shown.add_column(name, justify="left" if name == "weights of" else "right")
+    shown.add_column("layers", overflow="fold")
+    rows: dict[tuple[str, str], list[int]] = {}
+    for index, choice in enumerate(allocation.choices):
+        rows.setdefault((choice.unit.role, choice.unit.part), []).append(index)
+    for (role, part), indices in rows.items():
+        chosen = [allocation.chosen[index] for index in indices]
+        nbytes = sum(option.nbytes for _, option in chosen)
+        least = sum(allocation.choices[index].options[0].loss for index in indices)
+        shown.add_row(
+            role_name(role) if part == "all" else f"{role_name(role)} {part}",
+            f"{nbytes * 8 / sum(unit.weights for unit, _ in chosen):.3f}",
+            f"{nbytes / allocation.nbytes:.1%}",
+            f"{least:.4g}",
+            f"{sum(option.loss for _, option in chosen):.4g}",
+            _layers([(unit, str(option.scheme)) for unit, option in chosen]),
+        )
+    return shown
+
+
+def _layers(chosen: "list[tuple[Unit, str]]") -> str:
+    """``int8-g128 0-2, int4-g32 3``, or how many experts have each."""
+    by_scheme: dict[str, list[Unit]] = {}
+    for unit, scheme in chosen:
+        by_scheme.setdefault(scheme, []).append(unit)
+    if chosen[0][0].expert is not None:
+        return ", ".join(f"{scheme} {len(units):,} experts" for scheme, units in by_scheme.items())
+    named = {scheme: _runs([u.layer for u in units if u.layer is not None]) for scheme, units in by_scheme.items()}
+    return ", ".join(f"{scheme} {layers}".strip() for scheme, layers in named.items())
+
+
+def _runs(layers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,186 @@
+"""``coldstream demo``: the whole path on the model that ships with the package, telling what it does."""
+
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from functools import partial
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.options.common import Json
+from cli.terminal.console import Console
+from cli.terminal.imports import seldom_collecting
+from offload.records import RunOptions, Sampling
+
+Keep = Annotated[Path | None, typer.Option("--keep", metavar="DIR", help="Leave model, profile and report page here.")]
+
+QUESTION = "What does os.path.join do?"
+TOKENS = 128
+PROFILE_TOKENS = 8192
+CONTEXT = 1024
+CHUNK = 64
+RECIPE = "demo"
+
+
+def demo(keep: Keep = None, json: Json = False) -> None:
+    """The whole path on the embedded model: quantize, profile, plan, generate, report.
+
+    The model is a small Llama 4 (9 MB), trained on Python's standard library: what it writes looks like
+    Python and means little.
+    """
+    with seldom_collecting():
+        import torch  # noqa: F401  (before there is a folder to tidy up: Ctrl-C ends an import on the spot)
+
+    from quant.errors import OutputError
+
+    console = Console(json=json)
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        if keep is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldstream-demo-")))
+        else:
+            folder = keep
+            if keep.exists() and not keep.is_dir():
+                raise OutputError(f"{keep} is a file: name a new directory for --keep")
+            if keep.is_dir() and any(keep.iterdir()):
+                raise OutputError(f"{keep} is not empty: name a new directory for --keep")
+            keep.mkdir(parents=True, exist_ok=True)
+        source = stack.enter_context(as_file(files("recipes").joinpath("demo")))
+        document = Demo(source, folder, console).run()
+    seconds = time.perf_counter() - started
+    console.say(f"\nDone in {seconds:.0f} s." + (f" Model, profile and page are in {keep}." if keep else ""))
+    console.result({**document, "seconds": seconds, "kept": keep})
+
+
+class Demo:
+    """The five steps, each saying what it does and the command that does the same."""
+
+    def __init__(self, source: Path, folder: Path, console: Console) -> None:
+        self.source, self.console = source, console
+        self.model, self.routing, self.page = folder / "model", folder / "routing.json", folder / "run.html"
+        self.step = 0
+        self.ram = 0
+
+    def run(self) -> dict[str, Any]:
+        """All steps; what each found, by its command's name."""
+        return {
+            "quantize": self.quantize(),
+            "profile": self.profile(),
+            "plan": self.plan(),
+            "generate": self.generate(),
+        }
+
+    def heading(self, title: str, command: str) -> None:
+        """Say what comes now and how to do it by hand."""
+        self.step += 1
+        self.console.say(f"\n{self.step}. {title}\n   $ coldstream {command}")
+
+    def quantize(self) -> dict[str, Any]:
+        """By the packaged recipe."""
+        from cli.terminal.words import size
+        from quant.convert.convert import convert
+        from quant.model.recipe import load_recipe
+
+        recipe = load_recipe(RECIPE)
+        self.heading("Quantize: routed and shared experts to 4 bits.", f"quantize SRC model --recipe {RECIPE}")
+        done = convert(self.source, self.model, recipe.schemes)
+        self.console.say(
+            f"   {size(done.source_bytes)} became {size(done.output_bytes)}, "
+            f"{done.bits_per_weight:.2f} bits per weight of the whole checkpoint, in {done.seconds:.1f} s"
+        )
+        return done.to_json()
+
+    def profile(self) -> dict[str, Any]:
+        """Run text the model was trained on, and keep which experts it asked for."""
+        from cli.commands.open_run import open_session
+        from cli.commands.profile import document, heat_map, run_text
+        from cli.options.texts import read_text
+        from cli.terminal.words import percent
+
+        self.heading("Profile: which experts does text ask for?", "profile model --text calibration.txt")
+        quiet = Console(json=True)
+        with open_session(self.model, RunOptions(context=CONTEXT, device="cpu"), quiet) as session:
+            text = read_text(self.source / "calibration.txt")
+            seconds = run_text(session, text, PROFILE_TOKENS, quiet)
+            stats = session.routing
+            stats.save(self.routing)
+        skew = stats.skew()
+        quarter = sum(layer.top25 for layer in skew) / len(skew)
+        self.console.say(
+            f"   {stats.tokens:,} tokens in {seconds:.1f} s; the most used quarter of the experts takes "
+            f"{percent(quarter)} of the requests\n"
+        )
+        self.console.say(heat_map(stats))
+        return document(stats, self.routing, stats.tokens, seconds)
+
+    def plan(self) -> dict[str, Any]:
+        """Where every byte of the coming run goes, with RAM for about half of the experts."""
+        from cli.terminal.words import number, percent, size
+        from offload.experts.storage.store import ExpertStore
+        from offload.hardware.probe import probe
+        from offload.plan.plan import make_plan
+        from offload.routing.stats import RoutingStats
+        from offload.run.plan_run import schemes_of_tensors
+        from quant.checkpoint.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint.open(self.model)
+        fitted = partial(
+            make_plan,
+            checkpoint.shape,
+            schemes_of_tensors(checkpoint),
+            probe(self.model),
+            vram=0,
+            context=CONTEXT,
+            prompt_chunk=CHUNK,
+            slot_bytes=ExpertStore(checkpoint).slot_bytes,
+            routing=RoutingStats.load(self.routing, checkpoint.shape),
+        )
+        roomy = fitted()
+        some = roomy.experts * 7 // 16
+        self.ram = (roomy.total("ram") - roomy.framework_bytes - roomy.slot_bytes * some) // 1024 * 1024
+        plan = fitted(ram=self.ram)
+        self.heading(
+            "Plan: RAM for about half of the experts. Where does every byte go, and how fast will it be?",
+            f"plan model --ram {self.ram // 1024}KiB --context {CONTEXT} --prompt-chunk {CHUNK} --routing routing.json",
+        )
+        self.console.say(
+            f"   {size(plan.total('ram') - plan.framework_bytes)} of the model in RAM, beside "
+            f"{size(plan.framework_bytes)} of Python and its libraries\n"
+            f"   {plan.ram_slots} of {plan.experts} experts at a time, the others read from disk "
+            f"when asked for: {percent(plan.hit_rates['ram'])} hits expected\n"
+            f"   {number(plan.predicted_tokens_per_s)} tokens/s decode and "
+            f"{number(plan.predicted_prefill_tokens_per_s)} prefill predicted; {plan.limited_by} is the limit"
+        )
+        return plan.to_json()
+
+    def generate(self) -> dict[str, Any]:
+        """Answer a question, then the report, on the terminal and as a page."""
+        from cli.commands.open_run import open_session
+        from cli.html.run_report import write_page
+        from cli.terminal.run_summary import summary
+        from offload.run.collect import account
+
+        self.heading(
+            "Generate, with the profile deciding which experts are kept at hand.",
+            f'generate model "{QUESTION}" --chat --ram {self.ram // 1024}KiB --context {CONTEXT} '
+            f"--prompt-chunk {CHUNK} --routing routing.json --report run.html",
+        )
+        quiet = Console(json=True)
+        run = RunOptions(ram=self.ram, context=CONTEXT, prompt_chunk=CHUNK, routing=self.routing, device="cpu")
+        with open_session(self.model, run, quiet) as session:
+            ids = session.encode_chat([{"role": "user", "content": QUESTION}])
+            self.console.say(f"\n   > {QUESTION}\n")
+            records = []
+            for record in session.generate(ids, Sampling(max_tokens=TOKENS)):
+                records.append(record)
+                if not self.console.json:
+                    print(record.text.replace("\n", "\n   "), end="", file=sys.stderr, flush=True)
+            report = account(session, [records], command="generate", warmup=1)
+        self.console.say("\n")
+        self.console.say(summary(report))
+        write_page(report, self.page)
+        return report.to_json()

@@ -1,0 +1,146 @@
+"""``coldstream eval``: what quantization cost a model, on a text."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cli.options.common import Json, Model, Report
+from cli.terminal.console import Console
+from cli.terminal.imports import seldom_collecting
+
+if TYPE_CHECKING:
+    from offload.quality.evaluate import Evaluation
+
+Reference = Annotated[str, typer.Option("--reference", metavar="SRC", help="The checkpoint that MODEL was made from.")]
+Text = Annotated[Path, typer.Option("--text", metavar="FILE", help="Text that neither was calibrated on.")]
+Windows = Annotated[int, typer.Option("--windows", min=0, metavar="N", help="Windows to run; 0 runs the whole text.")]
+Context = Annotated[int, typer.Option("--context", min=2, metavar="TOKENS", help="Tokens of a window.")]
+Kv = Annotated[Literal["bf16", "int8"] | None, typer.Option("--kv", help="Store keys and values like this (exact).")]
+Cache = Annotated[
+    Path | None, typer.Option("--cache", metavar="DIR", help="Keeps reference predictions (~/.cache/coldstream).")
+]
+Slots = Annotated[
+    int | None, typer.Option("--expert-slots", min=2, metavar="N", help="Experts in memory at once (a layer's).")
+]
+
+
+def eval(
+    model: Model,
+    reference: Reference,
+    text: Text,
+    windows: Windows = 32,
+    context: Context = 512,
+    kv: Kv = None,
+    cache: Cache = None,
+    expert_slots: Slots = None,
+    report: Report = None,
+    json: Json = False,
+) -> None:
+    """Measure how far MODEL's predictions are from those of the checkpoint it was made from.
+
+    Runs the text through both, a layer at a time. The reference's predictions are kept for next time.
+    """
+    from cli.commands.open_run import check_page, find_model
+    from cli.options.texts import read_text
+
+    console = Console(json=json)
+    check_page(report)
+    path, source = find_model(model), find_model(reference)
+    words = read_text(text)
+    with seldom_collecting():
+        from offload.quality.evaluate import evaluate
+
+    found = evaluate(
+        path,
+        source,
+        words,
+        cache=cache or default_cache(),
+        windows=windows or None,
+        length=context,
+        expert_slots=expert_slots,
+        kv=kv,
+        progress=console.step,
+    )
+    beyond = _beyond(path, context)
+    show(found, console)
+    console.notes(beyond)
+    if report is not None:
+        from cli.html.evaluation import render_evaluation
+        from cli.html.run_report import save
+
+        save(render_evaluation(found), report)
+        console.step(f"report page written to {report}")
+    console.result({**found.to_json(), **({"notes": beyond} if beyond else {})})
+
+
+def _beyond(path: Path, context: int) -> list[str]:
+    """A note if windows are longer than what the model was made for."""
+    from offload.plan.plan import beyond
+    from quant.model.recipe import resolve_config
+    from quant.model.shape import ModelShape
+
+    return list(beyond(ModelShape.from_config(resolve_config(str(path))), context))
+
+
+def default_cache() -> Path:
+    """The user's cache folder, by the XDG convention."""
+    import os
+
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coldstream" / "reference"
+
+
+def show(found: "Evaluation", console: Console) -> None:
+    """The numbers as tables, and how KL divergence spreads over tokens as bars."""
+    from rich.table import Table
+
+    ours, floor = found.divergence, found.floor
+    console.say()
+    table = Table(
+        title=f"{found.model} beside {found.reference}: {found.windows} x {found.window_tokens} tokens",
+        title_justify="left",
+    )
+    for name in ("", "model", "noise floor (bf16)"):
+        table.add_column(name, justify="left" if not name else "right")
+    reference = ours.reference_perplexity
+    table.add_row("reference perplexity", f"{reference.value:.3f} ± {reference.error:.3f}", "")
+    rows = [
+        ("perplexity", f"{ours.perplexity.value:.3f} ± {ours.perplexity.error:.3f}", f"{floor['perplexity']:.3f}"),
+        ("ln(perplexity ratio)", f"{ours.log_ratio:+.4f} ± {ours.log_ratio_error:.4f}", f"{floor['log_ratio']:+.4f}"),
+        ("KL mean", f"{ours.kl_mean:.5f} ± {ours.kl_error:.5f}", f"{floor['kl_mean']:.5f}"),
+    ]
+    rows += [
+        (f"KL {name}", f"{getattr(ours, key):.5f}", f"{floor[key]:.5f}")
+        for name, key in (("median", "kl_median"), ("90 %", "kl_p90"), ("99 %", "kl_p99"), ("max", "kl_max"))
+    ]
+    top = f"{ours.same_top:.2%} ± {ours.same_top_error:.2%}"
+    rows += [
+        ("same top token", top, f"{floor['same_top']:.2%}"),
+        ("true token's p, mean change", f"{ours.delta_p_mean:+.3%}", f"{floor['delta_p_mean']:+.3%}"),
+        ("true token's p, RMS change", f"{ours.delta_p_rms:.3%}", f"{floor['delta_p_rms']:.3%}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.show(table)
+    buckets = Table(title="By how sure the reference was", title_justify="left")
+    for name in ("top probability", "tokens", "KL mean", "same top token"):
+        buckets.add_column(name, justify="right")
+    for bucket in ours.buckets:
+        span = f"{bucket.low:g} to {bucket.high:g}"
+        buckets.add_row(span, f"{bucket.tokens:,}", f"{bucket.kl_mean:.5f}", f"{bucket.same_top:.2%}")
+    console.show(buckets)
+    console.say(histogram(ours.histogram))
+    shares = ", ".join(f"{layer}: {share:.1%}" for layer, share in found.router_agreement.items())
+    console.say(f"Experts in common by layer: {shares}")
+    console.step(f"done in {found.seconds:.1f} s")
+
+
+def histogram(counts: "dict[str, int] | object", width: int = 50) -> str:
+    """A bar per half decade of KL divergence."""
+    assert isinstance(counts, dict)
+    most = max(counts.values()) or 1
+    lines = ["Tokens by KL divergence (nats, from):"]
+    for edge, count in counts.items():
+        if count:
+            lines.append(f"  {edge:>5} │{'█' * max(1, round(width * count / most))} {count:,}")
+    return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""``coldstream generate``: continue a prompt, the text on stdout as it comes."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cli.options.common import Json, Model, Report, takes_run_options
+from cli.options.sampling import takes_sampling
+from cli.terminal.console import Console
+from cli.terminal.imports import seldom_collecting
+from offload.records import RunOptions, Sampling
+
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")]
+
+
+@takes_run_options
+@takes_sampling
+def generate(
+    model: Model,
+    prompt: Prompt,
+    sampling: Sampling,
+    run: RunOptions,
+    chat: Chat = False,
+    ignore_eos: IgnoreEos = False,
+    report: Report = None,
+    json: Json = False,
+) -> None:
+    """Continue PROMPT with MODEL, streaming the text to stdout; the run report follows on stderr."""
+    from dataclasses import replace
+
+    from cli.commands.open_run import check_page, find_model, finish, open_session
+
+    console = Console(json=json)
+    check_page(report)
+    path = find_model(model)
+    with seldom_collecting():
+        from offload.run.collect import account
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with open_session(path, run, console) as session:
+        ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
+        records = []
+        for record in session.generate(ids, replace(sampling, ignore_eos=ignore_eos)):
+            records.append(record)
+            if not json:
+                print(record.text, end="", flush=True)
+        if not json:
+            print(flush=True)
+        extra = {
+            "prompt_tokens": len(ids),
+            "text": "".join(record.text for record in records),
+            "finish_reason": records[-1].finish_reason,
+        }
+        # The first decode step meets cold code and caches.
+        finish(account(session, [records], command="generate", warmup=1), console, report, extra)

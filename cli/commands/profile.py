@@ -1,0 +1,140 @@
+"""``coldstream profile``: run text through a model and save which experts it routes to."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options.common import Json, Model, takes_run_options
+from cli.terminal.console import Console
+from offload.records import RunOptions
+
+if TYPE_CHECKING:
+    from offload.routing.stats import RoutingStats
+    from offload.run.session import Session
+
+Text = Annotated[
+    list[Path], typer.Option("--text", metavar="FILE", help="Text to run; may be given again, - is stdin.")
+]
+Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the profile goes.")]
+Merge = Annotated[
+    list[Path] | None,
+    typer.Option("--merge", metavar="FILE", help="Add this profile of the same model; may be given again."),
+]
+Tokens = Annotated[int | None, typer.Option("--tokens", min=1, metavar="N", help="Stop after this many tokens.")]
+Trace = Annotated[bool, typer.Option("--trace", help="Keep the order of requests too, for simulate.")]
+
+
+@takes_run_options
+def profile(
+    model: Model,
+    text: Text,
+    run: RunOptions,
+    out: Out = Path("routing.json"),
+    merge: Merge = None,
+    tokens: Tokens = None,
+    trace: Trace = False,
+    json: Json = False,
+) -> None:
+    """Run text through MODEL and save its routing: counts, layer-to-layer transitions, reuse distances.
+
+    The profile seeds placement in later runs (--routing) and is refused by any other model.
+    """
+    from cli.commands.open_run import check_page, find_model, open_session
+
+    console = Console(json=json)
+    check_page(out, "--out")
+    path = find_model(model)
+    from offload.routing.stats import RoutingStats
+
+    source = "\n".join(_read(file) for file in text)
+    with open_session(path, run, console) as session:
+        others = [RoutingStats.load(file, session.shape) for file in merge or ()]
+        for other in others:
+            other.check(session.routing.model_id)
+        if trace:
+            session.routing.trace = []
+        seconds = run_text(session, source, tokens, console)
+        stats, seen = session.routing, session.routing.tokens
+        for other in others:
+            stats.merge(other)
+        stats.save(out)
+        console.say()
+        show(stats, console)
+        console.step(f"{seen:,} tokens in {seconds:.1f} s; profile of {stats.tokens:,} tokens written to {out}")
+        console.result(document(stats, out, seen, seconds))
+
+
+def run_text(session: "Session", text: str, limit: int | None, console: Console) -> float:
+    """Run ``text`` through the model in pieces as long as its context; returns the seconds it took."""
+    import time
+
+    from quant.errors import InputError
+
+    if not text.strip():
+        raise InputError("there is no text to run: the files given are empty")
+    ids = session.encode(text)[:limit]
+    window = session.context
+    started = time.perf_counter()
+    for start in range(0, len(ids), window):
+        session.reset()
+        session.prefill(ids[start : start + window])
+        console.step(f"{min(start + window, len(ids)):,} of {len(ids):,} tokens")
+    session.reset()
+    return time.perf_counter() - started
+
+
+def document(stats: "RoutingStats", out: Path, seen: int, seconds: float) -> dict[str, object]:
+    """What ``--json`` prints."""
+    return {
+        "out": out,
+        "model_id": stats.model_id,
+        "tokens": stats.tokens,
+        "tokens_run": seen,
+        "seconds": seconds,
+        "moe_layers": stats.moe_layers,
+        "num_experts": stats.num_experts,
+        "top_k": stats.top_k,
+        "skew": stats.skew(),
+    }
+
+
+def show(stats: "RoutingStats", console: Console) -> None:
+    """Skew by layer as a table, and use as a heat map of layers by experts."""
+    import math
+
+    from rich.table import Table
+
+    uniform = math.log2(stats.num_experts)
+    table = Table(title=f"Share of requests to the most used experts ({stats.tokens:,} tokens)")
+    for name in ("layer", "top 10 %", "top 25 %", "top 50 %", f"entropy (of {uniform:.2f} bits)"):
+        table.add_column(name, justify="right")
+    for skew in stats.skew():
+        shares = [f"{100 * share:.1f} %" for share in (skew.top10, skew.top25, skew.top50)]
+        table.add_row(str(skew.layer), *shares, f"{skew.entropy:.2f}")
+    console.show(table)
+    console.show(heat_map(stats))
+
+
+def heat_map(stats: "RoutingStats", width: int = 128) -> str:
+    """Layers down, experts across, a character each (or for several, past ``width``); dark is much used."""
+    shades = " ░▒▓█"
+    group = -(-stats.num_experts // width)
+    lines = ["Use of each expert (layers down, experts across):"]
+    for layer, row in zip(stats.moe_layers, stats.counts, strict=True):
+        cells = [int(row[start : start + group].sum()) for start in range(0, stats.num_experts, group)]
+        most = max(cells) or 1
+        drawn = "".join(
+            shades[0] if not cell else shades[min(1 + (len(shades) - 1) * cell // (most + 1), len(shades) - 1)]
+            for cell in cells
+        )
+        lines.append(f"{layer:>5} │{drawn}│")
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> str:
+    import sys
+
+    from cli.options.texts import read_text
+
+    return sys.stdin.read() if str(path) == "-" else read_text(path)

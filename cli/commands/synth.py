@@ -1,0 +1,148 @@
+"""``coldstream synth``: a checkpoint of random weights in any shape: try a machine before a download."""
+
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import common as options
+from cli.options.schemes import Attention, DenseMlp, Experts, GroupSize, LmHead, SharedExpert, chosen_schemes
+from cli.terminal.console import Console
+from quant.errors import UsageError
+from quant.sizes import format_size
+
+if TYPE_CHECKING:
+    from quant.model.families import Role
+    from quant.scheme import Scheme
+
+
+def synth(
+    shape: Annotated[
+        str | None, typer.Argument(metavar="[SHAPE]", help="scout, maverick, mini-scout … or a config.json.")
+    ] = None,
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="A new or empty directory.", show_default=False)
+    ] = None,
+    recipe: options.Recipe = None,
+    experts: Experts = None,
+    shared_expert: SharedExpert = None,
+    dense_mlp: DenseMlp = None,
+    attention: Attention = None,
+    lm_head: LmHead = None,
+    group_size: GroupSize = None,
+    hidden: Annotated[
+        int, typer.Option(min=1, help="Without SHAPE: hidden size, a multiple of the group size.")
+    ] = 2048,
+    layers: Annotated[int, typer.Option(min=1, help="Layers.")] = 16,
+    experts_per_layer: Annotated[int, typer.Option(min=2, help="Routed experts per layer.")] = 16,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 1,
+    intermediate: Annotated[int, typer.Option(min=1, help="Intermediate size of an expert, likewise.")] = 4096,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 16,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = 4,
+    head_dim: Annotated[int, typer.Option(min=2, help="Size of a head.")] = 128,
+    vocab: Annotated[int, typer.Option(min=1, help="Vocabulary.")] = 32000,
+    dense_every: Annotated[
+        int, typer.Option(min=1, help="1: every layer routes; 2: every other one is dense, as in Maverick.")
+    ] = 1,
+    zipf: Annotated[float, typer.Option(min=0, help="Exponent of the experts' use; 0 is uniform.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Other weights for each; the same for the same.")] = 0,
+    json: options.Json = False,
+) -> None:
+    """Write a quantized checkpoint of random weights to DST: `synth SHAPE DST`, or `synth DST --hidden …`.
+
+    Without --recipe or schemes by hand, the recipe named like the shape is used, else int4 throughout and an
+    int8 head.
+    """
+    from cli.terminal.words import schemes_line
+    from quant.model.recipe import recipe_names, resolve_config, shape_names
+    from quant.synth.config import llama4_config
+    from quant.synth.synth import synthesize
+
+    name, folder = (shape, destination) if destination is not None else (None, shape)
+    if folder is None:
+        raise UsageError("synth needs a destination: coldstream synth SHAPE DST, for example mini-scout DST")
+    numbers = {
+        "hidden": hidden,
+        "layers": layers,
+        "experts_per_layer": experts_per_layer,
+        "top_k": top_k,
+        "intermediate": intermediate,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab": vocab,
+        "dense_every": dense_every,
+    }
+    if name is None:
+        if str(folder) in shape_names():
+            raise UsageError(
+                f"{folder} is a shape, and no destination was given: coldstream synth {folder} DST (or "
+                f"./{folder} for a folder of that name)"
+            )
+        config = llama4_config(
+            hidden=hidden,
+            layers=layers,
+            experts=experts_per_layer,
+            top_k=top_k,
+            intermediate=intermediate,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            vocab=vocab,
+            moe_every=dense_every,
+        )
+    else:
+        usual = signature(synth).parameters
+        given = [f"--{key.replace('_', '-')}" for key, value in numbers.items() if value != usual[key].default]
+        if given:
+            raise UsageError(f"{' and '.join(given)} make a model of their own: leave out the shape {name}")
+        config = resolve_config(name)
+    by_hand: dict[Role, str | None] = {
+        "experts": experts,
+        "shared_expert": shared_expert,
+        "dense_mlp": dense_mlp,
+        "attention": attention,
+        "lm_head": lm_head,
+    }
+    if recipe is None and not any(by_hand.values()):
+        if name in recipe_names():
+            recipe = name
+        else:
+            by_hand = {role: "int8" if role == "lm_head" else "int4" for role in by_hand}
+    schemes = chosen_schemes(recipe, by_hand, group_size)
+    if name is None:
+        _check({"--hidden": hidden, "--intermediate": intermediate}, schemes)
+        _check({"--heads times --head-dim": heads * head_dim}, schemes)
+        if heads % kv_heads or head_dim % 2 or top_k > experts_per_layer:
+            raise UsageError(
+                f"--heads {heads}, --kv-heads {kv_heads}, --head-dim {head_dim}, --top-k {top_k}: expected "
+                f"key-value heads that divide the heads, an even size of a head, and at most "
+                f"{experts_per_layer} experts per token"
+            )
+    console = Console(json=json)
+    console.step(f"writing random weights to {folder}: {schemes_line(schemes)}")
+    with console.progress() as bar:
+        task = bar.add_task("synth", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total)
+
+        report = synthesize(config, folder, schemes, zipf=zipf, seed=seed, progress=show)
+    console.notes(report.notes)
+    size = format_size(report.output_bytes)
+    console.step(f"{size} in {report.seconds:.1f} s, {report.mb_per_s:,.0f} MB/s: {report.path}")
+    console.result(report.to_json())
+
+
+def _check(widths: dict[str, int], schemes: "Mapping[Role, Scheme]") -> None:
+    """Raise UsageError, with the nearest that is allowed, for a width that the groups do not divide."""
+    group = max((scheme.group_size for scheme in schemes.values() if scheme.is_packed), default=1)
+    for option, width in widths.items():
+        if width % group:
+            below, above = width // group * group, -(-width // group) * group
+            raise UsageError(
+                f"{option} {width}: expected a multiple of {group}, the group size: "
+                f"{f'{below} or ' if below else ''}{above} (or a smaller --group-size: 32, 64)"
+            )

@@ -1,0 +1,210 @@
+"""The page of one evaluation: what quantization cost, token by token, self-contained like the run report.
+
+Four plots: how KL divergence spreads over tokens, where in the window it arises, how it depends on the
+reference's confidence, and which layers choose other experts. Beside the model's values stands the noise
+floor: the reference against itself in bf16.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from cli.html import run_report, svg_plots
+from cli.html.svg_plots import Tick, nice_ticks
+
+if TYPE_CHECKING:  # these import torch
+    from offload.quality.divergence import Bucket
+    from offload.quality.evaluate import Evaluation
+
+
+def render_evaluation(found: "Evaluation") -> str:
+    """The whole page as HTML text."""
+    readouts: dict[str, list[str]] = {}
+    sections = (
+        _header(found),
+        _cards(found),
+        f'<div class="pair">{_spread(found, readouts)}{_positions(found, readouts)}</div>',
+        f'<div class="pair">{_confidence(found.divergence.buckets, readouts)}'
+        f"{_routing(found.router_agreement, readouts)}</div>",
+        _numbers(found),
+    )
+    title = f"{found.model.name}: quality beside {found.reference.name}"
+    return run_report.document(title, "".join(sections), {"readouts": readouts, "evaluation": found.to_json()})
+
+
+def _header(found: "Evaluation") -> str:
+    ours = found.divergence
+    ratio, error = 100 * ours.log_ratio, 100 * ours.log_ratio_error
+    verdict = (
+        f"{ours.kl_mean:.4f} nats of KL divergence per token, {ours.kl_mean / found.floor['kl_mean']:,.0f} "
+        f"times the noise of bf16; perplexity {ratio:+.2f} % ± {error:.2f}."
+        if found.floor["kl_mean"]
+        else f"{ours.kl_mean:.4f} nats of KL divergence per token; perplexity {ratio:+.2f} % ± {error:.2f}."
+    )
+    return (
+        '<header><div class="eyebrow">Coldstream eval, '
+        f"{found.windows:,} windows of {found.window_tokens:,} tokens{_kv(found)}</div>"
+        f"<h1>{escape(found.model.name)} beside {escape(found.reference.name)}</h1>"
+        f'<p class="verdict">{escape(verdict)}</p></header>'
+    )
+
+
+def _kv(found: "Evaluation") -> str:
+    return f", {found.kv} KV cache" if found.kv else ""
+
+
+def _cards(found: "Evaluation") -> str:
+    ours, floor, theirs = found.divergence, found.floor, found.divergence.reference_perplexity
+    noise = f"± {ours.kl_error:.4f}; noise {_short(floor['kl_mean'])}"
+    reference = f"reference {theirs.value:.2f} ± {theirs.error:.2f}"
+    change = f"mean change {100 * ours.delta_p_mean:+.3f} %"
+    worst = f"99 % lie below; the largest is {ours.kl_max:.3f}"
+    return run_report.figures(
+        [
+            ("KL divergence", f"{ours.kl_mean:.4f}", "nats", noise),
+            ("Perplexity", f"{ours.perplexity.value:.2f}", "", reference),
+            ("Same top token", f"{100 * ours.same_top:.1f}", "%", f"noise {100 * floor['same_top']:.1f} %"),
+            ("True token’s p", f"{100 * ours.delta_p_rms:.2f}", "% RMS", change),
+            ("Worst tokens", f"{ours.kl_p99:.3f}", "nats", worst),
+        ]
+    )
+
+
+def _spread(found: "Evaluation", readouts: dict[str, list[str]]) -> str:
+    ours, floor = found.divergence.histogram, found.floor["histogram"]
+    counts, noise = ([histogram[edge] / (sum(histogram.values()) or 1) for edge in ours] for histogram in (ours, floor))
+    edges = list(ours)
+    readouts["spread"] = [
+        f"{_interval(edges, index)} nats: {100 * share:.1f} % of the model’s tokens, "
+        f"{100 * other:.1f} % of the noise floor’s"
+        for index, (share, other) in enumerate(zip(counts, noise, strict=True))
+    ]
+    top = 1.1 * max(*counts, *noise)
+    drawing = (
+        f'<g class="other"><path class="range" d="{_bars(noise, top)}"/></g>'
+        f'<g class="plain"><path class="solid" d="{_narrow(counts, top)}"/></g>'
+    )
+    places = [((index + 0.5) / len(edges), edge) for index, edge in enumerate(edges) if edge[0] == "1"]
+    figure = svg_plots.plot(
+        "spread",
+        drawing,
+        label="Share of tokens by KL divergence, model and noise floor",
+        x=[(place, edge) for place, edge in places],
+        y=_percents(top),
+    )
+    return _section("How divergence spreads over tokens", "Share of tokens by KL divergence in nats.", figure, _LEGEND)
+
+
+_LEGEND = (
+    '<ul class="legend"><li><span class="swatch plain"></span>Model</li>'
+    '<li><span class="swatch other" style="--part:32%"></span>Noise floor: the reference in bf16</li></ul>'
+)
+
+
+def _positions(found: "Evaluation", readouts: dict[str, list[str]]) -> str:
+    values = found.divergence.by_position
+    if not values:
+        return ""
+    length, count = found.window_tokens, len(values)
+    spans = [(length * index // count, length * (index + 1) // count) for index in range(count)]
+    readouts["position"] = [
+        f"Tokens {start + 1:,} to {end:,}: {_short(value)} nats"
+        for (start, end), value in zip(spans, values, strict=True)
+    ]
+    top = 1.15 * max(max(values), 1e-12)
+    drawing = f'<g class="plain"><path class="solid" d="{_bars(values, top)}"/></g>'
+    x: list[Tick] = [(0.0, "1"), (0.5, f"{length // 2:,}"), (1.0, f"{length:,}")]
+    figure = svg_plots.plot(
+        "position", drawing, label="Mean KL divergence by position in the window", x=x, y=_values(top)
+    )
+    return _section("Where in the window", "Mean KL divergence in nats, by the token’s position.", figure)
+
+
+def _confidence(buckets: "Sequence[Bucket]", readouts: dict[str, list[str]]) -> str:
+    values = [bucket.kl_mean for bucket in buckets]
+    readouts["confidence"] = [
+        f"Top probability {bucket.low:g} to {bucket.high:g}: {bucket.tokens:,} tokens, "
+        f"{_short(bucket.kl_mean)} nats, same top token {100 * bucket.same_top:.1f} %"
+        for bucket in buckets
+    ]
+    top = 1.15 * max(max(values), 1e-12)
+    drawing = f'<g class="plain"><path class="solid" d="{_bars(values, top)}"/></g>'
+    x = [((index + 0.5) / len(buckets), f"{bucket.low:g} to {bucket.high:g}") for index, bucket in enumerate(buckets)]
+    figure = svg_plots.plot(
+        "confidence", drawing, label="Mean KL divergence by the reference’s confidence", x=x, y=_values(top)
+    )
+    note = "Mean KL divergence in nats, by the probability of the reference’s most likely token."
+    return _section("By how sure the reference was", note, figure)
+
+
+def _routing(agreement: Mapping[int, float], readouts: dict[str, list[str]]) -> str:
+    if not agreement:
+        return ""
+    layers, shares = list(agreement), list(agreement.values())
+    readouts["routing"] = [
+        f"Layer {layer}: {100 * share:.2f} % of expert choices in common" for layer, share in agreement.items()
+    ]
+    missed = [1 - share for share in shares]
+    top = 1.15 * max(max(missed), 1e-4)
+    drawing = f'<g class="plain"><path class="solid" d="{_bars(missed, top)}"/></g>'
+    step = max(1, len(layers) // 8)
+    x = [((index + 0.5) / len(layers), str(layer)) for index, layer in enumerate(layers) if index % step == 0]
+    figure = svg_plots.plot(
+        "routing", drawing, label="Share of expert choices that differ, by layer", x=x, y=_percents(top)
+    )
+    return _section("Router agreement", "Share of expert choices that differ from the reference’s, by layer.", figure)
+
+
+_KL = {"mean": "kl_mean", "median": "kl_median", "90 %": "kl_p90", "99 %": "kl_p99", "max": "kl_max"}
+
+
+def _numbers(found: "Evaluation") -> str:
+    ours, floor = found.divergence, found.floor
+    error = ours.log_ratio_error
+    rows = [
+        ("ln(perplexity ratio)", f"{ours.log_ratio:+.5f} ± {error:.5f}", f"{floor['log_ratio']:+.5f}"),
+        *((f"KL {name}", f"{getattr(ours, key):.6f}", f"{floor[key]:.6f}") for name, key in _KL.items()),
+        ("same top token", f"{ours.same_top:.3%} ± {ours.same_top_error:.3%}", f"{floor['same_top']:.3%}"),
+        ("true token’s p, mean change", f"{ours.delta_p_mean:+.4%}", f"{floor['delta_p_mean']:+.4%}"),
+        ("true token’s p, RMS change", f"{ours.delta_p_rms:.4%}", f"{floor['delta_p_rms']:.4%}"),
+    ]
+    cells = "".join(
+        f'<tr><th scope="row">{name}</th><td class="number">{value}</td><td class="number">{noise}</td></tr>'
+        for name, value, noise in rows
+    )
+    return (
+        '<section><h2>The numbers</h2><table><thead><tr><th></th><th class="number">model</th>'
+        f'<th class="number">noise floor</th></tr></thead><tbody>{cells}</tbody></table></section>'
+    )
+
+
+def _section(title: str, note: str, figure: str, legend: str = "") -> str:
+    return f'<section><h2>{title}</h2><p class="quiet">{note}</p>{figure}{legend}</section>'
+
+
+def _bars(values: Sequence[float], top: float) -> str:
+    return svg_plots.bars([0.0] * len(values), values, top)
+
+
+def _narrow(values: Sequence[float], top: float) -> str:
+    """Bars of half the width, so that those behind are seen."""
+    quarters = [value for share in values for value in (0.0, share, share, 0.0)]
+    return svg_plots.bars([0.0] * len(quarters), quarters, top)
+
+
+def _percents(top: float) -> list[Tick]:
+    return [(value / top, f"{100 * value:g} %") for value in nice_ticks(top)]
+
+
+def _values(top: float) -> list[Tick]:
+    return [(value / top, f"{value:g}") for value in nice_ticks(top)]
+
+
+def _interval(edges: Sequence[str], index: int) -> str:
+    if index == 0:
+        return f"below {edges[1]}"
+    return f"from {edges[index]}" if index == len(edges) - 1 else f"{edges[index]} to {edges[index + 1]}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}"

@@ -1,0 +1,137 @@
+"""The report page's three plots over the steps of a run: time per token, memory, expert requests."""
+
+import statistics
+from collections.abc import Sequence
+
+from cli.html import svg_plots
+from cli.html.svg_plots import Bins, nice_ticks
+from cli.terminal import words
+from cli.terminal.words import TIER_NAMES, number, size
+from offload.records import TokenRecord
+from offload.run.report import RunReport
+from offload.run.speed import percentile
+from offload.tiers import TIERS, Tier
+
+_GIB, _MIB = 2**30, 2**20
+
+
+def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
+    """Decode steps only: range and median of each bin's time per token, beside the median and the floor."""
+    times = [1e3 * r.seconds / max(r.tokens_in, 1) for r in report.records if r.phase == "decode"]
+    if not times:
+        return ""
+    bins = Bins(len(times))
+    groups = [sorted(times[start:end]) for start, end in bins.spans]
+    middles = [statistics.median(group) for group in groups]
+    median, floor = statistics.median(times), report.decode.floor_ms_per_token
+    top = 1.15 * min(times_top(times), max(*times, floor or 0))
+    grouped = len(times) > len(groups)
+    band = svg_plots.bars([group[0] for group in groups], [group[-1] for group in groups], top) if grouped else ""
+    drawing = f'<g class="plain"><path class="range" d="{band}"/>'
+    drawing += f'<path class="line" d="{svg_plots.line(middles, top)}"/></g>' + svg_plots.level(median, top, "rule")
+    tags = svg_plots.tag(median, top, f"median {number(median)} ms")
+    if floor:
+        drawing += svg_plots.level(floor, top, "floor")
+        tags += svg_plots.tag(
+            floor, top, f"{words.limit_name(report)} floor {number(floor)} ms", under=floor > 0.12 * top
+        )
+    readouts["time"] = [
+        f"{_span('Token', span)}: {number(statistics.median(g))} ms"
+        + (f", from {number(g[0])} to {number(g[-1])}" if len(g) > 1 else "")
+        for span, g in zip(bins.spans, groups, strict=True)
+    ]
+    above = sum(time > top for time in times)
+    cut = f" {above:,} slower steps are cut off, the slowest took {number(times_max(times))} ms." if above else ""
+    label = f"Time per decoded token over {len(times):,} tokens: median {number(median)} ms."
+    y = [(value / top, f"{value:g}") for value in nice_ticks(top)]
+    figure = svg_plots.plot("time", drawing, label=label, x=bins.ticks(), y=y, tags=tags)
+    legend = "Line: median of the tokens drawn together; band: fastest to slowest of them." if len(times) > 240 else ""
+    return f'<h3>Time per token in ms, over the decoded tokens</h3>{figure}<p class="quiet">{legend}{cut}</p>'
+
+
+def times_top(times: Sequence[float]) -> float:
+    """Upper edge that keeps rare outliers from flattening the plot."""
+    ordered = sorted(times)
+    high, median = percentile(ordered, 0.99) or 0.0, percentile(ordered, 0.5) or 0.0
+    return max(1.3 * high, 1.5 * median)
+
+
+def times_max(times: Sequence[float]) -> float:
+    """The slowest step."""
+    return max(times)
+
+
+def memory_plot(records: Sequence[TokenRecord], readouts: dict[str, list[str]]) -> str:
+    """Resident and VRAM bytes after every step, prompts shaded."""
+    if not any(record.rss_bytes for record in records):
+        return ""
+    bins = Bins(len(records))
+    groups = [records[start:end] for start, end in bins.spans]
+    resident = [max(r.rss_bytes for r in group) for group in groups]
+    vram = [max(r.vram_bytes for r in group) for group in groups]
+    top = 1.1 * max(*resident, *vram)
+    unit, name = (_GIB, "GiB") if top >= _GIB else (_MIB, "MiB")
+    prompts = [top if any(r.phase == "prefill" for r in group) else 0.0 for group in groups]
+    drawing = f'<path class="prompt" d="{svg_plots.bars([0.0] * len(prompts), prompts, top)}"/>'
+    drawing += _curve(resident, top, "ram") + (_curve(vram, top, "vram") if any(vram) else "")
+    readouts["memory"] = [
+        f"{_span('Step', span)}{_prompt(group)}: {size(rss)} resident" + (f", {size(gpu)} of VRAM" if gpu else "")
+        for span, group, rss, gpu in zip(bins.spans, groups, resident, vram, strict=True)
+    ]
+    y = [(value * unit / top, f"{value:g}") for value in nice_ticks(top / unit)]
+    label = f"Memory over {len(records):,} steps: at most {size(max(resident))} resident."
+    figure = svg_plots.plot("memory", drawing, label=label, x=bins.ticks(), y=y, css="low")
+    legend = '<li><span class="swatch ram"></span>Resident (RAM)</li>'
+    legend += '<li><span class="swatch vram"></span>VRAM</li>' if any(vram) else ""
+    legend += '<li><span class="swatch other" style="--part:30%"></span>prompt being run</li>'
+    return f'<h3>Memory in {name}, over the steps</h3>{figure}<ul class="legend">{legend}</ul>'
+
+
+def requests_plot(records: Sequence[TokenRecord], readouts: dict[str, list[str]]) -> str:
+    """Where the experts asked for were, as shares of each bin's requests."""
+    if not any(record.by_tier for record in records):
+        return ""
+    bins = Bins(len(records))
+    groups = [records[start:end] for start, end in bins.spans]
+    counts = [{tier: sum(r.by_tier.get(tier, 0) for r in group) for tier in TIERS} for group in groups]
+    sums = [sum(count.values()) or 1 for count in counts]
+    base = [0.0] * len(groups)
+    drawing = ""
+    present: list[Tier] = [tier for tier in TIERS if any(count[tier] for count in counts)]
+    for tier in present:
+        high = [low + count[tier] / total for low, count, total in zip(base, counts, sums, strict=True)]
+        drawing += f'<g class="{tier}"><path class="solid" d="{svg_plots.bars(base, high, 1.0)}"/></g>'
+        base = high
+    readouts["requests"] = [
+        f"{_span('Step', span)}{_prompt(group)}: "
+        + ", ".join(f"{count[tier]:,} from {TIER_NAMES[tier]}" for tier in present)
+        for span, group, count in zip(bins.spans, groups, counts, strict=True)
+    ]
+    y = [(part, f"{100 * part:.0f} %") for part in (0.0, 0.5, 1.0)]
+    label = f"Share of expert requests by tier over {len(records):,} steps."
+    figure = svg_plots.plot("requests", drawing, label=label, x=bins.ticks(), y=y, css="low")
+    total = sum(sums)
+    legend = "".join(
+        f'<li><span class="swatch {tier}"></span>{TIER_NAMES[tier]}{"" if tier == "disk" else " (hit)"}: '
+        f"{words.percent(sum(count[tier] for count in counts) / total)}</li>"
+        for tier in present
+    )
+    title = "<h3>Expert requests by where the expert was, over the steps</h3>"
+    return f'{title}{figure}<ul class="legend">{legend}</ul>'
+
+
+def _curve(values: Sequence[int], top: float, css: str) -> str:
+    return (
+        f'<g class="{css}"><path class="area" d="{svg_plots.line(values, top, area=True)}"/>'
+        f'<path class="line" d="{svg_plots.line(values, top)}"/></g>'
+    )
+
+
+def _span(what: str, span: tuple[int, int]) -> str:
+    start, end = span
+    return f"{what} {start + 1:,}" if end == start + 1 else f"{what}s {start + 1:,} to {end:,}"
+
+
+def _prompt(group: Sequence[TokenRecord]) -> str:
+    tokens = sum(record.tokens_in for record in group if record.phase == "prefill")
+    return f" (with {tokens:,} prompt tokens)" if tokens else ""

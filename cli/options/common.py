@@ -1,0 +1,138 @@
+"""The options that commands share, written once, and the decorator that gives a command all of a run's."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from offload.records import RunOptions
+from quant.sizes import parse_size
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a Hub id.")]
+Vram = Annotated[
+    int | None,
+    typer.Option("--vram", parser=parse_size, metavar="SIZE", help="VRAM budget, for example 24GiB; never exceeded."),
+]
+Ram = Annotated[
+    int | None,
+    typer.Option("--ram", parser=parse_size, metavar="SIZE", help="RAM budget, for example 64GiB; never exceeded."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context", min=1, metavar="TOKENS", help="Tokens the KV cache must hold (4096, or all that the model knows)."
+    ),
+]
+Kv = Annotated[Literal["bf16", "int8"] | None, typer.Option("--kv", help="How the KV cache is stored (bf16).")]
+Recipe = Annotated[
+    str | None, typer.Option("--recipe", metavar="NAME|FILE", help="A recipe: schemes and defaults for a run.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
+Report = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Write the report page (one HTML file) here.")
+]
+Routing = Annotated[
+    Path | None,
+    typer.Option("--routing", metavar="FILE", help="Routing profile that seeds placement (coldstream profile)."),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None, typer.Option("--device", help="Where to compute (auto: a GPU if any).")
+]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Keep activations in floating point on the CPU: slower, bit-faithful.")
+]
+PageCache = Annotated[
+    bool, typer.Option("--page-cache", help="Read experts through the page cache instead of direct I/O.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads (all physical cores).")]
+NoGraph = Annotated[
+    bool, typer.Option("--no-graph", help="On a GPU, decode layer by layer instead of as one CUDA graph: slower.")
+]
+Warm = Annotated[
+    int | None,
+    typer.Option(
+        "--warm",
+        parser=parse_size,
+        metavar="SIZE",
+        help="Beside a GPU, read this much of a coming expert into the CPU's caches (half of their size).",
+    ),
+]
+Policy = Annotated[
+    str | None, typer.Option("--policy", metavar="NAME", help="Which experts to keep: the name of a cache policy.")
+]
+PromptChunk = Annotated[
+    int | None, typer.Option("--prompt-chunk", min=1, metavar="TOKENS", help="Prompt tokens run at once.")
+]
+
+
+def expands(
+    name: str, options: Mapping[str, tuple[Any, Any]], make: Callable[..., Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that gives a command ``options`` (name → annotation, default) for parameter ``name``.
+
+    The command is called with what ``make`` makes of their values.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def expanded(**arguments: Any) -> None:
+            asked = {option: arguments.pop(option) for option in options}
+            command(**{name: make(**asked)}, **arguments)
+
+        own = inspect.signature(command).parameters.values()
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        kept = [parameter.replace(kind=keyword) for parameter in own if parameter.name != name]
+        added = [
+            inspect.Parameter(option, keyword, default=default, annotation=annotation)
+            for option, (annotation, default) in options.items()
+        ]
+        expanded.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
+        return expanded
+
+    return decorate
+
+
+def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
+    """RunOptions of what was asked on the command line, over what ``recipe`` says.
+
+    Raises RecipeError, and UsageError for names that nobody knows: before the machine is measured and a model
+    loaded for nothing.
+    """
+    from offload.routing.eviction import check_policy
+    from quant.model.recipe import load_recipe
+
+    check_policy(asked.get("policy"), seeded=asked.get("routing") is not None)
+    given: dict[str, Any] = {}
+    if recipe:
+        said = load_recipe(recipe)
+        defaults = {name: getattr(said, name) for name in ("vram", "ram", "context", "kv", "prompt_chunk")}
+        given = {name: value for name, value in defaults.items() if value is not None}
+    if asked.pop("no_graph", False):
+        given["graph"] = False
+    given |= {name: value for name, value in asked.items() if value is not None and value is not False}
+    return RunOptions(**given)
+
+
+takes_run_options = expands(
+    "run",
+    {
+        "vram": (Vram, None),
+        "ram": (Ram, None),
+        "context": (Context, None),
+        "kv": (Kv, None),
+        "recipe": (Recipe, None),
+        "routing": (Routing, None),
+        "policy": (Policy, None),
+        "device": (Device, None),
+        "threads": (Threads, None),
+        "prompt_chunk": (PromptChunk, None),
+        "exact": (Exact, False),
+        "page_cache": (PageCache, False),
+        "no_graph": (NoGraph, False),
+        "warm": (Warm, None),
+    },
+    run_options,
+)

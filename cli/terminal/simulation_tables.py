@@ -1,0 +1,93 @@
+"""A simulated run on the terminal: what a token waited for, what passed each resource, and the sentences."""
+
+from typing import TYPE_CHECKING, Any
+
+from cli.terminal.words import number, percent, size
+from offload.simulator.simulation import Replay, Setup
+from offload.tiers import TIERS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CAUSES = {
+    "vram": "VRAM reads (dense part, hits)",
+    "cpu": "the CPU's part of misses",
+    "pcie": "reads and copies over PCIe",
+    "disk": "the disk",
+    "doorbell": "doorbell",
+    "compute": "arithmetic",
+    "overhead": "small kernels, step",
+}
+CPU_CAUSES = {**CAUSES, "cpu": "RAM reads", "overhead": "overhead"}
+RESOURCES = {
+    "vram": "VRAM",
+    "pcie": "PCIe",
+    "ram": "RAM",
+    "cpu": "CPU",
+    "disk": "disk",
+    "gpu": "GPU arithmetic",
+    "cpu compute": "CPU arithmetic",
+}
+_PLACES = {"vram": "in VRAM", "ram": "in RAM", "disk": "on disk"}
+
+
+def causes(setup: Setup) -> dict[str, str]:
+    """What waits are called on this machine."""
+    return CAUSES if setup.machine.gpu else CPU_CAUSES
+
+
+def waits_table(setup: Setup, decode: Replay) -> "Table":
+    """What a decoded token waited for, longest first."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("a token waits for")
+    table.add_column("ms", justify="right")
+    table.add_column("share", justify="right")
+    names = causes(setup)
+    for cause, seconds in sorted(decode.waited.items(), key=lambda item: -item[1]):
+        share = percent(seconds * decode.tokens_per_s)
+        table.add_row(names.get(cause, cause), number(1e3 * seconds), share)
+    table.add_section()
+    table.add_row("all", number(1e3 / decode.tokens_per_s), "", style="bold")
+    return table
+
+
+def resources_table(decode: Replay) -> "Table":
+    """What passed each resource per token, and the part of what it could have given."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("resource", "per token", "of its rate"):
+        table.add_column(heading, justify="left" if heading == "resource" else "right")
+    for name, amount in decode.moved.items():
+        if amount and "arithmetic" not in RESOURCES[name]:
+            table.add_row(RESOURCES[name], size(round(amount)), percent(decode.used[name]))
+    return table
+
+
+def lines(setup: Setup, decode: Replay, prefill: Replay) -> list[str]:
+    """The sentences beside the tables."""
+    served = ", ".join(f"{percent(decode.hit_rates[tier])} {_PLACES[tier]}" for tier in TIERS if decode.hit_rates[tier])
+    planned = setup.plan.predicted_tokens_per_s
+    found = [
+        f"decode    {number(decode.tokens_per_s)} tokens/s over {decode.tokens:,} tokens, limited by "
+        f"{decode.limited_by} (the plan's arithmetic says {number(planned)})",
+        f"prefill   {number(prefill.tokens_per_s)} tokens/s for a prompt of {prefill.tokens:,} in chunks of "
+        f"{setup.plan.prompt_chunk:,}, limited by {prefill.limited_by}",
+        f"experts   requests found theirs {served}",
+    ]
+    if setup.machine.gpu and decode.hit_rates["vram"] < 1:
+        found.append(f"          of a miss the GPU reads {percent(setup.part)} in place, the CPU does the rest")
+    return found
+
+
+def document(setup: Setup, decode: Replay, prefill: Replay) -> dict[str, Any]:
+    """What ``--json`` prints of it."""
+    return {
+        "decode": decode.to_json(),
+        "prefill": prefill.to_json(),
+        "gpu_part": setup.part,
+        "planned_tokens_per_s": setup.plan.predicted_tokens_per_s,
+        "planned_prefill_tokens_per_s": setup.plan.predicted_prefill_tokens_per_s,
+    }

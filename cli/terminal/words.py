@@ -1,0 +1,89 @@
+"""How a report's facts are said, the same on the terminal and on the page."""
+
+from collections.abc import Mapping
+
+from offload.run.report import RunReport
+from offload.tiers import Tier, role_name
+from quant.model.families import Role
+from quant.scheme import Scheme
+from quant.sizes import format_size
+
+__all__ = [
+    "TIER_NAMES",
+    "deviation",
+    "limit_name",
+    "number",
+    "percent",
+    "role_name",
+    "schemes_line",
+    "sentence",
+    "size",
+    "verdict",
+]
+TIER_NAMES: dict[Tier, str] = {"vram": "VRAM", "ram": "RAM", "disk": "Disk"}
+_LIMITS = {"ram": "RAM bandwidth", "vram": "VRAM bandwidth", "disk": "disk bandwidth", "pcie": "PCIe bandwidth"}
+
+
+def schemes_line(schemes: Mapping[Role, Scheme]) -> str:
+    """What each role is stored as: ``routed experts int4-g128, LM head int8-g128``."""
+    return ", ".join(f"{role_name(role)} {scheme}" for role, scheme in schemes.items())
+
+
+def sentence(text: str) -> str:
+    """``text`` with its first letter capital."""
+    return text[:1].upper() + text[1:]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``value`` to ``digits`` significant digits, thousands separated; a dash for None."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    if abs(value) < 0.1:
+        return f"{value:.2g}"
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    places = max(digits - max(whole, 1), 0)
+    return f"{value:,.{places}f}"
+
+
+def percent(part: float | None) -> str:
+    """``part`` of 1 in percent; a dash for None."""
+    if part is None:
+        return "–"
+    if 0 < part < 0.0005:
+        return "< 0.1 %"
+    return f"{100 * part:.1f} %" if 0 < part < 0.0095 else f"{100 * part:.0f} %"
+
+
+def deviation(part: float) -> str:
+    """A signed difference in percent: ``+4 %``."""
+    return f"{100 * part:+.0f} %".replace("-", "−")
+
+
+def size(count: int) -> str:
+    """Bytes with a binary unit."""
+    return format_size(count)
+
+
+def limit_name(report: RunReport) -> str:
+    """What limits decode, in words; empty if nothing is known."""
+    return _LIMITS.get(report.limited_by, report.limited_by)
+
+
+def verdict(report: RunReport) -> str:
+    """The sentence a reader takes away: how fast, what limits it, how far from there."""
+    speed = report.decode.tokens_per_s
+    if speed is None:
+        return "Only the prompt was run: there is no decode speed to report."
+    said = f"Decode runs at {number(speed)} tokens/s"
+    fraction = report.decode.fraction_of_floor
+    if fraction is not None:
+        said += f", {percent(fraction)} of what the {limit_name(report)} of this machine allows"
+    elif limit_name(report):
+        said += f"; {limit_name(report)} limits it"
+    misses = report.decode_experts.misses
+    if misses:
+        part = misses / (misses + report.decode_experts.hits)
+        said += f"; {percent(part)} of its expert requests had to read the disk"
+    return said + "."

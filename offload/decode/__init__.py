@@ -1,0 +1,1 @@
+"""One fast decode step: on the CPU as one native call, on a GPU as one CUDA graph."""

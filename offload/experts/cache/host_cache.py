@@ -1,0 +1,333 @@
+"""What is where: experts in host slots, fetched from disk, kept and evicted. ``tiered.py`` adds a device.
+
+Weights are immutable, so eviction is forgetting: nothing is ever written back. All state is changed by the
+thread that runs the model; reading threads only fill buffers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, Protocol
+
+from offload.experts.storage.arena import Arena
+from offload.experts.storage.reader import Priority, Reader, ReadRequest
+from offload.experts.storage.slots import SlotTable
+from offload.experts.storage.store import ExpertStore, ExpertWeights, Layout
+from offload.experts.storage.transfer import Transfer
+from offload.routing.eviction import Policy
+from offload.tiers import Key, Tier
+from quant.errors import CheckpointError
+
+__all__ = ["Counters", "ExpertCache", "Key", "Listener", "Watcher"]
+
+_IN_FLIGHT = 8
+
+
+@dataclass
+class Counters:
+    """Requests by the tier that held the expert, and bytes fetched, since the last ``take``."""
+
+    by_tier: dict[Tier, int] = field(default_factory=lambda: {"vram": 0, "ram": 0, "disk": 0})
+    fetched: dict[Literal["disk", "pcie"], int] = field(default_factory=lambda: {"disk": 0, "pcie": 0})
+    used_bytes: dict[Tier, int] = field(default_factory=lambda: {"vram": 0, "ram": 0, "disk": 0})
+
+
+class Listener(Protocol):
+    """Is told what a host slot holds, so that it can address resident experts without asking."""
+
+    def landed(self, key: Key, weights: ExpertWeights) -> None:
+        """``key``'s bytes are all there; ``weights`` stay valid until it is evicted."""
+
+    def evicted(self, key: Key) -> None:
+        """``key``'s slot is about to be overwritten."""
+
+
+class Watcher(Protocol):
+    """Is told where an expert's bytes will be before they are there, and by a reading thread that they are:
+    it can wait for them without asking."""
+
+    def coming(self, key: Key, weights: ExpertWeights) -> None:
+        """``key``'s bytes will be read to where ``weights`` view them, which stay valid until it is
+        evicted."""
+
+    def arrived(self, key: Key, whole: bool) -> None:
+        """``key``'s bytes are all there, or could not be read. Called by a reading thread."""
+
+    def evicted(self, key: Key) -> None:
+        """``key``'s slot will be overwritten."""
+
+
+class ExpertCache:
+    """Serves the experts of a layer from ``ram_slots`` host slots or disk, at least two slots unless every
+    expert has one; with ``transfer`` its device can read them."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        reader: Reader,
+        policy: Callable[[], Policy],
+        *,
+        ram_slots: int,
+        transfer: Transfer | None = None,
+    ) -> None:
+        self.store, self.reader = store, reader
+        self.arena = Arena(ram_slots, store.slot_bytes, transfer)
+        self.notes: list[str] = self.arena.notes
+        self.host, self.host_policy = SlotTable(ram_slots), policy()
+        self.counters = Counters()
+        self._pending: dict[Key, ReadRequest] = {}
+        self._views: dict[tuple[int, Layout], ExpertWeights] = {}
+        self.listener: Listener | None = None
+        self.watcher: Watcher | None = None
+
+    def take_counters(self) -> Counters:
+        """The counts since the last call."""
+        counters, self.counters = self.counters, Counters()
+        return counters
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert has a slot of its own."""
+        return self.arena.slots >= self.store.count
+
+    def tier_of(self, key: Key) -> Tier:
+        """Where ``key`` is now; an expert still on its way counts as on disk."""
+        if key not in self.host:
+            return "disk"
+        pending = self._pending.get(key)
+        return "ram" if pending is None or pending.done.is_set() else "disk"
+
+    def on_device(self, key: Key) -> bool:
+        """Whether ``key`` needs no host slot, because a device holds it."""
+        return False
+
+    def in_use(self) -> set[Key]:
+        """Experts whose host slots are being read by a device and may not be overwritten now."""
+        return set()
+
+    def wait_for_slot(self) -> bool:
+        """Wait until a guarded expert is so no more; False if none will be."""
+        return False
+
+    def reached_host(self, key: Key) -> None:
+        """``key``'s bytes are all in its host slot."""
+        if self.listener is not None:
+            self.listener.landed(key, self._view(key))
+
+    def left_host(self, key: Key) -> None:
+        """``key``'s host slot is free, or will be overwritten."""
+        if self.listener is not None:
+            self.listener.evicted(key)
+
+    def rebalance(self) -> None:
+        """Between two steps: move experts to where they are wanted, as far as that needs no waiting."""
+
+    def shrink_vram(self) -> int:
+        """Give device memory back to the driver; returns its bytes, 0 if there is none to spare."""
+        return 0
+
+    def close(self) -> None:
+        """Let go of what a device has of the memory."""
+
+    def count(self, layer: int, experts: Sequence[int]) -> dict[Key, Tier]:
+        """Count a request for each of ``experts`` and say where each is."""
+        tiers = {(layer, expert): self.tier_of((layer, expert)) for expert in experts}
+        for tier in tiers.values():
+            self.counters.by_tier[tier] += 1
+        return tiers
+
+    def serve(self, layers: Sequence[int], chosen: Sequence[Sequence[int]], late: int) -> None:
+        """One token's ``chosen`` experts of each of ``layers``, all in host slots by now, were computed by
+        whoever the watcher told of them; ``late`` of them had to be waited for."""
+        counters, count = self.counters, sum(len(experts) for experts in chosen)
+        counters.by_tier["ram"] += count - late
+        counters.by_tier["disk"] += late
+        same = self.store.expert_nbytes
+        if same is not None:
+            counters.used_bytes["ram"] += count * same
+            if self.holds_all:
+                return
+        for layer, experts in zip(layers, chosen, strict=True):
+            for expert in experts:
+                self.host_policy.touch((layer, expert))
+                if same is None:
+                    counters.used_bytes["ram"] += self.store.record(layer, expert).nbytes
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell ``watcher`` of every expert that is there, and of all that follow, in place of whoever watched
+        before. Waits for what is under way."""
+        self.wait()
+        self.watcher = watcher
+        for key in self.host.slot_of:
+            watcher.coming(key, self._view(key))
+            watcher.arrived(key, True)
+
+    def reap(self) -> None:
+        """Take note of reads that have finished. Raises CheckpointError if one failed."""
+        for key in [key for key, request in self._pending.items() if request.done.is_set()]:
+            self._land(key)
+
+    def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
+        """Yield each of ``experts`` with its weights, residents first, the others as their bytes arrive.
+
+        A yielded weight is valid until the next one is asked for. Raises CheckpointError if the disk fails.
+        """
+        tiers = self.count(layer, experts)
+        yield from self.serve_from_host(sorted(tiers, key=lambda key: tiers[key] == "disk"))
+
+    def serve_from_host(self, ordered: Sequence[Key]) -> Iterator[tuple[int, ExpertWeights]]:
+        """Yield each of ``ordered`` from its host slot, fetched where it has none; see ``stream``."""
+        window = self._window()
+        waiting = list(ordered)
+        for index, key in enumerate(ordered):
+            # Keep reads in flight for the next few, locked so that they do not evict one another.
+            locked = set(ordered[index : index + window])
+            while waiting and waiting[0] in locked and (waiting[0] == key or self._has_slot(locked)):
+                self._request(waiting.pop(0), Priority.DEMAND, locked)
+            yield key[1], self._weights(key, locked)
+            self.host_policy.touch(key)
+
+    def demand(self, keys: Sequence[Key]) -> set[Key]:
+        """Begin reading those of ``keys`` that are on disk, as many as may be in flight at once, and return
+        those. Raises CheckpointError for one that could not be read."""
+        first = set(keys[: self._window()])
+        for key in keys[: len(first)]:
+            pending = self._pending.get(key)
+            if pending is not None and pending.error is not None:
+                self._land(key)
+            self._request(key, Priority.DEMAND, first)
+        return first
+
+    def prefetch(self, keys: Sequence[Key], protected: set[Key], priority: Priority = Priority.PREFETCH) -> None:
+        """Begin reading ``keys``, expected soon, if slots can be had that hold neither them nor
+        ``protected``. Earlier guesses of this ``priority`` that are not among them any more and have not
+        begun are dropped."""
+        protected = protected | set(keys)
+        for key, request in list(self._pending.items()):
+            if request.priority is priority and key not in protected and self.reader.cancel(request):
+                del self._pending[key]
+                self._free(key)
+                self.counters.fetched["disk"] -= request.nbytes
+        for key in keys:
+            if key in self.host or self.on_device(key):
+                if key in self._pending:
+                    self.reader.promote(self._pending[key], priority)
+                continue
+            if not self.host.free and len(self._taken(protected)) >= len(self.host.slot_of):
+                return
+            self._request(key, priority, protected)
+
+    def fill(self) -> None:
+        """Begin reading experts into every free host slot, in disk order, behind whatever is demanded."""
+        for key in self.store.experts():
+            if not self.host.free:
+                return
+            if key not in self.host and not self.on_device(key):
+                self._request(key, Priority.FILL, {key})
+
+    def wait(self) -> None:
+        """Wait for every read under way. Raises CheckpointError if one failed."""
+        for key in list(self._pending):
+            self._land(key)
+
+    def _window(self) -> int:
+        """How many experts of one layer may be in flight at once."""
+        return max(1, min(_IN_FLIGHT, self.arena.slots - 1))
+
+    def _busy(self) -> set[Key]:
+        return {key for key, request in self._pending.items() if not request.done.is_set()}
+
+    def _has_slot(self, locked: set[Key]) -> bool:
+        """Whether a slot can be had that none of ``locked`` has and no device reads."""
+        return bool(self.host.free or self._busy() - locked) or len(self._taken(locked)) < len(self.host.slot_of)
+
+    def _taken(self, locked: set[Key]) -> set[Key]:
+        """Experts whose slots may not be given to another."""
+        return self._busy() | ((locked | self.in_use()) & self.host.slot_of.keys())
+
+    def _host_slot(self, key: Key, locked: set[Key]) -> int:
+        """A host slot for ``key``: a free one, an idle expert's, or that of a read that has not begun."""
+        while not self.host.free:
+            reading = self._busy()  # asked once: a read may end at any time
+            taken = reading | self._taken(locked)
+            if len(taken) < len(self.host.slot_of):
+                self.release(self.host_policy.victim(self.host.slot_of, taken))
+            elif reading - locked:
+                self.release(self._reclaim(reading - locked))
+            else:
+                relieved = self.wait_for_slot()
+                assert relieved, "every host slot is in use at once"
+        return self.host.take(key)
+
+    def release(self, key: Key) -> None:
+        """Forget ``key``'s host slot, whose read is over or was cancelled."""
+        landed = self._pending.pop(key, None) is None
+        self._free(key)
+        if landed:
+            self.left_host(key)
+
+    def _free(self, key: Key) -> None:
+        self.host.release(key)
+        if self.watcher is not None:
+            self.watcher.evicted(key)
+
+    def _reclaim(self, busy: set[Key]) -> Key:
+        """An expert whose slot is being filled for later, its read dropped or awaited."""
+        for key in busy:
+            if self.reader.cancel(self._pending[key]):
+                return key
+        key = next(iter(busy))
+        self._pending[key].done.wait()
+        return key
+
+    def _request(self, key: Key, priority: Priority, locked: set[Key]) -> None:
+        """Make sure that ``key`` is resident in some tier or on its way to the host."""
+        if self.on_device(key):
+            return
+        if key in self.host:
+            pending = self._pending.get(key)
+            if pending is not None:
+                self.reader.promote(pending, priority)
+            return
+        slot = self._host_slot(key, locked)
+        record = self.store.record(*key)
+        then = self._announce(key)
+        self._pending[key] = self.reader.submit(record, self.arena.buffer(slot), priority, key[0], then)
+        self.counters.fetched["disk"] += record.nbytes
+
+    def _announce(self, key: Key) -> Callable[[bool], None] | None:
+        """Say that ``key`` is coming; returns what a reading thread is to call once it is there."""
+        if self.watcher is None:
+            return None
+        self.watcher.coming(key, self._view(key))
+        return partial(self.watcher.arrived, key)
+
+    def _weights(self, key: Key, locked: set[Key]) -> ExpertWeights:
+        self._request(key, Priority.DEMAND, locked)
+        self._land(key)
+        self.counters.used_bytes["ram"] += self.store.record(*key).nbytes
+        return self._view(key)
+
+    def _land(self, key: Key) -> None:
+        request = self._pending.get(key)
+        if request is None:
+            return
+        try:
+            request.wait()
+        except CheckpointError:
+            self._free(key)
+            self._pending.pop(key)
+            raise
+        self._pending.pop(key)
+        self.reached_host(key)
+
+    def _view(self, key: Key) -> ExpertWeights:
+        record, slot = self.store.record(*key), self.host.slot_of[key]
+        view_key = (slot, record.layout)
+        if view_key not in self._views:
+            self._views[view_key] = record.view(self.arena.slot(slot))
+        return self._views[view_key]
+
+    def tiers(self) -> dict[Key, Tier]:
+        """The tier of every expert, for the report's heat map."""
+        return {key: self.tier_of(key) for key in self.store.experts()}

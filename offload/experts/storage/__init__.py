@@ -1,0 +1,1 @@
+"""Where experts' bytes lie and how they move: files, reads, slots, copies. Decides nothing."""

@@ -1,0 +1,87 @@
+"""Arena: one allocation, cut into equal page-aligned slots, one expert each.
+
+Anonymous memory mapped by ourselves is page-aligned, which direct I/O demands, is given huge pages where the
+system grants them, and counts as resident only once touched. For a GPU it is pinned window by window: where
+the system stops granting that, the slots so far are pinned and the others are not. (A pinned allocation of
+torch's would be rounded up to a power of two, and be granted or refused as a whole.)
+"""
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from offload.experts.storage.transfer import Transfer
+from quant.errors import MachineError
+from quant.sizes import format_size
+
+_HUGE = 2 * 2**20
+_WINDOW = 2**30  # bytes pinned at once
+
+
+class Arena:
+    """``slots`` slots of ``slot_bytes`` bytes in host memory, pinned for ``transfer``'s device where one is
+    given; ``notes`` says if not all of it is.
+
+    Raises MachineError if the memory cannot be had.
+    """
+
+    def __init__(self, slots: int, slot_bytes: int, transfer: Transfer | None = None) -> None:
+        self.slots, self.slot_bytes = slots, slot_bytes
+        self.nbytes = slots * slot_bytes
+        self.notes: list[str] = []
+        try:
+            # A huge page more than needed, so that the first slot can begin on a huge page's boundary.
+            self._map = mmap.mmap(-1, max(self.nbytes, 1) + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        except (OSError, MemoryError, ValueError) as error:
+            raise MachineError(
+                f"cannot allocate an arena of {format_size(self.nbytes)} for experts ({error}): lower --ram"
+            ) from None
+        whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        start = -whole.data_ptr() % _HUGE
+        self._memory = whole[start : start + self.nbytes]
+        self._transfer, self._windows = transfer, dict[int, int]()  # first slot → device address
+        self._per_window = max(1, _WINDOW // slot_bytes)
+        if transfer is not None:
+            self._pin(transfer)
+
+    def _pin(self, transfer: Transfer) -> None:
+        for first in range(0, self.slots, self._per_window):
+            count = min(self._per_window, self.slots - first)
+            try:
+                self._windows[first] = transfer.register(self.slot(first).data_ptr(), count * self.slot_bytes)
+            except MachineError as error:
+                self.notes.append(
+                    f"{format_size(first * self.slot_bytes)} of {format_size(self.nbytes)} of the RAM for "
+                    f"experts could be pinned ({error}): the GPU takes no share in computing the other "
+                    f"{self.slots - first} experts, and copies of them to it wait for the CPU"
+                )
+                return
+
+    @property
+    def pinned(self) -> int:
+        """How many slots, from the first, are pinned."""
+        return min(self.slots, len(self._windows) * self._per_window)
+
+    def slot(self, index: int) -> Tensor:
+        """Slot ``index`` as uint8 ``[slot_bytes]``."""
+        return self._memory[index * self.slot_bytes : (index + 1) * self.slot_bytes]
+
+    def buffer(self, index: int) -> memoryview:
+        """Slot ``index`` as a writable buffer for reads."""
+        return memoryview(self.slot(index).numpy())  # type: ignore[arg-type]
+
+    def device_address(self, index: int) -> int:
+        """The address by which the device reads slot ``index`` in place; 0 if it cannot."""
+        first = index // self._per_window * self._per_window
+        window = self._windows.get(first)
+        return 0 if window is None else window + (index - first) * self.slot_bytes
+
+    def unpin(self) -> None:
+        """Let the device go; nothing may be reading the slots. Memory stays as it is."""
+        for first in self._windows:
+            assert self._transfer is not None
+            self._transfer.unregister(self.slot(first).data_ptr())
+        self._windows.clear()

@@ -1,0 +1,120 @@
+"""MappedFiles: experts used straight from the page cache until a copy of them is in the arena.
+
+Where all experts will fit and the page cache holds them already, a first token need not wait for their
+copies: memory that is new to the process must be cleared and, in a virtual machine, found by the host, which
+takes several times as long as reading what is there. Mapped pages are small and slow to read at length, so
+every expert still moves to the arena; it is used where it lies until then.
+
+A mapped file that shrinks kills its reader. A read lease (``fcntl(2)``) keeps others from opening the file
+for writing or cutting it until its last expert has moved; where the system grants none, nothing is lent.
+"""
+
+import fcntl
+import mmap
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offload.experts.storage.page_cache import PageCacheView
+from offload.experts.storage.reader import Reader
+from offload.experts.storage.store import ExpertRecord
+from quant.errors import CheckpointError
+
+_POPULATE_READ = 22  # MADV_POPULATE_READ: map all pages of a range at once
+
+
+class MappedFiles:
+    """Lends experts of the files that ``reader`` reads. ``close`` gives the leases back."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._files: dict[Path, _Lease | None] = {}
+
+    def lend(self, record: ExpertRecord) -> Tensor | None:
+        """The image of ``record``'s slot in the page cache, uint8; None if it is not all there in one piece,
+        or its file cannot be leased."""
+        if len(record.runs) != 1:
+            return None
+        run = record.runs[0]
+        lease = self._lease(run.file)
+        if lease is None or not lease.view.holds(run.offset, run.needed):
+            return None
+        try:
+            self._reader.check(run.file)
+        except CheckpointError:  # the read that follows says so
+            return None
+        return lease.map(run.offset, run.needed)
+
+    def hold(self, file: Path) -> bool:
+        """Keep ``file``, which somebody else has mapped, from being cut; False if it cannot be leased."""
+        return self._lease(file) is not None
+
+    def _lease(self, file: Path) -> "_Lease | None":
+        if file not in self._files:
+            self._files[file] = _Lease.of(file)
+        return self._files[file]
+
+    def returned(self, record: ExpertRecord) -> None:
+        """The copy is there: the mapped pages need not count as this process's any more."""
+        run = record.runs[0]
+        lease = self._files.get(run.file)
+        if lease is not None:
+            lease.unmap(run.offset, run.needed)
+
+    def close(self) -> None:
+        """Give all leases back; nothing lent may be used afterwards."""
+        for lease in self._files.values():
+            if lease is not None:
+                lease.close()
+        self._files.clear()
+
+
+class _Lease:
+    """One file, mapped, that nobody can cut."""
+
+    def __init__(self, descriptor: int, view: PageCacheView) -> None:
+        self._descriptor, self.view = descriptor, view
+        self._map = mmap.mmap(descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        with warnings.catch_warnings():  # that a tensor over these pages must not be written to: it never is
+            warnings.simplefilter("ignore", UserWarning)
+            self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    @classmethod
+    def of(cls, file: Path) -> "_Lease | None":
+        """A lease on ``file``; None if the system knows none or does not grant it."""
+        if not hasattr(fcntl, "F_SETLEASE"):
+            return None
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            # Who wants to write waits, and this process is told by a signal that is ignored unless asked for.
+            fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            return cls(descriptor, PageCacheView(file, descriptor))
+        except (OSError, ValueError):
+            os.close(descriptor)
+            return None
+
+    def map(self, offset: int, length: int) -> Tensor:
+        self._advise(_POPULATE_READ, offset, length)
+        return self._memory[offset : offset + length]
+
+    def unmap(self, offset: int, length: int) -> None:
+        self._advise(mmap.MADV_DONTNEED, offset, length)
+
+    def _advise(self, advice: int, offset: int, length: int) -> None:
+        try:
+            self._map.madvise(advice, offset, length)
+        except OSError:
+            return  # older kernels: pages are mapped one by one as they are used
+
+    def close(self) -> None:
+        # Closing alone would not end it: the mappings have descriptors of their own.
+        fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        os.close(self._descriptor)

@@ -1,0 +1,206 @@
+"""Reader: expert records from disk into slots, several in flight, the urgent ones first.
+
+Requests wait in a heap ordered by priority; threads take the most urgent. A demand that finds its expert
+already waiting as a prefetch or a fill raises that request's priority, so a guess never delays what is needed
+now. A record is read in pieces by several threads, because one large read does not keep a fast disk busy.
+"""
+
+import heapq
+import itertools
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+
+from offload.experts.storage.page_cache import PageCacheView
+from offload.experts.storage.store import PAGE, ByteRange, ExpertRecord
+from quant.errors import CheckpointError
+
+PIECE = 4 * 2**20
+
+
+class Priority(IntEnum):
+    """How urgent a read is: needed now, expected soon, expected by the next token, or filling memory that is
+    free."""
+
+    DEMAND = 0
+    PREFETCH = 1
+    NEXT = 2
+    FILL = 3
+
+
+@dataclass
+class ReadRequest:
+    """One record on its way into a buffer. ``wait`` returns when all of it is there, or raises what went
+    wrong."""
+
+    pieces: list[tuple[ByteRange, int, int]]  # run, start and end within it
+    buffer: memoryview
+    priority: Priority
+    nbytes: int
+    then: Callable[[bool], None] | None = None
+    remaining: int = 0
+    next_piece: int = 0
+    done: threading.Event = field(default_factory=threading.Event)
+    error: CheckpointError | None = None
+
+    @property
+    def started(self) -> bool:
+        return self.next_piece > 0
+
+    def wait(self) -> None:
+        """Block until the record is whole. Raises CheckpointError if the disk did not give it."""
+        self.done.wait()
+        if self.error is not None:
+            raise self.error
+
+
+class Reader:
+    """A pool of reading threads. ``direct`` bypasses the page cache; with ``warm``, pages that are in it
+    already are copied from there, which makes a second start as quick as memory. A run that keeps reading
+    goes without: its speed must not depend on memory beyond its budget.
+    """
+
+    def __init__(self, files: Sequence[Path], *, threads: int = 4, direct: bool = True, warm: bool = False) -> None:
+        self.notes: list[str] = []
+        self.direct, self.warm = direct, warm
+        self._plain: dict[Path, int] = {}
+        self._direct: dict[Path, int] = {}
+        self._cache: dict[Path, PageCacheView] = {}
+        self._stamp: dict[Path, tuple[int, int]] = {}
+        self._heap: list[tuple[int, int, int, ReadRequest]] = []
+        self._order = itertools.count()
+        self._ready = threading.Condition()
+        self._closed = False
+        for file in sorted(set(files)):
+            self._open(file)
+        self._threads = [threading.Thread(target=self._work, name=f"reader-{i}", daemon=True) for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _open(self, file: Path) -> None:
+        try:
+            self._plain[file] = os.open(file, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be opened: {error.strerror}") from None
+        self._stamp[file] = self._state(file)
+        if not self.direct:
+            return
+        try:
+            self._direct[file] = os.open(file, os.O_RDONLY | os.O_DIRECT)
+            self._cache[file] = PageCacheView(file, self._plain[file])
+        except OSError:
+            self.direct = False
+            self.notes.append(
+                f"direct I/O is not available where {file.parent} lies: experts are read through the page "
+                "cache, which takes memory beyond --ram"
+            )
+
+    def submit(
+        self,
+        record: ExpertRecord,
+        buffer: memoryview,
+        priority: Priority,
+        order: int = 0,
+        then: Callable[[bool], None] | None = None,
+    ) -> ReadRequest:
+        """Start reading ``record`` into ``buffer`` (page-aligned, ``record.slot_bytes`` long); among requests
+        of the same priority the lower ``order`` goes first, then the older. A reading thread calls ``then``
+        when all is there or has failed, unless the request is cancelled."""
+        pieces = [
+            (run, start, min(start + PIECE, run.length)) for run in record.runs for start in range(0, run.length, PIECE)
+        ]
+        request = ReadRequest(pieces, buffer, priority, record.nbytes, then, remaining=len(pieces))
+        with self._ready:
+            heapq.heappush(self._heap, (priority, order, next(self._order), request))
+            self._ready.notify_all()
+        return request
+
+    def promote(self, request: ReadRequest, priority: Priority) -> None:
+        """Make a waiting request at least as urgent as ``priority``."""
+        with self._ready:
+            if priority < request.priority:
+                request.priority = priority
+                # The old heap entry stays behind and is skipped: by then all pieces are taken.
+                heapq.heappush(self._heap, (priority, 0, next(self._order), request))
+                self._ready.notify_all()
+
+    def cancel(self, request: ReadRequest) -> bool:
+        """Drop a request that has not begun; False if it has."""
+        with self._ready:
+            if request.started:
+                return False
+            request.next_piece = len(request.pieces)
+            request.error = CheckpointError("the read was cancelled")
+            request.done.set()
+            return True
+
+    def close(self) -> None:
+        """Stop the threads and close the files. Requests that have not begun never will."""
+        with self._ready:
+            self._closed = True
+            self._heap.clear()
+            self._ready.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for descriptor in itertools.chain(self._plain.values(), self._direct.values()):
+            os.close(descriptor)
+        self._plain.clear()
+        self._direct.clear()
+
+    def check(self, file: Path) -> None:
+        """Raise CheckpointError if ``file`` was written to since it was opened."""
+        if self._state(file) != self._stamp[file]:
+            raise CheckpointError(f"{file} was changed while the model ran: start again once it is whole")
+
+    def _state(self, file: Path) -> tuple[int, int]:
+        """What changes when a file is written to: its size and time of change. Asked of the open file, so one
+        that is replaced as a whole does no harm."""
+        found = os.fstat(self._plain[file])
+        return found.st_size, found.st_mtime_ns
+
+    def _work(self) -> None:
+        while (taken := self._take()) is not None:
+            request, (run, start, end) = taken
+            error: CheckpointError | None = None
+            try:
+                self._read(run, start, request.buffer[run.position + start : run.position + end])
+            except OSError as cause:
+                error = CheckpointError(f"{run.file} cannot be read at byte {run.offset + start:,}: {cause.strerror}")
+            except CheckpointError as cause:
+                error = cause
+            with self._ready:
+                request.error = request.error or error
+                request.remaining -= 1
+                if request.remaining == 0:
+                    if request.then is not None:
+                        request.then(request.error is None)
+                    request.done.set()
+
+    def _take(self) -> tuple[ReadRequest, tuple[ByteRange, int, int]] | None:
+        with self._ready:
+            while not self._closed:
+                while self._heap and self._heap[0][3].next_piece >= len(self._heap[0][3].pieces):
+                    heapq.heappop(self._heap)
+                if self._heap:
+                    request = self._heap[0][3]
+                    request.next_piece += 1
+                    return request, request.pieces[request.next_piece - 1]
+                self._ready.wait()
+        return None
+
+    def _read(self, run: ByteRange, start: int, buffer: memoryview) -> None:
+        offset, done, wanted = run.offset + start, 0, min(len(buffer), run.needed - start)
+        self.check(run.file)
+        direct = self.direct and not (self.warm and self._cache[run.file].holds(offset, wanted))
+        descriptor = (self._direct if direct else self._plain)[run.file]
+        while done < wanted:
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{run.file} ends at byte {offset + done:,}: it shrank while it was read")
+            # A direct read that stopped inside a page goes on from the page's start, to stay aligned.
+            done += count if not direct or done + count >= wanted else count // PAGE * PAGE
+            if count < PAGE and direct and done < wanted:
+                raise CheckpointError(f"{run.file} gave {count} bytes at byte {offset + done:,}: a short disk read")

@@ -1,0 +1,271 @@
+"""ExpertStore: (layer, expert) → bytes on disk, in one sequential read where the file's order allows it.
+
+A record is the image of one expert in memory: the pages read from disk, as they are, and where in them each
+tensor begins. Our own checkpoints keep an expert's tensors side by side, so a record is one run of pages; a
+checkpoint of another origin, or fused bf16 experts, still works with one run per neighbourhood.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from quant.checkpoint.checkpoint import DTYPES, Checkpoint, TensorEntry
+from quant.errors import CheckpointError
+from quant.linear import LinearWeight
+from quant.model.families import Projection
+from quant.model.tensors import LinearSpec
+from quant.scheme import Scheme
+
+PAGE = 4096
+Layout = tuple[tuple[str, str, int, str, tuple[int, ...]], ...]
+_JOIN_GAP = 64 * 1024
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """One contiguous read: ``length`` bytes at ``offset`` of ``file`` go to ``position`` of the slot. All
+    three are multiples of the page size, so the read satisfies direct I/O; ``needed`` is where the expert's
+    last byte ends (the file may end before ``length`` does)."""
+
+    file: Path
+    offset: int
+    length: int
+    position: int
+    needed: int
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where one tensor begins in a slot, and what it is."""
+
+    position: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """The places of one projection's tensors by checkpoint suffix; ``transposed`` for ``[in, out]``
+    sources."""
+
+    scheme: Scheme
+    tensors: Mapping[str, TensorPlace]
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+    def view(self, slot: Tensor, weight_shape: tuple[int, int]) -> LinearWeight:
+        """The weight as views into ``slot`` (uint8, one dimension)."""
+        tensors: dict[str, Tensor] = {}
+        for suffix, place in self.tensors.items():
+            dtype = DTYPES[place.dtype]
+            count = dtype.itemsize
+            for size in place.shape:
+                count *= size
+            tensors[suffix] = slot[place.position : place.position + count].view(dtype).view(place.shape)
+        if self.rows is not None:
+            tensors["weight"] = tensors["weight"][self.rows[0] : self.rows[1]]
+        if self.columns is not None:
+            tensors["weight"] = tensors["weight"][:, self.columns[0] : self.columns[1]]
+        return LinearWeight(self.scheme, tensors, weight_shape[0], weight_shape[1], self.transposed)
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """One expert as it lies on disk and in a slot. ``nbytes`` counts what a forward pass reads of it."""
+
+    runs: tuple[ByteRange, ...]
+    weights: Mapping[Projection, WeightPlace]
+    shapes: Mapping[Projection, tuple[int, int]]
+    nbytes: int
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Bytes of memory the record takes, a multiple of the page size."""
+        return sum(run.length for run in self.runs)
+
+    @cached_property
+    def start(self) -> int:
+        """Where in a slot the first of the expert's bytes lies."""
+        return min(tensor.position for place in self.weights.values() for tensor in place.tensors.values())
+
+    @cached_property
+    def layout(self) -> "Layout":
+        """Equal for records whose tensors lie at the same places of a slot."""
+        return tuple(
+            (name, suffix, tensor.position, tensor.dtype, tensor.shape)
+            for name, place in self.weights.items()
+            for suffix, tensor in place.tensors.items()
+        )
+
+    def view(self, slot: Tensor) -> "ExpertWeights":
+        """The expert's weights as views into ``slot``."""
+        views = {name: place.view(slot, self.shapes[name]) for name, place in self.weights.items()}
+        return ExpertWeights(views["gate_proj"], views["up_proj"], views["down_proj"])
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The three Linears of one resident expert."""
+
+    gate_proj: LinearWeight
+    up_proj: LinearWeight
+    down_proj: LinearWeight
+
+
+class ExpertStore:
+    """All routed experts of one checkpoint, by (layer, expert). Opening reads no weights."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.shape = checkpoint.shape
+        self._records: dict[tuple[int, int], ExpertRecord] = {}
+
+    def record(self, layer: int, expert: int) -> ExpertRecord:
+        """The record of one expert. Raises CheckpointError if a tensor of it is absent or has another
+        shape."""
+        key = (layer, expert)
+        if key not in self._records:
+            self._records[key] = self._build(layer, expert)
+        return self._records[key]
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot that holds any expert."""
+        return max(self.record(*key).slot_bytes for key in self.experts())
+
+    @cached_property
+    def count(self) -> int:
+        """How many experts there are in all layers."""
+        return len(self.shape.moe_layers) * self.shape.num_experts
+
+    def experts(self) -> list[tuple[int, int]]:
+        """Every (layer, expert), as they lie on disk."""
+        return [(layer, expert) for layer in self.shape.moe_layers for expert in range(self.shape.num_experts)]
+
+    @cached_property
+    def expert_nbytes(self) -> int | None:
+        """Bytes of any expert, or None if they differ."""
+        sizes = {self.record(*key).nbytes for key in self.experts()}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(self.record(*key).nbytes for key in self.experts())
+
+    def _build(self, layer: int, expert: int) -> ExpertRecord:
+        pieces = self._pieces(layer, expert)
+        entries = {id(entry): entry for _, tensors, *_ in pieces.values() for entry in tensors.values()}
+        runs, positions = _runs(list(entries.values()))
+        weights: dict[Projection, WeightPlace] = {}
+        shapes: dict[Projection, tuple[int, int]] = {}
+        for name, (scheme, tensors, transposed, rows, columns, shape) in pieces.items():
+            places = {
+                suffix: TensorPlace(positions[id(entry)], entry.dtype, entry.shape) for suffix, entry in tensors.items()
+            }
+            weights[name] = WeightPlace(scheme, places, transposed, rows, columns)
+            shapes[name] = shape
+        return ExpertRecord(runs, weights, shapes, sum(entry.nbytes for entry in entries.values()))
+
+    def _pieces(self, layer: int, expert: int) -> "dict[Projection, _Piece]":
+        shape, entries = self.shape, self.checkpoint.entries
+        for block in (shape.family.block, shape.family.runtime_block):
+            base = f"{shape.layer_prefix(layer)}{block}.experts."
+            if f"{base}gate_up_proj" in entries:
+                return self._fused(base, expert)
+        return {
+            spec.projection: (*find_weight(self.checkpoint, spec), False, None, None, _dims(spec))
+            for spec in shape.expert_linears(layer, expert)
+            if spec.projection is not None
+        }
+
+    def _fused(self, base: str, expert: int) -> "dict[Projection, _Piece]":
+        shape = self.shape
+        inter, hidden, transposed = (shape.expert_intermediate, shape.hidden_size, shape.family.fused_transposed)
+        gate_up = _slice(self.checkpoint.entry(f"{base}gate_up_proj"), expert)
+        down = _slice(self.checkpoint.entry(f"{base}down_proj"), expert)
+        first, second = (0, inter), (inter, 2 * inter)
+        plain = Scheme("bf16")
+        if transposed:
+            gate: _Piece = (plain, {"weight": gate_up}, True, None, first, (inter, hidden))
+            up: _Piece = (plain, {"weight": gate_up}, True, None, second, (inter, hidden))
+        else:
+            gate = (plain, {"weight": gate_up}, False, first, None, (inter, hidden))
+            up = (plain, {"weight": gate_up}, False, second, None, (inter, hidden))
+        return {
+            "gate_proj": gate,
+            "up_proj": up,
+            "down_proj": (plain, {"weight": down}, transposed, None, None, (hidden, inter)),
+        }
+
+
+_Piece = tuple[Scheme, Mapping[str, TensorEntry], bool, tuple[int, int] | None, tuple[int, int] | None, tuple[int, int]]
+
+
+def find_weight(checkpoint: Checkpoint, spec: LinearSpec) -> tuple[Scheme, dict[str, TensorEntry]]:
+    """How ``spec``'s weight is stored, read off its tensors, and their entries by suffix.
+
+    Raises CheckpointError if they are absent or do not have the shape that the config demands.
+    """
+    entries, module = checkpoint.entries, spec.module
+    packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
+    if packed is not None and scale is not None:
+        bits = packed.shape[1] * 32 // spec.in_features
+        groups = scale.shape[1] if len(scale.shape) == 2 else 1
+        kind: Literal["int4", "int8"] = "int4" if bits == 4 else "int8"
+        if bits not in (4, 8) or (packed.shape[0], scale.shape[0]) != (spec.out_features,) * 2:
+            raise CheckpointError(
+                f"{checkpoint.path}: {module} is packed as {packed.shape} for a {spec.out_features}x"
+                f"{spec.in_features} weight: expected 4 or 8 bits"
+            )
+        if f"{module}.weight_zero_point" in entries or scale.dtype != "BF16":
+            raise CheckpointError(f"{checkpoint.path}: {module} is asymmetric or has no bf16 scales: not supported")
+        return Scheme(kind, spec.in_features // groups), {"weight_packed": packed, "weight_scale": scale}
+    weight = checkpoint.entry(f"{module}.weight")
+    if f"{module}.weight.quant_state.bitsandbytes__nf4" in entries:
+        suffixes = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
+        return Scheme("nf4"), {suffix: checkpoint.entry(f"{module}.{suffix}") for suffix in suffixes}
+    if weight.shape != _dims(spec):
+        raise CheckpointError(f"{checkpoint.path}: {module} has shape {weight.shape}: expected {_dims(spec)}")
+    return Scheme("bf16"), {"weight": weight}
+
+
+def _dims(spec: LinearSpec) -> tuple[int, int]:
+    return spec.out_features, spec.in_features
+
+
+def _slice(entry: TensorEntry, index: int) -> TensorEntry:
+    nbytes = entry.nbytes // entry.shape[0]
+    return TensorEntry(entry.key, entry.file, entry.dtype, entry.shape[1:], entry.offset + index * nbytes, nbytes)
+
+
+def _runs(entries: list[TensorEntry]) -> tuple[tuple[ByteRange, ...], dict[int, int]]:
+    """Page-aligned reads that cover ``entries``, and the slot position of each by ``id``."""
+    runs: list[ByteRange] = []
+    positions: dict[int, int] = {}
+    group: list[TensorEntry] = []
+    slot = 0
+
+    def close() -> None:
+        nonlocal slot
+        start = group[0].offset // PAGE * PAGE
+        needed = max(entry.offset + entry.nbytes for entry in group) - start
+        length = -(-needed // PAGE) * PAGE
+        runs.append(ByteRange(group[0].file, start, length, slot, needed))
+        positions.update({id(entry): slot + entry.offset - start for entry in group})
+        slot += length
+
+    for entry in sorted(entries, key=lambda e: (e.file, e.offset)):
+        if group:
+            end = max(e.offset + e.nbytes for e in group)
+            if entry.file != group[0].file or entry.offset - end > _JOIN_GAP:
+                close()
+                group = []
+        group.append(entry)
+    close()
+    return tuple(runs), positions

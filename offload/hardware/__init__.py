@@ -1,0 +1,1 @@
+"""What this machine has and gives: capacities, measured bandwidths, limits, and who holds how much."""

@@ -1,0 +1,1 @@
+"""transformers' model with our modules in it."""

@@ -1,0 +1,202 @@
+"""A runnable model: transformers' architecture, our modules where the weights are.
+
+The model is built on the meta device, every Linear becomes one that keeps its stored form and every MoE block
+one that asks the expert cache; then ``from_pretrained`` loads what is left. Experts are never materialized by
+it. The seam is an ``HfQuantizer`` of our own, which transformers calls between building and loading.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from offload.experts.cache.oom import with_room
+from offload.experts.storage.arena import Arena
+from offload.experts.storage.page_cache import forget_pages
+from offload.experts.storage.store import find_weight
+from offload.model.moe import ExpertRunner, RoutedExperts, RoutedLlama4Block
+from quant.checkpoint.checkpoint import DTYPES, Checkpoint
+from quant.errors import CheckpointError
+from quant.linear import Compute, KeptEmbedding, QuantLinear
+from quant.model.tensors import LinearSpec
+from quant.scheme import BF16, Scheme
+
+_METHOD = "coldstream"
+_LINE = 64  # bytes of a cache line: what a weight's first byte is aligned to
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+class SwapConfig(QuantizationConfigMixin):
+    """Carries the swap to the quantizer that transformers makes from it."""
+
+    def __init__(self, swap: Callable[[PreTrainedModel], None]) -> None:
+        self.quant_method = _METHOD  # type: ignore[assignment]  # an own method has no place in their enum
+        self.swap = swap
+
+    def to_dict(self) -> dict[str, Any]:
+        """What transformers logs of it."""
+        return {"quant_method": _METHOD}
+
+
+class SwapQuantizer(HfQuantizer):
+    """Promotion modules while the model is on the meta device."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config = self.quantization_config
+        assert isinstance(config, SwapConfig)
+        config.swap(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Such a model is not saved: the checkpoint it came from is."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Inference only."""
+        return False
+
+
+def _register() -> None:
+    if _METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(_METHOD)(SwapConfig)
+        register_quantizer(_METHOD)(SwapQuantizer)
+
+
+def text_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The language model's config, with what public configs get wrong put right.
+
+    ``attn_temperature_tuning`` appears as the number 4 and ``attention_chunk_size`` as null; the first means
+    true, the second that no layer is chunked. Raises CheckpointError if transformers rejects the config.
+    """
+    values = dict(checkpoint.config.get("text_config") or checkpoint.config)
+    values.pop("quantization_config", None)
+    kind = values.pop("model_type", "llama4_text")
+    if kind == "llama4_text":
+        if "attn_temperature_tuning" in values:
+            values["attn_temperature_tuning"] = bool(values["attn_temperature_tuning"])
+        if "attention_chunk_size" in values and values["attention_chunk_size"] is None:
+            values["attention_chunk_size"] = values.get("max_position_embeddings") or 131072
+            values["layer_types"] = ["full_attention"] * values["num_hidden_layers"]
+    if values.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{checkpoint.path}: hidden_act is {values['hidden_act']!r}: expected 'silu'")
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path / 'config.json'} is rejected by transformers: {error}") from None
+
+
+def load_model(
+    checkpoint: Checkpoint, runner: ExpertRunner, compute: Compute, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The causal language model of ``checkpoint`` with its dense weights on ``device``, experts left to
+    ``runner``.
+
+    Activations are of ``dtype``; weights keep their stored form. Raises CheckpointError for a tensor that is
+    absent.
+    """
+    _register()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    config = text_config(checkpoint)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path,
+        config=config,
+        dtype=dtype,
+        quantization_config=SwapConfig(lambda built: swap_modules(built, checkpoint, runner, compute, dtype)),
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = ", ".join(sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})[:3])
+        raise CheckpointError(f"{checkpoint.path} lacks weights of the model or has them in another shape: {names}")
+    model.eval()
+    if device.type != "cpu":
+        with_room(lambda: _move(model, device), runner.cache)
+    return model
+
+
+def _move(model: PreTrainedModel, device: torch.device) -> None:
+    """Move all weights to ``device`` but the embeddings, of which a token reads one row; they stay on the
+    host unless they are the output head, too."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", object()):
+        model.to(device)  # type: ignore[arg-type]
+        return
+    for module in model.modules():
+        if module is not embedding:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
+def settle(model: PreTrainedModel) -> Arena:
+    """Move the weights of a model on the CPU into one arena of huge pages, which read half as fast again, and
+    let go of the mapped files that they were loaded from, whose pages would count as resident beside it.
+
+    The arena must live as long as the model; whoever has noted addresses of weights must note them anew.
+    """
+    parameters = list(model.parameters())
+    arena = Arena(1, sum(-(-parameter.nbytes // _LINE) * _LINE for parameter in parameters))
+    memory, position = arena.slot(0), 0
+    for parameter in parameters:
+        stored = parameter.data
+        place = memory[position : position + stored.nbytes].view(stored.dtype).view(stored.shape)
+        parameter.data = place.copy_(stored)
+        forget_pages(stored)
+        position += -(-stored.nbytes // _LINE) * _LINE
+    return arena
+
+
+def swap_modules(
+    model: PreTrainedModel, checkpoint: Checkpoint, runner: ExpertRunner, compute: Compute, dtype: torch.dtype
+) -> None:
+    """Replace MoE blocks, Linears and the embedding of a model that is on the meta device."""
+    shape = checkpoint.shape
+    for name, module in list(model.named_modules()):
+        place = _LAYER.search(name)
+        if place is None or int(place[1]) not in shape.moe_layers:
+            continue
+        layer = int(place[1])
+        if type(module).__name__ == "Llama4TextMoe":
+            model.set_submodule(name, RoutedLlama4Block(module, layer, runner))
+        elif name.endswith(f"layers.{layer}.{shape.family.runtime_block}.experts"):
+            model.set_submodule(name, RoutedExperts(layer, runner))
+    specs = {runtime_name(checkpoint, spec.module): spec for spec in shape.dense_linears()}
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            scheme, stored = _stored(checkpoint, specs.get(name))
+            linear = QuantLinear(
+                module.out_features, module.in_features, scheme, compute, bias=module.bias is not None, dtype=stored
+            )
+            model.set_submodule(name, linear)
+    embedding: Any = model.get_input_embeddings()
+    stored = _stored_dtype(checkpoint, f"{shape.prefix}model.embed_tokens.weight")
+    model.set_input_embeddings(KeptEmbedding(embedding.num_embeddings, embedding.embedding_dim, stored, dtype))
+
+
+def runtime_name(checkpoint: Checkpoint, module: str) -> str:
+    """The name in transformers' model of checkpoint module ``module``."""
+    family = checkpoint.shape.family
+    return module.removeprefix(checkpoint.shape.prefix).replace(f".{family.block}.", f".{family.runtime_block}.")
+
+
+def _stored(checkpoint: Checkpoint, spec: LinearSpec | None) -> tuple[Scheme, torch.dtype]:
+    if spec is None:
+        return BF16, torch.bfloat16
+    scheme, entries = find_weight(checkpoint, spec)
+    if scheme.kind == "nf4":
+        raise CheckpointError(f"{checkpoint.path}: {spec.module} is nf4: only experts are run in nf4")
+    return scheme, DTYPES[entries["weight"].dtype] if "weight" in entries else torch.bfloat16
+
+
+def _stored_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
+    return DTYPES[checkpoint.entry(key).dtype]

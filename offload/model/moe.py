@@ -1,0 +1,92 @@
+"""The modules that replace a model's MoE blocks: they route as the stock block does and ask the cache for
+experts.
+
+Stock Llama 4 runs every expert on every token, scaled by a score that is zero for the unselected; skipping
+those is exact. Sums over a token's experts are taken in the router's order, whatever order the experts
+arrived in, so the result does not depend on where they were.
+
+Legend: T tokens, H hidden, E experts, k experts per token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.tiered_cache import TieredCache
+from offload.experts.storage.store import ExpertWeights
+from offload.model.grouped_moe import GroupedExperts
+from offload.routing.stats import RoutingStats
+from quant.linear import Compute, matmul
+
+
+@dataclass
+class ExpertRunner:
+    """Runs routed experts of any layer on the weights that the cache serves."""
+
+    cache: ExpertCache
+    routing: RoutingStats
+    compute: Compute
+    scales_input: bool
+
+    def __post_init__(self) -> None:
+        tiered = self.cache if isinstance(self.cache, TieredCache) else None
+        self._grouped = None if tiered is None else GroupedExperts(tiered, self.scales_input)
+
+    def run(self, layer: int, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        """x ``[T, H]``, chosen int64 ``[T, k]``, scores ``[T, k]`` → the routed experts' sum ``[T, H]``."""
+        ids = chosen.cpu().numpy()
+        self.routing.record(layer, ids)
+        tokens, k = chosen.shape
+        if tokens > 1 and x.dtype == torch.bfloat16 and self._grouped is not None and self._grouped.reads(layer):
+            return self._grouped.run(layer, x, chosen, ids, scores)
+        out = x.new_empty(tokens * k, x.shape[1])
+        flat = chosen.reshape(-1)
+        for expert, weights in self.cache.stream(layer, sorted(set(ids.ravel().tolist()))):
+            rows = (flat == expert).nonzero().squeeze(1)
+            score = scores.reshape(-1, 1)[rows].to(x.dtype)
+            inputs = x[rows // k]
+            if self.scales_input:
+                out[rows] = expert_mlp(inputs * score, weights, self.compute)
+            else:
+                out[rows] = expert_mlp(inputs, weights, self.compute) * score
+        return out if k == 1 else out.view(tokens, k, -1).sum(1)
+
+
+def expert_mlp(x: Tensor, weights: ExpertWeights, compute: Compute) -> Tensor:
+    """down(silu(gate(x)) · up(x)), x ``[T, H]`` → ``[T, H]``."""
+    gate = matmul(x, weights.gate_proj, compute)
+    return matmul(silu(gate).mul_(matmul(x, weights.up_proj, compute)), weights.down_proj, compute)
+
+
+class RoutedLlama4Block(nn.Module):
+    """Stands in for ``Llama4TextMoe``: same router, same shared expert, experts from the cache."""
+
+    def __init__(self, stock: nn.Module, layer: int, runner: ExpertRunner) -> None:
+        super().__init__()
+        self.router = stock.router
+        self.shared_expert = stock.shared_expert
+        self.top_k: int = int(stock.top_k)  # type: ignore[arg-type]
+        self.layer, self.runner = layer, runner
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """``[..., H]`` → (``[T, H]``, router logits ``[T, E]``), as the stock block returns them."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, logits = self.router(x)  # type: ignore[operator]
+        top, chosen = torch.topk(logits, self.top_k, dim=1)
+        routed = self.runner.run(self.layer, x, chosen, torch.sigmoid(top.float()))
+        return routed.add_(self.shared_expert(x)), logits  # type: ignore[operator]
+
+
+class RoutedExperts(nn.Module):
+    """Stands in for the experts of every family with transformers' shared experts interface."""
+
+    def __init__(self, layer: int, runner: ExpertRunner) -> None:
+        super().__init__()
+        self.layer, self.runner = layer, runner
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``[T, H]``, ``[T, k]``, ``[T, k]`` → ``[T, H]``."""
+        return self.runner.run(self.layer, hidden_states, top_k_index, top_k_weights)

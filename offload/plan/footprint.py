@@ -1,0 +1,165 @@
+"""Footprint: the bytes of a run that are not experts, and the Workload that a token puts on the machine.
+
+Pure Python: counted from the shape of the model, as the runtime allocates. Sizes in bytes.
+
+Legend: T tokens of a prompt chunk, H hidden, I intermediate.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from offload.hardware.framework import MIB
+from offload.plan.cost_model import Workload
+from quant.errors import InputError
+from quant.model.families import Role
+from quant.model.shape import ModelShape
+from quant.scheme import BF16, Scheme
+
+PAGE = 4096
+# What allocators, threads and the reader keep.
+SLACK = 48 * MIB
+CALIBRATION_WINDOW = 512  # tokens of a text that are run as one
+MIN_EXPERT_TOKENS = 64  # that an expert must see on average
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model in ``schemes`` takes for ``context`` tokens of KV cache in ``kv_bits`` (8, 16 or 32).
+
+    ``slot_bytes`` is what one expert takes in an arena: whole pages, as direct I/O wants them, and where
+    experts differ as many as the largest needs.
+    """
+
+    shape: ModelShape
+    schemes: Mapping[Role, Scheme]
+    context: int
+    kv_bits: int
+    slot_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.slot_bytes:
+            object.__setattr__(self, "slot_bytes", slot_bytes_of(self.shape.largest_expert(self.schemes)))
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert that a forward pass reads; of the mean one where they differ."""
+        return self.shape.experts_nbytes(self.schemes) // max(self.experts, 1)
+
+    @property
+    def experts(self) -> int:
+        """Routed experts in all layers."""
+        return self.shape.num_experts * len(self.shape.moe_layers)
+
+    def roles(self) -> dict[Role, int]:
+        """Bytes of every role but the routed experts."""
+        return dict(self._roles)
+
+    @cached_property
+    def _roles(self) -> dict[Role, int]:
+        sizes = self.shape.role_nbytes(self.schemes)
+        return {role: size for role, size in sizes.items() if role != "experts"}
+
+    @property
+    def kv_cache(self) -> int:
+        """Bytes of the KV cache at the full context."""
+        return self.kv_at(self.context)
+
+    def kv_at(self, tokens: int) -> int:
+        """Bytes of the KV cache once ``tokens`` are in it; int8 keeps one f32 scale per token and head."""
+        per_value = self.kv_bits / 8 + (4 / self.shape.head_dim if self.kv_bits == 8 else 0)
+        return self.shape.kv_nbytes(tokens, per_value)
+
+    def scratch(self, chunk: int, *, on_gpu: bool) -> int:
+        """Bytes of activations while ``chunk`` tokens run beside a full cache; f32 on the CPU, bf16 on a GPU.
+
+        The residual stream and what norms and blocks make of it; queries, keys and values; gate, up and their
+        product in the widest MLP; two attention masks; keys and values of one layer as attention reads them;
+        logits; on a GPU what grouped products need, and routers in f32 that guess a layer ahead; on the CPU,
+        routers and norms in f32 beside their stored form.
+        """
+        shape, size = self.shape, 2 if on_gpu else 4
+        query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        widest = max(shape.shared_intermediate, shape.expert_intermediate, shape.dense_intermediate)
+        states = chunk * (6 * shape.hidden_size + 3 * (query + 2 * key) + 3 * widest) * size
+        longest = max((tokens for _, tokens in shape.kv_layers(self.context)), default=0)
+        if on_gpu:  # rows per token and choice: arranged, between the halves of an expert, and out of it
+            states += chunk * shape.top_k * (2 * shape.hidden_size + shape.expert_intermediate) * size
+            states += 4 * len(shape.moe_layers) * shape.num_experts * shape.hidden_size
+        attention = 2 * chunk * (longest + chunk) + 2 * longest * key * size
+        logits = 2 * shape.vocab_size * 4
+        plain = (t.elements for t in shape.plain_tensors() if t.role != "embeddings")
+        return states + attention + logits + (0 if on_gpu else 4 * sum(plain)) + SLACK
+
+    def load(self, *, filled: int, vram_hits: float, hits: float, resident: float) -> Workload:
+        """What a token reads with ``filled`` tokens in the KV cache; see Workload for the shares."""
+        shape, roles = self.shape, self.roles()
+        tied = shape.tie_word_embeddings
+        dense = {role: size for role, size in roles.items() if role != "vision" and (tied or role != "embeddings")}
+        head = shape.vocab_size * shape.hidden_size
+        experts = self.schemes.get("experts", BF16)
+        return Workload(
+            dense=sum(dense.values()),
+            kv=self.kv_at(filled),
+            expert=self.expert_bytes,
+            layers=shape.num_layers,
+            moe_layers=len(shape.moe_layers),
+            experts=shape.num_experts,
+            top_k=shape.top_k,
+            dense_weights=sum(linear.weights for linear in shape.dense_linears() if linear.role != "lm_head"),
+            head_weights=head,
+            expert_weights=shape.expert_weights,
+            attention_width=shape.num_layers * shape.num_heads * shape.head_dim,
+            shared=roles.get("shared_expert", 0) // max(1, len(shape.moe_layers)),
+            vram_hits=vram_hits,
+            hits=hits,
+            resident=resident,
+            head=roles.get("lm_head", 0) or roles.get("embeddings", 0),
+            nf4=experts.kind == "nf4",
+        )
+
+
+def calibration_nbytes(shape: ModelShape, tokens: int, *, tuned: bool = False) -> dict[str, int]:
+    """Bytes that ``quantize --calibrate`` takes for a text of ``tokens`` tokens, by what they are for.
+
+    The dense weights of the whole model in bf16, one layer's routed experts, two streams of hidden states
+    and both inputs of an MLP in f32, and the Hessians of one Linear with what is made of them. If ``tuned``
+    (``--tune``): a layer's dense weights in f32 with gradients and Adam's two moments, the dense weights they
+    make, one expert in f32, and the predictions for a window.
+    """
+    roles = shape.role_nbytes({})
+    dense = sum(size for role, size in roles.items() if role not in ("experts", "vision"))
+    widest = max(shape.hidden_size, shape.expert_intermediate, shape.dense_intermediate)
+    parts = {
+        "dense weights": dense,
+        "experts of one layer": shape.num_experts * shape.expert_weights * 2,
+        "hidden states": tokens * shape.hidden_size * 16,
+        "hessians": 6 * widest * widest * 4,
+    }
+    if tuned:
+        by_layer = Counter[int]()
+        for spec in shape.dense_linears():
+            if spec.layer is not None:
+                by_layer[spec.layer] += spec.out_features * spec.in_features
+        parts["tuning"] = 6 * 4 * max(by_layer.values()) + 4 * shape.expert_weights
+        parts["tuning"] += 5 * 4 * CALIBRATION_WINDOW * shape.vocab_size
+    return parts
+
+
+def check_calibration(shape: ModelShape, tokens: int, *, counted: bool = True) -> None:
+    """Raise InputError if a text of ``tokens`` tokens (about that many, if not ``counted``) is too short to
+    calibrate the experts on, saying how many one would see."""
+    each = tokens * shape.top_k // max(shape.num_experts, 1)
+    about = "" if counted else "about "
+    if each < MIN_EXPERT_TOKENS:
+        needed = MIN_EXPERT_TOKENS * shape.num_experts // shape.top_k
+        raise InputError(
+            f"the calibration text has {about}{tokens:,} tokens in whole windows, of which an expert sees "
+            f"{each:,} on average: expected at least {MIN_EXPERT_TOKENS}, so a text of {needed:,} tokens"
+        )
+
+
+def slot_bytes_of(expert_bytes: int) -> int:
+    """An expert in whole pages."""
+    return -(-expert_bytes // PAGE) * PAGE

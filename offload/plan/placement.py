@@ -1,0 +1,184 @@
+"""Fit: how a model is laid into a budget, role by role, or why it cannot be. Sizes in bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from offload.hardware.framework import FRAMEWORK_RAM, FRAMEWORK_VRAM
+from offload.plan.budget import GIB, Budget
+from offload.plan.footprint import Footprint, slot_bytes_of
+from offload.tiers import Tier, role_name
+from quant.errors import BudgetError
+from quant.model.families import QUANTIZABLE
+from quant.scheme import Scheme
+from quant.sizes import format_size
+
+CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
+_SCRATCH_PART = 32  # activations of a chunk take at most this part of the budget that experts could have
+_MIN_SLOTS = 2  # one expert computes while the next arrives
+_MIN_CONTEXT = 128
+VRAM_RESERVE = 2  # device slots that hold no expert for good: one is copied while another computes
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """``nbytes`` of ``role`` in ``tier``. Roles are those of the checkpoint, experts being called
+    experts_hot, experts_warm and experts_cold by their tier; and kv_cache, scratch, padding (of slots to
+    whole pages) and framework."""
+
+    role: str
+    tier: Tier
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A placement within a budget: ``vram_slots`` and ``ram_slots`` expert slots, ``hot`` and ``warm`` of
+    them home to an expert each."""
+
+    rows: tuple[PlanRow, ...]
+    prompt_chunk: int
+    vram_slots: int
+    ram_slots: int
+    hot: int
+    warm: int
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """Lays ``footprint`` into budgets; ``prompt_chunk`` None chooses the largest that costs little."""
+
+    footprint: Footprint
+    on_gpu: bool
+    prompt_chunk: int | None = None
+
+    @property
+    def home(self) -> Tier:
+        """The tier of all that every token reads."""
+        return "vram" if self.on_gpu else "ram"
+
+    def fit(self, budget: Budget) -> Fit:
+        """The placement. Raises BudgetError with the numbers and the nearest thing that fits."""
+        chunk = self.prompt_chunk or self._chunk(budget)
+        short = self._short(budget, chunk)
+        if short:
+            raise BudgetError(self._refusal(budget, short))
+        rows, total, slot = self._fixed(chunk), self.footprint.experts, self.footprint.slot_bytes
+        free = self._free(budget, rows)
+        vram_slots = min(total, free["vram"] // slot) if self.on_gpu else 0
+        # Unless every expert is in VRAM, what comes in needs a slot that nobody lives in.
+        hot = vram_slots - (0 if vram_slots == total else min(VRAM_RESERVE, -(-vram_slots // 2)))
+        ram_slots = min(max(total - hot, self._least("ram")), free["ram"] // slot)
+        warm = min(ram_slots, total - hot)
+        rows += self._experts(hot, warm, vram_slots, ram_slots)
+        return Fit(tuple(row for row in rows if row.nbytes), chunk, vram_slots, ram_slots, hot, warm)
+
+    def fits(self, budget: Budget) -> bool:
+        """Whether there is a placement at all."""
+        return not self._short(budget, self.prompt_chunk or self._chunk(budget))
+
+    def _chunk(self, budget: Budget) -> int:
+        room = (budget.vram if self.on_gpu else budget.ram) // _SCRATCH_PART
+        sizes = [chunk for chunk in CHUNKS if chunk <= self.footprint.context] or [self.footprint.context]
+        least = self.footprint.scratch(1, on_gpu=self.on_gpu)
+        cheap = (size for size in sizes if self.footprint.scratch(size, on_gpu=self.on_gpu) - least <= room)
+        return next((size for size in cheap if not self._short(budget, size)), sizes[-1])
+
+    def _least(self, tier: Literal["vram", "ram"]) -> int:
+        """Slots without which nothing runs: on the GPU one more than a token uses of a layer."""
+        total = self.footprint.experts
+        if tier == "vram":
+            return min(total, self.footprint.shape.top_k + 1) if self.on_gpu else 0
+        return min(total, _MIN_SLOTS)
+
+    def _short(self, budget: Budget, chunk: int) -> dict[Literal["vram", "ram"], int]:
+        """Bytes that each tier lacks."""
+        free, slot = self._free(budget, self._fixed(chunk)), self.footprint.slot_bytes
+        tiers: tuple[Literal["vram", "ram"], ...] = ("vram", "ram")
+        lacking = {tier: self._least(tier) * slot - free[tier] for tier in tiers}
+        return {tier: nbytes for tier, nbytes in lacking.items() if nbytes > 0}
+
+    def _free(self, budget: Budget, rows: list[PlanRow]) -> dict[Tier, int]:
+        """What is left for experts; the framework's share of RAM lies beside the budget."""
+        taken = {tier: sum(row.nbytes for row in rows if row.tier == tier) for tier in ("vram", "ram")}
+        return {"vram": budget.vram - taken["vram"], "ram": budget.ram - taken["ram"] + FRAMEWORK_RAM}
+
+    def _fixed(self, chunk: int) -> list[PlanRow]:
+        """Everything but experts."""
+        footprint, rows = self.footprint, []
+        for role, nbytes in footprint.roles().items():
+            tier = self.home
+            if role == "embeddings" and not footprint.shape.tie_word_embeddings:
+                tier = "ram"  # a token reads one row
+            if role == "vision":
+                tier = "disk"  # text runs never load it
+            rows.append(PlanRow(role, tier, nbytes))
+        rows.append(PlanRow("kv_cache", self.home, footprint.kv_cache))
+        rows.append(PlanRow("scratch", self.home, footprint.scratch(chunk, on_gpu=self.on_gpu)))
+        rows.append(PlanRow("framework", "ram", FRAMEWORK_RAM))
+        if self.on_gpu:
+            rows.append(PlanRow("framework", "vram", FRAMEWORK_VRAM))
+        return rows
+
+    def _experts(self, hot: int, warm: int, vram_slots: int, ram_slots: int) -> list[PlanRow]:
+        size, slot = self.footprint.expert_bytes, self.footprint.slot_bytes
+        return [
+            PlanRow("experts_hot", "vram", hot * size),
+            PlanRow("experts_warm", "ram", warm * size),
+            PlanRow("experts_cold", "disk", (self.footprint.experts - hot - warm) * size),
+            PlanRow("padding", "vram", vram_slots * slot - hot * size),
+            # And the slots that hold no expert for good: what passes through on its way to the GPU.
+            PlanRow("padding", "ram", warm * (slot - size) + (ram_slots - warm) * slot),
+        ]
+
+    def _refusal(self, budget: Budget, short: Mapping[Literal["vram", "ram"], int]) -> str:
+        tier, lacking = next(iter(short.items()))
+        have: int = getattr(budget, tier)
+        chunk = self.prompt_chunk or self._chunk(budget)
+        rows = [row for row in self._fixed(chunk) if row.tier == tier and (tier, row.role) != ("ram", "framework")]
+        largest = sorted(rows, key=lambda row: -row.nbytes)[:3]
+        named = ", ".join(f"{role_name(row.role)} {format_size(row.nbytes)}" for row in largest)
+        slots = f"{self._least(tier)} experts of {format_size(self.footprint.slot_bytes)}"
+        return (
+            f"this needs {format_size(have + lacking)} of {tier.upper()} ({named}, and room for {slots}) "
+            f"but --{tier} is {format_size(have)}: use {' or '.join(self._remedies(budget, short))}"
+        )
+
+    def _remedies(self, budget: Budget, short: Mapping[Literal["vram", "ram"], int]) -> list[str]:
+        """What fits, nearest first."""
+        footprint, found = self.footprint, []
+        needed = {tier: getattr(budget, tier) + lacking for tier, lacking in short.items()}
+        if all(size <= budget.most.get(tier, size) for tier, size in needed.items()):
+            found.append(" ".join(f"--{tier} {_rounded_up(size)}" for tier, size in needed.items()))
+        context = 1 << max(0, (footprint.context - 1).bit_length() - 1)
+        while context >= _MIN_CONTEXT and not self._with(context=context).fits(budget):
+            context //= 2
+        if context >= _MIN_CONTEXT:
+            found.append(f"--context {context}")
+        if footprint.kv_bits > 8 and self._with(kv_bits=8).fits(budget):
+            found.append("--kv int8")
+        if self._lighter().fits(budget):
+            found.append("--recipe fast (fewer bits)")
+        if self.on_gpu and "vram" in short and replace(self, on_gpu=False).fits(replace(budget, vram=0)):
+            found.append("--vram 0 to leave the GPU alone")
+        if not found:
+            sizes = " and ".join(f"{_rounded_up(size)} of {tier.upper()}" for tier, size in needed.items())
+            found.append(f"a machine with {sizes} free: this one cannot hold what stays in memory")
+        return found
+
+    def _with(self, *, context: int | None = None, kv_bits: int | None = None) -> "Fitter":
+        footprint = self.footprint
+        changed = replace(footprint, context=context or footprint.context, kv_bits=kv_bits or footprint.kv_bits)
+        return replace(self, footprint=changed)
+
+    def _lighter(self) -> "Fitter":
+        """The same with every role at 4 bits."""
+        lighter = replace(self.footprint, schemes={role: Scheme("int4") for role in QUANTIZABLE})
+        slot = min(self.footprint.slot_bytes, slot_bytes_of(lighter.expert_bytes))
+        return replace(self, footprint=replace(lighter, slot_bytes=slot))
+
+
+def _rounded_up(nbytes: int) -> str:
+    unit, name = (GIB, "GiB") if nbytes >= GIB else (2**20, "MiB")
+    tenths = -(-nbytes * 10 // unit)
+    return f"{tenths / 10:.1f}{name}"

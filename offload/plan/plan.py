@@ -1,0 +1,234 @@
+"""Plan: where every byte of a run goes, how fast that will be, and what limits it. Pure Python.
+
+With a GPU, all that every token reads lives on it (attention, shared experts, dense MLPs, norms, routers,
+head, KV cache); embeddings stay on the host, of which a token reads one row. What is left of ``vram`` holds
+the hottest experts, what is left of ``ram`` the next, and the rest is read from disk when asked for. Without
+a GPU the same holds one tier lower. Budgets are hard: what does not fit is refused with the numbers and the
+nearest thing that does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from offload.hardware.probe import Machine
+from offload.plan.budget import Budget
+from offload.plan.cost_model import ColdPath, Limit, SpeedPrediction, decode, prefill
+from offload.plan.footprint import Footprint
+from offload.plan.placement import Fitter, PlanRow
+from offload.routing.hit_rate import HitRates, Routing
+from offload.tiers import TIERS, Key, Tier
+from quant.model.families import Role
+from quant.model.shape import ModelShape
+from quant.scheme import Scheme
+from quant.sizes import format_size
+
+__all__ = ["Plan", "PlanRow", "make_plan"]
+
+_NOTICEABLE = 0.001
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A placement that fits, and its prediction.
+
+    ``vram`` and ``ram`` are the budgets in bytes (``vram`` 0 without a GPU); the framework's share of RAM
+    lies beside the budget. ``vram_slots`` and ``ram_slots`` count expert slots, of which ``vram_reserve``
+    are for what comes and goes. ``vram_seeds`` are the (layer, expert) that VRAM starts with, hottest first;
+    swaps may replace them. It is empty without routing counts. ``hit_rates`` are the shares of expert
+    requests that each tier is expected to serve. ``gains`` are the decode tokens/s with one more GiB of a
+    tier, where that is more. Decode is predicted with ``filled`` tokens in the KV cache, prefill for a
+    prompt of as many.
+    """
+
+    machine: str
+    vram: int
+    ram: int
+    context: int
+    kv_bits: int
+    prompt_chunk: int
+    filled: int
+    rows: tuple[PlanRow, ...]
+    slot_bytes: int
+    experts: int
+    vram_slots: int
+    ram_slots: int
+    vram_reserve: int
+    vram_seeds: tuple[Key, ...]
+    hit_rates: Mapping[Tier, float]
+    routing_known: bool
+    decode: SpeedPrediction
+    prefill: SpeedPrediction
+    gains: Mapping[Tier, float]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def predicted_tokens_per_s(self) -> float:
+        """Decode."""
+        return self.decode.tokens_per_s
+
+    @property
+    def predicted_prefill_tokens_per_s(self) -> float:
+        """Prefill."""
+        return self.prefill.tokens_per_s
+
+    @property
+    def limited_by(self) -> Limit:
+        """What decode spends most of its time on."""
+        return self.decode.limited_by
+
+    @property
+    def framework_bytes(self) -> int:
+        """Host memory beside ``ram``: Python, torch and transformers."""
+        return self.total("ram", "framework")
+
+    def total(self, tier: Tier, role: str | None = None) -> int:
+        """Bytes in ``tier``, of ``role`` or of all roles."""
+        return sum(row.nbytes for row in self.rows if row.tier == tier and role in (None, row.role))
+
+    def table(self) -> dict[Tier, dict[str, int]]:
+        """Bytes by tier and role."""
+        return {tier: {row.role: row.nbytes for row in self.rows if row.tier == tier} for tier in TIERS}
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, predictions at top level."""
+        return {
+            "predicted_tokens_per_s": self.predicted_tokens_per_s,
+            "predicted_prefill_tokens_per_s": self.predicted_prefill_tokens_per_s,
+            "limited_by": self.limited_by,
+            "prefill_limited_by": self.prefill.limited_by,
+            "bytes": self.table(),
+            "total_bytes": {tier: self.total(tier) for tier in TIERS},
+            "machine": self.machine,
+            "budgets": {"vram": self.vram, "ram": self.ram},
+            "context": self.context,
+            "kv_bits": self.kv_bits,
+            "prompt_chunk": self.prompt_chunk,
+            "filled": self.filled,
+            "slot_bytes": self.slot_bytes,
+            "experts": self.experts,
+            "vram_slots": self.vram_slots,
+            "ram_slots": self.ram_slots,
+            "vram_reserve": self.vram_reserve,
+            "pinned": [list(key) for key in self.vram_seeds],
+            "hit_rates": dict(self.hit_rates),
+            "routing_known": self.routing_known,
+            "decode": {**asdict(self.decode), "ms_per_token": self.decode.ms_per_token},
+            "prefill": asdict(self.prefill),
+            "with_one_more_gib": dict(self.gains),
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(
+    shape: ModelShape,
+    schemes: Mapping[Role, Scheme],
+    machine: Machine,
+    *,
+    vram: int | None = None,
+    ram: int | None = None,
+    context: int = 4096,
+    kv_bits: int = 16,
+    routing: Routing | None = None,
+    prompt_chunk: int | None = None,
+    slot_bytes: int | None = None,
+    filled: int = 512,
+    cold: ColdPath = "split",
+) -> Plan:
+    """The plan of a run of ``shape`` in ``schemes`` on ``machine``.
+
+    ``vram`` and ``ram`` are budgets in bytes, None for what the machine has; ``vram`` 0 leaves the GPU alone.
+    ``kv_bits`` is 8, 16 or 32 (exact runs). ``slot_bytes`` is what an expert takes in memory, by default its
+    size in whole pages. ``cold`` says how experts outside VRAM are computed beside a GPU, see ColdPath.
+    Raises BudgetError, with the nearest thing that fits, for what does not.
+    """
+    if vram == 0:
+        machine = replace(machine, gpu=None)
+    budget = Budget.of(machine, vram, ram)
+    footprint = Footprint(shape, schemes, context, kv_bits, slot_bytes or 0)
+    planner = _Planner(
+        fitter=Fitter(footprint, machine.gpu is not None, prompt_chunk),
+        machine=machine,
+        locality=HitRates.of(footprint.experts, shape.top_k, routing),
+        filled=min(filled, context),
+        cold=cold,
+    )
+    plan = planner.plan(budget)
+    vram_seeds = planner.locality.hottest(shape.moe_layers, plan.vram_slots - plan.vram_reserve)
+    return replace(
+        plan,
+        gains=planner.gains(budget, plan),
+        vram_seeds=vram_seeds,
+        notes=(*budget.notes, *_padding(footprint), *beyond(shape, context)),
+    )
+
+
+def _padding(footprint: Footprint) -> tuple[str, ...]:
+    """What experts of different size cost in memory, where that is more than their pages' ends."""
+    largest, mean = footprint.shape.largest_expert(footprint.schemes), footprint.expert_bytes
+    if largest <= mean * 1.01:
+        return ()
+    return (
+        f"experts differ in size: a slot has room for the largest, {format_size(largest)}, the mean is "
+        f"{format_size(mean)}: {1 - mean / largest:.0%} of the memory for experts is padding",
+    )
+
+
+def beyond(shape: ModelShape, context: int) -> tuple[str, ...]:
+    """A note that ``context`` tokens are more than the model has learned to read, if they are."""
+    limit = shape.max_position_embeddings
+    if not 0 < limit < context:
+        return ()
+    return (
+        f"a context of {context:,} tokens is beyond the {limit:,} that this model was made for "
+        "(max_position_embeddings): what it makes of later ones may be no sense",
+    )
+
+
+@dataclass(frozen=True)
+class _Planner:
+    fitter: Fitter
+    machine: Machine
+    locality: HitRates
+    filled: int
+    cold: ColdPath
+
+    def plan(self, budget: Budget) -> Plan:
+        footprint, fit = self.fitter.footprint, self.fitter.fit(budget)
+        vram_hits = self.locality.kept(fit.hot)  # VRAM starts with the hottest and changes slowly
+        hits = max(vram_hits, self.locality.hits(fit.hot + fit.warm))
+        load = footprint.load(
+            filled=self.filled, vram_hits=vram_hits, hits=hits, resident=(fit.hot + fit.warm) / footprint.experts
+        )
+        return Plan(
+            machine=self.machine.name,
+            vram=budget.vram,
+            ram=budget.ram,
+            context=footprint.context,
+            kv_bits=footprint.kv_bits,
+            prompt_chunk=fit.prompt_chunk,
+            filled=self.filled,
+            rows=fit.rows,
+            slot_bytes=footprint.slot_bytes,
+            experts=footprint.experts,
+            vram_slots=fit.vram_slots,
+            ram_slots=fit.ram_slots,
+            vram_reserve=fit.vram_slots - fit.hot,
+            vram_seeds=(),
+            hit_rates={"vram": vram_hits, "ram": hits - vram_hits, "disk": 1 - hits},
+            routing_known=self.locality.known,
+            decode=decode(load, self.machine, self.cold),
+            prefill=prefill(load, self.machine, self.filled, fit.prompt_chunk),
+            gains={},
+        )
+
+    def gains(self, budget: Budget, plan: Plan) -> dict[Tier, float]:
+        """Decode tokens/s with one more GiB of each tier, where that is more."""
+        found: dict[Tier, float] = {}
+        for tier in TIERS:
+            more = budget.with_one_more_gib(tier)
+            if more is not None:
+                better = self.plan(more).predicted_tokens_per_s
+                if better > plan.predicted_tokens_per_s * (1 + _NOTICEABLE):
+                    found[tier] = better
+        return found

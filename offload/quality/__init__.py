@@ -1,0 +1,1 @@
+"""Rounding by a text, and what rounding costs."""

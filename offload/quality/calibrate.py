@@ -1,0 +1,337 @@
+"""Calibrated rounding: GPTQ of every Linear from the activations of a text, layer by layer.
+
+Two streams of hidden states run through the layers: the original model's and that of the model quantized so
+far. Each Linear is rounded for the inputs that the second brings, towards what the first gives. A layer is
+worked through in the order in which its parts see each other: q, k and v; o; then the MLPs, gate and up
+before down.
+
+An expert is calibrated with the tokens routed to it, blended with a few that stand for all tokens of the
+layer, which is what a rarely chosen expert mostly lives on. Routers, norms and embeddings are untouched.
+
+In memory: one layer's weights, both streams and both inputs of the MLP (tokens x H x 16 bytes), and the
+Hessians of one Linear. Each finished layer is kept in the work folder with both streams, so a stopped run
+goes on after it.
+
+Legend: T tokens, H hidden, I intermediate, N out features, K in features, k experts per token.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload.experts.storage.store import ExpertWeights
+from offload.model.load import runtime_name
+from offload.plan.footprint import check_calibration
+from offload.quality.hessian import InputHessian
+from offload.quality.layerwise import Layerwise, Observer
+from offload.quality.tune import TRUTH, plain_experts, tune
+from offload.quality.windows import Windows
+from offload.quality.work_folder import Calibration, CalibrationState
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.errors import OutputError, UsageError
+from quant.linear import Compute, LinearWeight, QuantLinear
+from quant.model.families import PROJECTIONS, Projection, Role
+from quant.model.mixed_precision import described, scheme_of
+from quant.model.tensors import LinearSpec
+from quant.pack import Packed, dequantize
+from quant.rounding.gptq import DAMPING, gptq
+from quant.rounding.learned_rounding import TrainableWeight
+from quant.scheme import BF16, Scheme
+
+PULL = 0.8  # how far a weight moves towards making up for its inputs' errors
+_SAMPLE = 1024  # tokens that stand for all of a layer
+_BATCH = 4
+Progress = Callable[[int, int, float], None]
+
+
+def check_length(checkpoint: Checkpoint, windows: Windows) -> None:
+    """Raise InputError if the text is too short for the experts, saying how many tokens one would see."""
+    check_calibration(checkpoint.shape, windows.tokens)
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    schemes: Mapping[Role, Scheme],
+    windows: Windows,
+    folder: Path,
+    *,
+    passes: int = 0,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Round every Linear of the layers that ``schemes`` packs, and keep the results in ``folder``.
+
+    The dense ones of each layer are then tuned together, in so many ``passes`` over the text.
+    ``progress`` gets layers done, layers in all and the seconds that are likely left. Raises InputError for a
+    text too short, UsageError if there is nothing to tune, OutputError if ``folder`` is
+    another calibration's or cannot be written.
+    """
+    check_length(checkpoint, windows)
+    if passes and not any(
+        spec.layer is not None and scheme_of(schemes, spec).is_packed for spec in checkpoint.shape.dense_linears()
+    ):
+        raise UsageError(
+            "--tune has nothing to tune: it moves attention, shared experts and dense MLPs, and none of them "
+            f"is to be int4 or int8 (asked for: {described(schemes)}): leave --tune out"
+        )
+    total = checkpoint.shape.num_layers
+    job = {"source": checkpoint.identity, "text": windows.identity, "schemes": described(schemes), "passes": passes}
+    try:
+        state = CalibrationState.open(folder, job, resume)
+        with Layerwise(checkpoint) as walk, torch.no_grad():
+            streams = state.streams(walk.embed(windows.ids))
+            started, first = time.monotonic(), state.layer
+            for layer in range(first, total):
+                results = _Layer(walk, layer, schemes, streams, state.calibration).run(passes, windows.ids)
+                state.keep(layer, results, streams)
+                each = (time.monotonic() - started) / (layer + 1 - first)
+                if progress is not None:
+                    progress(layer + 1, total, each * (total - layer - 1))
+    except OSError as error:
+        raise OutputError(f"{folder} cannot keep the calibration: {error.strerror}") from None
+    state.calibration.tokens = windows.tokens
+    return state.calibration
+
+
+class _Layer:
+    """One decoder layer being rounded."""
+
+    def __init__(
+        self, walk: Layerwise, layer: int, schemes: Mapping[Role, Scheme], streams: list[Tensor], seen: Calibration
+    ) -> None:
+        self.walk, self.layer, self.schemes, self.streams, self.seen = walk, layer, schemes, streams, seen
+        checkpoint = walk.checkpoint
+        self.specs = {
+            spec.module.rpartition(".")[2]: spec
+            for spec in walk.shape.dense_linears()
+            if spec.layer == layer and scheme_of(schemes, spec).is_packed
+        }
+        self.names = {spec.module: runtime_name(checkpoint, spec.module) for spec in self.specs.values()}
+        self.stock: dict[str, Any] = {module: walk.model.get_submodule(name) for module, name in self.names.items()}
+        self.made: dict[str, QuantLinear] = {}
+        self.results: dict[str, Tensor] = {}
+
+    def run(self, passes: int, ids: Tensor) -> dict[str, Tensor]:
+        """Round everything, tune it, move both streams on, and return the stored tensors by key."""
+        for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",)):
+            specs = [self.specs[name] for name in names if name in self.specs]
+            if specs:
+                inputs = self._inputs_of(specs[0])
+                for spec in specs:
+                    self._dense(spec, inputs)
+        mlp: dict[Projection, LinearSpec] = {name: self.specs[name] for name in PROJECTIONS if name in self.specs}
+        moe = self.layer in self.walk.shape.moe_layers
+        experts = moe and self.schemes.get("experts", BF16).is_packed
+        replaced: dict[int, ExpertWeights] | None = None
+        if mlp or experts:
+            if moe:
+                plain, quantized, chosen, scores = self._routed()
+            else:
+                pairs = list(self._captured(mlp["gate_proj"]))
+                plain, quantized = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+            if mlp:
+                self._gated(mlp, plain, quantized)
+            if experts:
+                replaced = self._experts(plain, quantized, chosen, scores)
+        self.walk.run(self.layer, self.streams[0], self.streams[0])
+        if passes and self.made:
+            self.walk.runner.replaced = replaced or (plain_experts(self.walk.checkpoint, self.layer) if moe else None)
+            self._tune(passes, ids)
+        self.walk.runner.replaced = replaced
+        with self._quantized():
+            self.walk.run(self.layer, self.streams[1], self.streams[1])
+        self.walk.runner.replaced = None
+        return self.results
+
+    def _tune(self, passes: int, ids: Tensor) -> None:
+        """Move the dense Linears towards the layer's output, given what the second stream brings."""
+        layer = self.walk.layers[self.layer]
+        latents: dict[str, TrainableWeight] = {}
+        for module, made in self.made.items():
+            now = made.stored.tensors
+            packed = Packed(made.scheme, now["weight_packed"], now["weight_scale"])
+            latents[module] = TrainableWeight(packed, self.stock[module].weight.data, made.bias)
+        others = [part for part in layer.modules() if isinstance(part, QuantLinear)]
+
+        def by_predictions(found: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
+            return self.walk.loss(found, wanted, ids[rows], TRUTH)
+
+        with self._quantized(latents):
+            for part in others:
+                part.compute = Compute(exact=True)  # torch's product: the native one knows no gradients
+            before, after = tune(
+                list(latents.values()),
+                partial(self.walk.step, self.layer),
+                self.streams[1],
+                self.streams[0],
+                passes,
+                by_predictions if self.layer == self.walk.shape.num_layers - 1 else None,
+            )
+            for part in others:
+                part.compute = self.walk.compute
+        self.seen.tuned[self.layer] = before, min(before, after)
+        if not after < before:
+            return  # as GPTQ left it
+        for module, latent in latents.items():
+            self._store(module, latent.packed(), self.stock[module].weight.data)
+
+    def _store(self, module: str, packed: Packed, weight: Tensor) -> None:
+        made = self.made[module]
+        made.weight_packed.data, made.weight_scale.data = packed.packed, packed.scale
+        error = (dequantize(packed) - weight.float()).square().sum(dtype=torch.float64)
+        self.results[f"{module}.weight_packed"] = packed.packed
+        self.results[f"{module}.weight_scale"] = packed.scale
+        self.results[f"{module}.sums"][1] = error
+
+    def _dense(self, spec: LinearSpec, inputs: InputHessian) -> None:
+        weight: Tensor = self.stock[spec.module].weight.data
+        stored = self._round(spec, weight, inputs)
+        module = QuantLinear(spec.out_features, spec.in_features, stored.scheme, self.walk.compute)
+        module.weight_packed.data, module.weight_scale.data = (
+            stored.tensors["weight_packed"],
+            stored.tensors["weight_scale"],
+        )
+        module.bias = self.stock[spec.module].bias
+        self.made[spec.module] = module
+
+    def _round(self, spec: LinearSpec, weight: Tensor, inputs: InputHessian) -> LinearWeight:
+        scheme, tokens = scheme_of(self.schemes, spec), max(inputs.tokens, 1)
+        hessian, cross = inputs.hessian / tokens, inputs.cross / tokens
+        done = gptq(weight, scheme, hessian, hessian + PULL * (cross - hessian))
+        if done.damping > DAMPING:
+            self.seen.damped[spec.module] = done.damping
+        tensors = {"weight_packed": done.packed.packed, "weight_scale": done.packed.scale}
+        self.results.update({f"{spec.module}.{suffix}": tensor for suffix, tensor in tensors.items()})
+        sums = torch.tensor([done.squared_sum, done.squared_error], dtype=torch.float64)
+        self.results[f"{spec.module}.sums"] = sums
+        return LinearWeight(scheme, tensors, spec.out_features, spec.in_features)
+
+    @contextmanager
+    def _quantized(self, parts: Mapping[str, nn.Module] | None = None) -> Iterator[None]:
+        """The layer with what has been rounded, or ``parts``, in place of the original."""
+        parts = self.made if parts is None else parts
+        for module, linear in parts.items():
+            self.walk.model.set_submodule(self.names[module], linear)
+        try:
+            yield
+        finally:
+            for module in parts:
+                self.walk.model.set_submodule(self.names[module], self.stock[module])
+
+    def _inputs_of(self, spec: LinearSpec) -> InputHessian:
+        """The inputs of one attention Linear in both streams, batch by batch."""
+        total: InputHessian | None = None
+        for plain, quantized in self._captured(spec):
+            batch = InputHessian.of(plain, quantized)
+            if total is None:
+                total = batch
+            else:
+                total.add(batch)
+        assert total is not None
+        return total
+
+    def _captured(self, spec: LinearSpec) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs of ``spec`` ``[T, K]`` in both streams, batch by batch; no expert runs for it."""
+        for start in range(0, len(self.streams[0]), _BATCH):
+            rows = slice(start, start + _BATCH)
+            first = self._capture(spec, self.streams[0][rows])
+            with self._quantized():
+                second = self._capture(spec, self.streams[1][rows])
+            yield first, second
+
+    def _capture(self, spec: LinearSpec, hidden: Tensor) -> Tensor:
+        caught: list[Tensor] = []
+        module = self.walk.model.get_submodule(self.names[spec.module])
+        handle = module.register_forward_pre_hook(
+            lambda module, inputs: caught.append(inputs[0].reshape(-1, inputs[0].shape[-1]).float())
+        )
+        try:
+            self._pass(hidden, None)
+        finally:
+            handle.remove()
+        return torch.cat(caught)
+
+    def _pass(self, hidden: Tensor, observer: Observer | None) -> None:
+        """Run the layer for what reaches its parts only: the experts stand still."""
+        runner = self.walk.runner
+        runner.idle, runner.observer = True, observer
+        try:
+            self.walk.run(self.layer, hidden)
+        finally:
+            runner.idle, runner.observer = False, None
+
+    def _routed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Inputs of the MoE block ``[T, H]`` in both streams, and the second's choices and scores ``[T,
+        k]``."""
+        first: list[Tensor] = []
+        second: list[tuple[Tensor, Tensor, Tensor]] = []
+        for start in range(0, len(self.streams[0]), _BATCH):
+            rows = slice(start, start + _BATCH)
+            self._pass(self.streams[0][rows], lambda x, chosen, scores: first.append(x.float()))
+            with self._quantized():
+                self._pass(self.streams[1][rows], lambda x, chosen, scores: second.append((x, chosen, scores)))
+        x, chosen, scores = (torch.cat(parts) for parts in zip(*second, strict=True))
+        return torch.cat(first), x.float(), chosen, scores
+
+    def _gated(self, mlp: Mapping[Projection, LinearSpec], plain: Tensor, quantized: Tensor) -> None:
+        """A dense or shared MLP on inputs ``[T, H]``."""
+        inputs = InputHessian.of(plain, quantized)
+        for spec in (mlp["gate_proj"], mlp["up_proj"]):
+            self._dense(spec, inputs)
+        modules = [mlp["gate_proj"].module, mlp["up_proj"].module]
+        stock, made = [self.stock[name] for name in modules], [self.made[name] for name in modules]
+        total: InputHessian | None = None
+        for rows in torch.arange(len(plain)).split(4096):
+            middle = [
+                torch.nn.functional.silu(gate(x[rows])).mul_(up(x[rows]))
+                for x, (gate, up) in ((plain, stock), (quantized, made))
+            ]
+            batch = InputHessian.of(*middle)
+            if total is None:
+                total = batch
+            else:
+                total.add(batch)
+        assert total is not None
+        self._dense(mlp["down_proj"], total)
+
+    def _experts(self, first: Tensor, second: Tensor, chosen: Tensor, scores: Tensor) -> dict[int, ExpertWeights]:
+        """All routed experts, each on its own tokens; returns their weights."""
+        everyone = InputHessian.of(first, second)
+        sample = torch.linspace(0, len(first) - 1, min(_SAMPLE, len(first))).long()
+        made: dict[int, ExpertWeights] = {}
+        counts = torch.bincount(chosen.flatten(), minlength=self.walk.shape.num_experts)
+        self.seen.least_used[self.layer] = int(counts.min())
+        for expert in range(self.walk.shape.num_experts):
+            rows, place = (chosen == expert).nonzero(as_tuple=True)
+            factor = scores[rows, place].float()[:, None] if self.walk.runner.scales_input else 1.0
+            made[expert] = self._expert(
+                expert, first[rows] * factor, second[rows] * factor, everyone, (first[sample], second[sample])
+            )
+        return made
+
+    def _expert(
+        self, expert: int, plain: Tensor, quantized: Tensor, everyone: InputHessian, sample: tuple[Tensor, Tensor]
+    ) -> ExpertWeights:
+        views = self.walk.checkpoint.expert(self.layer, expert)
+        specs = {spec.projection: spec for spec in self.walk.shape.expert_linears(self.layer, expert)}
+        dense = {name: view.dense().float() for name, view in views.items()}
+        inputs = InputHessian.of(plain, quantized).blended(everyone)
+        gate = self._round(specs["gate_proj"], dense["gate_proj"], inputs)
+        up = self._round(specs["up_proj"], dense["up_proj"], inputs)
+
+        def middles(a: Tensor, b: Tensor) -> InputHessian:
+            rounded = [weight.dense(torch.float32) for weight in (gate, up)]
+            first = torch.nn.functional.silu(a @ dense["gate_proj"].t()) * (a @ dense["up_proj"].t())
+            second = torch.nn.functional.silu(b @ rounded[0].t()) * (b @ rounded[1].t())
+            return InputHessian.of(first, second)
+
+        own = middles(plain, quantized)
+        if len(plain) < 8 * len(own.hessian):  # enough of its own otherwise: computing more would be for nothing
+            own = own.blended(middles(*sample))
+        return ExpertWeights(gate, up, self._round(specs["down_proj"], dense["down_proj"], own))

@@ -1,0 +1,144 @@
+"""What quantization cost a model: its predictions for a text beside the reference's, token by token."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from offload.model.kv_cache import Storage
+from offload.model.tokenizer import load_tokenizer
+from offload.quality.divergence import Divergence, TokenMeasures
+from offload.quality.layerwise import Layerwise
+from offload.quality.reference import Progress, Reference, RouteWatch, reference_of
+from offload.quality.windows import Windows, tokenizer_identity
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.errors import CheckpointError
+from quant.model.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation. ``floor`` is the reference's divergence from itself in bf16; ``router_agreement`` gives
+    per MoE layer the share of expert choices that the two models have in common; ``kv`` is how keys and
+    values were stored (None: not at all, whole windows at once)."""
+
+    model: Path
+    reference: Path
+    windows: int
+    window_tokens: int
+    divergence: Divergence
+    floor: Mapping[str, Any]
+    router_agreement: Mapping[int, float]
+    kv: Storage | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": str(self.model),
+            "reference": str(self.reference),
+            "windows": self.windows,
+            "window_tokens": self.window_tokens,
+            "kv": self.kv,
+            **self.divergence.to_json(),
+            "floor": dict(self.floor),
+            "router_agreement": {str(layer): share for layer, share in self.router_agreement.items()},
+            "seconds": self.seconds,
+        }
+
+
+def evaluate(
+    model: Path,
+    reference: Path,
+    text: str,
+    *,
+    cache: Path,
+    windows: int | None = 32,
+    length: int = 512,
+    expert_slots: int | None = None,
+    kv: Storage | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compare the checkpoint ``model`` with ``reference`` on the first ``windows`` windows of ``text``.
+
+    The reference's predictions are kept in ``cache``. Raises CheckpointError if the two are not of one
+    architecture and vocabulary, UsageError if the text is too short.
+    """
+    started = time.perf_counter()
+    ours, theirs = Checkpoint.open(model), Checkpoint.open(reference)
+    check_comparable(ours, theirs)
+    cut = Windows.cut(text, load_tokenizer(reference), length, windows)
+    say = progress or (lambda line: None)
+    kept = reference_of(theirs, cut, cache, expert_slots=expert_slots, progress=say)
+    with Layerwise(ours, expert_slots=expert_slots, kv=kv) as walk:
+        agreement, hidden = _walk(walk, cut, kept, say)
+        say("comparing predictions")
+        parts = [
+            kept.window(window).measure(walk.log_probs(hidden[window]), cut.ids[window, 1:])
+            for window in range(len(cut.ids))
+        ]
+    return Evaluation(
+        model=model,
+        reference=reference,
+        windows=len(cut.ids),
+        window_tokens=length,
+        divergence=Divergence.of(TokenMeasures.joined(parts), length),
+        floor=kept.floor,
+        router_agreement=agreement,
+        kv=kv,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def check_comparable(ours: Checkpoint, theirs: Checkpoint) -> None:
+    """Raise CheckpointError unless both have one architecture and one vocabulary."""
+    for what, name in _DIMENSIONS.items():
+        found, expected = getattr(ours.shape, name), getattr(theirs.shape, name)
+        if found != expected:
+            raise CheckpointError(
+                f"{theirs.path} is no reference for {ours.path}: it has {what} {_short(expected)}, the model "
+                f"{_short(found)}; expected the checkpoint that the model was quantized from"
+            )
+    paths = (ours.path, theirs.path)
+    mine, other = (tokenizer_identity(path, load_tokenizer(path)) for path in paths)
+    if mine != other:
+        raise CheckpointError(
+            f"{theirs.path} is no reference for {ours.path}: their tokenizers have different vocabularies; "
+            "expected the checkpoint that the model was quantized from"
+        )
+
+
+_DIMENSIONS = {
+    "architecture": "family",
+    "layers:": "num_layers",
+    "hidden size": "hidden_size",
+    "MoE layers": "moe_layers",
+    "experts:": "num_experts",
+    "experts per token:": "top_k",
+    "a vocabulary of": "vocab_size",
+}
+assert all(name in ModelShape.__dataclass_fields__ for name in _DIMENSIONS.values())
+
+
+def _short(value: Any) -> str:
+    return str(getattr(value, "name", value))
+
+
+def _walk(walk: Layerwise, cut: Windows, kept: Reference, say: Progress) -> tuple[dict[int, float], Tensor]:
+    agreement: dict[int, float] = {}
+    hidden = walk.embed(cut.ids)
+    for layer in range(walk.shape.num_layers):
+        say(f"model: layer {layer + 1} of {walk.shape.num_layers}")
+        with RouteWatch(walk) as watch:
+            walk.run(layer, hidden, hidden)
+        if layer in walk.shape.moe_layers:
+            routes = kept.routes[walk.shape.moe_layers.index(layer)]
+            agreement[layer] = float(_overlap(watch.taken(), routes))
+    return agreement, hidden
+
+
+def _overlap(a: Tensor, b: Tensor) -> float:
+    """The share of choices ``[tokens, k]`` that both have."""
+    return (a[:, :, None] == b[:, None, :]).any(2).float().mean().item()

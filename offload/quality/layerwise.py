@@ -1,0 +1,196 @@
+"""A model run one layer at a time over many windows of text: each layer's weights are read once.
+
+Evaluation and calibration need the same walk. Hidden states of all windows are in memory (tokens x H x
+4 bytes), and of the experts one layer at most. Products are exact: activations stay in floating point.
+
+Legend: B windows, T tokens of a window, H hidden, E experts, k experts per token, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpoint_
+
+from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.storage.reader import Reader
+from offload.experts.storage.store import ExpertStore, ExpertWeights
+from offload.model.kv_cache import KVCache, Storage
+from offload.model.load import load_model
+from offload.model.moe import ExpertRunner, expert_mlp
+from offload.routing.eviction import LeastRecent
+from offload.routing.stats import Ids, RoutingStats
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.linear import Compute, QuantLinear
+
+_BATCH_TOKENS = 2048
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class RoutingLog(RoutingStats):
+    """Counts nothing: a layer is run many times over, in batches, which statistics do not expect."""
+
+    def record(self, layer: int, chosen: Ids) -> None:
+        """Nothing to do: whoever wants the choices observes the runner."""
+
+
+class LayerRunner(ExpertRunner):
+    """An expert runner that can be watched, and whose experts can be replaced for the layer at hand.
+
+    ``observer`` is called with x ``[T, H]``, chosen ``[T, k]`` and scores ``[T, k]``; ``replaced`` maps an
+    expert of the layer being run to the weights to use. ``idle`` skips the
+    experts, for who only wants to know what reaches them. Where gradients are enabled they reach x and
+    scores; an expert is then computed twice, so that only one is dequantized at a time.
+    """
+
+    observer: Observer | None = None
+    replaced: Mapping[int, ExpertWeights] | None = None
+    idle = False
+
+    def run(self, layer: int, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        """See ``ExpertRunner.run``."""
+        if self.observer is not None:
+            self.observer(x, chosen, scores)
+        if self.idle:
+            return torch.zeros_like(x)
+        if self.replaced is None:
+            return super().run(layer, x, chosen, scores)
+        mlp = _with_gradients if torch.is_grad_enabled() else partial(expert_mlp, compute=self.compute)
+        tokens, k = chosen.shape
+        out, flat = x.new_empty(tokens * k, x.shape[1]), chosen.reshape(-1)
+        for expert in flat.unique().tolist():
+            rows = (flat == expert).nonzero().squeeze(1)
+            score, inputs = scores.reshape(-1, 1)[rows].to(x.dtype), x[rows // k]
+            if self.scales_input:
+                out[rows] = mlp(inputs * score, self.replaced[expert])
+            else:
+                out[rows] = mlp(inputs, self.replaced[expert]) * score
+        return out.view(tokens, k, -1).sum(1)
+
+
+def _with_gradients(x: Tensor, weights: ExpertWeights) -> Tensor:
+    made: Tensor = checkpoint_(expert_mlp, x, weights, Compute(exact=True), use_reentrant=False)
+    return made
+
+
+class Layerwise:
+    """One checkpoint, walked layer by layer. Use as a context manager.
+
+    ``expert_slots`` bounds the experts in memory (at least 2; all of a layer by default). ``kv`` stores keys
+    and values as a run would. Raises CheckpointError if the checkpoint cannot be loaded.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, expert_slots: int | None = None, kv: Storage | None = None) -> None:
+        self.checkpoint, self.shape, self.kv = checkpoint, checkpoint.shape, kv
+        self.store = ExpertStore(checkpoint)
+        self.reader = Reader([entry.file for entry in checkpoint.entries.values()], direct=True)
+        slots = max(2, min(expert_slots or self.shape.num_experts, self.shape.num_experts))
+        self.cache = ExpertCache(self.store, self.reader, LeastRecent, ram_slots=slots)
+        self.compute = Compute(native=True, exact=True)
+        routing = RoutingLog("", self.shape)
+        self.runner = LayerRunner(self.cache, routing, self.compute, self.shape.family.scales_input)
+        self.model: Any = load_model(checkpoint, self.runner, self.compute, torch.float32, torch.device("cpu"))
+        self.model.requires_grad_(False)
+        self.layers = list(self.model.model.layers)
+        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Hidden states ``[B, T, H]`` f32 of token ids ``[B, T]``, as the first layer takes them."""
+        hidden: Tensor = self.model.get_input_embeddings()(ids)
+        return hidden
+
+    @torch.no_grad()
+    def run(self, layer: int, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """``hidden`` ``[B, T, H]`` after ``layer``, written to ``out`` (which may be ``hidden``) if given."""
+        result = torch.empty_like(hidden) if out is None else out
+        size = 1 if self.kv else max(1, _BATCH_TOKENS // hidden.shape[1])
+        for start in range(0, len(hidden), size):
+            result[start : start + size] = self.step(layer, hidden[start : start + size])
+        return result
+
+    def step(self, layer: int, batch: Tensor) -> Tensor:
+        """``batch`` ``[B, T, H]`` after ``layer``, at once; with gradients where they are enabled."""
+        args, kwargs = self._layer_arguments(layer, batch)
+        made = self.layers[layer](batch, *args, **kwargs)
+        return made if isinstance(made, Tensor) else made[0]
+
+    @torch.no_grad()
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities ``[T, V]`` of what follows each of ``hidden`` ``[T, H]``, the last layer's."""
+        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        return torch.log_softmax(logits.float(), -1)
+
+    def loss(self, found: Tensor, wanted: Tensor, ids: Tensor, truth: float) -> Tensor:
+        """Mean KL divergence of what the last layer's ``found`` ``[B, T, H]`` predicts from what ``wanted``
+        does, and ``truth`` times the mean loss of ``found`` on the text ``ids`` ``[B, T]`` itself; a window
+        at a time, with gradients where they are enabled."""
+        parts = [
+            checkpoint_(self._window_loss, *window, truth, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else self._window_loss(*window, truth)
+            for window in zip(found, wanted, ids, strict=True)
+        ]
+        return torch.stack(parts).mean()
+
+    def _window_loss(self, found: Tensor, wanted: Tensor, ids: Tensor, truth: float) -> Tensor:
+        with torch.no_grad():
+            theirs = self.log_probs(wanted)
+        head = self.model.lm_head
+        weight = head.stored.dense(torch.float32) if isinstance(head, QuantLinear) else head.weight
+        logits = torch.nn.functional.linear(self.model.model.norm(found), weight)
+        ours = torch.log_softmax(logits.float(), -1)
+        divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+        return divergence + truth * torch.nn.functional.nll_loss(ours[:-1], ids[1:])
+
+    def _layer_arguments(self, layer: int, batch: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model passes to ``layer`` for a batch of this shape: it depends on no token."""
+        if len(batch) not in self._arguments:
+            self._arguments[len(batch)] = self._record(*batch.shape[:2])
+        args, kwargs = self._arguments[len(batch)][layer]
+        if self.kv:
+            kwargs = {**kwargs, "past_key_values": self._kv_cache(batch.shape[1])}
+        return args, kwargs
+
+    def _kv_cache(self, tokens: int) -> KVCache:
+        """A cache that hands every token's keys and values back as they are stored.
+
+        The cache of a run keeps the current chunk only, and within one step gives the others as they come:
+        then a window longer than a chunk would show nothing of what storing them costs.
+        """
+        assert self.kv is not None
+        return KVCache(replace(self.shape, attention_chunk_size=0), tokens, self.kv)
+
+    def _record(self, windows: int, tokens: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Run the model around its layers, which only note how they are called."""
+        noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            noted.append((args, kwargs))
+            return hidden_states
+
+        cache = self._kv_cache(tokens) if self.kv else None
+        forwards = [layer.forward for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.forward = note
+            ids = torch.zeros(windows, tokens, dtype=torch.int64)
+            with torch.no_grad():
+                self.model.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        finally:
+            for layer, forward in zip(self.layers, forwards, strict=True):
+                layer.forward = forward
+        return noted
+
+    def close(self) -> None:
+        """Stop reading and close the files."""
+        self.reader.close()
+
+    def __enter__(self) -> "Layerwise":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,214 @@
+"""RoutingStats: which experts a model chose, layer by layer, and in what order.
+
+Counts seed the placement of experts, transition counts say what follows what, reuse distances say
+how much a cache of a given size would hit. Statistics are saved as versioned JSON and travel with the model.
+
+Legend: L MoE layers, E experts, T tokens, k experts per token.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quant.errors import ProfileError
+from quant.model.shape import ModelShape
+
+VERSION = 1
+_BATCH = 256
+_REUSE_BINS = 17  # distances of 1, 2, 3-4, 5-8 … 2^15 tokens and more
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LayerSkew:
+    """How unevenly one layer uses its experts: the share of requests that goes to the most used 10, 25 and 50
+    % of experts, and the entropy of use in bits (log2 E if uniform)."""
+
+    layer: int
+    top10: float
+    top25: float
+    top50: float
+    entropy: float
+
+
+class RoutingStats:
+    """Live counts; ``record`` is called once per layer and step, in layer order."""
+
+    def __init__(self, model_id: str, shape: ModelShape, *, keep_trace: bool = False) -> None:
+        self.model_id = model_id
+        self.moe_layers, self.num_experts, self.top_k = shape.moe_layers, shape.num_experts, shape.top_k
+        layers, experts = len(self.moe_layers), self.num_experts
+        self._tokens = 0
+        self._counts: Ids = np.zeros((layers, experts), np.int64)
+        self._transitions: Ids = np.zeros((max(layers - 1, 0), experts, experts), np.int64)
+        self._reuse: Ids = np.zeros((layers, _REUSE_BINS), np.int64)
+        self.trace: list[Ids] | None = [] if keep_trace else None  # per step [T, L, k]
+        self._last_used: Ids = np.full((layers, experts), -1, np.int64)
+        self._step: list[Ids] = []
+        self._waiting: list[Ids] = []  # per step [T, L, k], not yet counted
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return self._in_arena()._tokens
+
+    @property
+    def counts(self) -> Ids:
+        """Uses of each expert, ``[L, E]``."""
+        return self._in_arena()._counts
+
+    @property
+    def transitions(self) -> Ids:
+        """How often an expert of a layer was followed by one of the next, ``[L-1, E, E]``."""
+        return self._in_arena()._transitions
+
+    @property
+    def reuse(self) -> Ids:
+        """Distances in tokens between uses of the same expert, counted by powers of two, ``[L, bins]``."""
+        return self._in_arena()._reuse
+
+    def record(self, layer: int, chosen: Ids) -> None:
+        """``chosen`` int64 ``[T, k]``: the experts of each token in ``layer``. Folded in at the last
+        layer."""
+        if layer == self.moe_layers[0]:
+            self._step = []
+        self._step.append(chosen)
+        if layer == self.moe_layers[-1] and len(self._step) == len(self.moe_layers):
+            self.record_step(np.stack(self._step, 1))
+            self._step = []
+
+    def record_step(self, chosen: Ids) -> None:
+        """``chosen`` int64 ``[T, L, k]``: the experts of each token in every MoE layer. The array is kept."""
+        self._waiting.append(chosen)
+        if len(self._waiting) >= _BATCH:
+            self._in_arena()
+
+    def _in_arena(self) -> "RoutingStats":
+        """Count what waits: many steps at once, because numpy's price is per call."""
+        if self._waiting:
+            seen = np.concatenate(self._waiting)  # [T, L, k]
+            self._waiting = []
+            for index in range(seen.shape[1]):
+                self._counts[index] += np.bincount(seen[:, index].ravel(), minlength=self.num_experts)
+                if index:
+                    before, after = seen[:, index - 1, :, None], seen[:, index, None, :]
+                    np.add.at(self._transitions[index - 1], tuple(np.broadcast_arrays(before, after)), 1)
+            for token, chosen in enumerate(seen):
+                self._count_reuse(chosen, self._tokens + token)
+            self._tokens += len(seen)
+            if self.trace is not None:
+                self.trace.append(seen)
+        return self
+
+    def _count_reuse(self, chosen: Ids, now: int) -> None:
+        rows = np.arange(chosen.shape[0])[:, None]
+        last = self._last_used[rows, chosen]
+        seen = last >= 0
+        bins = np.ceil(np.log2(np.maximum(now - last, 1))).astype(np.int64).clip(max=_REUSE_BINS - 1)
+        np.add.at(self._reuse, (np.broadcast_to(rows, chosen.shape)[seen], bins[seen]), 1)
+        self._last_used[rows, chosen] = now
+
+    def skew(self) -> list[LayerSkew]:
+        """How uneven each layer's use is."""
+        return [self._skew(layer, self.counts[i]) for i, layer in enumerate(self.moe_layers)]
+
+    def _skew(self, layer: int, counts: Ids) -> LayerSkew:
+        total = max(int(counts.sum()), 1)
+        shares = np.sort(counts)[::-1] / total
+        top = [float(shares[: max(1, math.ceil(self.num_experts * part))].sum()) for part in (0.1, 0.25, 0.5)]
+        used = shares[shares > 0]
+        return LayerSkew(layer, top[0], top[1], top[2], float(-(used * np.log2(used)).sum()))
+
+    def hottest(self) -> list[tuple[int, int]]:
+        """Every (layer, expert), the most used first; ties in layer order."""
+        flat = np.argsort(-self.counts, axis=None, kind="stable")
+        return [(self.moe_layers[int(i) // self.num_experts], int(i) % self.num_experts) for i in flat]
+
+    def merge(self, other: "RoutingStats") -> None:
+        """Add ``other``'s counts. Raises ProfileError if they are of another model."""
+        other.check(self.model_id)
+        self._in_arena()
+        self._tokens += other.tokens
+        self._counts += other.counts
+        self._transitions += other.transitions
+        self._reuse += other.reuse
+
+    def check(self, model_id: str) -> None:
+        """Raise ProfileError unless these are statistics of the model ``model_id``."""
+        if self.model_id != model_id:
+            raise ProfileError(
+                f"the routing statistics are of model {self.model_id}, this model is {model_id}: run "
+                "`coldstream profile` on this model"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``save`` writes."""
+        return {
+            "version": VERSION,
+            "model_id": self.model_id,
+            "moe_layers": list(self.moe_layers),
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "tokens": self.tokens,
+            "counts": self.counts.tolist(),
+            "transitions": [_sparse(matrix) for matrix in self.transitions],
+            "reuse": self.reuse.tolist(),
+            "trace": None if not self.trace else np.concatenate(self.trace).tolist(),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write JSON to ``path``, whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.to_json()))
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path, shape: ModelShape) -> "RoutingStats":
+        """Read what ``save`` wrote. Raises ProfileError if it is unreadable or of a model of another
+        shape."""
+        try:
+            data = json.loads(path.read_text())
+            version, layers, experts = data["version"], tuple(data["moe_layers"]), data["num_experts"]
+        except OSError as error:
+            raise ProfileError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise ProfileError(
+                f"{path} is no routing profile: expected the JSON that `coldstream profile` writes"
+            ) from None
+        if version != VERSION:
+            raise ProfileError(f"{path} is a routing profile of version {version}: expected {VERSION}")
+        if (layers, experts) != (shape.moe_layers, shape.num_experts):
+            raise ProfileError(
+                f"{path} is of a model with {len(layers)} MoE layers of {experts} experts: expected "
+                f"{len(shape.moe_layers)} of {shape.num_experts}"
+            )
+        try:
+            return cls._from_json(data, shape)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ProfileError(f"{path} is a damaged routing profile: {error!r}") from None
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any], shape: ModelShape) -> "RoutingStats":
+        stats = cls(data["model_id"], shape)
+        stats._tokens = int(data["tokens"])
+        for name in ("counts", "reuse"):
+            value = np.array(data[name], np.int64)
+            if value.shape != getattr(stats, name).shape:
+                raise ValueError(f"{name} has shape {value.shape}")
+            setattr(stats, f"_{name}", value)
+        for index, cells in enumerate(data["transitions"]):
+            for before, after, count in cells:
+                stats._transitions[index, before, after] = count
+        if data.get("trace"):
+            stats.trace = [np.array(data["trace"], np.int64)]
+        return stats
+
+
+def _sparse(matrix: Ids) -> list[list[int]]:
+    return [[int(i), int(j), int(matrix[i, j])] for i, j in zip(*np.nonzero(matrix), strict=True)]

@@ -1,0 +1,1 @@
+"""A session: a loaded model that generates, and what it reports."""

@@ -1,0 +1,53 @@
+"""Prefill and decode measured apart on a loaded model, after a warm-up, several times.
+
+Each repetition runs another stretch of the text, so that a prompt never finds the experts that the same
+prompt left behind, and then decodes greedily through any end of text.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from offload.records import Sampling, TokenRecord
+from offload.run.session import Session
+from quant.errors import InputError
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is measured: ``repeat`` times a prompt of ``prompt_tokens`` and then ``tokens`` decoded ones."""
+
+    prompt_tokens: int = 512
+    tokens: int = 64
+    repeat: int = 3
+
+    @property
+    def context(self) -> int:
+        """Tokens that the KV cache must hold."""
+        return self.prompt_tokens + self.tokens + 1
+
+    def run(
+        self, session: Session, text: str, progress: Callable[[str], None] | None = None
+    ) -> list[list[TokenRecord]]:
+        """The records of each repetition, without the warm-up. Raises InputError if ``text`` is empty."""
+        say = progress or (lambda line: None)
+        if not text.strip():
+            raise InputError("the text to measure with is empty: expected some prose or code")
+        ids = session.encode(text)
+        say("warm-up")
+        self._once(session, self._prompt(ids, 0), min(self.tokens, 16))
+        session.finish_filling()
+        runs = []
+        for index in range(self.repeat):
+            say(f"run {index + 1} of {self.repeat}")
+            runs.append(self._once(session, self._prompt(ids, index + 1), self.tokens))
+        return runs
+
+    def _prompt(self, ids: Sequence[int], index: int) -> list[int]:
+        start = index * self.prompt_tokens
+        return [ids[(start + place) % len(ids)] for place in range(self.prompt_tokens)]
+
+    @staticmethod
+    def _once(session: Session, prompt: Sequence[int], tokens: int) -> list[TokenRecord]:
+        session.reset()
+        # One more than is measured: the first token comes out of the prefill.
+        return list(session.generate(prompt, Sampling(max_tokens=tokens + 1, ignore_eos=True)))

@@ -1,0 +1,171 @@
+"""From a session and its records to a RunReport: what ledger, system and caches say."""
+
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+
+import torch
+
+from offload.hardware.ledger import peak_resident_bytes, resident_bytes
+from offload.hardware.system import cpu_name
+from offload.run.report import Environment, ExpertMap, Memory, Prediction, RunReport, Subject
+from offload.run.session import Session
+from offload.run.speed import Bandwidth, Run
+from offload.tiers import Tier
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.kernels import native
+
+_PACKAGES = ("coldstream", "torch", "transformers", "bitsandbytes", "safetensors")
+_TOO_GOOD = 1.25  # of the measured bandwidth; less is how memory varies
+_CACHES = 64 * 2**20  # bytes per token that a processor's caches may hold
+
+
+def account(
+    session: Session,
+    runs: Sequence[Run],
+    *,
+    command: str,
+    bandwidth: Bandwidth | None = None,
+    warmup: int = 0,
+    median: bool = False,
+) -> RunReport:
+    """The report of ``runs`` in ``session``.
+
+    ``bandwidth`` is what was probed for this run, by default what the session's machine was probed at. See
+    RunReport.of for ``warmup`` and ``median``.
+    """
+    shape = session.shape
+    report = RunReport.of(
+        runs,
+        subject=Subject(
+            command=command,
+            started=time.strftime("%Y-%m-%d %H:%M"),
+            model=session.checkpoint.path.resolve().name,
+            model_id=session.routing.model_id,
+            family=shape.family.name,
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            context=session.context,
+            load_seconds=session.load_seconds,
+        ),
+        environment=environment_of(session),
+        bandwidth=bandwidth or bandwidth_of(session),
+        memory=memory_of(session),
+        plan=prediction_of(session, runs),
+        expert_map=expert_map_of(session),
+        notes=notes_of(session, runs),
+        warmup=warmup,
+        median=median,
+    )
+    return replace(report, notes=(*report.notes, *_too_good(report)))
+
+
+def _too_good(report: RunReport) -> list[str]:
+    """Tiers that were read faster than they were measured: that measurement was disturbed. What caches may
+    hold tells nothing."""
+    return [
+        f"{tier} was read at {got:.3g} GB/s, above the {measured:.3g} it was measured at, so floor and "
+        "prediction are too low: `coldstream probe --refresh` measures this machine again"
+        for tier, got in report.achieved.items()
+        if report.decode.bytes_per_token[tier] > _CACHES
+        and (measured := report.bandwidth.of(tier) or got) * _TOO_GOOD < got
+    ]
+
+
+def notes_of(session: Session, runs: Sequence[Run] = ()) -> list[str]:
+    """What the run, its plan and the measuring of its machine have to tell."""
+    notes = [*session.notes, *session.experts.notes]
+    if any(run[-1].finish == "context" for run in runs if run):
+        limit = session.shape.max_position_embeddings
+        notes.append(
+            f"the text was cut off because the context of {session.context:,} tokens was full: give more "
+            "with --context" + (f" (the model was made for up to {limit:,})" if limit > session.context else "")
+        )
+    for part in (session.plan, session.machine):
+        notes += part.notes if part is not None else ()
+    return notes
+
+
+def environment_of(session: Session) -> Environment:
+    """Processor, GPU, kernel and versions of this process."""
+    gpu = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else None
+    return Environment(
+        cpu=cpu_name(),
+        gpu=gpu,
+        threads=session.options.threads or native.threads(),
+        kernel=session.kernel,
+        platform=f"{platform.system()} {platform.release()} {platform.machine()}",
+        versions={"python": platform.python_version(), **_versions()},
+    )
+
+
+def memory_of(session: Session) -> Memory:
+    """The ledger's roles, the Python process before the model among them, beside the system's count."""
+    entries = session.ledger.snapshot()
+    ram = {"process": session.ledger.baseline_rss, **entries["ram"]}
+    resident = resident_bytes()
+    if session.vram is not None:
+        session.vram.used()
+    return Memory(
+        vram=entries["vram"],
+        ram=ram,
+        disk=disk_bytes_by_role(session.checkpoint),
+        rss_bytes=resident,
+        peak_rss_bytes=peak_resident_bytes(),
+        peak_vram_bytes=session.vram.peak if session.vram is not None else 0,
+        unaccounted_bytes=resident - sum(ram.values()),
+    )
+
+
+def disk_bytes_by_role(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of the checkpoint's tensors on disk by role: all of them, whatever else holds a copy."""
+    total: Counter[str] = Counter()
+    for key, name in checkpoint.names.items():
+        total[name.role] += checkpoint.entries[key].nbytes
+    return dict(total)
+
+
+def expert_map_of(session: Session) -> ExpertMap:
+    """Use of every expert so far, and where it is now."""
+    tiers = session.expert_tiers()
+    disk: Tier = "disk"
+    layers, experts = session.shape.moe_layers, range(session.shape.num_experts)
+    return ExpertMap(
+        moe_layers=tuple(layers),
+        counts=tuple(tuple(int(count) for count in row) for row in session.routing.counts),
+        tiers=tuple(tuple(tiers.get((layer, expert), disk) for expert in experts) for layer in layers),
+    )
+
+
+def prediction_of(session: Session, runs: Sequence[Run]) -> Prediction:
+    """What the session's plan said. Prefill is predicted for a prompt of some hundred tokens; of ``runs``
+    with short ones only it says nothing."""
+    plan = session.plan
+    if plan is None:
+        return Prediction(None, None, "")
+    longest = max((r.tokens_in for run in runs for r in run if r.phase == "prefill"), default=0)
+    prefill = plan.predicted_prefill_tokens_per_s if 2 * longest >= plan.filled else None
+    return Prediction(plan.predicted_tokens_per_s, prefill, plan.limited_by)
+
+
+def bandwidth_of(session: Session) -> Bandwidth:
+    """What the session's machine was probed at."""
+    machine = session.machine
+    if machine is None:
+        return Bandwidth()
+    return Bandwidth(machine.ram_gb_s, machine.disk_gb_s, machine.pcie_gb_s, machine.vram_gb_s)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        if name in sys.modules or name == "coldstream":
+            try:
+                found[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                found[name] = "not installed"
+    return found

@@ -1,0 +1,214 @@
+"""Timeline: a run that has not happened, played through event by event, and what its time went to.
+
+Where ``predict`` adds up bytes over bandwidths, this replays what the runtime does: which expert lies where
+for each token, what runs beside what, who shares a bandwidth with whom, who waits for whom. It needs the
+same things (a shape, schemes, a machine, a plan) and, where there is one, a routing trace. Nothing is
+computed: it is pure Python, and a token of Scout takes some milliseconds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from offload.hardware.probe import Machine
+from offload.plan.cost_model import miss_split, read_ahead_s, scan_hits
+from offload.plan.footprint import Footprint
+from offload.plan.plan import Plan
+from offload.routing.eviction import make_policy
+from offload.routing.trace import Trace
+from offload.simulator.decode import AHEAD, SimulatedDecode
+from offload.simulator.engine import Engine, Process, Span
+from offload.simulator.prefill import Prompt
+from offload.simulator.requests import Step, Tiers, drawn, replayed, shares, stretched
+from offload.simulator.workload import Rates, Work
+from offload.tiers import Key, Tier
+from quant.model.shape import ModelShape
+from quant.scheme import BF16, Scheme
+
+TOKENS = 64
+_WARMUP = 4  # tokens before the timed ones
+_FULL = 0.85
+_CAUSES = {"gpu": "compute", "cpu compute": "compute", "ram": "cpu"}  # resources by what waits are called
+_WINDOW = 8  # experts that a prompt streams ahead of what it computes
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a phase took. ``waited`` are seconds per token by what was waited for and add up to the time;
+    ``used`` the share of what a resource could have moved that it did, ``moved`` bytes (operations of
+    ``gpu`` and ``cpu compute``) per token through each. ``token_seconds`` lists every token, ``spans`` what
+    the lanes did in a typical one, from its start. ``hit_rates`` are the shares of requests by tier."""
+
+    tokens: int
+    tokens_per_s: float
+    waited: Mapping[str, float]
+    used: Mapping[str, float]
+    moved: Mapping[str, float]
+    hit_rates: Mapping[Tier, float]
+    swaps_per_token: float = 0.0
+    token_seconds: tuple[float, ...] = ()
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def limited_by(self) -> str:
+        """The resource that was in use nearly all the time, or what most time was waited for."""
+        fullest = max(self.used, key=lambda name: self.used[name])
+        if self.used[fullest] >= _FULL:
+            return _CAUSES.get(fullest, fullest)
+        return max(self.waited, key=lambda cause: self.waited[cause])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without the spans."""
+        data = asdict(replace(self, spans=()))
+        del data["spans"]
+        return {**data, "ms_per_token": 1e3 / self.tokens_per_s, "limited_by": self.limited_by}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is replayed: a model placed by ``plan`` on ``machine``. ``gpu_part`` of each miss is the GPU's
+    (None: what the rates say is best), ``swaps`` the most experts copied into VRAM per token."""
+
+    footprint: Footprint
+    plan: Plan
+    machine: Machine
+    gpu_part: float | None = None
+    swaps: int = 0
+
+    @classmethod
+    def of(cls, shape: ModelShape, schemes: Mapping[Any, Scheme], plan: Plan, machine: Machine, **more: Any) -> "Setup":
+        """As ``plan`` was made."""
+        machine = machine if plan.vram else replace(machine, gpu=None)
+        footprint = Footprint(shape, schemes, plan.context, plan.kv_bits, plan.slot_bytes)
+        return cls(footprint, plan, machine, **more)
+
+    @property
+    def part(self) -> float:
+        """Of a missed expert, what the GPU reads in place."""
+        if self.machine.gpu is None:
+            return 0.0
+        if self.gpu_part is not None:
+            return self.gpu_part
+        rates = self.plan.hit_rates
+        load = self.footprint.load(
+            filled=self.plan.filled, vram_hits=rates["vram"], hits=1 - rates["disk"], resident=1.0
+        )
+        ahead = read_ahead_s(load, self.machine)
+        return miss_split(self.machine, load.expert, load.expert_weights, load.shared, ahead).gpu_part
+
+    def decode(
+        self,
+        tokens: int = TOKENS,
+        *,
+        trace: Trace | None = None,
+        counts: Mapping[Key, float] | None = None,
+        policy: str | None = None,
+    ) -> Replay:
+        """Decode ``tokens`` one by one. Experts are where ``trace`` finds them (``counts``, by layers as the
+        trace counts them, seed the placement), or by the plan's hit rates without one."""
+        steps = self.steps(tokens, trace, counts, policy)
+        rates, work = self._rates(), Work.of(self.footprint, self.plan.filled)
+        engine = Engine(rates.table())
+        decoder = SimulatedDecode(engine, work, rates, self.part, AHEAD)
+        warmup = min(_WARMUP, len(steps) - 1)
+        _play(engine, [decoder.token(step) for step in steps[:warmup]])
+        before, started = dict(engine.moved), engine.now
+        typical = warmup + _typical(steps[warmup:])
+        took: list[float] = []
+        waited: dict[str, float] = {}
+        spans: tuple[Span, ...] = ()
+        for index, step in enumerate(steps[warmup:], warmup):
+            engine.watching = index == typical
+            since = engine.now
+            for cause, seconds in _play(engine, [decoder.token(step)]):
+                waited[cause] = waited.get(cause, 0.0) + seconds
+            took.append(engine.now - since)
+            if engine.watching:
+                spans = tuple(replace(s, start=max(0.0, s.start - since), end=s.end - since) for s in engine.spans)
+        count, total = len(took), engine.now - started
+        moved = {name: engine.moved[name] - before[name] for name in engine.moved}
+        return Replay(
+            tokens=count,
+            tokens_per_s=count / total,
+            waited={cause: seconds / count for cause, seconds in waited.items()},
+            used={name: amount / engine.rates[name] / total for name, amount in moved.items()},
+            moved={name: amount / count for name, amount in moved.items()},
+            hit_rates=shares(steps[warmup:]),
+            swaps_per_token=sum(step.swaps for step in steps[warmup:]) / count,
+            token_seconds=tuple(took),
+            spans=spans,
+        )
+
+    def steps(
+        self,
+        tokens: int,
+        trace: Trace | None = None,
+        counts: Mapping[Key, float] | None = None,
+        policy: str | None = None,
+    ) -> list[Step]:
+        """Where each of ``tokens`` (and a few before them) finds its experts."""
+        shape, plan = self.footprint.shape, self.plan
+        layers, wanted = len(shape.moe_layers), tokens + _WARMUP
+        if trace is None:
+            return drawn(plan.hit_rates, layers, shape.top_k, wanted)
+        tiers = Tiers(
+            trace=stretched(trace, layers, wanted),
+            vram_slots=plan.vram_slots - plan.vram_reserve,
+            ram_slots=plan.ram_slots,
+            policy=lambda: make_policy(policy, counts),
+            counts=counts,
+            swaps=self.swaps,
+        )
+        return replayed(tiers, wanted)
+
+    def prefill(self, tokens: int | None = None) -> Replay:
+        """A prompt of ``tokens``, by default as many as the plan predicts for."""
+        plan, tokens = self.plan, tokens or self.plan.filled
+        rates = self._rates()
+        work = Work.of(self.footprint, tokens)
+        engine = Engine(rates.table())
+        found = self._scan_shares()
+        prompt = Prompt(engine, work, rates, found, _WINDOW)
+        waited: dict[str, float] = {}
+        engine.watching = True
+        for done in range(0, tokens, plan.prompt_chunk):
+            step = min(plan.prompt_chunk, tokens - done)
+            for cause, seconds in _play(engine, [prompt.chunk(step, done, last=done + step == tokens)]):
+                waited[cause] = waited.get(cause, 0.0) + seconds
+        return Replay(
+            tokens=tokens,
+            tokens_per_s=tokens / engine.now,
+            waited={cause: seconds / tokens for cause, seconds in waited.items()},
+            used={name: amount / engine.rates[name] / engine.now for name, amount in engine.moved.items()},
+            moved={name: moved / tokens for name, moved in engine.moved.items()},
+            hit_rates=found,
+            spans=tuple(engine.spans),
+        )
+
+    def _scan_shares(self) -> dict[Tier, float]:
+        """Where a prompt finds experts, of which it wants all: by slots, whatever is hot."""
+        plan = self.plan
+        vram = (plan.vram_slots - plan.vram_reserve) / plan.experts
+        held = min(1.0, vram + plan.ram_slots / plan.experts)
+        hits = max(vram, scan_hits(held))
+        return {"vram": vram, "ram": hits - vram, "disk": 1 - hits}
+
+    def _rates(self) -> Rates:
+        return Rates.of(self.machine, nf4=self.footprint.schemes.get("experts", BF16).kind == "nf4")
+
+
+def _play(engine: Engine, processes: Sequence[Process]) -> list[tuple[str, float]]:
+    """Run ``processes`` one after another; what was waited for, and how long."""
+    found: list[tuple[str, float]] = []
+    for process in processes:
+        running = engine.start(process)
+        engine.run(running)
+        found += [(cause, end - start) for start, end, cause in running.log]
+    return found
+
+
+def _typical(steps: Sequence[Step]) -> int:
+    """The step that finds in VRAM, and off it, about as much as most do."""
+    found = [sum(tiers.count("vram") * 100 + tiers.count("ram") for tiers in step.tiers) for step in steps]
+    middle = sorted(found)[len(found) // 2]
+    return min(range(len(found)), key=lambda index: abs(found[index] - middle))

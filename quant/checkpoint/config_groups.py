@@ -1,0 +1,192 @@
+"""The ``quantization_config`` of a quantized checkpoint: compressed-tensors' groups, or bitsandbytes'
+settings.
+
+compressed-tensors matches a module by exact name, then by regular expression, then by class name, and
+``ignore`` wins over all. So the routed experts' scheme is the group that targets ``"Linear"`` (vLLM looks the
+experts up there, transformers too when it fuses them), other roles with a scheme of their own are regular
+expressions, and everything left dense is ignored. When the groups differ, the experts' group also names the
+experts, which is how transformers tells it from the dense modules' group where it dequantizes while loading.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from quant.checkpoint.targets import mixed_targets
+from quant.errors import RecipeError
+from quant.model.families import QUANTIZABLE, ROLE_NAMES, Family, Role
+from quant.model.mixed_precision import MixedPrecision, scheme_of
+from quant.model.shape import ModelShape
+from quant.scheme import BF16, Scheme
+
+_EXPERTS = r"re:.*\.experts(\..+)?$"
+
+
+def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str]:
+    """Refuse what no loader could read, before anything is written; returns remarks for the user.
+
+    Raises RecipeError for a role that cannot be quantized, nf4 beside int4 or int8, or nothing to quantize;
+    SchemeError if a scheme does not fit a Linear, naming it.
+    """
+    for role in schemes:
+        if role not in QUANTIZABLE:
+            raise RecipeError(f"role {role!r} cannot be quantized: expected one of {', '.join(QUANTIZABLE)}")
+    present = _present(shape)
+    used = {role: schemes[role] for role in QUANTIZABLE if role in present and schemes.get(role, BF16) != BF16}
+    if not used:
+        raise RecipeError(
+            "nothing to quantize: every role that this model has stays bf16; name at least one, for example "
+            "--experts int4"
+        )
+    if any(s.kind == "nf4" for s in used.values()) and any(s.is_packed for s in used.values()):
+        mixed = ", ".join(f"{ROLE_NAMES[role]} {scheme}" for role, scheme in used.items())
+        raise RecipeError(
+            f"nf4 and int4 or int8 cannot be mixed in one checkpoint ({mixed}): the formats have different "
+            "loaders; "
+            "choose nf4 for all of them or for none"
+        )
+    one = shape.expert_linears(shape.moe_layers[0], 0) if shape.moe_layers else ()
+    for linear in shape.linears() if isinstance(schemes, MixedPrecision) else (*shape.dense_linears(), *one):
+        scheme_of(schemes, linear).check(linear.module, linear.out_features, linear.in_features)
+    if isinstance(schemes, MixedPrecision):
+        _check_fusable(shape, schemes)
+    if shape.tie_word_embeddings and schemes.get("lm_head", BF16) != BF16:
+        return ["lm_head is tied to the embeddings, which are kept as they are: its scheme is not used"]
+    return []
+
+
+def _check_fusable(shape: ModelShape, mixture: MixedPrecision) -> None:
+    """transformers fuses the experts of every family but Llama 4 while loading, and unpacks all of them by
+    one scheme."""
+    routed = {str(scheme_of(mixture, linear)) for linear in shape.linears() if linear.role == "experts"}
+    if len(routed) > 1 and not shape.family.fused_transposed:
+        raise RecipeError(
+            f"experts in {' and '.join(sorted(routed))} in one {shape.family.name} checkpoint: transformers "
+            "loads all of them as one; let the roles beside the experts differ"
+        )
+
+
+def quantization_config(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> dict[str, Any]:
+    """The dict for config.json; ``schemes`` have passed ``check_schemes``."""
+    present = _present(shape)
+    used = {role: schemes[role] for role in QUANTIZABLE if role in present and schemes.get(role, BF16) != BF16}
+    dense = [role for role in QUANTIZABLE if role not in used]
+    if any(scheme.kind == "nf4" for scheme in used.values()):
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": _skipped(shape.family, dense),
+        }
+    groups = _mixed_groups(shape, schemes) if isinstance(schemes, MixedPrecision) else _groups(shape, used)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "config_groups": {f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(groups)},
+        "ignore": _ignored(shape, dense),
+    }
+
+
+def _groups(shape: ModelShape, used: Mapping[Role, Scheme]) -> list[tuple[Scheme, list[str]]]:
+    groups: list[tuple[Scheme, list[str]]] = []
+    for role, scheme in used.items():  # experts first, where they are quantized
+        if not groups:
+            groups.append((scheme, ["Linear"]))
+        elif scheme != groups[0][0]:
+            pattern = _pattern(shape.family, role)
+            same = next((targets for known, targets in groups[1:] if known == scheme), None)
+            if same is None:
+                groups.append((scheme, [pattern]))
+            else:
+                same.append(pattern)
+    if len(groups) > 1 and "experts" in used:
+        groups[0][1].insert(0, _EXPERTS)
+    # Class names last: what a regular expression also matches is not searched again.
+    return [*groups[1:], groups[0]]
+
+
+def _mixed_groups(shape: ModelShape, mixture: MixedPrecision) -> list[tuple[Scheme, list[str]]]:
+    """Every Linear by its expression, the experts' commonest scheme last and beside "Linear"; first the
+    experts', which transformers takes the first of to have all experts' width."""
+    targets = mixed_targets(shape, mixture)
+    last = next(iter(mixture.values()))
+    targets[last].append("Linear")
+    return [*((scheme, names) for scheme, names in targets.items() if scheme != last), (last, targets[last])]
+
+
+def stores_fused_experts(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> bool:
+    """Whether dense experts must be stored fused.
+
+    Beside packed tensors transformers takes an expert's tensors for packed too wherever it fuses them while
+    loading (every family but Llama 4); what is fused already it loads as it is.
+    """
+    packed = any(scheme.is_packed for scheme in schemes.values())
+    return packed and schemes.get("experts", BF16) == BF16 and not shape.family.fused_transposed
+
+
+def _present(shape: ModelShape) -> set[Role]:
+    roles: set[Role] = {linear.role for linear in shape.dense_linears()}
+    return roles | {"experts"} if shape.moe_layers else roles
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": scheme.group_size,
+            "dynamic": False,
+            "actorder": None,
+            "observer": "minmax",
+        },
+        "input_activations": None,
+        "output_activations": None,
+    }
+
+
+def _pattern(family: Family, role: Role) -> str:
+    """A regular expression for every module of ``role``, with or without a multimodal prefix.
+
+    It matches fused modules too: vLLM tries class names before it takes its fused modules apart.
+    """
+    if role == "experts":
+        return _EXPERTS
+    if role == "shared_expert":
+        return rf"re:.*\.{family.shared_expert or 'shared_expert'}\..*"
+    if role == "dense_mlp":
+        return rf"re:.*\.{family.runtime_block}\.(gate|up|gate_up|down)_proj$"
+    if role == "attention":
+        return r"re:.*\.self_attn\.(q|k|v|qkv|o)_proj$"
+    return r"re:.*lm_head$"
+
+
+def _ignored(shape: ModelShape, dense: list[Role]) -> list[str]:
+    blocks = sorted({shape.family.block, shape.family.runtime_block})
+    ignored = [rf"re:.*\.{block}\.{shape.family.router}$" for block in blocks]
+    ignored += [_pattern(shape.family, role) for role in dense if role in _present(shape) or role == "lm_head"]
+    if shape.is_multimodal:
+        ignored += ["re:.*vision_model.*", "re:.*multi_modal_projector.*"]
+    return ignored
+
+
+def _skipped(family: Family, dense: list[Role]) -> list[str]:
+    """Names that transformers' bitsandbytes integration leaves alone: it
+    matches suffixes, and regular expressions from the start of a name."""
+    names: dict[Role, list[str]] = {
+        "experts": [r".*\.experts"],
+        "shared_expert": [rf".*\.{family.shared_expert or 'shared_expert'}"],
+        "dense_mlp": [f"{family.runtime_block}.{name}" for name in ("gate_proj", "up_proj", "down_proj")],
+        "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "lm_head": ["lm_head"],
+    }
+    skipped = ["vision_model", "multi_modal_projector", family.router]
+    return skipped + [name for role in dense for name in names[role]]

@@ -1,0 +1,95 @@
+"""The files of a checkpoint that are not weights: config, tokenizer, templates, processors, licences."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from quant.checkpoint.writer import write_file, writing
+from quant.sizes import format_size
+
+_INDEX = ".index.json"  # of weights: the output has its own
+_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens")
+_VOCABULARIES = (".model", ".tiktoken", ".spm")
+_TEXTS = (".json", ".txt", ".md", ".jinja", ".py", ".yaml", ".yml", ".rst")
+_TERMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "COPYRIGHT", "README", "USE_POLICY")
+_FOLDERS = ("additional_chat_templates",)  # what transformers looks into, beside the folder itself
+_VOCABULARY_BYTES = 256 * 2**20
+_TEXT_BYTES = 8 * 2**20  # more is data, not description
+_NAMED = 6
+_ANY_CHUNK = 8192
+
+
+def sidecars(source: Path) -> Iterator[Path]:
+    """Paths, relative to ``source``, of the files that travel with the weights, config.json apart.
+
+    What describes a model does: tokenizer, processor, chat template, generation config, code, terms and other
+    small texts. Weights in whatever form, data, pictures, hidden files and folders do not.
+    """
+    for path in sorted(source.iterdir()):
+        if path.name in _FOLDERS and path.is_dir():
+            yield from (inner.relative_to(source) for inner in sorted(path.iterdir()) if _belongs(inner))
+        elif path.name != "config.json" and _belongs(path):
+            yield path.relative_to(source)
+
+
+def left_out(source: Path, weights: Iterable[Path]) -> str | None:
+    """A note on what is in ``source`` and does not travel, ``weights`` and hidden files apart; None if
+    nothing is."""
+    known = {source / "config.json", *(source / path for path in sidecars(source)), *weights}
+    named: dict[str, tuple[int, int]] = {}
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or path in known or path.name.endswith(_INDEX) or not path.is_file():
+            continue
+        name = relative.parts[0] + ("/" if len(relative.parts) > 1 else "")
+        files, nbytes = named.get(name, (0, 0))
+        named[name] = files + 1, nbytes + path.stat().st_size
+    if not named:
+        return None
+    shown = [f"{name} ({files} files)" if files > 1 else name for name, (files, _) in named.items()]
+    more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
+    size = format_size(sum(nbytes for _, nbytes in named.values()))
+    return f"not copied, {size} that a quantized checkpoint has no use for: {', '.join(shown[:_NAMED])}{more}"
+
+
+def _belongs(path: Path) -> bool:
+    name = path.name
+    if name.startswith(".") or name.endswith(_INDEX) or not path.is_file():
+        return False
+    size = path.stat().st_size
+    if name.endswith(_VOCABULARIES) or (name.startswith(_TOKENIZER) and name.endswith(_TEXTS)):
+        return size <= _VOCABULARY_BYTES
+    return (name.endswith(_TEXTS) or name.upper().startswith(_TERMS)) and size <= _TEXT_BYTES
+
+
+def sidecar_bytes(source: Path) -> int:
+    """Bytes of the sidecars of ``source``."""
+    return sum((source / path).stat().st_size for path in sidecars(source))
+
+
+def copy_sidecars(source: Path, destination: Path) -> None:
+    """Copy the sidecars of ``source``; links are followed. Raises OutputError."""
+    for path in sidecars(source):
+        with writing(destination / path):
+            (destination / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, destination / path)
+
+
+def write_config(destination: Path, config: dict[str, Any], quantization_config: dict[str, Any]) -> None:
+    """Write config.json with ``quantization_config``, and with what transformers would refuse put right.
+
+    Some published Llama 4 configs have ``attn_temperature_tuning: 4``, which transformers' type check
+    rejects, or ``attention_chunk_size: null``, which means that no layer is chunked.
+    """
+    config = json.loads(json.dumps(config))
+    for section in (config, config.get("text_config") or {}):
+        if not isinstance(section.get("attn_temperature_tuning", False), bool):
+            section["attn_temperature_tuning"] = bool(section["attn_temperature_tuning"])
+        if section.get("attention_chunk_size", 0) is None and "num_hidden_layers" in section:
+            section["layer_types"] = ["full_attention"] * section["num_hidden_layers"]
+            section["attention_chunk_size"] = _ANY_CHUNK  # transformers wants a number even where nobody reads it
+    config["quantization_config"] = quantization_config
+    write_file(destination / "config.json", json.dumps(config, indent=2).encode() + b"\n")

@@ -1,0 +1,1 @@
+"""A source checkpoint made into a quantized one: bounded memory, resumable, atomic."""

@@ -1,0 +1,303 @@
+"""Source checkpoint → quantized checkpoint: bounded memory, resumable, atomic.
+
+Three things overlap: the next part is read, this one is quantized, the last one is written. At most two
+parts' source and two parts' results are in memory, whatever the size of the model.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.checkpoint.config_groups import check_schemes, quantization_config
+from quant.checkpoint.journal import Journal, Sums
+from quant.checkpoint.sidecars import copy_sidecars, left_out, sidecar_bytes, write_config
+from quant.checkpoint.staging import Staging
+from quant.checkpoint.writer import OutputFiles, check_free, write_file
+from quant.convert.fidelity import Fidelity, RoleFidelity
+from quant.convert.parts import Conversion, Part, Piece, plan_conversion
+from quant.errors import CheckpointError, NonFiniteError, OutputError
+from quant.model.families import QUANTIZABLE, Role
+from quant.model.mixed_precision import described
+from quant.rounding.encode import Encoded, check_finite
+from quant.rounding.rounding import Rounder, Rounding, make_rounder
+from quant.scheme import BF16, Scheme
+
+REPORT = "quantization_report.json"
+Progress = Callable[[int, int, str], None]
+_STATE = "state of the source's files"
+_SLACK = 2**20
+_SYNC_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion read, wrote and lost. ``seconds`` and ``bytes_read`` are this run's, without what it
+    resumed.
+    """
+
+    path: Path
+    source_bytes: int
+    output_bytes: int
+    bytes_read: int
+    seconds: float
+    bits_per_weight: float
+    roles: tuple[RoleFidelity, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def mb_per_s(self) -> float:
+        """Source megabytes (10^6) per second."""
+        return self.bytes_read / self.seconds / 1e6 if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "bytes_read": self.bytes_read,
+            "seconds": self.seconds,
+            "mb_per_s": self.mb_per_s,
+            "bits_per_weight": self.bits_per_weight,
+            "roles": {role.role: role.to_json() for role in self.roles},
+            "notes": list(self.notes),
+        }
+
+
+def convert(
+    source: Path | str,
+    destination: Path | str,
+    schemes: Mapping[Role, Scheme],
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    sync_bytes: int = _SYNC_BYTES,
+    rounding: Rounding = "search",
+    rounder: Rounder | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> ConversionReport:
+    """Quantize the checkpoint in ``source`` by ``schemes`` (a role not named is kept) into ``destination``.
+
+    With ``resume`` a run that was stopped is continued, and the result is the same to the byte. ``progress``
+    is called with source bytes done, source bytes in all, and the tensor at hand. What is done is made safe
+    on disk every ``sync_bytes`` of output. ``rounding`` says how values are found (``rounder``, if given,
+    does it instead). ``details`` go into the
+    checkpoint's report as they are. Raises CheckpointError, SchemeError, RecipeError or OutputError;
+    the destination then does not exist.
+    """
+    started = time.monotonic()
+    checkpoint = open_source(source)
+    notes = check_schemes(checkpoint.shape, schemes)
+    conversion = plan_conversion(checkpoint, schemes)
+    staging = Staging(Path(destination))
+    rounder = rounder or make_rounder(rounding, checkpoint)
+    job = _job(checkpoint, schemes, rounder)
+    if resume and staging.is_finished and _is_same(staging.destination, job):
+        staging.discard()
+        notes.append("the destination was already complete: nothing was left to do")
+        return _report(checkpoint, conversion, staging.destination, 0, started, (), notes)
+    staging.check(checkpoint.path, resume)
+    _check_free(checkpoint, conversion, staging)
+    journal = staging.open(job)
+    files = OutputFiles(staging.model, conversion.layout)
+    parts, resumed = conversion.parts, len(journal.done)
+    try:
+        files.create()
+        _Run(checkpoint, parts, files, journal, sync_bytes, rounder).go(progress)
+        fidelity = Fidelity.measure(parts, journal.done)
+        _write_small_files(checkpoint, conversion, schemes, staging.model, {**job, **(details or {})}, fidelity)
+    except (NonFiniteError, OutputError) as error:
+        # Weights that cannot be used, or a disk that is full before anything is done: nothing to go on from.
+        if isinstance(error, NonFiniteError) or not journal.done:
+            staging.discard()
+        raise
+    finally:
+        files.close()
+        journal.close()
+    staging.publish()
+    unused = left_out(checkpoint.path, {entry.file for entry in checkpoint.entries.values()})
+    notes += [unused] if unused else []
+    read = sum(part.nbytes for part in parts[resumed:])
+    return _report(checkpoint, conversion, staging.destination, read, started, fidelity.roles, notes)
+
+
+def open_source(path: Path | str) -> Checkpoint:
+    """The checkpoint in ``path``. Raises CheckpointError if it cannot be read, or is already quantized."""
+    checkpoint = Checkpoint.open(path)
+    if checkpoint.is_quantized:
+        raise CheckpointError(f"{path} is already quantized: start from the original bf16 checkpoint")
+    return checkpoint
+
+
+class _Run:
+    """The parts not yet done, in order: read ahead, quantize, write behind."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        parts: tuple[Part, ...],
+        files: OutputFiles,
+        journal: Journal,
+        sync_bytes: int,
+        rounder: Rounder,
+    ) -> None:
+        self._rounder = rounder
+        self._checkpoint = checkpoint
+        self._parts = parts
+        self._files = files
+        self._journal = journal
+        self._sync_bytes = sync_bytes
+        self._unsafe: list[Sums] = []
+        self._unsafe_bytes = 0
+
+    def go(self, progress: Progress | None) -> None:
+        first = len(self._journal.done)
+        total = sum(part.nbytes for part in self._parts)
+        done = sum(part.nbytes for part in self._parts[:first])
+        left = self._parts[first:]
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            reading = reader.submit(self._read, left[0]) if left else None
+            writing: Future[None] | None = None
+            for part, following in zip(left, [*left[1:], None], strict=True):
+                assert reading is not None
+                tensor = reading.result()
+                reading = reader.submit(self._read, following) if following else None
+                results = [self._encode(part, piece, tensor) for piece in part.pieces]
+                del tensor  # or it would live until the next one has been read
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(self._write, part, results)
+                done += part.nbytes
+                if progress is not None:
+                    progress(done, total, part.pieces[0].target)
+            if writing is not None:
+                writing.result()
+            self._make_safe()
+
+    def _read(self, part: Part) -> Tensor:
+        return self._checkpoint.read(part.key, part.start, part.shape)
+
+    def _encode(self, part: Part, piece: Piece, tensor: Tensor) -> Encoded:
+        name = f"{self._checkpoint.entry(part.key).file.name}: tensor {part.key}"
+        if piece.role == "experts":
+            name += f", expert {piece.expert}"
+        if "" in piece.places:
+            check_finite(tensor, name)
+            return Encoded({"": tensor})
+        if piece.half:
+            gate, up = tensor.chunk(2, dim=1 if part.transposed else 0)
+            tensor = gate if piece.half == "first" else up
+        row = 0 if part.transposed else _first_row(part, self._checkpoint, piece)
+        return self._rounder.encode(tensor, piece.scheme, name, part.transposed, piece.target, row)
+
+    def _write(self, part: Part, results: list[Encoded]) -> None:
+        for piece, result in zip(part.pieces, results, strict=True):
+            for suffix, (file, offset) in piece.places.items():
+                data = _bytes_of(result.tensors[suffix])
+                self._files.write(file, offset, data)
+                self._unsafe_bytes += len(data)
+        self._unsafe.append([[result.squared_sum, result.squared_error] for result in results])
+        if self._unsafe_bytes >= self._sync_bytes:
+            self._make_safe()
+
+    def _make_safe(self) -> None:
+        """Wait until what was written is on disk, then say so in the journal."""
+        self._files.sync()
+        self._journal.append(self._unsafe)
+        self._unsafe, self._unsafe_bytes = [], 0
+
+
+def _first_row(part: Part, checkpoint: Checkpoint, piece: Piece) -> int:
+    """Which row of its Linear the block that ``part`` reads begins with."""
+    if piece.half or len(checkpoint.entry(part.key).shape) != 2:
+        return 0  # one whole expert of a fused tensor
+    return part.start * part.shape[0] // part.nbytes
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _job(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme], rounder: Rounder) -> dict[str, Any]:
+    """What two runs must share for one to continue the other."""
+    files = sorted({entry.file for entry in checkpoint.entries.values()})
+    stats = [(file.name, file.stat()) for file in files]
+    return {
+        "format": "coldstream quantization 1",
+        "recipe": dict.fromkeys(QUANTIZABLE, str(BF16)) | described(schemes),
+        "rounding": rounder.name,
+        "source": checkpoint.identity,
+        _STATE: [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+    }
+
+
+def _is_same(destination: Path, job: dict[str, Any]) -> bool:
+    """Whether the finished checkpoint in ``destination`` came from this job."""
+    try:
+        report = json.loads((destination / REPORT).read_text())
+    except (OSError, ValueError):
+        return False
+    return all(report.get(key) == job[key] for key in ("format", "recipe", "rounding", "source"))
+
+
+def _check_free(checkpoint: Checkpoint, conversion: Conversion, staging: Staging) -> None:
+    needed = conversion.layout.nbytes + sidecar_bytes(checkpoint.path) + _SLACK
+    taken = sum(file.stat().st_blocks * 512 for file in staging.model.glob("*")) if staging.model.is_dir() else 0
+    check_free(staging.nearest, needed - taken)
+
+
+def _write_small_files(
+    checkpoint: Checkpoint,
+    conversion: Conversion,
+    schemes: Mapping[Role, Scheme],
+    folder: Path,
+    job: dict[str, Any],
+    fidelity: Fidelity,
+) -> None:
+    copy_sidecars(checkpoint.path, folder)
+    index = json.dumps(conversion.layout.index(), indent=2).encode() + b"\n"
+    write_file(folder / "model.safetensors.index.json", index)
+    report = {
+        **{key: value for key, value in job.items() if key != _STATE},
+        "source_bytes": conversion.source_bytes,
+        "output_bytes": conversion.layout.nbytes,
+        "bits_per_weight": _bits_per_weight(checkpoint, conversion),
+        **fidelity.to_json(),
+    }
+    write_file(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
+    write_config(folder, checkpoint.config, quantization_config(checkpoint.shape, schemes))
+
+
+def _bits_per_weight(checkpoint: Checkpoint, conversion: Conversion) -> float:
+    weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
+    return round(conversion.layout.tensor_bytes * 8 / weights, 4)
+
+
+def _report(
+    checkpoint: Checkpoint,
+    conversion: Conversion,
+    path: Path,
+    bytes_read: int,
+    started: float,
+    roles: tuple[RoleFidelity, ...],
+    notes: list[str],
+) -> ConversionReport:
+    return ConversionReport(
+        path=path,
+        source_bytes=conversion.source_bytes,
+        output_bytes=conversion.layout.nbytes,
+        bytes_read=bytes_read,
+        seconds=time.monotonic() - started,
+        bits_per_weight=_bits_per_weight(checkpoint, conversion),
+        roles=roles,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,264 @@
+"""A conversion as a list of parts: what to read, what to make of it, where each result goes.
+
+A part reads one contiguous range of the source and completes the tensors, or rows of tensors, cut from it.
+Parts are done in order, so that a journal of how many are done says all there is to know. A range is one
+projection of one expert, or gate_proj and up_proj together where they are fused, or a block of a dense
+tensor's rows.
+
+Legend: N out features, K in features.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from quant.checkpoint.checkpoint import Checkpoint, TensorEntry
+from quant.checkpoint.config_groups import stores_fused_experts
+from quant.checkpoint.layout import ITEMSIZE, CheckpointLayout, StoredTensor, fused_experts, lay_out_checkpoint
+from quant.errors import CheckpointError
+from quant.model.families import PROJECTIONS, Role
+from quant.model.mixed_precision import scheme_of
+from quant.model.shape import ModelShape
+from quant.model.tensors import LinearSpec
+from quant.scheme import BF16, Scheme
+
+BLOCK_BYTES = 64 * 2**20
+_FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One result of a part: rows ``[row, row + N)`` of ``target``, cut from what the part read.
+
+    ``half`` says which half of a fused gate_up_proj it is. ``places`` gives, per stored suffix, the file and
+    the byte where these rows begin. ``role`` and ``scheme`` are BF16 and any role for what is carried
+    through.
+    """
+
+    target: str
+    role: Role
+    scheme: Scheme
+    places: Mapping[str, tuple[str, int]]
+    half: Literal["", "first", "second"] = ""
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One read: ``shape`` elements of source tensor ``key`` from ``start`` bytes in; ``transposed`` if ``[K,
+    N]``.
+    """
+
+    key: str
+    start: int
+    shape: tuple[int, ...]
+    nbytes: int
+    transposed: bool
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The layout of the output and the parts that fill it."""
+
+    layout: CheckpointLayout
+    parts: tuple[Part, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def plan_conversion(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> Conversion:
+    """Match every source tensor with what the config says and lay the output out.
+
+    Raises CheckpointError for a tensor that is absent, not known, of another shape than the config says or
+    already quantized; nothing is read but headers.
+    """
+    shape = checkpoint.shape
+    sources = {linear.module: _dense_entry(checkpoint, linear) for linear in shape.dense_linears()}
+    linears = {entry.key for entry in sources.values()}
+    linears.update(key for layer in shape.moe_layers for key in _expert_keys(checkpoint, layer))
+    for tensor in shape.plain_tensors():
+        _check_shape(checkpoint, checkpoint.find(tensor.key), tensor.shape)
+    plain = [entry for key, entry in checkpoint.entries.items() if key not in linears]
+    for entry in plain:
+        _check_known(checkpoint, entry.key)
+    dtypes = {module: entry.dtype for module, entry in sources.items()}
+    for layer in shape.moe_layers:
+        dtypes.update(_expert_dtypes(checkpoint, layer))
+    stored = [StoredTensor(checkpoint.canonical(entry.key), entry.dtype, entry.shape) for entry in plain]
+    layout = lay_out_checkpoint(shape, schemes, stored, dtypes, stores_fused_experts(shape, schemes))
+    parts = list(_dense_parts(checkpoint, layout, schemes, sources, plain))
+    for layer in shape.moe_layers:
+        parts.extend(_expert_parts(checkpoint, layout, schemes, layer))
+    return Conversion(layout, tuple(parts))
+
+
+def _dense_entry(checkpoint: Checkpoint, linear: LinearSpec) -> TensorEntry:
+    entry = checkpoint.find(f"{linear.module}.weight")
+    _check_shape(checkpoint, entry, (linear.out_features, linear.in_features))
+    return entry
+
+
+def _check_shape(checkpoint: Checkpoint, entry: TensorEntry, expected: tuple[int, ...]) -> None:
+    if entry.shape != expected:
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.key} has shape {list(entry.shape)}, but config.json says "
+            f"{list(expected)}: "
+            "weights and config are not of one model"
+        )
+    if entry.dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.key} has dtype {entry.dtype}, expected one of "
+            f"{', '.join(_FLOATS)}: "
+            "already quantized weights cannot be quantized again; start from the original checkpoint"
+        )
+
+
+def _check_known(checkpoint: Checkpoint, key: str) -> None:
+    """Refuse a tensor to be carried through that the config has no place for."""
+    name, shape = checkpoint.names[key], checkpoint.shape
+    if name.suffix.startswith(("weight_", "weight.")):
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {key} is already quantized: start from the original bf16 checkpoint"
+        )
+    linear = name.role in ("experts", "shared_expert", "dense_mlp", "attention") and name.suffix in ("weight", "")
+    outside = name.role != "vision" and name.layer is not None and name.layer >= shape.num_layers
+    if outside or (linear and "inv_freq" not in key):
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {key} has no place in the model that config.json describes "
+            f"({shape.num_layers} layers, {shape.num_experts} experts): weights and config are not of one "
+            "model"
+        )
+
+
+def _expert_keys(checkpoint: Checkpoint, layer: int) -> Iterator[str]:
+    """The source keys of a layer's experts, each of the shape that the config says."""
+    shape = checkpoint.shape
+    hidden, inter, count = shape.hidden_size, shape.expert_intermediate, shape.num_experts
+    base = checkpoint.fused_experts(layer)
+    if base is None:
+        for expert in range(count):
+            for linear in shape.expert_linears(layer, expert):
+                yield _dense_entry(checkpoint, linear).key
+        return
+    gate_up, down = (2 * inter, hidden), (hidden, inter)
+    if shape.family.fused_transposed:
+        gate_up, down = gate_up[::-1], down[::-1]
+    for name, dims in (("gate_up_proj", gate_up), ("down_proj", down)):
+        entry = checkpoint.entry(base + name)
+        _check_shape(checkpoint, entry, (count, *dims))
+        yield entry.key
+
+
+def _expert_dtypes(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[str, str]]:
+    base = checkpoint.fused_experts(layer)
+    for expert in range(checkpoint.shape.num_experts):
+        for linear in checkpoint.shape.expert_linears(layer, expert):
+            fused = "down_proj" if linear.projection == "down_proj" else "gate_up_proj"
+            key = f"{linear.module}.weight" if base is None else base + fused
+            yield linear.module, checkpoint.find(key).dtype
+
+
+def _dense_parts(
+    checkpoint: Checkpoint,
+    layout: CheckpointLayout,
+    schemes: Mapping[Role, Scheme],
+    sources: Mapping[str, TensorEntry],
+    plain: list[TensorEntry],
+) -> Iterator[Part]:
+    for linear in checkpoint.shape.dense_linears():
+        scheme = scheme_of(schemes, linear)
+        yield from _row_parts(checkpoint, layout, sources[linear.module], linear, scheme)
+    for entry in plain:
+        key = checkpoint.canonical(entry.key)
+        whole = 1 if not entry.shape else entry.shape[0]
+        row_bytes = entry.nbytes // max(whole, 1)
+        for row, rows in _blocks(whole, row_bytes):
+            file, offset = layout.place(key)
+            piece = Piece(key, checkpoint.names[entry.key].role, BF16, {"": (file, offset + row * row_bytes)})
+            dims = (rows, *entry.shape[1:]) if entry.shape else ()
+            yield Part(entry.key, row * row_bytes, dims, rows * row_bytes, False, (piece,))
+
+
+def _row_parts(
+    checkpoint: Checkpoint, layout: CheckpointLayout, entry: TensorEntry, linear: LinearSpec, scheme: Scheme
+) -> Iterator[Part]:
+    """Blocks of rows of one Linear that is a tensor of its own."""
+    count, columns = entry.shape
+    row_bytes = columns * ITEMSIZE[entry.dtype]
+    for row, rows in _blocks(count, row_bytes):
+        places = _places(checkpoint, layout, linear, scheme, row, entry.dtype)
+        piece = Piece(linear.module, linear.role, scheme, places, "", linear.expert)
+        yield Part(entry.key, row * row_bytes, (rows, columns), rows * row_bytes, False, (piece,))
+
+
+def _expert_parts(
+    checkpoint: Checkpoint, layout: CheckpointLayout, schemes: Mapping[Role, Scheme], layer: int
+) -> Iterator[Part]:
+    shape, base = checkpoint.shape, checkpoint.fused_experts(layer)
+    for expert in range(shape.num_experts):
+        linears = list(shape.expert_linears(layer, expert))
+        if base is None:
+            for linear in linears:
+                entry = checkpoint.find(f"{linear.module}.weight")
+                yield from _row_parts(checkpoint, layout, entry, linear, scheme_of(schemes, linear))
+            continue
+        pieces: dict[str, Piece] = {}
+        for projection, linear in zip(PROJECTIONS, linears, strict=True):
+            half: Literal["", "first", "second"] = (
+                "" if projection == "down_proj" else "first" if projection == "gate_proj" else "second"
+            )
+            source = checkpoint.entry(base + ("down_proj" if not half else "gate_up_proj"))
+            scheme = scheme_of(schemes, linear)
+            places = _places(checkpoint, layout, linear, scheme, 0, source.dtype)
+            pieces[projection] = Piece(linear.module, "experts", scheme, places, half, expert)
+        for name, cut in (("gate_up_proj", PROJECTIONS[:2]), ("down_proj", PROJECTIONS[2:])):
+            entry = checkpoint.entry(base + name)
+            size = entry.nbytes // shape.num_experts
+            yield Part(
+                entry.key,
+                expert * size,
+                entry.shape[1:],
+                size,
+                shape.family.fused_transposed,
+                tuple(pieces[projection] for projection in cut),
+            )
+
+
+def _places(
+    checkpoint: Checkpoint, layout: CheckpointLayout, linear: LinearSpec, scheme: Scheme, row: int, dtype: str
+) -> dict[str, tuple[str, int]]:
+    """Where row ``row`` of ``linear`` begins in each of its stored tensors, by suffix."""
+    before = row * linear.in_features  # weights of the rows above
+    if scheme.is_packed:
+        skip = {"weight_packed": before * scheme.bits // 8, "weight_scale": before // scheme.group_size * 2}
+    elif scheme.kind == "nf4":
+        skip = {"weight": before // 2, "weight.absmax": before // scheme.group_size * 4}
+    else:
+        skip = {"weight": before * ITEMSIZE[dtype]}
+        if f"{linear.module}.weight" not in layout.weight_map:
+            return {"weight": _fused_place(checkpoint.shape, layout, linear, skip["weight"], dtype)}
+    found = {suffix: layout.place(f"{linear.module}.{suffix}") for suffix in skip}
+    return {suffix: (file, offset + skip[suffix]) for suffix, (file, offset) in found.items()}
+
+
+def _fused_place(
+    shape: ModelShape, layout: CheckpointLayout, linear: LinearSpec, skip: int, dtype: str
+) -> tuple[str, int]:
+    """Where a dense expert's projection lies in its layer's fused tensor."""
+    assert linear.layer is not None and linear.expert is not None
+    gate_up, down = fused_experts(shape, linear.layer, dtype)
+    tensor = down if linear.projection == "down_proj" else gate_up
+    file, offset = layout.place(tensor.key)
+    size = linear.weights * ITEMSIZE[dtype]
+    index = linear.expert if tensor is down else 2 * linear.expert + (linear.projection == "up_proj")
+    return file, offset + index * size + skip
+
+
+def _blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of blocks of about 64 MiB; 64 rows at a time, so that nf4's blocks are never cut."""
+    step = max(64, BLOCK_BYTES // max(row_bytes, 1) // 64 * 64)
+    for row in range(0, rows, step):
+        yield row, min(step, rows - row)

@@ -1,0 +1,140 @@
+// What every instruction set implements, and the plain types that cross the boundary to Python.
+//
+// Legend: T tokens, N out features, K in features, G groups along K. Row r of a weight is out feature r.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace coldstream {
+
+enum Kind : int32_t { kInt4 = 0, kInt8 = 1, kBf16 = 2, kF32 = 3 };
+enum SourceType : int32_t { kSourceBf16 = 0, kSourceF16 = 1, kSourceF32 = 2 };
+
+// Status codes of the C functions; Python turns them into one-line errors.
+enum Status : int32_t { kOk = 0, kBadArgument = -1, kNoMemory = -2, kUnsupported = -3 };
+
+// A weight where it lies: packed int32 words and bf16 scales, or plain bf16/f32 rows. Nothing is owned. A part of a
+// wider weight's columns (whole groups) is a weight whose rows lie `pitch` columns apart.
+struct Weight {
+  int32_t kind;
+  int32_t group;  // weights along K that share a scale; 0 for plain kinds
+  int64_t n, k;
+  const uint8_t* packed;  // 4-byte aligned
+  const uint16_t* scale;  // bf16 [N, G]
+  int64_t pitch = 0;      // columns from one row to the next; 0: k
+
+  bool is_packed() const { return kind == kInt4 || kind == kInt8; }
+  int64_t groups() const { return k / group; }
+  int64_t bytes(int64_t columns) const {
+    return kind == kInt4 ? columns / 2 : kind == kInt8 ? columns : kind == kBf16 ? columns * 2 : columns * 4;
+  }
+  int64_t row_bytes() const { return bytes(k); }
+  int64_t stride() const { return bytes(pitch ? pitch : k); }      // bytes from one row to the next
+  int64_t scale_stride() const { return (pitch ? pitch : k) / group; }
+};
+
+struct QuantizeStats {
+  int64_t nonfinite;  // groups that held a NaN or an infinity
+  double squared_error, squared_sum;
+};
+
+// Float matrix in, packed matrix out. `stride` counts source elements between rows as they lie in memory:
+// rows of K when not transposed, rows of N when transposed.
+struct QuantizeJob {
+  const void* source;
+  int32_t source_type, kind, group, transposed;
+  int64_t n, k, stride;
+  uint32_t* packed;
+  uint16_t* scale;
+  int32_t search;        // int4 only: 0 rounds to nearest by absmax, 1 searches each group's scale
+  const int32_t* means;  // [K] in -127..127, what rounding errors are balanced against; or null
+};
+
+// Rounding to given scales that makes up for each value's error in others of its block of columns: see
+// quant/rounding/curvature.py. `first` and `again` are [blocks, block, block], `order` says which column of its block comes when.
+struct FeedbackJob {
+  const float* weight;    // [N, K]
+  const uint16_t* scale;  // bf16 [N, G]
+  int64_t n, k;
+  int32_t group, block, low, high;
+  const int32_t* order;  // [K]
+  const float *first, *again;
+  int8_t* values;  // [N, K]
+};
+
+// T rows of activations as int8: blocks of 128 along K, in int4 layout the 64 even elements then the 64 odd
+// ones (the order in which masking and shifting 64 packed bytes yields them), in int8 layout as they come.
+struct Activations {
+  const int8_t* q;       // [T, q_stride], zero-padded to a multiple of 128
+  const float* scale;    // [T, g_stride], padded by 16
+  const int32_t* sum;    // [T, g_stride]: sum of q over the group
+  const float* fix;      // [T, g_stride]: offset * sum * scale, what the stored offset adds to the dot
+  int64_t q_stride, g_stride;
+};
+
+enum CacheStorage : int32_t { kCacheF32 = 0, kCacheBf16 = 1, kCacheInt8 = 2 };
+
+// One layer's keys and values, [kv_heads, capacity, head_dim]; row 0 is the token at `first_position`.
+struct KvCache {
+  void *keys, *values;
+  float *key_scale, *value_scale;  // int8 only: [kv_heads, capacity]
+  int64_t head_stride;             // elements from one head to the next: capacity * head_dim
+  int64_t capacity, first_position;
+  int32_t storage;
+};
+
+constexpr int kAttendRows = 48;  // query rows of one task: enough to make transposing the keys cheap
+
+// Query rows of one KV head against the cached keys [first, last); a row sees only [from, to). Leaves the
+// unnormalized output, the largest score and the sum of weights, so that several runs of keys can be merged.
+struct AttendTask {
+  const KvCache* cache;
+  const float* q;  // [rows, head_dim], scaled
+  const int64_t *from, *to;
+  int64_t kv_head, head_dim, first, last;
+  int rows;
+  float *out, *top, *total;  // [rows, head_dim], [rows], [rows]
+};
+
+constexpr int kGemvTokens = 4;  // more are cheaper through a panel
+
+struct Kernels {
+  const char* name;
+  int gemm_rows;  // rows of one GEMM panel
+  void (*quantize_rows)(const QuantizeJob&, int64_t row0, int64_t row1, QuantizeStats*);
+  void (*quantize_columns)(const QuantizeJob&, int64_t column0, int64_t column1, int64_t group0, int64_t group1,
+                           QuantizeStats*);
+  void (*round_with_feedback)(const FeedbackJob&, int64_t row0, int64_t row1);
+  // x f32 [K] to one row of Activations, for weights of this kind and group.
+  void (*quantize_activations)(const float* x, int64_t k, int32_t kind, int32_t group, int8_t* q, float* scale,
+                               int32_t* sum, float* fix);
+  // y[t, row] for rows of a packed weight: gemv streams each row once for 1 to kGemvTokens tokens; gemm takes any
+  // number of tokens and rows of one panel, which it unpacks into `panel` (gemm_panel_bytes of it).
+  void (*gemv)(const Weight&, int64_t row0, int64_t row1, const Activations&, int tokens, float* y, int64_t ldy);
+  void (*gemm)(const Weight&, int64_t row0, int64_t row1, const Activations&, int tokens, float* y, int64_t ldy,
+               uint8_t* panel);
+  // The same product with f32 activations, for every kind: exact up to f32 rounding.
+  void (*dense)(const Weight&, int64_t row0, int64_t row1, const float* x, int64_t ldx, int tokens, float* y,
+                int64_t ldy);
+  void (*silu_multiply)(float* gate, const float* up, int64_t count, float scale);
+  void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* y);
+  void (*add_scaled)(float* y, const float* x, int64_t count, float factor);
+  void (*attend)(const AttendTask&);
+  uint64_t (*checksum)(const char* bytes, int64_t count);  // count is a multiple of 1024
+};
+
+const Kernels& kernels();  // the chosen instruction set
+
+inline float bf16_to_float(uint16_t bits) {
+  uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+}  // namespace coldstream
+
+#define COLDSTREAM_API extern "C" __attribute__((visibility("default")))

@@ -1,0 +1,186 @@
+// Rounding to int4 with a searched scale, balanced against the mean of the input: see quant/rounding/search.py, which this
+// equals to the bit. After the first product everything is integer arithmetic in 1/256 of a step, so that sums do
+// not depend on the vectors' width.
+
+constexpr int kFirstFraction = 21, kLastFraction = 34;  // of 32: scales tried, as parts of absmax / 8
+constexpr float kLeastStep = 0x1p-100f;
+constexpr int kThetaBits = 12, kMaxShift = 96, kRounds = 3;
+constexpr int64_t kMaxTheta = 1 << 19;
+
+INLINE vi smaller(vi a, vi b) { return a < b ? a : b; }
+INLINE vi within(vi value, int32_t low, int32_t high) { return smaller(larger(value, splat(low)), splat(high)); }
+
+INLINE int32_t total(vi value) {
+  int32_t lanes[kLanes], result = 0;
+  store(lanes, value);
+  for (int i = 0; i < kLanes; ++i) result += lanes[i];
+  return result;
+}
+
+// The comparison does nothing to finite values; it keeps the product from being fused with what follows.
+INLINE vi to_fixed(vf value, vf inverse) { return rounded(larger(value * inverse, splat(-4e5f))); }
+INLINE vi level(vi fixed) { return within((fixed + 128) >> 8, -8, 7); }
+INLINE vi squared_miss(vi fixed) {
+  vi miss = fixed - (within(fixed + 128, -2048, 2047) & ~255);
+  return miss * miss;
+}
+INLINE vf inverse_of(vf scale) { return 1.0f / scale * 256.0f; }
+INLINE vf widened(vu bits) { return (vf)(bits << 16); }
+INLINE vi shift_of(vi theta, vi mean) { return within((theta * mean) >> kThetaBits, -kMaxShift, kMaxShift); }
+
+struct Theta {  // Newton's method for one group; the best value so far is kept
+  int64_t theta = 0, best = 0, least = int64_t(1) << 62;
+  void seen(int64_t bias, int64_t norm, bool last) {
+    const int64_t size = bias < 0 ? -bias : bias;
+    if (size < least) least = size, best = theta;
+    if (last) return;
+    theta += bias * (1 << kThetaBits) / norm;
+    theta = theta < -kMaxTheta ? -kMaxTheta : theta > kMaxTheta ? kMaxTheta : theta;
+  }
+};
+
+static void search_rows(const QuantizeJob& job, int64_t row0, int64_t row1, QuantizeStats* stats) {
+  const int group = job.group;
+  const int64_t groups = job.k / group;
+  alignas(64) float values[256];
+  alignas(64) int32_t fixed[256];
+  alignas(64) uint8_t bytes[256];
+  for (int64_t row = row0; row < row1; ++row) {
+    vf error{}, squares{};
+    for (int64_t g = 0; g < groups; ++g) {
+      widen_run(job.source, job.source_type, row * job.stride + g * group, group, values);
+      vi top{};
+      for (int i = 0; i < group; i += kLanes) top = larger(top, load<vi>(values + i) & 0x7fffffff);
+      const int32_t absmax_bits = largest(top);
+      if (absmax_bits >= kInfinityBits) ++stats->nonfinite;
+      const vf step = larger((vf)splat(absmax_bits) * 0.125f, splat(kLeastStep));
+      float least = __builtin_inff();
+      vf scale = splat(1.0f);
+      for (int j = kFirstFraction; j <= kLastFraction; ++j) {
+        const vf tried = widened(bf16_bits(step * (float(j) / 32))), inverse = inverse_of(tried), ratio = tried / step;
+        vi plus{}, minus{};
+        for (int i = 0; i < group; i += kLanes) {
+          const vi f = to_fixed(load<vf>(values + i), inverse);
+          plus += squared_miss(f);
+          minus += squared_miss(-f);
+        }
+        const float weight = (ratio * ratio)[0];
+        if (float(total(plus)) * weight < least) least = float(total(plus)) * weight, scale = tried;
+        if (float(total(minus)) * weight < least) least = float(total(minus)) * weight, scale = -tried;
+      }
+      const vf inverse = inverse_of(scale);
+      for (int i = 0; i < group; i += kLanes) store(fixed + i, to_fixed(load<vf>(values + i), inverse));
+      const int32_t* means = job.means ? job.means + g * group : nullptr;
+      Theta state;
+      if (means) {
+        vi norms{};
+        for (int i = 0; i < group; i += kLanes) norms += load<vi>(means + i) * load<vi>(means + i);
+        const int64_t norm = total(norms) > 1 ? total(norms) : 1;
+        for (int round = 0; round <= kRounds; ++round) {
+          const vi theta = splat(int32_t(state.theta));
+          vi bias{};
+          for (int i = 0; i < group; i += kLanes) {
+            const vi f = load<vi>(fixed + i), mean = load<vi>(means + i);
+            bias += (f - (level(f + shift_of(theta, mean)) << 8)) * mean;
+          }
+          state.seen(total(bias), norm, round == kRounds);
+        }
+      }
+      const vi theta = splat(int32_t(state.best));
+      for (int i = 0; i < group; i += kLanes) {
+        const vi f = load<vi>(fixed + i);
+        const vi q = level(means ? f + shift_of(theta, load<vi>(means + i)) : f);
+        const vf value = load<vf>(values + i), miss = value - to_float(q) * scale;
+        error += miss * miss;
+        squares += value * value;
+        store(bytes + i, __builtin_convertvector(q + 8, vquarter));
+      }
+      job.scale[row * groups + g] = absmax_bits ? uint16_t(uint32_t(((vi)scale)[0]) >> 16) : 0x3f80;
+      uint8_t* to = reinterpret_cast<uint8_t*>(job.packed) + (row * job.k + g * group) / 2;
+      for (int i = 0; i < group / 2; ++i) to[i] = uint8_t(bytes[2 * i] | bytes[2 * i + 1] << 4);
+    }
+    stats->squared_error += sum(error);
+    stats->squared_sum += sum(squares);
+  }
+}
+
+// One block of columns of a transposed source: a lane is a row of the weight.
+static void search_block(const QuantizeJob& job, int64_t column, int count, int64_t g, QuantizeStats* stats) {
+  constexpr int kVectors = kColumns / kLanes;
+  const int group = job.group, words = group / 8;
+  const int64_t groups = job.k / group, row_words = job.k / 8;
+  alignas(64) float values[256][kColumns];
+  alignas(64) int32_t fixed[256][kLanes];
+  alignas(64) uint32_t packed[32][kColumns];
+  if (count < kColumns) __builtin_memset(values, 0, sizeof(float) * kColumns * size_t(group));
+  for (int r = 0; r < group; ++r)
+    widen_run(job.source, job.source_type, (g * group + r) * job.stride + column, count, values[r]);
+  const int32_t* means = job.means ? job.means + g * group : nullptr;
+  int64_t norm = 0;
+  for (int r = 0; means && r < group; ++r) norm += int64_t(means[r]) * means[r];
+  if (norm < 1) norm = 1;
+  vf error{}, squares{};
+  for (int v = 0; v < kVectors; ++v) {
+    const int lane0 = v * kLanes;
+    vi top{};
+    for (int r = 0; r < group; ++r) top = larger(top, load<vi>(values[r] + lane0) & 0x7fffffff);
+    if (largest(top) >= kInfinityBits) ++stats->nonfinite;
+    const vf step = larger((vf)top * 0.125f, splat(kLeastStep));
+    vf least = splat(__builtin_inff()), scale = splat(1.0f);
+    for (int j = kFirstFraction; j <= kLastFraction; ++j) {
+      const vf tried = widened(bf16_bits(step * (float(j) / 32))), inverse = inverse_of(tried), ratio = tried / step;
+      vi plus{}, minus{};
+      for (int r = 0; r < group; ++r) {
+        const vi f = to_fixed(load<vf>(values[r] + lane0), inverse);
+        plus += squared_miss(f);
+        minus += squared_miss(-f);
+      }
+      const vf weight = ratio * ratio, up = to_float(plus) * weight, down = to_float(minus) * weight;
+      scale = up < least ? tried : scale;
+      least = up < least ? up : least;
+      scale = down < least ? -tried : scale;
+      least = down < least ? down : least;
+    }
+    const vf inverse = inverse_of(scale);
+    for (int r = 0; r < group; ++r) store(fixed[r], to_fixed(load<vf>(values[r] + lane0), inverse));
+    Theta states[kLanes];
+    int32_t best[kLanes] = {}, next[kLanes] = {}, biases[kLanes];
+    for (int round = 0; means && round <= kRounds; ++round) {
+      const vi theta = load<vi>(next);
+      vi bias{};
+      for (int r = 0; r < group; ++r) {
+        const vi f = load<vi>(fixed[r]);
+        bias += (f - (level(f + shift_of(theta, splat(means[r]))) << 8)) * means[r];
+      }
+      store(biases, bias);
+      for (int i = 0; i < kLanes; ++i) {
+        states[i].seen(biases[i], norm, round == kRounds);
+        next[i] = int32_t(states[i].theta);
+        best[i] = int32_t(states[i].best);
+      }
+    }
+    const vi theta = load<vi>(best);
+    for (int w = 0; w < words; ++w) {
+      vu word{};
+      for (int i = 0; i < 8; ++i) {
+        const int r = w * 8 + i;
+        const vi f = load<vi>(fixed[r]);
+        const vi q = level(means ? f + shift_of(theta, splat(means[r])) : f);
+        const vf value = load<vf>(values[r] + lane0), miss = value - to_float(q) * scale;
+        error += miss * miss;
+        squares += value * value;
+        word |= (vu)(q + 8) << (i * 4);
+      }
+      store(packed[w] + lane0, word);
+    }
+    const vu bits = (vu)scale >> 16;
+    for (int i = 0; i < kLanes && lane0 + i < count; ++i)
+      job.scale[(column + lane0 + i) * groups + g] = top[i] ? uint16_t(bits[i]) : 0x3f80;
+  }
+  for (int c = 0; c < count; ++c) {
+    uint32_t* to = job.packed + (column + c) * row_words + g * words;
+    for (int w = 0; w < words; ++w) to[w] = packed[w][c];
+  }
+  stats->squared_error += sum(error);
+  stats->squared_sum += sum(squares);
+}

@@ -1,0 +1,109 @@
+"""Lookahead: which experts the coming layers will probably ask for.
+
+The residual stream changes slowly from layer to layer, so a coming layer's router, applied to the hidden
+state as it is now, mostly picks what it will pick when its turn comes. A guess is worth a read if it is right
+often enough; how far the best logits stand out says how likely that is, and what margin is needed at which
+distance is learned while the model runs: every guess is compared with the choice that follows. For one token
+all of that is native, between the layers of a decode step; ``lookahead.cpp`` has the arithmetic.
+
+Legend: T tokens, H hidden, E experts, L MoE layers, k experts per token.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quant.kernels.library import check, library
+from quant.kernels.product import linear
+from quant.kernels.rows import address, float_rows
+from quant.kernels.weight import CWeight, Weight
+
+DEPTH = 6
+# Read for guesses that have been right this often: a wrong one costs the disk as much as a right one.
+TRUST = 0.75
+_MEMORY = 0.98  # what one guess leaves of the past
+_MARGINS = (0.05, 0.15, 0.3, 0.6)  # in standard deviations of a layer's logits: the bins that are learned
+
+# What a guess is made from, each judged apart: a token's embedding; a layer's output without the experts that
+# it waits for; a whole output; the embedding of a token that is itself a guess.
+FROM_EMBEDDING, FROM_PARTIAL, FROM_OUTPUT, FROM_GUESSED_TOKEN = range(4)
+
+
+class CLookahead(ctypes.Structure):
+    """``coldstream::Lookahead`` of lookahead.h."""
+
+    _fields_ = [
+        ("routers", CWeight),
+        *((name, ctypes.c_int32) for name in ("layers", "experts", "top_k", "depth", "bins", "slots")),
+        ("trust", ctypes.c_float),
+        ("memory", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("edges", "right", "guesses", "counts")),
+    ]
+
+
+class Lookahead:
+    """Guesses for a model's MoE layers, numbered from 0; ``routers`` ``[E, H]`` and ``norms`` ``[H]``, one of
+    each per layer.
+
+    ``right`` f32 ``[4, DEPTH, bins]`` is how often guesses were right, by what they were made from, how many
+    layers ahead (less one), and margin.
+    """
+
+    def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], top_k: int) -> None:
+        self.layers, self.experts, self.top_k = len(routers), routers[0].shape[0], top_k
+        # A token's norm is one positive factor on all logits of a layer: it does not change which are
+        # largest.
+        weighted = [router.float() * norm.float() for router, norm in zip(routers, norms, strict=True)]
+        self._routers = torch.cat(weighted)  # [L · E, H]
+        self._edges = torch.tensor(_MARGINS)
+        self.right = torch.full((4, DEPTH, len(_MARGINS) + 1), TRUST)
+        slots = 2 * DEPTH + 2  # two guesses by each of the layers before, two from embeddings
+        self._guesses = torch.zeros(self.layers, slots, 1 + top_k, dtype=torch.int32)
+        self._counts = torch.zeros(self.layers, dtype=torch.int32)
+        self.native = CLookahead(
+            Weight.from_tensors("f32", self._routers).native,
+            self.layers,
+            self.experts,
+            top_k,
+            DEPTH,
+            len(_MARGINS) + 1,
+            slots,
+            TRUST,
+            _MEMORY,
+            *(tensor.data_ptr() for tensor in (self._edges, self.right, self._guesses, self._counts)),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the routers' copy."""
+        return self._routers.nbytes
+
+    def guess(self, kind: int, here: int, x: Tensor) -> list[tuple[int, int]]:
+        """(layer, expert) that the layers after ``here`` (-1: from the first on) will probably want for one
+        token's x ``[1, H]``, nearest first, as far as guesses of this ``kind`` are trusted."""
+        x = float_rows(x, self._routers.shape[1], "x")
+        pairs, count = torch.empty(DEPTH * self.top_k, 2, dtype=torch.int32), ctypes.c_int32(0)
+        status = library().cs_guess(
+            ctypes.byref(self.native), kind, here, address(x), address(pairs), ctypes.byref(count)
+        )
+        check(status, "guess")
+        return [(layer, expert) for layer, expert in pairs[: count.value].tolist()]
+
+    def learn(self, layer: int, chosen: Sequence[int]) -> None:
+        """Compare what was guessed for ``layer`` with the k experts that one token then chose."""
+        library().cs_learn(ctypes.byref(self.native), layer, (ctypes.c_int32 * self.top_k)(*chosen))
+
+    def for_prompt(self, here: int, x: Tensor) -> list[tuple[int, int]]:
+        """Of a prompt's many tokens x ``[T, H]`` the layer after ``here`` wants nearly all experts: the most
+        wanted first."""
+        if here + 1 >= self.layers:
+            return []
+        rows = self._routers[(here + 1) * self.experts : (here + 2) * self.experts]
+        logits = linear(x, Weight.from_tensors("f32", rows)).numpy()
+        chosen = np.argpartition(-logits, self.top_k - 1, -1)[:, : self.top_k]
+        wanted = np.bincount(chosen.ravel(), minlength=self.experts)
+        order = np.argsort(-wanted, kind="stable").tolist()
+        return [(here + 1, expert) for expert in order if wanted[expert]]

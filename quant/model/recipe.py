@@ -1,0 +1,174 @@
+"""Recipes: what each role of a model is stored as, and with what budgets it is run. TOML, by name or by file.
+
+    description = "…"            one line, shown by the commands
+    [weights]                    a role that is not named stays bf16
+    group_size = 128
+    experts = "int4"             or "int4-g32", "int8", "nf4", "bf16"
+    shared_expert = "int4"
+    dense_mlp = "int4"
+    attention = "bf16"
+    lm_head = "int8"
+    [run]                        defaults; the command line wins
+    vram = "24GiB"
+    ram = "64GiB"
+    context = 32768
+    kv = "bf16"                  or "int8"
+    prompt_chunk = 2048
+
+A *shape* is the config.json of a model that need not be there: planning and synthesis take its name in place
+of one.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from quant.errors import CheckpointError, RecipeError, SchemeError, UsageError
+from quant.model.families import QUANTIZABLE, Role
+from quant.scheme import Scheme
+from quant.sizes import parse_size
+
+_TOP = ("description", "weights", "run")
+_RUN = ("vram", "ram", "context", "kv", "prompt_chunk")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe. ``vram`` and ``ram`` are bytes; None means that the recipe does not say."""
+
+    name: str
+    description: str = ""
+    schemes: Mapping[Role, Scheme] = field(default_factory=dict)
+    vram: int | None = None
+    ram: int | None = None
+    context: int | None = None
+    kv: Literal["bf16", "int8"] | None = None
+    prompt_chunk: int | None = None
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with Coldstream."""
+    return sorted(item.name[:-5] for item in files("recipes").iterdir() if item.name.endswith(".toml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe called ``name``, or that of the file at path ``name``.
+
+    Raises UsageError if no recipe is called that, RecipeError for what is in a file.
+    """
+    source: Path | Traversable = Path(name)
+    if not name.endswith(".toml"):
+        if name not in recipe_names():
+            raise UsageError(f"no recipe is called {name!r}: expected {', '.join(recipe_names())}, or a .toml file")
+        source = files("recipes").joinpath(f"{name}.toml")
+    try:
+        data = tomllib.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {name} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {name} is no valid TOML: {error}") from None
+    return parse_recipe(Path(name).stem, data)
+
+
+def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
+    """A recipe from its TOML data. Raises RecipeError for an unknown key or a bad value."""
+    _known(name, "", data, _TOP)
+    weights, run = _table(name, data, "weights"), _table(name, data, "run")
+    _known(name, "weights.", weights, ("group_size", *QUANTIZABLE))
+    _known(name, "run.", run, _RUN)
+    group_size = weights.get("group_size", 128)
+    if not isinstance(group_size, int):
+        raise RecipeError(f"recipe {name}: weights.group_size is {group_size!r}: expected a whole number")
+    schemes: dict[Role, Scheme] = {}
+    for role in QUANTIZABLE:
+        if role in weights:
+            try:
+                schemes[role] = Scheme.parse(str(weights[role]), group_size)
+            except SchemeError as error:
+                raise RecipeError(f"recipe {name}: weights.{role}: {error}") from None
+    kv = run.get("kv")
+    if kv not in (None, "bf16", "int8"):
+        raise RecipeError(f"recipe {name}: run.kv is {kv!r}: expected 'bf16' or 'int8'")
+    return Recipe(
+        name=name,
+        description=str(data.get("description", "")),
+        schemes=schemes,
+        vram=_size(name, run, "vram"),
+        ram=_size(name, run, "ram"),
+        context=_count(name, run, "context"),
+        kv=cast(Literal["bf16", "int8"] | None, kv),
+        prompt_chunk=_count(name, run, "prompt_chunk"),
+    )
+
+
+def _known(name: str, prefix: str, data: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    for key in data:
+        if key not in allowed:
+            raise RecipeError(f"recipe {name}: unknown key {prefix}{key}: expected one of {', '.join(allowed)}")
+
+
+def _table(name: str, data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = data.get(key, {})
+    if not isinstance(value, dict):
+        raise RecipeError(f"recipe {name}: {key} is {value!r}: expected a table")
+    return value
+
+
+def _size(name: str, run: Mapping[str, Any], key: str) -> int | None:
+    if key not in run:
+        return None
+    try:
+        return parse_size(str(run[key]))
+    except UsageError as error:
+        raise RecipeError(f"recipe {name}: run.{key}: {error}") from None
+
+
+def _count(name: str, run: Mapping[str, Any], key: str) -> int | None:
+    value = run.get(key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise RecipeError(f"recipe {name}: run.{key} is {value!r}: expected a whole number above 0")
+    return value
+
+
+def shape_names() -> list[str]:
+    """The shapes that come with Coldstream."""
+    return sorted(
+        item.name[:-5] for item in files("recipes").joinpath("shapes").iterdir() if item.name.endswith(".json")
+    )
+
+
+def load_shape(name: str) -> dict[str, Any]:
+    """The config.json of the shape called ``name``. Raises UsageError naming the known ones."""
+    if name not in shape_names():
+        raise UsageError(f"no shape is called {name!r}: expected one of {', '.join(shape_names())}")
+    text = files("recipes").joinpath("shapes", f"{name}.json").read_text(encoding="utf-8")
+    config: dict[str, Any] = json.loads(text)
+    return config
+
+
+def resolve_config(model: str) -> dict[str, Any]:
+    """The config of a model directory, a config.json file or a shape's name.
+
+    Raises CheckpointError if it is none of these or cannot be read.
+    """
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        if model in shape_names():
+            return load_shape(model)
+        raise CheckpointError(
+            f"{model} is neither a model directory with a config.json, nor a config.json, nor a shape "
+            f"({', '.join(shape_names())})"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is no JSON object: expected a model's config")
+    return config

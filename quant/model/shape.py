@@ -1,0 +1,269 @@
+"""ModelShape: the numbers of one config.json, and every tensor a checkpoint of that shape has.
+
+Planning, synthesis and conversion all count from here, so that they cannot disagree. Pure Python.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quant.errors import CheckpointError
+from quant.model.families import PROJECTIONS, Family, Projection, Role, family_of
+from quant.model.mixed_precision import MixedPrecision, scheme_of
+from quant.model.tensors import LinearSpec, TensorSpec
+from quant.scheme import BF16, Scheme
+
+_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The dimensions of a Mixture-of-Experts language model, family and names included.
+
+    ``moe_layers`` are the layers that route; ``dense_intermediate`` is the width of the others' MLP (0 if
+    there are none) and ``shared_intermediate`` that of the shared expert (0 if there is none).
+    ``chunked_layers`` attend within chunks of ``attention_chunk_size`` tokens only, which bounds their KV
+    cache. ``vision_weights`` counts the vision tower's and projector's parameters (0 for text-only).
+    """
+
+    family: Family
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    expert_intermediate: int
+    shared_intermediate: int
+    dense_intermediate: int
+    chunked_layers: tuple[int, ...]
+    attention_chunk_size: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    prefix: str = ""
+    head_norms: tuple[int, int] = (0, 0)
+    vision_weights: int = 0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
+        """Read a config.json's dict. Raises UnknownFamilyError, or CheckpointError naming a missing key."""
+        family = family_of(config.get("model_type"))
+        text = config.get("text_config") or config
+        try:
+            return _from_text(family, config, text)
+        except KeyError as missing:
+            raise CheckpointError(
+                f"config.json of model_type {config.get('model_type')!r} has no {missing.args[0]!r}: "
+                "expected the config that transformers saves beside the weights"
+            ) from None
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one routed expert."""
+        return 3 * self.hidden_size * self.expert_intermediate
+
+    @property
+    def is_multimodal(self) -> bool:
+        return self.vision_weights > 0
+
+    def expert_nbytes(self, scheme: Scheme) -> int:
+        """Bytes of one routed expert's three projections under ``scheme``."""
+        up = scheme.nbytes(self.expert_intermediate, self.hidden_size)
+        return 2 * up + scheme.nbytes(self.hidden_size, self.expert_intermediate)
+
+    def experts_nbytes(self, schemes: Mapping[Role, Scheme]) -> int:
+        """Bytes of all routed experts."""
+        if not isinstance(schemes, MixedPrecision):
+            one = self.expert_nbytes(schemes.get("experts", BF16))
+            return one * self.num_experts * len(self.moe_layers)
+        return sum(self._mixed_nbytes(schemes))
+
+    def largest_expert(self, schemes: Mapping[Role, Scheme]) -> int:
+        """Bytes of the largest routed expert."""
+        if not isinstance(schemes, MixedPrecision):
+            return self.expert_nbytes(schemes.get("experts", BF16))
+        return max(self._mixed_nbytes(schemes), default=0)
+
+    def _mixed_nbytes(self, schemes: Mapping[Role, Scheme]) -> Iterator[int]:
+        for layer in self.moe_layers:
+            for expert in range(self.num_experts):
+                linears = self.expert_linears(layer, expert)
+                yield sum(scheme_of(schemes, x).nbytes(x.out_features, x.in_features) for x in linears)
+
+    def context(self, asked: int | None = None) -> int:
+        """Tokens that a run plans for: those asked for, else 4,096 or all that the model was made for."""
+        return asked or min(_CONTEXT, self.max_position_embeddings or _CONTEXT)
+
+    def kv_layers(self, context: int) -> Iterator[tuple[int, int]]:
+        """(layer, tokens its KV cache must hold) for a context of ``context`` tokens."""
+        for layer in range(self.num_layers):
+            chunked = layer in self.chunked_layers
+            yield layer, min(context, self.attention_chunk_size) if chunked else context
+
+    def kv_nbytes(self, context: int, bytes_per_value: float = 2) -> int:
+        """Bytes of the KV cache for ``context`` tokens of one sequence."""
+        tokens = sum(count for _, count in self.kv_layers(context))
+        return int(tokens * 2 * self.num_kv_heads * self.head_dim * bytes_per_value)
+
+    def layer_prefix(self, layer: int) -> str:
+        return f"{self.prefix}model.layers.{layer}."
+
+    def expert_module(self, layer: int, expert: int, projection: Projection) -> str:
+        """Checkpoint module name of one expert's projection."""
+        block = f"{self.layer_prefix(layer)}{self.family.block}.experts.{expert}."
+        return block + self.family.projection(projection)
+
+    def expert_linears(self, layer: int, expert: int) -> Iterator[LinearSpec]:
+        """The three Linears of one routed expert, in stored order: gate_proj, up_proj, down_proj."""
+        hidden, inter = self.hidden_size, self.expert_intermediate
+        for projection in PROJECTIONS:
+            rows, columns = (hidden, inter) if projection == "down_proj" else (inter, hidden)
+            module = self.expert_module(layer, expert, projection)
+            yield LinearSpec(module, "experts", rows, columns, layer, expert, projection)
+
+    def dense_linears(self) -> Iterator[LinearSpec]:
+        """Every quantizable Linear that is not a routed expert, in model order; lm_head last."""
+        hidden = self.hidden_size
+        for layer in range(self.num_layers):
+            base = self.layer_prefix(layer)
+            query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+            sizes = {"q_proj": query, "k_proj": key, "v_proj": key}
+            projections = [(name, rows, hidden) for name, rows in sizes.items()] + [("o_proj", hidden, query)]
+            for name, rows, columns in projections:
+                yield LinearSpec(f"{base}self_attn.{name}", "attention", rows, columns, layer)
+            if layer not in self.moe_layers:
+                mlp = f"{base}{self.family.runtime_block}."
+                yield from self._mlp(mlp, "dense_mlp", self.dense_intermediate, layer)
+            elif self.shared_intermediate and self.family.shared_expert:
+                shared = f"{base}{self.family.block}.{self.family.shared_expert}."
+                yield from self._mlp(shared, "shared_expert", self.shared_intermediate, layer)
+        if not self.tie_word_embeddings:
+            yield LinearSpec(f"{self.prefix}lm_head", "lm_head", self.vocab_size, hidden)
+
+    def _mlp(self, base: str, role: Role, inter: int, layer: int) -> Iterator[LinearSpec]:
+        for projection in PROJECTIONS:
+            rows, columns = (self.hidden_size, inter) if projection == "down_proj" else (inter, self.hidden_size)
+            yield LinearSpec(base + projection, role, rows, columns, layer, None, projection)
+
+    def linears(self) -> Iterator[LinearSpec]:
+        """Every quantizable Linear: the dense ones, then all experts layer by layer."""
+        yield from self.dense_linears()
+        for layer in self.moe_layers:
+            for expert in range(self.num_experts):
+                yield from self.expert_linears(layer, expert)
+
+    def plain_tensors(self) -> Iterator[TensorSpec]:
+        """Every text tensor that is never quantized: embeddings, routers, norms."""
+        hidden = self.hidden_size
+        yield TensorSpec(f"{self.prefix}model.embed_tokens.weight", "embeddings", (self.vocab_size, hidden))
+        for layer in range(self.num_layers):
+            base = self.layer_prefix(layer)
+            yield TensorSpec(f"{base}input_layernorm.weight", "norm", (hidden,), layer)
+            yield TensorSpec(f"{base}post_attention_layernorm.weight", "norm", (hidden,), layer)
+            for name, width in zip(("q_norm", "k_norm"), self.head_norms, strict=True):
+                if width:
+                    yield TensorSpec(f"{base}self_attn.{name}.weight", "norm", (width,), layer)
+            if layer in self.moe_layers:
+                router = f"{base}{self.family.block}.{self.family.router}.weight"
+                yield TensorSpec(router, "router", (self.num_experts, hidden), layer)
+        yield TensorSpec(f"{self.prefix}model.norm.weight", "norm", (hidden,))
+
+    def role_nbytes(self, schemes: Mapping[Role, Scheme]) -> dict[Role, int]:
+        """Bytes of the whole checkpoint by role; a role that ``schemes`` does not name is bf16."""
+        total: dict[Role, int] = {}
+        for linear in self.dense_linears():
+            nbytes = scheme_of(schemes, linear).nbytes(linear.out_features, linear.in_features)
+            total[linear.role] = total.get(linear.role, 0) + nbytes
+        for tensor in self.plain_tensors():
+            total[tensor.role] = total.get(tensor.role, 0) + tensor.elements * 2
+        total["experts"] = self.experts_nbytes(schemes)
+        if self.vision_weights:
+            total["vision"] = self.vision_weights * 2
+        return total
+
+
+def _from_text(family: Family, config: Mapping[str, Any], text: Mapping[str, Any]) -> ModelShape:
+    layers, hidden, heads = text["num_hidden_layers"], text["hidden_size"], text["num_attention_heads"]
+    head_dim = text.get("head_dim") or hidden // heads
+    kv_heads = text.get("num_key_value_heads") or heads
+    experts = text.get("num_local_experts") or text["num_experts"]
+    inter = text["intermediate_size"]
+    moe_layers, expert_inter, shared, dense, norms = tuple(range(layers)), inter, 0, 0, (0, 0)
+    chunked: tuple[int, ...] = ()
+    chunk = text.get("attention_chunk_size") or 0
+    if family.name == "llama4":
+        moe_layers = _llama4_moe_layers(text, layers)
+        shared, dense = inter, text.get("intermediate_size_mlp", 2 * inter)
+        chunked = _llama4_chunked_layers(text, layers) if chunk else ()
+    elif family.name == "qwen3_moe":
+        step, plain = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or []
+        moe_layers = tuple(i for i in range(layers) if i not in plain and experts and (i + 1) % step == 0)
+        expert_inter, dense, norms = text["moe_intermediate_size"], inter, (head_dim, head_dim)
+    elif family.name == "olmoe":
+        norms = (hidden, kv_heads * head_dim)
+    top_k = text.get("num_experts_per_tok", 1)
+    if moe_layers and not 1 <= top_k <= experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok is {top_k} of {experts} experts: expected 1 to {experts}"
+        )
+    return ModelShape(
+        family=family,
+        model_type=config["model_type"],
+        hidden_size=hidden,
+        num_layers=layers,
+        vocab_size=text["vocab_size"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        moe_layers=moe_layers,
+        num_experts=experts,
+        top_k=top_k,
+        expert_intermediate=expert_inter,
+        shared_intermediate=shared,
+        dense_intermediate=dense if len(moe_layers) < layers else 0,
+        chunked_layers=chunked,
+        attention_chunk_size=chunk,
+        tie_word_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        max_position_embeddings=text.get("max_position_embeddings", 0),
+        prefix="language_model." if config["model_type"] == "llama4" else "",
+        head_norms=norms,
+        vision_weights=_vision_weights(config, hidden),
+    )
+
+
+def _llama4_moe_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    named = text.get("moe_layers")
+    if named:
+        return tuple(named)
+    step = text.get("interleave_moe_layer_step", 1)
+    return tuple(range(step - 1, layers, step))
+
+
+def _llama4_chunked_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    types = text.get("layer_types")
+    if types:
+        return tuple(i for i, kind in enumerate(types) if kind == "chunked_attention")
+    rope = text.get("no_rope_layers")
+    if not rope:
+        interval = text.get("no_rope_layer_interval", 4)
+        rope = [int((i + 1) % interval != 0) for i in range(layers)]
+    return tuple(i for i, uses_rope in enumerate(rope) if uses_rope)
+
+
+def _vision_weights(config: Mapping[str, Any], hidden: int) -> int:
+    """Parameters of Llama 4's vision tower and projector (transformers' ``Llama4VisionModel``, its Linears,
+    norms and biases), counted from the config."""
+    vision = config.get("vision_config")
+    if not vision:
+        return 0
+    width, inter = vision["hidden_size"], vision["intermediate_size"]
+    patch = vision["patch_size"] ** 2 * vision.get("num_channels", 3)
+    positions = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    layer = 4 * (width * width + width) + 2 * width * inter + inter + width + 4 * width
+    adapter = inter * vision["projector_input_dim"] + vision["projector_output_dim"] ** 2
+    outer = patch * width + width + positions * width + 4 * width
+    return int(vision["num_hidden_layers"] * layer + adapter + outer + vision["vision_output_dim"] * hidden)

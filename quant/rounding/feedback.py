@@ -1,0 +1,69 @@
+"""Rounding to given scales with feedback, in one native pass.
+
+Legend: N out features, K in features, G groups along K.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from quant.errors import SchemeError
+from quant.kernels.library import check, library
+from quant.rounding.curvature import BLOCK, Curvature
+from quant.scheme import Scheme
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("group", ctypes.c_int32),
+        ("block", ctypes.c_int32),
+        ("low", ctypes.c_int32),
+        ("high", ctypes.c_int32),
+        ("order", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+        ("again", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+    ]
+
+
+def round_with_feedback(weight: Tensor, scale: Tensor, scheme: Scheme, curvature: Curvature) -> Tensor:
+    """int8 values ``[N, K]`` of ``weight`` f32 ``[N, K]`` for bf16 ``scale`` ``[N, G]``, int4 or int8.
+
+    The same for any number of threads. Between instruction sets, and beside
+    ``quant.rounding.curvature.round_by``, sums are rounded differently, so that a value on the edge
+    between two may take either. Raises SchemeError for tensors that do not belong together.
+    """
+    n, k = weight.shape
+    scheme.check("weight", n, k)
+    fits = scale.shape == (n, k // scheme.group_size) and curvature.order.shape == (k,)
+    if not fits or weight.dtype is not torch.float32 or scale.dtype is not torch.bfloat16:
+        raise SchemeError(
+            f"{weight.dtype} {n}x{k} weights, scales {tuple(scale.shape)} {scale.dtype} and a curvature of "
+            f"{len(curvature.order)} columns: expected f32, [{n}, {k // scheme.group_size}] bf16 and {k}"
+        )
+    if scheme.kind not in ("int4", "int8"):
+        raise SchemeError(f"{scheme} cannot be rounded with feedback: expected int4 or int8")
+    weight, scale = weight.contiguous(), scale.contiguous()
+    values = torch.empty((n, k), dtype=torch.int8)
+    top = 2 ** (scheme.bits - 1)
+    job = _Job(
+        weight.data_ptr(),
+        scale.data_ptr(),
+        n,
+        k,
+        scheme.group_size,
+        BLOCK,
+        -top,
+        top - 1,
+        curvature.order.data_ptr(),
+        curvature.first.data_ptr(),
+        curvature.again.data_ptr(),
+        values.data_ptr(),
+    )
+    check(library().cs_round(ctypes.byref(job)), "round")
+    return values

@@ -1,0 +1,164 @@
+"""Importance matrix: how strongly a text excites each input channel of each Linear, and rounding by it.
+
+Per Linear the mean square of every input channel, as llama.cpp's imatrix has it, and the few directions that
+inputs mostly lie along: a text's inputs X are taken for diag(d) + UᵀU, with U the first principal directions
+of XᵀX / T and d what these leave of the mean squares. Scales are searched with the mean squares as weights;
+then each value in turn takes the level at which its row's error costs least, given all others, some sweeps
+long. The stored format is that of plain rounding.
+
+Legend: N out features, K in features, G groups along K, R directions.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quant.errors import InputError
+from quant.pack import Packed, dequantize, pack
+from quant.rounding.encode import Encoded, check_finite
+from quant.rounding.rounding import Rounder
+from quant.scheme import Scheme
+
+VERSION = "coldstream importance matrix 1"
+_FRACTIONS = tuple(j / 32 for j in range(22, 35))
+_SWEEPS = 2
+_LEAST_REST = 0.05
+_ROWS = 2**22  # weights that are rounded at once
+
+
+@dataclass(frozen=True)
+class ChannelMoments:
+    """A Linear's inputs: mean squares ``[K]`` and principal directions ``[R, K]``, as long as the root of the
+    power along each; f32."""
+
+    square: Tensor
+    directions: Tensor
+
+    @property
+    def rest(self) -> Tensor:
+        """The mean squares ``[K]`` that lie along no direction; never quite zero."""
+        left = self.square - self.directions.square().sum(0)
+        return left.maximum(_LEAST_REST * self.square) + 1e-4 * self.square.mean() + 1e-30
+
+    def cost(self, error: Tensor) -> Tensor:
+        """What ``error`` ``[N, K]`` in a weight does to its N outputs: their mean squares ``[N]``."""
+        cost: Tensor = error.square() @ self.rest + (error @ self.directions.t()).square().sum(1)
+        return cost
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """Moments by checkpoint module; ``text`` identifies the tokens they are of, ``model`` the checkpoint."""
+
+    moments: Mapping[str, ChannelMoments]
+    text: str
+    model: str
+
+    def save(self, file: Path) -> None:
+        """Write a safetensors file: ``MODULE.square`` and, in bf16, ``MODULE.directions``."""
+        first: dict[int, str] = {}  # Linears with the same input have the same moments
+        for module, moments in self.moments.items():
+            first.setdefault(id(moments), module)
+        tensors = {f"{name}.square": self.moments[name].square for name in first.values()}
+        tensors |= {f"{name}.directions": self.moments[name].directions.bfloat16() for name in first.values()}
+        same = {module: first[id(m)] for module, m in self.moments.items()}
+        about = {"format": VERSION, "text": self.text, "model": self.model, "same": json.dumps(same)}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, file, about)
+
+    @classmethod
+    def load(cls, file: Path, model: str) -> "Imatrix":
+        """Read what ``save`` wrote for the checkpoint of identity ``model``.
+
+        Raises InputError if it is no importance matrix, or another model's.
+        """
+        try:
+            with safe_open(file, "pt") as opened:
+                about = opened.metadata() or {}
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file} cannot be read as an importance matrix: {error}") from None
+        if about.get("format") != VERSION:
+            raise InputError(f"{file} is no importance matrix: expected what --save-imatrix writes, or a text")
+        if about["model"] != model:
+            raise InputError(
+                f"{file} is the importance matrix of another model ({about['model']}, this one is {model}): "
+                "measure this model's with --imatrix TEXT"
+            )
+        same: dict[str, str] = json.loads(about["same"])
+        stored = {
+            name: ChannelMoments(tensors[f"{name}.square"], tensors[f"{name}.directions"].float())
+            for name in set(same.values())
+        }
+        moments = {module: stored[name] for module, name in same.items()}
+        return cls(moments, about["text"], model)
+
+
+class Weighted:
+    """Rounds int4 by an importance matrix; ``other`` does the rest, at eight bits there is little to win."""
+
+    def __init__(self, imatrix: Imatrix, other: Rounder) -> None:
+        self.imatrix, self._other = imatrix, other
+        self.name = f"imatrix {imatrix.text}"
+
+    def encode(self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int) -> Encoded:
+        """See ``Rounder``."""
+        moments = self.imatrix.moments.get(module)
+        if moments is None or scheme.kind != "int4":
+            return self._other.encode(weight, scheme, label, transposed, module, row)
+        check_finite(weight, label)
+        dense = (weight.t() if transposed else weight).float()
+        step = max(1, _ROWS // dense.shape[1])
+        done = [round_weighted(block.contiguous(), scheme, moments) for block in dense.split(step)]
+        packed = torch.cat([one.packed for one in done])
+        scale = torch.cat([one.scale for one in done])
+        error = (dequantize(Packed(scheme, packed, scale)) - dense).square().sum(dtype=torch.float64)
+        signal = dense.square().sum(dtype=torch.float64)
+        return Encoded({"weight_packed": packed, "weight_scale": scale}, float(signal), float(error))
+
+
+def round_weighted(weight: Tensor, scheme: Scheme, moments: ChannelMoments) -> Packed:
+    """``weight`` f32 ``[N, K]`` in ``scheme``, int4, by ``moments``."""
+    scale = _scales(weight, scheme, moments.square + 1e-4 * moments.square.mean() + 1e-30)
+    values = _descend(weight, scale.repeat_interleave(scheme.group_size, 1), moments)
+    return Packed(scheme, pack(values.to(torch.int8), scheme.bits), scale.to(torch.bfloat16))
+
+
+def _scales(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
+    """Per group ``[N, G]``, of either sign: the least squared error, each column weighted by
+    ``importance``."""
+    groups = weight.view(len(weight), -1, scheme.group_size)
+    weights = importance.view(-1, scheme.group_size)
+    step = (groups.abs().amax(-1) / 8).clamp_min(2.0**-100)
+    scale, least = step, torch.full_like(step, torch.inf)
+    for fraction in _FRACTIONS:
+        for sign in (1.0, -1.0):
+            tried = (step * (fraction * sign)).to(torch.bfloat16).float()
+            missed = (groups / tried.unsqueeze(-1)).round_().clamp_(-8, 7)
+            missed.mul_(tried.unsqueeze(-1)).sub_(groups)
+            error = missed.square_().mul_(weights).sum(-1)
+            better = error < least
+            least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
+    return scale
+
+
+def _descend(weight: Tensor, scales: Tensor, moments: ChannelMoments) -> Tensor:
+    """Values ``[N, K]``: nearest ones, then one column at a time the best given the rest."""
+    columns, steps = weight.t().contiguous(), scales.t().contiguous()  # [K, N]: a column is a row
+    values = (columns / steps).round_().clamp_(-8, 7)
+    directions, rest = moments.directions.t().contiguous(), moments.rest  # [K, R]
+    power = directions.square().sum(1)
+    along = (values * steps - columns).t() @ directions  # [N, R]: the rows' errors along each direction
+    order = torch.argsort(moments.square, descending=True).tolist()
+    for _ in range(_SWEEPS):
+        for k in order:
+            error = values[k] * steps[k] - columns[k]
+            pull = along @ directions[k] - error * power[k]
+            values[k] = ((columns[k] - pull / (rest[k] + power[k])) / steps[k]).round_().clamp_(-8, 7)
+            along.addr_(values[k] * steps[k] - columns[k] - error, directions[k])
+    return values.t().contiguous()

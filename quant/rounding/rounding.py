@@ -1,0 +1,70 @@
+"""How a dense weight becomes stored values: to nearest by absmax, by a search, or as somebody has worked out.
+
+A conversion asks its rounder for every block of rows. The rounder's name goes into the journal and the
+report: a run is only ever continued by the same.
+"""
+
+from typing import Literal, Protocol, get_args
+
+from torch import Tensor
+
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.rounding.encode import Encoded, encode, encode_by
+from quant.rounding.inputs import InputMeans
+from quant.rounding.synthetic_inputs import SyntheticInputs
+from quant.scheme import Scheme
+
+Rounding = Literal["search", "rtn"]
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
+
+
+class Rounder(Protocol):
+    """Stores rows ``[row, row + N)`` of checkpoint module ``module`` under ``scheme``."""
+
+    name: str
+
+    def encode(self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int) -> Encoded:
+        """``weight`` is ``[N, K]``, or ``[K, N]`` where ``transposed``; ``label`` is what an error calls
+        it."""
+
+
+class Nearest:
+    """To nearest, by the largest magnitude of each group: compressed-tensors' own rule."""
+
+    name = "rtn"
+
+    def encode(self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int) -> Encoded:
+        """See ``Rounder``."""
+        return encode(weight, scheme, label, transposed)
+
+
+class Search:
+    """Without data, and better than ``Nearest``: dense Linears are rounded by what their inputs are imagined
+    to be (``quant.rounding.synthetic_inputs``); of experts, int4 takes the best scale of each group,
+    balanced against the mean input (``quant.rounding.search``), and int8 goes to nearest. The head, and
+    nf4, are ``Nearest``'s and the search's."""
+
+    name = "search"
+
+    def __init__(self, checkpoint: Checkpoint, imagine: bool = True) -> None:
+        self._checkpoint, self._means = checkpoint, InputMeans(checkpoint)
+        self._prior = SyntheticInputs(checkpoint) if imagine else None
+
+    def encode(self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int) -> Encoded:
+        """See ``Rounder``."""
+        curvature = self._prior.of(module) if self._prior and scheme.is_packed else None
+        if curvature is not None:
+            return encode_by(weight, scheme, label, transposed, curvature)
+        if scheme.kind != "int4":
+            return encode(weight, scheme, label, transposed)
+        return encode(weight, scheme, label, transposed, search=True, means=self._means.of(module))
+
+    def unimagined(self) -> "Search":
+        """Dense Linears rounded as experts are: feedback trades errors of weights for errors of outputs, so
+        that who compares weights needs them without."""
+        return Search(self._checkpoint, imagine=False)
+
+
+def make_rounder(rounding: Rounding, checkpoint: Checkpoint) -> Rounder:
+    """The rounder that needs no text of that name."""
+    return Search(checkpoint) if rounding == "search" else Nearest()

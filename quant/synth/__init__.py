@@ -1,0 +1,1 @@
+"""Checkpoints of random weights in any shape, in the output format."""

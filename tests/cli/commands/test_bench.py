@@ -1,0 +1,64 @@
+"""The benchmark from the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands import invoke
+
+SMALL = ["--prompt-tokens", "40", "--tokens", "6", "--repeat", "2"]
+
+
+@pytest.fixture(scope="module")
+def document(model: Path) -> dict[str, dict[str, object]]:
+    done = invoke("bench", model, *SMALL, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def test_prefill_and_decode_are_counted_apart_and_the_warm_up_not_at_all(
+    document: dict[str, dict[str, object]],
+) -> None:
+    assert document["prefill"]["tokens"] == 2 * 40
+    assert document["decode"]["tokens"] == 2 * 6
+
+
+def test_every_promised_key_is_there(document: dict[str, dict[str, object]]) -> None:
+    promised = {
+        "prefill": ["tokens_per_s"],
+        "decode": ["tokens_per_s", "ms_per_token_p50", "floor_ms_per_token", "fraction_of_floor"],
+        "bandwidth": ["ram_gb_s", "disk_gb_s", "pcie_gb_s", "vram_gb_s"],
+        "memory": ["vram", "ram", "disk", "peak_rss_bytes"],
+        "experts": ["hits", "misses", "by_tier"],
+        "plan": ["predicted_tokens_per_s", "predicted_prefill_tokens_per_s"],
+        "environment": ["versions", "cpu", "gpu", "kernel"],
+    }
+    for part, keys in promised.items():
+        assert set(keys) <= document[part].keys(), part
+    assert document["notes"] is not None
+
+
+def test_the_floor_is_below_the_measurement(document: dict[str, dict[str, object]]) -> None:
+    fraction = document["decode"]["fraction_of_floor"]
+    assert isinstance(fraction, float)
+    assert 0 < fraction < 1
+
+
+def test_roles_in_ram_explain_what_the_system_counts(document: dict[str, dict[str, object]]) -> None:
+    memory = document["memory"]
+    ram, resident, rest = memory["ram"], memory["rss_bytes"], memory["unaccounted_bytes"]
+    assert isinstance(ram, dict)
+    assert isinstance(resident, int)
+    assert isinstance(rest, int)
+    assert sum(ram.values()) + rest == resident
+
+
+def test_people_see_both_speeds_with_their_spread_and_the_page_is_written(model: Path, tmp_path: Path) -> None:
+    page = tmp_path / "run.html"
+    done = invoke("bench", model, *SMALL, "--report", page)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "runs from" in done.stderr
+    assert page.read_text().startswith("<!doctype html>")

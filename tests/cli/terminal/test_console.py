@@ -1,0 +1,61 @@
+"""What goes to stdout, what to stderr, and what JSON makes of a result."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cli.terminal.console import Console, to_json
+
+
+@dataclass(frozen=True)
+class Pair:
+    name: str
+    value: float
+
+
+def test_human_text_goes_to_stderr_only(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.say("hello [not markup]")
+    console.step("loading")
+    console.notes(["slow disk"])
+    console.show("a table")
+    console.result({"a": 1})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "hello [not markup]\ncoldstream: loading\nnote: slow disk\na table\n"
+
+
+def test_json_silences_human_text_and_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(json=True)
+    console.say("hello")
+    console.show("a table")
+    with console.progress() as bar:
+        bar.update(bar.add_task("copy", total=10), completed=10)
+    console.result({"text": "two\nlines"})
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.count("\n") == 1
+    assert json.loads(out) == {"text": "two\nlines"}
+
+
+def test_what_json_cannot_say_becomes_what_it_can() -> None:
+    document = {
+        "nan": float("nan"),
+        "infinite": float("inf"),
+        "path": Path("/a/b"),
+        3: (1, 2),
+        "pair": Pair("x", float("-inf")),
+        "nothing": None,
+        "yes": True,
+    }
+    assert json.loads(to_json(document)) == {
+        "nan": None,
+        "infinite": None,
+        "path": "/a/b",
+        "3": [1, 2],
+        "pair": {"name": "x", "value": None},
+        "nothing": None,
+        "yes": True,
+    }

@@ -1,0 +1,52 @@
+"""The report on the terminal."""
+
+from cli.terminal.run_summary import summary
+from cli.terminal.words import deviation, number, percent, verdict
+from tests.reports import report
+
+
+def test_the_summary_names_both_speeds_the_floor_and_the_bytes() -> None:
+    text = summary(report(tokens=100, vram=0.3))
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert {
+        "prefill",
+        "decode",
+        "floor",
+        "predicted",
+        "bandwidth",
+        "experts",
+        "VRAM",
+        "RAM",
+        "Disk",
+        "resident",
+        "kernel",
+        "note",
+    } <= lines.keys()
+    assert "tokens/s" in lines["prefill"]
+    assert "more than listed in RAM" in lines["resident"]
+
+
+def test_what_was_not_measured_is_not_mentioned() -> None:
+    text = summary(report(tokens=0))
+    assert "decode " not in text.replace("decode 17.2", "")
+    assert "VRAM" not in text
+
+
+def test_the_verdict_says_what_limits_and_how_far_from_it() -> None:
+    assert "of what the RAM bandwidth of this machine allows" in verdict(report(tokens=100))
+    assert "Only the prompt was run" in verdict(report(tokens=0))
+
+
+def test_numbers_keep_three_digits_and_signs_are_typographic() -> None:
+    assert [number(value) for value in (1234.5, 123.4, 12.34, 1.234, 0.1234, 0, None)] == [
+        "1,234",
+        "123",
+        "12.3",
+        "1.23",
+        "0.12",
+        "0",
+        "–",
+    ]
+    assert deviation(-0.214) == "−21 %"
+    assert deviation(0.04) == "+4 %"
+    assert [percent(part) for part in (0.956, 0.004, 0.0001, 0, None)] == ["96 %", "0.4 %", "< 0.1 %", "0 %", "–"]

@@ -1,0 +1,165 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from offload.hardware import system as host
+from offload.hardware.disk import disk_rate
+from offload.hardware.gpu import Gpu
+from offload.hardware.probe import Machine, _is_due, judged, probe
+
+GPU = Gpu("Some GPU", 24 * 2**30, 1008.0, 25.0, 26.0, 165.0)
+MACHINE = Machine(
+    name="box",
+    cpu="Some CPU",
+    cores=8,
+    isa="avx512",
+    ram_bytes=64 * 2**30,
+    ram_available_bytes=60 * 2**30,
+    ram_gb_s=70.0,
+    disk_gb_s=6.0,
+    int8_gops=2000.0,
+    gpu=GPU,
+    measured=False,
+    notes=("a note",),
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "coldstream"
+
+
+def test_machine_survives_json() -> None:
+    document = json.loads(json.dumps(MACHINE.to_json()))
+    assert Machine.from_json(document) == MACHINE
+    assert document["pcie_gb_s"] == 25.0 and document["vram_gb_s"] == 1008.0
+
+
+def test_probe_measures_once_and_then_answers_at_once(tmp_path: Path, cache: Path) -> None:
+    first = probe(tmp_path)
+    assert first.measured and first.ram_gb_s > 0.5 and first.disk_gb_s > 0.01 and first.int8_gops > 1
+    started = time.perf_counter()
+    again = probe(tmp_path)
+    assert time.perf_counter() - started < 0.2
+    same = {"ram_available_bytes": first.ram_available_bytes}
+    assert dataclasses.replace(again, **same) == first
+    assert [file.suffix for file in cache.iterdir()] == [".json"]
+    assert not list(tmp_path.glob(".coldstream-probe-*"))
+    written = next(cache.iterdir())
+    written.write_text('{"version": 3, "cpu": "torn')
+    assert probe(tmp_path).ram_gb_s > 0.5
+    assert json.loads(written.read_text())["cpu"] == first.cpu
+
+
+def test_unreadable_or_foreign_measurements_are_not_believed() -> None:
+    good = MACHINE.to_json()
+    for bad in ({**good, "version": 99}, {**good, "disk_gb_s": 0}, {key: good[key] for key in ("version", "cpu")}):
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            Machine.from_json(bad)
+
+
+def test_a_measurement_beside_others_work_is_repeated_later_and_only_gets_better(tmp_path: Path, cache: Path) -> None:
+    probe(tmp_path)
+    kept = next(cache.iterdir())
+    slow = json.loads(kept.read_text()) | {"quiet": False, "doubts": 1, "ram_gb_s": 0.5, "int8_gops": 1e9}
+    kept.write_text(json.dumps(slow))
+    assert probe(tmp_path).ram_gb_s == 0.5  # just measured: not again at once
+    kept.write_text(json.dumps(slow | {"measured_at": 1.0}))
+    again = probe(tmp_path)
+    assert again.ram_gb_s > 0.5
+    assert again.quiet or again.int8_gops == 1e9
+
+
+def test_a_rate_far_below_what_was_measured_before_is_said_and_measured_again() -> None:
+    slow = dataclasses.replace(MACHINE, ram_gb_s=20.0, measured_at=2000.0)
+    kept, refreshed = (judged(slow, MACHINE, keep_best=best) for best in (True, False))
+    for found in (kept, refreshed):
+        assert not found.quiet and found.doubts == 1
+        [note] = [note for note in found.notes if "slower than on" in note]
+        assert "RAM 20, was 70" in note and "disk" not in note
+    assert (kept.ram_gb_s, refreshed.ram_gb_s) == (70.0, 20.0)
+    usual = dataclasses.replace(MACHINE, ram_gb_s=60.0)
+    assert judged(usual, MACHINE, keep_best=False) == usual
+
+
+def test_a_doubtful_measurement_is_repeated_ever_more_rarely() -> None:
+    def due(doubts: int, age: float) -> bool:
+        return _is_due(dataclasses.replace(MACHINE, quiet=False, doubts=doubts, measured_at=1e6), 1e6 + age)
+
+    assert [due(1, 59), due(1, 61), due(2, 61), due(2, 601), due(3, 601)] == [False, True, False, True, False]
+    assert due(1, -5), "measured in the future: the clock was set"
+    assert not _is_due(MACHINE, 1e9)
+    again = judged(dataclasses.replace(MACHINE, quiet=False), dataclasses.replace(MACHINE, doubts=4), keep_best=True)
+    assert again.doubts == 5 and judged(MACHINE, again, keep_best=True).doubts == 0
+
+
+def test_who_probes_is_told_only_when_there_is_something_to_measure(tmp_path: Path) -> None:
+    said: list[str] = []
+    probe(tmp_path, say=said.append)
+    assert len(said) == 1
+    kept = next((tmp_path / "cache" / "coldstream").iterdir())
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"quiet": True}))
+    probe(tmp_path, say=said.append)
+    assert len(said) == 1
+
+
+def test_importing_the_machine_does_not_import_torch() -> None:
+    code = "import sys, offload.hardware.probe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_large_file_of_the_directory_is_measured_in_place(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as stream:
+        stream.truncate(256 * 2**20)
+    before = file.stat()
+    assert disk_rate(tmp_path).gb_s > 0.01
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["model.safetensors"]
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_available_memory_never_exceeds_the_control_group(tmp_path: Path) -> None:
+    proc, mounted = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self/cgroup").write_text("0::/user/app\n")
+    group = mounted / "user/app"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("8589934592\n")
+    (group / "memory.current").write_text("3221225472\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 1073741824\n")
+    (mounted / "user/memory.max").write_text("max\n")
+    assert host._group_limits(proc, mounted) == [(8589934592, 2147483648)]
+
+
+def test_memory_is_what_the_kernel_says_or_less() -> None:
+    total, available = host.memory()
+    assert 0 < available <= total
+
+
+def test_caches_are_counted_once_however_many_cores_share_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {  # two cores: L1 and L2 of their own, L3 together
+        "index0": ("1", "Data", "32K", "{}"),
+        "index1": ("1", "Instruction", "32K", "{}"),
+        "index2": ("2", "Unified", "1024K", "{}"),
+        "index3": ("3", "Unified", "32768K", "0-1"),
+    }
+    for cpu in ("0", "1"):
+        for index, values in sizes.items():
+            folder = tmp_path / f"devices/system/cpu/cpu{cpu}/cache/{index}"
+            folder.mkdir(parents=True)
+            for name, value in zip(("level", "type", "size", "shared_cpu_list"), values, strict=True):
+                (folder / name).write_text(value.format(cpu) + "\n")
+    monkeypatch.setattr(host, "_SYS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert host.cache_bytes() == 34 * 2**20
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
+    assert host.cache_bytes() == 33 * 2**20
+    monkeypatch.setattr(host, "_SYS", tmp_path / "nothing")
+    assert host.cache_bytes() == 0

@@ -1,0 +1,82 @@
+"""The benchmark and the account of it, on a real tiny model with experts on disk."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload.hardware.ledger import forget_peak, peak_resident_bytes, resident_bytes
+from offload.records import RunOptions, Sampling
+from offload.run.benchmark import Benchmark
+from offload.run.collect import account, disk_bytes_by_role
+from offload.run.plan_run import Placement
+from offload.run.session import Session
+from offload.run.speed import Bandwidth
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.convert.convert import convert
+from quant.errors import InputError
+from quant.scheme import Scheme
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 20
+SLOTS = 12  # of 4 layers × 8 experts
+
+
+@pytest.fixture(scope="module")
+def session(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    path = tmp_path_factory.mktemp("benchmark") / "model"
+    convert(tiny("llama4_text"), path, {"experts": Scheme("int4")})
+    placement = Placement(ram_slots=SLOTS, prompt_chunk=32)
+    options = RunOptions(context=256, page_cache=True)
+    with Session(Checkpoint.open(path), options, placement, torch.device("cpu")) as opened:
+        yield opened
+
+
+def test_every_repetition_is_a_whole_prompt_and_all_the_tokens(session: Session) -> None:
+    said: list[str] = []
+    runs = Benchmark(prompt_tokens=40, tokens=5, repeat=3).run(session, TEXT, said.append)
+    assert [[r.phase for r in run] for run in runs] == [["prefill", *["decode"] * 5]] * 3
+    assert [run[0].tokens_in for run in runs] == [40] * 3, "nothing was left in the KV cache by the one before"
+    assert said == ["warm-up", "run 1 of 3", "run 2 of 3", "run 3 of 3"]
+
+
+def test_a_text_shorter_than_the_prompts_is_repeated(session: Session) -> None:
+    [run] = Benchmark(prompt_tokens=100, tokens=1, repeat=1).run(session, "short")
+    assert run[0].tokens_in == 100
+
+
+def test_an_empty_text_is_refused(session: Session) -> None:
+    with pytest.raises(InputError, match="empty"):
+        Benchmark().run(session, " \n")
+
+
+def test_the_account_agrees_with_the_session(session: Session) -> None:
+    session.reset()
+    records = list(session.generate(session.encode(TEXT)[:50], Sampling(max_tokens=9)))
+    report = account(session, [records], command="generate", bandwidth=Bandwidth(ram_gb_s=20, disk_gb_s=1))
+    assert report.prefill.tokens == 50
+    assert report.decode.tokens == len(records) - 1
+    assert report.experts.hits + report.experts.misses == sum(r.hits + r.misses for r in records)
+    assert report.experts.misses > 0, "most experts do not fit the slots"
+    resident = sum(row.count("ram") for row in report.expert_map.tiers)
+    assert 0 < resident <= SLOTS
+    assert sum(map(sum, report.expert_map.counts)) == int(session.routing.counts.sum())
+    assert sum(report.memory.ram.values()) + report.memory.unaccounted_bytes == report.memory.rss_bytes
+    assert report.memory.peak_rss_bytes >= report.memory.rss_bytes
+    assert report.decode.bytes_per_token["disk"] > 0
+    assert report.environment.cpu
+    assert report.environment.kernel == session.kernel
+
+
+def test_bytes_on_disk_by_role_are_the_whole_checkpoint(session: Session) -> None:
+    checkpoint = session.checkpoint
+    assert sum(disk_bytes_by_role(checkpoint).values()) == sum(e.nbytes for e in checkpoint.entries.values())
+
+
+def test_the_peak_can_be_made_to_count_from_now() -> None:
+    block = bytearray(200 * 2**20)
+    high = peak_resident_bytes()
+    del block
+    if not forget_peak():
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    assert resident_bytes() <= peak_resident_bytes() < high

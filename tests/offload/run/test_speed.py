@@ -1,0 +1,79 @@
+"""Speeds and the floor, from records with known times."""
+
+import pytest
+
+from offload.records import TokenRecord
+from offload.run.speed import Bandwidth, DecodeSpeed, PrefillSpeed, floor_of, percentile
+from offload.tiers import Tier
+
+
+def prefill(tokens: int, seconds: float) -> TokenRecord:
+    return TokenRecord("prefill", 0, "", tokens, seconds)
+
+
+def decode(seconds: float, **read: int) -> TokenRecord:
+    tiers: dict[Tier, int] = {tier: read[tier] for tier in ("vram", "ram", "disk") if tier in read}  # type: ignore[misc]
+    return TokenRecord("decode", 0, "", 1, seconds, bytes_read=tiers)
+
+
+def test_prefill_and_decode_are_never_mixed() -> None:
+    run = [prefill(100, 2.0), decode(0.1), decode(0.1)]
+    assert PrefillSpeed.of([run]).tokens_per_s == 50
+    assert DecodeSpeed.of([run], Bandwidth()).tokens_per_s == pytest.approx(10)
+
+
+def test_turns_of_a_chat_count_by_their_tokens_and_repetitions_by_their_median() -> None:
+    runs = [[prefill(100, 1.0)], [prefill(100, 2.0)], [prefill(100, 10.0)]]
+    assert PrefillSpeed.of(runs).tokens_per_s == pytest.approx(300 / 13)
+    assert PrefillSpeed.of(runs, median=True).tokens_per_s == 50
+    assert PrefillSpeed.of(runs, median=True).spread == (10, 100)
+
+
+def test_warm_up_steps_are_left_out_of_decode() -> None:
+    run = [prefill(1, 1.0), decode(5.0), decode(0.1), decode(0.1)]
+    speed = DecodeSpeed.of([run], Bandwidth(), warmup=1)
+    assert speed.tokens == 2
+    assert speed.ms_per_token_max == pytest.approx(100)
+
+
+def test_a_run_no_longer_than_its_warm_up_is_reported_whole() -> None:
+    assert DecodeSpeed.of([[decode(0.5)]], Bandwidth(), warmup=1).tokens == 1
+
+
+def test_the_floor_in_memory_is_the_sum_of_ram_and_vram() -> None:
+    run = [decode(0.004, ram=20_000_000, vram=300_000_000)] * 4
+    speed = DecodeSpeed.of([run], Bandwidth(ram_gb_s=20, vram_gb_s=300))
+    assert speed.floor_ms_by_tier == pytest.approx({"ram": 1.0, "vram": 1.0})
+    assert speed.floor_ms_per_token == pytest.approx(2.0)
+    assert speed.fraction_of_floor == pytest.approx(0.5)
+
+
+def test_the_disk_is_read_beside_memory_so_the_longer_of_both_is_the_floor() -> None:
+    run = [decode(0.020, ram=20_000_000, disk=10_000_000)] * 4
+    speed = DecodeSpeed.of([run], Bandwidth(ram_gb_s=20, disk_gb_s=1))
+    assert speed.floor_ms_per_token == pytest.approx(10)
+    assert speed.floor_limited_by == "disk"
+    assert floor_of({"ram": 11.0, "disk": 10.0}) == (11.0, "ram")
+
+
+def test_without_bandwidths_there_is_no_floor_and_no_invented_fraction() -> None:
+    speed = DecodeSpeed.of([[decode(0.1, ram=1000)]], Bandwidth())
+    assert speed.floor_ms_per_token is None
+    assert speed.fraction_of_floor is None
+    assert speed.floor_limited_by is None
+
+
+def test_achieved_bandwidth_is_bytes_over_the_time_of_decoding() -> None:
+    run = [prefill(10, 9.0), decode(0.1, ram=10**9), decode(0.3, ram=10**9)]
+    assert DecodeSpeed.of([run], Bandwidth()).achieved() == pytest.approx({"ram": 5.0})
+
+
+def test_nothing_decoded_gives_no_speed_instead_of_an_error() -> None:
+    speed = DecodeSpeed.of([[prefill(3, 1.0)]], Bandwidth(ram_gb_s=20))
+    assert (speed.tokens, speed.tokens_per_s, speed.ms_per_token_p50, speed.achieved()) == (0, None, None, {})
+
+
+def test_percentiles_interpolate() -> None:
+    assert percentile([1.0, 2.0], 0.5) == 1.5
+    assert percentile([1.0, 2.0, 3.0], 0.9) == pytest.approx(2.8)
+    assert percentile([], 0.5) is None

@@ -1,0 +1,117 @@
+"""The quantization_config picks the right scheme for every module, in compressed-tensors' own matching."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import is_match, match_targets
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
+
+from quant.checkpoint.config_groups import quantization_config, stores_fused_experts
+from quant.model.families import Role
+from quant.model.shape import ModelShape
+from quant.scheme import Scheme
+
+Tiny = Callable[..., Path]
+MIXED: dict[Role, Scheme] = {
+    "experts": Scheme("int4"),
+    "shared_expert": Scheme("int8"),
+    "dense_mlp": Scheme("int8", 32),
+    "attention": Scheme("int8", 64),
+    "lm_head": Scheme("int8"),
+}
+
+
+def shape_of(folder: Path) -> ModelShape:
+    return ModelShape.from_config(json.loads((folder / "config.json").read_text()))
+
+
+def group_of(config: dict[str, Any], name: str, module: torch.nn.Module) -> tuple[int, int] | None:
+    """(bits, group size) that compressed-tensors gives a module; None if it leaves it alone."""
+    if is_match(name, module, config["ignore"]):
+        return None
+    groups = QuantizationConfig.model_validate(config).config_groups
+    targets = {target: group for group in groups.values() for target in group.targets}
+    matched = match_targets(name, module, targets)
+    if not matched:
+        return None
+    weights = targets[matched[0]].weights
+    return weights.num_bits, weights.group_size
+
+
+@pytest.mark.parametrize("family", ["llama4", "llama4_maverick", "mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("roles", [["experts"], ["attention", "lm_head"], list(MIXED), ["experts", "dense_mlp"]])
+def test_each_linear_gets_its_roles_scheme_and_no_other(tiny: Tiny, family: str, roles: list[Role]) -> None:
+    shape = shape_of(tiny(family))
+    schemes = {role: MIXED[role] for role in roles}
+    config = quantization_config(shape, schemes)
+    linear = torch.nn.Linear(1, 1)
+    for spec in shape.linears():
+        scheme = schemes.get(spec.role)
+        expected = (scheme.bits, scheme.group_size) if scheme else None
+        for name in (spec.module, spec.module.removeprefix("language_model.")):
+            assert group_of(config, name, linear) == expected, name
+    for name in ("vision_model.model.layers.0.self_attn.q_proj", "multi_modal_projector.linear_1"):
+        assert shape.is_multimodal is False or group_of(config, name, linear) is None
+    router = f"{shape.layer_prefix(shape.moe_layers[0])}{shape.family.block}.{shape.family.router}"
+    assert group_of(config, router, linear) is None
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "mixtral"])
+def test_one_group_keeps_linear_among_its_targets_and_it_is_the_experts(tiny: Tiny, family: str) -> None:
+    groups = quantization_config(shape_of(tiny(family)), MIXED)["config_groups"].values()
+    [group] = [group for group in groups if "Linear" in group["targets"]]
+    assert group["weights"]["num_bits"] == 4
+
+
+def test_transformers_tells_the_experts_scheme_from_the_dense_one(tiny: Tiny) -> None:
+    schemes: dict[Role, Scheme] = {"experts": Scheme("int4"), "attention": Scheme("int8")}
+    config = QuantizationConfig.model_validate(quantization_config(shape_of(tiny("mixtral")), schemes))
+    assert get_experts_scheme(config).weights.num_bits == 4
+    assert get_dense_scheme(config).weights.num_bits == 8
+
+
+def test_roles_of_one_scheme_share_a_group(tiny: Tiny) -> None:
+    same: dict[Role, Scheme] = dict.fromkeys(("experts", "shared_expert", "attention"), Scheme("int4"))
+    config = quantization_config(shape_of(tiny("llama4_text")), same)
+    assert [group["targets"] for group in config["config_groups"].values()] == [["Linear"]]
+
+
+def test_fused_module_names_match_as_their_parts_do(tiny: Tiny) -> None:
+    config = quantization_config(shape_of(tiny("llama4_maverick")), MIXED)
+    linear = torch.nn.Linear(1, 1)
+    assert group_of(config, "language_model.model.layers.0.self_attn.qkv_proj", linear) == (8, 64)
+    assert group_of(config, "language_model.model.layers.0.feed_forward.gate_up_proj", linear) == (8, 32)
+    assert group_of(config, "language_model.model.layers.1.feed_forward.shared_expert.gate_up_proj", linear) == (8, 128)
+
+
+def test_nf4_skips_what_stays_dense(tiny: Tiny) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    for family in ("llama4_maverick", "qwen3_moe"):
+        shape = shape_of(tiny(family))
+        config = quantization_config(shape, {"experts": Scheme("nf4"), "attention": Scheme("nf4")})
+        assert config["quant_method"] == "bitsandbytes" and config["bnb_4bit_quant_type"] == "nf4"
+        for spec in shape.linears():
+            wanted = spec.role in ("experts", "attention")
+            assert should_convert_module(spec.module, config["llm_int8_skip_modules"]) == wanted, spec.module
+
+
+def test_dense_experts_are_fused_only_where_transformers_fuses_them(tiny: Tiny) -> None:
+    attention: dict[Role, Scheme] = {"attention": Scheme("int8")}
+    assert stores_fused_experts(shape_of(tiny("mixtral")), attention)
+    assert not stores_fused_experts(shape_of(tiny("llama4_text")), attention)
+    assert not stores_fused_experts(shape_of(tiny("mixtral")), {"experts": Scheme("int4")})
+    assert not stores_fused_experts(shape_of(tiny("mixtral")), {"attention": Scheme("nf4")})
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_transformers_loads_every_module_the_config_was_written_for(tiny: Tiny, family: str) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny(family)))
+    names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert names == {spec.module for spec in shape_of(tiny(family)).dense_linears()}

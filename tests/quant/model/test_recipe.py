@@ -1,0 +1,63 @@
+"""Recipes say what they mean, and a key that means nothing is an error."""
+
+from pathlib import Path
+
+import pytest
+
+from quant.errors import CheckpointError, RecipeError, UsageError
+from quant.model.recipe import load_recipe, load_shape, parse_recipe, recipe_names, resolve_config, shape_names
+from quant.model.shape import ModelShape
+from quant.scheme import Scheme
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_that_ships_loads_and_says_what_it_is_for(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.description and recipe.schemes["experts"].is_packed
+
+
+def test_a_role_that_is_not_named_stays_bf16_and_one_may_have_its_own_groups() -> None:
+    recipe = parse_recipe("x", {"weights": {"experts": "int4-g32", "lm_head": "int8"}, "run": {"ram": "2.5GiB"}})
+    assert recipe.schemes == {"experts": Scheme("int4", 32), "lm_head": Scheme("int8", 128)}
+    assert recipe.ram == int(2.5 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"weight": {}}, "unknown key weight"),
+        ({"weights": {"expert": "int4"}}, "unknown key weights.expert"),
+        ({"weights": {"experts": "int3"}}, None),
+        ({"weights": 3}, "expected a table"),
+        ({"weights": {"group_size": "128"}}, "expected a whole number"),
+        ({"run": {"vram": "24 potatoes"}}, "run.vram: bad size"),
+        ({"run": {"context": 0}}, "expected a whole number above 0"),
+        ({"run": {"kv": "int2"}}, "expected 'bf16' or 'int8'"),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_key(data: dict[str, object], message: str | None) -> None:
+    from quant.errors import ColdstreamError
+
+    with pytest.raises(ColdstreamError, match=message):
+        parse_recipe("x", data)
+
+
+def test_unknown_names_list_the_known(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="scout-rtx4090"):
+        load_recipe("scout")
+    with pytest.raises(UsageError, match="maverick"):
+        load_shape("llama")
+    with pytest.raises(CheckpointError, match="mini-scout"):
+        resolve_config(str(tmp_path / "nowhere"))
+    (tmp_path / "r.toml").write_text("weights = [")
+    with pytest.raises(RecipeError, match="no valid TOML"):
+        load_recipe(str(tmp_path / "r.toml"))
+
+
+def test_shapes_have_the_announced_number_of_weights() -> None:
+    totals = {}
+    for name in shape_names():
+        shape = ModelShape.from_config(load_shape(name))
+        totals[name] = round(sum(shape.role_nbytes({}).values()) / 2e9)
+    assert (totals["scout"], totals["maverick"], totals["mini-scout"]) == (109, 402, 7)
+    assert 2000 <= totals["behemoth"] <= 2200
