@@ -28,7 +28,7 @@ from offload.hardware.probe import Machine, probe
 from offload.plan.cost_model import Workload
 from offload.plan.plan import Plan
 from offload.records import RunOptions, Sampling, TokenRecord
-from offload.run.plan_run import Placement, stored_schemes
+from offload.run.plan_run import Placement, schemes_of_tensors
 from offload.run.session import Session
 from offload.simulator.simulation import Setup
 from offload.tiers import Tier
@@ -276,7 +276,7 @@ def run(
             runs.append(list(session.generate(ids, Sampling(max_tokens=tokens + 1, ignore_eos=True))))
         ahead = warming(session, ids, tokens, runs[1:])
         assert session.plan is not None
-        figures = measured(runs[1:], session.plan, machine, session.shape, stored_schemes(session.checkpoint))
+        figures = measured(runs[1:], session.plan, machine, session.shape, schemes_of_tensors(session.checkpoint))
         return {
             **figures,
             "warming": ahead,

@@ -16,7 +16,7 @@ from pathlib import Path
 from offload.hardware.probe import probe
 from offload.plan.plan import make_plan
 from offload.records import RunOptions, Sampling
-from offload.run.plan_run import stored_schemes
+from offload.run.plan_run import schemes_of_tensors
 from offload.run.session import Session
 from quant.sizes import parse_size
 
@@ -59,7 +59,7 @@ def compare(model: Path, ram: str) -> Compared:
         assert session.plan is not None
         plan = make_plan(
             session.shape,
-            stored_schemes(session.checkpoint),
+            schemes_of_tensors(session.checkpoint),
             machine,
             vram=0,
             ram=session.plan.ram,

@@ -190,7 +190,7 @@ def test_routing_counts_pin_the_hottest_and_leave_a_window_for_the_rest() -> Non
     assert plan.vram_slots - len(plan.vram_seeds) == plan.vram_reserve == 2
     assert plan.routing_known and plan.hit_rates["vram"] > 0.98
     uniform = make_plan(shape, load_recipe("fast").schemes, machine(gpu=RTX_4090))
-    assert uniform.pinned == () and not uniform.routing_known
+    assert uniform.vram_seeds == () and not uniform.routing_known
     assert plan.predicted_tokens_per_s > 1.5 * uniform.predicted_tokens_per_s
 
 

@@ -68,7 +68,7 @@ def test_the_first_token_takes_experts_where_they_lie_and_the_rest_of_them_moves
         cache = _cache(session)
         records = session.generate(PROMPT, Sampling(max_tokens=12, ignore_eos=True))
         first = next(records)
-        lent = set(cache.staging)
+        lent = set(cache.mapped)
         assert lent
         assert not cache.host.slot_of  # nothing was copied for it
         assert first.by_tier == {"vram": 0, "ram": len(lent), "disk": 0}
@@ -76,7 +76,7 @@ def test_the_first_token_takes_experts_where_they_lie_and_the_rest_of_them_moves
         found = [first.token_id, *(record.token_id for record in records)]
         session.finish_filling()
         assert found == tokens
-        assert not cache.staging
+        assert not cache.mapped
         assert cache.loans is None
         assert len(cache.host.slot_of) == session.store.count
         assert all(_writable(file) for file in files)
@@ -90,14 +90,14 @@ def test_the_first_token_takes_experts_where_they_lie_and_the_rest_of_them_moves
 def test_a_file_that_somebody_writes_to_is_not_lent(model: Path, files: list[Path], tokens: list[int]) -> None:
     with files[1].open("r+b"), _open(model) as session:
         records = list(session.generate(PROMPT, Sampling(max_tokens=12, ignore_eos=True)))
-        assert all(run.file != files[1] for key in _cache(session).staging for run in session.store.record(*key).runs)
+        assert all(run.file != files[1] for key in _cache(session).mapped for run in session.store.record(*key).runs)
         assert [record.token_id for record in records] == tokens
 
 
 def test_closing_a_session_gives_the_files_free(model: Path, files: list[Path]) -> None:
     with _open(model) as session:
         next(session.generate(PROMPT, Sampling(max_tokens=2, ignore_eos=True)))
-        assert _cache(session).staging
+        assert _cache(session).mapped
     assert all(_writable(file) for file in files)
 
 
