@@ -5,7 +5,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 SMOKE := .wheel-smoke
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE := $(wildcard setup.py quant/kernels/cpp/*)
 
 # The first of these that is Python 3.11 or later; `make PYTHON=/path/to/python` overrides.
@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 help:
 	@echo "make demo         install into $(VENV) and run the whole path on the embedded model"
 	@echo "make test         run all tests (ARGS='-k name' to choose)"
-	@echo "make lint types   ruff, mypy --strict"
+	@echo "make lint types   ruff and the layers (import-linter), mypy --strict"
 	@echo "make wheel-smoke  build the wheel and try it in a clean environment, from another folder"
 	@echo "make check        all of the above but the demo"
 
@@ -30,6 +30,7 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
@@ -79,14 +80,17 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.python constraints.txt
-	$(PIP) install -c constraints.txt torch==2.13.0
+	@echo "1/2 installing PyTorch into $(VENV): a few minutes, 1 to 5 GB …"
+	@$(PIP) install -c constraints.txt torch==2.13.0
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
-	$(PIP) install -c constraints.txt -e .
+	@echo "2/2 installing Coldstream and compiling its kernels: a minute or two …"
+	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
 # Not after .installed: the native module would be built twice.
 $(VENV)/.installed-test: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
-	$(PIP) install -c constraints.txt -e '.[test]'
+	@echo "2/2 installing Coldstream with its test tools and compiling its kernels: a minute or two …"
+	@$(PIP) install -c constraints.txt -e '.[test]'
 	@touch $(VENV)/.installed $@
