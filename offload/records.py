@@ -2,11 +2,13 @@
 run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from offload.tiers import Tier
+from quant.model.recipe import RUN_DEFAULTS, Recipe
+from quant.sizes import parse_size
 
 Finish = Literal["", "eos", "stop", "length", "context", "cancelled"]
 FinishReason = Literal["stop", "length", "context"]
@@ -16,19 +18,19 @@ FinishReason = Literal["stop", "length", "context"]
 class RunOptions:
     """What the user asked of a run; None means: as much as the machine and the model allow.
 
-    ``vram`` and ``ram`` are budgets in bytes, ``context`` the tokens the KV cache must hold (None: see
-    ModelShape.context),
-    ``prompt_chunk`` the prompt tokens run through the model at once. ``exact`` keeps activations in
-    floating point on the CPU (the native kernels otherwise quantize them to int8 per group). ``page_cache``
-    reads experts through the operating system's page cache instead of direct I/O. ``graph`` decodes on a
-    GPU without a wait for the host in every layer; beside it up to ``warm`` bytes of a coming miss are read
-    into the CPU's caches (None: half of their size, 0: none).
+    ``vram`` and ``ram`` are budgets in bytes or as people write them ("64GiB"), ``context`` the tokens the KV
+    cache must hold (None: see ModelShape.context), ``kv`` how it is stored (None: bf16), ``routing`` the path
+    of a routing profile, ``prompt_chunk`` the prompt tokens run through the model at once. ``exact`` keeps
+    activations in floating point on the CPU (the native kernels otherwise quantize them to int8 per group).
+    ``page_cache`` reads experts through the operating system's page cache instead of direct I/O. ``graph``
+    decodes on a GPU without a wait for the host in every layer; beside it up to ``warm`` bytes of a coming
+    miss are read into the CPU's caches (None: half of their size, 0: none).
     """
 
     vram: int | None = None
     ram: int | None = None
     context: int | None = None
-    kv: Literal["bf16", "int8"] = "bf16"
+    kv: Literal["bf16", "int8"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     policy: str | None = None
     routing: Path | None = None
@@ -38,6 +40,20 @@ class RunOptions:
     threads: int | None = None
     graph: bool = True
     warm: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vram", "ram", "warm"):
+            asked: Any = getattr(self, name)
+            if isinstance(asked, str):
+                object.__setattr__(self, name, parse_size(asked))
+        if self.routing is not None:
+            object.__setattr__(self, "routing", Path(self.routing))
+
+    def over(self, recipe: Recipe | None) -> "RunOptions":
+        """These options, and what ``recipe`` says where nothing was asked."""
+        if recipe is None:
+            return self
+        return replace(self, **{name: getattr(recipe, name) for name in RUN_DEFAULTS if getattr(self, name) is None})
 
 
 @dataclass(frozen=True)

@@ -105,15 +105,9 @@ def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
     from quant.model.recipe import load_recipe
 
     check_policy(asked.get("policy"), seeded=asked.get("routing") is not None)
-    given: dict[str, Any] = {}
-    if recipe:
-        said = load_recipe(recipe)
-        defaults = {name: getattr(said, name) for name in ("vram", "ram", "context", "kv", "prompt_chunk")}
-        given = {name: value for name, value in defaults.items() if value is not None}
-    if asked.pop("no_graph", False):
-        given["graph"] = False
-    given |= {name: value for name, value in asked.items() if value is not None and value is not False}
-    return RunOptions(**given)
+    graph = not asked.pop("no_graph", False)
+    given = {name: value for name, value in asked.items() if value is not None}
+    return RunOptions(graph=graph, **given).over(load_recipe(recipe) if recipe else None)
 
 
 takes_run_options = expands(

@@ -83,7 +83,7 @@ class Session:
             self._dense, self._in_arena = settle(self.model), True
         self.notes = [*self.reader.notes, *(self.vram.allowance.notes if self.vram is not None else ())]
         self.tokenizer = load_tokenizer(checkpoint.path)
-        storage: Storage = "plain" if options.exact else options.kv
+        storage: Storage = "plain" if options.exact else options.kv or "bf16"
         cache = KVCache(self.shape, self.context, storage)
         self.decoder: Decoder | None = self._native_decoder() or self._graph_decoder(cache, dtype)
         self.generator = Generator(

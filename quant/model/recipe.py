@@ -34,7 +34,7 @@ from quant.scheme import Scheme
 from quant.sizes import parse_size
 
 _TOP = ("description", "weights", "run")
-_RUN = ("vram", "ram", "context", "kv", "prompt_chunk")
+RUN_DEFAULTS = ("vram", "ram", "context", "kv", "prompt_chunk")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
     _known(name, "", data, _TOP)
     weights, run = _table(name, data, "weights"), _table(name, data, "run")
     _known(name, "weights.", weights, ("group_size", *QUANTIZABLE))
-    _known(name, "run.", run, _RUN)
+    _known(name, "run.", run, RUN_DEFAULTS)
     group_size = weights.get("group_size", 128)
     if not isinstance(group_size, int):
         raise RecipeError(f"recipe {name}: weights.group_size is {group_size!r}: expected a whole number")

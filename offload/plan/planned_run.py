@@ -1,0 +1,144 @@
+"""A planned run: what a model is stored as, the options under a recipe's defaults, the machine, and the plan.
+
+Every command and Session decide a run here, so that what is planned, simulated, fitted and run is one thing.
+Needs no torch, and of a model only its config.json.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offload.hardware.gpu_catalog import described_machine
+from offload.hardware.probe import Machine, probe
+from offload.plan.cost_model import with_warm_bytes
+from offload.plan.plan import Plan, make_plan
+from offload.records import RunOptions
+from quant.checkpoint.stored import stored_schemes
+from quant.model.families import Role
+from quant.model.hub import fetch_config, is_hub_id
+from quant.model.recipe import Recipe, load_recipe, recipe_names, resolve_config, shape_names
+from quant.model.shape import ModelShape
+from quant.scheme import Scheme
+
+if TYPE_CHECKING:  # imports numpy, which a plan without a profile does without
+    from offload.routing.stats import RoutingStats
+
+_DEFAULT_RECIPE = "fast"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model and what its weights are stored as, or will be. ``origin`` says in words how that is known;
+    ``recipe`` is the one whose defaults hold for a run of it, if any."""
+
+    shape: ModelShape
+    schemes: Mapping[Role, Scheme]
+    origin: str
+    recipe: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that is decided: ``options`` as asked, with the recipe's defaults where nothing was asked;
+    ``routing`` the profile that the options name."""
+
+    model: PlannedModel
+    options: RunOptions
+    machine: Machine
+    plan: Plan
+    routing: "RoutingStats | None" = None
+
+
+def planned_model(
+    model: str | Path, recipe: str | None = None, schemes: Mapping[Role, Scheme] | None = None
+) -> PlannedModel:
+    """``model`` (a directory, a config.json, a shape's name or a Hub id) in ``schemes`` over those of
+    ``recipe``; without either as it is stored, or for a bare config by the recipe of its name, else ``fast``.
+
+    Of a Hub id only the config is fetched. Raises CheckpointError, UsageError and RecipeError.
+    """
+    name = str(model)
+    config = resolve_config(str(fetch_config(name)) if is_hub_id(name) else name)
+    shape = ModelShape.from_config(config)
+    named = load_recipe(recipe) if recipe else None
+    if named is not None or schemes:
+        origin = f"recipe {named.name}" if named else "by hand"
+        over = {**named.schemes, **(schemes or {})} if named else schemes or {}
+        return PlannedModel(shape, over, origin, named)
+    stored = stored_schemes(config, shape)
+    if stored is not None:
+        return PlannedModel(shape, stored, "as stored")
+    if next(Path(name).glob("*.safetensors"), None) is not None:
+        return PlannedModel(shape, {}, "as stored; --recipe plans it quantized")
+    default = load_recipe(name if name in shape_names() and name in recipe_names() else _DEFAULT_RECIPE)
+    return PlannedModel(shape, default.schemes, f"recipe {default.name}", default)
+
+
+def planned_machine(
+    model: str | Path,
+    gpu: str | None = None,
+    *,
+    ram: int | None = None,
+    ram_gb_s: float | None = None,
+    disk_gb_s: float | None = None,
+    refresh: bool = False,
+    say: Say | None = None,
+) -> Machine:
+    """This machine, with the disk that ``model`` lies on, or a desktop around the card called ``gpu`` with at
+    least ``ram`` bytes free. Rates that are given (GB/s) hold. Raises UsageError for an unknown card."""
+    if gpu is not None:
+        return described_machine(gpu, ram=ram, ram_gb_s=ram_gb_s, disk_gb_s=disk_gb_s)
+    machine = probe(Path(model), refresh=refresh, say=say)
+    return replace(machine, ram_gb_s=ram_gb_s or machine.ram_gb_s, disk_gb_s=disk_gb_s or machine.disk_gb_s)
+
+
+def planned_run(
+    model: str | Path | PlannedModel,
+    options: RunOptions | None = None,
+    *,
+    recipe: str | None = None,
+    machine: Machine | None = None,
+    slot_bytes: int | None = None,
+    prompt: int | None = None,
+    say: Say | None = None,
+) -> PlannedRun:
+    """Decide a run of ``model`` (as planned_model takes it, in the schemes of ``recipe``; or what that
+    returned) on ``machine``, by default this one.
+
+    The run is to have room for ``prompt`` tokens, and speeds are predicted for as many (None: 512).
+    ``slot_bytes`` is what an expert takes in memory, where that is known from its tensors. Raises BudgetError,
+    with the nearest thing that fits, for what does not fit, ProfileError for a routing profile that is none
+    or of another shape, and what planned_model raises.
+    """
+    subject = model if isinstance(model, PlannedModel) else planned_model(model, recipe)
+    options, shape = (options or RunOptions()).over(subject.recipe), subject.shape
+    routing = None if options.routing is None else _profile(options.routing, shape)
+    if machine is None:
+        machine = planned_machine("" if isinstance(model, PlannedModel) else model, say=say)
+    if options.warm is not None:
+        machine = with_warm_bytes(machine, options.warm)
+    plan = make_plan(
+        shape,
+        subject.schemes,
+        machine,
+        vram=0 if options.device == "cpu" else options.vram,
+        ram=options.ram,
+        context=options.context or max(shape.context(), prompt or 0),
+        kv_bits=32 if options.exact else 8 if options.kv == "int8" else 16,
+        routing=routing,
+        prompt_chunk=options.prompt_chunk,
+        slot_bytes=slot_bytes,
+        filled=prompt or 512,
+        cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
+    )
+    if options.device == "cpu" and options.vram:
+        plan = replace(plan, notes=(*plan.notes, "--vram has no meaning here: the run is on the CPU"))
+    return PlannedRun(subject, options, machine, plan, routing)
+
+
+def _profile(path: Path, shape: ModelShape) -> "RoutingStats":
+    from offload.routing.stats import RoutingStats
+
+    return RoutingStats.load(path, shape)

@@ -1,0 +1,78 @@
+"""One function decides a run for every caller: what was asked wins, then the recipe, then what fits."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from offload.plan.planned_run import PlannedModel, planned_machine, planned_model, planned_run
+from offload.records import RunOptions
+from quant.errors import CheckpointError, UsageError
+from quant.model.recipe import load_recipe, load_shape
+from quant.model.shape import ModelShape
+from quant.scheme import Scheme
+from tests.machines import GIB, RTX_4090, machine
+
+
+def test_what_was_asked_wins_over_the_recipe_and_the_recipe_over_defaults() -> None:
+    recipe = load_recipe("scout-rtx4090")
+    run = planned_run("scout", RunOptions(ram="40GiB", kv="int8"), recipe=recipe.name, machine=machine(gpu=RTX_4090))  # type: ignore[arg-type]
+    assert (run.options.ram, run.options.kv) == (40 * GIB, "int8")
+    assert (run.options.vram, run.options.context) == (recipe.vram, recipe.context)
+    assert (run.plan.ram, run.plan.vram, run.plan.context) == (40 * GIB, recipe.vram, recipe.context)
+    assert run.plan.kv_bits == 8 and run.model.origin == "recipe scout-rtx4090"
+
+
+def test_options_without_a_recipe_stay_as_they_are() -> None:
+    options = RunOptions(ram=GIB)
+    assert options.over(None) is options
+    assert options.over(load_recipe("quality")) == replace(options, kv=load_recipe("quality").kv)
+
+
+@pytest.mark.parametrize(
+    ("model", "origin"), [("mini-scout", "recipe mini-scout"), ("behemoth", "recipe fast"), ("demo", "as stored")]
+)
+def test_a_model_of_any_kind_says_what_its_weights_are_stored_as(model: str, origin: str, demo_model: Path) -> None:
+    found = planned_model(demo_model if model == "demo" else model)
+    assert found.origin.startswith(origin)
+    by_hand = planned_model(demo_model if model == "demo" else model, schemes={"experts": Scheme("int8")})
+    assert by_hand.schemes == {"experts": Scheme("int8")} and by_hand.recipe is None
+
+
+def test_schemes_by_hand_lie_over_those_of_the_recipe() -> None:
+    found = planned_model("scout", "fast", {"lm_head": Scheme("bf16")})
+    assert found.schemes == {**load_recipe("fast").schemes, "lm_head": Scheme("bf16")}
+    assert found.recipe == load_recipe("fast")
+
+
+def test_a_name_that_is_nothing_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="neither a model directory"):
+        planned_model("nowhere")
+    with pytest.raises(UsageError, match="no recipe"):
+        planned_model("scout", "nothing")
+
+
+def test_the_cpu_alone_is_planned_without_a_card_and_says_so() -> None:
+    run = planned_run("mini-scout", RunOptions(device="cpu", vram=GIB), machine=machine(gpu=RTX_4090))
+    assert run.plan.vram == run.plan.vram_slots == 0
+    assert any("--vram has no meaning" in note for note in run.plan.notes)
+
+
+def test_a_run_has_room_for_its_prompt() -> None:
+    shape = ModelShape.from_config(load_shape("scout"))
+    model = PlannedModel(shape, {}, "by hand")
+    card = planned_machine("", "RTX 4090", ram=512 * GIB)
+    assert planned_run(model, machine=card, prompt=9000).plan.context == 9000
+    assert planned_run(model, machine=card, prompt=16).plan.context == shape.context()
+    assert planned_run(model, RunOptions(context=256), machine=card, prompt=9000).plan.filled == 256
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys; from offload.plan.planned_run import planned_machine, planned_run;"
+        "planned_run('scout', machine=planned_machine('', 'RTX 4090'));"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
