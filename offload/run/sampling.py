@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from offload.model.detokenizer import Detokenizer
 from offload.records import Sampling
 from quant.errors import UsageError
 
@@ -58,56 +59,51 @@ class Sampler:
 
 
 class TextStream:
-    """Text of tokens as they come: what is certain is given out, an unfinished character or the beginning of
-    a stop string is held back."""
+    """Text of tokens as they come, up to a stop string. The beginning of one is held back.
+
+    A special token has no text; where a stop string names one, the token takes part in the search as a mark.
+    """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self.tokenizer, self.stop = tokenizer, tuple(text for text in stop if text)
-        self._ids: list[int] = []
-        self._given = 0
-        self._text = ""
-        self._in_arena = 0  # tokens before this one no longer change what follows
+        self._detokenizer = Detokenizer(tokenizer)
+        stop = [text for text in stop if text]
+        self._marks = _marks(tokenizer, stop)
+        self._stop = set(stop)
+        for content, mark in sorted(self._marks.values(), key=lambda pair: -len(pair[0])):
+            self._stop |= {text.replace(content, mark) for text in self._stop}
+        self._text = ""  # certain and not given out, with marks
 
     def push(self, token: int) -> tuple[str, bool]:
         """Add a token; returns new text and whether a stop string was met (it is not part of the text)."""
-        self._ids.append(token)
-        tail = self.tokenizer.decode(self._ids[self._in_arena :], skip_special_tokens=True)
-        if tail.endswith("\ufffd") and len(self._ids) - self._in_arena < 16:
-            return "", False
-        prefix = self._text[: self._base]
-        self._text = prefix + tail
-        self._settle()
-        for text in self.stop:
-            at = self._text.find(text, max(0, self._given - len(text)))
-            if at >= 0:
-                new, self._given = self._text[self._given : at], at
-                return new, True
+        new = self._detokenizer.push(token)
+        if not self._stop:
+            return new, False
+        _, mark = self._marks.get(token, ("", ""))
+        seen = self._text + new + self._detokenizer.pending() + mark
+        met = min((at for at in map(seen.find, self._stop) if at >= 0), default=None)
+        if met is not None:
+            return self._shown(seen[:met]), True
+        self._text += new + mark
         end = len(self._text) - self._held()
-        new, self._given = self._text[self._given : end], max(end, self._given)
-        return new, False
+        given, self._text = self._text[:end], self._text[end:]
+        return self._shown(given), False
 
     def finish(self) -> str:
         """What was held back, when no more tokens come."""
-        rest, self._given = self._text[self._given :], len(self._text)
-        return rest
-
-    _base = 0
-
-    def _settle(self) -> None:
-        # Decoding is not linear in the tokens, so the last few are decoded again with each new one; older are
-        # not.
-        if len(self._ids) - self._in_arena > 32:
-            keep = self._ids[-8:]
-            kept = self.tokenizer.decode(keep, skip_special_tokens=True)
-            if self._text.endswith(kept) and not kept.startswith("\ufffd"):
-                self._in_arena = len(self._ids) - 8
-                self._base = len(self._text) - len(kept)
+        return self._shown(self._text) + self._detokenizer.pending()
 
     def _held(self) -> int:
-        longest = 0
-        for text in self.stop:
-            for size in range(min(len(text) - 1, len(self._text)), longest, -1):
-                if self._text.endswith(text[:size]):
-                    longest = size
-                    break
-        return longest
+        """Characters at the end that may be the beginning of a stop string."""
+        sizes = (size for text in self._stop for size in range(1, len(text)) if self._text.endswith(text[:size]))
+        return max(sizes, default=0)
+
+    def _shown(self, text: str) -> str:
+        return "".join(character for character in text if not "\ud800" <= character <= "\udfff")
+
+
+def _marks(tokenizer: Any, stop: Sequence[str]) -> dict[int, tuple[str, str]]:
+    """Token → its content and mark, for each special token that a stop string names. Marks are lone
+    surrogates, which no decoded text has."""
+    special = {token: made.content for token, made in tokenizer.added_tokens_decoder.items() if made.special}
+    named = [(token, content) for token, content in special.items() if content and content in "\0".join(stop)]
+    return {token: (content, chr(0xD800 + place)) for place, (token, content) in enumerate(named)}
