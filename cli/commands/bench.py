@@ -36,7 +36,7 @@ def bench(
     Bandwidths are measured in the same run. The floor is the time to read a token's bytes at those: no token
     can be faster.
     """
-    from cli.commands.open_run import check_page, find_model, finish, open_session
+    from cli.commands.open_run import check_page, command_line, find_model, finish, open_session
     from cli.options.texts import read_text, sample_text
 
     console = Console(json=json)
@@ -61,6 +61,6 @@ def bench(
         if not peak_is_clean:
             session.notes.append("the peak of resident memory includes what measuring the machine took")
         runs = plan.run(session, source, console.step)
-        measured = account(session, runs, command="bench", median=True)
+        measured = account(session, runs, command="bench", command_line=command_line(), median=True)
         console.say()
         finish(measured, console, report, {"prompt_tokens": prompt_tokens, "tokens": tokens, "repeat": repeat})

@@ -37,13 +37,14 @@ def chat(
 
     Ctrl-C stops an answer and keeps the session; Ctrl-D or /quit ends it with the run report.
     """
-    from cli.commands.open_run import check_page, find_model, finish, open_session
+    from cli.commands.open_run import check_page, command_line, find_model, finish, open_session
 
     console = Console(json=json)
     check_page(report)
     path = find_model(model)
     with seldom_collecting():
         from offload.run.collect import account
+        from offload.run.report import Message
 
     with open_session(path, run, console) as session:
         interrupt.keep_session()
@@ -51,7 +52,14 @@ def chat(
         session.encode_chat([{"role": "user", "content": "?"}])  # no template: say so before the first question
         conversation.loop(_line_reader(console))
         if conversation.runs:
-            measured = account(session, conversation.runs, command="chat", warmup=1)
+            measured = account(
+                session,
+                conversation.runs,
+                command="chat",
+                command_line=command_line(),
+                messages=[Message(**message) for message in conversation.messages],
+                warmup=1,
+            )
             extra = {"messages": conversation.messages, "finish_reason": conversation.finish_reason}
             finish(measured, console, report, extra)
         else:

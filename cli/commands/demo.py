@@ -163,12 +163,13 @@ class Demo:
         from cli.html.run_report import write_page
         from cli.terminal.run_summary import summary
         from offload.run.collect import account
+        from offload.run.report import Message
 
-        self.heading(
-            "Generate, with the profile deciding which experts are kept at hand.",
+        command = (
             f'generate model "{QUESTION}" --chat --ram {self.ram // 1024}KiB --context {CONTEXT} '
-            f"--prompt-chunk {CHUNK} --routing routing.json --report run.html",
+            f"--prompt-chunk {CHUNK} --routing routing.json --report run.html"
         )
+        self.heading("Generate, with the profile deciding which experts are kept at hand.", command)
         quiet = Console(json=True)
         run = RunOptions(ram=self.ram, context=CONTEXT, prompt_chunk=CHUNK, routing=self.routing, device="cpu")
         with open_session(self.model, run, quiet) as session:
@@ -179,7 +180,15 @@ class Demo:
                 records.append(record)
                 if not self.console.json:
                     print(record.text.replace("\n", "\n   "), end="", file=sys.stderr, flush=True)
-            report = account(session, [records], command="generate", warmup=1)
+            answer = "".join(record.text for record in records)
+            report = account(
+                session,
+                [records],
+                command="generate",
+                command_line=f"coldstream {command}",
+                messages=(Message("user", QUESTION), Message("assistant", answer)),
+                warmup=1,
+            )
         self.console.say("\n")
         self.console.say(summary(report))
         write_page(report, self.page)

@@ -66,8 +66,8 @@ def eval(
     show(found, console)
     console.notes(beyond)
     if report is not None:
+        from cli.html.document import save
         from cli.html.evaluation import render_evaluation
-        from cli.html.run_report import save
 
         save(render_evaluation(found), report)
         console.step(f"report page written to {report}")

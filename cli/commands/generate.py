@@ -31,13 +31,14 @@ def generate(
     """Continue PROMPT with MODEL, streaming the text to stdout; the run report follows on stderr."""
     from dataclasses import replace
 
-    from cli.commands.open_run import check_page, find_model, finish, open_session
+    from cli.commands.open_run import check_page, command_line, find_model, finish, open_session
 
     console = Console(json=json)
     check_page(report)
     path = find_model(model)
     with seldom_collecting():
         from offload.run.collect import account
+        from offload.run.report import Message
 
     text = sys.stdin.read() if prompt == "-" else prompt
     with open_session(path, run, console) as session:
@@ -49,10 +50,14 @@ def generate(
                 print(record.text, end="", flush=True)
         if not json:
             print(flush=True)
-        extra = {
-            "prompt_tokens": len(ids),
-            "text": "".join(record.text for record in records),
-            "finish_reason": records[-1].finish_reason,
-        }
-        # The first decode step meets cold code and caches.
-        finish(account(session, [records], command="generate", warmup=1), console, report, extra)
+        answer = "".join(record.text for record in records)
+        extra = {"prompt_tokens": len(ids), "text": answer, "finish_reason": records[-1].finish_reason}
+        measured = account(
+            session,
+            [records],
+            command="generate",
+            command_line=command_line(),
+            messages=(Message("user", text), Message("assistant", answer)),
+            warmup=1,  # the first decode step meets cold code and caches
+        )
+        finish(measured, console, report, extra)

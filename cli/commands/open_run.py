@@ -1,5 +1,7 @@
 """What generate, chat and bench do alike: open the model, and end with the report."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,11 @@ def finish(report: "RunReport", console: Console, page: Path | None, extra: dict
         write_page(report, page)
         console.step(f"report page written to {page}")
     console.result({**(extra or {}), **report.to_json()})
+
+
+def command_line() -> str:
+    """What was typed, quoted so that a shell takes it again."""
+    return shlex.join(["coldstream", *sys.argv[1:]])
 
 
 def check_page(page: Path | None, option: str = "--report") -> None:

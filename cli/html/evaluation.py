@@ -6,10 +6,10 @@ floor: the reference against itself in bf16.
 """
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
-from cli.html import run_report, svg_plots
+from cli.html import svg_plots
+from cli.html.document import Compared, document, figures, section, text
 from cli.html.svg_plots import Tick, nice_ticks
 
 if TYPE_CHECKING:  # these import torch
@@ -21,7 +21,6 @@ def render_evaluation(found: "Evaluation") -> str:
     """The whole page as HTML text."""
     readouts: dict[str, list[str]] = {}
     sections = (
-        _header(found),
         _cards(found),
         f'<div class="pair">{_spread(found, readouts)}{_positions(found, readouts)}</div>',
         f'<div class="pair">{_confidence(found.divergence.buckets, readouts)}'
@@ -29,10 +28,12 @@ def render_evaluation(found: "Evaluation") -> str:
         _numbers(found),
     )
     title = f"{found.model.name}: quality beside {found.reference.name}"
-    return run_report.document(title, "".join(sections), {"readouts": readouts, "evaluation": found.to_json()})
+    return document(
+        title, _head(found), "".join(sections), report=found.to_json(), readouts=readouts, compared=COMPARED
+    )
 
 
-def _header(found: "Evaluation") -> str:
+def _head(found: "Evaluation") -> str:
     ours = found.divergence
     ratio, error = 100 * ours.log_ratio, 100 * ours.log_ratio_error
     verdict = (
@@ -42,10 +43,10 @@ def _header(found: "Evaluation") -> str:
         else f"{ours.kl_mean:.4f} nats of KL divergence per token; perplexity {ratio:+.2f} % ± {error:.2f}."
     )
     return (
-        '<header><div class="eyebrow">Coldstream eval, '
+        '<div class="eyebrow">Coldstream eval, '
         f"{found.windows:,} windows of {found.window_tokens:,} tokens{_kv(found)}</div>"
-        f"<h1>{escape(found.model.name)} beside {escape(found.reference.name)}</h1>"
-        f'<p class="verdict">{escape(verdict)}</p></header>'
+        f"<h1>{text(found.model.name)} beside {text(found.reference.name)}</h1>"
+        f'<p class="verdict">{text(verdict)}</p>'
     )
 
 
@@ -59,7 +60,7 @@ def _cards(found: "Evaluation") -> str:
     reference = f"reference {theirs.value:.2f} ± {theirs.error:.2f}"
     change = f"mean change {100 * ours.delta_p_mean:+.3f} %"
     worst = f"99 % lie below; the largest is {ours.kl_max:.3f}"
-    return run_report.figures(
+    return figures(
         [
             ("KL divergence", f"{ours.kl_mean:.4f}", "nats", noise),
             ("Perplexity", f"{ours.perplexity.value:.2f}", "", reference),
@@ -92,7 +93,9 @@ def _spread(found: "Evaluation", readouts: dict[str, list[str]]) -> str:
         x=[(place, edge) for place, edge in places],
         y=_percents(top),
     )
-    return _section("How divergence spreads over tokens", "Share of tokens by KL divergence in nats.", figure, _LEGEND)
+    return section(
+        "How divergence spreads over tokens", figure + _LEGEND, note="Share of tokens by KL divergence in nats."
+    )
 
 
 _LEGEND = (
@@ -117,7 +120,7 @@ def _positions(found: "Evaluation", readouts: dict[str, list[str]]) -> str:
     figure = svg_plots.plot(
         "position", drawing, label="Mean KL divergence by position in the window", x=x, y=_values(top)
     )
-    return _section("Where in the window", "Mean KL divergence in nats, by the token’s position.", figure)
+    return section("Where in the window", figure, note="Mean KL divergence in nats, by the token’s position.")
 
 
 def _confidence(buckets: "Sequence[Bucket]", readouts: dict[str, list[str]]) -> str:
@@ -134,7 +137,7 @@ def _confidence(buckets: "Sequence[Bucket]", readouts: dict[str, list[str]]) -> 
         "confidence", drawing, label="Mean KL divergence by the reference’s confidence", x=x, y=_values(top)
     )
     note = "Mean KL divergence in nats, by the probability of the reference’s most likely token."
-    return _section("By how sure the reference was", note, figure)
+    return section("By how sure the reference was", figure, note=note)
 
 
 def _routing(agreement: Mapping[int, float], readouts: dict[str, list[str]]) -> str:
@@ -144,17 +147,40 @@ def _routing(agreement: Mapping[int, float], readouts: dict[str, list[str]]) -> 
     readouts["routing"] = [
         f"Layer {layer}: {100 * share:.2f} % of expert choices in common" for layer, share in agreement.items()
     ]
-    missed = [1 - share for share in shares]
-    top = 1.15 * max(max(missed), 1e-4)
-    drawing = f'<g class="plain"><path class="solid" d="{_bars(missed, top)}"/></g>'
+    low = nice_below(min(shares))
+    span = 1 - low
+    drawing = f'<g class="plain"><path class="line" d="{svg_plots.line([share - low for share in shares], span)}"/></g>'
     step = max(1, len(layers) // 8)
     x = [((index + 0.5) / len(layers), str(layer)) for index, layer in enumerate(layers) if index % step == 0]
-    figure = svg_plots.plot(
-        "routing", drawing, label="Share of expert choices that differ, by layer", x=x, y=_percents(top)
-    )
-    return _section("Router agreement", "Share of expert choices that differ from the reference’s, by layer.", figure)
+    y = [(part / 4, f"{100 * (low + span * part / 4):.4g} %") for part in range(5)]
+    label = f"Router agreement by layer, from {100 * min(shares):.2f} % to {100 * max(shares):.2f} %"
+    figure = svg_plots.plot("routing", drawing, label=label, x=x, y=y)
+    note = "Share of expert choices that the model has in common with the reference, by layer."
+    if low:
+        note += f" The axis begins at {100 * low:g} %."
+    return section("Router agreement", figure, note=note)
 
 
+def nice_below(share: float) -> float:
+    """A round share below ``share`` that leaves its distance from 1 to be seen: 0, 0.5, 0.8, 0.9, 0.95 …"""
+    steps = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+    return max(step for step in steps if step == 0 or step < share)
+
+
+COMPARED: tuple[Compared, ...] = (
+    ("KL divergence, mean", "kl_mean", "", "less"),
+    ("KL divergence, 99 %", "kl_p99", "", "less"),
+    ("Perplexity", "perplexity", "", "less"),
+    ("ln(perplexity ratio)", "log_ratio", "", ""),
+    ("Same top token", "same_top", "%", "more"),
+    ("True token’s p, RMS change", "delta_p_rms", "%", "less"),
+    ("Noise floor, KL mean", "floor.kl_mean", "", ""),
+    ("Model", "model", "", ""),
+    ("Reference", "reference", "", ""),
+    ("Windows", "windows", "", ""),
+    ("Tokens of a window", "window_tokens", "", ""),
+    ("KV cache", "kv", "", ""),
+)
 _KL = {"mean": "kl_mean", "median": "kl_median", "90 %": "kl_p90", "99 %": "kl_p99", "max": "kl_max"}
 
 
@@ -176,10 +202,6 @@ def _numbers(found: "Evaluation") -> str:
         '<section><h2>The numbers</h2><table><thead><tr><th></th><th class="number">model</th>'
         f'<th class="number">noise floor</th></tr></thead><tbody>{cells}</tbody></table></section>'
     )
-
-
-def _section(title: str, note: str, figure: str, legend: str = "") -> str:
-    return f'<section><h2>{title}</h2><p class="quiet">{note}</p>{figure}{legend}</section>'
 
 
 def _bars(values: Sequence[float], top: float) -> str:

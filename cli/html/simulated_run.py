@@ -1,12 +1,13 @@
 """The page of a replayed timeline: one self-contained HTML file in the style of the run report."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
-from cli.html import run_report, svg_plots
+from cli.html import svg_plots
+from cli.html.document import Compared, document, figures, none, save, section, text
 from cli.html.svg_plots import Bins, nice_ticks
-from cli.terminal.simulation_tables import RESOURCES, causes, document
+from cli.terminal.simulation_tables import RESOURCES, causes
+from cli.terminal.simulation_tables import document as plain_data
 from cli.terminal.words import number, percent, size
 from offload.simulator.engine import Span
 from offload.simulator.simulation import Replay, Setup
@@ -17,30 +18,43 @@ _BINS = 250
 
 def write_replay(setup: Setup, decode: Replay, prefill: Replay, title: str, path: Path) -> None:
     """Write the page to ``path``. Raises OutputError if that cannot be."""
-    run_report.save(render_replay(setup, decode, prefill, title), path)
+    save(render_replay(setup, decode, prefill, title), path)
 
 
 def render_replay(setup: Setup, decode: Replay, prefill: Replay, title: str) -> str:
     """The whole page as HTML text."""
     readouts: dict[str, list[str]] = {}
+    head = (
+        f'<div class="eyebrow">Coldstream simulate: nothing on this page was measured</div>'
+        f'<h1>{text(title)}</h1><p class="verdict">{text(_verdict(setup, decode))}</p>'
+    )
     body = (
-        f'<header><div class="eyebrow">Coldstream simulate: nothing on this page was measured</div>'
-        f"<h1>{escape(title)}</h1>"
-        f'<p class="verdict">{escape(_verdict(setup, decode))}</p></header>'
         f"{_figures(setup, decode, prefill)}"
         f'<div class="pair">{_waits(setup, decode)}{_resources(decode)}</div>'
-        f"<section><h2>One token</h2>{lanes('token', decode.spans, readouts)}</section>"
-        f"<section><h2>The prompt</h2>{lanes('prompt', prefill.spans, readouts)}</section>"
-        f"<section><h2>Token by token</h2>{_tokens(decode, readouts)}</section>"
+        + section("One token", lanes("token", decode.spans, readouts))
+        + section("The prompt", lanes("prompt", prefill.spans, readouts))
+        + section("Token by token", _tokens(decode, readouts))
     )
-    return run_report.document(title, body, {"readouts": readouts, "replay": document(setup, decode, prefill)})
+    report = plain_data(setup, decode, prefill)
+    return document(title, head, body, report=report, readouts=readouts, compared=COMPARED)
+
+
+COMPARED: tuple[Compared, ...] = (
+    ("Decode", "decode.tokens_per_s", "tokens/s", "more"),
+    ("Prefill", "prefill.tokens_per_s", "tokens/s", "more"),
+    ("Planned decode", "planned_tokens_per_s", "tokens/s", ""),
+    ("Hits in VRAM", "decode.hit_rates.vram", "%", "more"),
+    ("Hits in RAM", "decode.hit_rates.ram", "%", ""),
+    ("Read from disk", "decode.hit_rates.disk", "%", "less"),
+    ("Limited by", "decode.limited_by", "", ""),
+)
 
 
 def lanes(name: str, spans: Sequence[Span], readouts: dict[str, list[str]]) -> str:
     """What each resource is busy with over time, one lane below the other."""
     present = [lane for lane in _LANES if any(span.lane == lane for span in spans)]
     if not present:
-        return '<p class="quiet">Nothing was recorded.</p>'
+        return none("nothing was recorded")
     end = max(span.end for span in spans)
     height = svg_plots.HEIGHT / len(present)
     drawing = ""
@@ -99,7 +113,7 @@ def _figures(setup: Setup, decode: Replay, prefill: Replay) -> str:
         ("Hits", hits, "", f"{plan.vram_slots:,} experts in VRAM, {plan.ram_slots:,} in RAM"),
         ("Swaps", number(decode.swaps_per_token), "per token", size(plan.slot_bytes) + " each"),
     ]
-    return run_report.figures(cards)
+    return figures(cards)
 
 
 def _waits(setup: Setup, decode: Replay) -> str:
@@ -122,8 +136,8 @@ def _resources(decode: Replay) -> str:
 
 
 def _row(name: str, *values: str) -> str:
-    cells = "".join(f'<td class="number">{escape(value)}</td>' for value in values)
-    return f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+    cells = "".join(f'<td class="number">{text(value)}</td>' for value in values)
+    return f'<tr><th scope="row">{text(name)}</th>{cells}</tr>'
 
 
 def _tokens(decode: Replay, readouts: dict[str, list[str]]) -> str:

@@ -13,6 +13,7 @@ from offload.run.speed import percentile
 from offload.tiers import TIERS, Tier
 
 _GIB, _MIB = 2**30, 2**20
+_FAR = 2.5  # times what was used: a budget that high would flatten the curve
 
 
 def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
@@ -32,9 +33,7 @@ def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
     tags = svg_plots.tag(median, top, f"median {number(median)} ms")
     if floor:
         drawing += svg_plots.level(floor, top, "floor")
-        tags += svg_plots.tag(
-            floor, top, f"{words.limit_name(report)} floor {number(floor)} ms", under=floor > 0.12 * top
-        )
+        tags += svg_plots.tag(floor, top, f"{words.limit_name(report)} floor {number(floor)} ms", left=True)
     readouts["time"] = [
         f"{_span('Token', span)}: {number(statistics.median(g))} ms"
         + (f", from {number(g[0])} to {number(g[-1])}" if len(g) > 1 else "")
@@ -61,30 +60,41 @@ def times_max(times: Sequence[float]) -> float:
     return max(times)
 
 
-def memory_plot(records: Sequence[TokenRecord], readouts: dict[str, list[str]]) -> str:
-    """Resident and VRAM bytes after every step, prompts shaded."""
+def memory_plot(
+    records: Sequence[TokenRecord], readouts: dict[str, list[str]], ram_budget: int = 0, vram_budget: int = 0
+) -> str:
+    """Resident and VRAM bytes after every step, prompts shaded, below the budgets (bytes; 0 for none)."""
     if not any(record.rss_bytes for record in records):
         return ""
     bins = Bins(len(records))
     groups = [records[start:end] for start, end in bins.spans]
     resident = [max(r.rss_bytes for r in group) for group in groups]
     vram = [max(r.vram_bytes for r in group) for group in groups]
-    top = 1.1 * max(*resident, *vram)
+    most = max(*resident, *vram)
+    budgets = {"ram": ram_budget, "vram": vram_budget if any(vram) else 0}
+    near = {tier: budget for tier, budget in budgets.items() if 0 < budget < _FAR * most}
+    top = 1.12 * max(most, *near.values(), 0)
     unit, name = (_GIB, "GiB") if top >= _GIB else (_MIB, "MiB")
     prompts = [top if any(r.phase == "prefill" for r in group) else 0.0 for group in groups]
     drawing = f'<path class="prompt" d="{svg_plots.bars([0.0] * len(prompts), prompts, top)}"/>'
     drawing += _curve(resident, top, "ram") + (_curve(vram, top, "vram") if any(vram) else "")
+    tags = ""
+    for tier, budget in near.items():
+        drawing += f'<g class="{tier}">{svg_plots.level(budget, top, "budget")}</g>'
+        tags += svg_plots.tag(budget, top, f"{tier.upper()} budget {size(budget)}", left=tier == "vram")
+    far = [f"{size(budget)} of {tier.upper()}" for tier, budget in budgets.items() if budget and tier not in near]
+    beyond = f'<p class="quiet">The budget, {" and ".join(far)}, lies far above this plot.</p>' if far else ""
     readouts["memory"] = [
         f"{_span('Step', span)}{_prompt(group)}: {size(rss)} resident" + (f", {size(gpu)} of VRAM" if gpu else "")
         for span, group, rss, gpu in zip(bins.spans, groups, resident, vram, strict=True)
     ]
     y = [(value * unit / top, f"{value:g}") for value in nice_ticks(top / unit)]
     label = f"Memory over {len(records):,} steps: at most {size(max(resident))} resident."
-    figure = svg_plots.plot("memory", drawing, label=label, x=bins.ticks(), y=y, css="low")
+    figure = svg_plots.plot("memory", drawing, label=label, x=bins.ticks(), y=y, tags=tags, css="low")
     legend = '<li><span class="swatch ram"></span>Resident (RAM)</li>'
     legend += '<li><span class="swatch vram"></span>VRAM</li>' if any(vram) else ""
     legend += '<li><span class="swatch other" style="--part:30%"></span>prompt being run</li>'
-    return f'<h3>Memory in {name}, over the steps</h3>{figure}<ul class="legend">{legend}</ul>'
+    return f'<h3>Memory in {name}, over the steps</h3>{figure}<ul class="legend">{legend}</ul>{beyond}'
 
 
 def requests_plot(records: Sequence[TokenRecord], readouts: dict[str, list[str]]) -> str:

@@ -8,12 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from offload.run.report import ExpertMap
-from offload.tiers import Tier
-
 Tick = tuple[float, str]
 WIDTH, HEIGHT = 1000, 100
-STEPS = 5  # shades of use in the heat map
 
 
 @dataclass(frozen=True)
@@ -76,9 +72,10 @@ def level(value: float, top: float, css: str) -> str:
     return f'<path class="{css}" d="M0 {_y(value, top):.1f}H{WIDTH}"/>'
 
 
-def tag(value: float, top: float, text: str, *, under: bool = False) -> str:
-    """Text at the right end of a rule at ``value``."""
-    css = "tag under" if under else "tag"
+def tag(value: float, top: float, text: str, *, left: bool = False) -> str:
+    """Text on a rule at ``value``, at its right end or its left: two rules take one end each, so that their texts
+    never meet. A rule in the upper part has its text below."""
+    css = f"tag{' left' if left else ''}{' under' if value > 0.8 * top else ''}"
     return f'<span class="{css}" style="top:{_y(value, top):.1f}%">{escape(text)}</span>'
 
 
@@ -89,59 +86,13 @@ def plot(
     y = list(y)
     grid = "".join(f'<path class="grid" d="M0 {HEIGHT * (1 - place):.1f}H{WIDTH}"/>' for place, _ in y)
     return (
-        f'<figure><div class="plot">{_y_ticks((1 - place, text) for place, text in y)}'
+        f'<figure><div class="plot">{y_ticks((1 - place, text) for place, text in y)}'
         f'<div class="canvas {css}" tabindex="0" role="img" aria-label="{escape(label)}" '
         f'data-readout="{name}" aria-describedby="{name}-readout">'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{grid}{drawing}'
-        f'</svg>{tags}<div class="cursor"></div></div>{_x_ticks(x, "ends")}</div>'
-        f"{_readout(name)}</figure>"
+        f'</svg>{tags}<div class="cursor"></div></div>{x_ticks(x, "ends")}</div>'
+        f"{readout(name)}</figure>"
     )
-
-
-def heat_map(experts: ExpertMap) -> str:
-    """Every expert's use (shade) and residency (colour; small squares are on disk), longer side across."""
-    layers, count = len(experts.moe_layers), len(experts.counts[0]) if experts.counts else 0
-    by_layer = layers > count
-    columns, rows = (layers, count) if by_layer else (count, layers)
-    most = max((value for row in experts.counts for value in row), default=0)
-    paths: dict[str, list[str]] = {}
-    for index, (counts, tiers) in enumerate(zip(experts.counts, experts.tiers, strict=True)):
-        for expert, (value, tier) in enumerate(zip(counts, tiers, strict=True)):
-            x, y = (index, expert) if by_layer else (expert, index)
-            paths.setdefault(_shade(value, most, tier), []).append(_square(x, y, small=tier == "disk"))
-    drawing = "".join(f'<path class="{css}" d="{"".join(cells)}"/>' for css, cells in sorted(paths.items()))
-    numbers = [str(layer) for layer in experts.moe_layers]
-    across, down = (numbers, range(count)) if by_layer else (range(count), numbers)
-    size = min(28, max(8, 1000 // max(columns, 1)))
-    label = f"Heat map of {layers} layers by {count} experts: use by shade, residency by colour and size"
-    return (
-        f'<figure><div class="scroll"><div class="heat" style="min-width:{columns * 7 + 40}px;'
-        f'max-width:{columns * size + 46}px">{_y_ticks(_every(down, rows, 14))}'
-        f'<div class="canvas" id="heat" tabindex="0" role="img" aria-label="{label}" '
-        f'aria-describedby="heat-readout" data-across="{"layers" if by_layer else "experts"}">'
-        f'<svg viewBox="0 0 {columns} {rows}" aria-hidden="true">{drawing}'
-        '<rect class="cell" width="1" height="1" vector-effect="non-scaling-stroke"/></svg></div>'
-        f'{_x_ticks(_every(across, columns, 20))}<div class="axis">{"Layer" if by_layer else "Expert"} '
-        f"across, {'expert' if by_layer else 'layer'} down</div></div></div>{_readout('heat')}</figure>"
-    )
-
-
-def segments(parts: Sequence[tuple[str, int]], tier: Tier, scale: int) -> str:
-    """A stacked bar of (role, bytes), as wide as its sum is of ``scale``; the largest role is the darkest."""
-    total = sum(size for _, size in parts)
-    items = "".join(
-        f'<i class="{tier}" style="flex:{size} 1 0;--part:{shade(index)}%" title="{escape(role)}"></i>'
-        for index, (role, size) in enumerate(parts)
-        if size
-    )
-    width = 100 * total / scale if scale else 0
-    inner = f'<div class="bar" style="flex:0 0 {width:.2f}%">{items}</div>'
-    return f'<div class="bar" aria-hidden="true">{inner}</div>'
-
-
-def shade(index: int) -> int:
-    """Strength in percent of the ``index``-th largest role's colour."""
-    return (100, 74, 56, 44, 36, 30)[min(index, 5)]
 
 
 def track(part: float, css: str, *, thin: bool = False) -> str:
@@ -151,28 +102,18 @@ def track(part: float, css: str, *, thin: bool = False) -> str:
     return f'<div class="track {css}" aria-hidden="true"><i style="width:{width:.2f}%"></i></div>'
 
 
-def _shade(value: int, most: int, tier: Tier) -> str:
-    if not value:
-        return f"none {tier}"
-    return f"use {tier} p{min(STEPS - 1, int(STEPS * value / (most + 1)))}"
-
-
-def _square(x: int, y: int, *, small: bool) -> str:
-    inset = 0.22 if small else 0.06
-    side = 1 - 2 * inset
-    return f"M{x + inset:g} {y + inset:g}h{side:g}v{side:g}h-{side:g}z"
-
-
 def _y(value: float, top: float) -> float:
     return HEIGHT * (1 - min(max(value / top, 0.0), 1.0)) if top else float(HEIGHT)
 
 
-def _every(labels: Iterable[object], count: int, most: int) -> list[Tick]:
+def every(labels: Iterable[object], count: int, most: int) -> list[Tick]:
+    """As many of ``count`` evenly spaced ``labels`` as ``most``."""
     step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128, 10**9) if count / step <= most)
     return [((i + 0.5) / count, str(text)) for i, text in enumerate(labels) if i % step == 0]
 
 
-def _y_ticks(ticks: Iterable[Tick]) -> str:
+def y_ticks(ticks: Iterable[Tick]) -> str:
+    """Labels down the left side; places count from the top."""
     return (
         '<div class="ticks-y" aria-hidden="true">'
         + "".join(f'<span style="top:{100 * place:.2f}%">{escape(text)}</span>' for place, text in ticks)
@@ -180,7 +121,8 @@ def _y_ticks(ticks: Iterable[Tick]) -> str:
     )
 
 
-def _x_ticks(ticks: Iterable[Tick], css: str = "") -> str:
+def x_ticks(ticks: Iterable[Tick], css: str = "") -> str:
+    """Labels below."""
     return (
         f'<div class="ticks-x {css}" aria-hidden="true">'
         + "".join(f'<span style="left:{100 * place:.2f}%">{escape(text)}</span>' for place, text in ticks)
@@ -188,5 +130,6 @@ def _x_ticks(ticks: Iterable[Tick], css: str = "") -> str:
     )
 
 
-def _readout(name: str) -> str:
+def readout(name: str) -> str:
+    """Where the words of what is pointed at go."""
     return f'<p class="readout" id="{name}-readout" role="status"></p>'

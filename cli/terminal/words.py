@@ -11,6 +11,7 @@ from quant.sizes import format_size
 __all__ = [
     "TIER_NAMES",
     "deviation",
+    "is_far_off",
     "limit_name",
     "number",
     "percent",
@@ -59,6 +60,11 @@ def percent(part: float | None) -> str:
 def deviation(part: float) -> str:
     """A signed difference in percent: ``+4 %``."""
     return f"{100 * part:+.0f} %".replace("-", "−")
+
+
+def is_far_off(predicted: float, measured: float) -> bool:
+    """Whether a prediction missed by so much that a reader should not build on it."""
+    return not 0.75 < measured / predicted < 1.35
 
 
 def size(count: int) -> str:

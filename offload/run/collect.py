@@ -12,12 +12,14 @@ import torch
 
 from offload.hardware.ledger import peak_resident_bytes, resident_bytes
 from offload.hardware.system import cpu_name
-from offload.run.report import Environment, ExpertMap, Memory, Prediction, RunReport, Subject
+from offload.run.plan_run import schemes_of_tensors
+from offload.run.report import Environment, ExpertMap, Memory, Message, Prediction, RunReport, RunRequest, Subject
 from offload.run.session import Session
 from offload.run.speed import Bandwidth, Run
 from offload.tiers import Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.kernels import native
+from quant.model.mixed_precision import MixedPrecision
 
 _PACKAGES = ("coldstream", "torch", "transformers", "bitsandbytes", "safetensors")
 _TOO_GOOD = 1.25  # of the measured bandwidth; less is how memory varies
@@ -29,14 +31,16 @@ def account(
     runs: Sequence[Run],
     *,
     command: str,
+    command_line: str = "",
+    messages: Sequence[Message] = (),
     bandwidth: Bandwidth | None = None,
     warmup: int = 0,
     median: bool = False,
 ) -> RunReport:
     """The report of ``runs`` in ``session``.
 
-    ``bandwidth`` is what was probed for this run, by default what the session's machine was probed at. See
-    RunReport.of for ``warmup`` and ``median``.
+    ``command_line`` and ``messages`` are told as they are. ``bandwidth`` is what was probed for this run, by
+    default what the session's machine was probed at. See RunReport.of for ``warmup`` and ``median``.
     """
     shape = session.shape
     report = RunReport.of(
@@ -58,6 +62,7 @@ def account(
         plan=prediction_of(session, runs),
         expert_map=expert_map_of(session),
         notes=notes_of(session, runs),
+        request=RunRequest(command_line, _schemes(session), *_budgets(session), tuple(messages)),
         warmup=warmup,
         median=median,
     )
@@ -88,6 +93,18 @@ def notes_of(session: Session, runs: Sequence[Run] = ()) -> list[str]:
     for part in (session.plan, session.machine):
         notes += part.notes if part is not None else ()
     return notes
+
+
+def _schemes(session: Session) -> dict[str, str]:
+    schemes = schemes_of_tensors(session.checkpoint)
+    mostly = "mostly " if isinstance(schemes, MixedPrecision) else ""
+    return {role: f"{mostly}{scheme}" for role, scheme in schemes.items()}
+
+
+def _budgets(session: Session) -> tuple[int, int]:
+    """Bytes of RAM, Python included, and of VRAM that the run may take."""
+    plan = session.plan
+    return (session.ledger.baseline_rss + plan.ram, plan.vram) if plan is not None else (0, 0)
 
 
 def environment_of(session: Session) -> Environment:

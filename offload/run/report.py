@@ -7,7 +7,7 @@ bandwidths GB/s of 10^9 bytes, speeds tokens per second.
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from offload.records import TokenRecord
@@ -28,6 +28,31 @@ class Subject:
     top_k: int
     context: int
     load_seconds: float
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of what was said: ``role`` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What was asked of the run, and what it answered.
+
+    ``command_line`` is what was typed, quoted for a shell (empty for a run that Python started). ``schemes``
+    are what the weights of each role are stored as. ``ram_bytes`` is what the whole process may take of RAM,
+    Python and its libraries included, ``vram_bytes`` of VRAM (both 0 if nobody planned the run). ``messages``
+    are prompts and answers in order; a benchmark has none.
+    """
+
+    command_line: str = ""
+    schemes: Mapping[str, str] = field(default_factory=dict)
+    ram_bytes: int = 0
+    vram_bytes: int = 0
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,16 +124,21 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ExpertMap:
-    """Use and residency of every expert: ``counts[l][e]`` requests, ``tiers[l][e]`` its last tier."""
+    """Use and residency of every expert: ``counts[l][e]`` requests, ``tiers[l][e]`` its last tier.
+
+    ``requests[l]`` says how many of a layer's requests found their expert in each tier (empty if nobody counted).
+    """
 
     moe_layers: tuple[int, ...]
     counts: tuple[tuple[int, ...], ...]
     tiers: tuple[tuple[Tier, ...], ...]
+    requests: tuple[Mapping[Tier, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """One run's measurements. ``records`` are all measured steps in order, warm-up runs not among them."""
+    """One run's measurements. ``records`` are all measured steps in order, warm-up runs not among them;
+    ``doubts`` are what makes a figure unreliable."""
 
     subject: Subject
     environment: Environment
@@ -123,6 +153,8 @@ class RunReport:
     expert_map: ExpertMap
     notes: tuple[str, ...]
     records: tuple[TokenRecord, ...]
+    request: RunRequest = RunRequest()
+    doubts: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -136,6 +168,7 @@ class RunReport:
         plan: Prediction,
         expert_map: ExpertMap,
         notes: Sequence[str] = (),
+        request: RunRequest = RunRequest(),
         warmup: int = 0,
         median: bool = False,
     ) -> "RunReport":
@@ -160,6 +193,7 @@ class RunReport:
             expert_map=expert_map,
             notes=tuple(dict.fromkeys(notes)),
             records=records,
+            request=request,
         )
 
     @property
@@ -177,8 +211,9 @@ class RunReport:
         requests = dataclasses.asdict(self.experts)
         return {
             **dataclasses.asdict(self.subject),
+            "request": dataclasses.asdict(self.request),
             "prefill": dataclasses.asdict(self.prefill),
-            "decode": dataclasses.asdict(self.decode),
+            "decode": {**dataclasses.asdict(self.decode), "time_ms": self.decode.time_ms()},
             "bandwidth": {
                 **dataclasses.asdict(self.bandwidth),
                 "achieved": {f"{tier}_gb_s": self.achieved.get(tier) for tier in TIERS},
@@ -191,6 +226,7 @@ class RunReport:
             },
             "plan": {**dataclasses.asdict(self.plan), "measured_over_predicted": _plus_one(self.prediction_error())},
             "environment": dataclasses.asdict(self.environment),
+            "doubts": list(self.doubts),
             "notes": list(self.notes),
             "expert_map": dataclasses.asdict(self.expert_map),
             "timeline": self.history(),

@@ -109,6 +109,23 @@ class DecodeSpeed:
             fraction_of_floor=floor / p50 if floor and p50 else None,
         )
 
+    def time_ms(self) -> dict[str, float]:
+        """Where the mean time of a token went, in ms, in parts that add up to it.
+
+        ``vram`` and ``ram`` are reading a token's bytes there at the measured bandwidths, ``disk`` is what
+        reading the disk takes beyond these, ``rest`` everything else: arithmetic, waits, what Python does.
+        A run that was faster than its bandwidths has no rest, and its parts are scaled to the time it took.
+        """
+        mean = 1e3 * self.seconds / self.tokens if self.tokens else 0.0
+        parts: dict[str, float] = {tier: ms for tier, ms in self.floor_ms_by_tier.items() if tier != "disk"}
+        beyond = self.floor_ms_by_tier.get("disk", 0.0) - sum(parts.values())
+        if beyond > 0:
+            parts["disk"] = beyond
+        known = sum(parts.values())
+        if known > mean:
+            return {name: ms * mean / known for name, ms in parts.items()}
+        return {**parts, "rest": mean - known} if mean else {}
+
     def achieved(self) -> dict[Tier, float]:
         """GB/s read from each tier while decoding: bytes per token over the mean time of a token."""
         mean = self.seconds / self.tokens if self.tokens else 0.0

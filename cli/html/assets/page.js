@@ -1,12 +1,43 @@
 "use strict";
-// Readouts: the value under the pointer, or under the arrow keys, in words. Without scripts the page lacks
-// nothing but these.
+// What a page gains by a script: readouts under pointer and arrow keys, light or dark, the data as a file, copies.
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
-const labels = read("readouts");
 
-for (const canvas of document.querySelectorAll("[data-readout]")) {
-  const texts = labels[canvas.dataset.readout];
-  const out = document.getElementById(canvas.dataset.readout + "-readout");
+{
+  const themes = ["auto", "light", "dark"], root = document.documentElement;
+  const button = document.getElementById("theme");
+  const show = () => { button.textContent = `Theme: ${root.dataset.theme ?? "auto"}`; };
+  button.addEventListener("click", () => {
+    const next = themes[(themes.indexOf(root.dataset.theme ?? "auto") + 1) % themes.length];
+    if (next === "auto") delete root.dataset.theme; else root.dataset.theme = next;
+    try { localStorage.setItem("coldstream-theme", next); } catch { /* then it holds for this page only */ }
+    show();
+  });
+  show();
+}
+
+{
+  const link = document.getElementById("download");
+  const name = (document.title.split(":")[0] || "report").replace(/[^\w.-]+/g, "-").slice(0, 80);
+  link.download = `${name}.json`;
+  link.addEventListener("click", () => {
+    const text = JSON.stringify(read("report"), null, 1);
+    link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+  });
+}
+
+for (const button of document.querySelectorAll("[data-copy]")) {
+  button.addEventListener("click", async () => {
+    const source = document.getElementById(button.dataset.copy);
+    getSelection().selectAllChildren(source);
+    try { await navigator.clipboard.writeText(source.textContent); } catch { document.execCommand("copy"); }
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+}
+
+// Makes `canvas` tell `texts[i]` where the pointer or the arrow keys are, i counting `texts` from left to right.
+const tell = (canvas, texts, out) => {
   const cursor = canvas.querySelector(".cursor");
   let at = -1;
   const show = (index) => {
@@ -27,40 +58,12 @@ for (const canvas of document.querySelectorAll("[data-readout]")) {
     if (event.key === "Escape") hide();
     else if (event.key in moves) { event.preventDefault(); show(moves[event.key]); }
   });
-}
+};
 
-const heat = document.getElementById("heat");
-if (heat) {
-  const { moe_layers, counts, tiers } = read("experts");
-  const names = { vram: "in VRAM", ram: "in RAM", disk: "on disk" };
-  const across = heat.dataset.across;
-  const columns = across === "layers" ? moe_layers.length : counts[0].length;
-  const rows = across === "layers" ? counts[0].length : moe_layers.length;
-  const cell = heat.querySelector(".cell");
-  const out = document.getElementById("heat-readout");
-  let x = -1, y = 0;
-  const show = (column, row) => {
-    x = Math.max(0, Math.min(columns - 1, column));
-    y = Math.max(0, Math.min(rows - 1, row));
-    const [layer, expert] = across === "layers" ? [x, y] : [y, x];
-    const total = counts[layer].reduce((sum, count) => sum + count, 0) || 1;
-    const count = counts[layer][expert];
-    cell.setAttribute("x", x); cell.setAttribute("y", y); cell.style.display = "inline";
-    out.textContent = `Layer ${moe_layers[layer]}, expert ${expert}: ${count.toLocaleString("en")} requests, ` +
-      `${((100 * count) / total).toFixed(1)} % of its layer, ${names[tiers[layer][expert]]}`;
-  };
-  const hide = () => { cell.style.display = "none"; out.textContent = ""; x = -1; y = 0; };
-  heat.addEventListener("pointermove", (event) => {
-    const box = heat.querySelector("svg").getBoundingClientRect();
-    show(Math.floor(((event.clientX - box.left) / box.width) * columns),
-         Math.floor(((event.clientY - box.top) / box.height) * rows));
-  });
-  heat.addEventListener("pointerleave", hide);
-  heat.addEventListener("blur", hide);
-  heat.addEventListener("keydown", (event) => {
-    const moves = { ArrowRight: [x + 1, y], ArrowLeft: [x - 1, y], ArrowDown: [x, y + 1], ArrowUp: [x, y - 1],
-                    Home: [0, y], End: [columns - 1, y] };
-    if (event.key === "Escape") hide();
-    else if (event.key in moves) { event.preventDefault(); show(...moves[event.key]); }
-  });
+{
+  const readouts = read("readouts");
+  for (const canvas of document.querySelectorAll("[data-readout]")) {
+    const name = canvas.dataset.readout;
+    tell(canvas, readouts[name], document.getElementById(`${name}-readout`));
+  }
 }

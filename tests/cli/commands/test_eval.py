@@ -63,7 +63,7 @@ def test_the_report_page_draws_what_the_document_says(model: Path, text: Path, t
     done = invoke("eval", model, *asked, "--kv", "int8", "--report", page, "--json")
     assert done.returncode == 0, done.stderr
     html = page.read_text()
-    [data] = re.findall(r'<script type="application/json" id="evaluation">(.*?)</script>', html, re.S)
+    [data] = re.findall(r'<script type="application/json" id="report">(.*?)</script>', html, re.S)
     document = json.loads(done.stdout.splitlines()[-1])
     assert json.loads(data) == document
     assert document["kv"] == "int8" and "int8 KV cache" in outline(html).text

@@ -1,0 +1,62 @@
+"""What was run, first on the page: the command to copy, the model and how it is stored, the budgets, and what
+was asked and answered."""
+
+from collections.abc import Sequence
+
+from cli.html.document import facts, section, text
+from cli.terminal.words import number, role_name, size
+from offload.run.report import Message, RunReport
+
+_SPEAKERS = {"user": "Prompt", "assistant": "Answer", "system": "System prompt"}
+
+
+def request_section(report: RunReport) -> str:
+    """The card of what was asked."""
+    request = report.request
+    said = _conversation(request.messages)
+    about = command(request.command_line) + facts(_about(report))
+    body = f'<div class="pair plain-pair"><div>{about}</div>{said}</div>' if said else about
+    return section("What was run", body, css="request")
+
+
+def command(line: str) -> str:
+    """A command line with a button that copies it."""
+    if not line:
+        return ""
+    # A word of the command stays on one line if it fits, lest --ram becomes - and -ram.
+    words = " ".join(f"<span>{text(word)}</span>" for word in line.split(" "))
+    return (
+        f'<div class="command"><pre tabindex="0" id="command">{words}</pre>'
+        '<button type="button" data-copy="command">Copy</button></div>'
+    )
+
+
+def _about(report: RunReport) -> dict[str, str]:
+    subject, request = report.subject, report.request
+    stored = ", ".join(f"{role_name(role)} {scheme}" for role, scheme in request.schemes.items())
+    budgets = [
+        f"{size(count)} of {tier}"
+        for tier, count in (("VRAM", request.vram_bytes), ("RAM", request.ram_bytes))
+        if count
+    ]
+    return {
+        "Model": f"{subject.family}, {len(report.expert_map.moe_layers)} MoE layers of "
+        f"{subject.num_experts} experts, {subject.top_k} per token",
+        "Stored as": stored,
+        "Budgets": f"{' and '.join(budgets)}, Python and its libraries included" if budgets else "",
+        "Context": f"{subject.context:,} tokens",
+        "Machine": ", ".join(filter(None, (report.environment.gpu, report.environment.cpu))),
+        "Loaded in": f"{number(subject.load_seconds)} s",
+    }
+
+
+def _conversation(messages: Sequence[Message]) -> str:
+    if not messages:
+        return ""
+    turns = "".join(
+        f"<h3>{text(_SPEAKERS.get(message.role, message.role))}</h3>"
+        f'<pre class="said {"answer" if message.role == "assistant" else ""}" dir="auto" tabindex="0">'
+        f"{text(message.content) or '<i>(nothing)</i>'}</pre>"
+        for message in messages
+    )
+    return f'<div class="conversation">{turns}</div>'
