@@ -56,8 +56,8 @@ PerExpert = Annotated[
     bool,
     typer.Option(
         "--per-expert",
-        help="Let each expert have bits of its own, 8 for the hot and 4 for the cold. Runs are slower, and "
-        "every expert takes the memory of the largest.",
+        help="Let each expert have bits of its own, 8 for the hot and 4 for the cold. Runs are slower, every "
+        "expert takes the memory of the largest, and vLLM cannot serve it.",
     ),
 ]
 _WHOLE = "auto"

@@ -31,7 +31,7 @@ from quant.linear import LinearWeight, QuantLinear
 from quant.model.families import PROJECTIONS, Projection, Role
 from quant.model.tensors import LinearSpec
 from quant.rounding.rounding import Rounder
-from quant.scheme import BF16, Scheme
+from quant.scheme import Scheme
 
 STREAM_BYTES = 8 * 2**30
 _WINDOWS = 4  # at least, however few tokens there is room for
@@ -169,7 +169,7 @@ class _Survey:
         if unit.role == "experts":
             assert unit.layer is not None
             self.walk.runner.replaced = {
-                expert: self._expert(unit, unit.layer, expert, scheme) for expert in range(self.walk.shape.num_experts)
+                expert: self._expert(unit.layer, expert, scheme) for expert in range(self.walk.shape.num_experts)
             }
             try:
                 yield
@@ -195,15 +195,13 @@ class _Survey:
         made.bias = stock.bias
         return made
 
-    def _expert(self, unit: Unit, layer: int, expert: int, scheme: Scheme) -> ExpertWeights:
+    def _expert(self, layer: int, expert: int, scheme: Scheme) -> ExpertWeights:
         views = self.walk.checkpoint.expert(layer, expert)
         parts: dict[Projection, LinearWeight] = {}
         for linear in self.walk.shape.expert_linears(layer, expert):
             assert linear.projection is not None
             weight = views[linear.projection].dense().contiguous()
-            changes = (linear.projection == "down_proj") == (unit.part == "down")
-            plain = LinearWeight(BF16, {"weight": weight}, linear.out_features, linear.in_features)
-            parts[linear.projection] = self._round(linear, weight, scheme) if changes else plain
+            parts[linear.projection] = self._round(linear, weight, scheme)
         return ExpertWeights(*(parts[name] for name in PROJECTIONS))
 
     def _round(self, linear: LinearSpec, weight: Tensor, scheme: Scheme) -> LinearWeight:

@@ -1,8 +1,9 @@
 """Units: the Linears that must share a scheme, and what schemes they may have.
 
 Loaders fuse q, k and v, and gate_proj and up_proj, so these are stored alike. A layer's routed experts are
-one unit, or one unit each: a layer whose experts are stored alike is computed in one native call, and in one
-launch on a GPU.
+one unit, all three projections of them: vLLM reads one scheme per layer and refuses a layer whose projections
+differ, and experts that are stored alike are computed in one native call, and in one launch on a GPU. Each
+expert is a unit of its own where that is asked for.
 
 Legend: E experts.
 """
@@ -77,8 +78,6 @@ def _linears(shape: ModelShape, roles: Sequence[Role]) -> Iterator[LinearSpec]:
 
 
 def _part(linear: LinearSpec) -> Part:
-    if linear.role == "lm_head":
+    if linear.role in ("lm_head", "experts"):
         return "all"
-    if linear.role == "experts":
-        return "down" if linear.projection == "down_proj" else "gate_up"
     return _PARTS.get(linear.module.rpartition(".")[2], "gate_up")

@@ -4,8 +4,9 @@ settings.
 compressed-tensors matches a module by exact name, then by regular expression, then by class name, and
 ``ignore`` wins over all. So the routed experts' scheme is the group that targets ``"Linear"`` (vLLM looks the
 experts up there, transformers too when it fuses them), other roles with a scheme of their own are regular
-expressions, and everything left dense is ignored. When the groups differ, the experts' group also names the
-experts, which is how transformers tells it from the dense modules' group where it dequantizes while loading.
+expressions, and everything left dense is ignored. The head is always named, because vLLM's is no ``Linear``.
+When the groups differ, the experts' group also names the experts, which is how transformers tells it from the
+dense modules' group where it dequantizes while loading.
 """
 
 from collections.abc import Mapping
@@ -47,10 +48,26 @@ def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str
     one = shape.expert_linears(shape.moe_layers[0], 0) if shape.moe_layers else ()
     for linear in shape.linears() if isinstance(schemes, MixedPrecision) else (*shape.dense_linears(), *one):
         scheme_of(schemes, linear).check(linear.module, linear.out_features, linear.in_features)
+    notes = []
     if isinstance(schemes, MixedPrecision):
         _check_fusable(shape, schemes)
+        notes += _unlike_experts(shape, schemes)
     if shape.tie_word_embeddings and schemes.get("lm_head", BF16) != BF16:
-        return ["lm_head is tied to the embeddings, which are kept as they are: its scheme is not used"]
+        notes.append("lm_head is tied to the embeddings, which are kept as they are: its scheme is not used")
+    return notes
+
+
+def _unlike_experts(shape: ModelShape, mixture: MixedPrecision) -> list[str]:
+    """A remark if the experts of some layer are not all stored alike: vLLM does not notice."""
+    for layer in shape.moe_layers:
+        experts = (linear for expert in range(shape.num_experts) for linear in shape.expert_linears(layer, expert))
+        found = dict.fromkeys(str(scheme_of(mixture, linear)) for linear in experts)
+        if len(found) > 1:
+            return [
+                f"layer {layer} has experts in {' and '.join(found)}: vLLM takes the first expert's scheme for all of "
+                "a layer and would answer nonsense without an error; run this checkpoint with coldstream or "
+                "transformers, or quantize without --per-expert"
+            ]
     return []
 
 
@@ -98,6 +115,8 @@ def _groups(shape: ModelShape, used: Mapping[Role, Scheme]) -> list[tuple[Scheme
     for role, scheme in used.items():  # experts first, where they are quantized
         if not groups:
             groups.append((scheme, ["Linear"]))
+        if scheme == groups[0][0] and role == "lm_head":
+            groups[0][1].append(_pattern(shape.family, role))  # vLLM's head is of no class called Linear
         elif scheme != groups[0][0]:
             pattern = _pattern(shape.family, role)
             same = next((targets for known, targets in groups[1:] if known == scheme), None)

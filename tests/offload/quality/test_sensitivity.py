@@ -31,7 +31,7 @@ def measured(tiny: Tiny) -> list[Choices]:
     return sensitivities(checkpoint, units_of(checkpoint.shape, ROLES), IDS, Nearest())
 
 
-@pytest.mark.parametrize("name", ["layer 1 experts gate_up", "layer 0 attention qkv", "lm_head"])
+@pytest.mark.parametrize("name", ["layer 1 experts", "layer 0 attention qkv", "lm_head"])
 def test_a_units_loss_is_the_divergence_of_the_model_with_that_unit_stored_alone(
     tiny: Tiny, tmp_path: Path, measured: list[Choices], name: str
 ) -> None:
@@ -90,10 +90,10 @@ def test_a_target_in_bits_or_bytes_is_met_and_not_exceeded(tiny: Tiny, tmp_path:
         assert bits - 0.25 < found.bits <= bits
         assert len({o.scheme.kind for unit, o in found.chosen if unit.role == "experts"}) == 1
     uneven = Allocator(made.checkpoint, measured, [], "test", uneven=True)
-    found = uneven.by_bits(6.5)
-    assert found.loss < made.by_bits(6.5).loss
+    found = uneven.by_bits(7)
+    assert found.loss < made.by_bits(7).loss
     assert {o.scheme.kind for unit, o in found.chosen if unit.role == "experts"} == {"int4", "int8"}
-    size = 1_200_000
+    size = 1_270_000  # a layer of experts is one step, a seventh of this
     report = convert(source, tmp_path / "out", uneven.by_size(size).mixture())
     assert 0.97 * size < report.output_bytes <= size
     with pytest.raises(UsageError, match="the smallest that this checkpoint gets"):
@@ -131,6 +131,6 @@ def test_without_a_text_units_are_judged_by_their_weights(tiny: Tiny) -> None:
 def test_rarely_used_experts_count_for_less_where_a_profile_says_so(tiny: Tiny) -> None:
     checkpoint = Checkpoint.open(tiny("llama4_text"))
     every = units_of(checkpoint.shape, ["experts"], "expert")
-    units = [unit for unit in every if (unit.layer, unit.part) == (0, "down")][:2]
+    units = [unit for unit in every if (unit.layer, unit.part) == (0, "all")][:2]
     hot, cold = estimates(checkpoint, units, Nearest(), None, {(0, 0): 0.9, (0, 1): 0.1})
     assert hot.options[0].loss > 5 * cold.options[0].loss

@@ -12,8 +12,9 @@ from compressed_tensors.utils.match import is_match, match_targets
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
 
-from quant.checkpoint.config_groups import quantization_config, stores_fused_experts
+from quant.checkpoint.config_groups import check_schemes, quantization_config, stores_fused_experts
 from quant.model.families import Role
+from quant.model.mixed_precision import MixedPrecision
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 
@@ -80,6 +81,27 @@ def test_roles_of_one_scheme_share_a_group(tiny: Tiny) -> None:
     same: dict[Role, Scheme] = dict.fromkeys(("experts", "shared_expert", "attention"), Scheme("int4"))
     config = quantization_config(shape_of(tiny("llama4_text")), same)
     assert [group["targets"] for group in config["config_groups"].values()] == [["Linear"]]
+
+
+@pytest.mark.parametrize("experts", ["int8", "int4", "bf16"])
+def test_the_heads_name_is_a_target_because_vllms_is_no_linear(tiny: Tiny, experts: str) -> None:
+    shape = shape_of(tiny("llama4_text"))
+    schemes: dict[Role, Scheme] = {"experts": Scheme.parse(experts), "lm_head": Scheme("int8")}
+    if experts == "bf16":
+        del schemes["experts"]
+    groups = quantization_config(shape, schemes)["config_groups"].values()
+    assert [group["weights"]["num_bits"] for group in groups if r"re:.*lm_head$" in group["targets"]] == [8]
+
+
+@pytest.mark.parametrize(("projection", "said"), [("down_proj", True), ("all", False)])
+def test_experts_stored_unlike_the_rest_of_their_layer_are_a_note(tiny: Tiny, projection: str, said: bool) -> None:
+    """vLLM reads the first expert's scheme, and computes nonsense without a word."""
+    shape = shape_of(tiny("llama4_text"))
+    experts = [linear for linear in shape.linears() if linear.role == "experts"]
+    wide = {linear.module for linear in experts if projection in ("all", linear.projection) and linear.layer == 1}
+    mixture = MixedPrecision.of((one, Scheme("int8" if one.module in wide else "int4")) for one in experts)
+    notes = check_schemes(shape, mixture)
+    assert any("layer 1 has experts in int4-g128 and int8-g128: vLLM" in note for note in notes) == said
 
 
 def test_fused_module_names_match_as_their_parts_do(tiny: Tiny) -> None:
