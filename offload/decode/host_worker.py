@@ -13,7 +13,6 @@ from torch import Tensor
 
 from offload.decode.native_moe import gated
 from offload.experts.cache.tiered_cache import TieredCache
-from offload.experts.storage.store import ExpertWeights
 from offload.model.fused_linear import LEAST_WEIGHT
 from offload.tiers import Key
 from quant.kernels.doorbell import BellBuffers, HostBell, first_byte
@@ -23,8 +22,7 @@ Ids = npt.NDArray[np.int64]
 
 
 class HostWorker:
-    """The host's part of decode steps over the experts of ``cache``, to which it listens: the doorbell's
-    table says what is in RAM.
+    """The host's part of decode steps over the experts of ``cache``.
 
     ``routers`` ``[E, H]`` and the weights ``[H]`` of the ``norms`` before them, one of each per MoE layer,
     guess what to read from disk. ``warm`` bytes of what the step hints at are read into the CPU's caches,
@@ -45,13 +43,12 @@ class HostWorker:
     ) -> None:
         store, shape = cache.store, cache.store.shape
         self.cache, self._layers = cache, shape.moe_layers
-        self._row = {layer: row for row, layer in enumerate(shape.moe_layers)}
         records = [store.record(layer, 0) for layer in shape.moe_layers]
         samples = [gated(r.view(torch.empty(r.slot_bytes, dtype=torch.uint8))) for r in records]
         self.bell = HostBell(
             buffers,
             samples,
-            shape.num_experts,
+            cache.host_addresses,
             scales_input=shape.family.scales_input,
             exact=exact,
             warm_bytes=warm,
@@ -62,22 +59,6 @@ class HostWorker:
         if not cache.holds_all:
             near = [router.float().cpu() for router in routers]
             self.lookahead = Lookahead(near, self._norms, shape.top_k)
-        for key in cache.host.slot_of:
-            if cache.tier_of(key) == "ram":
-                self._enter(key)
-        cache.listener = self
-
-    def landed(self, key: Key, weights: ExpertWeights) -> None:
-        """``key`` is in RAM."""
-        self._enter(key)
-
-    def evicted(self, key: Key) -> None:
-        """``key`` is in RAM no more."""
-        self.bell.table[self._row[key[0]], key[1]] = 0
-
-    def _enter(self, key: Key) -> None:
-        slot = self.cache.arena.slot(self.cache.host.slot_of[key])
-        self.bell.table[self._row[key[0]], key[1]] = slot.data_ptr() + self.cache.store.record(*key).start
 
     def fetch(self) -> None:
         """Answer the open request, of which something is on disk, and begin reading what is guessed to come:

@@ -17,7 +17,7 @@ CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
 _SCRATCH_PART = 32  # activations of a chunk take at most this part of the budget that experts could have
 _MIN_SLOTS = 2  # one expert computes while the next arrives
 _MIN_CONTEXT = 128
-VRAM_RESERVE = 2  # device slots that hold no expert for good: one is copied while another computes
+_VRAM_RESERVE = 2
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class Fitter:
         rows, total, slot = self._fixed(chunk), self.footprint.experts, self.footprint.slot_bytes
         free = self._free(budget, rows)
         vram_slots = min(total, free["vram"] // slot) if self.on_gpu else 0
-        # Unless every expert is in VRAM, what comes in needs a slot that nobody lives in.
-        hot = vram_slots - (0 if vram_slots == total else min(VRAM_RESERVE, -(-vram_slots // 2)))
+        hot = vram_slots - vram_reserve(vram_slots, total)
         ram_slots = min(max(total - hot, self._least("ram")), free["ram"] // slot)
         warm = min(ram_slots, total - hot)
         rows += self._experts(hot, warm, vram_slots, ram_slots)
@@ -176,6 +175,12 @@ class Fitter:
         lighter = replace(self.footprint, schemes={role: Scheme("int4") for role in QUANTIZABLE})
         slot = min(self.footprint.slot_bytes, slot_bytes_of(lighter.expert_bytes))
         return replace(self, footprint=replace(lighter, slot_bytes=slot))
+
+
+def vram_reserve(vram_slots: int, experts: int) -> int:
+    """How many of ``vram_slots`` hold no expert for good: one is copied while another computes. None where
+    each of ``experts`` has a slot."""
+    return 0 if vram_slots >= experts else min(_VRAM_RESERVE, -(-vram_slots // 2))
 
 
 def _rounded_up(nbytes: int) -> str:

@@ -105,6 +105,8 @@ class Session:
                 "experts stored like these are dequantized by torch or bitsandbytes before each use, many "
                 "times slower than the native kernels on int4 and int8: the prediction does not count that"
             )
+        if self.seed_routing is not None and placement.fills and not self.experts.holds_all:
+            self.experts.fill()
         self.load_seconds = time.perf_counter() - started
 
     @classmethod
@@ -167,9 +169,11 @@ class Session:
             return make_policy(self.options.policy, seed_counts=counts)
 
         ram_slots, vram_slots = self.placement.ram_slots, self.placement.vram_slots
-        if vram_slots:
+        frequency = None
+        if counts is not None or vram_slots:
+            frequency = ExpertFrequency(self.shape.moe_layers, self.shape.num_experts, counts)
+        if frequency is not None and vram_slots:
             transfer: Transfer = CudaTransfer(self.device) if self.device.type == "cuda" else HostTransfer()
-            heat = ExpertFrequency(self.shape.moe_layers, self.shape.num_experts, counts)
             cache: ExpertCache = TieredCache(
                 self.store,
                 self.reader,
@@ -177,13 +181,13 @@ class Session:
                 ram_slots=ram_slots,
                 vram_slots=vram_slots,
                 transfer=transfer,
-                heat=heat,
-                seeds=self.placement.vram_seeds or heat.ordered(self.store.experts()),
+                frequency=frequency,
+                seeds=self.placement.vram_seeds or frequency.ordered(self.store.experts()),
             )
         elif self.reader.direct and self.reader.warm and ram_slots >= self.store.count:
             cache = MappedCache(self.store, self.reader, policy, ram_slots=ram_slots)
         else:
-            cache = ExpertCache(self.store, self.reader, policy, ram_slots=ram_slots)
+            cache = ExpertCache(self.store, self.reader, policy, ram_slots=ram_slots, frequency=frequency)
         self.ledger.add("ram", "experts", cache.arena.nbytes)
         self.ledger.add("vram", "experts", vram_slots * self.store.slot_bytes)
         self.ledger.add("disk", "experts", self.store.nbytes)

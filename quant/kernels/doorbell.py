@@ -140,8 +140,9 @@ class HostBell:
     """The host's end. ``samples`` has one expert per MoE layer, stored like all others of the layer: int4 or
     int8, the tensors at the same offsets.
 
-    ``table`` int64 ``[L, E]`` says where each expert's first byte lies in host memory, 0 if it is not there;
-    it may be changed while no request is open.
+    ``table`` int64 ``[L, E]`` says where each expert's first byte lies in host memory, 0 if it is not there.
+    It belongs to the caller, who may clear the entry of an expert that the open request asks for only where
+    its bytes stay.
 
     While nothing is asked, up to ``warm_bytes`` (0: none) of what ``buffers.hint`` names are read into the
     CPU's caches, if the table has it, from intermediate feature ``share`` on. Raises
@@ -152,7 +153,7 @@ class HostBell:
         self,
         buffers: BellBuffers,
         samples: Sequence[GatedMlp],
-        experts: int,
+        table: Tensor,
         *,
         scales_input: bool,
         exact: bool,
@@ -160,7 +161,8 @@ class HostBell:
         share: int = 0,
     ) -> None:
         layers, hidden = len(samples), buffers.x.shape[1]
-        self.buffers, self.table = buffers, torch.zeros(layers, experts, dtype=torch.int64)
+        assert table.dtype == torch.int64 and table.shape[0] == layers and table.is_contiguous()
+        self.buffers, self.table = buffers, table
         self._warmed = torch.zeros(_COUNTS + buffers.hint.numel(), dtype=torch.int64)
         self._features = samples[0].gate_proj.out_features
         self._stored = (_CLayer * layers)()
@@ -176,8 +178,7 @@ class HostBell:
         shared = (buffers.control, buffers.request, buffers.scores, buffers.x, buffers.result, self.table)
         self._bell = _CBell(
             *(tensor.data_ptr() for tensor in shared),
-            layers,
-            experts,
+            *table.shape,
             buffers.scores.numel(),
             self._stored,
             scales_input,

@@ -53,7 +53,8 @@ def measure(budgets: Sequence[int] = BUDGETS, rounds: int = 30, inter: int = INT
     buffers = BellBuffers.allocate(1, 1, HIDDEN, torch.device("cpu"))
     buffers.x.normal_(generator=generator)
     buffers.scores.fill_(1.0)
-    bell = HostBell(buffers, made[:1], EXPERTS, scales_input=False, exact=False, warm_bytes=1)
+    table = torch.zeros(1, EXPERTS, dtype=torch.int64)
+    bell = HostBell(buffers, made[:1], table, scales_input=False, exact=False, warm_bytes=1)
     bell._bell.keep_awake = _AWAKE_US
     for index, one in enumerate(made):
         bell.table[0, index] = first_byte(one)

@@ -15,10 +15,9 @@ from offload.experts.storage.slots import SlotTable
 from offload.experts.storage.store import ExpertStore, ExpertWeights, Layout
 from offload.experts.storage.transfer import Transfer
 from offload.routing.eviction import Policy
+from offload.routing.frequency import ExpertFrequency
 from offload.tiers import Key, Tier
 from quant.errors import CheckpointError
-
-__all__ = ["Counters", "ExpertCache", "Key", "Listener", "Watcher"]
 
 _IN_FLIGHT = 8
 
@@ -32,19 +31,8 @@ class Counters:
     used_bytes: dict[Tier, int] = field(default_factory=lambda: {"vram": 0, "ram": 0, "disk": 0})
 
 
-class Listener(Protocol):
-    """Is told what a host slot holds, so that it can address resident experts without asking."""
-
-    def landed(self, key: Key, weights: ExpertWeights) -> None:
-        """``key``'s bytes are all there; ``weights`` stay valid until it is evicted."""
-
-    def evicted(self, key: Key) -> None:
-        """``key``'s slot is about to be overwritten."""
-
-
 class Watcher(Protocol):
-    """Is told where an expert's bytes will be before they are there, and by a reading thread that they are:
-    it can wait for them without asking."""
+    """Is told what each host slot holds, so that it finds experts, and can wait for them, without asking."""
 
     def coming(self, key: Key, weights: ExpertWeights) -> None:
         """``key``'s bytes will be read to where ``weights`` view them, which stay valid until it is
@@ -59,7 +47,8 @@ class Watcher(Protocol):
 
 class ExpertCache:
     """Serves the experts of a layer from ``ram_slots`` host slots or disk, at least two slots unless every
-    expert has one; with ``transfer`` its device can read them."""
+    expert has one. ``frequency`` says which are worth a free slot, ``policy`` which to forget where none is
+    free; with ``transfer`` its device can read them."""
 
     def __init__(
         self,
@@ -68,16 +57,16 @@ class ExpertCache:
         policy: Callable[[], Policy],
         *,
         ram_slots: int,
+        frequency: ExpertFrequency | None = None,
         transfer: Transfer | None = None,
     ) -> None:
-        self.store, self.reader = store, reader
+        self.store, self.reader, self.frequency = store, reader, frequency
         self.arena = Arena(ram_slots, store.slot_bytes, transfer)
         self.notes: list[str] = self.arena.notes
         self.host, self.host_policy = SlotTable(ram_slots), policy()
         self.counters = Counters()
         self._pending: dict[Key, ReadRequest] = {}
         self._views: dict[tuple[int, Layout], ExpertWeights] = {}
-        self.listener: Listener | None = None
         self.watcher: Watcher | None = None
 
     def take_counters(self) -> Counters:
@@ -111,13 +100,9 @@ class ExpertCache:
 
     def reached_host(self, key: Key) -> None:
         """``key``'s bytes are all in its host slot."""
-        if self.listener is not None:
-            self.listener.landed(key, self._view(key))
 
     def left_host(self, key: Key) -> None:
-        """``key``'s host slot is free, or will be overwritten."""
-        if self.listener is not None:
-            self.listener.evicted(key)
+        """``key``, which was whole, has no host slot any more."""
 
     def rebalance(self) -> None:
         """Between two steps: move experts to where they are wanted, as far as that needs no waiting."""
@@ -218,11 +203,13 @@ class ExpertCache:
             self._request(key, priority, protected)
 
     def fill(self) -> None:
-        """Begin reading experts into every free host slot, in disk order, behind whatever is demanded."""
-        for key in self.store.experts():
-            if not self.host.free:
-                return
-            if key not in self.host and not self.on_device(key):
+        """Begin reading experts into every free host slot, in disk order and behind whatever is demanded: the
+        most frequent of those that are nowhere yet or, where nothing is known, the first on disk."""
+        absent = [key for key in self.store.experts() if key not in self.host and not self.on_device(key)]
+        ranked = absent if self.frequency is None else self.frequency.ordered(absent)
+        chosen = set(ranked[: len(self.host.free)])
+        for key in absent:
+            if key in chosen:
                 self._request(key, Priority.FILL, {key})
 
     def wait(self) -> None:

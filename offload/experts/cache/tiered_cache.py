@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from offload.experts.cache.address_table import PINNED, VRAM, AddressTable
 from offload.experts.cache.device_slots import DeviceCache
@@ -21,11 +22,10 @@ from offload.experts.cache.staging import Batch, StagingSlots
 from offload.experts.storage.reader import Priority, Reader
 from offload.experts.storage.store import ExpertStore, ExpertWeights
 from offload.experts.storage.transfer import Transfer
+from offload.plan.placement import vram_reserve
 from offload.routing.eviction import Policy
 from offload.routing.frequency import ExpertFrequency, Ids
 from offload.tiers import Key, Tier
-
-RESERVE = 2  # device slots that hold no expert for good: one is copied while another computes
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,11 @@ class _Over:
 class TieredCache(ExpertCache):
     """Serves experts from ``vram_slots`` device slots, ``ram_slots`` host slots or disk.
 
-    ``seeds`` are copied to the device before this returns, as many as have room. ``heat`` decides what the
+    ``seeds`` are copied to the device before this returns, as many as have room. ``frequency`` decides what the
     device holds, ``policy`` what the host forgets. See ``ExpertCache``.
+
+    ``host_addresses`` int64 ``[rows, experts]`` are where the CPU's kernels find experts in host memory while
+    a step runs, 0 where they do not.
     """
 
     def __init__(
@@ -53,20 +56,22 @@ class TieredCache(ExpertCache):
         ram_slots: int,
         vram_slots: int,
         transfer: Transfer,
-        heat: ExpertFrequency | None = None,
+        frequency: ExpertFrequency | None = None,
         seeds: Sequence[Key] = (),
     ) -> None:
-        super().__init__(store, reader, policy, ram_slots=ram_slots, transfer=transfer)
         shape = store.shape
+        self.heat = frequency or ExpertFrequency(shape.moe_layers, shape.num_experts)
+        super().__init__(store, reader, policy, ram_slots=ram_slots, frequency=self.heat, transfer=transfer)
         self.transfer = transfer
-        self.heat = heat or ExpertFrequency(shape.moe_layers, shape.num_experts)
         self.tables = AddressTable(shape.moe_layers, shape.num_experts, transfer)
-        self.vram = DeviceCache(transfer, store, vram_slots, least=min(vram_slots, RESERVE, store.count))
+        self.vram = DeviceCache(transfer, store, vram_slots, least=min(vram_slots, 2, store.count))
         self.notes += self.vram.slots.notes
         self.reserve = self._reserve()
         self.staging = StagingSlots(self)
         self.swaps = Promotion(self)
         self.retreat = MemoryPressure(self)
+        self.host_addresses = torch.zeros(len(shape.moe_layers), shape.num_experts, dtype=torch.int64)
+        self._host_addresses = self.host_addresses.numpy()  # the same memory: see AddressTable
         self._copied_from: dict[Key, Any] = {}  # host slots that copies to lent slots read, with tickets
         self._step: int | None = None  # the row that the running step may have reached
         self._fetched: dict[Key, Tier] = {}  # what the running step asked of the host, and where it was
@@ -215,13 +220,14 @@ class TieredCache(ExpertCache):
 
     def reached_host(self, key: Key) -> None:
         """``key``'s bytes are all in its host slot, where the device may read them, too."""
-        super().reached_host(key)
+        start = self.store.record(*key).start
+        self._set_host_address(key, self.arena.slot(self.host.slot_of[key]).data_ptr() + start)
         if not self.vram.resident(key):
             self._place_on_host(key)
 
     def left_host(self, key: Key) -> None:
-        """``key``'s host slot is free, or will be overwritten."""
-        super().left_host(key)
+        """``key``, which was whole, has no host slot any more."""
+        self._set_host_address(key, 0)
         if not self.vram.resident(key):
             self.tables.clear(key)
 
@@ -268,13 +274,15 @@ class TieredCache(ExpertCache):
         self._place_on_host(key)
 
     def _reserve(self) -> int:
-        slots = self.vram.slots.count
-        return 0 if slots >= self.store.count else min(RESERVE, -(-slots // 2))
+        return vram_reserve(self.vram.slots.count, self.store.count)
 
     def _all_in_memory(self) -> bool:
         """Whether every expert has a slot, of whichever tier."""
         twice = sum(key in self.host for key in (*self.vram.arriving, *self.swaps.leaving))
         return len(self.host.slot_of) + len(self.vram.table.slot_of) - twice == self.store.count
+
+    def _set_host_address(self, key: Key, address: int) -> None:
+        self._host_addresses[self.tables.row(key[0]), key[1]] = address
 
     def _place_on_host(self, key: Key) -> None:
         """Enter ``key`` in the tables as its host slot is."""
@@ -286,17 +294,14 @@ class TieredCache(ExpertCache):
             self.tables.clear(key)
 
     def fill(self) -> None:
-        """Begin reading experts into every free host slot, the hottest first, and keep them filled."""
+        """See ``ExpertCache.fill``. From now on, slots that come free are filled again between steps."""
         self._fills = True
-        if self._all_in_memory():
-            return
-        absent = (k for k in self.store.experts() if k not in self.host and not self.on_device(k))
-        for key in self.heat.ordered(absent)[: len(self.host.free)]:
-            self._request(key, Priority.FILL, {key})
+        if not self._all_in_memory():
+            super().fill()
 
     def _keep_a_slot_unseen(self) -> None:
-        """Hide the coldest host expert from the device, unless there is a host slot that it does not see:
-        what a step asks the disk for needs one that can be overwritten while it runs."""
+        """Hide the coldest host expert from the coming step's kernels, unless there is a host slot that the
+        device does not see: what a step asks the disk for needs one that can be overwritten while it runs."""
         if self._all_in_memory():
             return
         while not self.host.free:
@@ -310,6 +315,7 @@ class TieredCache(ExpertCache):
             coldest = self.heat.coldest(seen)
             if coldest is not None:
                 self.tables.clear(coldest)
+                self._set_host_address(coldest, 0)
                 return
             assert self.wait_for_slot(), "every host slot is being copied"
 

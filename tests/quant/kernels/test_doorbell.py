@@ -66,8 +66,9 @@ def host_bell(
     generator = torch.Generator().manual_seed(5)
     buffers.x.copy_(torch.randn(tokens, H, generator=generator))
     buffers.scores.copy_(torch.rand(tokens, k, generator=generator))
+    table = torch.zeros(LAYERS, E, dtype=torch.int64)
     bell = HostBell(
-        buffers, experts.native[:LAYERS], E, scales_input=scales_input, exact=exact, warm_bytes=warm, share=share
+        buffers, experts.native[:LAYERS], table, scales_input=scales_input, exact=exact, warm_bytes=warm, share=share
     )
     for index, slot in enumerate(experts.memory):
         bell.table[index // E, index % E] = slot.data_ptr()
@@ -180,8 +181,9 @@ def test_a_request_that_makes_no_sense_is_an_error(ids: list[list[int]], first: 
 def test_experts_in_another_form_are_refused() -> None:
     experts = Experts(Scheme("int4", 128))
     dense = [Weight.from_tensors("bf16", part.bfloat16()) for part in experts.dense[0]]
+    table = torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(SchemeError, match="serves int4 and int8"):
-        HostBell(BellBuffers.allocate(1, 1, H, CPU), [GatedMlp(*dense)], 1, scales_input=True, exact=True)
+        HostBell(BellBuffers.allocate(1, 1, H, CPU), [GatedMlp(*dense)], table, scales_input=True, exact=True)
 
 
 def hint(bell: HostBell, *wanted: tuple[int, int] | None) -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offload.experts.cache.address_table import PINNED, VRAM, AddressTable
-from offload.experts.cache.tiered_cache import RESERVE, TieredCache
+from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.transfer import HostTransfer
 from quant.convert.convert import convert
 from quant.errors import BudgetError
@@ -21,6 +21,7 @@ from tests.offload.lagging import LaggingTransfer
 from tests.offload.tiers import Bench, Choice, consistent, prompt, token
 
 INT4 = Scheme("int4")
+RESERVE = 2  # device slots that hold no expert for good
 KINDS = ["token", "token", "token", "prompt", "large", "fill", "given up", "shrink", "regain"]
 QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
