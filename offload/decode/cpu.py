@@ -152,7 +152,8 @@ class NativeDecoder:
         """Count what a token chose, and what it had to wait for."""
         chosen = self.stack.chosen.numpy()[self._moe_layers, : self.shape.top_k].astype(np.int64)
         self.routing.record_step(chosen[None])
-        late = sum(bits.bit_count() for bits in self.stack.late.tolist())
+        waited = self.stack.late.tolist()
+        late = [waited[layer].bit_count() for layer in self._moe_layers]
         self.experts.serve(self._moe_layers, chosen.tolist(), late)
 
     def _head(self) -> Head | None:

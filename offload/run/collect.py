@@ -16,7 +16,7 @@ from offload.run.plan_run import schemes_of_tensors
 from offload.run.report import Environment, ExpertMap, Memory, Message, Prediction, RunReport, RunRequest, Subject
 from offload.run.session import Session
 from offload.run.speed import Bandwidth, Run
-from offload.tiers import Tier
+from offload.tiers import TIERS, Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.kernels import native
 from quant.model.mixed_precision import MixedPrecision
@@ -151,10 +151,12 @@ def expert_map_of(session: Session) -> ExpertMap:
     tiers = session.expert_tiers()
     disk: Tier = "disk"
     layers, experts = session.shape.moe_layers, range(session.shape.num_experts)
+    requests = session.experts.requests
     return ExpertMap(
         moe_layers=tuple(layers),
         counts=tuple(tuple(int(count) for count in row) for row in session.routing.counts),
         tiers=tuple(tuple(tiers.get((layer, expert), disk) for expert in experts) for layer in layers),
+        requests=tuple({tier: requests[layer][tier] for tier in TIERS} for layer in layers),
     )
 
 

@@ -4,6 +4,7 @@ Weights are immutable, so eviction is forgetting: nothing is ever written back. 
 thread that runs the model; reading threads only fill buffers.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,6 +66,7 @@ class ExpertCache:
         self.notes: list[str] = self.arena.notes
         self.host, self.host_policy = SlotTable(ram_slots), policy()
         self.counters = Counters()
+        self.requests: dict[int, Counter[Tier]] = {layer: Counter() for layer in store.shape.moe_layers}
         self._pending: dict[Key, ReadRequest] = {}
         self._views: dict[tuple[int, Layout], ExpertWeights] = {}
         self.watcher: Watcher | None = None
@@ -114,19 +116,25 @@ class ExpertCache:
     def close(self) -> None:
         """Let go of what a device has of the memory."""
 
+    def tally(self, layer: int, tier: Tier, count: int = 1) -> None:
+        """Note ``count`` requests for experts of ``layer`` that ``tier`` held."""
+        self.counters.by_tier[tier] += count
+        self.requests[layer][tier] += count
+
     def count(self, layer: int, experts: Sequence[int]) -> dict[Key, Tier]:
         """Count a request for each of ``experts`` and say where each is."""
         tiers = {(layer, expert): self.tier_of((layer, expert)) for expert in experts}
         for tier in tiers.values():
-            self.counters.by_tier[tier] += 1
+            self.tally(layer, tier)
         return tiers
 
-    def serve(self, layers: Sequence[int], chosen: Sequence[Sequence[int]], late: int) -> None:
+    def serve(self, layers: Sequence[int], chosen: Sequence[Sequence[int]], late: Sequence[int]) -> None:
         """One token's ``chosen`` experts of each of ``layers``, all in host slots by now, were computed by
-        whoever the watcher told of them; ``late`` of them had to be waited for."""
+        whoever the watcher told of them; as many as ``late`` says of each layer had to be waited for."""
         counters, count = self.counters, sum(len(experts) for experts in chosen)
-        counters.by_tier["ram"] += count - late
-        counters.by_tier["disk"] += late
+        for layer, experts, waited in zip(layers, chosen, late, strict=True):
+            self.tally(layer, "ram", len(experts) - waited)
+            self.tally(layer, "disk", waited)
         same = self.store.expert_nbytes
         if same is not None:
             counters.used_bytes["ram"] += count * same

@@ -326,12 +326,13 @@ class TieredCache(ExpertCache):
         used[rows, ids[rows, columns]] = True
         fetched, near = self._over.fetched, used & (self._over.places == VRAM)
         counters, layers = self.counters, self.store.shape.moe_layers
-        counters.by_tier["vram"] += int(near.sum())
+        for row, count in enumerate(near.sum(1).tolist()):
+            self.tally(layers[row], "vram", count)
         counters.used_bytes["vram"] += int(self._nbytes[near].sum())
         for row, expert in np.argwhere(used & ~near).tolist():
             key = (layers[row], expert)
             tier = fetched.get(key, "ram")
-            counters.by_tier[tier] += 1
+            self.tally(layers[row], tier)
             if key not in fetched:  # what was fetched was counted then
                 counters.used_bytes[tier] += int(self._nbytes[row, expert])
             if key in self.host:

@@ -9,8 +9,9 @@ import torch
 from offload.hardware.ledger import forget_peak, peak_resident_bytes, resident_bytes
 from offload.records import RunOptions, Sampling
 from offload.run.benchmark import Benchmark
-from offload.run.collect import account, disk_bytes_by_role
+from offload.run.collect import account, disk_bytes_by_role, expert_map_of
 from offload.run.plan_run import Placement
+from offload.run.report import ExpertRequests
 from offload.run.session import Session
 from offload.run.speed import Bandwidth
 from quant.checkpoint.checkpoint import Checkpoint
@@ -66,6 +67,17 @@ def test_the_account_agrees_with_the_session(session: Session) -> None:
     assert report.decode.bytes_per_token["disk"] > 0
     assert report.environment.cpu
     assert report.environment.kernel == session.kernel
+
+
+def test_requests_of_all_layers_add_up_to_those_of_the_steps(session: Session) -> None:
+    session.reset()
+    before = expert_map_of(session).requests
+    records = list(session.generate(session.encode(TEXT)[:50], Sampling(max_tokens=9)))
+    after = expert_map_of(session).requests
+    assert len(after) == len(session.shape.moe_layers)
+    for tier, count in ExpertRequests.of(records).by_tier.items():
+        assert sum(row[tier] for row in after) - sum(row[tier] for row in before) == count, tier
+    assert all(sum(now.values()) > sum(then.values()) for now, then in zip(after, before, strict=True))
 
 
 def test_bytes_on_disk_by_role_are_the_whole_checkpoint(session: Session) -> None:

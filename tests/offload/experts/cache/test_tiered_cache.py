@@ -421,6 +421,9 @@ def test_requests_and_bytes_are_counted_by_tier(bench: Bench) -> None:
     counters = cache.take_counters()
     guessed = counters.by_tier["ram"]  # what was read ahead and had landed
     assert counters.by_tier == {"vram": 2, "ram": guessed, "disk": 4 - guessed}
+    by_layer = cache.requests.values()
+    assert sum(row["vram"] for row in by_layer) >= 2
+    assert sum(row["disk"] for row in by_layer) >= 4 - guessed
     nbytes = bench.store.record(first, 0).nbytes
     assert counters.used_bytes == {"vram": 2 * nbytes, "ram": 4 * nbytes, "disk": 0}
     assert counters.fetched["disk"] >= 4 * nbytes
