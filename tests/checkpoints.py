@@ -110,6 +110,14 @@ _QWEN3_MOE = _COMMON | {
 }
 _OLMOE = _COMMON | {"num_key_value_heads": 4, "intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
 
+# What ``make`` starts from, by family: config keys of the language model.
+BASES: dict[Family, dict[str, Any]] = {
+    "llama4_text": _LLAMA4_TEXT,
+    "mixtral": _MIXTRAL,
+    "qwen3_moe": _QWEN3_MOE,
+    "olmoe": _OLMOE,
+}
+
 
 def _llama4(overrides: dict[str, Any]) -> PreTrainedModel:
     vision = _LLAMA4_VISION | overrides.pop("vision_config", {})
@@ -179,6 +187,8 @@ def _roughen(model: PreTrainedModel) -> None:
             parameter.data.normal_(0.0, 0.5)
         elif name.endswith("lm_head.weight"):
             parameter.data.normal_(0.0, 1 / parameter.shape[-1] ** 0.5)
+        elif name.endswith("_proj.bias") and "vision" not in name:
+            parameter.data.normal_(0.0, 0.3)
 
 
 def _save(model: PreTrainedModel, dst: Path, shards: int, *, fused: bool) -> None:

@@ -82,9 +82,20 @@ def attention_shape(layer: Any, config: Any) -> AttentionShape:
         )
     per_head = q_norm is not None and q_norm.weight.numel() == stock.head_dim
     kind = "none" if q_norm is None else "per_head" if per_head else "full_width"
-    window = getattr(stock, "sliding_window", None) or 0
+    window = attention_window(layer, config)
     qk_eps = norm_eps(q_norm) if q_norm is not None else 1e-5
     return AttentionShape(**common, rope="halves", qk_norm=kind, qk_eps=qk_eps, window=window)  # type: ignore[arg-type]
+
+
+def attention_window(layer: Any, config: Any) -> int:
+    """How many tokens the attention of ``layer`` looks back at, itself included; 0 for all of them.
+
+    Most families keep it in each layer's attention. Mixtral keeps it in the config alone, where a model of
+    another family may carry it without meaning.
+    """
+    if hasattr(layer.self_attn, "sliding_window"):
+        return layer.self_attn.sliding_window or 0
+    return (config.sliding_window or 0) if config.model_type == "mixtral" else 0
 
 
 def router_kind(layer: Any) -> tuple[RouterKind, int]:

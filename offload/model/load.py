@@ -93,6 +93,26 @@ def text_config(checkpoint: Checkpoint) -> PretrainedConfig:
         raise CheckpointError(f"{checkpoint.path / 'config.json'} is rejected by transformers: {error}") from None
 
 
+def check_rope(config: PretrainedConfig, context: int) -> None:
+    """Raise CheckpointError if a text of ``context`` tokens would change the RoPE frequencies on its way.
+
+    RoPE of type dynamic and longrope takes other frequencies once a text is longer than the model was first
+    trained for. Keys that are in the KV cache by then keep the old ones, so what comes out depends on how the text
+    was cut into steps: transformers itself gives several answers.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ("dynamic", "longrope"):
+        return
+    stated = rope.get("original_max_position_embeddings") if kind == "longrope" else None
+    limit = stated or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    if context > limit:
+        raise CheckpointError(
+            f"RoPE of type {kind!r} changes within a text of over {limit:,} tokens, which is not supported: expected "
+            f"a context of at most that, found {context:,}; give --context {limit}"
+        )
+
+
 def load_model(
     checkpoint: Checkpoint, runner: ExpertRunner, compute: Compute, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from offload.hardware.ledger import MemoryLedger, forget_peak, resident_bytes
 from offload.hardware.probe import Machine, probe
 from offload.hardware.vram_limit import Allowance, VramMeter
 from offload.model.kv_cache import KVCache, Storage
-from offload.model.load import load_model, settle
+from offload.model.load import check_rope, load_model, settle, text_config
 from offload.model.moe import ExpertRunner
 from offload.model.tokenizer import load_tokenizer
 from offload.plan.cost_model import warm_bytes, with_warm_bytes
@@ -77,6 +77,7 @@ class Session:
         self.experts = self._expert_cache()
         runner = ExpertRunner(self.experts, self.routing, self.compute, self.shape.family.scales_input)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        check_rope(text_config(checkpoint), self.context)
         self.model = load_model(checkpoint, runner, self.compute, dtype, device)
         self._in_arena = device.type != "cpu"
         if not self._in_arena and not self._can_finish_later():
