@@ -120,23 +120,23 @@ class Demo:
     def plan(self) -> dict[str, Any]:
         """Where every byte of the coming run goes, with RAM for about half of the experts."""
         from cli.terminal.words import number, percent, size
-        from offload.experts.storage.store import ExpertStore
+        from offload.experts.storage.store import ExpertStore, schemes_of_tensors
         from offload.hardware.probe import probe
         from offload.plan.plan import make_plan
         from offload.routing.stats import RoutingStats
-        from offload.run.plan_run import schemes_of_tensors
         from quant.checkpoint.checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(self.model)
+        store = ExpertStore(checkpoint)
         fitted = partial(
             make_plan,
             checkpoint.shape,
-            schemes_of_tensors(checkpoint),
+            schemes_of_tensors(store),
             probe(self.model),
             vram=0,
             context=CONTEXT,
             prompt_chunk=CHUNK,
-            slot_bytes=ExpertStore(checkpoint).slot_bytes,
+            slot_bytes=store.slot_bytes,
             routing=RoutingStats.load(self.routing, checkpoint.shape),
         )
         roomy = fitted()

@@ -4,10 +4,9 @@ Prompts go through the model's own modules; a single token through ``DecodeStep`
 computed where they are: in VRAM and in pinned RAM by the GPU, in RAM by the CPU, which the step asks
 through a doorbell. On a CPU the same step runs in a thread that stands for the GPU.
 
-A step can be launched as soon as its token is known; the books of the one before are kept while it runs.
+A step can be launched as soon as its token is known; what the step before used is counted while it runs.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,14 +18,14 @@ from torch import Tensor
 from offload.decode.gpu_step import DecodeStep
 from offload.decode.host_worker import HostWorker, Ids
 from offload.decode.in_flight import InFlightStep
+from offload.decode.plain import PlainDecoder
 from offload.decode.runner import GraphThread, StepThread
 from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.layout import layer_layout
-from offload.experts.storage.store import ExpertStore, find_weight
-from offload.hardware.probe import Machine
+from offload.experts.storage.store import ExpertStore
 from offload.model.kv_cache import KVCache
-from offload.model.layer_parts import layer_parts, norm_eps
-from offload.plan.cost_model import miss_split, rows_of
+from offload.model.layer_parts import all_layer_parts, norm_eps
+from offload.model.rotary import RotaryAngles
 from offload.routing.stats import RoutingStats
 from quant.errors import ColdstreamError, SchemeError
 from quant.kernels import native
@@ -36,16 +35,14 @@ from quant.kernels.doorbell import BellBuffers
 from quant.model.shape import ModelShape
 from quant.sizes import format_size
 
-_KERNEL_STEP = 32  # features that the device's kernels share out at once
 
-
-class GraphDecoder:
+class GraphDecoder(PlainDecoder):
     """A decoder-only MoE model on ``device``, its experts in ``cache``, tokens in ``kv``.
 
-    ``share`` intermediate features of an expert in pinned RAM are computed by the device, the others by the
-    CPU, which reads ``warm`` bytes of what the next layer will probably leave to it into its caches while it
-    waits (0: none). Raises SchemeError for experts that its kernels do not read, BudgetError or MachineError
-    if the device has no memory for it.
+    ``gpu_rows`` intermediate features of an expert in pinned RAM are computed by the device, the others by the
+    CPU, which reads ``prefetch_bytes`` of what the next layer will probably leave to it into its caches while
+    it waits (0: none). Raises SchemeError for experts that its kernels do not read, BudgetError or
+    MachineError if the device has no memory for it.
     """
 
     def __init__(
@@ -55,53 +52,50 @@ class GraphDecoder:
         kv: KVCache,
         routing: RoutingStats,
         *,
-        share: int,
+        gpu_rows: int,
         dtype: torch.dtype,
         device: torch.device,
         exact: bool = False,
-        warm: int = 0,
+        prefetch_bytes: int = 0,
     ) -> None:
         shape = cache.store.shape
-        self.model, self.shape, self.cache, self.kv, self.routing = model, shape, cache, kv, routing
-        if share >= shape.expert_intermediate or cache.vram.slots.count - cache.reserve >= cache.store.count:
-            warm = 0  # the CPU computes nothing
-        self.device, self.warm = device, warm
+        if gpu_rows >= shape.expert_intermediate or cache.vram.slots.count - cache.reserve >= cache.store.count:
+            prefetch_bytes = 0  # the CPU computes nothing
+        super().__init__(model, cache, device, _name(device, prefetch_bytes))
+        self.shape, self.cache, self.kv, self.routing = shape, cache, kv, routing
+        self.prefetch_bytes = prefetch_bytes
         layouts = [layer_layout(cache.store, layer) for layer in shape.moe_layers]
-        self._parts = [
-            layer_parts(layer, model.config, is_moe=index in shape.moe_layers)
-            for index, layer in enumerate(model.model.layers)
-        ]
+        parts = all_layer_parts(model, shape)
         rows = [kv_rows(kv, index, shape, dtype, device) for index in range(shape.num_layers)]
         self._embedding = model.model.embed_tokens
-        self._rotary = copy.deepcopy(model.model.rotary_emb).to("cpu")
-        self._angles: dict[int, tuple[Tensor, Tensor]] = {}
-        self._tuned = next((p.shape for p in self._parts if p.shape.temperature_floor), None)
+        self._angles = RotaryAngles(model.model.rotary_emb)
+        self._tuned = next((part.shape for part in parts if part.shape.temperature_floor), None)
         buffers = BellBuffers.allocate(1, shape.top_k, shape.hidden_size, device)
-        routed = [part for part in self._parts if part.router is not None]
+        routed = [part for part in parts if part.router is not None]
         self.worker = HostWorker(
             buffers,
             cache,
             [p.router for p in routed if p.router is not None],
             [p.mlp_norm for p in routed],
             exact=exact,
-            warm=warm,
-            share=share,
+            prefetch_bytes=prefetch_bytes,
+            gpu_rows=gpu_rows,
         )
         norm = model.model.norm
         self.step = DecodeStep(
-            self._parts,
+            parts,
             rows,
             norm=(norm.weight.data.float(), norm_eps(norm)),
             lm_head=model.lm_head,
             vocab=shape.vocab_size,
-            rotated=2 * self._angles_at(0)[0].numel(),
+            rotated=2 * self._angles.at(0)[0].numel(),
             tables=cache.tables,
             layouts=layouts,
-            share=share,
+            gpu_rows=gpu_rows,
             buffers=buffers,
             dtype=dtype,
             device=device,
-            hints=warm > 0,
+            hints=prefetch_bytes > 0,
         )
         bell = self.worker.bell
         self.thread = (
@@ -114,39 +108,19 @@ class GraphDecoder:
         self._unlearned: Ids | None = None
         self._uncounted: Ids | None = None
 
-    @property
-    def name(self) -> str:
-        """What a report calls it."""
-        missed = f"missed experts by native {native.isa()}"
-        if self.warm:
-            missed += f", up to {format_size(self.warm)} of them read ahead into the CPU's caches"
-        if self.device.type == "cuda":
-            return f"one CUDA graph per token, bf16 activations; {missed}"
-        return f"torch reference in a thread in place of a GPU; {missed}"
-
     def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
-        """Append ``ids`` to the KV cache and return the logits ``[keep, V]`` of the last ``keep`` tokens;
-        those of a single token are valid until the next.
-
-        Raises BudgetError if the KV cache is full and CheckpointError if an expert cannot be read.
-        """
+        """See Decoder. A prompt goes through the model's own modules."""
         assert cache is self.kv, "the step is bound to one KV cache"
         if len(ids) == 1:
             return self._decode(ids[0])
         self.drop()
-        self.settle()
-        inputs = torch.tensor([list(ids)], device=self.device)
-        found = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        logits: Tensor = found.logits[0]
-        return logits
+        self.flush()
+        return super().forward(ids, cache, keep=keep)
 
     @torch.inference_mode()
-    def launch(self, token: int) -> None:
-        """Begin the step of ``token``, which the next ``forward`` asks for, and keep the books of the one
-        before while it runs. What goes wrong with the step is raised by that ``forward``.
-
-        The logits of the one before are valid until here. The cache may be used until ``attend``.
-        """
+    def launch(self, token: int) -> bool:
+        """See Decoder. What the step before used is counted while this one runs, and the logits of the step
+        before are valid until here."""
         self.drop()
         self._launched = token
         try:
@@ -157,26 +131,26 @@ class GraphDecoder:
         except BaseException:  # KeyboardInterrupt above all
             self.drop()
             raise
-        self.settle()
+        self.flush()
+        return True
 
     def attend(self) -> None:
-        """From here until the next ``forward`` or ``rest``, the cache belongs to the step that was
-        launched."""
+        """See Decoder."""
         self.flight.attend()
 
     def synchronize(self) -> None:
-        """Wait until a step that was launched has ended; ``forward`` will still have what it found."""
+        """See Decoder."""
         self.flight.synchronize()
 
     def drop(self) -> None:
-        """Forget a step that was launched: nothing will ask for it. It is as if it had never begun."""
+        """See Decoder."""
         if self._launched is not None:
             self.flight.abandon()
             self.cache.drop_token()
             self._launched = self._failed = None
 
-    def settle(self) -> None:
-        """Keep the books of the last step, if that was not done: learn from it, and count what it used."""
+    def flush(self) -> None:
+        """See Decoder. Guesses are compared with what the step chose, too."""
         self._learn()
         if self._uncounted is not None:
             chosen, self._uncounted = self._uncounted, None
@@ -185,7 +159,7 @@ class GraphDecoder:
 
     @property
     def ended_at(self) -> float:
-        """When the last step ended, by ``time.perf_counter``."""
+        """See Decoder."""
         return self.thread.ended_at
 
     def _decode(self, token: int) -> Tensor:
@@ -211,14 +185,14 @@ class GraphDecoder:
         position = self.kv.get_seq_length()
         self.kv.kept[0].check(1)
         self.cache.begin_token()
-        cosine, sine = self._angles_at(position)
+        cosine, sine = self._angles.at(position)
         embedding = self._embedding.weight[token]
         self.step.inputs.stage(embedding, cosine, sine, temperature(self._tuned, position), position)
         self.flight.launch()
         # From here on nothing may wait for the device: it may be waiting for this thread.
         self._learn()
         self.worker.look_ahead(self.step.inputs.staged_x)
-        self._angles = {position + 1: self._angles_at(position + 1)}
+        self._angles.at(position + 1)  # computed while the step runs
 
     def _learn(self) -> None:
         """Compare guesses with what the last step chose, before others are made."""
@@ -226,18 +200,8 @@ class GraphDecoder:
             chosen, self._unlearned = self._unlearned, None
             self.worker.learn(chosen[:, 0])
 
-    def _angles_at(self, position: int) -> tuple[Tensor, Tensor]:
-        """RoPE's cosines and sines f32 ``[r/2]`` at ``position``."""
-        if position in self._angles:
-            return self._angles[position]
-        found = self._rotary(torch.zeros(1, 1, 1), torch.tensor([[position]]))
-        if isinstance(found, tuple):  # cosines and sines, repeated for the two halves of a head
-            half = found[0].shape[-1] // 2
-            return found[0][0, 0, :half], found[1][0, 0, :half]
-        return found[0, 0].real, found[0, 0].imag
-
     def close(self) -> None:
-        """End the threads of steps."""
+        """See Decoder."""
         self.drop()
         self.flight.close()
 
@@ -256,22 +220,13 @@ def refusal(config: Any, store: ExpertStore) -> str | None:
     return None
 
 
-def missed_share(store: ExpertStore, machine: Machine, cpu_share: float | None = None) -> int:
-    """How many intermediate features of an expert in RAM a GPU of ``machine`` should compute: what a plan
-    leaves to it beside ``cpu_share``, or by what reading it in place costs there and computing it costs the
-    CPU; 0 without a GPU."""
-    if machine.gpu is None:
-        return 0
-    shape, record = store.shape, store.record(*store.experts()[0])
-    group = max(record.weights["down_proj"].scheme.group_size, _KERNEL_STEP)
-    if cpu_share is not None:
-        return rows_of(1 - cpu_share, shape.expert_intermediate, group)
-    shared = 0
-    for spec in shape.dense_linears():
-        if spec.role == "shared_expert" and spec.layer == shape.moe_layers[0]:
-            shared += find_weight(store.checkpoint, spec)[0].nbytes(spec.out_features, spec.in_features)
-    split = miss_split(machine, record.nbytes, shape.expert_weights, shared)
-    return split.rows(shape.expert_intermediate, group)
+def _name(device: torch.device, prefetch_bytes: int) -> str:
+    missed = f"missed experts by native {native.isa()}"
+    if prefetch_bytes:
+        missed += f", up to {format_size(prefetch_bytes)} of them read ahead into the CPU's caches"
+    if device.type == "cuda":
+        return f"one CUDA graph per token, bf16 activations; {missed}"
+    return f"torch reference in a thread in place of a GPU; {missed}"
 
 
 def kv_rows(kv: KVCache, layer: int, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> KvRows:

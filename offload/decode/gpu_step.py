@@ -90,7 +90,7 @@ class _Gated:
         self._chosen = torch.zeros(1, 1, dtype=torch.int32, device=device)
         self._scores = torch.ones(1, 1, device=device)
         self._places = torch.zeros(1, dtype=torch.uint8, device=device)
-        self._share = torch.zeros(1, dtype=torch.int32, device=device)
+        self._gpu_rows = torch.zeros(1, dtype=torch.int32, device=device)
 
     @property
     def layout(self) -> ExpertLayout | None:
@@ -108,7 +108,7 @@ class _Gated:
             self._scores,
             self._addresses,
             self._places,
-            self._share,
+            self._gpu_rows,
             self._layout,
             scratch,
             out,
@@ -141,7 +141,7 @@ class DecodeStep:
     """The step over ``layers``, whose KV buffers are ``rows``, and the experts of ``tables``, stored by
     ``layouts``, one per MoE layer.
 
-    ``share`` is how many intermediate features of an expert in pinned host memory are the device's.
+    ``gpu_rows`` is how many intermediate features of an expert in pinned host memory are the device's.
     ``hints``: tell the host in every MoE layer what the next one will probably ask of it.
     ``chosen`` int32 ``[L, 1, k]`` and ``logits`` f32 ``[1, V]`` are what it leaves, and ``fetch`` copies to
     the host.
@@ -158,7 +158,7 @@ class DecodeStep:
         rotated: int,
         tables: ExpertTables,
         layouts: Sequence[ExpertLayout],
-        share: int,
+        gpu_rows: int,
         buffers: BellBuffers,
         dtype: torch.dtype,
         device: torch.device,
@@ -169,7 +169,7 @@ class DecodeStep:
         hidden = layouts[0].hidden
         self._norm, self._lm_head = norm, lm_head
         self.inputs = StepInputs(hidden, rotated, device)
-        self.share = torch.tensor([share], dtype=torch.int32, device=device)
+        self.gpu_rows = torch.tensor([gpu_rows], dtype=torch.int32, device=device)
         routed = [parts for parts in layers if parts.router is not None]
         top_k = max(parts.top_k for parts in routed)
         self.chosen = torch.zeros(len(routed), 1, top_k, dtype=torch.int32, device=device)
@@ -268,14 +268,14 @@ class DecodeStep:
         places, layout = self.tables.places[moe.row], self.layouts[moe.row]
         logits, outlook = self._route(moe)
         fused.select(logits, moe.kind, moe.chosen, moe.scores)
-        bell.ring(h, moe.chosen, moe.scores, places, self.share, moe.row, layout.inter, self.buffers, outlook)
+        bell.ring(h, moe.chosen, moe.scores, places, self.gpu_rows, moe.row, layout.inter, self.buffers, outlook)
         experts.moe_decode(
             h,
             moe.chosen,
             moe.scores,
             self.tables.addresses[moe.row],
             places,
-            self.share,
+            self.gpu_rows,
             layout,
             self._scratch,
             x,
@@ -283,7 +283,7 @@ class DecodeStep:
         )
         if layer.mlp is not None:
             layer.mlp.add(h, layer.scratch, x)
-        bell.answer(moe.chosen, places, self.share, layout.inter, self.buffers, x)
+        bell.answer(moe.chosen, places, self.gpu_rows, layout.inter, self.buffers, x)
 
     def _route(self, moe: _Moe) -> tuple[Tensor, Outlook]:
         """The router's logits f32 ``[1, E]``, and what the next MoE layer's makes of the same input."""

@@ -1,4 +1,4 @@
-"""HostWorker: what the host does for a decode step that asks by the doorbell; ``flight.py`` has the threads.
+"""HostWorker: what the host does for a decode step that asks by the doorbell; ``in_flight.py`` has the threads.
 
 Experts in RAM are computed without a word of Python. One that is on disk is fetched here while the step
 waits for the answer, and what the coming layers will want is read behind it.
@@ -25,8 +25,8 @@ class HostWorker:
     """The host's part of decode steps over the experts of ``cache``.
 
     ``routers`` ``[E, H]`` and the weights ``[H]`` of the ``norms`` before them, one of each per MoE layer,
-    guess what to read from disk. ``warm`` bytes of what the step hints at are read into the CPU's caches,
-    from intermediate feature ``share`` on. Experts of one layer must be stored alike. Raises SchemeError for
+    guess what to read from disk. ``prefetch_bytes`` of what the step hints at are read into the CPU's caches,
+    from intermediate feature ``gpu_rows`` on. Experts of one layer must be stored alike. Raises SchemeError for
     those that no native kernel reads.
     """
 
@@ -38,8 +38,8 @@ class HostWorker:
         norms: Sequence[Tensor],
         *,
         exact: bool,
-        warm: int = 0,
-        share: int = 0,
+        prefetch_bytes: int = 0,
+        gpu_rows: int = 0,
     ) -> None:
         store, shape = cache.store, cache.store.shape
         self.cache, self._layers = cache, shape.moe_layers
@@ -51,8 +51,8 @@ class HostWorker:
             cache.host_addresses,
             scales_input=shape.family.scales_input,
             exact=exact,
-            warm_bytes=warm,
-            share=share,
+            warm_bytes=prefetch_bytes,
+            share=gpu_rows,
         )
         self._norms = [norm.float().cpu() for norm in norms]
         self.lookahead: Lookahead | None = None

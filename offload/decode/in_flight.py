@@ -1,10 +1,9 @@
 """InFlightStep: a decode step under way, and the thread that answers its doorbell until it has ended.
 
-Whoever launched the step is free meanwhile: the books of the token before are kept while it runs. What an
-expert's bytes need, the cache, belongs to one thread at a time: to the one that launched until it calls
-``attend``, and to the doorbell's from then on until the step has ended. A step that nobody comes back for
-ends by itself. Whatever goes wrong, it is told to wait no longer, and its end is awaited before the error
-goes on: neither side is left hanging.
+The caller may do host work while the step runs. The expert cache belongs to one thread at a time: to the
+caller until it calls ``attend``, and to the doorbell's thread from then on until the step has ended. A step
+that nobody comes back for ends by itself. Whatever goes wrong, the step is told to wait no longer, and its
+end is awaited before the error goes on: neither side is left hanging.
 """
 
 import threading
@@ -43,7 +42,7 @@ class InFlightStep:
         self._step.launched.wait(_LAUNCH_S)
 
     def attend(self) -> None:
-        """Leave the cache to the doorbell's thread, until ``finish`` or ``rest``."""
+        """Leave the cache to the doorbell's thread, until ``finish`` or ``synchronize``."""
         self._attended.set()
 
     def synchronize(self) -> None:

@@ -5,7 +5,7 @@ whose experts are all resident is routed and computed in a single call. Otherwis
 alone: the missing experts' reads begin, what is there is computed meanwhile, and each missing expert runs as
 its bytes arrive.
 
-This is how a prompt goes through; a decoded token's layers are one native call (``decoder.py``), which finds
+This is how a prompt goes through; a decoded token's layers are one native call (``cpu.py``), which finds
 experts in the same tables. While a prompt's layer runs, the next layer's experts are read ahead.
 """
 

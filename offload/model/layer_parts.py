@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quant.kernels.attention import AttentionShape
 from quant.kernels.moe import RouterKind
+from quant.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class LayerParts:
     router: Tensor | None
     router_kind: RouterKind
     top_k: int
+
+
+def all_layer_parts(model: Any, shape: ModelShape) -> list[LayerParts]:
+    """The parts of every layer of transformers' ``model``."""
+    layers = enumerate(model.model.layers)
+    return [layer_parts(layer, model.config, is_moe=index in shape.moe_layers) for index, layer in layers]
 
 
 def layer_parts(layer: Any, config: Any, *, is_moe: bool) -> LayerParts:

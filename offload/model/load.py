@@ -46,7 +46,7 @@ class SwapConfig(QuantizationConfigMixin):
 
 
 class SwapQuantizer(HfQuantizer):
-    """Promotion modules while the model is on the meta device."""
+    """Swaps modules while the model is on the meta device."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
@@ -158,11 +158,11 @@ def _move(model: PreTrainedModel, device: torch.device) -> None:
             module._apply(lambda tensor: tensor.to(device), recurse=False)
 
 
-def settle(model: PreTrainedModel) -> Arena:
+def move_to_arena(model: PreTrainedModel) -> Arena:
     """Move the weights of a model on the CPU into one arena of huge pages, which read half as fast again, and
     let go of the mapped files that they were loaded from, whose pages would count as resident beside it.
 
-    The arena must live as long as the model; whoever has noted addresses of weights must note them anew.
+    The arena must live as long as the model; who holds addresses of weights must take them anew.
     """
     parameters = list(model.parameters())
     arena = Arena(1, sum(-(-parameter.nbytes // _LINE) * _LINE for parameter in parameters))

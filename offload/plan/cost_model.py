@@ -20,6 +20,7 @@ from quant.errors import MachineError
 # How experts outside VRAM are computed beside a GPU: the CPU where they lie, the GPU after a copy, or
 # both at once.
 ColdPath = Literal["split", "cpu", "pcie"]
+KERNEL_STEP = 32  # intermediate features that the GPU's kernels share out at once
 _WORTH = 1.05  # a split that gains less is not worth its second reader
 Limit = Literal["ram bandwidth", "vram bandwidth", "pcie", "disk", "compute", "overhead"]
 

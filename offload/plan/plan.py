@@ -13,12 +13,13 @@ from typing import Any
 
 from offload.hardware.probe import Machine
 from offload.plan.budget import Budget
-from offload.plan.cost_model import ColdPath, Limit, SpeedPrediction, decode, prefill
+from offload.plan.cost_model import KERNEL_STEP, ColdPath, Limit, SpeedPrediction, decode, prefill, rows_of, warm_bytes
 from offload.plan.footprint import Footprint
 from offload.plan.placement import Fitter, PlanRow
 from offload.routing.hit_rate import HitRates, Routing
 from offload.tiers import TIERS, Key, Tier
 from quant.model.families import Role
+from quant.model.mixed_precision import scheme_of
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 from quant.sizes import format_size
@@ -39,6 +40,11 @@ class Plan:
     requests that each tier is expected to serve. ``gains`` are the decode tokens/s with one more GiB of a
     tier, where that is more. Decode is predicted with ``filled`` tokens in the KV cache, prefill for a
     prompt of as many.
+
+    ``gpu_rows`` is how many intermediate features of an expert in RAM the GPU computes in a decode step, the
+    CPU the others; ``prefetch_bytes`` of an expert that will probably be asked for are read into the CPU's
+    caches meanwhile. ``guess_tokens``: guess the next token while the disk is waited for, to read for it.
+    ``fills``: fill free slots after the first token, instead of as experts are asked for.
     """
 
     machine: str
@@ -61,6 +67,10 @@ class Plan:
     prefill: SpeedPrediction
     gains: Mapping[Tier, float]
     notes: tuple[str, ...] = ()
+    gpu_rows: int = 0
+    prefetch_bytes: int = 0
+    guess_tokens: bool = True
+    fills: bool = True
 
     @property
     def predicted_tokens_per_s(self) -> float:
@@ -159,8 +169,28 @@ def make_plan(
         plan,
         gains=planner.gains(budget, plan),
         vram_seeds=vram_seeds,
+        gpu_rows=_gpu_rows(footprint, machine, plan.decode),
+        prefetch_bytes=warm_bytes(machine) if machine.gpu else 0,
+        guess_tokens=_head_fits_a_wait(footprint, machine),
         notes=(*budget.notes, *_padding(footprint), *beyond(shape, context)),
     )
+
+
+def _gpu_rows(footprint: Footprint, machine: Machine, decode: SpeedPrediction) -> int:
+    """The part of a missed expert that is not the CPU's, in whole groups of its down projection."""
+    if machine.gpu is None or decode.cpu_share is None:
+        return 0
+    shape = footprint.shape
+    linears = shape.expert_linears(shape.moe_layers[0], 0)
+    down_proj = next(linear for linear in linears if linear.projection == "down_proj")
+    group = max(scheme_of(footprint.schemes, down_proj).group_size, KERNEL_STEP)
+    return rows_of(1 - decode.cpu_share, shape.expert_intermediate, group)
+
+
+def _head_fits_a_wait(footprint: Footprint, machine: Machine) -> bool:
+    """Whether the head can be read from RAM while one expert is read from the disk."""
+    head = footprint.roles().get("lm_head", 0)  # none where it is the embedding
+    return 0 < head / machine.ram_gb_s < footprint.slot_bytes / machine.disk_gb_s
 
 
 def _padding(footprint: Footprint) -> tuple[str, ...]:

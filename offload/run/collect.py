@@ -4,30 +4,61 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
+from typing import Protocol
 
 import torch
 
-from offload.hardware.ledger import peak_resident_bytes, resident_bytes
+from offload.experts.cache.host_cache import ExpertCache
+from offload.hardware.ledger import MemoryLedger, peak_resident_bytes, resident_bytes
+from offload.hardware.probe import Machine
 from offload.hardware.system import cpu_name
-from offload.run.plan_run import schemes_of_tensors
+from offload.hardware.vram_limit import VramMeter
+from offload.plan.plan import Plan
+from offload.records import RunOptions
+from offload.routing.stats import RoutingStats
 from offload.run.report import Environment, ExpertMap, Memory, Message, Prediction, RunReport, RunRequest, Subject
-from offload.run.session import Session
 from offload.run.speed import Bandwidth, Run
-from offload.tiers import TIERS, Tier
+from offload.tiers import TIERS, Key, Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.kernels import native
+from quant.model.families import Role
 from quant.model.mixed_precision import MixedPrecision
+from quant.model.shape import ModelShape
+from quant.scheme import Scheme
 
 _PACKAGES = ("coldstream", "torch", "transformers", "bitsandbytes", "safetensors")
 _TOO_GOOD = 1.25  # of the measured bandwidth; less is how memory varies
 _CACHES = 64 * 2**20  # bytes per token that a processor's caches may hold
 
 
+class Accounted(Protocol):
+    """What an account is made of: a session."""
+
+    checkpoint: Checkpoint
+    shape: ModelShape
+    schemes: Mapping[Role, Scheme]
+    options: RunOptions
+    plan: Plan
+    machine: Machine
+    device: torch.device
+    context: int
+    kernel: str
+    load_seconds: float
+    notes: list[str]
+    ledger: MemoryLedger
+    routing: RoutingStats
+    experts: ExpertCache
+    vram: VramMeter | None
+
+    def expert_tiers(self) -> dict[Key, Tier]:
+        """Where each expert is now."""
+
+
 def account(
-    session: Session,
+    session: Accounted,
     runs: Sequence[Run],
     *,
     command: str,
@@ -81,7 +112,7 @@ def _too_good(report: RunReport) -> list[str]:
     ]
 
 
-def notes_of(session: Session, runs: Sequence[Run] = ()) -> list[str]:
+def notes_of(session: Accounted, runs: Sequence[Run] = ()) -> list[str]:
     """What the run, its plan and the measuring of its machine have to tell."""
     notes = [*session.notes, *session.experts.notes]
     if any(run[-1].finish == "context" for run in runs if run):
@@ -90,24 +121,20 @@ def notes_of(session: Session, runs: Sequence[Run] = ()) -> list[str]:
             f"the text was cut off because the context of {session.context:,} tokens was full: give more "
             "with --context" + (f" (the model was made for up to {limit:,})" if limit > session.context else "")
         )
-    for part in (session.plan, session.machine):
-        notes += part.notes if part is not None else ()
-    return notes
+    return [*notes, *session.plan.notes, *session.machine.notes]
 
 
-def _schemes(session: Session) -> dict[str, str]:
-    schemes = schemes_of_tensors(session.checkpoint)
-    mostly = "mostly " if isinstance(schemes, MixedPrecision) else ""
-    return {role: f"{mostly}{scheme}" for role, scheme in schemes.items()}
+def _schemes(session: Accounted) -> dict[str, str]:
+    mostly = "mostly " if isinstance(session.schemes, MixedPrecision) else ""
+    return {role: f"{mostly}{scheme}" for role, scheme in session.schemes.items()}
 
 
-def _budgets(session: Session) -> tuple[int, int]:
+def _budgets(session: Accounted) -> tuple[int, int]:
     """Bytes of RAM, Python included, and of VRAM that the run may take."""
-    plan = session.plan
-    return (session.ledger.baseline_rss + plan.ram, plan.vram) if plan is not None else (0, 0)
+    return session.ledger.baseline_rss + session.plan.ram, session.plan.vram
 
 
-def environment_of(session: Session) -> Environment:
+def environment_of(session: Accounted) -> Environment:
     """Processor, GPU, kernel and versions of this process."""
     gpu = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else None
     return Environment(
@@ -120,7 +147,7 @@ def environment_of(session: Session) -> Environment:
     )
 
 
-def memory_of(session: Session) -> Memory:
+def memory_of(session: Accounted) -> Memory:
     """The ledger's roles, the Python process before the model among them, beside the system's count."""
     entries = session.ledger.snapshot()
     ram = {"process": session.ledger.baseline_rss, **entries["ram"]}
@@ -146,7 +173,7 @@ def disk_bytes_by_role(checkpoint: Checkpoint) -> dict[str, int]:
     return dict(total)
 
 
-def expert_map_of(session: Session) -> ExpertMap:
+def expert_map_of(session: Accounted) -> ExpertMap:
     """Use of every expert so far, and where it is now."""
     tiers = session.expert_tiers()
     disk: Tier = "disk"
@@ -160,22 +187,18 @@ def expert_map_of(session: Session) -> ExpertMap:
     )
 
 
-def prediction_of(session: Session, runs: Sequence[Run]) -> Prediction:
+def prediction_of(session: Accounted, runs: Sequence[Run]) -> Prediction:
     """What the session's plan said. Prefill is predicted for a prompt of some hundred tokens; of ``runs``
     with short ones only it says nothing."""
     plan = session.plan
-    if plan is None:
-        return Prediction(None, None, "")
     longest = max((r.tokens_in for run in runs for r in run if r.phase == "prefill"), default=0)
     prefill = plan.predicted_prefill_tokens_per_s if 2 * longest >= plan.filled else None
     return Prediction(plan.predicted_tokens_per_s, prefill, plan.limited_by)
 
 
-def bandwidth_of(session: Session) -> Bandwidth:
+def bandwidth_of(session: Accounted) -> Bandwidth:
     """What the session's machine was probed at."""
     machine = session.machine
-    if machine is None:
-        return Bandwidth()
     return Bandwidth(machine.ram_gb_s, machine.disk_gb_s, machine.pcie_gb_s, machine.vram_gb_s)
 
 

@@ -8,13 +8,14 @@ caller does with them take their time while the step runs. A step that nobody co
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from offload.decode.gpu import GraphDecoder
+from offload.decode.decoder import Decoder
 from offload.experts.cache.host_cache import Counters, ExpertCache
 from offload.experts.cache.oom import with_room
 from offload.hardware.ledger import resident_bytes
@@ -26,25 +27,20 @@ from offload.tiers import Tier
 from quant.errors import BudgetError, UsageError
 
 Phase = Literal["prefill", "decode"]
-
-
-class Decoder(Protocol):
-    """Runs a model faster than its own modules do."""
-
-    def forward(self, ids: Sequence[int], cache: KVCache) -> Tensor:
-        """Append ``ids`` to ``cache`` and return the logits ``[1, vocab]`` of the last one."""
+_KEPT_RUNS = 16
 
 
 class Generator:
-    """Runs one sequence through a model. ``dense_bytes`` is what every forward pass reads besides experts.
+    """Runs one sequence through a model by ``decoder``. ``dense_bytes`` is what every forward pass reads besides
+    experts from ``home``, where dense weights and KV cache are.
 
     ``after_first`` is called once, when the first token has been given out and another is asked for: it does
-    what would only delay that token.
+    what would only delay that token. ``runs`` are the records of the latest calls.
     """
 
     def __init__(
         self,
-        model: Any,
+        decoder: Decoder,
         tokenizer: Any,
         cache: KVCache,
         experts: ExpertCache,
@@ -52,16 +48,15 @@ class Generator:
         dense_bytes: int,
         prompt_chunk: int,
         eos: frozenset[int],
-        device: torch.device,
-        native: Decoder | None = None,
+        home: Tier,
         vram: VramMeter | None = None,
         after_first: Callable[[], None] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.cache, self.experts = model, tokenizer, cache, experts
-        self.dense_bytes, self.prompt_chunk, self.eos, self.device = dense_bytes, prompt_chunk, eos, device
-        self.native, self._vram = native, vram
-        self._after_first, self._begun = after_first, False
+        self.decoder, self.tokenizer, self.cache, self.experts = decoder, tokenizer, cache, experts
+        self.dense_bytes, self.prompt_chunk, self.eos, self.home = dense_bytes, prompt_chunk, eos, home
+        self._vram, self._after_first, self._begun = vram, after_first, False
         self.tokens: list[int] = []  # what the cache holds
+        self.runs: deque[list[TokenRecord]] = deque(maxlen=_KEPT_RUNS)
         self._turn = 0  # counts who may go on: a later call ends an earlier one
 
     def reset(self) -> None:
@@ -88,11 +83,13 @@ class Generator:
             yield from self._steps(list(prompt), sampling, room, turn)
         finally:
             if turn == self._turn:
-                self._drop()
+                self.decoder.drop()
 
     def _steps(self, context: list[int], sampling: Sampling, room: int, turn: int) -> Iterator[TokenRecord]:
         self.finish_load()
         sampler, text = Sampler(sampling), TextStream(self.tokenizer, sampling.stop)
+        run: list[TokenRecord] = []
+        self.runs.append(run)
         steps = min(sampling.max_tokens, room)
         last: Finish = "context" if room < sampling.max_tokens else "length"
         started = time.perf_counter()
@@ -107,11 +104,12 @@ class Generator:
             new, stopped = ("", False) if finish else text.push(token)
             finish = finish or ("stop" if stopped else last if step == steps - 1 else "")
             if finish:
-                self._drop()  # a stop string was met: nobody wants the next token
+                self.decoder.drop()  # a stop string was met: nobody wants the next token
                 new += "" if stopped else text.finish()
             seconds = (known if launched else time.perf_counter()) - started
             phase: Phase = "decode" if step else "prefill"
             record = self._record(phase, token, new, len(step_ids), seconds, finish, counters)
+            run.append(record)
             given = time.perf_counter()
             yield record
             asked = time.perf_counter()
@@ -123,9 +121,8 @@ class Generator:
             started = known if launched else time.perf_counter()
             step_ids = [token]
             logits = self._forward(step_ids)
-            if launched and isinstance(self.native, GraphDecoder):
-                # Time that the caller took is the step's as far as it ran meanwhile.
-                started += max(0.0, asked - max(given, self.native.ended_at))
+            if launched:  # time that the caller took is the step's as far as it ran meanwhile
+                started += max(0.0, asked - max(given, self.decoder.ended_at))
 
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
         """Run ``prompt`` through the model without choosing a token; the record's ``token_id`` is -1."""
@@ -134,39 +131,23 @@ class Generator:
         started = time.perf_counter()
         ids = self._unseen(list(prompt))
         self._prefill(ids)
-        self._wait()
         _, counters = self._go_on(None)
-        return self._record("prefill", -1, "", len(ids), time.perf_counter() - started, "", counters)
-
-    def synchronize(self) -> None:
-        """Wait until no step is under way: then the experts may be looked at between two records."""
-        if isinstance(self.native, GraphDecoder):
-            self.native.synchronize()
+        record = self._record("prefill", -1, "", len(ids), time.perf_counter() - started, "", counters)
+        self.runs.append([record])
+        return record
 
     def _take_turn(self) -> int:
-        self._drop()
+        self.decoder.drop()
         self._turn += 1
         return self._turn
 
-    def _drop(self) -> None:
-        if isinstance(self.native, GraphDecoder):
-            self.native.drop()
-
     def _go_on(self, token: int | None) -> tuple[bool, Counters]:
-        """Begin the step of ``token``, if there is one and the decoder can before it is asked to, and keep
-        the books of the one before. Returns whether it was begun, and what the one before counted."""
-        decoder = self.native
-        ahead = token is not None and self._after_first is None and isinstance(decoder, GraphDecoder)
-        if isinstance(decoder, GraphDecoder):
-            if token is not None and ahead:
-                decoder.launch(token)
-            else:
-                decoder.settle()
+        """Begin the step of ``token``, if there is one and the decoder can before it is asked to. Returns
+        whether it was begun, and what the step before counted."""
+        ahead = token is not None and self._after_first is None and self.decoder.launch(token)
+        self.decoder.flush()
         counters = self.experts.take_counters()
-        if isinstance(decoder, GraphDecoder):
-            decoder.attend()
-        elif decoder is None:  # a decoder of our own sees to it, between its steps
-            self.experts.rebalance()
+        self.decoder.attend()
         return ahead, counters
 
     def finish_load(self, *, now: bool = False) -> None:
@@ -203,32 +184,19 @@ class Generator:
         before = len(self.tokens)
         try:
             with torch.inference_mode():
-                if self.native is not None:
-                    logits = self.native.forward(ids, self.cache)[-1]
-                else:
-                    inputs = torch.tensor([list(ids)], device=self.device)
-                    found = self.model(input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-                    logits = found.logits[0, -1]
-                    self._wait()  # an error of the GPU's shows here, not where it is met
+                logits = self.decoder.forward(ids, self.cache)[-1]
         except BaseException:  # KeyboardInterrupt too: some layers have seen the tokens, others not
             self.tokens = self.tokens[: self.cache.rewind(before)]
             raise
         self.tokens.extend(ids)
         return logits
 
-    def _wait(self) -> None:
-        """Until the GPU has computed what was queued: not for the copies of experts beside that, of which one
-        begins after most tokens and takes milliseconds."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
     def _record(
         self, phase: Phase, token: int, text: str, tokens_in: int, seconds: float, finish: Finish, counters: Counters
     ) -> TokenRecord:
-        home: Tier = "vram" if self.device.type == "cuda" else "ram"
         passes = -(-tokens_in // self.prompt_chunk)
         read: dict[Tier, int] = {tier: size for tier, size in counters.used_bytes.items() if size}
-        read[home] = read.get(home, 0) + self.dense_bytes * passes + self.cache.read_nbytes
+        read[self.home] = read.get(self.home, 0) + self.dense_bytes * passes + self.cache.read_nbytes
         if counters.fetched["disk"]:
             read["disk"] = counters.fetched["disk"]
         self._begun = True

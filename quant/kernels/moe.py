@@ -256,15 +256,15 @@ class MoeBlock:
         self.publish(expert, ABSENT)
         self._resident.pop(expert, None)
 
-    def run(self, x: Tensor, *, exact: bool = False, route_only: bool = False) -> MoeResult:
-        """Route x ``[T, H]``, and compute the block unless ``route_only`` or a chosen expert is missing."""
+    def run(self, x: Tensor, *, exact: bool = False) -> MoeResult:
+        """Route x ``[T, H]``, and compute the block unless a chosen expert is missing."""
         hidden, experts = self.router.in_features, self.router.out_features
         x = float_rows(x, hidden, "x")
         tokens = x.shape[0]
         normed, logits = torch.empty(tokens, hidden), torch.empty(tokens, experts)
         chosen = torch.empty(tokens, self.top_k, dtype=torch.int32)
         weights = torch.empty(tokens, self.top_k)
-        out = None if route_only else torch.empty(tokens, hidden)
+        out = torch.empty(tokens, hidden)
         routing = _CRouting(*(t.data_ptr() for t in (normed, logits, chosen, weights)))
         complete = ctypes.c_int32(0)
         status = library().cs_moe(
@@ -272,7 +272,7 @@ class MoeBlock:
             address(x),
             ctypes.c_int64(x.stride(0)),
             ctypes.c_int64(tokens),
-            None if out is None else address(out),
+            address(out),
             ctypes.c_int64(hidden),
             ctypes.byref(routing),
             int(exact),

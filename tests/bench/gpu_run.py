@@ -22,13 +22,12 @@ from typing import Any
 import torch
 
 from offload.decode.gpu import GraphDecoder
-from offload.experts.storage.store import ExpertStore
+from offload.experts.storage.store import ExpertStore, schemes_of_tensors
 from offload.hardware import cuda_driver as driver
 from offload.hardware.probe import Machine, probe
 from offload.plan.cost_model import Workload
 from offload.plan.plan import Plan
 from offload.records import RunOptions, Sampling, TokenRecord
-from offload.run.plan_run import Placement, schemes_of_tensors
 from offload.run.session import Session
 from offload.simulator.simulation import Setup
 from offload.tiers import Tier
@@ -37,6 +36,7 @@ from quant.convert.convert import convert
 from quant.model.recipe import load_recipe, load_shape
 from quant.model.shape import ModelShape
 from quant.synth.synth import synthesize
+from tests import sessions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = "scout-rtx4090"
@@ -183,39 +183,34 @@ def agreement(folder: Path, tokens: int = _AGREE, prompts: int = _PROMPTS) -> di
     model = demo(folder)
     checkpoint = Checkpoint.open(model)
     count, inter = len(ExpertStore(checkpoint).experts()), checkpoint.shape.expert_intermediate
-    everything, half = Placement(2, count), Placement(count, count // 2)
+    everything, half = {"ram_slots": 2, "vram_slots": count}, {"ram_slots": count, "vram_slots": count // 2}
     ways = {
-        "cpu": (Placement(count), False),
+        "cpu": ({"ram_slots": count}, False),
         "graph, all in VRAM": (everything, True),
         "graph, half in VRAM, the CPU computes the rest": (half, True),
-        "graph, half in VRAM, the GPU reads the rest in place": (replace(half, share=inter), True),
-        "graph, a quarter in VRAM, most on disk": (Placement(8, count // 4), True),
+        "graph, half in VRAM, the GPU reads the rest in place": (half | {"gpu_rows": inter}, True),
+        "graph, a quarter in VRAM, most on disk": ({"ram_slots": 8, "vram_slots": count // 4}, True),
         "no-graph, all in VRAM": (everything, False),
         "no-graph, half in VRAM": (half, False),
     }
     card = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = {}
-    for name, (placement, graph) in ways.items():
+    for name, (placed, graph) in ways.items():
         device = torch.device("cpu") if name == "cpu" else card
         options = RunOptions(context=512, graph=graph, exact=device.type == "cpu")
         sampling = Sampling(max_tokens=tokens, ignore_eos=True)
         print(name, flush=True)  # to the log: where it was, should it end here
-        runs[name] = greedy(checkpoint, options, placement, device, sampling, prompts)
+        runs[name] = greedy(model, options, placed, device, sampling, prompts)
     return compared(runs)
 
 
 def greedy(
-    checkpoint: Checkpoint,
-    options: RunOptions,
-    placement: Placement,
-    device: torch.device,
-    sampling: Sampling,
-    prompts: int,
+    model: Path, options: RunOptions, placed: Mapping[str, int], device: torch.device, sampling: Sampling, prompts: int
 ) -> dict[str, Any]:
     """Tokens that follow some prompts, and which kernel made them; or why there are none."""
     text = (ROOT / "recipes" / "demo" / "held_out.txt").read_text()
     try:
-        with Session(checkpoint, options, placement, device) as session:
+        with sessions.session(model, options, device.type, **placed) as session:
             found = []
             for start in _CLEAR[:prompts]:
                 session.reset()
@@ -275,8 +270,7 @@ def run(
             session.reset()
             runs.append(list(session.generate(ids, Sampling(max_tokens=tokens + 1, ignore_eos=True))))
         ahead = warming(session, ids, tokens, runs[1:])
-        assert session.plan is not None
-        figures = measured(runs[1:], session.plan, machine, session.shape, schemes_of_tensors(session.checkpoint))
+        figures = measured(runs[1:], session.plan, machine, session.shape, schemes_of_tensors(session.store))
         return {
             **figures,
             "warming": ahead,
@@ -297,7 +291,7 @@ def warming(
 ) -> dict[str, Any] | None:
     """What reading ahead into the CPU's caches brings: ms per token with it (``runs``) and without, the share
     of missed experts that were foreseen, MB read per hint. None where it is not done."""
-    if not isinstance(session.decoder, GraphDecoder) or not session.decoder.warm:
+    if not isinstance(session.decoder, GraphDecoder) or not session.decoder.prefetch_bytes:
         return None
     bell = session.decoder.worker.bell
     counted, budget = bell.warmed, bell.warm_bytes

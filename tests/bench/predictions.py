@@ -13,10 +13,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from offload.experts.storage.store import schemes_of_tensors
 from offload.hardware.probe import probe
 from offload.plan.plan import make_plan
 from offload.records import RunOptions, Sampling
-from offload.run.plan_run import schemes_of_tensors
 from offload.run.session import Session
 from quant.sizes import parse_size
 
@@ -56,10 +56,9 @@ def compare(model: Path, ram: str) -> Compared:
         machine = probe(model, refresh=True)
         session.reset()
         first, *rest = session.generate(prompt, Sampling(max_tokens=DECODED + 1, ignore_eos=True))
-        assert session.plan is not None
         plan = make_plan(
             session.shape,
-            schemes_of_tensors(session.checkpoint),
+            schemes_of_tensors(session.store),
             machine,
             vram=0,
             ram=session.plan.ram,

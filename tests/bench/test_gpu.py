@@ -17,13 +17,11 @@ import torch
 from offload.hardware.gpu_catalog import described_machine
 from offload.plan.plan import make_plan
 from offload.records import RunOptions, Sampling, TokenRecord
-from offload.run.plan_run import Placement
-from offload.run.session import Session
-from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
 from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
+from tests import sessions
 from tests.bench import gpu, gpu_checks, gpu_kernels, gpu_run, warming
 from tests.bench.gpu_report import bars, markdown, slug
 
@@ -179,10 +177,8 @@ def test_the_tests_of_the_bench_need_no_package_that_a_card_does_not(tmp_path: P
 
 def test_prompts_are_compared_where_the_choice_is_clear(tmp_path: Path) -> None:
     """Elsewhere bf16 may choose another token than f32 and be right."""
-    checkpoint = Checkpoint.open(gpu_run.demo(tmp_path))
     text = (gpu_run.ROOT / "recipes" / "demo" / "held_out.txt").read_text()
-    cpu = torch.device("cpu")
-    with Session(checkpoint, RunOptions(context=512, exact=True), Placement(64), cpu) as session:
+    with sessions.session(gpu_run.demo(tmp_path), RunOptions(context=512, exact=True), ram_slots=64) as session:
         start = gpu_run._CLEAR[0]  # the one with the smallest lead: 0.69, the others have 1.9 and 2.6
         prompt = session.encode(text[start : start + gpu_run._CHARACTERS])[: gpu_run._PROMPT_TOKENS]
         logits = session.generator._prefill(prompt)
@@ -224,8 +220,8 @@ def test_every_path_agrees_on_the_demo_model(tmp_path: Path) -> None:
 
 
 def test_a_path_that_fails_agrees_in_nothing_and_says_why(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(gpu_run.demo(tmp_path))
-    nothing = gpu_run.greedy(checkpoint, RunOptions(), Placement(0), torch.device("cpu"), Sampling(max_tokens=2), 1)
+    model, cpu = gpu_run.demo(tmp_path), torch.device("cpu")
+    nothing = gpu_run.greedy(model, RunOptions(), {"ram_slots": 0}, cpu, Sampling(max_tokens=2), 1)
     assert nothing["kernel"] == "failed" and nothing["notes"]
     fine = {"tokens": [[1, 2]], "kernel": "k", "notes": []}
     assert gpu_run.compared({"cpu": fine, "lost": nothing})["agreed_tokens"]["lost"] == [0]
@@ -243,19 +239,16 @@ def test_a_whole_run_is_measured_beside_floor_and_simulation(tiny: Callable[...,
 
 def test_reading_ahead_is_measured_with_and_without(tiny: Callable[..., Path], tmp_path: Path) -> None:
     convert(tiny("llama4_text"), tmp_path / "model", {"experts": Scheme("int4", 32)})
-    placement = Placement(ram_slots=64, vram_slots=6, warm=2**20)
-    options = RunOptions(context=100)
-    with Session(
-        Checkpoint.open(tmp_path / "model"), options, placement, torch.device("cpu")
-    ) as session:  # a thread in place of a GPU
+    placed = {"ram_slots": 64, "vram_slots": 6, "prefetch_bytes": 2**20}
+    with sessions.session(tmp_path / "model", RunOptions(context=100), **placed) as session:  # a thread for a GPU
         ids = list(range(5, 25))
         runs = [list(session.generate(ids, Sampling(max_tokens=6, ignore_eos=True)))]
         found = gpu_run.warming(session, ids, 5, runs)
         assert found is not None and found["budget"] == 2**20 and 0 <= found["foreseen"] <= 1
         assert found["asked"] > 0 and min(found["ms_with"], found["ms_without"]) > 0
-        bell = session.decoder.worker.bell  # type: ignore[union-attr]
+        bell = session.decoder.worker.bell  # type: ignore[attr-defined]
         assert bell.warm_bytes == 2**20
-        assert session.decoder.worker.bell.warmed.hints > 0  # type: ignore[union-attr]
+        assert bell.warmed.hints > 0
 
 
 def test_an_expert_of_which_much_is_cached_is_measured() -> None:

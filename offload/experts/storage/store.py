@@ -5,7 +5,7 @@ tensor begins. Our own checkpoints keep an expert's tensors side by side, so a r
 checkpoint of another origin, or fused bf16 experts, still works with one run per neighbourhood.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint, TensorEntry
 from quant.errors import CheckpointError
 from quant.linear import LinearWeight
-from quant.model.families import Projection
+from quant.model.families import Projection, Role
+from quant.model.mixed_precision import joined
 from quant.model.tensors import LinearSpec
 from quant.scheme import Scheme
 
@@ -233,6 +234,22 @@ def find_weight(checkpoint: Checkpoint, spec: LinearSpec) -> tuple[Scheme, dict[
     if weight.shape != _dims(spec):
         raise CheckpointError(f"{checkpoint.path}: {module} has shape {weight.shape}: expected {_dims(spec)}")
     return Scheme("bf16"), {"weight": weight}
+
+
+def schemes_of_tensors(store: ExpertStore) -> Mapping[Role, Scheme]:
+    """The scheme of each role of the store's checkpoint, read off its tensors; a MixedPrecision where a role has
+    several."""
+
+    def chosen() -> Iterator[tuple[LinearSpec, Scheme]]:
+        for spec in store.shape.dense_linears():
+            yield spec, find_weight(store.checkpoint, spec)[0]
+        for layer, expert in store.experts():
+            weights = store.record(layer, expert).weights
+            for spec in store.shape.expert_linears(layer, expert):
+                assert spec.projection is not None
+                yield spec, weights[spec.projection].scheme
+
+    return joined(chosen())
 
 
 def _dims(spec: LinearSpec) -> tuple[int, int]:

@@ -12,19 +12,15 @@ from typing import Any
 import torch
 
 from offload.records import RunOptions
-from offload.run.plan_run import Placement
-from offload.run.session import Session
-from quant.checkpoint.checkpoint import Checkpoint
 from quant.kernels.cuda import runtime
 from tests.quant.kernels.cuda.compiling import compile_launch, record
+from tests.sessions import session
 
 
 def launches(model: Path, kv: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """What one token of ``model`` launches where activations are bf16, as on a card."""
-    slots = Placement(ram_slots=64, vram_slots=12, share=128)
-    options = RunOptions(context=600, kv=kv)
-    with Session(Checkpoint.open(model), options, slots, torch.device("cpu")) as session:
-        step: Any = session.decoder.step  # type: ignore[union-attr]
+    with session(model, RunOptions(context=600, kv=kv), ram_slots=64, vram_slots=12, gpu_rows=128) as opened:
+        step: Any = opened.decoder.step  # type: ignore[attr-defined]
         step.dtype = torch.bfloat16
         on_device, runtime.on_device = runtime.on_device, lambda tensor: True
         try:

@@ -8,7 +8,6 @@ the real ones.
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offload.decode.gpu import GraphDecoder, missed_share, refusal
+from offload.decode.gpu import GraphDecoder, refusal
+from offload.decode.plain import PlainDecoder
 from offload.experts.storage.store import ExpertStore
 from offload.model.kv_cache import KVCache, Storage
 from offload.records import RunOptions, Sampling
-from offload.run.plan_run import Placement
 from offload.run.session import Session
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
@@ -28,8 +27,7 @@ from quant.errors import CheckpointError, MachineError
 from quant.kernels.doorbell import Warmed
 from quant.model.families import Role
 from quant.scheme import Scheme
-from tests import oracle
-from tests.machines import RTX_4090, machine
+from tests import oracle, sessions
 
 SCHEMES: dict[Role, Scheme] = {
     "experts": Scheme("int4", 32),
@@ -41,14 +39,14 @@ SCHEMES: dict[Role, Scheme] = {
 PROMPT = list(range(5, 100))  # crosses attention chunks, and so does the answer
 FAMILIES = ("llama4_text", "llama4_maverick", "mixtral", "qwen3_moe")
 INTER = 128
-SPLITS = {
-    "all in vram": Placement(ram_slots=3, vram_slots=40),
-    "misses by the cpu": Placement(ram_slots=64, vram_slots=6),
-    "misses shared": Placement(ram_slots=64, vram_slots=6, share=INTER // 4),
-    "misses by the gpu": Placement(ram_slots=64, vram_slots=6, share=INTER),
-    "mostly on disk": Placement(ram_slots=4, vram_slots=6, share=INTER // 2, fills=False),
+SPLITS: dict[str, dict[str, int]] = {
+    "all in vram": {"ram_slots": 3, "vram_slots": 40},
+    "misses by the cpu": {"ram_slots": 64, "vram_slots": 6},
+    "misses shared": {"ram_slots": 64, "vram_slots": 6, "gpu_rows": INTER // 4},
+    "misses by the gpu": {"ram_slots": 64, "vram_slots": 6, "gpu_rows": INTER},
+    "mostly on disk": {"ram_slots": 4, "vram_slots": 6, "gpu_rows": INTER // 2, "fills": False},
 }
-WARM = 2**22
+PREFETCHED = 2**22
 Models = Callable[[str], tuple[Path, Path]]
 
 
@@ -84,9 +82,8 @@ def expected(models: Models) -> Callable[[str], tuple[list[int], torch.Tensor]]:
     return get
 
 
-def _session(path: Path, placement: Placement, **options: object) -> Session:
-    run = RunOptions(**{"context": 400, "exact": True, **options})  # type: ignore[arg-type]
-    return Session(Checkpoint.open(path), run, placement, torch.device("cpu"))
+def _session(path: Path, placed: dict[str, int]) -> Session:
+    return sessions.session(path, RunOptions(context=400, exact=True), **placed)
 
 
 def _greedy(session: Session, count: int = 20) -> tuple[list[int], torch.Tensor]:
@@ -120,11 +117,11 @@ def test_reading_ahead_changes_no_token_and_is_done_only_where_the_cpu_computes(
     family: str, split: str, models: Models, expected: Callable[[str], tuple[list[int], torch.Tensor]]
 ) -> None:
     tokens, logits = expected(family)
-    with _session(models(family)[1], replace(SPLITS[split], warm=WARM)) as session:
+    with _session(models(family)[1], SPLITS[split] | {"prefetch_bytes": PREFETCHED}) as session:
         assert isinstance(session.decoder, GraphDecoder)
         ours, found = _greedy(session)
         bell, idle = session.decoder.worker.bell, split in ("all in vram", "misses by the gpu")
-        assert (session.decoder.warm == 0) == idle == ("caches" not in session.kernel)
+        assert (session.decoder.prefetch_bytes == 0) == idle == ("caches" not in session.kernel)
         assert bell.buffers.hint.tolist() == [0] * session.shape.top_k  # a token's end knows of no layer
         counted = bell.warmed
         if idle:
@@ -133,7 +130,7 @@ def test_reading_ahead_changes_no_token_and_is_done_only_where_the_cpu_computes(
             assert counted.asked > 0
         if split in ("misses by the cpu", "misses shared"):
             assert 0 < counted.foreseen <= counted.asked
-            assert 0 < counted.nbytes <= counted.hints * WARM
+            assert 0 < counted.nbytes <= counted.hints * PREFETCHED
     assert ours == tokens
     assert torch.allclose(found, logits, atol=1e-4, rtol=0)
 
@@ -145,19 +142,21 @@ def test_with_a_small_kv_cache_the_simple_path_agrees(family: str, storage: Stor
     for graph in (True, False):
         with _session(models(family)[1], SPLITS["all in vram"]) as session:
             kv = KVCache(session.shape, 400, storage)
-            decoder: Any = session.decoder
+            decoder: Any
             if graph:
                 decoder = GraphDecoder(
                     session.model,
                     session.experts,
                     kv,
                     session.routing,
-                    share=0,
+                    gpu_rows=0,
                     dtype=torch.float32,
                     device=torch.device("cpu"),
                     exact=True,
                 )
-            session.generator.cache, session.generator.native = kv, decoder if graph else None
+            else:
+                decoder = PlainDecoder(session.model, session.experts, session.device, "plain")
+            session.generator.cache, session.generator.decoder = kv, decoder
             found.append(_greedy(session))
             decoder.close()
     assert found[0][0] == found[1][0]
@@ -298,7 +297,7 @@ def test_a_step_writes_only_to_buffers_that_stay(models: Models) -> None:
 
         def places() -> list[int]:
             kv = [t for kept in session.generator.cache.kept for t in (kept.key_buffer, kept.value_buffer)]
-            kept = [step.residual, step.logits, step.chosen, step.inputs.x, step.inputs.position, step.share]
+            kept = [step.residual, step.logits, step.chosen, step.inputs.x, step.inputs.position, step.gpu_rows]
             tables = session.experts.tables  # type: ignore[attr-defined]
             kept += [buffer.data for buffer in kv] + [tables.addresses, tables.places]
             return [tensor.data_ptr() for tensor in kept]
@@ -313,7 +312,7 @@ def test_experts_that_the_kernels_do_not_read_are_left_to_the_simple_path_with_a
 ) -> None:
     convert(tiny("llama4_text"), tmp_path / "model", {"attention": Scheme("int8")})
     with _session(tmp_path / "model", SPLITS["misses by the cpu"]) as session:
-        assert session.decoder is None
+        assert isinstance(session.decoder, PlainDecoder) and not isinstance(session.decoder, GraphDecoder)
         assert any("experts of layer 0 are not int4 or int8" in note for note in session.notes)
         _greedy(session, 2)
 
@@ -325,12 +324,3 @@ def test_attention_over_a_window_is_left_to_the_simple_path(models: Models) -> N
         assert refusal(config, store) is None
         config.sliding_window = 64
         assert "window" in (refusal(config, store) or "")
-
-
-def test_what_the_gpu_computes_of_a_missed_expert_is_whole_groups(models: Models) -> None:
-    store = ExpertStore(Checkpoint.open(models("llama4_text")[1]))
-    assert missed_share(store, machine()) == 0
-    shares = {missed_share(store, machine(ram_gb_s=rate, gpu=RTX_4090)) for rate in (20, 70, 200, 400)}
-    assert all(share % 32 == 0 and 0 <= share <= INTER for share in shares)
-    planned = [missed_share(store, machine(gpu=RTX_4090), cpu) for cpu in (1.0, 0.74, 0.0)]
-    assert planned == [0, INTER // 4, INTER]

@@ -11,18 +11,18 @@ import torch
 
 from offload.decode.gpu import GraphDecoder
 from offload.records import RunOptions, Sampling
-from offload.run.plan_run import Placement
 from offload.run.sampling import Sampler
 from offload.run.session import Session
-from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
 from quant.errors import CheckpointError, UsageError
 from quant.model.families import Role
 from quant.scheme import Scheme
+from tests import sessions
 
 SCHEMES: dict[Role, Scheme] = {"experts": Scheme("int4", 32), "shared_expert": Scheme("int4")}
 PROMPT = list(range(5, 60))
 TOKENS = 8
+OPTIONS = RunOptions(context=70, exact=True)
 GREEDY = Sampling(max_tokens=TOKENS, ignore_eos=True)
 SAMPLED = Sampling(max_tokens=TOKENS, ignore_eos=True, temperature=0.9, top_p=0.9, seed=7)
 
@@ -36,9 +36,8 @@ def model(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def opened(model: Path) -> Iterator[Session]:
-    placement = Placement(ram_slots=6, vram_slots=8, fills=False)
-    with Session(Checkpoint.open(model), RunOptions(context=70, exact=True), placement, torch.device("cpu")) as s:
-        list(s.generate(PROMPT[:4], Sampling(max_tokens=2)))  # the first token is followed by settling in
+    with sessions.session(model, OPTIONS, ram_slots=6, vram_slots=8, fills=False) as s:
+        list(s.generate(PROMPT[:4], Sampling(max_tokens=2)))  # the first token is followed by what was put off
         yield s
 
 
@@ -64,7 +63,7 @@ def one_by_one(session: Session, sampling: Sampling) -> list[int]:
             context.append(sampler.pick(logits, context))
             if len(context) < len(PROMPT) + sampling.max_tokens:
                 logits = decoder.forward(context[-1:], session.generator.cache)[-1]
-        decoder.settle()
+        decoder.flush()
     session.reset()
     session.experts.take_counters()
     return context[len(PROMPT) :]
@@ -183,8 +182,7 @@ def test_an_error_is_raised_once_where_its_own_token_is_asked_for(
 def test_without_memory_a_step_that_was_under_way_is_tried_again_with_fewer_slots(
     model: Path, expected: list[int]
 ) -> None:
-    placement = Placement(ram_slots=6, vram_slots=16, fills=False)
-    with Session(Checkpoint.open(model), RunOptions(context=70, exact=True), placement, torch.device("cpu")) as s:
+    with sessions.session(model, OPTIONS, ram_slots=6, vram_slots=16, fills=False) as s:
         list(s.generate(PROMPT[:4], Sampling(max_tokens=2)))
         s.reset()
         decoder: Any = s.decoder

@@ -6,24 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload.decode.cpu import NativeDecoder
+from offload.experts.storage.store import ExpertStore, schemes_of_tensors
 from offload.plan.plan import make_plan
 from offload.records import RunOptions, Sampling
-from offload.run.plan_run import Placement, schemes_of_tensors
-from offload.run.session import Session
 from quant.allocation.units import Granularity
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
 from quant.kernels.moe import READY
 from quant.model.mixed_precision import MixedPrecision
-from tests import oracle
+from tests import oracle, sessions
 from tests.machines import machine
 from tests.quant.model.test_mixed_precision import mixed, shape_of
 
 PROMPT = list(range(5, 150))
-SPLITS = {
-    "all in ram": Placement(ram_slots=64, prompt_chunk=64),
-    "three slots, the rest on disk": Placement(ram_slots=3, prompt_chunk=64, fills=False),
-    "device window": Placement(ram_slots=4, vram_slots=5, prompt_chunk=64, fills=False),
+SPLITS: dict[str, dict[str, int]] = {
+    "all in ram": {"ram_slots": 64, "prompt_chunk": 64},
+    "three slots, the rest on disk": {"ram_slots": 3, "prompt_chunk": 64, "fills": False},
+    "device window": {"ram_slots": 4, "vram_slots": 5, "prompt_chunk": 64, "fills": False},
 }
 
 
@@ -34,16 +34,16 @@ def test_greedy_text_equals_stock_transformers_for_every_split(
     source, mixture = tiny(family), mixed(shape_of(tiny(family)), granularity)
     convert(source, tmp_path / "out", mixture)
     checkpoint = Checkpoint.open(tmp_path / "out")
-    stored = schemes_of_tensors(checkpoint)
+    stored = schemes_of_tensors(ExpertStore(checkpoint))
     assert isinstance(stored, MixedPrecision) and stored.identity == mixture.identity
     model = oracle.stock(source, tmp_path / "out")
     with torch.inference_mode():
         expected = model.generate(
             input_ids=torch.tensor([PROMPT]), max_new_tokens=16, do_sample=False, eos_token_id=None
         )[0, len(PROMPT) :].tolist()
-    for split, placement in SPLITS.items():
+    for split, placed in SPLITS.items():
         options = RunOptions(context=400, exact=True)
-        with Session(checkpoint, options, placement, torch.device("cpu")) as session:
+        with sessions.session(tmp_path / "out", options, **placed) as session:
             records = list(session.generate(PROMPT, Sampling(max_tokens=16, ignore_eos=True)))
         assert [record.token_id for record in records] == expected, split
 
@@ -52,13 +52,11 @@ def test_experts_that_differ_by_layer_only_are_all_in_their_blocks_tables(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     convert(tiny("llama4_text"), tmp_path / "out", mixed(shape_of(tiny("llama4_text"))))
-    placement = Placement(ram_slots=64, prompt_chunk=64)
-    checkpoint = Checkpoint.open(tmp_path / "out")
-    with Session(checkpoint, RunOptions(context=400), placement, torch.device("cpu")) as session:
+    with sessions.session(tmp_path / "out", RunOptions(context=400), **SPLITS["all in ram"]) as session:
         session.finish_filling()
         list(session.generate(PROMPT, Sampling(max_tokens=2, ignore_eos=True)))
-        decoder = session.generator.native
-        assert decoder is not None
+        decoder = session.decoder
+        assert isinstance(decoder, NativeDecoder)
         assert all((moe.block.table[:, -1] == READY).all() for moe in decoder.moes.values())
 
 

@@ -292,3 +292,27 @@ def test_what_no_budget_of_this_machine_holds_is_said_not_offered() -> None:
     with pytest.raises(BudgetError, match=r"use a machine with .* of RAM free") as refused:
         make_plan(SHAPES["scout"], {}, machine(ram=8 * 2**30), vram=0)
     assert "--ram 8" not in str(refused.value).partition("use ")[2]
+
+
+def test_what_the_gpu_computes_of_a_missed_expert_is_whole_groups() -> None:
+    shape, whole = SHAPES["scout"], SHAPES["scout"].expert_intermediate
+    schemes: dict[Role, Scheme] = {"experts": Scheme("int4", 128)}
+
+    def rows(machine: Machine, **options: Any) -> int:
+        return make_plan(shape, schemes, machine, **options).gpu_rows
+
+    found = {rows(machine(ram=256 * GIB, ram_gb_s=rate, gpu=RTX_4090)) for rate in (20, 70, 200, 400)}
+    assert all(count % 128 == 0 and 0 <= count <= whole for count in found) and len(found) > 1
+    on_card = machine(ram=256 * GIB, gpu=RTX_4090)
+    assert rows(on_card, cold="cpu") == 0 and rows(on_card, cold="pcie") == whole
+    assert rows(on_card, vram=0) == rows(machine(ram=256 * GIB)) == 0
+
+
+@pytest.mark.parametrize(("disk_gb_s", "fits"), [(0.5, True), (6.5, True), (60.0, False)])
+def test_tokens_are_guessed_where_the_head_is_read_sooner_than_an_expert(disk_gb_s: float, fits: bool) -> None:
+    shape, schemes = SHAPES["mini-scout"], load_recipe("mini-scout").schemes
+    on = machine(ram=256 * GIB, ram_gb_s=40, disk_gb_s=disk_gb_s)
+    head = shape.role_nbytes(schemes)["lm_head"] / 40
+    plan = make_plan(shape, schemes, on)
+    assert plan.guess_tokens == fits == (head < plan.slot_bytes / disk_gb_s)
+    assert not make_plan(SHAPES["tiny, tied head, experts of no whole page"], schemes, on).guess_tokens

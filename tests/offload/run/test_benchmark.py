@@ -4,20 +4,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from offload.hardware.ledger import forget_peak, peak_resident_bytes, resident_bytes
 from offload.records import RunOptions, Sampling
 from offload.run.benchmark import Benchmark
 from offload.run.collect import account, disk_bytes_by_role, expert_map_of
-from offload.run.plan_run import Placement
 from offload.run.report import ExpertRequests
 from offload.run.session import Session
 from offload.run.speed import Bandwidth
-from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
 from quant.errors import InputError
 from quant.scheme import Scheme
+from tests import sessions
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 SLOTS = 12  # of 4 layers × 8 experts
@@ -27,9 +25,8 @@ SLOTS = 12  # of 4 layers × 8 experts
 def session(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     path = tmp_path_factory.mktemp("benchmark") / "model"
     convert(tiny("llama4_text"), path, {"experts": Scheme("int4")})
-    placement = Placement(ram_slots=SLOTS, prompt_chunk=32)
     options = RunOptions(context=256, page_cache=True)
-    with Session(Checkpoint.open(path), options, placement, torch.device("cpu")) as opened:
+    with sessions.session(path, options, ram_slots=SLOTS, prompt_chunk=32) as opened:
         yield opened
 
 

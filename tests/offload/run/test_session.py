@@ -5,30 +5,33 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from offload.decode.cpu import NativeDecoder
 from offload.records import RunOptions, Sampling
-from offload.run.plan_run import Placement
 from offload.run.session import Session
-from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
 from quant.model.families import Role
 from quant.scheme import Scheme
-from tests import oracle
+from tests import oracle, sessions
 from tests.checkpoints import FAMILIES
 
 INT4, INT8 = Scheme("int4"), Scheme("int8")
 MIXED = {"experts": INT4, "shared_expert": INT4, "dense_mlp": INT8, "attention": INT8, "lm_head": INT8}
 PROMPT = list(range(5, 200))  # crosses several attention chunks of the tiny models
-SPLITS = {
-    "all in ram": Placement(ram_slots=64, prompt_chunk=64),
-    "three slots, the rest on disk": Placement(ram_slots=3, prompt_chunk=64, fills=False),
-    "device window": Placement(ram_slots=4, vram_slots=5, prompt_chunk=64, fills=False),
-    "pinned on the device": Placement(
-        ram_slots=3, vram_slots=14, vram_seeds=tuple((3, e) for e in range(8)), prompt_chunk=64
-    ),
+SPLITS: dict[str, dict[str, Any]] = {
+    "all in ram": {"ram_slots": 64, "prompt_chunk": 64},
+    "three slots, the rest on disk": {"ram_slots": 3, "prompt_chunk": 64, "fills": False},
+    "device window": {"ram_slots": 4, "vram_slots": 5, "prompt_chunk": 64, "fills": False},
+    "seeded on the device": {
+        "ram_slots": 3,
+        "vram_slots": 14,
+        "vram_seeds": tuple((3, e) for e in range(8)),
+        "prompt_chunk": 64,
+    },
 }
 
 
@@ -48,9 +51,8 @@ def quantized(
     return get
 
 
-def _session(path: Path, placement: Placement, **options: object) -> Session:
-    run = RunOptions(**{"context": 400, "exact": True, **options})  # type: ignore[arg-type]
-    return Session(Checkpoint.open(path), run, placement, torch.device("cpu"))
+def _session(path: Path, placed: dict[str, Any], **options: Any) -> Session:
+    return sessions.session(path, RunOptions(**{"context": 400, "exact": True, **options}), **placed)
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +104,15 @@ def test_nf4_and_bf16_experts_equal_stock_transformers(
         assert torch.allclose(session.generator._prefill(PROMPT), logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("placement", [Placement(ram_slots=64), Placement(ram_slots=9, fills=False)])
+@pytest.mark.parametrize("placed", [{"ram_slots": 64}, {"ram_slots": 9, "fills": False}])
 def test_int8_activations_cost_little_on_a_trained_model(
-    placement: Placement, demo_model: Path, tmp_path: Path
+    placed: dict[str, Any], demo_model: Path, tmp_path: Path
 ) -> None:
     convert(demo_model, tmp_path / "demo", {"experts": INT4, "shared_expert": INT4, "attention": INT8, "lm_head": INT8})
     text = (demo_model / "held_out.txt").read_text()[5000:8000]
     logits = []
     for exact in (True, False):
-        with _session(tmp_path / "demo", placement, exact=exact, context=600) as session:
+        with _session(tmp_path / "demo", placed, exact=exact, context=600) as session:
             ids = torch.tensor([session.encode(text)[:500]])
             with torch.inference_mode():
                 logits.append(session.model(input_ids=ids).logits[0].log_softmax(-1))
@@ -139,8 +141,8 @@ def test_an_interrupted_answer_leaves_the_session_usable(session: Session) -> No
     stream = session.generate(PROMPT, Sampling(max_tokens=6, ignore_eos=True))
     next(stream)
     stream.close()
-    native = session.generator.native
-    assert native is not None
+    native = session.decoder
+    assert isinstance(native, NativeDecoder)
     stock, calls = native.mlps[2], []
 
     def interrupt(x: torch.Tensor) -> torch.Tensor:

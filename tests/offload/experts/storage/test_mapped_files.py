@@ -5,15 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from offload.experts.cache.mapped_cache import MappedCache
 from offload.records import RunOptions, Sampling
-from offload.run.plan_run import Placement
 from offload.run.session import Session
-from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
 from quant.scheme import Scheme
+from tests import sessions
 
 PROMPT = list(range(5, 60))
 ROLES = ("experts", "shared_expert", "attention", "lm_head")
@@ -37,7 +35,7 @@ def files(model: Path) -> list[Path]:
 
 def _open(model: Path, **options: object) -> Session:
     run = RunOptions(context=200, exact=True, **options)  # type: ignore[arg-type]
-    return Session(Checkpoint.open(model), run, Placement(ram_slots=64), torch.device("cpu"))
+    return sessions.session(model, run, ram_slots=64)
 
 
 def _cache(session: Session) -> MappedCache:
@@ -103,8 +101,7 @@ def test_closing_a_session_gives_the_files_free(model: Path, files: list[Path]) 
 
 def test_a_budget_that_does_not_hold_every_expert_lends_nothing(model: Path, files: list[Path]) -> None:
     run = RunOptions(context=200, exact=True)
-    placement = Placement(ram_slots=4, fills=False)
-    with Session(Checkpoint.open(model), run, placement, torch.device("cpu")) as session:
+    with sessions.session(model, run, ram_slots=4, fills=False) as session:
         next(session.generate(PROMPT, Sampling(max_tokens=2, ignore_eos=True)))
         assert not isinstance(session.experts, MappedCache)
         assert all(_writable(file) for file in files)

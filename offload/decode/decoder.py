@@ -1,0 +1,55 @@
+"""Decoder: what runs a model's steps. ``cpu`` runs a token as one native call, ``gpu`` as one CUDA graph, and
+``plain`` everything through transformers' own modules."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from offload.model.kv_cache import KVCache
+
+
+class Decoder:
+    """Runs token ids through a model. What a decoder has no need of does nothing here.
+
+    In a decode loop each token goes: ``forward``, ``launch`` of the next token, ``flush``; then the expert
+    cache's counters may be taken, and ``attend`` ends the time in which the caller may touch that cache.
+    """
+
+    name: str  # what a report calls it
+
+    def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
+        """Append ``ids`` to ``cache`` and return the logits ``[keep, V]`` of the last ``keep`` tokens; those of
+        a single token are valid until the next step begins.
+
+        Raises BudgetError if the KV cache is full, CheckpointError if an expert cannot be read and MachineError
+        if the GPU fails.
+        """
+        raise NotImplementedError
+
+    def launch(self, token: int) -> bool:
+        """Begin the step of ``token`` before ``forward`` asks for it, and say whether that could be done. What
+        goes wrong with it is raised by that ``forward``."""
+        return False
+
+    def flush(self) -> None:
+        """Count in statistics and expert cache what the last finished step used."""
+
+    def attend(self) -> None:
+        """From here until the next ``forward`` or ``synchronize`` the expert cache is the decoder's."""
+
+    def synchronize(self) -> None:
+        """Wait until a step that was launched has ended; ``forward`` still returns what it found."""
+
+    def drop(self) -> None:
+        """Forget a step that was launched, as if it had never begun."""
+
+    @property
+    def ended_at(self) -> float:
+        """When the last launched step ended, by ``time.perf_counter``."""
+        return 0.0
+
+    def weights_moved(self) -> None:
+        """Note anew where the model's dense weights lie in memory."""
+
+    def close(self) -> None:
+        """End threads."""

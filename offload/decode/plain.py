@@ -1,0 +1,33 @@
+"""PlainDecoder: the model's own modules, with the experts where our cache has them. Runs everything that
+transformers runs, and stands for a step that neither native code nor a CUDA graph can take."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.decode.decoder import Decoder
+from offload.experts.cache.host_cache import ExpertCache
+from offload.model.kv_cache import KVCache
+
+
+class PlainDecoder(Decoder):
+    """transformers' ``model`` on ``device``, its experts in ``experts``."""
+
+    def __init__(self, model: Any, experts: ExpertCache, device: torch.device, name: str) -> None:
+        self.model, self.experts, self.device, self.name = model, experts, device, name
+
+    def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
+        """See Decoder."""
+        inputs = torch.tensor([list(ids)], device=self.device)
+        logits: Tensor = self.model(
+            input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep
+        ).logits[0]
+        if self.device.type == "cuda":  # an error of the GPU shows here; copies of experts beside it go on
+            torch.cuda.current_stream(self.device).synchronize()
+        return logits
+
+    def attend(self) -> None:
+        """Move experts to where they are wanted: no step is under way."""
+        self.experts.rebalance()

@@ -1,0 +1,61 @@
+"""Which decoder runs a model: the fastest that reads its weights and computes what its config asks for."""
+
+from typing import Any
+
+import torch
+
+from offload.decode.cpu import NativeDecoder
+from offload.decode.decoder import Decoder
+from offload.decode.gpu import GraphDecoder, refusal
+from offload.decode.plain import PlainDecoder
+from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.oom import with_room
+from offload.experts.cache.tiered_cache import TieredCache
+from offload.model.kv_cache import KVCache
+from offload.plan.plan import Plan
+from offload.routing.stats import RoutingStats
+from quant.linear import Compute
+
+
+def select_decoder(
+    model: Any,
+    plan: Plan,
+    experts: ExpertCache,
+    kv: KVCache,
+    routing: RoutingStats,
+    compute: Compute,
+    device: torch.device,
+    *,
+    graph: bool,
+) -> tuple[Decoder, list[str]]:
+    """The decoder of transformers' ``model``, and what a user should know of the choice. ``graph``: decode with
+    one launch per token where experts are on a device. Raises BudgetError or MachineError if the device has no
+    memory for it."""
+    store, notes = experts.store, list[str]()
+    if compute.native and not plan.vram_slots and NativeDecoder.reads(model.config, store):
+        return NativeDecoder(model, store.shape, experts, routing, compute, guess_tokens=plan.guess_tokens), notes
+    if graph and isinstance(experts, TieredCache):
+        reason = refusal(model.config, store)
+        if reason is None:
+            return with_room(
+                lambda: GraphDecoder(
+                    model,
+                    experts,
+                    kv,
+                    routing,
+                    gpu_rows=plan.gpu_rows,
+                    dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+                    device=device,
+                    exact=compute.exact,
+                    prefetch_bytes=plan.prefetch_bytes,
+                ),
+                experts,
+            ), notes
+        notes.append(f"decoding waits for the host in every layer instead of running as one CUDA graph: {reason}")
+    if device.type == "cuda":
+        return PlainDecoder(model, experts, device, compute.name), notes
+    notes.append(
+        "experts stored like these are dequantized by torch or bitsandbytes before each use, many times slower "
+        "than the native kernels on int4 and int8: the prediction does not count that"
+    )
+    return PlainDecoder(model, experts, device, "torch, dequantized weights"), notes

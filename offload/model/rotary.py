@@ -1,0 +1,39 @@
+"""RotaryAngles: the cosines and sines of rotary position embeddings, from the model's own module, on the CPU.
+
+Legend: T tokens, r rotated channels of a head.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_POSITIONS = 64  # computed at a time
+
+
+class RotaryAngles:
+    """The angles of transformers' module ``rotary``, of which a copy is kept."""
+
+    def __init__(self, rotary: Any) -> None:
+        self._rotary = copy.deepcopy(rotary).to("cpu")
+        kind = str(getattr(rotary, "rope_type", "dynamic"))
+        # Some kinds depend on how long the text is by now: then each position is computed alone.
+        self._step = 1 if "dynamic" in kind or kind == "longrope" else _POSITIONS
+        self._start = -1
+        self._cosine = self._sine = torch.empty(0)
+
+    def at(self, position: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines f32 ``[r/2]`` at ``position``; neighbours are kept for the next calls."""
+        start = position // self._step * self._step
+        if self._start != start:
+            self._start, (self._cosine, self._sine) = start, self.span(start, self._step)
+        return self._cosine[position - start], self._sine[position - start]
+
+    def span(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines f32 ``[T, r/2]`` of ``count`` tokens from position ``first`` on."""
+        found = self._rotary(torch.zeros(1, 1, 1), torch.arange(first, first + count)[None])
+        if isinstance(found, tuple):  # repeated for the two halves of a head
+            half = found[0].shape[-1] // 2
+            return found[0][0, :, :half].contiguous(), found[1][0, :, :half].contiguous()
+        return found[0].real.contiguous(), found[0].imag.contiguous()  # Llama 4

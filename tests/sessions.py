@@ -1,0 +1,32 @@
+"""Sessions whose experts lie where a test wants them, instead of where this machine has room."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload.experts.storage.store import ExpertStore, schemes_of_tensors
+from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
+from offload.records import RunOptions
+from offload.run.session import Session
+from quant.checkpoint.checkpoint import Checkpoint
+from tests.machines import machine
+
+_DEFAULTS = {"vram_slots": 0, "vram_seeds": (), "prompt_chunk": 512, "gpu_rows": 0, "prefetch_bytes": 0}
+
+
+def planned(store: ExpertStore, options: RunOptions, **placed: Any) -> PlannedRun:
+    """A run of the model of ``store`` whose plan is changed as ``placed`` says: ``ram_slots``, ``vram_slots``,
+    ``gpu_rows`` and the like."""
+    model = PlannedModel(store.shape, schemes_of_tensors(store), "as stored")
+    run = planned_run(model, replace(options, device="cpu"), machine=machine(), slot_bytes=store.slot_bytes)
+    plan = replace(run.plan, **{**_DEFAULTS, "guess_tokens": True, **placed})
+    return replace(run, options=options, plan=plan)
+
+
+def session(model: Path, options: RunOptions, device: str = "cpu", **placed: Any) -> Session:
+    """A session of the model in ``model`` on ``device``, placed like this. With slots in VRAM on a CPU, host
+    memory stands for the device's."""
+    store = ExpertStore(Checkpoint.open(model))
+    return Session(store, planned(store, options, **placed), torch.device(device))
