@@ -73,10 +73,9 @@ def _table(memory: Memory, tiers: Sequence[Tier], shown: Sequence[str]) -> str:
     if folded:
         inner = "".join(_row(text(sentence(role_name(role))), "", [role], memory, tiers) for role in folded)
         small = f"<details><summary>What is in Other</summary><table><tbody>{inner}</tbody></table></details>"
-    return (
-        f'<table class="roles"><thead><tr><th scope="col">Role</th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
-        + small
-    )
+    many = " many" if len(tiers) > 2 else ""
+    head = f'<thead><tr><th scope="col">Role</th>{heads}</tr></thead>'
+    return f'<table class="roles{many}">{head}<tbody>{rows}</tbody></table>{small}'
 
 
 def _row(name: str, css: str, roles: Sequence[str], memory: Memory, tiers: Sequence[Tier]) -> str:

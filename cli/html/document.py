@@ -61,10 +61,12 @@ def document(
 
 
 _THEME = '<button type="button" id="theme" title="Light, dark, or as the system says"></button>'
-_DOWNLOAD = '<a class="button" id="download" download="report.json" href="#">Download JSON</a>'
+_DOWNLOAD = (
+    '<a class="button" id="download" download="report.json" href="#" title="The data of this page">Save JSON</a>'
+)
 _COMPARE = (
     '<button type="button" id="compare-open" title="Set another report beside this one: its page, or its JSON">'
-    'Compare with…</button><input type="file" id="compare-file" accept=".html,.json" hidden>'
+    'Compare…</button><input type="file" id="compare-file" accept=".html,.json" hidden>'
 )
 _TOOLS_ALONE = f'<div class="tools">{_DOWNLOAD}{_THEME}</div>'
 _TOOLS = f'<div class="tools">{_COMPARE}{_DOWNLOAD}{_THEME}</div>'
@@ -105,6 +107,12 @@ def facts(rows: Mapping[str, str]) -> str:
 def none(said: str) -> str:
     """A sentence that stands where there is nothing to show."""
     return f'<p class="quiet">{text(said[:1].upper() + said[1:])}.</p>'
+
+
+def notes_list(notes: Sequence[str]) -> str:
+    """Each note a line."""
+    listed = "".join(f"<li>{text(note)}</li>" for note in notes)
+    return f'<ul class="notes">{listed}</ul>' if listed else none("nothing out of the ordinary")
 
 
 def _data(name: str, value: object) -> str:

@@ -9,23 +9,34 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cli.html import svg_plots
-from cli.html.document import Compared, document, figures, section, text
+from cli.html.document import Compared, document, facts, figures, notes_list, section, text
+from cli.html.request import command
 from cli.html.svg_plots import Tick, nice_ticks
+from cli.terminal.words import number
 
 if TYPE_CHECKING:  # these import torch
     from offload.quality.divergence import Bucket
     from offload.quality.evaluate import Evaluation
 
 
-def render_evaluation(found: "Evaluation") -> str:
-    """The whole page as HTML text."""
+def render_evaluation(found: "Evaluation", *, command_line: str = "", notes: Sequence[str] = ()) -> str:
+    """The whole page as HTML text; ``command_line`` and ``notes`` are told as they are."""
     readouts: dict[str, list[str]] = {}
+    about = {
+        "Model": str(found.model),
+        "Reference": str(found.reference),
+        "Text": f"{found.windows:,} windows of {found.window_tokens:,} tokens",
+        "KV cache": found.kv or "none: whole windows at once",
+        "Took": f"{number(found.seconds)} s",
+    }
     sections = (
+        section("What was run", command(command_line) + facts(about), css="request"),
         _cards(found),
         f'<div class="pair">{_spread(found, readouts)}{_positions(found, readouts)}</div>',
         f'<div class="pair">{_confidence(found.divergence.buckets, readouts)}'
         f"{_routing(found.router_agreement, readouts)}</div>",
         _numbers(found),
+        section("Notes", notes_list(notes)) if notes else "",
     )
     title = f"{found.model.name}: quality beside {found.reference.name}"
     return document(
@@ -36,18 +47,22 @@ def render_evaluation(found: "Evaluation") -> str:
 def _head(found: "Evaluation") -> str:
     ours = found.divergence
     ratio, error = 100 * ours.log_ratio, 100 * ours.log_ratio_error
-    verdict = (
-        f"{ours.kl_mean:.4f} nats of KL divergence per token, {ours.kl_mean / found.floor['kl_mean']:,.0f} "
-        f"times the noise of bf16; perplexity {ratio:+.2f} % ± {error:.2f}."
-        if found.floor["kl_mean"]
-        else f"{ours.kl_mean:.4f} nats of KL divergence per token; perplexity {ratio:+.2f} % ± {error:.2f}."
-    )
+    verdict = f"{ours.kl_mean:.4f} nats of KL divergence per token"
+    if found.floor["kl_mean"]:
+        verdict += f", {ours.kl_mean / found.floor['kl_mean']:,.0f} times the noise of bf16"
+    verdict += f"; perplexity {ratio:+.2f} % ± {error:.2f}".replace("-", "−")
+    verdict += "." if _is_told(found) else ", which this text is too short to tell from no change."
     return (
         '<div class="eyebrow">Coldstream eval, '
         f"{found.windows:,} windows of {found.window_tokens:,} tokens{_kv(found)}</div>"
         f"<h1>{text(found.model.name)} beside {text(found.reference.name)}</h1>"
         f'<p class="verdict">{text(verdict)}</p>'
     )
+
+
+def _is_told(found: "Evaluation") -> bool:
+    """Whether the change of perplexity is more than chance would make of none."""
+    return abs(found.divergence.log_ratio) >= 2 * found.divergence.log_ratio_error
 
 
 def _kv(found: "Evaluation") -> str:
@@ -67,24 +82,26 @@ def _cards(found: "Evaluation") -> str:
             ("Same top token", f"{100 * ours.same_top:.1f}", "%", f"noise {100 * floor['same_top']:.1f} %"),
             ("True token’s p", f"{100 * ours.delta_p_rms:.2f}", "% RMS", change),
             ("Worst tokens", f"{ours.kl_p99:.3f}", "nats", worst),
-        ]
+        ],
+        () if _is_told(found) else ("Perplexity",),
     )
 
 
 def _spread(found: "Evaluation", readouts: dict[str, list[str]]) -> str:
-    ours, floor = found.divergence.histogram, found.floor["histogram"]
-    counts, noise = ([histogram[edge] / (sum(histogram.values()) or 1) for edge in ours] for histogram in (ours, floor))
-    edges = list(ours)
+    edges = list(found.divergence.histogram)
+    counts, noise = (
+        [histogram[edge] / (sum(histogram.values()) or 1) for edge in edges]
+        for histogram in (found.divergence.histogram, found.floor["histogram"])
+    )
     readouts["spread"] = [
         f"{_interval(edges, index)} nats: {100 * share:.1f} % of the model’s tokens, "
         f"{100 * other:.1f} % of the noise floor’s"
         for index, (share, other) in enumerate(zip(counts, noise, strict=True))
     ]
     top = 1.1 * max(*counts, *noise)
-    drawing = (
-        f'<g class="other"><path class="range" d="{_bars(noise, top)}"/></g>'
-        f'<g class="plain"><path class="solid" d="{_narrow(counts, top)}"/></g>'
-    )
+    ours = _bars(counts, top, narrow=True)
+    drawing = f'<g class="other"><path class="range" d="{_bars(noise, top)}"/></g>'
+    drawing += f'<g class="plain"><path class="solid" d="{ours}"/></g>'
     places = [((index + 0.5) / len(edges), edge) for index, edge in enumerate(edges) if edge[0] == "1"]
     figure = svg_plots.plot(
         "spread",
@@ -132,7 +149,8 @@ def _confidence(buckets: "Sequence[Bucket]", readouts: dict[str, list[str]]) -> 
     ]
     top = 1.15 * max(max(values), 1e-12)
     drawing = f'<g class="plain"><path class="solid" d="{_bars(values, top)}"/></g>'
-    x = [((index + 0.5) / len(buckets), f"{bucket.low:g} to {bucket.high:g}") for index, bucket in enumerate(buckets)]
+    x = [(index / len(buckets), f"{bucket.low:g}") for index, bucket in enumerate(buckets)]
+    x += [(1.0, f"{bucket.high:g}") for bucket in buckets[-1:]]
     figure = svg_plots.plot(
         "confidence", drawing, label="Mean KL divergence by the reference’s confidence", x=x, y=_values(top)
     )
@@ -149,10 +167,14 @@ def _routing(agreement: Mapping[int, float], readouts: dict[str, list[str]]) -> 
     ]
     low = nice_below(min(shares))
     span = 1 - low
-    drawing = f'<g class="plain"><path class="line" d="{svg_plots.line([share - low for share in shares], span)}"/></g>'
+    above = [share - low for share in shares]
+    drawing = f'<path class="line" d="{svg_plots.line(above, 1.05 * span)}"/>'
+    if len(above) <= _DOTS:
+        drawing += f'<path class="dots" d="{svg_plots.dots(above, 1.05 * span)}"/>'
+    drawing = f'<g class="plain">{drawing}</g>'
     step = max(1, len(layers) // 8)
     x = [((index + 0.5) / len(layers), str(layer)) for index, layer in enumerate(layers) if index % step == 0]
-    y = [(part / 4, f"{100 * (low + span * part / 4):.4g} %") for part in range(5)]
+    y = [(part / 4 / 1.05, f"{100 * (low + span * part / 4):.4g} %") for part in range(5)]
     label = f"Router agreement by layer, from {100 * min(shares):.2f} % to {100 * max(shares):.2f} %"
     figure = svg_plots.plot("routing", drawing, label=label, x=x, y=y)
     note = "Share of expert choices that the model has in common with the reference, by layer."
@@ -181,6 +203,7 @@ COMPARED: tuple[Compared, ...] = (
     ("Tokens of a window", "window_tokens", "", ""),
     ("KV cache", "kv", "", ""),
 )
+_DOTS = 64  # layers that can be told apart as dots
 _KL = {"mean": "kl_mean", "median": "kl_median", "90 %": "kl_p90", "99 %": "kl_p99", "max": "kl_max"}
 
 
@@ -204,14 +227,8 @@ def _numbers(found: "Evaluation") -> str:
     )
 
 
-def _bars(values: Sequence[float], top: float) -> str:
-    return svg_plots.bars([0.0] * len(values), values, top)
-
-
-def _narrow(values: Sequence[float], top: float) -> str:
-    """Bars of half the width, so that those behind are seen."""
-    quarters = [value for share in values for value in (0.0, share, share, 0.0)]
-    return svg_plots.bars([0.0] * len(quarters), quarters, top)
+def _bars(values: Sequence[float], top: float, *, narrow: bool = False) -> str:
+    return svg_plots.bars([0.0] * len(values), values, top, narrow=narrow)
 
 
 def _percents(top: float) -> list[Tick]:

@@ -1,11 +1,10 @@
 """The page of one run, made from its RunReport: first what was run and said, then how fast that was and why, where
 the bytes are, and how it went step by step."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from cli.html.byte_roles import memory_section
-from cli.html.document import Compared, document, facts, figures, none, save, section, text
+from cli.html.document import Compared, document, facts, figures, none, notes_list, save, section, text
 from cli.html.heat_map import experts_section
 from cli.html.request import request_section
 from cli.html.step_plots import memory_plot, requests_plot, time_plot
@@ -115,12 +114,6 @@ def _steps(report: RunReport, readouts: dict[str, list[str]]) -> str:
 
 def _notes(report: RunReport) -> str:
     return section("Notes", notes_list(report.notes))
-
-
-def notes_list(notes: Sequence[str]) -> str:
-    """Each note a line."""
-    listed = "".join(f"<li>{text(note)}</li>" for note in notes)
-    return f'<ul class="notes">{listed}</ul>' if listed else none("nothing out of the ordinary")
 
 
 def _environment(report: RunReport) -> str:

@@ -1,10 +1,11 @@
-"""The page of a replayed timeline: one self-contained HTML file in the style of the run report."""
+"""The page of a simulated run: what was planned, what a token waits for, and what every resource does meanwhile."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cli.html import svg_plots
-from cli.html.document import Compared, document, figures, none, save, section, text
+from cli.html.document import Compared, document, facts, figures, none, notes_list, save, section, text
+from cli.html.request import command
 from cli.html.svg_plots import Bins, nice_ticks
 from cli.terminal.simulation_tables import RESOURCES, causes
 from cli.terminal.simulation_tables import document as plain_data
@@ -12,77 +13,146 @@ from cli.terminal.words import number, percent, size
 from offload.simulator.engine import Span
 from offload.simulator.simulation import Replay, Setup
 
-_LANES = {"vram": "vram", "gpu": "vram", "cpu": "ram", "cpu compute": "ram", "pcie": "plain", "disk": "disk"}
+# From the fastest memory down to the slowest, the processors beside the memory that feeds them.
+LANES = ("vram", "gpu", "pcie", "ram", "cpu", "cpu compute", "disk")
 _BINS = 250
+_CAUSES = {"vram": "vram", "cpu": "ram", "pcie": "theirs", "disk": "disk", "compute": "role4", "doorbell": "mark"}
+# What lanes are busy with: six colours at most, by what the engine's flows are called.
+_WORK = {
+    "expert": ("role0", "routed experts"),
+    "attention": ("role1", "attention, norms, router"),
+    "shared": ("role2", "shared experts, dense MLPs"),
+    "head": ("role3", "LM head"),
+    "read": ("role4", "read from disk"),
+    "copy": ("role-other", "copied over PCIe"),
+}
+# What crosses a memory beside the reads of a processor has a strip of its own there, and a whole lane elsewhere.
+_BESIDE = {"read": "disk", "copy": "pcie"}
+_SAME = {"experts": "expert", "in place": "expert", "dense": "shared", "swap": "copy"}
+
+COMPARED: tuple[Compared, ...] = (
+    ("Decode", "decode.tokens_per_s", "tokens/s", "more"),
+    ("Time per token", "decode.ms_per_token", "ms", "less"),
+    ("Prefill", "prefill.tokens_per_s", "tokens/s", "more"),
+    ("Planned decode", "planned_tokens_per_s", "tokens/s", ""),
+    ("Hits in VRAM", "decode.hit_rates.vram", "%", "more"),
+    ("Hits in RAM", "decode.hit_rates.ram", "%", ""),
+    ("Requests that read the disk", "decode.hit_rates.disk", "%", "less"),
+    ("Waiting for VRAM", "decode.waited.vram", "s", ""),
+    ("Waiting for the CPU or RAM", "decode.waited.cpu", "s", ""),
+    ("Waiting for PCIe", "decode.waited.pcie", "s", ""),
+    ("Waiting for the disk", "decode.waited.disk", "s", ""),
+    ("Decode limited by", "decode.limited_by", "", ""),
+    ("Prefill limited by", "prefill.limited_by", "", ""),
+)
 
 
-def write_replay(setup: Setup, decode: Replay, prefill: Replay, title: str, path: Path) -> None:
-    """Write the page to ``path``. Raises OutputError if that cannot be."""
-    save(render_replay(setup, decode, prefill, title), path)
+def write_replay(
+    setup: Setup,
+    decode: Replay,
+    prefill: Replay,
+    title: str,
+    path: Path,
+    *,
+    command_line: str = "",
+    about: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Write the page to ``path``; see ``render_replay``. Raises OutputError if that cannot be."""
+    save(render_replay(setup, decode, prefill, title, command_line=command_line, about=about, notes=notes), path)
 
 
-def render_replay(setup: Setup, decode: Replay, prefill: Replay, title: str) -> str:
-    """The whole page as HTML text."""
+def render_replay(
+    setup: Setup,
+    decode: Replay,
+    prefill: Replay,
+    title: str,
+    *,
+    command_line: str = "",
+    about: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """The whole page as HTML text. ``about`` are facts of the run by name, told as they are like ``notes``."""
     readouts: dict[str, list[str]] = {}
     head = (
-        f'<div class="eyebrow">Coldstream simulate: nothing on this page was measured</div>'
+        '<div class="eyebrow">Coldstream simulate: nothing on this page was measured</div>'
         f'<h1>{text(title)}</h1><p class="verdict">{text(_verdict(setup, decode))}</p>'
     )
     body = (
-        f"{_figures(setup, decode, prefill)}"
-        f'<div class="pair">{_waits(setup, decode)}{_resources(decode)}</div>'
-        + section("One token", lanes("token", decode.spans, readouts))
-        + section("The prompt", lanes("prompt", prefill.spans, readouts))
-        + section("Token by token", _tokens(decode, readouts))
+        section("What was simulated", command(command_line) + facts(_about(setup) | dict(about or {})), css="request")
+        + _figures(setup, decode, prefill)
+        + _waits(setup, decode)
+        + section(
+            "One token",
+            lanes("token", decode.spans, readouts),
+            note="What every resource does during a typical token. A lane that is full all along sets the speed. "
+            "The strip below the RAM lane is what disk and PCIe move there.",
+        )
+        + section(
+            "The prompt",
+            lanes("prompt", prefill.spans, readouts),
+            note=f"The same over a prompt of {prefill.tokens:,} tokens, in chunks of {setup.plan.prompt_chunk:,}.",
+        )
+        + f'<div class="pair">{_resources(decode)}'
+        + section("Token by token", _tokens(decode, readouts), note="Time per token in ms, over the decoded tokens.")
+        + "</div>"
+        + (section("Notes", notes_list(notes)) if notes else "")
     )
     report = plain_data(setup, decode, prefill)
     return document(title, head, body, report=report, readouts=readouts, compared=COMPARED)
 
 
-COMPARED: tuple[Compared, ...] = (
-    ("Decode", "decode.tokens_per_s", "tokens/s", "more"),
-    ("Prefill", "prefill.tokens_per_s", "tokens/s", "more"),
-    ("Planned decode", "planned_tokens_per_s", "tokens/s", ""),
-    ("Hits in VRAM", "decode.hit_rates.vram", "%", "more"),
-    ("Hits in RAM", "decode.hit_rates.ram", "%", ""),
-    ("Read from disk", "decode.hit_rates.disk", "%", "less"),
-    ("Limited by", "decode.limited_by", "", ""),
-)
-
-
 def lanes(name: str, spans: Sequence[Span], readouts: dict[str, list[str]]) -> str:
     """What each resource is busy with over time, one lane below the other."""
-    present = [lane for lane in _LANES if any(span.lane == lane for span in spans)]
+    present = [lane for lane in LANES if any(span.lane == lane and span.end > span.start for span in spans)]
     if not present:
         return none("nothing was recorded")
     end = max(span.end for span in spans)
     height = svg_plots.HEIGHT / len(present)
-    drawing = ""
-    for row, lane in enumerate(present):
-        top = row * height + 0.15 * height
-        cells = "".join(
-            f"M{svg_plots.WIDTH * span.start / end:.2f} {top:.1f}"
-            f"h{max(0.4, svg_plots.WIDTH * (span.end - span.start) / end):.2f}v{0.7 * height:.1f}"
-            f"h-{max(0.4, svg_plots.WIDTH * (span.end - span.start) / end):.2f}z"
-            for span in spans
-            if span.lane == lane
-        )
-        drawing += f'<g class="{_LANES[lane]}"><path class="solid" d="{cells}"/></g>'
+    shapes: dict[str, list[str]] = {kind: [] for kind in _WORK}
+    for span in spans:
+        if span.lane in present and span.end > span.start:
+            beside = _kind(span) in _BESIDE and span.lane not in _BESIDE.values()
+            top = (present.index(span.lane) + (0.64 if beside else 0.14)) * height
+            tall = (0.22 if beside else 0.46 if span.lane == "ram" else 0.72) * height
+            left, width = svg_plots.WIDTH * span.start / end, svg_plots.WIDTH * (span.end - span.start) / end
+            shapes[_kind(span)].append(f"M{left:.2f} {top:.1f}h{max(width, 0.4):.2f}v{tall:.1f}H{left:.2f}z")
+    drawing = "".join(
+        f'<g class="{_WORK[kind][0]}"><path class="solid" d="{"".join(cells)}"/></g>' for kind, cells in shapes.items()
+    )
     readouts[name] = [_at(spans, present, end * (index + 0.5) / _BINS) for index in range(_BINS)]
     unit, scale = ("ms", 1e3) if end < 1 else ("s", 1.0)
-    x = [(value / (end * scale), f"{value:g} {unit}") for value in nice_ticks(end * scale, 6)]
-    y = [(1 - (row + 0.5) / len(present), RESOURCES[lane]) for row, lane in enumerate(present)]
+    x = [
+        (value / (end * scale), f"{value:g} {unit}")
+        for value in nice_ticks(end * scale, 5)
+        if value < 0.75 * end * scale
+    ]
+    x.append((1.0, f"{number(end * scale)} {unit}"))
+    y = [(1 - (row + 0.5) / len(present), _label(lane)) for row, lane in enumerate(present)]
     label = f"What {', '.join(RESOURCES[lane] for lane in present)} do over {number(end * scale)} {unit}."
-    return svg_plots.plot(name, drawing, label=label, x=x, y=y)
+    figure = svg_plots.plot(name, drawing, label=label, x=x, y=y, css="lanes")
+    legend = "".join(
+        f'<li><span class="swatch {css}"></span>{said}</li>' for kind, (css, said) in _WORK.items() if shapes[kind]
+    )
+    return f'<div style="--lanes:{len(present)}">{figure}</div><ul class="legend">{legend}</ul>'
+
+
+def _kind(span: Span) -> str:
+    kind = _SAME.get(span.what, span.what)
+    return kind if kind in _WORK else "copy"
+
+
+def _label(lane: str) -> str:
+    return RESOURCES[lane][:1].upper() + RESOURCES[lane][1:]
 
 
 def _at(spans: Sequence[Span], present: Sequence[str], when: float) -> str:
     doing = dict.fromkeys(present, "idle")
     for span in spans:
-        if span.start <= when < span.end:
-            doing[span.lane] = span.what
-    listed = ", ".join(f"{RESOURCES[lane]} {what}" for lane, what in doing.items())
-    return f"{number(1e3 * when)} ms: {listed}"
+        if span.start <= when < span.end and span.lane in doing:
+            doing[span.lane] = _WORK[_kind(span)][1]
+    listed = "; ".join(f"{_label(lane)}: {what}" for lane, what in doing.items())
+    return f"{number(1e3 * when)} ms. {listed}"
 
 
 def _verdict(setup: Setup, decode: Replay) -> str:
@@ -94,50 +164,72 @@ def _verdict(setup: Setup, decode: Replay) -> str:
     )
 
 
+def _about(setup: Setup) -> dict[str, str]:
+    plan, machine = setup.plan, setup.machine
+    rates = [f"RAM {number(machine.ram_gb_s)}", f"disk {number(machine.disk_gb_s)}"]
+    if machine.gpu:
+        rates = [f"VRAM {number(machine.gpu.vram_gb_s)}", *rates, f"PCIe {number(machine.gpu.h2d_gb_s)}"]
+    budgets = [f"{size(count)} of {tier}" for tier, count in (("VRAM", plan.vram), ("RAM", plan.ram)) if count]
+    return {
+        "Machine": machine.name,
+        "Rates": f"{', '.join(rates)} GB/s, {'measured' if machine.measured else 'assumed'}",
+        "Budgets": " and ".join(budgets),
+        "Context": f"{plan.context:,} tokens, {plan.filled:,} of them filled",
+    }
+
+
 def _figures(setup: Setup, decode: Replay, prefill: Replay) -> str:
-    plan = setup.plan
-    hits = percent(decode.hit_rates["vram"] if setup.machine.gpu else decode.hit_rates["ram"])
+    plan, gpu = setup.plan, setup.machine.gpu is not None
+    slots = f"{plan.ram_slots:,} of {plan.experts:,} experts in RAM"
+    if gpu:
+        slots = f"{plan.vram_slots:,} in VRAM and {plan.ram_slots:,} in RAM, of {plan.experts:,} experts"
     cards = [
         (
             "Decode",
             number(decode.tokens_per_s),
             "tokens/s",
-            f"{number(1e3 / decode.tokens_per_s)} ms per token; plan {number(plan.predicted_tokens_per_s)}",
+            f"{number(1e3 / decode.tokens_per_s)} ms per token; the plan says {number(plan.predicted_tokens_per_s)}",
         ),
         (
             "Prefill",
             number(prefill.tokens_per_s),
             "tokens/s",
-            f"a prompt of {prefill.tokens:,}; plan {number(plan.predicted_prefill_tokens_per_s)}",
+            f"a prompt of {prefill.tokens:,}; the plan says {number(plan.predicted_prefill_tokens_per_s)}",
         ),
-        ("Hits", hits, "", f"{plan.vram_slots:,} experts in VRAM, {plan.ram_slots:,} in RAM"),
-        ("Swaps", number(decode.swaps_per_token), "per token", size(plan.slot_bytes) + " each"),
+        ("Hits in VRAM" if gpu else "Hits in RAM", percent(decode.hit_rates["vram" if gpu else "ram"]), "", slots),
     ]
+    if gpu:
+        cards.append(("Swaps", number(decode.swaps_per_token), "per token", f"{size(plan.slot_bytes)} each"))
     return figures(cards)
 
 
 def _waits(setup: Setup, decode: Replay) -> str:
     names = causes(setup)
-    rows = "".join(
-        _row(names.get(cause, cause), f"{number(1e3 * seconds)} ms", percent(seconds * decode.tokens_per_s))
+    parts = [
+        (
+            _CAUSES.get(cause, "rest"),
+            names.get(cause, cause),
+            seconds * decode.tokens_per_s,
+            f"{number(1e3 * seconds)} ms, {percent(seconds * decode.tokens_per_s)}",
+        )
         for cause, seconds in sorted(decode.waited.items(), key=lambda item: -item[1])
-    )
-    return f"<section><h2>What a token waits for</h2><table><tbody>{rows}</tbody></table></section>"
+        if seconds
+    ]
+    label = ", ".join(f"{name} {said}" for _, name, _, said in parts)
+    note = f"{number(1e3 / decode.tokens_per_s)} ms per decoded token, by what was waited for."
+    return section("Where a token’s time goes", svg_plots.stacked(parts, label), note=note)
 
 
 def _resources(decode: Replay) -> str:
-    moved: Mapping[str, float] = decode.moved
     rows = "".join(
-        _row(RESOURCES[name], size(round(amount)), f"{percent(decode.used[name])} of its rate")
-        for name, amount in moved.items()
+        f'<tr><th scope="row">{text(_label(name))}</th><td class="number">{size(round(amount))}</td>'
+        f'<td class="number">{percent(decode.used[name])}</td></tr>'
+        for name, amount in decode.moved.items()
         if amount and "arithmetic" not in RESOURCES[name]
     )
-    return f"<section><h2>What passes per token</h2><table><tbody>{rows}</tbody></table></section>"
-
-
-def _row(name: str, *values: str) -> str:
-    cells = "".join(f'<td class="number">{text(value)}</td>' for value in values)
-    return f'<tr><th scope="row">{text(name)}</th>{cells}</tr>'
+    head = '<th scope="col">Through</th><th scope="col" class="number">per token</th>'
+    head += '<th scope="col" class="number">of what it could</th>'
+    return section("What passes per token", f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
 
 
 def _tokens(decode: Replay, readouts: dict[str, list[str]]) -> str:

@@ -43,10 +43,13 @@ def nice_ticks(top: float, about: int = 4) -> list[float]:
     return [step * index for index in range(int(top / step + 1e-9) + 1)]
 
 
-def bars(lows: Sequence[float], highs: Sequence[float], top: float) -> str:
-    """Path of one bar per bin from ``lows`` to ``highs`` (values, ``top`` is the upper edge)."""
+def bars(lows: Sequence[float], highs: Sequence[float], top: float, *, narrow: bool = False) -> str:
+    """Path of one bar per bin from ``lows`` to ``highs`` (values, ``top`` is the upper edge).
+
+    ``narrow`` bars let wide ones behind them be seen.
+    """
     width = WIDTH / max(len(lows), 1)
-    gap = width * 0.12 if len(lows) <= 120 else 0
+    gap = width * 0.5 if narrow else width * 0.12 if len(lows) <= 120 else 0
     parts = []
     for index, (low, high) in enumerate(zip(lows, highs, strict=True)):
         left, upper = index * width + gap / 2, _y(high, top)
@@ -65,6 +68,12 @@ def line(values: Sequence[float], top: float, *, area: bool = False) -> str:
     points = [(0.0, points[0][1]), *points, (float(WIDTH), points[-1][1])]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     return f"{path}L{WIDTH} {HEIGHT}L0 {HEIGHT}z" if area else path
+
+
+def dots(values: Sequence[float], top: float) -> str:
+    """Path of a dot in the middle of every bin: lines without length, whose round ends keep their shape."""
+    width = WIDTH / max(len(values), 1)
+    return "".join(f"M{(index + 0.5) * width:.1f} {_y(value, top):.1f}h0" for index, value in enumerate(values))
 
 
 def level(value: float, top: float, css: str) -> str:
@@ -86,13 +95,25 @@ def plot(
     y = list(y)
     grid = "".join(f'<path class="grid" d="M0 {HEIGHT * (1 - place):.1f}H{WIDTH}"/>' for place, _ in y)
     return (
-        f'<figure><div class="plot">{y_ticks((1 - place, text) for place, text in y)}'
-        f'<div class="canvas {css}" tabindex="0" role="img" aria-label="{escape(label)}" '
+        f'<figure><div class="plot {css}">{y_ticks((1 - place, text) for place, text in y)}'
+        f'<div class="canvas" tabindex="0" role="img" aria-label="{escape(label)}" '
         f'data-readout="{name}" aria-describedby="{name}-readout">'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{grid}{drawing}'
-        f'</svg>{tags}<div class="cursor"></div></div>{x_ticks(x, "ends")}</div>'
+        f'</svg>{tags}<div class="cursor"></div></div>{x_ticks(x)}</div>'
         f"{readout(name)}</figure>"
     )
+
+
+def stacked(parts: Sequence[tuple[str, str, float, str]], label: str) -> str:
+    """One bar of parts that add up to it, and its legend; a part is (css, name, share of 1, value in words)."""
+    items = legend = ""
+    for css, name, part, value in parts:
+        said = f"{escape(name)}: {escape(value)}"
+        inner = f"<b>{100 * part:.0f} %</b>" if part > 0.07 else ""
+        items += f'<i class="{css}" style="flex:{part:.5f} 1 0" title="{said}">{inner}</i>'
+        legend += f'<li><span class="swatch {css}"></span>{said}</li>'
+    bar = f'<div class="bar tall" role="img" aria-label="{escape(label)}">{items}</div>'
+    return f'{bar}<ul class="legend">{legend}</ul>'
 
 
 def track(part: float, css: str, *, thin: bool = False) -> str:
@@ -121,11 +142,15 @@ def y_ticks(ticks: Iterable[Tick]) -> str:
     )
 
 
-def x_ticks(ticks: Iterable[Tick], css: str = "") -> str:
-    """Labels below."""
+def x_ticks(ticks: Iterable[Tick]) -> str:
+    """Labels below, each in the middle of its place, except at the very ends."""
+    ends = {0.0: "first", 1.0: "last"}
     return (
-        f'<div class="ticks-x {css}" aria-hidden="true">'
-        + "".join(f'<span style="left:{100 * place:.2f}%">{escape(text)}</span>' for place, text in ticks)
+        '<div class="ticks-x" aria-hidden="true">'
+        + "".join(
+            f'<span class="{ends.get(place, "")}" style="left:{100 * place:.2f}%">{escape(text)}</span>'
+            for place, text in ticks
+        )
         + "</div>"
     )
 

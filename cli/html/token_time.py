@@ -24,24 +24,17 @@ def time_section(report: RunReport) -> str:
         return section(title, none("no decode step was measured"))
     if not decode.floor_ms_by_tier:
         return section(title, none("no bandwidth was measured, so nothing can be told apart"))
-    items = legend = ""
-    for name, (css, said) in _PARTS.items():
-        if ms := parts.get(name, 0.0):
-            share = percent(ms / total)
-            label = f"<b>{share}</b>" if ms / total > 0.07 else ""
-            items += f'<i class="{css}" style="flex:{ms / total:.4f} 1 0" title="{said}: {number(ms)} ms">{label}</i>'
-            legend += f'<li><span class="swatch {css}"></span>{said}: {number(ms)} ms, {share}</li>'
+    shown = [
+        (css, said, ms / total, f"{number(ms)} ms, {percent(ms / total)}")
+        for name, (css, said) in _PARTS.items()
+        if (ms := parts.get(name, 0.0))
+    ]
     note = (
         f"{number(total)} ms per decoded token, on average. Reading is counted at the bandwidths that were measured; "
         "the disk is read beside the memories, and only what it takes beyond them is shown."
     )
-    bar = f'<div class="bar tall" role="img" aria-label="{_label(report)}">{items}</div>'
-    return section(title, f'{bar}<ul class="legend">{legend}</ul>', note=note)
-
-
-def _label(report: RunReport) -> str:
-    parts = report.decode.time_ms()
-    return ", ".join(f"{_PARTS[name][1]} {number(ms)} ms" for name, ms in parts.items())
+    label = ", ".join(f"{said} {value}" for _, said, _, value in shown)
+    return section(title, svg_plots.stacked(shown, label), note=note)
 
 
 def speed_section(report: RunReport) -> str:

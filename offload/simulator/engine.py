@@ -101,7 +101,7 @@ class Running(Event):
 class Engine:
     """Runs processes over resources of ``rates`` (units per second each).
 
-    ``moved`` counts what has passed each resource. ``spans`` lists flows by their first resource while
+    ``moved`` counts what has passed each resource. ``spans`` lists flows by each of their resources while
     ``watching``.
     """
 
@@ -208,7 +208,7 @@ class Engine:
             self._stale = True
         for flow in over:
             if self.watching:
-                self.spans.append(Span(flow.through[0], flow.what, flow.began, self.now))
+                self.spans += [Span(name, flow.what, flow.began, self.now) for name in flow.through]
             flow.happen(self.now)
         while self._timers and self._timers[0][0] <= self.now:
             heapq.heappop(self._timers)[2].happen(self.now)
