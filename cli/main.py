@@ -18,17 +18,18 @@ from cli.terminal import interrupt
 from quant.errors import ColdstreamError, MachineError
 
 COMMANDS: dict[str, str] = {
-    "quantize": "Quantize a Hugging Face checkpoint; bounded memory, resumable.",
+    "quantize": "Quantize a Hugging Face checkpoint; resumable.",
     "profile": "Run text through a model and save which experts it routes to.",
-    "plan": "Say where every byte goes, how fast it runs, what limits it.",
+    "plan": "Where every byte goes, how fast it runs, what limits it.",
     "generate": "Continue a prompt, streaming; ends with the run report.",
     "chat": "Talk with a model; the KV cache is kept across turns.",
-    "eval": "Measure what quantizing cost: perplexity, KL to the original.",
-    "bench": "Measure prefill and decode, beside the floor of the hardware.",
-    "synth": "Write a random quantized checkpoint in any shape, at disk speed.",
+    "eval": "What quantizing cost: perplexity, KL to the original.",
+    "bench": "Prefill and decode, beside the floor of the hardware.",
+    "synth": "Write a random quantized checkpoint in any shape.",
     "probe": "Measure this machine: RAM, disk, PCIe and VRAM bandwidth.",
-    "simulate": "Replay a routing trace against expert cache policies.",
-    "demo": "The whole path, quantize to report, on the embedded model.",
+    "simulate": "Replay a run on a machine that need not be there.",
+    "rank-policies": "Replay a routing trace against expert cache policies.",
+    "demo": "The whole path, quantize to report, on a small model.",
 }
 PIPE_CLOSED = 141
 
@@ -65,8 +66,9 @@ def build_app(wanted: str | None = None) -> typer.Typer:
 
 
 def load_command(name: str) -> Callable[..., None]:
-    """The function of command ``name``: ``cli.NAME.NAME``."""
-    command: Callable[..., None] = getattr(import_module(f"cli.commands.{name}"), name)
+    """The function of command ``name``, called like its module."""
+    module = name.replace("-", "_")
+    command: Callable[..., None] = getattr(import_module(f"cli.commands.{module}"), module)
     return command
 
 

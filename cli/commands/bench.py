@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from cli.options.common import Json, Model, Report, takes_run_options
+from cli.options.output import Report, takes_console
+from cli.options.run import Model, takes_run_options
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from offload.records import RunOptions
@@ -21,25 +22,26 @@ Text = Annotated[
 
 
 @takes_run_options
+@takes_console
 def bench(
     model: Model,
     run: RunOptions,
+    console: Console,
     prompt_tokens: PromptTokens = 512,
     tokens: Tokens = 64,
     repeat: Repeat = 3,
     text: Text = None,
     report: Report = None,
-    json: Json = False,
 ) -> None:
     """Measure MODEL: prefill and decode apart, after a warm-up, as medians with their spread.
 
     Bandwidths are measured in the same run. The floor is the time to read a token's bytes at those: no token
     can be faster.
     """
-    from cli.commands.open_run import check_page, command_line, find_model, finish, open_session
-    from cli.options.texts import read_text, sample_text
+    from cli.steps.finish import check_page, command_line, finish
+    from cli.steps.open_model import find_model, open_session
+    from cli.steps.texts import read_text, sample_text
 
-    console = Console(json=json)
     check_page(report)
     path = find_model(model)
     source = read_text(text) if text else sample_text()

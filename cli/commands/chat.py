@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options.common import Json, Model, Report, takes_run_options
+from cli.options.output import Report, takes_console
+from cli.options.run import Model, takes_run_options
 from cli.options.sampling import takes_sampling
 from cli.terminal import interrupt
 from cli.terminal.console import Console, to_json
@@ -30,16 +31,17 @@ HELP = """\
 
 @takes_run_options
 @takes_sampling
+@takes_console
 def chat(
-    model: Model, sampling: Sampling, run: RunOptions, system: System = None, report: Report = None, json: Json = False
+    model: Model, sampling: Sampling, run: RunOptions, console: Console, system: System = None, report: Report = None
 ) -> None:
     """Talk with MODEL. Answers go to stdout as they come; /help lists the commands.
 
     Ctrl-C stops an answer and keeps the session; Ctrl-D or /quit ends it with the run report.
     """
-    from cli.commands.open_run import check_page, command_line, find_model, finish, open_session
+    from cli.steps.finish import check_page, command_line, finish
+    from cli.steps.open_model import find_model, open_session
 
-    console = Console(json=json)
     check_page(report)
     path = find_model(model)
     with seldom_collecting():

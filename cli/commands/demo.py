@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.options.common import Json
+from cli.options.output import takes_console
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from offload.records import RunOptions, Sampling
@@ -26,7 +26,8 @@ CHUNK = 64
 RECIPE = "demo"
 
 
-def demo(keep: Keep = None, json: Json = False) -> None:
+@takes_console
+def demo(console: Console, keep: Keep = None) -> None:
     """The whole path on the embedded model: quantize, profile, plan, generate, report.
 
     The model is a small Llama 4 (9 MB), trained on Python's standard library: what it writes looks like
@@ -37,7 +38,6 @@ def demo(keep: Keep = None, json: Json = False) -> None:
 
     from quant.errors import OutputError
 
-    console = Console(json=json)
     started = time.perf_counter()
     with ExitStack() as stack:
         if keep is None:
@@ -96,9 +96,9 @@ class Demo:
 
     def profile(self) -> dict[str, Any]:
         """Run text the model was trained on, and keep which experts it asked for."""
-        from cli.commands.open_run import open_session
         from cli.commands.profile import document, heat_map, run_text
-        from cli.options.texts import read_text
+        from cli.steps.open_model import open_session
+        from cli.steps.texts import read_text
         from cli.terminal.words import percent
 
         self.heading("Profile: which experts does text ask for?", "profile model --text calibration.txt")
@@ -159,8 +159,8 @@ class Demo:
 
     def generate(self) -> dict[str, Any]:
         """Answer a question, then the report, on the terminal and as a page."""
-        from cli.commands.open_run import open_session
         from cli.html.run_report import write_page
+        from cli.steps.open_model import open_session
         from cli.terminal.run_summary import summary
         from offload.run.collect import account
         from offload.run.report import Message

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cli.options.common import Json, Model, Report
+from cli.options.output import Report, takes_console
+from cli.options.run import Model
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 
@@ -25,26 +26,27 @@ Slots = Annotated[
 ]
 
 
+@takes_console
 def eval(
     model: Model,
     reference: Reference,
     text: Text,
+    console: Console,
     windows: Windows = 32,
     context: Context = 512,
     kv: Kv = None,
     cache: Cache = None,
     expert_slots: Slots = None,
     report: Report = None,
-    json: Json = False,
 ) -> None:
     """Measure how far MODEL's predictions are from those of the checkpoint it was made from.
 
     Runs the text through both, a layer at a time. The reference's predictions are kept for next time.
     """
-    from cli.commands.open_run import check_page, find_model
-    from cli.options.texts import read_text
+    from cli.steps.finish import check_page
+    from cli.steps.open_model import find_model
+    from cli.steps.texts import read_text
 
-    console = Console(json=json)
     check_page(report)
     path, source = find_model(model), find_model(reference)
     words = read_text(text)

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from cli.options.common import Json, Model, Report, takes_run_options
+from cli.options.output import Report, takes_console
+from cli.options.run import Model, takes_run_options
 from cli.options.sampling import takes_sampling
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
@@ -18,22 +19,23 @@ IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the e
 
 @takes_run_options
 @takes_sampling
+@takes_console
 def generate(
     model: Model,
     prompt: Prompt,
     sampling: Sampling,
     run: RunOptions,
+    console: Console,
     chat: Chat = False,
     ignore_eos: IgnoreEos = False,
     report: Report = None,
-    json: Json = False,
 ) -> None:
     """Continue PROMPT with MODEL, streaming the text to stdout; the run report follows on stderr."""
     from dataclasses import replace
 
-    from cli.commands.open_run import check_page, command_line, find_model, finish, open_session
+    from cli.steps.finish import check_page, command_line, finish
+    from cli.steps.open_model import find_model, open_session
 
-    console = Console(json=json)
     check_page(report)
     path = find_model(model)
     with seldom_collecting():
@@ -46,9 +48,9 @@ def generate(
         records = []
         for record in session.generate(ids, replace(sampling, ignore_eos=ignore_eos)):
             records.append(record)
-            if not json:
+            if not console.json:
                 print(record.text, end="", flush=True)
-        if not json:
+        if not console.json:
             print(flush=True)
         answer = "".join(record.text for record in records)
         extra = {"prompt_tokens": len(ids), "text": answer, "finish_reason": records[-1].finish_reason}

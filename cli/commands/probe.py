@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options.common import Json
+from cli.options.output import takes_console
 from cli.terminal.console import Console
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ Directory = Annotated[Path, typer.Argument(metavar="[DIR]", help="Measure the di
 Refresh = Annotated[bool, typer.Option("--refresh", help="Measure again, even if it was done before.")]
 
 
-def probe(directory: Directory = Path(), refresh: Refresh = False, json: Json = False) -> None:
+@takes_console
+def probe(console: Console, directory: Directory = Path(), refresh: Refresh = False) -> None:
     """Measure this machine: RAM read bandwidth, sequential direct reads from disk, PCIe and VRAM of a GPU.
 
     Takes about three seconds and is kept for later runs; --refresh measures again.
@@ -26,7 +27,6 @@ def probe(directory: Directory = Path(), refresh: Refresh = False, json: Json = 
 
     if not directory.is_dir():
         raise InputError(f"{directory} is no directory: name the one that the model lies in, or none")
-    console = Console(json=json)
     machine = measure(directory, refresh=refresh, say=console.step)
     show(machine, console)
     console.notes(machine.notes)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options.common import Json, Model, takes_run_options
+from cli.options.output import takes_console
+from cli.options.run import Model, takes_run_options
 from cli.terminal.console import Console
 from offload.records import RunOptions
 
@@ -22,27 +23,28 @@ Merge = Annotated[
     typer.Option("--merge", metavar="FILE", help="Add this profile of the same model; may be given again."),
 ]
 Tokens = Annotated[int | None, typer.Option("--tokens", min=1, metavar="N", help="Stop after this many tokens.")]
-Trace = Annotated[bool, typer.Option("--trace", help="Keep the order of requests too, for simulate.")]
+Trace = Annotated[bool, typer.Option("--trace", help="Keep the order of requests too, for simulate and rank-policies.")]
 
 
 @takes_run_options
+@takes_console
 def profile(
     model: Model,
     text: Text,
     run: RunOptions,
+    console: Console,
     out: Out = Path("routing.json"),
     merge: Merge = None,
     tokens: Tokens = None,
     trace: Trace = False,
-    json: Json = False,
 ) -> None:
     """Run text through MODEL and save its routing: counts, layer-to-layer transitions, reuse distances.
 
     The profile seeds placement in later runs (--routing) and is refused by any other model.
     """
-    from cli.commands.open_run import check_page, find_model, open_session
+    from cli.steps.finish import check_page
+    from cli.steps.open_model import find_model, open_session
 
-    console = Console(json=json)
     check_page(out, "--out")
     path = find_model(model)
     from offload.routing.stats import RoutingStats
@@ -135,6 +137,6 @@ def heat_map(stats: "RoutingStats", width: int = 128) -> str:
 def _read(path: Path) -> str:
     import sys
 
-    from cli.options.texts import read_text
+    from cli.steps.texts import read_text
 
     return sys.stdin.read() if str(path) == "-" else read_text(path)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cli.commands.bits import Evidence, Fit, Goal, PerExpert, TargetBits, TargetSize, allocate_bits, open_roles
-from cli.options import common as options
-from cli.options.schemes import Attention, DenseMlp, Experts, GroupSize, LmHead, SharedExpert, chosen_schemes
+from cli.options.goal import Goal, takes_goal
+from cli.options.output import takes_console
+from cli.options.run import Routing
+from cli.options.schemes import AskedSchemes, takes_schemes
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from quant.errors import UsageError
@@ -32,23 +33,15 @@ _CALIBRATED = (
 )
 
 
+@takes_schemes
+@takes_goal
+@takes_console
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A model directory or a Hub id.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A new or empty directory.")],
-    recipe: options.Recipe = None,
-    experts: Experts = None,
-    shared_expert: SharedExpert = None,
-    dense_mlp: DenseMlp = None,
-    attention: Attention = None,
-    lm_head: LmHead = None,
-    group_size: GroupSize = None,
-    target_bits: TargetBits = None,
-    target_size: TargetSize = None,
-    fit: Fit = None,
-    vram: options.Vram = None,
-    ram: options.Ram = None,
-    context: options.Context = None,
-    per_expert: PerExpert = False,
+    stored: AskedSchemes,
+    goal: Goal | None,
+    console: Console,
     rounding: Annotated[
         Literal["search", "rtn"], typer.Option("--rounding", help="search: the best without data; rtn: plain absmax.")
     ] = "search",
@@ -76,9 +69,8 @@ def quantize(
     save_imatrix: Annotated[
         Path | None, typer.Option("--save-imatrix", metavar="FILE", help="Keep it for another run.")
     ] = None,
-    routing: options.Routing = None,
+    routing: Routing = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
-    json: options.Json = False,
 ) -> None:
     """Quantize the checkpoint SRC into the new directory DST, by a recipe, by hand or within a size.
 
@@ -87,7 +79,8 @@ def quantize(
     --calibrate or --imatrix, else judged by its weights. DST appears when it is complete; what is under way
     lies in DST.partial and DST.calibration.
     """
-    from cli.commands.open_run import check_page
+    from cli.steps.choose_bits import Evidence, allocate_bits, open_roles
+    from cli.steps.finish import check_page
     from cli.terminal.words import schemes_line
 
     with seldom_collecting():
@@ -95,16 +88,6 @@ def quantize(
     from quant.checkpoint.staging import Staging
     from quant.model.hub import resolve_model
 
-    by_hand: dict[Role, str | None] = {
-        "experts": experts,
-        "shared_expert": shared_expert,
-        "dense_mlp": dense_mlp,
-        "attention": attention,
-        "lm_head": lm_head,
-    }
-    goal = Goal.of(
-        bits=target_bits, size=target_size, fit=fit, per_expert=per_expert, vram=vram, ram=ram, context=context
-    )
     if calibrate is not None and imatrix is not None:
         raise UsageError("--calibrate already weighs inputs, and more exactly than --imatrix: give one of them")
     if tune and calibrate is None:
@@ -118,8 +101,7 @@ def quantize(
     check_page(save_imatrix, "--save-imatrix")
     schemes: Mapping[Role, Scheme] = {}
     if goal is None:
-        schemes = chosen_schemes(recipe, by_hand, group_size)
-    console = Console(json=json)
+        schemes = stored.schemes()
     path = resolve_model(source)
     checkpoint, work = open_source(path), _work_folder(destination)
     Staging(destination).check(checkpoint.path, resume)  # now, not after hours of measuring
@@ -132,7 +114,7 @@ def quantize(
     plain = _plain(checkpoint, rounding, weights)
     chosen: dict[str, Any] = {}
     if goal is not None:
-        roles, fixed = open_roles(recipe, by_hand, group_size, measured=windows is not None)
+        roles, fixed = open_roles(stored, measured=windows is not None)
         evidence = Evidence(plain, windows, weights, routing)
         schemes, allocation = allocate_bits(
             checkpoint, goal, roles, fixed, evidence, work / "sensitivity.json", resume, console
@@ -170,7 +152,7 @@ def _windows(path: Path, text: Path | None) -> "Windows | None":
     """The text in whole windows. Raises UsageError if it cannot be read or is too short."""
     if text is None:
         return None
-    from cli.options.texts import read_text
+    from cli.steps.texts import read_text
     from offload.model.tokenizer import load_tokenizer
     from offload.plan.footprint import CALIBRATION_WINDOW
     from offload.quality.windows import Windows

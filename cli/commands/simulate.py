@@ -1,285 +1,122 @@
-"""``coldstream simulate``: what each cache policy would have hit on recorded or made-up routing, or what a
-whole run would take on a machine, event by event. No torch."""
+"""``coldstream simulate``: a run on a machine that need not be there, replayed event by event: speeds, what
+the time went to, what each resource gave. No torch."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.commands.plan import DiskBandwidth, Gpu, RamBandwidth
-from cli.options.common import Context, Json, Kv, PromptChunk, Ram, Recipe, Report, Vram
+from cli.options.machine import AskedMachine, takes_machine
+from cli.options.output import Report, takes_console
+from cli.options.run import PlannedModel, Recipe, takes_budgets
+from cli.options.schemes import AskedSchemes
 from cli.terminal.console import Console
+from offload.records import RunOptions
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from offload.hardware.probe import Machine
-    from offload.plan.footprint import Footprint
-    from offload.routing.policy_replay import Simulation
     from offload.routing.trace import Trace
+    from offload.tiers import Key
+    from quant.model.shape import ModelShape
 
 TraceName = Annotated[
-    str, typer.Argument(metavar="TRACE", help="A file of `profile --trace`, or uniform, zipf, recency, drift: made up.")
+    str,
+    typer.Option(
+        "--trace", metavar="TRACE", help="Routing: a file of `profile --trace`, or uniform, zipf, recency, drift."
+    ),
 ]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", metavar="MODEL", help="Predict speeds for this model: a directory, config.json or shape."),
-]
-Tokens = Annotated[int | None, typer.Option("--tokens", min=8, metavar="N", help="Tokens of the trace to use.")]
-Chunk = Annotated[
-    int, typer.Option("--chunk", min=1, metavar="N", help="Tokens run at once: 1 is decode, more a prompt.")
-]
-Sizes = Annotated[int, typer.Option("--sizes", min=2, metavar="N", help="Cache sizes to try.")]
-
-Timeline = Annotated[
-    bool, typer.Option("--timeline", help="Replay the run itself, event by event; --gpu and --report do so too.")
-]
+Tokens = Annotated[int, typer.Option("--tokens", min=8, metavar="N", help="Tokens to decode.")]
+Prompt = Annotated[int, typer.Option("--prompt", min=1, metavar="TOKENS", help="The prompt before them.")]
 Swaps = Annotated[int, typer.Option("--swaps", min=0, metavar="N", help="Experts swapped into VRAM per token at most.")]
 Split = Annotated[
     float | None,
     typer.Option("--split", min=0, max=1, metavar="PART", help="Part of a miss that the GPU reads in place (best)."),
 ]
-Prompt = Annotated[int, typer.Option("--prompt", min=1, metavar="TOKENS", help="The prompt to replay.")]
 
-# Requests × experts of one replay; a policy looks at every resident for each miss.
-_WORK = 10_000_000
-_MADE_UP = 2048
-_COLUMNS = 6  # cache sizes side by side: 80 columns hold as many, and the names of policies
+_BEFORE = 64  # tokens that a profile has seen at the least
 
 
+@takes_budgets
+@takes_machine
+@takes_console
 def simulate(
-    trace: TraceName,
-    model: Model = None,
-    ram: Ram = None,
+    model: PlannedModel,
+    target: AskedMachine,
+    console: Console,
+    options: RunOptions,
+    trace: TraceName = "uniform",
     recipe: Recipe = None,
-    tokens: Tokens = None,
-    chunk: Chunk = 1,
-    sizes: Sizes = 6,
-    timeline: Timeline = False,
-    gpu: Gpu = None,
-    vram: Vram = None,
-    context: Context = None,
-    kv: Kv = None,
-    ram_bandwidth: RamBandwidth = None,
-    disk_bandwidth: DiskBandwidth = None,
-    prompt_chunk: PromptChunk = None,
+    tokens: Tokens = 256,
     prompt: Prompt = 2048,
     swaps: Swaps = 1,
     split: Split = None,
     report: Report = None,
-    json: Json = False,
 ) -> None:
-    """Replay TRACE against each cache policy and the clairvoyant bound, for several cache sizes; or, with
-    --model and --timeline or --gpu, replay the run itself on this machine or one with that card.
+    """Replay a run of MODEL on this machine, or on one that is not there (--gpu), event by event.
 
-    The first half of the trace is what a profile would have known, the second is replayed. --model adds the
-    predicted decode speeds on this machine, --ram the cache size that this budget makes.
+    The first half of the trace is what a profile would have known of the routing, the second is replayed.
     """
-    from offload.routing import policy_replay as replay
-    from quant.errors import UsageError
+    from cli.html.simulated_run import write_replay
+    from cli.steps.finish import check_page
+    from cli.steps.plan_run import plan_run, stored_as
+    from cli.terminal.plan_table import machine_line
+    from cli.terminal.replay_tables import document, lines, resources_table, waits_table
+    from offload.simulator.simulation import Setup
 
-    console = Console(json=json)
-    if timeline or gpu is not None or report is not None:
-        if model is None:
-            raise UsageError("a timeline is that of a model: name it with --model, for example --model scout")
-        from cli.commands.replay import Asked, replay_run
-
-        asked = Asked(
-            model,
-            recipe,
-            gpu,
-            vram,
-            ram,
-            context,
-            kv,
-            ram_bandwidth,
-            disk_bandwidth,
-            prompt_chunk,
-            prompt,
-            tokens or 256,
-            swaps,
-            split,
-        )
-        replay_run(asked, trace, report, console)
-        return
-    for option, value in (("--ram", ram), ("--recipe", recipe)):
-        if value is not None and model is None:
-            raise UsageError(f"{option} says nothing without a model: name it with --model")
-    of_a_run = {
-        "--vram": vram,
-        "--context": context,
-        "--kv": kv,
-        "--ram-bandwidth": ram_bandwidth,
-        "--disk-bandwidth": disk_bandwidth,
-        "--prompt-chunk": prompt_chunk,
-        "--split": split,
-    }
-    given = [option for option, value in of_a_run.items() if value is not None]
-    if given:
-        raise UsageError(f"{' and '.join(given)} are of a run's timeline: give --timeline or --gpu, too")
-    target = _Target.of(model, recipe, console) if model else None
-    found = _trace(trace, target, tokens)
-    slots = replay.sizes(found, sizes)
-    budget = target.slots(ram) if target and ram is not None else None
-    if budget is not None:
-        slots = sorted({*slots, budget})
-    if not json:
-        console.step(f"replaying {len(found.steps) // 2:,} tokens of {found.layers} layers of {found.num_experts}")
-    done = replay.simulate(found, slots, chunk=chunk)
-    speeds = target.speeds(done) if target and chunk == 1 else {}
-    if not json:
-        _show(console, done, target, speeds, budget)
-    console.result(_document(done, target, speeds, budget, chunk))
-
-
-class _Target:
-    """A model on this machine, for what hit rates mean in tokens per second."""
-
-    def __init__(self, footprint: "Footprint", machine: "Machine") -> None:
-        self.footprint, self.machine = footprint, machine
-
-    @classmethod
-    def of(cls, model: str, recipe: str | None, console: Console) -> "_Target":
-        """Planned as it is stored, by ``recipe``, or by the recipe of the shape's name."""
-        from offload.hardware.probe import probe
-        from offload.plan.footprint import Footprint
-        from quant.checkpoint.stored import stored_schemes
-        from quant.model.recipe import load_recipe, recipe_names, resolve_config
-        from quant.model.shape import ModelShape
-
-        config = resolve_config(model)
-        shape = ModelShape.from_config(config)
-        stored = None if recipe else stored_schemes(config, shape)
-        name = recipe or (model if model in recipe_names() else "fast")
-        schemes = stored if stored is not None else load_recipe(name).schemes
-        path = Path(model)
-        machine = probe(path if path.is_dir() else Path(), say=console.step)
-        return cls(Footprint(shape, schemes, shape.context(), 16), replace(machine, gpu=None))
-
-    def slots(self, ram: int) -> int:
-        """Expert slots within ``ram``. Raises BudgetError."""
-        from offload.plan.plan import make_plan
-
-        shape, schemes = self.footprint.shape, self.footprint.schemes
-        return make_plan(shape, schemes, self.machine, vram=0, ram=ram).ram_slots
-
-    def speeds(self, done: "Simulation") -> dict[str, list[float]]:
-        """Predicted decode tokens/s by policy and size."""
-        from offload.plan.cost_model import decode
-
-        return {
-            name: [
-                decode(
-                    self.footprint.load(filled=512, vram_hits=0.0, hits=rate, resident=count / self.footprint.experts),
-                    self.machine,
-                ).tokens_per_s
-                for rate, count in zip(rates, done.slots, strict=True)
-            ]
-            for name, rates in done.hit_rates.items()
+    check_page(report)
+    run = plan_run(model, AskedSchemes(recipe), target, options, console, prompt)
+    subject, stored = run.model, stored_as(run.model)
+    setup = Setup.of(subject.shape, subject.schemes, run.plan, run.machine, swaps=swaps, gpu_part=split)
+    routing, counts, stretch = _routing(trace, subject.shape, tokens)
+    decode, prefill = setup.decode(tokens, trace=routing, counts=counts), setup.prefill()
+    notes = [*setup.machine.notes, *setup.plan.notes]
+    if stretch:
+        notes.append(f"{trace} has {stretch} MoE layers: the model's take turns, each on another stretch of it")
+    if not console.json:
+        console.say(f"{model} on {machine_line(setup.machine)}; routing: {trace}")
+        console.say(f"{stored}; context {setup.plan.context:,}")
+        console.say()
+        console.show(waits_table(setup, decode))
+        console.say()
+        console.show(resources_table(decode))
+        console.say()
+        for line in lines(setup, decode, prefill):
+            console.say(line)
+        console.notes(notes)
+    if report is not None:
+        write_replay(setup, decode, prefill, f"{model} on {setup.machine.name}", report)
+        console.step(f"page written to {report}")
+    console.result(
+        {
+            **document(setup, decode, prefill),
+            "model": model,
+            "stored": stored,
+            "trace": trace,
+            "notes": notes,
+            "machine": setup.machine.to_json(),
+            "plan": setup.plan.to_json(),
         }
+    )
 
 
-def _trace(name: str, target: _Target | None, tokens: int | None) -> "Trace":
+def _routing(name: str, shape: "ModelShape", tokens: int) -> "tuple[Trace, dict[Key, float], int]":
+    """The trace to replay, the counts of what came before it, and its layers if they had to be stretched."""
     from offload.routing.trace import RULES, Synthetic, load_trace
+    from offload.simulator.requests import stretched
     from quant.errors import ProfileError
 
-    shape = target.footprint.shape if target else None
+    layers = len(shape.moe_layers)
+    wanted = 2 * (tokens + _BEFORE)
     if name in RULES:
-        made = Synthetic(name)
-        if shape:
-            layers = len(shape.moe_layers)
-            made = replace(made, layers=layers, num_experts=shape.num_experts, top_k=shape.top_k)
-        keys = made.layers * made.num_experts
-        most = max(64, _WORK // (made.layers * made.top_k * keys))
-        return replace(made, tokens=tokens or min(_MADE_UP, most)).trace()
-    found = load_trace(Path(name))
-    if shape and (found.layers, found.num_experts) != (len(shape.moe_layers), shape.num_experts):
-        raise ProfileError(
-            f"{name} is of a model with {found.layers} MoE layers of {found.num_experts} experts: expected "
-            f"{len(shape.moe_layers)} of {shape.num_experts}"
-        )
-    most = max(64, _WORK // (found.layers * found.top_k * len(found.keys)))
-    return found.head(tokens or most)
-
-
-def _show(
-    console: Console, done: "Simulation", target: _Target | None, speeds: dict[str, list[float]], budget: int | None
-) -> None:
-    from cli.terminal.line_plots import curves
-    from offload.routing.eviction import DEFAULT_POLICY
-    from offload.routing.policy_replay import CLAIRVOYANT
-
-    total = len(done.trace.keys)
-    console.say(f"Hit rate on {done.trace.name}, by policy and slots:")
-    for start in range(0, len(done.slots), _COLUMNS):
-        columns = range(start, min(start + _COLUMNS, len(done.slots)))
-        console.show(_table(done, columns, target, speeds, budget))
-    if budget is not None:
-        console.say("→ is what --ram holds beside the rest of the model")
-    console.say("\nHit rate over the share of experts that have a slot:")
-    console.say(curves([count / total for count in done.slots], done.hit_rates))
-    ranked = sorted((name for name in done.hit_rates if name != CLAIRVOYANT), key=done.regret)
-    listed = ", ".join(f"{name} {100 * done.regret(name):.1f}" for name in ranked)
-    console.say(f"\nPoints below the clairvoyant bound, on average: {listed}. The default is {DEFAULT_POLICY}.")
-
-
-def _table(
-    done: "Simulation", columns: range, target: _Target | None, speeds: dict[str, list[float]], budget: int | None
-) -> "Table":
-    """Policies down, cache sizes across: narrow enough for any terminal."""
-    from rich.table import Table
-
-    from cli.terminal.words import number, percent, size
-    from offload.routing.eviction import DEFAULT_POLICY
-    from offload.routing.policy_replay import CLAIRVOYANT
-
-    total = len(done.trace.keys)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("slots", no_wrap=True)
-    for index in columns:
-        count = done.slots[index]
-        table.add_column(f"{'→ ' if count == budget else ''}{count:,}", justify="right", no_wrap=True)
-    counts = [done.slots[index] for index in columns]
-    table.add_row("of all experts", *(percent(count / total) for count in counts))
-    if target:
-        table.add_row("RAM", *(size(count * target.footprint.slot_bytes) for count in counts))
-    table.add_section()
-    for name, rates in done.hit_rates.items():
-        cells = [f"{100 * rates[index]:.1f} %" for index in columns]
-        marked = [
-            f"[bold]{cell}[/bold]" if name == done.best(index) else cell
-            for index, cell in zip(columns, cells, strict=True)
-        ]
-        table.add_row("bound" if name == CLAIRVOYANT else name, *marked)
-    for name in (DEFAULT_POLICY, CLAIRVOYANT) if speeds else ():
-        shown = "bound" if name == CLAIRVOYANT else name
-        table.add_row(f"tokens/s, {shown}", *(number(speeds[name][index]) for index in columns))
-    return table
-
-
-def _document(
-    done: "Simulation", target: _Target | None, speeds: dict[str, list[float]], budget: int | None, chunk: int
-) -> dict[str, object]:
-    from offload.routing.eviction import DEFAULT_POLICY
-    from offload.routing.policy_replay import CLAIRVOYANT
-
-    names = [name for name in done.hit_rates if name != CLAIRVOYANT]
-    return {
-        "trace": {
-            "name": done.trace.name,
-            "tokens": len(done.trace.steps),
-            "layers": done.trace.layers,
-            "num_experts": done.trace.num_experts,
-            "top_k": done.trace.top_k,
-        },
-        "chunk": chunk,
-        "slots": done.slots,
-        "slot_bytes": target.footprint.slot_bytes if target else None,
-        "slots_of_ram": budget,
-        "hit_rates": done.hit_rates,
-        "tokens_per_s": speeds,
-        "regret": {name: done.regret(name) for name in names},
-        "best": min(names, key=done.regret),
-        "default": DEFAULT_POLICY,
-    }
+        whole = Synthetic(name, layers=layers, num_experts=shape.num_experts, top_k=shape.top_k, tokens=wanted).trace()
+        stretch = 0
+    else:
+        found = load_trace(Path(name))
+        if (found.num_experts, found.top_k) != (shape.num_experts, shape.top_k):
+            raise ProfileError(
+                f"{name} is of a model with {found.num_experts} experts, top-{found.top_k}: expected "
+                f"{shape.num_experts}, top-{shape.top_k}"
+            )
+        stretch = found.layers if found.layers != layers else 0
+        whole = stretched(found, layers, len(found.steps))
+    learned, judged = whole.halves()
+    return judged, {key: float(count) for key, count in learned.counts().items()}, stretch

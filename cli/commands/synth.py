@@ -1,14 +1,15 @@
 """``coldstream synth``: a checkpoint of random weights in any shape: try a machine before a download."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import common as options
-from cli.options.schemes import Attention, DenseMlp, Experts, GroupSize, LmHead, SharedExpert, chosen_schemes
+from cli.options.output import takes_console
+from cli.options.schemes import AskedSchemes, takes_schemes
 from cli.terminal.console import Console
 from quant.errors import UsageError
 from quant.sizes import format_size
@@ -18,20 +19,17 @@ if TYPE_CHECKING:
     from quant.scheme import Scheme
 
 
+@takes_schemes
+@takes_console
 def synth(
+    stored: AskedSchemes,
+    console: Console,
     shape: Annotated[
         str | None, typer.Argument(metavar="[SHAPE]", help="scout, maverick, mini-scout … or a config.json.")
     ] = None,
     destination: Annotated[
         Path | None, typer.Argument(metavar="DST", help="A new or empty directory.", show_default=False)
     ] = None,
-    recipe: options.Recipe = None,
-    experts: Experts = None,
-    shared_expert: SharedExpert = None,
-    dense_mlp: DenseMlp = None,
-    attention: Attention = None,
-    lm_head: LmHead = None,
-    group_size: GroupSize = None,
     hidden: Annotated[
         int, typer.Option(min=1, help="Without SHAPE: hidden size, a multiple of the group size.")
     ] = 2048,
@@ -48,7 +46,6 @@ def synth(
     ] = 1,
     zipf: Annotated[float, typer.Option(min=0, help="Exponent of the experts' use; 0 is uniform.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Other weights for each; the same for the same.")] = 0,
-    json: options.Json = False,
 ) -> None:
     """Write a quantized checkpoint of random weights to DST: `synth SHAPE DST`, or `synth DST --hidden …`.
 
@@ -56,6 +53,7 @@ def synth(
     int8 head.
     """
     from cli.terminal.words import schemes_line
+    from quant.model.families import QUANTIZABLE
     from quant.model.recipe import recipe_names, resolve_config, shape_names
     from quant.synth.config import llama4_config
     from quant.synth.synth import synthesize
@@ -99,19 +97,12 @@ def synth(
         if given:
             raise UsageError(f"{' and '.join(given)} make a model of their own: leave out the shape {name}")
         config = resolve_config(name)
-    by_hand: dict[Role, str | None] = {
-        "experts": experts,
-        "shared_expert": shared_expert,
-        "dense_mlp": dense_mlp,
-        "attention": attention,
-        "lm_head": lm_head,
-    }
-    if recipe is None and not any(by_hand.values()):
+    if stored.recipe is None and not stored.roles:
         if name in recipe_names():
-            recipe = name
+            stored = replace(stored, recipe=name)
         else:
-            by_hand = {role: "int8" if role == "lm_head" else "int4" for role in by_hand}
-    schemes = chosen_schemes(recipe, by_hand, group_size)
+            stored = replace(stored, roles={role: "int8" if role == "lm_head" else "int4" for role in QUANTIZABLE})
+    schemes = stored.schemes()
     if name is None:
         _check({"--hidden": hidden, "--intermediate": intermediate}, schemes)
         _check({"--heads times --head-dim": heads * head_dim}, schemes)
@@ -121,7 +112,6 @@ def synth(
                 f"key-value heads that divide the heads, an even size of a head, and at most "
                 f"{experts_per_layer} experts per token"
             )
-    console = Console(json=json)
     console.step(f"writing random weights to {folder}: {schemes_line(schemes)}")
     with console.progress() as bar:
         task = bar.add_task("synth", total=None)

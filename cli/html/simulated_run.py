@@ -7,8 +7,8 @@ from cli.html import svg_plots
 from cli.html.document import Compared, document, facts, figures, none, notes_list, save, section, text
 from cli.html.request import command
 from cli.html.svg_plots import Bins, nice_ticks
-from cli.terminal.simulation_tables import RESOURCES, causes
-from cli.terminal.simulation_tables import document as plain_data
+from cli.terminal.replay_tables import RESOURCES, causes
+from cli.terminal.replay_tables import document as plain_data
 from cli.terminal.words import number, percent, size
 from offload.simulator.engine import Span
 from offload.simulator.simulation import Replay, Setup

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options.common import expands
+from cli.options.groups import expands
 from offload.records import Sampling
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, metavar="N", help="Tokens to generate at most.")]

@@ -3,14 +3,18 @@ hand.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options.groups import expands
+from cli.options.run import Recipe
 from quant.errors import UsageError
 
 if TYPE_CHECKING:
     from quant.model.families import Role
+    from quant.model.recipe import Recipe as LoadedRecipe
     from quant.scheme import Scheme
 
 Experts = Annotated[
@@ -30,39 +34,62 @@ GroupSize = Annotated[
 GROUP_SIZE = 128
 
 
-def schemes_by_hand(by_hand: "Mapping[Role, str | None]", group_size: int | None) -> "dict[Role, Scheme]":
-    """The scheme of each role that an option names. Raises UsageError, with the option, if it is none."""
-    from quant.errors import SchemeError
-    from quant.scheme import Scheme
+@dataclass(frozen=True)
+class AskedSchemes:
+    """A recipe's name or file, what is named by hand (which wins), and the group size of the latter."""
 
-    schemes: dict[Role, Scheme] = {}
-    for role, text in by_hand.items():
-        if text:
-            try:
-                schemes[role] = Scheme.parse(text, group_size or GROUP_SIZE)
-            except SchemeError as error:
-                raise UsageError(f"--{role.replace('_', '-')} {text}: {error}") from None
-    return schemes
+    recipe: str | None = None
+    roles: "Mapping[Role, str]" = field(default_factory=dict)
+    group_size: int | None = None
 
+    @classmethod
+    def of(cls, recipe: str | None, group_size: int | None, **roles: Any) -> "AskedSchemes":
+        """As the command line gives it: None is a role that was not named."""
+        return cls(recipe, {role: text for role, text in roles.items() if text}, group_size)  # type: ignore[misc]
 
-def chosen_schemes(
-    recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int | None
-) -> "dict[Role, Scheme]":
-    """The scheme of each role that was named; what is named by hand wins over the recipe.
-
-    Raises UsageError if neither names any or what is named is none, RecipeError for a bad recipe file.
-    """
-    schemes: dict[Role, Scheme] = {}
-    if recipe is not None:
+    def load_recipe(self) -> "LoadedRecipe | None":
+        """The recipe, if one is named. Raises UsageError if nobody knows it, RecipeError for what is in it."""
         from quant.model.recipe import load_recipe
 
-        schemes.update(load_recipe(recipe).schemes)
-    schemes.update(schemes_by_hand(by_hand, group_size))
-    if recipe is not None and group_size is not None and not any(by_hand.values()):
-        raise UsageError(
-            f"--group-size {group_size} says nothing beside a recipe, which has its own: name a role by "
-            f"hand, for example --experts int4-g{group_size}"
-        )
-    if not schemes:
-        raise UsageError("nothing to do: give --recipe NAME, or at least one role, for example --experts int4")
-    return schemes
+        return None if self.recipe is None else load_recipe(self.recipe)
+
+    def by_hand(self) -> "dict[Role, Scheme]":
+        """The schemes that options name. Raises UsageError, with the option, for one that is none."""
+        from quant.errors import SchemeError
+        from quant.scheme import Scheme
+
+        schemes: dict[Role, Scheme] = {}
+        for role, text in self.roles.items():
+            try:
+                schemes[role] = Scheme.parse(text, self.group_size or GROUP_SIZE)
+            except SchemeError as error:
+                raise UsageError(f"--{role.replace('_', '-')} {text}: {error}") from None
+        return schemes
+
+    def schemes(self) -> "dict[Role, Scheme]":
+        """Recipe and hand together. Raises as these do, and UsageError if nothing is named at all."""
+        recipe = self.load_recipe()
+        schemes = {**(recipe.schemes if recipe else {}), **self.by_hand()}
+        if recipe is not None and self.group_size is not None and not self.roles:
+            raise UsageError(
+                f"--group-size {self.group_size} says nothing beside a recipe, which has its own: name a role by "
+                f"hand, for example --experts int4-g{self.group_size}"
+            )
+        if not schemes:
+            raise UsageError("nothing to do: give --recipe NAME, or at least one role, for example --experts int4")
+        return schemes
+
+
+takes_schemes = expands(
+    "stored",
+    {
+        "recipe": (Recipe, None),
+        "experts": (Experts, None),
+        "shared_expert": (SharedExpert, None),
+        "dense_mlp": (DenseMlp, None),
+        "attention": (Attention, None),
+        "lm_head": (LmHead, None),
+        "group_size": (GroupSize, None),
+    },
+    AskedSchemes.of,
+)

@@ -7,9 +7,12 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from quant.errors import UsageError
 
 if TYPE_CHECKING:  # rich costs 0.1 s, and --help never prints with it
     from rich.console import Console as RichConsole
@@ -18,10 +21,17 @@ if TYPE_CHECKING:  # rich costs 0.1 s, and --help never prints with it
 
 
 class Console:
-    """One command's voice. ``json`` silences it for humans; the document goes out through ``result``."""
+    """One command's voice. ``json`` silences it for humans; the document goes out through ``result``.
 
-    def __init__(self, *, json: bool = False) -> None:
-        self.json = json
+    ``quiet`` leaves only the result: no steps, notes or progress. ``verbose`` says when each step began.
+    """
+
+    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        if quiet and verbose:
+            raise UsageError("--quiet and --verbose contradict each other: give one")
+        self.json, self.quiet, self.verbose = json, quiet, verbose
+        self.said: set[str] = set()  # notes
+        self._started = time.perf_counter()
         self._rich: RichConsole | None = None
 
     @property
@@ -44,12 +54,16 @@ class Console:
 
     def step(self, text: str) -> None:
         """What is being done now: a line that starts the same way in every command."""
-        self.say(f"coldstream: {text}")
+        if not self.quiet:
+            passed = f" [{time.perf_counter() - self._started:.1f} s]" if self.verbose else ""
+            self.say(f"coldstream:{passed} {text}")
 
-    def notes(self, notes: "list[str] | tuple[str, ...]") -> None:
-        """What the run has to tell once: each note a line."""
+    def notes(self, notes: Iterable[str]) -> None:
+        """What the run has to tell: each note a line, and once only."""
         for note in notes:
-            self.say(f"note: {note}")
+            if not self.quiet and note not in self.said:
+                self.say(f"note: {note}")
+                self.said.add(note)
 
     def progress(self) -> "Progress":
         """A progress bar over bytes with speed and time left; hidden when stderr is no terminal."""
@@ -69,7 +83,7 @@ class Console:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
             console=self.rich,
-            disable=self.json or not self.rich.is_terminal,
+            disable=self.json or self.quiet or not self.rich.is_terminal,
         )
 
     def result(self, document: Mapping[str, Any]) -> None:

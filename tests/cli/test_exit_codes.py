@@ -26,7 +26,8 @@ VALID: dict[str, list[str]] = {
     "bench": ["MODEL"],
     "synth": ["mini-scout", "DST"],
     "probe": ["FOLDER"],
-    "simulate": ["uniform", "--model", "mini-scout", "--tokens", "16"],
+    "simulate": ["mini-scout", "--tokens", "16"],
+    "rank-policies": ["uniform", "--model", "mini-scout", "--tokens", "16"],
     "demo": [],
 }
 ARGUMENTS = {  # positions in VALID of what must be there
@@ -39,11 +40,12 @@ ARGUMENTS = {  # positions in VALID of what must be there
     "bench": [0],
     "synth": [0],
     "probe": [0],
-    "simulate": [0, 2],
+    "simulate": [0],
+    "rank-policies": [0, 2],
     "demo": [],
 }
 NAMES = {"recipe", "policy", "gpu", "fit", "experts", "shared_expert", "dense_mlp", "attention", "lm_head"}
-FILES = {"text", "calibrate", "imatrix", "routing", "merge", "reference", "model"}
+FILES = {"text", "calibrate", "imatrix", "routing", "merge", "reference", "model", "trace"}
 WRITTEN = {"report", "out", "save_imatrix"}
 FREE = {"prompt", "system", "stop", "cache", "keep", "source", "destination", "shape", "directory", "trace"}
 BESIDE = {("quantize", "save_imatrix"): ["--imatrix", "TEXT"], ("quantize", "routing"): ["--target-bits", "6"]}

@@ -30,7 +30,8 @@ def test_help_answers_in_half_a_second(command: str | None) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_module_of_a_command_imports_neither_torch_nor_transformers(command: str) -> None:
     heavy = ("torch", "transformers", "rich", "numpy")
-    code = f"import cli.commands.{command}, sys; print([name for name in {heavy} if name in sys.modules])"
+    module = f"cli.commands.{command.replace('-', '_')}"
+    code = f"import {module}, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -1,21 +1,17 @@
-"""``coldstream quantize --target-bits`` and its kin: the goal, what is measured for it, and the table of what
-came of it."""
+"""Bits by what they are worth: what is measured for it, and what was chosen."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
-
-from cli.options.schemes import GROUP_SIZE, schemes_by_hand
+from cli.options.goal import Goal
+from cli.options.machine import AskedMachine
+from cli.options.schemes import GROUP_SIZE, AskedSchemes
 from cli.terminal.console import Console
-from quant.errors import UsageError
-from quant.sizes import format_size, parse_size
+from quant.sizes import format_size
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from offload.plan.plan import Plan
     from offload.quality.windows import Windows
     from quant.allocation.allocate import Allocation, Choices
@@ -27,73 +23,10 @@ if TYPE_CHECKING:
     from quant.rounding.rounding import Rounder
     from quant.scheme import Scheme
 
-TargetBits = Annotated[
-    float | None,
-    typer.Option(
-        "--target-bits",
-        metavar="BITS",
-        min=0.1,
-        help="Choose each part's bits by what they are worth: at most so many per quantized weight in the "
-        "mean, scales counted, over all roles that are not named by hand.",
-    ),
-]
-TargetSize = Annotated[
-    int | None,
-    typer.Option(
-        "--target-size", parser=parse_size, metavar="SIZE", help="The same, for a checkpoint of at most this size."
-    ),
-]
-Fit = Annotated[
-    str | None,
-    typer.Option(
-        "--fit",
-        metavar="CARD",
-        help='The same, the best whose experts all fit memory: of a desktop with this card ("RTX 4090"), or '
-        "of this machine (this); with --vram, --ram, --context.",
-    ),
-]
-PerExpert = Annotated[
-    bool,
-    typer.Option(
-        "--per-expert",
-        help="Let each expert have bits of its own, 8 for the hot and 4 for the cold. Runs are slower, every "
-        "expert takes the memory of the largest, and vLLM cannot serve it.",
-    ),
-]
-_WHOLE = "auto"
+_OPEN = "auto"  # the scheme of a role whose bits are to be chosen
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What the bits are chosen for: one of ``bits``, ``size`` and ``fit``."""
-
-    bits: float | None
-    size: int | None
-    fit: str | None
-    per_expert: bool
-    vram: int | None
-    ram: int | None
-    context: int | None
-
-    @classmethod
-    def of(cls, **asked: Any) -> "Goal | None":
-        """The goal that was asked for, if any. Raises UsageError for two, or for none with options of one."""
-        goal = cls(**asked)
-        named = [name for name in ("bits", "size", "fit") if asked[name] is not None]
-        if len(named) > 1:
-            options = {"bits": "--target-bits", "size": "--target-size", "fit": "--fit"}
-            raise UsageError(f"{' and '.join(options[name] for name in named)} are two goals: give one")
-        extras = [f"--{name}" for name in ("vram", "ram", "context") if asked[name] is not None]
-        if goal.fit is None and extras:
-            raise UsageError(f"{' and '.join(extras)} say what --fit is to fit: give --fit, or leave them out")
-        if not named and goal.per_expert:
-            raise UsageError("--per-expert needs a goal: --target-bits, --target-size or --fit")
-        return goal if named else None
-
-
-def open_roles(
-    recipe: str | None, by_hand: "Mapping[Role, str | None]", group_size: int | None, *, measured: bool
-) -> "tuple[list[Role], dict[Role, Scheme]]":
+def open_roles(asked: AskedSchemes, *, measured: bool) -> "tuple[list[Role], dict[Role, Scheme]]":
     """The roles whose bits are to be chosen, and the schemes of those that were named by hand.
 
     A recipe says which roles are quantized at all; without one all are. ``auto`` by hand opens a role. The
@@ -101,14 +34,14 @@ def open_roles(
     which weights alone do not tell.
     """
     from quant.model.families import QUANTIZABLE
-    from quant.model.recipe import load_recipe
     from quant.scheme import Scheme
 
-    roles = set(load_recipe(recipe).schemes if recipe else QUANTIZABLE)
-    roles |= {role for role, text in by_hand.items() if text == _WHOLE}
-    fixed = schemes_by_hand({role: None if text == _WHOLE else text for role, text in by_hand.items()}, group_size)
-    if not measured and "lm_head" in roles and not by_hand.get("lm_head"):
-        fixed["lm_head"] = Scheme("int8", group_size or GROUP_SIZE)
+    recipe = asked.load_recipe()
+    opened = {role for role, text in asked.roles.items() if text == _OPEN}
+    roles = set(recipe.schemes if recipe else QUANTIZABLE) | opened
+    fixed = replace(asked, roles={role: text for role, text in asked.roles.items() if role not in opened}).by_hand()
+    if not measured and "lm_head" in roles and "lm_head" not in asked.roles:
+        fixed["lm_head"] = Scheme("int8", asked.group_size or GROUP_SIZE)
     return [role for role in QUANTIZABLE if role in roles and role not in fixed], fixed
 
 
@@ -133,6 +66,7 @@ def allocate_bits(
     console: Console,
 ) -> "tuple[MixedPrecision, Allocation]":
     """Measure, choose, and show the table. ``file`` keeps what was measured, for a run that is resumed."""
+    from cli.terminal.allocation_table import allocation_table
     from quant.allocation.allocator import Allocator, split_roles
 
     units, kept = split_roles(checkpoint, roles, fixed, goal.per_expert)
@@ -148,7 +82,7 @@ def allocate_bits(
         allocation = allocator.by_fit(fitting)
     console.step(f"bits chosen by {how}:")
     if not console.json:
-        console.show(table(allocation))
+        console.show(allocation_table(allocation))
     console.step(
         f"{allocation.bits:.3f} bits per quantized weight, {format_size(allocation.nbytes)}; expected loss "
         f"{allocation.loss:.4g}, of {sum(c.options[0].loss for c in choices):.4g} with the fewest bits"
@@ -255,25 +189,18 @@ class _Fitting:
     """What --fit is to fit: a machine, budgets and a context."""
 
     def __init__(self, checkpoint: "Checkpoint", goal: Goal, console: Console) -> None:
-        from offload.hardware.gpu_catalog import described_machine
-        from offload.hardware.probe import probe
+        from offload.records import RunOptions
 
-        assert goal.fit is not None
-        self.shape, self.goal = checkpoint.shape, goal
-        self.machine = (
-            probe(checkpoint.path, say=console.step)
-            if goal.fit == "this"
-            else described_machine(goal.fit, ram=goal.ram)
-        )
+        self.shape = checkpoint.shape
+        self.options = RunOptions(vram=goal.vram, ram=goal.ram, context=goal.context)
+        target = AskedMachine(gpu=None if goal.fit == "this" else goal.fit)
+        self.machine = target.find(checkpoint.path, goal.ram, console.step)
 
     def plan(self, schemes: "Mapping[Role, Scheme]") -> "Plan":
         """The plan of a run there. Raises BudgetError if there is none."""
-        from offload.plan.plan import make_plan
+        from offload.plan.planned_run import PlannedModel, planned_run
 
-        goal = self.goal
-        return make_plan(
-            self.shape, schemes, self.machine, vram=goal.vram, ram=goal.ram, context=self.shape.context(goal.context)
-        )
+        return planned_run(PlannedModel(self.shape, schemes, "by hand"), self.options, machine=self.machine).plan
 
     def __call__(self, schemes: "Mapping[Role, Scheme]") -> bool:
         """Whether every expert is in memory then."""
@@ -296,52 +223,3 @@ class _Fitting:
             f"fits {self.machine.name}: {', '.join(places)}, beside a context of {plan.context:,} tokens; "
             f"{plan.predicted_tokens_per_s:,.1f} tokens/s predicted (--vram, --ram and --context set others)"
         )
-
-
-def table(allocation: "Allocation") -> "Table":
-    """Roles down; bits, share of the size, which layers have what, and the loss that is expected."""
-    from rich.table import Table
-
-    from cli.terminal.words import role_name
-
-    shown = Table(box=None, pad_edge=False)
-    for name in ("weights of", "bits", "share", "least bits' loss", "loss"):
-        shown.add_column(name, justify="left" if name == "weights of" else "right")
-    shown.add_column("layers", overflow="fold")
-    rows: dict[tuple[str, str], list[int]] = {}
-    for index, choice in enumerate(allocation.choices):
-        rows.setdefault((choice.unit.role, choice.unit.part), []).append(index)
-    for (role, part), indices in rows.items():
-        chosen = [allocation.chosen[index] for index in indices]
-        nbytes = sum(option.nbytes for _, option in chosen)
-        least = sum(allocation.choices[index].options[0].loss for index in indices)
-        shown.add_row(
-            role_name(role) if part == "all" else f"{role_name(role)} {part}",
-            f"{nbytes * 8 / sum(unit.weights for unit, _ in chosen):.3f}",
-            f"{nbytes / allocation.nbytes:.1%}",
-            f"{least:.4g}",
-            f"{sum(option.loss for _, option in chosen):.4g}",
-            _layers([(unit, str(option.scheme)) for unit, option in chosen]),
-        )
-    return shown
-
-
-def _layers(chosen: "list[tuple[Unit, str]]") -> str:
-    """``int8-g128 0-2, int4-g32 3``, or how many experts have each."""
-    by_scheme: dict[str, list[Unit]] = {}
-    for unit, scheme in chosen:
-        by_scheme.setdefault(scheme, []).append(unit)
-    if chosen[0][0].expert is not None:
-        return ", ".join(f"{scheme} {len(units):,} experts" for scheme, units in by_scheme.items())
-    named = {scheme: _runs([u.layer for u in units if u.layer is not None]) for scheme, units in by_scheme.items()}
-    return ", ".join(f"{scheme} {layers}".strip() for scheme, layers in named.items())
-
-
-def _runs(layers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,17 +1,18 @@
-"""The options that commands share, written once, and the decorator that gives a command all of a run's."""
+"""The options of a run, written once, and how a recipe fills in what the command line leaves out."""
 
-import inspect
-from collections.abc import Callable, Mapping
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from cli.options.groups import expands
 from offload.records import RunOptions
 from quant.sizes import parse_size
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a Hub id.")]
+PlannedModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model directory, a Hub id, a config.json or a shape: scout …")
+]
 Vram = Annotated[
     int | None,
     typer.Option("--vram", parser=parse_size, metavar="SIZE", help="VRAM budget, for example 24GiB; never exceeded."),
@@ -29,10 +30,6 @@ Context = Annotated[
 Kv = Annotated[Literal["bf16", "int8"] | None, typer.Option("--kv", help="How the KV cache is stored (bf16).")]
 Recipe = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME|FILE", help="A recipe: schemes and defaults for a run.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
-Report = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE", help="Write the report page (one HTML file) here.")
 ]
 Routing = Annotated[
     Path | None,
@@ -68,33 +65,6 @@ PromptChunk = Annotated[
 ]
 
 
-def expands(
-    name: str, options: Mapping[str, tuple[Any, Any]], make: Callable[..., Any]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that gives a command ``options`` (name → annotation, default) for parameter ``name``.
-
-    The command is called with what ``make`` makes of their values.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @wraps(command)
-        def expanded(**arguments: Any) -> None:
-            asked = {option: arguments.pop(option) for option in options}
-            command(**{name: make(**asked)}, **arguments)
-
-        own = inspect.signature(command).parameters.values()
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        kept = [parameter.replace(kind=keyword) for parameter in own if parameter.name != name]
-        added = [
-            inspect.Parameter(option, keyword, default=default, annotation=annotation)
-            for option, (annotation, default) in options.items()
-        ]
-        expanded.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
-        return expanded
-
-    return decorate
-
-
 def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
     """RunOptions of what was asked on the command line, over what ``recipe`` says.
 
@@ -110,6 +80,12 @@ def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
     return RunOptions(graph=graph, **given).over(load_recipe(recipe) if recipe else None)
 
 
+takes_budgets = expands(
+    "options",
+    {"vram": (Vram, None), "ram": (Ram, None), "context": (Context, None), "kv": (Kv, None)}
+    | {"prompt_chunk": (PromptChunk, None)},
+    RunOptions,
+)
 takes_run_options = expands(
     "run",
     {

@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cli.options.common import Model, run_options, takes_run_options
+from cli.options.run import Model, run_options, takes_run_options
 from cli.options.sampling import takes_sampling
 from offload.records import RunOptions, Sampling
 from quant.errors import UsageError

@@ -1,0 +1,212 @@
+"""``coldstream rank-policies``: what each cache policy would have hit on recorded or made-up routing. No
+torch."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options.output import takes_console
+from cli.options.run import Ram, Recipe
+from cli.terminal.console import Console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from offload.routing.policy_replay import Simulation
+    from offload.routing.trace import Trace
+
+TraceName = Annotated[
+    str, typer.Argument(metavar="TRACE", help="A file of `profile --trace`, or uniform, zipf, recency, drift: made up.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="Predict speeds for this model: a directory, config.json or shape."),
+]
+Tokens = Annotated[int | None, typer.Option("--tokens", min=8, metavar="N", help="Tokens of the trace to use.")]
+Chunk = Annotated[
+    int, typer.Option("--chunk", min=1, metavar="N", help="Tokens run at once: 1 is decode, more a prompt.")
+]
+Sizes = Annotated[int, typer.Option("--sizes", min=2, metavar="N", help="Cache sizes to try.")]
+
+# Requests × experts of one replay; a policy looks at every resident for each miss.
+_WORK = 10_000_000
+_MADE_UP = 2048
+_COLUMNS = 6  # cache sizes side by side: 80 columns hold as many, and the names of policies
+
+
+@takes_console
+def rank_policies(
+    trace: TraceName,
+    console: Console,
+    model: Model = None,
+    ram: Ram = None,
+    recipe: Recipe = None,
+    tokens: Tokens = None,
+    chunk: Chunk = 1,
+    sizes: Sizes = 6,
+) -> None:
+    """Replay TRACE against each cache policy and the clairvoyant bound, for several cache sizes.
+
+    The first half of the trace is what a profile would have known, the second is replayed. --model adds the
+    predicted decode speeds on this machine, --ram the cache size that this budget makes.
+    """
+    from offload.routing import policy_replay as replay
+    from quant.errors import UsageError
+
+    for option, value in (("--ram", ram), ("--recipe", recipe)):
+        if value is not None and model is None:
+            raise UsageError(f"{option} says nothing without a model: name it with --model")
+    target = _Target(model, recipe, console) if model else None
+    found = _trace(trace, target, tokens)
+    slots = replay.sizes(found, sizes)
+    budget = target.slots(ram) if target and ram is not None else None
+    if budget is not None:
+        slots = sorted({*slots, budget})
+    console.step(f"replaying {len(found.steps) // 2:,} tokens of {found.layers} layers of {found.num_experts}")
+    done = replay.simulate(found, slots, chunk=chunk)
+    speeds = target.speeds(done) if target and chunk == 1 else {}
+    if not console.json:
+        _show(console, done, target, speeds, budget)
+    console.result(_document(done, target, speeds, budget, chunk))
+
+
+class _Target:
+    """A model on this machine, its GPU left alone, for what hit rates mean in tokens per second."""
+
+    def __init__(self, model: str, recipe: str | None, console: Console) -> None:
+        from offload.plan.footprint import Footprint
+        from offload.plan.planned_run import planned_machine, planned_model
+
+        self.model = planned_model(model, recipe)
+        self.machine = replace(planned_machine(model, say=console.step), gpu=None)
+        shape = self.model.shape
+        self.footprint = Footprint(shape, self.model.schemes, shape.context(), 16)
+
+    def slots(self, ram: int) -> int:
+        """Expert slots within ``ram``. Raises BudgetError."""
+        from offload.plan.planned_run import planned_run
+        from offload.records import RunOptions
+
+        return planned_run(self.model, RunOptions(vram=0, ram=ram), machine=self.machine).plan.ram_slots
+
+    def speeds(self, done: "Simulation") -> dict[str, list[float]]:
+        """Predicted decode tokens/s by policy and size."""
+        from offload.plan.cost_model import decode
+
+        return {
+            name: [
+                decode(
+                    self.footprint.load(filled=512, vram_hits=0.0, hits=rate, resident=count / self.footprint.experts),
+                    self.machine,
+                ).tokens_per_s
+                for rate, count in zip(rates, done.slots, strict=True)
+            ]
+            for name, rates in done.hit_rates.items()
+        }
+
+
+def _trace(name: str, target: _Target | None, tokens: int | None) -> "Trace":
+    from offload.routing.trace import RULES, Synthetic, load_trace
+    from quant.errors import ProfileError
+
+    shape = target.footprint.shape if target else None
+    if name in RULES:
+        made = Synthetic(name)
+        if shape:
+            layers = len(shape.moe_layers)
+            made = replace(made, layers=layers, num_experts=shape.num_experts, top_k=shape.top_k)
+        keys = made.layers * made.num_experts
+        most = max(64, _WORK // (made.layers * made.top_k * keys))
+        return replace(made, tokens=tokens or min(_MADE_UP, most)).trace()
+    found = load_trace(Path(name))
+    if shape and (found.layers, found.num_experts) != (len(shape.moe_layers), shape.num_experts):
+        raise ProfileError(
+            f"{name} is of a model with {found.layers} MoE layers of {found.num_experts} experts: expected "
+            f"{len(shape.moe_layers)} of {shape.num_experts}"
+        )
+    most = max(64, _WORK // (found.layers * found.top_k * len(found.keys)))
+    return found.head(tokens or most)
+
+
+def _show(
+    console: Console, done: "Simulation", target: _Target | None, speeds: dict[str, list[float]], budget: int | None
+) -> None:
+    from cli.terminal.line_plots import curves
+    from offload.routing.eviction import DEFAULT_POLICY
+    from offload.routing.policy_replay import CLAIRVOYANT
+
+    total = len(done.trace.keys)
+    console.say(f"Hit rate on {done.trace.name}, by policy and slots:")
+    for start in range(0, len(done.slots), _COLUMNS):
+        columns = range(start, min(start + _COLUMNS, len(done.slots)))
+        console.show(_table(done, columns, target, speeds, budget))
+    if budget is not None:
+        console.say("→ is what --ram holds beside the rest of the model")
+    console.say("\nHit rate over the share of experts that have a slot:")
+    console.say(curves([count / total for count in done.slots], done.hit_rates))
+    ranked = sorted((name for name in done.hit_rates if name != CLAIRVOYANT), key=done.regret)
+    listed = ", ".join(f"{name} {100 * done.regret(name):.1f}" for name in ranked)
+    console.say(f"\nPoints below the clairvoyant bound, on average: {listed}. The default is {DEFAULT_POLICY}.")
+
+
+def _table(
+    done: "Simulation", columns: range, target: _Target | None, speeds: dict[str, list[float]], budget: int | None
+) -> "Table":
+    """Policies down, cache sizes across: narrow enough for any terminal."""
+    from rich.table import Table
+
+    from cli.terminal.words import number, percent, size
+    from offload.routing.eviction import DEFAULT_POLICY
+    from offload.routing.policy_replay import CLAIRVOYANT
+
+    total = len(done.trace.keys)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("slots", no_wrap=True)
+    for index in columns:
+        count = done.slots[index]
+        table.add_column(f"{'→ ' if count == budget else ''}{count:,}", justify="right", no_wrap=True)
+    counts = [done.slots[index] for index in columns]
+    table.add_row("of all experts", *(percent(count / total) for count in counts))
+    if target:
+        table.add_row("RAM", *(size(count * target.footprint.slot_bytes) for count in counts))
+    table.add_section()
+    for name, rates in done.hit_rates.items():
+        cells = [f"{100 * rates[index]:.1f} %" for index in columns]
+        marked = [
+            f"[bold]{cell}[/bold]" if name == done.best(index) else cell
+            for index, cell in zip(columns, cells, strict=True)
+        ]
+        table.add_row("bound" if name == CLAIRVOYANT else name, *marked)
+    for name in (DEFAULT_POLICY, CLAIRVOYANT) if speeds else ():
+        shown = "bound" if name == CLAIRVOYANT else name
+        table.add_row(f"tokens/s, {shown}", *(number(speeds[name][index]) for index in columns))
+    return table
+
+
+def _document(
+    done: "Simulation", target: _Target | None, speeds: dict[str, list[float]], budget: int | None, chunk: int
+) -> dict[str, object]:
+    from offload.routing.eviction import DEFAULT_POLICY
+    from offload.routing.policy_replay import CLAIRVOYANT
+
+    names = [name for name in done.hit_rates if name != CLAIRVOYANT]
+    return {
+        "trace": {
+            "name": done.trace.name,
+            "tokens": len(done.trace.steps),
+            "layers": done.trace.layers,
+            "num_experts": done.trace.num_experts,
+            "top_k": done.trace.top_k,
+        },
+        "chunk": chunk,
+        "slots": done.slots,
+        "slot_bytes": target.footprint.slot_bytes if target else None,
+        "slots_of_ram": budget,
+        "hit_rates": done.hit_rates,
+        "tokens_per_s": speeds,
+        "regret": {name: done.regret(name) for name in names},
+        "best": min(names, key=done.regret),
+        "default": DEFAULT_POLICY,
+    }

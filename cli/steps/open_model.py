@@ -1,0 +1,36 @@
+"""Opening a model, as every run command does: find it, plan the run, load it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cli.terminal.console import Console
+from cli.terminal.imports import seldom_collecting
+from offload.records import RunOptions
+from quant.errors import CheckpointError, ProfileError
+
+if TYPE_CHECKING:  # it imports torch
+    from offload.run.session import Session
+
+
+def find_model(model: str) -> Path:
+    """The directory of ``model``, itself or a Hub id. Raises CheckpointError before torch is imported."""
+    from quant.model.hub import resolve_model
+
+    path = resolve_model(model)
+    if not (path / "config.json").is_file():
+        what = "no config.json in it" if path.is_dir() else "a file" if path.exists() else "no such directory"
+        raise CheckpointError(f"{path}: {what}; expected a Hugging Face model directory")
+    return path
+
+
+def open_session(path: Path, run: RunOptions, console: Console) -> "Session":
+    """The session of the model in ``path``, its notes said. Raises ColdstreamError."""
+    if run.routing is not None and not run.routing.is_file():
+        raise ProfileError(f"{run.routing} is no file: expected a profile that `coldstream profile` wrote")
+    with seldom_collecting():
+        from offload.run.session import Session
+
+    session = Session.open(path, run, progress=console.step)
+    console.step(f"loaded in {session.load_seconds:.1f} s, {session.kernel}")
+    console.notes([*session.notes, *(session.plan.notes if session.plan else ())])
+    return session
