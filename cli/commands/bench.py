@@ -21,8 +21,8 @@ Text = Annotated[
 ]
 
 
-@takes_run_options
 @takes_console
+@takes_run_options
 def bench(
     model: Model,
     run: RunOptions,

@@ -29,9 +29,9 @@ HELP = """\
 /quit         end (Ctrl-D too); Ctrl-C stops an answer"""
 
 
+@takes_console
 @takes_run_options
 @takes_sampling
-@takes_console
 def chat(
     model: Model, sampling: Sampling, run: RunOptions, console: Console, system: System = None, report: Report = None
 ) -> None:

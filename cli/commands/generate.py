@@ -17,9 +17,9 @@ Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt through the m
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")]
 
 
+@takes_console
 @takes_run_options
 @takes_sampling
-@takes_console
 def generate(
     model: Model,
     prompt: Prompt,

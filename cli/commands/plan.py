@@ -27,10 +27,10 @@ _REPLAYED = 32  # tokens
 _BYTES_PER_TOKEN = 4
 
 
+@takes_console
 @takes_schemes
 @takes_budgets
 @takes_machine
-@takes_console
 def plan(
     model: PlannedModel,
     stored: AskedSchemes,

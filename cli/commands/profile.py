@@ -26,8 +26,8 @@ Tokens = Annotated[int | None, typer.Option("--tokens", min=1, metavar="N", help
 Trace = Annotated[bool, typer.Option("--trace", help="Keep the order of requests too, for simulate and rank-policies.")]
 
 
-@takes_run_options
 @takes_console
+@takes_run_options
 def profile(
     model: Model,
     text: Text,

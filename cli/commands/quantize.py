@@ -33,9 +33,9 @@ _CALIBRATED = (
 )
 
 
+@takes_console
 @takes_schemes
 @takes_goal
-@takes_console
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A model directory or a Hub id.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A new or empty directory.")],

@@ -35,9 +35,9 @@ Split = Annotated[
 _BEFORE = 64  # tokens that a profile has seen at the least
 
 
+@takes_console
 @takes_budgets
 @takes_machine
-@takes_console
 def simulate(
     model: PlannedModel,
     target: AskedMachine,

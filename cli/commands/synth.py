@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from quant.scheme import Scheme
 
 
-@takes_schemes
 @takes_console
+@takes_schemes
 def synth(
     stored: AskedSchemes,
     console: Console,

@@ -16,7 +16,6 @@ from offload.plan.plan import Plan, make_plan
 from offload.records import RunOptions
 from quant.checkpoint.stored import stored_schemes
 from quant.model.families import Role
-from quant.model.hub import fetch_config, is_hub_id
 from quant.model.recipe import Recipe, load_recipe, recipe_names, resolve_config, shape_names
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
@@ -60,7 +59,7 @@ def planned_model(
     Of a Hub id only the config is fetched. Raises CheckpointError, UsageError and RecipeError.
     """
     name = str(model)
-    config = resolve_config(str(fetch_config(name)) if is_hub_id(name) else name)
+    config = resolve_config(name)
     shape = ModelShape.from_config(config)
     named = load_recipe(recipe) if recipe else None
     if named is not None or schemes:

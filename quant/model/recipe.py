@@ -30,6 +30,7 @@ from typing import Any, Literal, cast
 
 from quant.errors import CheckpointError, RecipeError, SchemeError, UsageError
 from quant.model.families import QUANTIZABLE, Role
+from quant.model.hub import fetch_config, is_hub_id
 from quant.scheme import Scheme
 from quant.sizes import parse_size
 
@@ -152,11 +153,11 @@ def load_shape(name: str) -> dict[str, Any]:
 
 
 def resolve_config(model: str) -> dict[str, Any]:
-    """The config of a model directory, a config.json file or a shape's name.
+    """The config of a model directory, a config.json file, a Hub id or a shape's name.
 
     Raises CheckpointError if it is none of these or cannot be read.
     """
-    path = Path(model)
+    path = fetch_config(model) if is_hub_id(model) else Path(model)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         if model in shape_names():
