@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
@@ -25,6 +26,7 @@ from offload.model.moe import ExpertRunner, RoutedExperts, RoutedLlama4Block
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
 from quant.errors import CheckpointError
 from quant.linear import Compute, KeptEmbedding, QuantLinear
+from quant.model.config import language_config
 from quant.model.tensors import LinearSpec
 from quant.scheme import BF16, Scheme
 
@@ -71,26 +73,17 @@ def _register() -> None:
 
 
 def text_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The language model's config, with what public configs get wrong put right.
+    """The language model's config for transformers, made of the keys that its code reads, all of them checked.
 
-    ``attn_temperature_tuning`` appears as the number 4 and ``attention_chunk_size`` as null; the first means
-    true, the second that no layer is chunked. Raises CheckpointError if transformers rejects the config.
+    Raises CheckpointError if transformers rejects it all the same.
     """
-    values = dict(checkpoint.config.get("text_config") or checkpoint.config)
-    values.pop("quantization_config", None)
-    kind = values.pop("model_type", "llama4_text")
-    if kind == "llama4_text":
-        if "attn_temperature_tuning" in values:
-            values["attn_temperature_tuning"] = bool(values["attn_temperature_tuning"])
-        if "attention_chunk_size" in values and values["attention_chunk_size"] is None:
-            values["attention_chunk_size"] = values.get("max_position_embeddings") or 131072
-            values["layer_types"] = ["full_attention"] * values["num_hidden_layers"]
-    if values.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{checkpoint.path}: hidden_act is {values['hidden_act']!r}: expected 'silu'")
+    _, record = language_config(checkpoint.config)
+    kind = "llama4_text" if checkpoint.shape.model_type == "llama4" else checkpoint.shape.model_type
     try:
-        return AutoConfig.for_model(kind, **values)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'config.json'} is rejected by transformers: {error}") from None
+        return AutoConfig.for_model(kind, **record.for_transformers())
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.path / 'config.json'} is rejected by transformers: {said}") from None
 
 
 def check_rope(config: PretrainedConfig, context: int) -> None:

@@ -6,10 +6,7 @@ as resident memory, and a converter that promises a bound must not depend on whe
 
 import hashlib
 import json
-import math
 import os
-import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.checkpoint.weight_files import TensorEntry, model_entries
 from quant.errors import CheckpointError
+from quant.input_file import opened
+from quant.model.config import quantization_of, read_config
 from quant.model.families import Projection, TensorName, parse_name
 from quant.model.shape import ModelShape
 
@@ -36,19 +36,6 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_MAX_HEADER = 100 * 2**20
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: ``offset`` counts bytes from the start of ``file``."""
-
-    key: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -62,45 +49,6 @@ class WeightView:
     def dense(self) -> Tensor:
         """The weight as ``[N, K]``."""
         return self.tensor.t() if self.transposed else self.tensor
-
-
-def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """The tensors of one safetensors file by key, and its metadata.
-
-    Raises CheckpointError if the file is missing, truncated or not safetensors.
-    """
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
-            if length > min(_MAX_HEADER, size - 8):
-                raise CheckpointError(f"{file} is truncated or no safetensors file: its header is not whole")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        metadata: dict[str, str] = header.pop("__metadata__", {})
-        entries = {key: _entry(file, key, value, 8 + length) for key, value in header.items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: expected every shard that the index names") from None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is corrupt: its safetensors header does not parse ({error})") from None
-    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
-    if end != size:
-        state = "truncated" if size < end else "longer than its header says"
-        raise CheckpointError(f"{file} is {state}: found {size:,} bytes, expected {end:,}; download it again")
-    return entries, metadata
-
-
-def _entry(file: Path, key: str, value: Mapping[str, Any], base: int) -> TensorEntry:
-    start, end = value["data_offsets"]
-    shape, dtype = tuple(int(size) for size in value["shape"]), value["dtype"]
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{file}: tensor {key} has dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
-    if end - start != expected or start < 0:
-        raise CheckpointError(f"{file} is corrupt: tensor {key} spans {end - start:,} bytes, expected {expected:,}")
-    return TensorEntry(key, file, dtype, shape, base + start, expected)
 
 
 class Checkpoint:
@@ -118,21 +66,11 @@ class Checkpoint:
         path = Path(path)
         config = read_config(path)
         ModelShape.from_config(config)  # an unknown family is the clearest thing to say first
-        index = path / "model.safetensors.index.json"
-        if not index.exists():
-            files = sorted(path.glob("*.safetensors"))
-            if not files:
-                raise CheckpointError(f"{path} has no *.safetensors file: expected a Hugging Face model directory")
-            entries: dict[str, TensorEntry] = {}
-            for file in files:
-                entries.update(read_header(file)[0])
-            return cls(path, config, entries)
-        return cls(path, config, _read_sharded(path, index))
+        return cls(path, config, model_entries(path))
 
     @property
     def is_quantized(self) -> bool:
-        text = self.config.get("text_config") or {}
-        return "quantization_config" in self.config or "quantization_config" in text
+        return quantization_of(self.config) is not None
 
     @cached_property
     def names(self) -> dict[str, TensorName]:
@@ -223,49 +161,15 @@ class Checkpoint:
         return self.read(key, expert * (entry.nbytes // entry.shape[0]), entry.shape[1:])
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory. Raises CheckpointError if it is absent or no JSON object."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        what = "no config.json in it" if path.is_dir() else "a file" if path.exists() else "no such directory"
-        raise CheckpointError(f"{path}: {what}; expected a Hugging Face model directory") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is no JSON object: expected a model's config")
-    return config
-
-
 def read_into(file: Path, offset: int, buffer: memoryview) -> None:
     """Fill ``buffer`` from ``file`` at ``offset`` through the page cache. Raises CheckpointError if short."""
     try:
-        descriptor = os.open(file, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be opened: {error.strerror}") from None
-    try:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{file} ends at byte {offset + done:,}: it shrank since it was opened")
-            done += count
+        with opened(file) as descriptor:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
+                if count == 0:
+                    raise CheckpointError(f"{file} ends at byte {offset + done:,}: it shrank since it was opened")
+                done += count
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read at byte {offset:,}: {error.strerror}") from None
-    finally:
-        os.close(descriptor)
-
-
-def _read_sharded(path: Path, index: Path) -> dict[str, TensorEntry]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is no safetensors index: {error!r}") from None
-    shards = {name: read_header(path / name)[0] for name in sorted(set(weight_map.values()))}
-    entries: dict[str, TensorEntry] = {}
-    for key, name in weight_map.items():
-        if key not in shards[name]:
-            raise CheckpointError(f"{index} says that {name} holds {key}, but it does not: the download is not whole")
-        entries[key] = shards[name][key]
-    return entries

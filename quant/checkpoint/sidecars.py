@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.writer import write_file, writing
+from quant.model.config import put_right
 from quant.sizes import format_size
 
 _INDEX = ".index.json"  # of weights: the output has its own
@@ -18,7 +19,6 @@ _FOLDERS = ("additional_chat_templates",)  # what transformers looks into, besid
 _VOCABULARY_BYTES = 256 * 2**20
 _TEXT_BYTES = 8 * 2**20  # more is data, not description
 _NAMED = 6
-_ANY_CHUNK = 8192
 
 
 def sidecars(source: Path) -> Iterator[Path]:
@@ -79,17 +79,7 @@ def copy_sidecars(source: Path, destination: Path) -> None:
 
 
 def write_config(destination: Path, config: dict[str, Any], quantization_config: dict[str, Any]) -> None:
-    """Write config.json with ``quantization_config``, and with what transformers would refuse put right.
-
-    Some published Llama 4 configs have ``attn_temperature_tuning: 4``, which transformers' type check
-    rejects, or ``attention_chunk_size: null``, which means that no layer is chunked.
-    """
-    config = json.loads(json.dumps(config))
-    for section in (config, config.get("text_config") or {}):
-        if not isinstance(section.get("attn_temperature_tuning", False), bool):
-            section["attn_temperature_tuning"] = bool(section["attn_temperature_tuning"])
-        if section.get("attention_chunk_size", 0) is None and "num_hidden_layers" in section:
-            section["layer_types"] = ["full_attention"] * section["num_hidden_layers"]
-            section["attention_chunk_size"] = _ANY_CHUNK  # transformers wants a number even where nobody reads it
-    config["quantization_config"] = quantization_config
-    write_file(destination / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+    """Write config.json with ``quantization_config``; what transformers would refuse was put right when
+    ``config`` was read."""
+    made = put_right({**config, "quantization_config": quantization_config})
+    write_file(destination / "config.json", json.dumps(made, indent=2).encode() + b"\n")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from quant.errors import CheckpointError, SchemeError
+from quant.model.config import quantization_of
 from quant.model.families import Role
 from quant.model.mixed_precision import joined
 from quant.model.shape import ModelShape
@@ -25,8 +26,8 @@ def stored_schemes(config: Mapping[str, Any], shape: ModelShape) -> Mapping[Role
     Raises CheckpointError for a quantization that is not among compressed-tensors' packed int4 and int8 and
     bitsandbytes' nf4.
     """
-    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if not found:
+    found = quantization_of(config)
+    if found is None:
         return None
     method = found.get("quant_method")
     if method not in ("compressed-tensors", "bitsandbytes"):

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from quant.checkpoint.checkpoint import Checkpoint, TensorEntry
+from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.config_groups import stores_fused_experts
 from quant.checkpoint.layout import ITEMSIZE, CheckpointLayout, StoredTensor, fused_experts, lay_out_checkpoint
+from quant.checkpoint.weight_files import TensorEntry
 from quant.errors import CheckpointError
 from quant.model.families import PROJECTIONS, Role
 from quant.model.mixed_precision import scheme_of

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from quant.errors import UnknownFamilyError
+from quant.input_file import short
 
 Role = Literal[
     "experts", "shared_expert", "dense_mlp", "attention", "lm_head", "embeddings", "router", "norm", "vision"
@@ -92,7 +93,9 @@ def family_of(model_type: object) -> Family:
         if model_type in family.model_types:
             return family
     known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-    raise UnknownFamilyError(f"model_type {model_type!r} is not a family Coldstream knows: expected one of {known}")
+    raise UnknownFamilyError(
+        f"model_type {short(model_type)} is not a family Coldstream knows: expected one of {known}"
+    )
 
 
 @dataclass(frozen=True)

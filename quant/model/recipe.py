@@ -19,7 +19,7 @@ A *shape* is the config.json of a model that need not be there: planning and syn
 of one.
 """
 
-import json
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from quant.errors import CheckpointError, RecipeError, SchemeError, UsageError
+from quant.input_file import parse_json
+from quant.model.config import read_config
 from quant.model.families import QUANTIZABLE, Role
 from quant.model.hub import fetch_config, is_hub_id
 from quant.scheme import Scheme
@@ -147,8 +149,8 @@ def load_shape(name: str) -> dict[str, Any]:
     """The config.json of the shape called ``name``. Raises UsageError naming the known ones."""
     if name not in shape_names():
         raise UsageError(f"no shape is called {name!r}: expected one of {', '.join(shape_names())}")
-    text = files("recipes").joinpath("shapes", f"{name}.json").read_text(encoding="utf-8")
-    config: dict[str, Any] = json.loads(text)
+    data = files("recipes").joinpath("shapes", f"{name}.json").read_bytes()
+    config: dict[str, Any] = parse_json(data, name)
     return config
 
 
@@ -158,18 +160,11 @@ def resolve_config(model: str) -> dict[str, Any]:
     Raises CheckpointError if it is none of these or cannot be read.
     """
     path = fetch_config(model) if is_hub_id(model) else Path(model)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        if model in shape_names():
-            return load_shape(model)
+    if not os.path.lexists(path) and model in shape_names():
+        return load_shape(model)
+    if not os.path.lexists(path):
         raise CheckpointError(
             f"{model} is neither a model directory with a config.json, nor a config.json, nor a shape "
             f"({', '.join(shape_names())})"
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is no JSON object: expected a model's config")
-    return config
+    return read_config(path)

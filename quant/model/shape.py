@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from quant.errors import CheckpointError
-from quant.model.families import PROJECTIONS, Family, Projection, Role, family_of
+from quant.model.config import language_config, vision_config
+from quant.model.families import PROJECTIONS, Family, Projection, Role
 from quant.model.mixed_precision import MixedPrecision, scheme_of
 from quant.model.tensors import LinearSpec, TensorSpec
+from quant.model.text_config import MAX_EXPERTS, Llama4Text, OlmoeText, Qwen3MoeText, TextConfig, VisionConfig
 from quant.scheme import BF16, Scheme
 
 _CONTEXT = 4096
@@ -47,19 +49,20 @@ class ModelShape:
     prefix: str = ""
     head_norms: tuple[int, int] = (0, 0)
     vision_weights: int = 0
+    attention_bias: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
-        """Read a config.json's dict. Raises UnknownFamilyError, or CheckpointError naming a missing key."""
-        family = family_of(config.get("model_type"))
-        text = config.get("text_config") or config
-        try:
-            return _from_text(family, config, text)
-        except KeyError as missing:
+        """Read a config.json's dict. Raises UnknownFamilyError, or CheckpointError naming a key that is missing
+        or wrong, or saying that the model has no experts."""
+        family, text = language_config(config)
+        shape = _of_record(family, str(config["model_type"]), text, vision_config(config))
+        if not shape.moe_layers:
             raise CheckpointError(
-                f"config.json of model_type {config.get('model_type')!r} has no {missing.args[0]!r}: "
-                "expected the config that transformers saves beside the weights"
-            ) from None
+                f"config.json describes a dense {family.name} model, no layer of which routes to experts: Coldstream "
+                "runs Mixture-of-Experts models, dense ones are not supported yet"
+            )
+        return shape
 
     @property
     def expert_weights(self) -> int:
@@ -186,39 +189,42 @@ class ModelShape:
         return total
 
 
-def _from_text(family: Family, config: Mapping[str, Any], text: Mapping[str, Any]) -> ModelShape:
-    layers, hidden, heads = text["num_hidden_layers"], text["hidden_size"], text["num_attention_heads"]
-    head_dim = text.get("head_dim") or hidden // heads
-    kv_heads = text.get("num_key_value_heads") or heads
-    experts = text.get("num_local_experts") or text["num_experts"]
-    inter = text["intermediate_size"]
+def _of_record(family: Family, model_type: str, text: TextConfig, vision: VisionConfig | None) -> ModelShape:
+    layers, hidden, inter = text.num_hidden_layers, text.hidden_size, text.intermediate_size
     moe_layers, expert_inter, shared, dense, norms = tuple(range(layers)), inter, 0, 0, (0, 0)
     chunked: tuple[int, ...] = ()
-    chunk = text.get("attention_chunk_size") or 0
-    if family.name == "llama4":
-        moe_layers = _llama4_moe_layers(text, layers)
-        shared, dense = inter, text.get("intermediate_size_mlp", 2 * inter)
-        chunked = _llama4_chunked_layers(text, layers) if chunk else ()
-    elif family.name == "qwen3_moe":
-        step, plain = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or []
-        moe_layers = tuple(i for i in range(layers) if i not in plain and experts and (i + 1) % step == 0)
-        expert_inter, dense, norms = text["moe_intermediate_size"], inter, (head_dim, head_dim)
-    elif family.name == "olmoe":
-        norms = (hidden, kv_heads * head_dim)
-    top_k = text.get("num_experts_per_tok", 1)
-    if moe_layers and not 1 <= top_k <= experts:
+    chunk = 0
+    if isinstance(text, Llama4Text):
+        moe_layers = _llama4_moe_layers(text)
+        shared, dense = inter, text.intermediate_size_mlp
+        chunked, chunk = _llama4_chunked_layers(text), text.attention_chunk_size
+    elif isinstance(text, Qwen3MoeText):
+        plain = set(text.mlp_only_layers or ())
+        moe_layers = tuple(i for i in range(layers) if i not in plain and (i + 1) % text.decoder_sparse_step == 0)
+        expert_inter, dense, norms = text.moe_intermediate_size, inter, (text.head_size, text.head_size)
+    elif isinstance(text, OlmoeText):
+        norms = (hidden, text.key_value_heads * text.head_size)
+    experts, top_k = text.experts, text.num_experts_per_tok
+    if not experts:
+        moe_layers = ()
+    elif moe_layers and not 1 <= top_k <= experts:
         raise CheckpointError(
             f"config.json: num_experts_per_tok is {top_k} of {experts} experts: expected 1 to {experts}"
         )
+    if len(moe_layers) * experts > MAX_EXPERTS:
+        raise CheckpointError(
+            f"config.json describes {len(moe_layers):,} layers of {experts:,} experts: expected at most "
+            f"{MAX_EXPERTS:,} experts in all"
+        )
     return ModelShape(
         family=family,
-        model_type=config["model_type"],
+        model_type=model_type,
         hidden_size=hidden,
         num_layers=layers,
-        vocab_size=text["vocab_size"],
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        vocab_size=text.vocab_size,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.key_value_heads,
+        head_dim=text.head_size,
         moe_layers=moe_layers,
         num_experts=experts,
         top_k=top_k,
@@ -226,44 +232,40 @@ def _from_text(family: Family, config: Mapping[str, Any], text: Mapping[str, Any
         shared_intermediate=shared,
         dense_intermediate=dense if len(moe_layers) < layers else 0,
         chunked_layers=chunked,
-        attention_chunk_size=chunk,
-        tie_word_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
-        max_position_embeddings=text.get("max_position_embeddings", 0),
-        prefix="language_model." if config["model_type"] == "llama4" else "",
+        attention_chunk_size=chunk if chunked else 0,
+        tie_word_embeddings=text.tie_word_embeddings,
+        max_position_embeddings=text.max_position_embeddings,
+        prefix="language_model." if model_type == "llama4" else "",
         head_norms=norms,
-        vision_weights=_vision_weights(config, hidden),
+        vision_weights=_vision_weights(vision, hidden),
+        attention_bias=text.attention_bias,
     )
 
 
-def _llama4_moe_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    named = text.get("moe_layers")
-    if named:
-        return tuple(named)
-    step = text.get("interleave_moe_layer_step", 1)
-    return tuple(range(step - 1, layers, step))
+def _llama4_moe_layers(text: Llama4Text) -> tuple[int, ...]:
+    if text.moe_layers is not None:
+        return tuple(sorted(set(text.moe_layers)))
+    step = text.interleave_moe_layer_step
+    return tuple(range(step - 1, text.num_hidden_layers, step))
 
 
-def _llama4_chunked_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    types = text.get("layer_types")
-    if types:
-        return tuple(i for i, kind in enumerate(types) if kind == "chunked_attention")
-    rope = text.get("no_rope_layers")
-    if not rope:
-        interval = text.get("no_rope_layer_interval", 4)
-        rope = [int((i + 1) % interval != 0) for i in range(layers)]
-    return tuple(i for i, uses_rope in enumerate(rope) if uses_rope)
+def _llama4_chunked_layers(text: Llama4Text) -> tuple[int, ...]:
+    if text.layer_types is not None:
+        return tuple(i for i, kind in enumerate(text.layer_types) if kind == "chunked_attention")
+    layers = text.num_hidden_layers
+    rope = text.no_rope_layers or [int((i + 1) % text.no_rope_layer_interval != 0) for i in range(layers)]
+    return tuple(i for i, uses_rope in enumerate(rope[:layers]) if uses_rope)
 
 
-def _vision_weights(config: Mapping[str, Any], hidden: int) -> int:
+def _vision_weights(vision: VisionConfig | None, hidden: int) -> int:
     """Parameters of Llama 4's vision tower and projector (transformers' ``Llama4VisionModel``, its Linears,
     norms and biases), counted from the config."""
-    vision = config.get("vision_config")
-    if not vision:
+    if vision is None:
         return 0
-    width, inter = vision["hidden_size"], vision["intermediate_size"]
-    patch = vision["patch_size"] ** 2 * vision.get("num_channels", 3)
-    positions = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    width, inter = vision.hidden_size, vision.intermediate_size
+    patch = vision.patch_size**2 * vision.num_channels
+    positions = (vision.image_size // vision.patch_size) ** 2 + 1
     layer = 4 * (width * width + width) + 2 * width * inter + inter + width + 4 * width
-    adapter = inter * vision["projector_input_dim"] + vision["projector_output_dim"] ** 2
+    adapter = inter * vision.projector_input_dim + vision.projector_output_dim**2
     outer = patch * width + width + positions * width + 4 * width
-    return int(vision["num_hidden_layers"] * layer + adapter + outer + vision["vision_output_dim"] * hidden)
+    return vision.num_hidden_layers * layer + adapter + outer + vision.vision_output_dim * hidden

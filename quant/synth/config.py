@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from quant.model.config import language_section
+
 _ARCHITECTURES = {
     "llama4_text": "Llama4ForCausalLM",
     "mixtral": "MixtralForCausalLM",
@@ -15,7 +17,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the language model alone, ready for random weights: no vision tower, no end-of-text
     token.
     """
-    text = dict(config.get("text_config") or config)
+    text = dict(language_section(config))
     if config.get("model_type") == "llama4":
         text["model_type"] = "llama4_text"
     text["architectures"] = [_ARCHITECTURES.get(str(text.get("model_type")), "")]

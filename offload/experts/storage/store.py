@@ -13,7 +13,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from quant.checkpoint.checkpoint import DTYPES, Checkpoint, TensorEntry
+from quant.checkpoint.checkpoint import DTYPES, Checkpoint
+from quant.checkpoint.weight_files import TensorEntry
 from quant.errors import CheckpointError
 from quant.linear import LinearWeight
 from quant.model.families import Projection, Role

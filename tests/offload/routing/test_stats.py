@@ -14,6 +14,7 @@ CONFIG = {
     "hidden_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "intermediate_size": 64,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quant.checkpoint.checkpoint import Checkpoint, read_config, read_header, read_into
+from quant.checkpoint.checkpoint import Checkpoint, read_into
+from quant.checkpoint.weight_files import read_header
 from quant.errors import CheckpointError
+from quant.model.config import read_config
 from quant.model.families import PROJECTIONS
 from tests.checkpoints import FAMILIES
 
@@ -138,7 +140,7 @@ def test_a_shard_that_shrinks_after_opening_is_refused_when_read(tiny: Tiny, tmp
 
 
 def test_a_file_that_vanishes_is_refused_when_read(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be opened"):
+    with pytest.raises(CheckpointError, match="gone is missing"):
         read_into(tmp_path / "gone", 0, memoryview(bytearray(8)))
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from quant.checkpoint.checkpoint import read_header
 from quant.checkpoint.layout import PAGE, StoredTensor, lay_out, lay_out_checkpoint, stored_linear
+from quant.checkpoint.weight_files import read_header
 from quant.convert.convert import convert
 from quant.model.families import PROJECTIONS, Role
 from quant.model.recipe import load_shape

@@ -91,10 +91,11 @@ def test_an_index_that_names_an_absent_tensor(source: Path) -> None:
 
 
 def test_a_tensor_that_the_config_needs_is_absent(source: Path) -> None:
-    file = source / "model.safetensors.index.json"
+    file, key = source / "model.safetensors.index.json", "model.layers.1.self_attn.q_proj.weight"
     index = json.loads(file.read_text())
-    del index["weight_map"]["model.layers.1.self_attn.q_proj.weight"]
+    shard = source / index["weight_map"].pop(key)
     file.write_text(json.dumps(index))
+    save_file({name: tensor for name, tensor in load_file(shard).items() if name != key}, shard, {"format": "pt"})
     refused(source, CheckpointError, r"has no tensor model.layers.1.self_attn.q_proj.weight")
 
 
