@@ -165,7 +165,7 @@ class NativeDecoder(Decoder):
         self.routing.record_step(chosen[None])
         waited = self.stack.late.tolist()
         late = [waited[layer].bit_count() for layer in self._moe_layers]
-        self.experts.serve(self._moe_layers, chosen.tolist(), late)
+        self.experts.count_served(self._moe_layers, chosen.tolist(), late)
 
     def _head(self) -> Head | None:
         if not isinstance(self.lm_head, QuantLinear) or self.lm_head.bias is not None:

@@ -59,7 +59,7 @@ class GraphDecoder(PlainDecoder):
         prefetch_bytes: int = 0,
     ) -> None:
         shape = cache.store.shape
-        if gpu_rows >= shape.expert_intermediate or cache.vram.slots.count - cache.reserve >= cache.store.count:
+        if gpu_rows >= shape.expert_intermediate or cache.vram.slots.count >= cache.store.count:
             prefetch_bytes = 0  # the CPU computes nothing
         super().__init__(model, cache, device, _name(device, prefetch_bytes))
         self.shape, self.cache, self.kv, self.routing = shape, cache, kv, routing
@@ -89,7 +89,7 @@ class GraphDecoder(PlainDecoder):
             lm_head=model.lm_head,
             vocab=shape.vocab_size,
             rotated=2 * self._angles.at(0)[0].numel(),
-            tables=cache.tables,
+            tables=cache.vram.address_table,
             layouts=layouts,
             gpu_rows=gpu_rows,
             buffers=buffers,

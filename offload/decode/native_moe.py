@@ -44,7 +44,7 @@ class NativeMoe:
         if result.out is None:
             return self.finish(x, result)
         experts = self._record(result)
-        self.cache.serve([self.layer], [experts], [0])
+        self.cache.count_served([self.layer], [experts], [0])
         self._look_ahead(x, experts)
         return result.out
 

@@ -47,8 +47,8 @@ class GroupedExperts:
             moe_prefill(
                 groups,
                 weights,
-                cache.transfer.send(np.array(list(batch.addresses), dtype=np.int32)),
-                cache.transfer.send(addresses),
+                cache.vram.transfer.send(np.array(list(batch.addresses), dtype=np.int32)),
+                cache.vram.transfer.send(addresses),
                 layout,
                 scratch,
                 out,
@@ -59,10 +59,10 @@ class GroupedExperts:
     def _ahead(self, layer: int, requests: int) -> list[tuple[int, int]]:
         """The experts that the next MoE layer will need for as many ``requests``, if any are that likely."""
         layers = self.cache.store.shape.moe_layers
-        row = self.cache.tables.row(layer) + 1
+        row = self.cache.vram.address_table.row(layer) + 1
         if row == len(layers):
             return []
-        return [(layers[row], expert) for expert in self.cache.heat.likely(layers[row], requests)]
+        return [(layers[row], expert) for expert in self.cache.frequency.likely(layers[row], requests)]
 
     def _layout(self, layer: int) -> ExpertLayout | None:
         if layer not in self._layouts:

@@ -148,12 +148,12 @@ class Session:
     def _can_move_later(self) -> bool:
         """Whether the files that the dense weights are mapped from will stay as they are."""
         names, cache = self.checkpoint.names, self.experts
-        if not isinstance(cache, MappedCache) or cache.loans is None:
+        if not isinstance(cache, MappedCache) or cache.files is None:
             return False
         dense = {
             self.checkpoint.entries[key].file for key, name in names.items() if name.role not in ("experts", "vision")
         }
-        return all(cache.loans.hold(file) for file in dense)
+        return all(cache.files.protect(file) for file in dense)
 
     def _finish_load(self) -> None:
         """Move the dense weights to where they are read fastest, and begin to fill the experts' slots. Both

@@ -56,17 +56,18 @@ def token(
     host fetches what the device cannot reach. Returns what was fetched. A step of only the first ``layers``
     was given up there."""
     fetched: set[Key] = set()
+    table = cache.vram.address_table
     cache.begin_token()
     cache.prefetch([(bench.layers[0], (choice[0][0] + 1) % bench.experts)], set())
     for row, layer in enumerate(bench.layers[:layers]):
         missing: list[int] = []
 
         def ring(row: int = row, missing: list[int] = missing) -> None:
-            missing += [e for e in choice[row] if int(cache.tables.places[row, e]) == ELSEWHERE]
+            missing += [e for e in choice[row] if int(table.places[row, e]) == ELSEWHERE]
 
         def compute(row: int = row, layer: int = layer) -> None:
             for expert in choice[row]:
-                place, address = (int(cache.tables.places[row, expert]), int(cache.tables.addresses[row, expert]))
+                place, address = (int(table.places[row, expert]), int(table.addresses[row, expert]))
                 assert (address == 0) == (place == ELSEWHERE)
                 if address:
                     bench.check((layer, expert), address, transfer, place)
@@ -74,7 +75,7 @@ def token(
         transfer.done(transfer.launch(ring))
         transfer.launch(compute)
         # Once one is missing, the host computes its part of those in pinned memory there, too.
-        pinned = [e for e in choice[row] if missing and cache.tables.exposed((layer, e)) == PINNED]
+        pinned = [e for e in choice[row] if missing and table.posted_places[table.row(layer), e] == PINNED]
         for expert, weights in cache.fetch(layer, missing + pinned):
             tensors = weights.gate_proj.tensors
             record = cache.store.record(layer, expert)
@@ -99,13 +100,13 @@ def prompt(
 ) -> dict[Key, int]:
     """A prompt's chunk, layer by layer. Returns how often each expert was copied to the device."""
     copied: dict[Key, int] = {}
-    original = cache.copy_to_staging
+    original = cache.vram.stage
 
     def spy(key: Key, slot: int, after: object) -> object:
         copied[key] = copied.get(key, 0) + 1
         return original(key, slot, after)
 
-    cache.copy_to_staging = spy  # type: ignore[method-assign]
+    cache.vram.stage = spy  # type: ignore[method-assign]
     for row, layer in enumerate(bench.layers):
         following = [(bench.layers[row + 1], e) for e in choice[row + 1]] if row + 1 < len(choice) else []
         seen: set[int] = set()
@@ -115,25 +116,24 @@ def prompt(
                 seen.add(expert)
                 transfer.launch(lambda k=(layer, expert), a=address: bench.check(k, a, transfer))  # type: ignore[misc]
         assert seen == set(choice[row])
-    cache.copy_to_staging = original  # type: ignore[method-assign]
+    cache.vram.stage = original  # type: ignore[method-assign]
     return copied
 
 
 def consistent(bench: Bench, cache: TieredCache) -> None:
     """What holds between steps: slots, tables and tiers tell the same story, and no expert lies twice."""
-    vram, host = cache.vram.table, cache.host
-    for table, slots in ((vram, cache.vram.slots.count), (host, cache.arena.slots)):
-        lent = len(cache.staging._free) + len(cache.staging._ahead) if table is vram else 0
-        used = [*table.free, *table.slot_of.values()]
-        assert len(set(used)) == len(used) == slots - lent
+    vram, host, table = cache.vram.slot_table, cache.host, cache.vram.address_table
+    for held, slots in ((vram, cache.vram.slots.count - cache.staging.slots), (host, cache.arena.slots)):
+        used = [*held.free, *held.slot_of.values()]
+        assert len(set(used)) == len(used) == slots
     for key in bench.store.experts():
-        place, row = cache.tables.place(key), cache.tables.row(key[0])
-        address = int(cache.tables._set_address[row, key[1]])
+        at = table.row(key[0]), key[1]
+        place, address = int(table.noted_places[at]), int(table.noted_addresses[at])
         start = bench.store.record(*key).start
         assert (place == VRAM) == cache.vram.resident(key) == (cache.tier_of(key) == "vram")
         if place == VRAM:
             assert address == cache.vram.address(key)
-            assert key not in host or key in cache.swaps.leaving, "a resident has a host copy"
+            assert key not in host or key in cache.vram.leaving, "a resident has a host copy"
         elif place == PINNED:
             assert address == cache.arena.device_address(host.slot_of[key]) + start
             assert cache.tier_of(key) == "ram"

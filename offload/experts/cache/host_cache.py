@@ -1,7 +1,7 @@
-"""What is where: experts in host slots, fetched from disk, kept and evicted. ``tiered.py`` adds a device.
+"""ExpertCache: experts in host slots, read from disk, kept and evicted. ``tiered_cache.py`` adds a device.
 
-Weights are immutable, so eviction is forgetting: nothing is ever written back. All state is changed by the
-thread that runs the model; reading threads only fill buffers.
+Weights are immutable, so eviction is forgetting: nothing is ever written back. All state is changed by one
+thread at a time, the one that runs the model; reading threads only fill buffers.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from offload.experts.storage.arena import Arena
 from offload.experts.storage.reader import Priority, Reader, ReadRequest
-from offload.experts.storage.slots import SlotTable
+from offload.experts.storage.slot_table import SlotTable
 from offload.experts.storage.store import ExpertStore, ExpertWeights, Layout
 from offload.experts.storage.transfer import Transfer
 from offload.routing.eviction import Policy
@@ -63,7 +63,6 @@ class ExpertCache:
     ) -> None:
         self.store, self.reader, self.frequency = store, reader, frequency
         self.arena = Arena(ram_slots, store.slot_bytes, transfer)
-        self.notes: list[str] = self.arena.notes
         self.host, self.host_policy = SlotTable(ram_slots), policy()
         self.counters = Counters()
         self.requests: dict[int, Counter[Tier]] = {layer: Counter() for layer in store.shape.moe_layers}
@@ -77,6 +76,11 @@ class ExpertCache:
         return counters
 
     @property
+    def notes(self) -> list[str]:
+        """What a report should say of the memory that was had."""
+        return self.arena.notes
+
+    @property
     def holds_all(self) -> bool:
         """Whether every expert has a slot of its own."""
         return self.arena.slots >= self.store.count
@@ -88,6 +92,14 @@ class ExpertCache:
         pending = self._pending.get(key)
         return "ram" if pending is None or pending.done.is_set() else "disk"
 
+    def whole(self, key: Key) -> bool:
+        """Whether all of ``key``'s bytes are in a host slot, as far as was taken note of."""
+        return key in self.host and key not in self._pending
+
+    def reading(self, key: Key) -> bool:
+        """Whether ``key`` is on its way from disk to a host slot."""
+        return key in self._pending
+
     def on_device(self, key: Key) -> bool:
         """Whether ``key`` needs no host slot, because a device holds it."""
         return False
@@ -97,14 +109,11 @@ class ExpertCache:
         return set()
 
     def wait_for_slot(self) -> bool:
-        """Wait until a guarded expert is so no more; False if none will be."""
+        """Wait until one expert is no longer in use; False if none will be."""
         return False
 
-    def reached_host(self, key: Key) -> None:
-        """``key``'s bytes are all in its host slot."""
-
-    def left_host(self, key: Key) -> None:
-        """``key``, which was whole, has no host slot any more."""
+    def host_changed(self, key: Key) -> None:
+        """``key``'s bytes are all in its host slot now, or it has none any more."""
 
     def rebalance(self) -> None:
         """Between two steps: move experts to where they are wanted, as far as that needs no waiting."""
@@ -128,7 +137,7 @@ class ExpertCache:
             self.tally(layer, tier)
         return tiers
 
-    def serve(self, layers: Sequence[int], chosen: Sequence[Sequence[int]], late: Sequence[int]) -> None:
+    def count_served(self, layers: Sequence[int], chosen: Sequence[Sequence[int]], late: Sequence[int]) -> None:
         """One token's ``chosen`` experts of each of ``layers``, all in host slots by now, were computed by
         whoever the watcher told of them; as many as ``late`` says of each layer had to be waited for."""
         counters, count = self.counters, sum(len(experts) for experts in chosen)
@@ -152,8 +161,7 @@ class ExpertCache:
         self.wait()
         self.watcher = watcher
         for key in self.host.slot_of:
-            watcher.coming(key, self._view(key))
-            watcher.arrived(key, True)
+            self._tell(key, self._view(key))
 
     def reap(self) -> None:
         """Take note of reads that have finished. Raises CheckpointError if one failed."""
@@ -170,7 +178,7 @@ class ExpertCache:
 
     def serve_from_host(self, ordered: Sequence[Key]) -> Iterator[tuple[int, ExpertWeights]]:
         """Yield each of ``ordered`` from its host slot, fetched where it has none; see ``stream``."""
-        window = self._window()
+        window = self.window()
         waiting = list(ordered)
         for index, key in enumerate(ordered):
             # Keep reads in flight for the next few, locked so that they do not evict one another.
@@ -183,7 +191,7 @@ class ExpertCache:
     def demand(self, keys: Sequence[Key]) -> set[Key]:
         """Begin reading those of ``keys`` that are on disk, as many as may be in flight at once, and return
         those. Raises CheckpointError for one that could not be read."""
-        first = set(keys[: self._window()])
+        first = set(keys[: self.window()])
         for key in keys[: len(first)]:
             pending = self._pending.get(key)
             if pending is not None and pending.error is not None:
@@ -225,7 +233,7 @@ class ExpertCache:
         for key in list(self._pending):
             self._land(key)
 
-    def _window(self) -> int:
+    def window(self) -> int:
         """How many experts of one layer may be in flight at once."""
         return max(1, min(_IN_FLIGHT, self.arena.slots - 1))
 
@@ -250,8 +258,8 @@ class ExpertCache:
             elif reading - locked:
                 self.release(self._reclaim(reading - locked))
             else:
-                relieved = self.wait_for_slot()
-                assert relieved, "every host slot is in use at once"
+                waited = self.wait_for_slot()
+                assert waited, "every host slot is in use at once"
         return self.host.take(key)
 
     def release(self, key: Key) -> None:
@@ -259,7 +267,7 @@ class ExpertCache:
         landed = self._pending.pop(key, None) is None
         self._free(key)
         if landed:
-            self.left_host(key)
+            self.host_changed(key)
 
     def _free(self, key: Key) -> None:
         self.host.release(key)
@@ -290,6 +298,12 @@ class ExpertCache:
         self._pending[key] = self.reader.submit(record, self.arena.buffer(slot), priority, key[0], then)
         self.counters.fetched["disk"] += record.nbytes
 
+    def _tell(self, key: Key, weights: ExpertWeights) -> None:
+        """Say that ``key``'s bytes are all there."""
+        if self.watcher is not None:
+            self.watcher.coming(key, weights)
+            self.watcher.arrived(key, True)
+
     def _announce(self, key: Key) -> Callable[[bool], None] | None:
         """Say that ``key`` is coming; returns what a reading thread is to call once it is there."""
         if self.watcher is None:
@@ -314,7 +328,7 @@ class ExpertCache:
             self._pending.pop(key)
             raise
         self._pending.pop(key)
-        self.reached_host(key)
+        self.host_changed(key)
 
     def _view(self, key: Key) -> ExpertWeights:
         record, slot = self.store.record(*key), self.host.slot_of[key]

@@ -1,4 +1,4 @@
-"""MappedCache: experts used from the page cache until they are in their slots; see ``loan.py``."""
+"""MappedCache: experts used from the page cache until they are in their slots; see ``mapped_files.py``."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,12 +12,13 @@ from offload.tiers import Key, Tier
 
 
 class MappedCache(ExpertCache):
-    """An ``ExpertCache`` with a slot for every expert. What is asked for before it is in its slot is lent, if
-    the page cache has it; ``fill`` copies all of them."""
+    """An ``ExpertCache`` with a slot for every expert. What is asked for before it is in its slot is used from
+    the page cache, if that has it: those experts are ``mapped``. ``fill`` copies all of them; ``files`` is None
+    once that is done."""
 
     def __init__(self, store: ExpertStore, reader: Reader, policy: Callable[[], Policy], *, ram_slots: int) -> None:
         super().__init__(store, reader, policy, ram_slots=ram_slots)
-        self.loans: MappedFiles | None = MappedFiles(reader)
+        self.files: MappedFiles | None = MappedFiles(reader)
         self.mapped: dict[Key, ExpertWeights] = {}
 
     def tier_of(self, key: Key) -> Tier:
@@ -28,52 +29,45 @@ class MappedCache(ExpertCache):
         """See ``ExpertCache.watch``."""
         super().watch(watcher)
         for key, weights in self.mapped.items():
-            watcher.coming(key, weights)
-            watcher.arrived(key, True)
+            self._tell(key, weights)
 
-    def reached_host(self, key: Key) -> None:
-        """``key`` is in its slot: if it was lent, it is used there from now on."""
-        super().reached_host(key)
+    def host_changed(self, key: Key) -> None:
+        """``key`` is in its slot: if it was mapped, it is used there from now on."""
         if self.mapped.pop(key, None) is None:
             return
-        if self.watcher is not None:
-            self.watcher.coming(key, self._view(key))
-            self.watcher.arrived(key, True)
+        self._tell(key, self._view(key))
         if not self.mapped:
             self.close()
 
     def close(self) -> None:
-        """Lend nothing more, and let others write to the files."""
-        super().close()
-        if self.loans is not None:
-            self.loans.close()
-            self.loans = None
+        """Map nothing more, and let others write to the files."""
+        if self.files is not None:
+            self.files.close()
+            self.files = None
 
     def _request(self, key: Key, priority: Priority, locked: set[Key]) -> None:
-        if priority is Priority.FILL or key in self.host or not (key in self.mapped or self._lend(key)):
+        if priority is Priority.FILL or key in self.host or not (key in self.mapped or self._map(key)):
             super()._request(key, priority, locked)
 
-    def _lend(self, key: Key) -> bool:
+    def _map(self, key: Key) -> bool:
         record = self.store.record(*key)
-        image = self.loans.lend(record) if self.loans is not None else None
+        image = self.files.map(record) if self.files is not None else None
         if image is None:
             return False
         self.mapped[key] = record.view(image)
-        if self.watcher is not None:
-            self.watcher.coming(key, self.mapped[key])
-            self.watcher.arrived(key, True)
+        self._tell(key, self.mapped[key])
         return True
 
     def _announce(self, key: Key) -> Callable[[bool], None] | None:
-        if key in self.mapped:  # it is where it is lent until this thread has taken note of the copy
+        if key in self.mapped:  # it is used from the page cache until this thread has taken note of the copy
             return partial(self._copied, self.store.record(*key))
         return super()._announce(key)
 
     def _copied(self, record: ExpertRecord, whole: bool) -> None:
         """Called by a reading thread: from now on the mapped pages would count twice."""
-        loans = self.loans
-        if whole and loans is not None:
-            loans.returned(record)
+        files = self.files
+        if whole and files is not None:
+            files.unmap(record)
 
     def _weights(self, key: Key, locked: set[Key]) -> ExpertWeights:
         self._request(key, Priority.DEMAND, locked)

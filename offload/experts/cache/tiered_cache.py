@@ -1,51 +1,53 @@
 """TieredCache: experts over disk, RAM and a device; the hottest on the device, and none twice for good.
 
 What is resident on the device has no host copy, and nothing is ever written back: what leaves the device is
-read from disk again (``swaps.py``), or forgotten. While a step runs that reads the device tables, no host
-slot changes that it could still read.
+read from disk again, or forgotten. While a step runs whose kernels find experts by the device's table, no host
+slot changes that they could still read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from offload.experts.cache.address_table import PINNED, VRAM, AddressTable
-from offload.experts.cache.device_slots import DeviceCache
+from offload.experts.cache.address_table import PINNED, VRAM, Places
+from offload.experts.cache.device_tier import DeviceTier
 from offload.experts.cache.host_cache import ExpertCache
-from offload.experts.cache.pressure import MemoryPressure
 from offload.experts.cache.promotion import Promotion
-from offload.experts.cache.staging import Batch, StagingSlots
+from offload.experts.cache.regain import Regain
+from offload.experts.cache.staging import Batch, Staging
 from offload.experts.storage.reader import Priority, Reader
 from offload.experts.storage.store import ExpertStore, ExpertWeights
 from offload.experts.storage.transfer import Transfer
-from offload.plan.placement import vram_reserve
 from offload.routing.eviction import Policy
 from offload.routing.frequency import ExpertFrequency, Ids
 from offload.tiers import Key, Tier
+from quant.sizes import format_size
 
 
 @dataclass(frozen=True)
-class _Over:
-    """A step that has ended: where the device found experts, ``[rows, experts]``, and what it asked of the
-    host, with the tier that held it."""
+class _EndedStep:
+    """Where the device found experts in a step, ``[rows, experts]``, and what the step asked of the host, with
+    the tier that held it."""
 
-    places: npt.NDArray[np.uint8]
+    places: Places
     fetched: dict[Key, Tier]
 
 
 class TieredCache(ExpertCache):
-    """Serves experts from ``vram_slots`` device slots, ``ram_slots`` host slots or disk.
+    """Serves experts from ``vram_slots`` device slots, ``ram_slots`` host slots or disk; see ``ExpertCache``.
 
-    ``seeds`` are copied to the device before this returns, as many as have room. ``frequency`` decides what the
-    device holds, ``policy`` what the host forgets. See ``ExpertCache``.
+    ``frequency``, to which it adds what is asked for, decides what the device holds, ``policy`` what the host
+    forgets. ``seeds`` are copied to the device before this returns, as many as have room. ``regain``: take
+    device memory again that went to other programs, once they leave it (unproven).
 
     ``host_addresses`` int64 ``[rows, experts]`` are where the CPU's kernels find experts in host memory while
     a step runs, 0 where they do not.
     """
+
+    frequency: ExpertFrequency
 
     def __init__(
         self,
@@ -58,35 +60,54 @@ class TieredCache(ExpertCache):
         transfer: Transfer,
         frequency: ExpertFrequency | None = None,
         seeds: Sequence[Key] = (),
+        regain: bool = False,
     ) -> None:
-        shape = store.shape
-        self.heat = frequency or ExpertFrequency(shape.moe_layers, shape.num_experts)
-        super().__init__(store, reader, policy, ram_slots=ram_slots, frequency=self.heat, transfer=transfer)
-        self.transfer = transfer
-        self.tables = AddressTable(shape.moe_layers, shape.num_experts, transfer)
-        self.vram = DeviceCache(transfer, store, vram_slots, least=min(vram_slots, 2, store.count))
-        self.notes += self.vram.slots.notes
-        self.reserve = self._reserve()
-        self.staging = StagingSlots(self)
-        self.swaps = Promotion(self)
-        self.retreat = MemoryPressure(self)
-        self.host_addresses = torch.zeros(len(shape.moe_layers), shape.num_experts, dtype=torch.int64)
+        layers, experts = store.shape.moe_layers, store.shape.num_experts
+        frequency = frequency or ExpertFrequency(layers, experts)
+        super().__init__(store, reader, policy, ram_slots=ram_slots, frequency=frequency, transfer=transfer)
+        self.vram = DeviceTier(transfer, store, vram_slots, self, frequency)
+        self.promotion = Promotion(self.vram, self)
+        self.staging = Staging(self.vram, self)
+        self.regain = Regain(self.vram) if regain else None
+        self.host_addresses = torch.zeros(len(layers), experts, dtype=torch.int64)
         self._host_addresses = self.host_addresses.numpy()  # the same memory: see AddressTable
-        self._copied_from: dict[Key, Any] = {}  # host slots that copies to lent slots read, with tickets
+        self._nbytes = np.array([[store.record(layer, e).nbytes for e in range(experts)] for layer in layers])
         self._step: int | None = None  # the row that the running step may have reached
         self._fetched: dict[Key, Tier] = {}  # what the running step asked of the host, and where it was
-        self._over = _Over(self.tables.exposed_places(), {})
+        self._ended = _EndedStep(self.vram.address_table.posted_places, {})
         self._fills = False
-        self._nbytes = np.array(
-            [[store.record(layer, e).nbytes for e in range(shape.num_experts)] for layer in shape.moe_layers]
+        self._shrunk = ""  # what has become of memory that was given back
+        self._seed(seeds)
+        self.vram.address_table.flush()
+
+    def _seed(self, seeds: Sequence[Key]) -> None:
+        """Copy ``seeds`` to the device, as many as have room, and wait for them. Raises CheckpointError if
+        the disk fails."""
+        wanted = list(seeds[: self.vram.slots.count - self.vram.reserve])
+        for index, key in enumerate(wanted):
+            ahead = wanted[index : index + self.window()]
+            for later in ahead[1:]:
+                self.demand_source(later, set(ahead), wait=False)
+            self.demand_source(key, set(ahead), wait=True)
+            self.vram.load(key)
+            self.vram.land()
+        while self.vram.arriving:
+            self.wait_for_slot()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a report should say of the memory that was had."""
+        slots = self.vram.slots
+        shrunk = (
+            "the GPU ran out of memory, within --vram or beside another program: expert slots were given back; "
+            f"{slots.count} ({format_size(slots.nbytes)}) are there now, {self._shrunk}"
         )
-        self.swaps.seed(seeds)
-        self.tables.flush()
+        return [*self.arena.notes, *slots.notes, *([shrunk] if self._shrunk else [])]
 
     @property
     def holds_all(self) -> bool:
         """Whether every expert has a slot of its own."""
-        return self.arena.slots + self.vram.slots.count - self.reserve >= self.store.count
+        return self.arena.slots + self.vram.slots.count - self.vram.reserve >= self.store.count
 
     def tier_of(self, key: Key) -> Tier:
         """Where ``key`` is now; an expert still on its way counts as where it comes from."""
@@ -94,7 +115,7 @@ class TieredCache(ExpertCache):
 
     def on_device(self, key: Key) -> bool:
         """Whether ``key`` needs no host slot beside its device slot."""
-        return key in self.vram and key not in self.swaps.leaving
+        return key in self.vram and key not in self.vram.leaving
 
     def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """Yield each of ``experts`` with its weights on the device; see ``ExpertCache.stream``."""
@@ -103,21 +124,21 @@ class TieredCache(ExpertCache):
 
     def batches(self, layer: int, chosen: Ids, ahead: Sequence[Key] = (), *, tokens: int = 1) -> Iterator[Batch]:
         """Yield the weights of the experts that ``tokens`` tokens have ``chosen`` on the device, residents at
-        once, the others as they land in lent slots; compute waits for them by event, the host only for the
+        once, the others as they land in staging slots; compute waits for them by event, the host only for the
         disk.
 
         A batch is valid until the next is asked for. ``ahead`` are experts of the next layer that are copied
         once this one's are, as far as there are slots: they make this a prompt's large chunk, for which the
-        device lends more slots. Raises CheckpointError if the disk fails.
+        device has more staging slots. Raises CheckpointError if the disk fails.
         """
         if self._step is not None:  # it was interrupted, and may still be running
-            self.transfer.drain()
+            self.vram.transfer.drain()
             self._step = None
         experts: list[int] = np.unique(chosen).tolist()
-        if not all((layer, expert) in self.vram for expert in experts) or self.reserve:
-            self.staging.borrow(large=bool(ahead))
+        if not all((layer, expert) in self.vram for expert in experts) or self.vram.reserve:
+            self.staging.open(large=bool(ahead))
         tiers = self.count(layer, experts)
-        self.heat.count(layer, chosen.ravel(), tokens)
+        self.frequency.count(layer, chosen.ravel(), tokens)
         for key, tier in tiers.items():
             self.counters.used_bytes["vram"] += self.store.record(*key).nbytes
             if tier != "vram":
@@ -130,13 +151,13 @@ class TieredCache(ExpertCache):
         self._step = None
         self._move()
         self._keep_a_slot_unseen()
-        self.tables.flush()
+        self.vram.address_table.flush()
         self._fetched = {}
         self._step = 0
 
     def end_token(self) -> None:
         """The step is over; ``after_token`` counts it when there is time, beside the next step if need be."""
-        self._over = _Over(self.tables.exposed_places().copy(), self._fetched)
+        self._ended = _EndedStep(self.vram.address_table.posted_places.copy(), self._fetched)
         self.drop_token()
 
     def drop_token(self) -> None:
@@ -149,7 +170,7 @@ class TieredCache(ExpertCache):
 
         Raises CheckpointError if the disk fails.
         """
-        self._step = self.tables.row(layer)
+        self._step = self.vram.address_table.row(layer)
         tiers = {(layer, expert): self.tier_of((layer, expert)) for expert in experts}
         self._fetched |= tiers
         # Those that have a slot first: once they are used, it may be the only one that can be had.
@@ -159,139 +180,104 @@ class TieredCache(ExpertCache):
         """``chosen`` ``[rows, ..., k]`` (negative for none) were used by the step that ended last. Counts it
         and plans what to move; nothing is moved here: another step may be running by now."""
         ids = chosen.reshape(len(chosen), -1)
-        self.heat.count_step(ids, max(1, ids.shape[1] // self.store.shape.top_k))
+        self.frequency.count_step(ids, max(1, ids.shape[1] // self.store.shape.top_k))
         self._count_used(ids)
-        self.swaps.plan()
+        self.promotion.plan()
 
     def rebalance(self) -> None:
-        """Between two steps: take note of copies that have landed, begin at most SWAPS, refill RAM."""
+        """Between two steps: take note of copies that have landed, begin one at most, refill RAM."""
         if self._step is not None:
             return
-        self.swaps.plan()
+        self.promotion.plan()
         self._move()
-        self.tables.flush()
+        self.vram.address_table.flush()
 
     def _move(self) -> None:
         """Go on with what is under way, begin what is planned, refill RAM. No step may be running."""
         self.staging.close()
         self.reap()
-        self.retreat.look()
-        self.swaps.step()
+        if self.regain is not None and self.regain.look():
+            self._shrunk = "some were taken again when there was room, and fill as experts are asked for"
+        self.promotion.step()
         if self._fills and self.host.free:
             self.fill()
 
     def shrink_vram(self) -> int:
         """Give device memory back to the driver, the coldest part of it; returns its bytes, 0 if no more can
         be spared. What lay there is on disk until it is asked for."""
-        return self.retreat.shrink()
-
-    def resized(self) -> None:
-        """The device has more or fewer slots than before."""
-        self.reserve = self._reserve()
-        self.tables.flush()
+        segment, transfer = self.vram.coldest_segment(), self.vram.transfer
+        if segment is None:
+            return 0
+        free, allowed = transfer.room()
+        transfer.drain()
+        self.staging.close()
+        self.vram.land()
+        nbytes = self.vram.give_back(segment)
+        if self.regain is not None:
+            self.regain.lost(segment, to_others=free < allowed)
+        self._shrunk = "and the other experts run from RAM or disk"
+        return nbytes
 
     def close(self) -> None:
         """Wait for the device and unpin host memory."""
         try:
-            self.transfer.drain()
+            self.vram.transfer.drain()
         except RuntimeError:  # the GPU is gone, which whoever worked with it has reported, and its pins too
             return
         self.arena.unpin()
 
     def in_use(self) -> set[Key]:
         """Experts whose host slots a copy or the running step may be reading."""
-        self._copied_from = {key: ticket for key, ticket in self._copied_from.items() if not self.transfer.poll(ticket)}
-        found = self._copied_from.keys() | self.vram.arriving.keys()
+        found, table = self.vram.sources(), self.vram.address_table
         if self._step is not None:
-            row, exposed = self.tables.row, self.tables.exposed
-            found |= {k for k in self.host.slot_of if exposed(k) == PINNED and row(k[0]) >= self._step}
+            coming = [(table.row(layer), (layer, expert)) for layer, expert in self.host.slot_of]
+            posted = table.posted_places
+            found |= {key for row, key in coming if row >= self._step and posted[row, key[1]] == PINNED}
         return found
 
     def wait_for_slot(self) -> bool:
         """Wait until a copy has read its host slot; False if there is none to wait for."""
-        if self._copied_from:
-            self.transfer.done(self._copied_from.pop(next(iter(self._copied_from))))
-            return True
-        if self.vram.arriving and self._step is None:
-            self.transfer.done(next(iter(self.vram.arriving.values())))
-            self.swaps.land()
-            return True
-        return False
+        return self.vram.wait_for_source(land=self._step is None)
 
-    def reached_host(self, key: Key) -> None:
-        """``key``'s bytes are all in its host slot, where the device may read them, too."""
-        start = self.store.record(*key).start
-        self._set_host_address(key, self.arena.slot(self.host.slot_of[key]).data_ptr() + start)
-        if not self.vram.resident(key):
-            self._place_on_host(key)
+    def host_changed(self, key: Key) -> None:
+        """``key`` has come to its host slot, where the device may read it, too, or has left it."""
+        address = 0
+        if self.whole(key):
+            address = self.arena.slot(self.host.slot_of[key]).data_ptr() + self.store.record(*key).start
+        self._set_host_address(key, address)
+        self.vram.host_changed(key)
 
-    def left_host(self, key: Key) -> None:
-        """``key``, which was whole, has no host slot any more."""
-        self._set_host_address(key, 0)
-        if not self.vram.resident(key):
-            self.tables.clear(key)
+    def _set_host_address(self, key: Key, address: int) -> None:
+        self._host_addresses[self.vram.address_table.row(key[0]), key[1]] = address
 
-    def window(self) -> int:
-        """How many experts may be on their way from disk at once."""
-        return self._window()
+    def device_address(self, key: Key) -> int:
+        """See ``HostSource``."""
+        address = self.arena.device_address(self.host.slot_of[key]) if self.whole(key) else 0
+        return address and address + self.store.record(*key).start
 
-    def reading(self, key: Key) -> bool:
-        """Whether ``key`` is on its way to its host slot."""
-        return key in self._pending
-
-    def read_behind(self, key: Key) -> None:
-        """Begin reading ``key`` behind everything else, if it has no host slot and one can be had."""
-        if key not in self.host and self._has_slot({key}):
+    def read_behind(self, key: Key, *, evict: bool) -> None:
+        """See ``HostSource``."""
+        if key not in self.host and (self.host.free or (evict and self._has_slot({key}))):
             self._request(key, Priority.FILL, {key})
 
-    def wants_source(self, key: Key, locked: set[Key], *, wait: bool) -> bool:
-        """Whether ``key`` lies whole in a host slot, its read begun if it does not and, with ``wait``,
-        awaited. Raises CheckpointError if the disk fails."""
+    def demand_source(self, key: Key, locked: set[Key], *, wait: bool) -> bool:
+        """See ``HostSource``."""
         if key not in self.host and (wait or self._has_slot(locked)):
             self._request(key, Priority.DEMAND, {key} if wait else locked)
         if wait or (key in self._pending and self._pending[key].done.is_set()):
             self._land(key)
-        return key in self.host and key not in self._pending
+        return self.whole(key)
 
-    def copy_to_staging(self, key: Key, slot: int, after: Any) -> Any:
-        """Begin copying ``key`` from its host slot to the lent ``slot``; returns the ticket."""
+    def source(self, key: Key) -> Tensor:
+        """See ``HostSource``."""
         record = self.store.record(*key)
-        source = self.arena.slot(self.host.slot_of[key])[: record.slot_bytes]
-        ticket = self._copied_from[key] = self.transfer.copy(source, self.vram.slots.view(slot), after)
         self.counters.fetched["pcie"] += record.nbytes
-        return ticket
-
-    def copy_to_device(self, key: Key) -> None:
-        """Begin copying ``key`` from its host slot to a free slot of the device, to stay there."""
-        record = self.store.record(*key)
-        self.vram.arrive(key, self.arena.slot(self.host.slot_of[key])[: record.slot_bytes])
-        self.counters.fetched["pcie"] += record.nbytes
-
-    def drop_resident(self, key: Key) -> None:
-        """Take ``key`` off the device; it is where else it is, if anywhere."""
-        self.swaps.leaving.pop(key, None)
-        self.vram.forget(key)
-        self._place_on_host(key)
-
-    def _reserve(self) -> int:
-        return vram_reserve(self.vram.slots.count, self.store.count)
+        return self.arena.slot(self.host.slot_of[key])[: record.slot_bytes]
 
     def _all_in_memory(self) -> bool:
         """Whether every expert has a slot, of whichever tier."""
-        twice = sum(key in self.host for key in (*self.vram.arriving, *self.swaps.leaving))
-        return len(self.host.slot_of) + len(self.vram.table.slot_of) - twice == self.store.count
-
-    def _set_host_address(self, key: Key, address: int) -> None:
-        self._host_addresses[self.tables.row(key[0]), key[1]] = address
-
-    def _place_on_host(self, key: Key) -> None:
-        """Enter ``key`` in the tables as its host slot is."""
-        whole = key in self.host and key not in self._pending
-        address = self.arena.device_address(self.host.slot_of[key]) if whole else 0
-        if address:
-            self.tables.set(key, PINNED, address + self.store.record(*key).start)
-        else:
-            self.tables.clear(key)
+        twice = sum(key in self.host for key in (*self.vram.arriving, *self.vram.leaving))
+        return len(self.host.slot_of) + len(self.vram.slot_table.slot_of) - twice == self.store.count
 
     def fill(self) -> None:
         """See ``ExpertCache.fill``. From now on, slots that come free are filled again between steps."""
@@ -304,27 +290,27 @@ class TieredCache(ExpertCache):
         device does not see: what a step asks the disk for needs one that can be overwritten while it runs."""
         if self._all_in_memory():
             return
+        table = self.vram.address_table
         while not self.host.free:
             held = self.in_use()
-            seen = self.tables.where() == PINNED
-            elsewhere = sum(key in self.host and self.tables.place(key) != PINNED for key in held)
-            if np.count_nonzero(seen) + elsewhere < len(self.host.slot_of):
+            seen = table.noted_places == PINNED
+            held_unseen = sum(key in self.host and not seen[table.row(key[0]), key[1]] for key in held)
+            if np.count_nonzero(seen) + held_unseen < len(self.host.slot_of):
                 return
-            for key in held:
-                seen[self.tables.row(key[0]), key[1]] = False
-            coldest = self.heat.coldest(seen)
+            coldest = self.frequency.coldest(seen & ~table.mask(held))
             if coldest is not None:
-                self.tables.clear(coldest)
+                table.clear(coldest)
                 self._set_host_address(coldest, 0)
                 return
-            assert self.wait_for_slot(), "every host slot is being copied"
+            waited = self.wait_for_slot()
+            assert waited, "every host slot is being copied"
 
     def _count_used(self, ids: Ids) -> None:
         """Count the requests of the step that ended last for ``ids`` ``[rows, n]``."""
         used = np.zeros(self._nbytes.shape, dtype=bool)
         rows, columns = np.nonzero(ids >= 0)
         used[rows, ids[rows, columns]] = True
-        fetched, near = self._over.fetched, used & (self._over.places == VRAM)
+        fetched, near = self._ended.fetched, used & (self._ended.places == VRAM)
         counters, layers = self.counters, self.store.shape.moe_layers
         for row, count in enumerate(near.sum(1).tolist()):
             self.tally(layers[row], "vram", count)

@@ -6,7 +6,7 @@ takes several times as long as reading what is there. Mapped pages are small and
 every expert still moves to the arena; it is used where it lies until then.
 
 A mapped file that shrinks kills its reader. A read lease (``fcntl(2)``) keeps others from opening the file
-for writing or cutting it until its last expert has moved; where the system grants none, nothing is lent.
+for writing or cutting it until its last expert has moved; where the system grants none, nothing is mapped.
 """
 
 import fcntl
@@ -28,13 +28,13 @@ _POPULATE_READ = 22  # MADV_POPULATE_READ: map all pages of a range at once
 
 
 class MappedFiles:
-    """Lends experts of the files that ``reader`` reads. ``close`` gives the leases back."""
+    """Maps experts of the files that ``reader`` reads. ``close`` gives the leases back."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._files: dict[Path, _Lease | None] = {}
 
-    def lend(self, record: ExpertRecord) -> Tensor | None:
+    def map(self, record: ExpertRecord) -> Tensor | None:
         """The image of ``record``'s slot in the page cache, uint8; None if it is not all there in one piece,
         or its file cannot be leased."""
         if len(record.runs) != 1:
@@ -49,7 +49,7 @@ class MappedFiles:
             return None
         return lease.map(run.offset, run.needed)
 
-    def hold(self, file: Path) -> bool:
+    def protect(self, file: Path) -> bool:
         """Keep ``file``, which somebody else has mapped, from being cut; False if it cannot be leased."""
         return self._lease(file) is not None
 
@@ -58,7 +58,7 @@ class MappedFiles:
             self._files[file] = _Lease.of(file)
         return self._files[file]
 
-    def returned(self, record: ExpertRecord) -> None:
+    def unmap(self, record: ExpertRecord) -> None:
         """The copy is there: the mapped pages need not count as this process's any more."""
         run = record.runs[0]
         lease = self._files.get(run.file)
@@ -66,7 +66,7 @@ class MappedFiles:
             lease.unmap(run.offset, run.needed)
 
     def close(self) -> None:
-        """Give all leases back; nothing lent may be used afterwards."""
+        """Give all leases back; nothing that was mapped may be used afterwards."""
         for lease in self._files.values():
             if lease is not None:
                 lease.close()

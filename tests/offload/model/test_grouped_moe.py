@@ -90,5 +90,5 @@ def test_a_single_token_goes_expert_by_expert(stored: tuple[ExpertStore, Reader]
     torch.testing.assert_close(
         near.run(layer, x, chosen, scores).float(), alone.run(layer, x.float(), chosen, scores), rtol=0.05, atol=0.05
     )
-    assert tiered.heat.score((layer, 0)) == pytest.approx(1)
-    assert np.isclose(tiered.heat.score((layer, store.shape.num_experts - 1)), 0)
+    assert tiered.frequency.score((layer, 0)) == pytest.approx(1)
+    assert np.isclose(tiered.frequency.score((layer, store.shape.num_experts - 1)), 0)

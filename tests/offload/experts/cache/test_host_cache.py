@@ -1,7 +1,6 @@
 """Experts in RAM: which are read before anything asks for them."""
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -10,18 +9,7 @@ from offload.experts.cache.host_cache import ExpertCache
 from offload.routing.eviction import make_policy
 from offload.routing.frequency import ExpertFrequency
 from offload.tiers import Key
-from quant.convert.convert import convert
-from quant.scheme import Scheme
 from tests.offload.tiers import Bench
-
-
-@pytest.fixture(scope="module")
-def bench(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    destination = tmp_path_factory.mktemp("host") / "model"
-    convert(tiny("llama4_text"), destination, {"experts": Scheme("int4")})
-    made = Bench(destination)
-    yield made
-    made.reader.close()
 
 
 def filled(bench: Bench, ram: int, counts: Mapping[Key, float] | None) -> ExpertCache:

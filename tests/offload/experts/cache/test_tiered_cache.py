@@ -3,8 +3,6 @@
 import gc
 import hashlib
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,27 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offload.experts.cache.address_table import PINNED, VRAM, AddressTable
-from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.transfer import HostTransfer
-from quant.convert.convert import convert
 from quant.errors import BudgetError
-from quant.scheme import Scheme
 from tests.offload.lagging import LaggingTransfer
 from tests.offload.tiers import Bench, Choice, consistent, prompt, token
 
-INT4 = Scheme("int4")
 RESERVE = 2  # device slots that hold no expert for good
 KINDS = ["token", "token", "token", "prompt", "large", "fill", "given up", "shrink", "regain"]
 QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(scope="module")
-def bench(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    destination = tmp_path_factory.mktemp("tiered") / "model"
-    convert(tiny("llama4_text"), destination, {"experts": INT4})
-    made = Bench(destination)
-    yield made
-    made.reader.close()
 
 
 def choices(bench_experts: int = 8, layers: int = 4, most: int = 3) -> st.SearchStrategy[Choice]:
@@ -69,7 +54,9 @@ def run(
     transfer.limit = vram * slot
     transfer.pinnable = int(ram * pinned_part) * slot
     order = bench.store.experts()
-    cache = bench.cache(transfer, ram, vram, seeds=order[seed % 7 :][:seeds])
+    cache = bench.cache(transfer, ram, vram, seeds=order[seed % 7 :][:seeds], regain=True)
+    regain = cache.regain
+    assert regain is not None
     consistent(bench, cache)
     for kind, choice in steps:
         if kind == "token":
@@ -80,9 +67,9 @@ def run(
             token(bench, cache, transfer, choice, choice[0][0] % 5)
         elif kind == "shrink":
             transfer.limit += cache.shrink_vram()
-            cache.retreat.spare = -(2**40)
+            regain.spare = -(2**40)
         elif kind == "regain":
-            cache.retreat._tokens, cache.retreat._found = 255, 99
+            regain._tokens, regain._found = 255, 99
             cache.rebalance()
         else:
             vram_before = {key for key in order if key in cache.vram}
@@ -172,18 +159,18 @@ def test_tables_are_posted_as_they_were_at_each_flush(bench: Bench) -> None:
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_large_chunk_borrows_slots_that_are_filled_again(bench: Bench) -> None:
+def test_a_large_chunk_takes_slots_that_are_filled_again(bench: Bench) -> None:
     transfer = LaggingTransfer(2)
     order = bench.store.experts()
     seeds = [key for key in order if key[1] < 5]
     cache = bench.cache(transfer, ram=12, vram=len(seeds) + RESERVE, seeds=seeds)
-    cache.heat.count(bench.layers[0], np.array([0, 1, 2, 3, 4]), 1)
+    cache.frequency.count(bench.layers[0], np.array([0, 1, 2, 3, 4]), 1)
     every = [list(range(8))] * 4
     copied = prompt(bench, cache, transfer, every, large=True)
-    lent = [key for key in seeds if key not in cache.vram]
-    assert 0 < len(lent) <= max(RESERVE, cache.vram.slots.count // 8) - RESERVE or not lent
-    assert copied == dict.fromkeys([key for key in order if key[1] >= 5 or key in lent], 1)
-    assert not any(key[0] == bench.layers[0] for key in lent), "the hottest were lent"
+    spared = [key for key in seeds if key not in cache.vram]
+    assert len(spared) <= max(RESERVE, cache.vram.slots.count // 8) - RESERVE
+    assert copied == dict.fromkeys([key for key in order if key[1] >= 5 or key in spared], 1)
+    assert not any(key[0] == bench.layers[0] for key in spared), "the hottest made way"
     for _ in range(30):
         transfer.drain()
         cache.wait()
@@ -246,93 +233,6 @@ def test_memory_goes_back_to_the_driver_by_segments_and_the_run_goes_on(bench: B
     assert len([note for note in cache.notes if "gave back" in note or "given back" in note]) == 1
 
 
-def shrunk(bench: Bench, *, free: int = 0, allowed: int = 2**40) -> tuple[TieredCache, LaggingTransfer, int]:
-    """A cache of 16 device slots that has given a segment back when ``free`` bytes were left to anybody; its
-    transfer; the segment's bytes."""
-    slot = bench.store.slot_bytes
-    transfer = LaggingTransfer(4, limit=16 * slot)
-    cache = bench.cache(transfer, ram=10, vram=16, seeds=bench.store.experts())
-    transfer.limit, transfer.allowed = free, allowed
-    cache.retreat.spare = slot
-    return cache, transfer, cache.shrink_vram()
-
-
-def tokens(cache: TieredCache, count: int) -> None:
-    for _ in range(count):
-        cache.begin_token()
-        cache.end_token()
-
-
-def test_slots_that_went_to_others_come_back_when_there_has_been_room_for_a_while(bench: Bench) -> None:
-    cache, transfer, freed = shrunk(bench)
-    room = freed + cache.retreat.spare
-    transfer.limit = room - 1  # not enough, however long
-    tokens(cache, 8 * 256)
-    assert cache.vram.slots.count == 14
-    transfer.limit = room
-    tokens(cache, 2 * 256)
-    transfer.limit = room - 1  # for a moment only
-    tokens(cache, 256)
-    transfer.limit = room
-    tokens(cache, 3 * 256 - 1)
-    assert cache.vram.slots.count == 14
-    tokens(cache, 1)
-    assert cache.vram.slots.count == 16 and transfer.limit == cache.retreat.spare
-    assert [note for note in cache.notes if "given back" in note and "taken again" in note] == cache.notes
-    consistent(bench, cache)
-    for index in range(80):  # they fill by way of swaps, and are used
-        token(bench, cache, transfer, [[index % 8, (index + 3) % 8], [1, 4], [2, 5], [6, 7]])
-        consistent(bench, cache)
-    assert cache.vram.free <= cache.reserve + 1
-    tokens(cache, 3000)
-    assert cache.vram.slots.count == 16, "there is nothing more to come back"
-
-
-def test_segments_come_back_one_by_one_while_there_is_room(bench: Bench) -> None:
-    cache, transfer, freed = shrunk(bench)
-    assert cache.shrink_vram() == cache.shrink_vram() == freed
-    transfer.limit = 2 * freed + cache.retreat.spare
-    counts = []
-    for _ in range(8):
-        tokens(cache, 256)
-        counts.append(cache.vram.slots.count)
-        consistent(bench, cache)
-    assert counts == [10, 10, 12, 14, 14, 14, 14, 14], "the third finds no room"
-
-
-def test_slots_that_go_again_stay_away_for_longer(bench: Bench) -> None:
-    cache, transfer, freed = shrunk(bench)
-    for wait in (3, 6, 12):
-        transfer.limit = freed + cache.retreat.spare
-        tokens(cache, wait * 256 - 1)
-        assert cache.vram.slots.count == 14
-        tokens(cache, 1)
-        assert cache.vram.slots.count == 16
-        transfer.limit = 0
-        assert cache.shrink_vram() == freed
-        consistent(bench, cache)
-
-
-def test_slots_given_back_within_the_own_limit_do_not_come_back(bench: Bench) -> None:
-    cache, transfer, freed = shrunk(bench, free=2**30, allowed=100)
-    transfer.allowed = 2 * freed
-    tokens(cache, 3000)
-    assert cache.vram.slots.count == 14
-
-
-def test_a_segment_that_somebody_else_takes_first_is_asked_for_later(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, transfer, freed = shrunk(bench)
-    transfer.limit = freed - 1
-    monkeypatch.setattr(transfer, "room", lambda: (2**30, 2**30))
-    tokens(cache, 3 * 256)
-    assert cache.vram.slots.count == 14
-    transfer.limit = freed
-    tokens(cache, 6 * 256)
-    assert cache.vram.slots.count == 16
-
-
 def test_a_step_that_failed_where_all_was_in_memory_is_tried_again_with_less(bench: Bench) -> None:
     """No host slot was kept for the disk, since nothing lay there; once slots are given back, one must be."""
     transfer = LaggingTransfer(4)
@@ -376,12 +276,12 @@ def test_memory_that_cannot_be_pinned_is_left_to_the_cpu_and_said(bench: Bench) 
     cache = bench.cache(transfer, ram=12, vram=4)
     cache.fill()
     cache.wait()
-    assert cache.arena.pinned == 0 and not (cache.tables.where() == PINNED).any()
+    assert cache.arena.pinned == 0 and not (cache.vram.address_table.noted_places == PINNED).any()
     assert [note for note in cache.notes if "could be pinned" in note]
     token(bench, cache, transfer, ask(bench, 0))
 
 
-def test_a_device_that_holds_every_expert_lends_and_swaps_none(bench: Bench) -> None:
+def test_a_device_that_holds_every_expert_spares_and_swaps_none(bench: Bench) -> None:
     transfer = LaggingTransfer(0)
     order = bench.store.experts()
     cache = bench.cache(transfer, ram=2, vram=len(order), seeds=order)

@@ -3,7 +3,6 @@
 import gc
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,7 @@ from offload.experts.storage.arena import Arena
 from offload.experts.storage.transfer import CudaTransfer
 from offload.hardware import cuda_driver as driver
 from offload.hardware.vram_limit import Allowance, VramMeter
-from quant.convert.convert import convert
 from quant.errors import MachineError
-from quant.scheme import Scheme
 from tests.offload.tiers import Bench
 
 pytestmark = pytest.mark.gpu
@@ -44,15 +41,6 @@ print(allowance.context, len(held), meter.used(), len(allowance.notes))
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
-
-
-@pytest.fixture(scope="module")
-def bench(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    destination = tmp_path_factory.mktemp("gpu_tiers") / "model"
-    convert(tiny("llama4_text"), destination, {"experts": Scheme("int4")})
-    made = Bench(destination)
-    yield made
-    made.reader.close()
 
 
 def test_a_copy_waits_for_the_compute_that_reads_its_target(device: torch.device) -> None:
@@ -114,12 +102,13 @@ def test_experts_and_tables_on_the_device_are_what_the_host_says(bench: Bench, d
     for _ in range(60):
         cache.begin_token()
         torch.cuda.synchronize(device)
-        addresses, places = cache.tables.addresses.cpu(), cache.tables.places.cpu()
+        table = cache.vram.address_table
+        addresses, places = table.addresses.cpu(), table.places.cpu()
         for key in bench.store.experts():
-            row, record = cache.tables.row(key[0]), bench.store.record(*key)
-            assert int(places[row, key[1]]) == cache.tables.place(key)
-            if cache.tables.place(key) == VRAM:
-                slot = cache.vram.slots.view(cache.vram.table.slot_of[key])
+            row, record = table.row(key[0]), bench.store.record(*key)
+            assert int(places[row, key[1]]) == table.noted_places[row, key[1]]
+            if places[row, key[1]] == VRAM:
+                slot = cache.vram.slots.view(cache.vram.slot_table.slot_of[key])
                 assert int(addresses[row, key[1]]) == slot.data_ptr() + record.start
                 stored = slot[record.start : record.start + record.nbytes].cpu().numpy().tobytes()
                 assert stored == bench.bytes[key]

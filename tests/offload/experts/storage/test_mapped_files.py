@@ -19,7 +19,7 @@ ROLES = ("experts", "shared_expert", "attention", "lm_head")
 
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    destination = tmp_path_factory.mktemp("loan") / "model"
+    destination = tmp_path_factory.mktemp("mapped") / "model"
     convert(tiny("llama4_maverick"), destination, dict.fromkeys(ROLES, Scheme("int4")))  # type: ignore[arg-type]
     return destination
 
@@ -53,7 +53,7 @@ def _writable(file: Path) -> bool:
 
 @pytest.fixture
 def tokens(model: Path) -> Iterator[list[int]]:
-    """What the model says when nothing is lent."""
+    """What the model says when nothing is mapped."""
     with _open(model, page_cache=True) as session:
         assert not isinstance(session.experts, MappedCache)
         yield [r.token_id for r in session.generate(PROMPT, Sampling(max_tokens=12, ignore_eos=True))]
@@ -66,16 +66,16 @@ def test_the_first_token_takes_experts_where_they_lie_and_the_rest_of_them_moves
         cache = _cache(session)
         records = session.generate(PROMPT, Sampling(max_tokens=12, ignore_eos=True))
         first = next(records)
-        lent = set(cache.mapped)
-        assert lent
+        mapped = set(cache.mapped)
+        assert mapped
         assert not cache.host.slot_of  # nothing was copied for it
-        assert first.by_tier == {"vram": 0, "ram": len(lent), "disk": 0}
+        assert first.by_tier == {"vram": 0, "ram": len(mapped), "disk": 0}
         assert not any(_writable(file) for file in files)
         found = [first.token_id, *(record.token_id for record in records)]
         session.finish_filling()
         assert found == tokens
         assert not cache.mapped
-        assert cache.loans is None
+        assert cache.files is None
         assert len(cache.host.slot_of) == session.store.count
         assert all(_writable(file) for file in files)
         again = session.generate([*PROMPT, *found], Sampling(max_tokens=4, ignore_eos=True))
@@ -85,7 +85,7 @@ def test_the_first_token_takes_experts_where_they_lie_and_the_rest_of_them_moves
         assert moved == [record.token_id for record in again]
 
 
-def test_a_file_that_somebody_writes_to_is_not_lent(model: Path, files: list[Path], tokens: list[int]) -> None:
+def test_a_file_that_somebody_writes_to_is_not_mapped(model: Path, files: list[Path], tokens: list[int]) -> None:
     with files[1].open("r+b"), _open(model) as session:
         records = list(session.generate(PROMPT, Sampling(max_tokens=12, ignore_eos=True)))
         assert all(run.file != files[1] for key in _cache(session).mapped for run in session.store.record(*key).runs)
@@ -99,7 +99,7 @@ def test_closing_a_session_gives_the_files_free(model: Path, files: list[Path]) 
     assert all(_writable(file) for file in files)
 
 
-def test_a_budget_that_does_not_hold_every_expert_lends_nothing(model: Path, files: list[Path]) -> None:
+def test_a_budget_that_does_not_hold_every_expert_maps_nothing(model: Path, files: list[Path]) -> None:
     run = RunOptions(context=200, exact=True)
     with sessions.session(model, run, ram_slots=4, fills=False) as session:
         next(session.generate(PROMPT, Sampling(max_tokens=2, ignore_eos=True)))

@@ -1,63 +1,36 @@
-"""Slots: which expert holds which slot of a tier, and device memory cut into slots.
+"""DeviceSlots: device memory cut into equal slots, one expert each.
 
-Device slots lie in a few equal allocations rather than one: a segment can be handed back to the driver when
+The slots lie in a few allocations rather than one: such a segment can be handed back to the driver when
 another program needs the memory, and the experts of the others stay where they are.
 """
-
-from collections.abc import Iterator
 
 from torch import Tensor
 
 from offload.experts.storage.transfer import Transfer
-from offload.tiers import Key
 from quant.errors import BudgetError
 from quant.kernels.cuda.layout import MAX_ALIGNMENT
 from quant.sizes import format_size
 
-SEGMENTS = 8
+_SEGMENTS = 8
 _SEGMENT = 512 * 2**20  # bytes that one has at the most: what is lost where a little memory is missing
 
 
-class SlotTable:
-    """Which key holds which slot of one tier."""
-
-    def __init__(self, slots: int) -> None:
-        self.free = list(range(slots - 1, -1, -1))
-        self.slot_of: dict[Key, int] = {}
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self.slot_of
-
-    def take(self, key: Key) -> int:
-        """A free slot, now ``key``'s."""
-        slot = self.free.pop()
-        self.slot_of[key] = slot
-        return slot
-
-    def release(self, key: Key) -> None:
-        """Forget ``key``; its slot is free."""
-        self.free.append(self.slot_of.pop(key))
-
-
 class DeviceSlots:
-    """``slots`` slots of ``slot_bytes`` bytes on the device, in ``segments`` allocations or, for large slots,
-    more.
+    """``slots`` slots of ``slot_bytes`` bytes on the device, in eight segments or, for large slots, more.
 
     Where the device refuses some of them, ``count`` is smaller and ``notes`` says so. Raises BudgetError if
     fewer than ``least`` can be had.
     """
 
-    def __init__(
-        self, transfer: Transfer, slots: int, slot_bytes: int, *, least: int = 1, segments: int = SEGMENTS
-    ) -> None:
+    def __init__(self, transfer: Transfer, slots: int, slot_bytes: int, *, least: int = 1) -> None:
         self.transfer, self.slot_bytes = transfer, slot_bytes
         self.notes: list[str] = []
         self._memory: dict[int, Tensor] = {}  # first slot → uint8 [slots of the segment, slot_bytes]
-        each = min(-(-slots // segments), max(1, _SEGMENT // slot_bytes))
+        each = min(-(-slots // _SEGMENTS), max(1, _SEGMENT // slot_bytes))
         self._each, self._planned = each, slots
         for first in range(0, slots, max(each, 1)):
             try:
-                self.regain(first)
+                self.allocate(first)
             except BudgetError as error:
                 if first < least:
                     raise
@@ -87,25 +60,25 @@ class DeviceSlots:
         """The device address of ``slot``'s first byte."""
         return self.view(slot).data_ptr()
 
-    def segments(self) -> Iterator[range]:
+    def segments(self) -> list[range]:
         """The slots of each segment."""
-        for first, memory in self._memory.items():
-            yield range(first, first + len(memory))
+        return [range(first, first + len(memory)) for first, memory in self._memory.items()]
 
     def segment_bytes(self, first: int) -> int:
         """Bytes of the segment that begins with slot ``first``."""
         return min(self._each, self._planned - first) * self.slot_bytes
 
-    def regain(self, first: int) -> range:
-        """Have memory for the segment that begins with slot ``first``, which has none now. Raises BudgetError
-        if the device has none."""
+    def allocate(self, first: int) -> range:
+        """Take memory for the segment that begins with slot ``first``, which has none. Raises BudgetError if
+        the device has none."""
         memory = self.transfer.allocate(self.segment_bytes(first) // self.slot_bytes, self.slot_bytes)
         assert not memory.data_ptr() % MAX_ALIGNMENT, "kernels are told that slots begin there"
         self._memory[first] = memory
         return range(first, first + len(memory))
 
-    def drop(self, segment: range) -> int:
-        """Give ``segment`` back to the driver; nothing may use its slots any more. Returns its bytes."""
+    def give_back(self, segment: range) -> int:
+        """Give the memory of ``segment``, whose slots nothing may use any more, back to the driver. Returns
+        its bytes."""
         memory = self._memory.pop(segment.start)
         nbytes = memory.nbytes
         del memory
