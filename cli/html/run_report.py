@@ -88,7 +88,7 @@ def _figures(report: RunReport) -> str:
             f"{number(decode.ms_per_token_p50)} ms per token, 9 of 10 under {number(decode.ms_per_token_p90)}",
         ),
         ("Prefill", number(prefill.tokens_per_s), "tokens/s", f"{prefill.tokens:,} prompt tokens"),
-        (of_floor, percent(decode.fraction_of_floor), "", floor),
+        (of_floor, words.floor_share(report), "", floor),
         (
             "Expert hits at decode",
             percent(report.decode_experts.hit_rate),

@@ -71,10 +71,10 @@ def _bandwidths(report: RunReport) -> str:
         if not limit:
             continue
         part = (got or 0.0) / limit
-        said = f"{number(got)} of {number(limit)} GB/s ({percent(part)})"
+        said = f"{number(got)} of {number(limit)} GB/s ({words.bandwidth_share(part)})"
         if not got:
             said = f"not read; {number(limit)} GB/s measured"
-        rows += _measure(TIER_NAMES[tier], said, svg_plots.track(part, tier), doubt=part > 1)
+        rows += _measure(TIER_NAMES[tier], said, svg_plots.track(part, tier), doubt=part > 1.005)
     if report.bandwidth.pcie_gb_s:
         rows += _measure("PCIe", f"{number(report.bandwidth.pcie_gb_s)} GB/s measured", "")
     return rows

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from cli.terminal.words import TIER_NAMES, deviation, limit_name, number, percent, role_name, size
+from cli.terminal.words import TIER_NAMES, bandwidth_share, deviation, limit_name, number, percent, role_name, size
 from offload.run.report import RunReport
 from offload.tiers import TIERS
 
@@ -23,6 +23,7 @@ def summary(report: RunReport) -> str:
             rows.append((TIER_NAMES[tier], _roles(parts)))
     rows.append(("resident", _resident(report)))
     rows.append(("kernel", report.environment.kernel))
+    rows += [("doubt", doubt) for doubt in report.doubts]
     lines = [f"  {name:<10}{text}" for name, text in rows if text]
     return "\n".join([*lines, *(f"  {'note':<10}{note}" for note in report.notes)])
 
@@ -49,8 +50,11 @@ def _floor(report: RunReport) -> str:
     decode = report.decode
     if decode.floor_ms_per_token is None:
         return ""
-    text = f"{number(decode.floor_ms_per_token)} ms per token by {limit_name(report)}; "
-    return text + f"decode is at {percent(decode.fraction_of_floor)} of its speed"
+    text = f"{number(decode.floor_ms_per_token)} ms per token by {limit_name(report)}"
+    if (decode.fraction_of_floor or 0.0) > 1:
+        return f"{text}, unreliable: decode is faster"
+    text += f"; decode is at {percent(decode.fraction_of_floor)} of its speed"
+    return text + (", unreliable" if report.doubts else "")
 
 
 def _predicted(report: RunReport) -> str:
@@ -69,7 +73,7 @@ def _bandwidth(report: RunReport) -> str:
     for tier in TIERS:
         limit, got = report.bandwidth.of(tier), report.achieved.get(tier)
         if limit and got:
-            parts.append(f"{TIER_NAMES[tier]} {number(got)} of {number(limit)} GB/s ({percent(got / limit)})")
+            parts.append(f"{TIER_NAMES[tier]} {number(got)} of {number(limit)} GB/s ({bandwidth_share(got / limit)})")
     return ", ".join(parts)
 
 

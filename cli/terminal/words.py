@@ -10,7 +10,9 @@ from quant.sizes import format_size
 
 __all__ = [
     "TIER_NAMES",
+    "bandwidth_share",
     "deviation",
+    "floor_share",
     "is_far_off",
     "limit_name",
     "number",
@@ -72,6 +74,19 @@ def size(count: int) -> str:
     return format_size(count)
 
 
+def floor_share(report: RunReport) -> str:
+    """How near decode came to its floor's speed, in percent or in words where there is no sense in percent."""
+    fraction = report.decode.fraction_of_floor
+    if fraction is not None and fraction > 1:
+        return "exceeded"
+    return percent(fraction)
+
+
+def bandwidth_share(part: float) -> str:
+    """How much of a bandwidth was reached: more than was measured is no share of anything."""
+    return "more than was measured" if part > 1.005 else percent(part)
+
+
 def limit_name(report: RunReport) -> str:
     """What limits decode, in words; empty if nothing is known."""
     return _LIMITS.get(report.limited_by, report.limited_by)
@@ -84,7 +99,9 @@ def verdict(report: RunReport) -> str:
         return "Only the prompt was run: there is no decode speed to report."
     said = f"Decode runs at {number(speed)} tokens/s"
     fraction = report.decode.fraction_of_floor
-    if fraction is not None:
+    if fraction is not None and fraction > 1:
+        said += f", faster than the {limit_name(report)} that was measured allows: that measurement is unreliable"
+    elif fraction is not None:
         said += f", {percent(fraction)} of what the {limit_name(report)} of this machine allows"
     elif limit_name(report):
         said += f"; {limit_name(report)} limits it"

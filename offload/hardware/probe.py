@@ -19,16 +19,22 @@ from offload.hardware import system as host
 from offload.hardware.disk import disk_rate
 from offload.hardware.gpu import Gpu, measure_gpu
 
-VERSION = 3
+VERSION = 4
 _READ_BYTES = 2**30  # caches of a server keep a visible part of less
 _GEMM = (256, 2048, 4096)  # tokens, out and in features: a prompt chunk against one projection
 _GEMM_RUNS = 8
 _BUSY = 0.1  # share of all cores that others may take while measuring
 _BUSY_SECONDS = 60.0  # a doubtful measurement is repeated when it is older, the next one ten times that
-_REPEATS = 4  # of reading RAM
+_REPEATS = 4  # of reading RAM, half of them before everything else and half after
+_LOOK_BYTES = 192 * 2**20  # of a glance at RAM, at the least four times the caches
+_LOOK_SECONDS = 0.04
+_LOOK_EVERY = 60.0  # seconds that a glance is good for
+_ABOVE = 1.08  # of what was measured: a glance that reads so much more has disproved it
 _STEADY = 0.85  # what the slowest repeat must reach of the fastest
 _FAR_BELOW = 0.75  # of what the same machine has shown before
+_FAR_ABOVE = 1.15
 _RATES = {"ram_gb_s": "RAM", "disk_gb_s": "disk", "int8_gops": "int8 arithmetic"}
+_NOW = " GB/s now, of the "  # in the note of a glance
 Say = Callable[[str], None]
 
 
@@ -42,7 +48,8 @@ class Machine:
     ``measured`` is false for a machine that was described, not probed. ``notes`` are what has to be said
     about the measurement, ``quiet`` whether nothing spoke against it: other programs left the machine alone
     meanwhile, repeats agreed, and no rate was far below what had been measured before. ``doubts`` counts the
-    measurements in a row that were not quiet, ``measured_at`` is when (seconds since 1970, 0 if described).
+    measurements in a row that were not quiet, ``measured_at`` is when (seconds since 1970, 0 if described) and
+    ``looked_at`` when RAM was last glanced at since.
     """
 
     name: str
@@ -61,6 +68,7 @@ class Machine:
     notes: tuple[str, ...] = ()
     doubts: int = 0
     measured_at: float = 0.0
+    looked_at: float = 0.0
 
     @property
     def pcie_gb_s(self) -> float | None:
@@ -102,20 +110,72 @@ def probe(directory: Path | None = None, *, refresh: bool = False, say: Say | No
 
     Measured in about three seconds the first time and kept in ``$XDG_CACHE_HOME/coldstream``; ``refresh``
     measures again, and so does a later run while a measurement is in doubt: after a minute, then after ten,
-    and so on. ``say`` is told when there is something to measure. Raises MachineError if the disk cannot be
-    read or the native kernels are missing.
+    and so on. What is kept is compared with a glance at RAM, once a minute at most: memory that is faster now
+    is measured again, slower memory is said to be so. ``say`` is told when there is something to measure.
+    Raises MachineError if the disk cannot be read or the native kernels are missing.
     """
     directory = directory if directory is not None and directory.is_dir() else Path(tempfile.gettempdir())
     ram, available = host.memory()
     kept = _cache_file(directory)
     before = _read(kept)
-    machine = None if refresh else before
-    if machine is None or _is_due(machine, time.time()):
+    machine, now, glance = None if refresh else before, time.time(), 0.0
+    if machine is not None and not machine.looked_at <= now < machine.looked_at + _LOOK_EVERY:
+        glance = _read_ram(_look_bytes(machine, available), _LOOK_SECONDS)
+        machine = compared(replace(machine, looked_at=now), glance)
+        if machine is not None:
+            _write(kept, machine)
+    if machine is None or _is_due(machine, now):
         if say is not None:
             say("measuring the machine (about three seconds; kept for later runs)")
-        machine = judged(_measure(directory, ram, available), before, keep_best=not refresh)
+        measured = _measure(directory, ram, available)
+        measured = replace(measured, ram_gb_s=max(measured.ram_gb_s, glance))
+        machine = judged(measured, before, keep_best=not refresh)
         _write(kept, machine)
     return replace(machine, ram_bytes=ram, ram_available_bytes=available)
+
+
+def compared(machine: Machine, ram_gb_s: float) -> Machine | None:
+    """``machine`` beside a glance at its RAM: None if it is faster than it was measured, which must be done again;
+    with a note if it is far slower."""
+    if ram_gb_s > _ABOVE * machine.ram_gb_s:
+        return None
+    notes = tuple(note for note in machine.notes if _NOW not in note)
+    if ram_gb_s < _FAR_BELOW * machine.ram_gb_s:
+        notes += (
+            f"RAM gives {ram_gb_s:.3g}{_NOW}{machine.ram_gb_s:.3g} that were measured: something else uses it, or its "
+            "speed varies, and predictions are as uncertain",
+        )
+    return replace(machine, notes=notes)
+
+
+def read_again(directory: Path, *, ram: bool, disk: bool) -> tuple[float | None, float | None]:
+    """GB/s of RAM and of the disk of ``directory``, each as far as asked for. Raises MachineError if the disk cannot be
+    read."""
+    found = None
+    if ram:
+        # Not a GiB as before a run: the model holds the memory now.
+        found = max(_read_ram(min(_READ_BYTES // 4, host.memory()[1] // 4), 0.15) for _ in range(2))
+    return found, disk_rate(directory).gb_s if disk else None
+
+
+def keep_better(directory: Path, *, ram_gb_s: float | None, disk_gb_s: float | None) -> None:
+    """Raise what is kept of this machine and the disk of ``directory`` to these rates, where they are higher."""
+    kept = _cache_file(directory)
+    machine = _read(kept)
+    if machine is not None:
+        ram, disk = max(machine.ram_gb_s, ram_gb_s or 0), max(machine.disk_gb_s, disk_gb_s or 0)
+        if (ram, disk) != (machine.ram_gb_s, machine.disk_gb_s):
+            _write(kept, replace(machine, ram_gb_s=ram, disk_gb_s=disk))
+
+
+def _look_bytes(machine: Machine, available: int) -> int:
+    return max(2**20, min(max(_LOOK_BYTES, 4 * machine.cache_bytes), available // 4))
+
+
+def _read_ram(nbytes: int, seconds: float) -> float:
+    from quant.kernels import native
+
+    return native.read_bandwidth(nbytes, seconds)
 
 
 def _is_due(machine: Machine, now: float) -> bool:
@@ -131,13 +191,18 @@ def judged(new: Machine, old: Machine | None, *, keep_best: bool) -> Machine:
     """
     if old is None:
         return replace(new, doubts=0 if new.quiet else 1)
-    low = [
-        f"{name} {getattr(new, rate):.3g}, was {getattr(old, rate):.3g}"
-        for rate, name in _RATES.items()
-        if getattr(new, rate) < _FAR_BELOW * getattr(old, rate)
-    ]
+    was = {rate: getattr(old, rate) for rate in _RATES}
+    said = {rate: f"{name} {getattr(new, rate):.3g}, was {was[rate]:.3g}" for rate, name in _RATES.items()}
+    low = [said[rate] for rate in _RATES if getattr(new, rate) < _FAR_BELOW * was[rate]]
+    high = [said[rate] for rate in _RATES if getattr(new, rate) > _FAR_ABOVE * was[rate]]
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(old.measured_at))
+    if high:
+        note = (
+            f"this machine is faster than on {when} ({'; '.join(high)}; in GB/s, Gop/s): that measurement was "
+            "disturbed, or its speed varies"
+        )
+        new = replace(new, notes=(*new.notes, note))
     if low:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(old.measured_at))
         held = "the better figures hold" if keep_best else "the new figures hold"
         note = (
             f"this machine is slower than on {when} ({'; '.join(low)}; in GB/s, Gop/s): something else may "
@@ -154,14 +219,15 @@ def _measure(directory: Path, ram: int, available: int) -> Machine:
     from quant.kernels import native
 
     others, everyone = host.cpu_seconds()
-    disk = disk_rate(directory)
     nbytes = max(64 * 2**20, min(_READ_BYTES, available // 4))
+    reads = [native.read_bandwidth(nbytes, 0.15) for _ in range(_REPEATS // 2)]
+    disk = disk_rate(directory)
     gpu = measure_gpu()
     notes = disk.notes
     if gpu is None and host.gpu_driver():
         notes += (f"torch sees no GPU, the driver {host.gpu_driver()}: install a CUDA build of torch to use it",)
-    reads = [native.read_bandwidth(nbytes, 0.15) for _ in range(_REPEATS)]
     gemm_rate = _gemm_rate()
+    reads += [native.read_bandwidth(nbytes, 0.15) for _ in range(_REPEATS - len(reads))]
     others, everyone = (now - then for now, then in zip(host.cpu_seconds(), (others, everyone), strict=True))
     quiet = others <= _BUSY * everyone
     if not quiet:
@@ -190,6 +256,7 @@ def _measure(directory: Path, ram: int, available: int) -> Machine:
         quiet=quiet,
         notes=notes,
         measured_at=time.time(),
+        looked_at=time.time(),
     )
 
 

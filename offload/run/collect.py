@@ -5,7 +5,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib import metadata
 from typing import Protocol
 
@@ -19,8 +18,9 @@ from offload.hardware.vram_limit import VramMeter
 from offload.plan.plan import Plan
 from offload.records import RunOptions
 from offload.routing.stats import RoutingStats
+from offload.run.readings import better, doubts, exceeded, read_after
 from offload.run.report import Environment, ExpertMap, Memory, Message, Prediction, RunReport, RunRequest, Subject
-from offload.run.speed import Bandwidth, Run
+from offload.run.speed import Bandwidth, DecodeSpeed, Run
 from offload.tiers import TIERS, Key, Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.kernels import native
@@ -30,8 +30,6 @@ from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 
 _PACKAGES = ("coldstream", "torch", "transformers", "bitsandbytes", "safetensors")
-_TOO_GOOD = 1.25  # of the measured bandwidth; less is how memory varies
-_CACHES = 64 * 2**20  # bytes per token that a processor's caches may hold
 
 
 class Accounted(Protocol):
@@ -65,16 +63,20 @@ def account(
     command_line: str = "",
     messages: Sequence[Message] = (),
     bandwidth: Bandwidth | None = None,
+    again: bool = False,
     warmup: int = 0,
     median: bool = False,
 ) -> RunReport:
     """The report of ``runs`` in ``session``.
 
     ``command_line`` and ``messages`` are told as they are. ``bandwidth`` is what was probed for this run, by
-    default what the session's machine was probed at. See RunReport.of for ``warmup`` and ``median``.
+    default what the session's machine was probed at; with ``again``, and where the run was faster than that
+    allows, it is read once more now and the better counts. See RunReport.of for ``warmup`` and ``median``.
     """
     shape = session.shape
-    report = RunReport.of(
+    memory = memory_of(session)  # before reading bandwidths again, which takes some
+    bandwidth, found = _judged(session, runs, bandwidth or bandwidth_of(session), warmup, again)
+    return RunReport.of(
         runs,
         subject=Subject(
             command=command,
@@ -88,28 +90,27 @@ def account(
             load_seconds=session.load_seconds,
         ),
         environment=environment_of(session),
-        bandwidth=bandwidth or bandwidth_of(session),
-        memory=memory_of(session),
+        bandwidth=bandwidth,
+        memory=memory,
         plan=prediction_of(session, runs),
         expert_map=expert_map_of(session),
         notes=notes_of(session, runs),
         request=RunRequest(command_line, _schemes(session), *_budgets(session), tuple(messages)),
+        doubts=found,
         warmup=warmup,
         median=median,
     )
-    return replace(report, notes=(*report.notes, *_too_good(report)))
 
 
-def _too_good(report: RunReport) -> list[str]:
-    """Tiers that were read faster than they were measured: that measurement was disturbed. What caches may
-    hold tells nothing."""
-    return [
-        f"{tier} was read at {got:.3g} GB/s, above the {measured:.3g} it was measured at, so floor and "
-        "prediction are too low: `coldstream probe --refresh` measures this machine again"
-        for tier, got in report.achieved.items()
-        if report.decode.bytes_per_token[tier] > _CACHES
-        and (measured := report.bandwidth.of(tier) or got) * _TOO_GOOD < got
-    ]
+def _judged(
+    session: Accounted, runs: Sequence[Run], before: Bandwidth, warmup: int, again: bool
+) -> tuple[Bandwidth, list[str]]:
+    """The bandwidths to judge ``runs`` by, and what makes them unreliable."""
+    speed = DecodeSpeed.of(runs, before, warmup=warmup)
+    wanted = list(speed.bytes_per_token) if again else exceeded(speed, before)
+    after = read_after(session.checkpoint.path, wanted) if wanted else Bandwidth()
+    bandwidth = better(before, after)
+    return bandwidth, doubts(before, after, DecodeSpeed.of(runs, bandwidth, warmup=warmup))
 
 
 def notes_of(session: Accounted, runs: Sequence[Run] = ()) -> list[str]:

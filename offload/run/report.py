@@ -169,6 +169,7 @@ class RunReport:
         expert_map: ExpertMap,
         notes: Sequence[str] = (),
         request: RunRequest = RunRequest(),
+        doubts: Sequence[str] = (),
         warmup: int = 0,
         median: bool = False,
     ) -> "RunReport":
@@ -194,6 +195,7 @@ class RunReport:
             notes=tuple(dict.fromkeys(notes)),
             records=records,
             request=request,
+            doubts=tuple(doubts),
         )
 
     @property

@@ -1,5 +1,9 @@
 """The report on the terminal."""
 
+import re
+from dataclasses import replace
+
+from cli.html.run_report import render_page
 from cli.terminal.run_summary import summary
 from cli.terminal.words import deviation, number, percent, verdict
 from tests.reports import report
@@ -50,3 +54,21 @@ def test_numbers_keep_three_digits_and_signs_are_typographic() -> None:
     assert deviation(-0.214) == "−21 %"
     assert deviation(0.04) == "+4 %"
     assert [percent(part) for part in (0.956, 0.004, 0.0001, 0, None)] == ["96 %", "0.4 %", "< 0.1 %", "0 %", "–"]
+
+
+def test_a_floor_that_was_exceeded_is_called_unreliable_and_never_a_share() -> None:
+    run = report(tokens=100)
+    fast = replace(
+        run,
+        decode=replace(run.decode, fraction_of_floor=1.35),
+        achieved={"ram": 81.0},
+        bandwidth=replace(run.bandwidth, ram_gb_s=60.0),
+        doubts=("RAM gave 50 GB/s before the run and 60 after it",),
+    )
+    said = [summary(fast), verdict(fast)]
+    page = re.sub("<style.*?</style>|<script.*?</script>", "", render_page(fast), flags=re.S)
+    for text in (*said, page):
+        assert "135 %" not in text
+        assert "unreliable" in text or "exceeded" in text
+    assert "81.0 of 60.0 GB/s (more than was measured)" in said[0] and "doubt     RAM gave 50" in said[0]
+    assert '<div class="doubt"><dt>Of the floor’s speed' in page and "RAM gave 50 GB/s before" in page

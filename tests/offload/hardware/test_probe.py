@@ -11,7 +11,7 @@ import pytest
 from offload.hardware import system as host
 from offload.hardware.disk import disk_rate
 from offload.hardware.gpu import Gpu
-from offload.hardware.probe import Machine, _is_due, judged, probe
+from offload.hardware.probe import Machine, _is_due, compared, judged, keep_better, probe, read_again
 
 GPU = Gpu("Some GPU", 24 * 2**30, 1008.0, 25.0, 26.0, 165.0)
 MACHINE = Machine(
@@ -53,7 +53,7 @@ def test_probe_measures_once_and_then_answers_at_once(tmp_path: Path, cache: Pat
     assert [file.suffix for file in cache.iterdir()] == [".json"]
     assert not list(tmp_path.glob(".coldstream-probe-*"))
     written = next(cache.iterdir())
-    written.write_text('{"version": 3, "cpu": "torn')
+    written.write_text('{"version": 4, "cpu": "torn')
     assert probe(tmp_path).ram_gb_s > 0.5
     assert json.loads(written.read_text())["cpu"] == first.cpu
 
@@ -98,6 +98,54 @@ def test_a_doubtful_measurement_is_repeated_ever_more_rarely() -> None:
     assert not _is_due(MACHINE, 1e9)
     again = judged(dataclasses.replace(MACHINE, quiet=False), dataclasses.replace(MACHINE, doubts=4), keep_best=True)
     assert again.doubts == 5 and judged(MACHINE, again, keep_best=True).doubts == 0
+
+
+def test_a_rate_far_above_what_was_measured_before_is_said() -> None:
+    found = judged(
+        dataclasses.replace(MACHINE, ram_gb_s=81.0), dataclasses.replace(MACHINE, ram_gb_s=50.0), keep_best=True
+    )
+    [note] = [note for note in found.notes if "faster than on" in note]
+    assert "RAM 81, was 50" in note and "disk" not in note
+    assert found.ram_gb_s == 81
+
+
+def test_a_glance_disproves_a_measurement_that_was_too_low_and_doubts_one_that_is_too_high_now() -> None:
+    assert compared(MACHINE, 81.0) is None
+    for usual in (55.0, 70.0, 74.0):
+        assert compared(MACHINE, usual) == MACHINE
+    slow = compared(MACHINE, 50.0)
+    assert slow is not None and slow.ram_gb_s == 70 and "RAM gives 50 GB/s now, of the 70 that" in slow.notes[-1]
+    slower = compared(slow, 40.0)
+    assert slower is not None and len(slower.notes) == len(slow.notes), "the last glance counts"
+    assert compared(slower, 70.0) == MACHINE
+
+
+def test_what_is_kept_is_glanced_at_once_a_minute(tmp_path: Path, cache: Path) -> None:
+    probe(tmp_path)
+    kept = next(cache.iterdir())
+    good = json.loads(kept.read_text()) | {"quiet": True, "notes": []}
+
+    def found(looked: float, ram_gb_s: float) -> Machine:
+        kept.write_text(json.dumps(good | {"ram_gb_s": ram_gb_s, "looked_at": looked}))
+        return probe(tmp_path)
+
+    assert found(time.time(), 0.1).ram_gb_s == 0.1, "just looked"
+    assert found(1.0, 0.1).ram_gb_s > 0.5, "far too low: measured again"
+    high = found(1.0, 1e6)
+    assert high.ram_gb_s == 1e6 and any("of the 1e+06 that were measured" in note for note in high.notes)
+    assert json.loads(kept.read_text())["looked_at"] > 1e9
+
+
+def test_rates_read_after_a_run_are_kept_where_they_are_better(tmp_path: Path, cache: Path) -> None:
+    keep_better(tmp_path, ram_gb_s=1.0, disk_gb_s=1.0)  # nothing is kept yet: nothing happens
+    first = probe(tmp_path)
+    ram, disk = read_again(tmp_path, ram=True, disk=False)
+    assert ram is not None and ram > 0.5 and disk is None
+    keep_better(tmp_path, ram_gb_s=first.ram_gb_s + 1, disk_gb_s=None)
+    better = probe(tmp_path)
+    assert (better.ram_gb_s, better.disk_gb_s) == (first.ram_gb_s + 1, first.disk_gb_s)
+    keep_better(tmp_path, ram_gb_s=0.1, disk_gb_s=0.1)
+    assert probe(tmp_path) == dataclasses.replace(better, ram_available_bytes=probe(tmp_path).ram_available_bytes)
 
 
 def test_who_probes_is_told_only_when_there_is_something_to_measure(tmp_path: Path) -> None:

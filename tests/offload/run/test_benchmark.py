@@ -66,6 +66,17 @@ def test_the_account_agrees_with_the_session(session: Session) -> None:
     assert report.environment.kernel == session.kernel
 
 
+def test_bandwidths_read_again_after_the_run_count_if_they_are_better(session: Session) -> None:
+    session.reset()
+    records = list(session.generate(session.encode(TEXT)[:50], Sampling(max_tokens=9)))
+    low = Bandwidth(ram_gb_s=0.01, disk_gb_s=0.001)
+    report = account(session, [records], command="bench", bandwidth=low, again=True)
+    assert report.bandwidth.ram_gb_s and report.bandwidth.ram_gb_s > 0.5
+    assert report.bandwidth.disk_gb_s and report.bandwidth.disk_gb_s > 0.001
+    assert [doubt.split(" gave ")[0] for doubt in report.doubts] == ["RAM", "the disk"]
+    assert report.to_json()["doubts"] == list(report.doubts)
+
+
 def test_requests_of_all_layers_add_up_to_those_of_the_steps(session: Session) -> None:
     session.reset()
     before = expert_map_of(session).requests
