@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module, metadata
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from cli.terminal import interrupt
+from cli.terminal.console import Console
 from quant.errors import ColdstreamError, MachineError
 
 COMMANDS: dict[str, str] = {
@@ -32,6 +33,7 @@ COMMANDS: dict[str, str] = {
     "demo": "The whole path, quantize to report, on a small model.",
 }
 PIPE_CLOSED = 141
+WRONG_USAGE: Any = typer.BadParameter.__mro__[2]  # typer's ClickException, which it does not export
 
 
 def main() -> None:
@@ -40,12 +42,23 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     interrupt.install()
     try:
-        with one_line_errors():
-            build_app(_command_in(sys.argv[1:]))(prog_name="coldstream")
+        run(sys.argv[1:])
     except SystemExit as end:
         if end.code == interrupt.INTERRUPTED:
             interrupt.leave()
         raise
+
+
+def run(words: list[str]) -> None:
+    """``coldstream WORDS`` in this process. Raises SystemExit with its exit code, unless that is 0."""
+    with one_line_errors(json="--json" in words):
+        # Of a shell that asks what could come next, the words are not arguments.
+        asked = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS", "")
+        completing = "_COLDSTREAM_COMPLETE" in os.environ
+        app = build_app(_command_in(asked.split()[1:] if completing else words))
+        code = app(words, prog_name="coldstream", standalone_mode=False)
+    if code:
+        raise SystemExit(code)
 
 
 def build_app(wanted: str | None = None) -> typer.Typer:
@@ -54,7 +67,6 @@ def build_app(wanted: str | None = None) -> typer.Typer:
         name="coldstream",
         help="Quantize the experts of a Mixture-of-Experts model and stream them over VRAM, RAM and disk.",
         rich_markup_mode=None,
-        add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
@@ -81,26 +93,36 @@ def version() -> str:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a user's error into one line on stderr, and it, Ctrl-C and a closed pipe into exit codes."""
+def one_line_errors(*, json: bool = False) -> Iterator[None]:
+    """Turn a user's error into one line on stderr, and it, Ctrl-C and a closed pipe into exit codes; with
+    ``json`` the error is a document on stdout, too."""
     try:
         yield
     except ColdstreamError as error:
-        print(f"coldstream: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
+        message = " ".join(str(error).split())
+        print(f"coldstream: error: {message}", file=sys.stderr)
+        _fail(type(error).__name__, message, error.exit_code, json)
+    except WRONG_USAGE as error:
+        error.show()
+        _fail("UsageError", error.format_message(), error.exit_code, json)
+    except (KeyboardInterrupt, typer.Abort):
         print("\ncoldstream: interrupted", file=sys.stderr)
-        raise SystemExit(interrupt.INTERRUPTED) from None
+        _fail("Interrupted", "interrupted", interrupt.INTERRUPTED, json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         raise SystemExit(PIPE_CLOSED) from None
+
+
+def _fail(kind: str, message: str, code: int, json: bool) -> NoReturn:
+    Console(json=json).result({"error": {"kind": kind, "message": message, "exit_code": code}})
+    raise SystemExit(code) from None
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     # Inside typer too: it has its own idea of Ctrl-C and of a closed pipe, which differs between versions.
     @wraps(command)
     def guarded(*args: object, **kwargs: object) -> None:
-        with one_line_errors():
+        with one_line_errors(json=bool(kwargs.get("json"))):
             if sys.platform != "linux":
                 raise MachineError(f"coldstream runs on Linux and in WSL2, found {sys.platform}: run it there")
             command(*args, **kwargs)

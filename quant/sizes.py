@@ -20,14 +20,20 @@ _UNITS = {
     "tib": 2**40,
     "tb": 10**12,
 }
+_LEAST_BARE = 2**20  # nothing here is smaller, and whoever counts in bytes writes more digits
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*$")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``text``; GiB, MiB … are powers of two, GB, MB … powers of ten. Raises UsageError."""
+    """Bytes of ``text``; GiB, MiB … are powers of two, GB, MB … powers of ten.
+
+    Raises UsageError for what is no size, and for a number without a unit that can only be meant otherwise.
+    """
     match = _SIZE.match(text)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(f"bad size {text!r}: expected a number and a unit, for example 24GiB or 500MB")
+    if not match[2] and 0 < float(match[1]) < _LEAST_BARE:
+        raise UsageError(f"{text.strip()} is {text.strip()} bytes: was {text.strip()}GiB (or MiB) meant? give the unit")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 

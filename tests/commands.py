@@ -1,5 +1,6 @@
 """The command line as a user runs it: a process of its own, through pipes or on a terminal."""
 
+import io
 import os
 import pty
 import select
@@ -7,13 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from typer.testing import CliRunner
-
-from cli.main import build_app
-from quant.errors import ColdstreamError
+from cli.main import run
 
 ROOT = Path(__file__).resolve().parent.parent
 COLDSTREAM = [sys.executable, "-m", "cli.main"]
@@ -37,14 +36,20 @@ class Finished:
 
 def invoke(*arguments: str | Path, stdin: str = "") -> Finished:
     """``coldstream ARGUMENTS`` in this process, where torch is imported once for all tests."""
-    words = [str(argument) for argument in arguments]
-    result = CliRunner().invoke(build_app(words[0]), words, input=stdin)
-    if isinstance(result.exception, ColdstreamError):  # of a value that was being parsed: main() says it
-        error = result.exception
-        return Finished(error.exit_code, result.stdout, f"{result.stderr}coldstream: error: {error}\n")
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Finished(result.exit_code, result.stdout, result.stderr)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    code: object = 0
+    before = sys.stdin
+    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            run([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.stdin = before
+    said, complained = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    assert isinstance(code, int)
+    return Finished(code, said, complained)
 
 
 class Terminal:

@@ -1,7 +1,7 @@
 """A decorator that gives a command a group of options, written once, and hands it what they make together."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -31,3 +31,8 @@ def expands(
         return expanded
 
     return decorate
+
+
+def complete(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """What a shell offers for an option: those of ``names`` that begin as what was typed."""
+    return lambda incomplete: [name for name in names if name.lower().startswith(incomplete.lower())]

@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options.groups import expands
+from cli.options.groups import complete, expands
+from offload.hardware.gpu_catalog import CARDS, OWN_CARD, card_names
 
 if TYPE_CHECKING:
     from offload.hardware.probe import Machine
 
 Gpu = Annotated[
-    str | None, typer.Option("--gpu", metavar="NAME", help='Plan for a desktop with this card, for example "RTX 4090".')
+    str | None,
+    typer.Option(
+        "--gpu",
+        metavar="CARD",
+        help=f'Plan for a desktop with this card. Known: {card_names()}. Any other by its figures: "{OWN_CARD}".',
+        autocompletion=complete([card.name.replace(" ", "-") for card in CARDS]),
+    ),
 ]
 RamBandwidth = Annotated[
     float | None,

@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cli.options.groups import expands
+from cli.options.groups import complete, expands
 from offload.records import RunOptions
+from offload.routing.eviction import DEFAULT_POLICY, POLICIES, check_policy
+from quant.model.recipe import load_recipe, recipe_names
 from quant.sizes import parse_size
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a Hub id.")]
@@ -29,7 +31,13 @@ Context = Annotated[
 ]
 Kv = Annotated[Literal["bf16", "int8"] | None, typer.Option("--kv", help="How the KV cache is stored (bf16).")]
 Recipe = Annotated[
-    str | None, typer.Option("--recipe", metavar="NAME|FILE", help="A recipe: schemes and defaults for a run.")
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help=f"Schemes and defaults for a run: {', '.join(recipe_names())}, or a TOML file.",
+        autocompletion=complete(recipe_names()),
+    ),
 ]
 Routing = Annotated[
     Path | None,
@@ -58,7 +66,13 @@ Warm = Annotated[
     ),
 ]
 Policy = Annotated[
-    str | None, typer.Option("--policy", metavar="NAME", help="Which experts to keep: the name of a cache policy.")
+    str | None,
+    typer.Option(
+        "--policy",
+        metavar="NAME",
+        help=f"Which experts to keep: {', '.join(POLICIES)} ({DEFAULT_POLICY}; seeded needs --routing).",
+        autocompletion=complete(POLICIES),
+    ),
 ]
 PromptChunk = Annotated[
     int | None, typer.Option("--prompt-chunk", min=1, metavar="TOKENS", help="Prompt tokens run at once.")
@@ -71,9 +85,6 @@ def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
     Raises RecipeError, and UsageError for names that nobody knows: before the machine is measured and a model
     loaded for nothing.
     """
-    from offload.routing.eviction import check_policy
-    from quant.model.recipe import load_recipe
-
     check_policy(asked.get("policy"), seeded=asked.get("routing") is not None)
     graph = not asked.pop("no_graph", False)
     given = {name: value for name, value in asked.items() if value is not None}

@@ -24,7 +24,10 @@ Experts = Annotated[
 SharedExpert = Annotated[str | None, typer.Option(metavar="SCHEME", help="The shared expert.")]
 DenseMlp = Annotated[str | None, typer.Option(metavar="SCHEME", help="MLPs of layers without experts.")]
 Attention = Annotated[str | None, typer.Option(metavar="SCHEME", help="q, k, v and o projections.")]
-LmHead = Annotated[str | None, typer.Option(metavar="SCHEME", help="The output head.")]
+LmHead = Annotated[
+    str | None,
+    typer.Option(metavar="SCHEME", help="The output head. In quantize with a goal, auto chooses a role's bits, too."),
+]
 GroupSize = Annotated[
     int | None,
     typer.Option(

@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # rich costs 0.1 s, and --help never prints with it
     from rich.progress import Progress
 
 
+SCHEMA_VERSION = 1  # of every document; counted up when a key goes or changes its meaning (docs/json.md)
+
+
 class Console:
     """One command's voice. ``json`` silences it for humans; the document goes out through ``result``.
 
@@ -89,7 +92,7 @@ class Console:
     def result(self, document: Mapping[str, Any]) -> None:
         """Print ``document`` as the last line of stdout, under ``--json`` only."""
         if self.json:
-            print(to_json(document), flush=True)
+            print(to_json({"schema_version": SCHEMA_VERSION, **document}), flush=True)
 
 
 def to_json(document: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import pytest
 from cli.main import COMMANDS, PIPE_CLOSED, one_line_errors
 from cli.terminal.imports import seldom_collecting
 from cli.terminal.interrupt import INTERRUPTED
+from offload.hardware.gpu_catalog import CARDS
+from offload.routing.eviction import POLICIES
 from quant.errors import BudgetError, UsageError
-from tests.commands import ROOT, coldstream
+from quant.model.recipe import recipe_names
+from tests.commands import COLDSTREAM, ROOT, coldstream, invoke
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
@@ -142,3 +146,46 @@ def test_json_documents_are_the_last_line_of_stdout_and_stderr_is_silent(demo_mo
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["predicted_tokens_per_s"] > 0
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("coldstream pl", ["plan"]),
+        ("coldstream plan --disk", ["--disk-bandwidth"]),
+        ("coldstream generate --policy l", ["lru", "lfu"]),
+        ("coldstream quantize --recipe scout", ["scout-16gb", "scout-rtx4090"]),
+        ("coldstream plan --gpu RTX-409", ["RTX-4090"]),
+    ],
+)
+def test_a_shell_is_told_what_could_come_next(words: str, offered: list[str]) -> None:
+    asked = {"_COLDSTREAM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run(COLDSTREAM, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, **asked})
+    assert done.stdout.split() == offered, done.stderr
+
+
+def test_every_name_that_an_option_takes_is_in_its_help() -> None:
+    helped = {name: " ".join(coldstream(name, "--help").stdout.split()) for name in ("generate", "plan", "quantize")}
+    for recipe in recipe_names():
+        assert all(recipe in text for text in helped.values())
+    assert all(policy in helped["generate"] for policy in POLICIES)
+    assert "auto" in helped["quantize"]
+    assert all(card.name.removeprefix("RTX ") in helped["plan"] for card in CARDS if card.capability >= 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "kind"),
+    [
+        (["plan", "scout", "--gpu", "Voodoo 2"], 2, "UsageError"),
+        (["plan", "behemoth", "--gpu", "RTX 4090"], 1, "BudgetError"),
+        (["plan"], 2, "UsageError"),
+        (["plan", "scout", "--no-such-option"], 2, "UsageError"),
+        (["generate", "nowhere", "hello"], 1, "CheckpointError"),
+    ],
+)
+def test_a_failure_is_a_document_too_and_keeps_its_exit_code(words: list[str], code: int, kind: str) -> None:
+    done = invoke(*words, "--json")
+    assert done.returncode == code and done.stdout.count("\n") == 1
+    error = json.loads(done.stdout)["error"]
+    assert (error["kind"], error["exit_code"]) == (kind, code)
+    assert error["message"] in " ".join(done.stderr.split())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.terminal.console import Console, to_json
+from cli.terminal.console import SCHEMA_VERSION, Console, to_json
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def test_json_silences_human_text_and_prints_one_line(capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     assert err == ""
     assert out.count("\n") == 1
-    assert json.loads(out) == {"text": "two\nlines"}
+    assert json.loads(out) == {"schema_version": SCHEMA_VERSION, "text": "two\nlines"}
 
 
 def test_what_json_cannot_say_becomes_what_it_can() -> None:
