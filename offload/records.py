@@ -23,8 +23,10 @@ class RunOptions:
     of a routing profile, ``prompt_chunk`` the prompt tokens run through the model at once. ``exact`` keeps
     activations in floating point on the CPU (the native kernels otherwise quantize them to int8 per group).
     ``page_cache`` reads experts through the operating system's page cache instead of direct I/O. ``graph``
-    decodes on a GPU without a wait for the host in every layer; beside it up to ``warm`` bytes of a coming
-    miss are read into the CPU's caches (None: half of their size, 0: none).
+    decodes on a GPU without a wait for the host in every layer; two things beside it are unproven,
+    no run on a card has shown their worth: up to ``prefetch_bytes`` of a coming miss are read into the CPU's
+    caches (None: half of their size, 0: none), and with ``regain`` VRAM that was given up for another program
+    is taken again once that has left it.
     """
 
     vram: int | None = None
@@ -39,10 +41,11 @@ class RunOptions:
     page_cache: bool = False
     threads: int | None = None
     graph: bool = True
-    warm: int | None = None
+    prefetch_bytes: int | None = None
+    regain: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vram", "ram", "warm"):
+        for name in ("vram", "ram", "prefetch_bytes"):
             asked: Any = getattr(self, name)
             if isinstance(asked, str):
                 object.__setattr__(self, name, parse_size(asked))

@@ -56,13 +56,19 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", he
 NoGraph = Annotated[
     bool, typer.Option("--no-graph", help="On a GPU, decode layer by layer instead of as one CUDA graph: slower.")
 ]
-Warm = Annotated[
+PrefetchBytes = Annotated[
     int | None,
     typer.Option(
         "--warm",
         parser=parse_size,
         metavar="SIZE",
-        help="Beside a GPU, read this much of a coming expert into the CPU's caches (half of their size).",
+        help="Unproven: beside a GPU, read this much of a coming expert into the CPU's caches (half of their size).",
+    ),
+]
+Regain = Annotated[
+    bool,
+    typer.Option(
+        "--regain", help="Unproven: take VRAM again that was given up for another program, once that has left it."
     ),
 ]
 Policy = Annotated[
@@ -113,7 +119,8 @@ takes_run_options = expands(
         "exact": (Exact, False),
         "page_cache": (PageCache, False),
         "no_graph": (NoGraph, False),
-        "warm": (Warm, None),
+        "prefetch_bytes": (PrefetchBytes, None),
+        "regain": (Regain, False),
     },
     run_options,
 )

@@ -1,7 +1,7 @@
 """GroupedExperts: the routed experts of a prompt's chunk, computed while the cold ones arrive.
 
 Tokens are grouped by expert once per layer. What is in VRAM is computed at once, every other expert as it
-lands in a lent slot, and once a layer's copies are under way those of the next layer's likely experts begin.
+lands in a staging slot, and once a layer's copies are under way those of the next layer's likely experts begin.
 
 Legend: T tokens, k experts per token, H hidden, E experts.
 """

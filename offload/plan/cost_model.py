@@ -43,8 +43,8 @@ KERNELS = 15  # of them per layer in offload/decode/gpu_step.py, the products am
 GPU_LAYER_S = KERNELS * KERNEL_S
 GPU_STEP_S = 0.3e-3  # from a step's end to the next one's begin: sampling, tables, embedding row, launch
 BELL_S = 18e-6  # a miss that the CPU computes: request and answer (11 µs measured), the bus both ways
-# While the GPU works, the CPU reads what the next layer will probably ask of it into its caches.
-WARMED_PART = 0.5  # of L2 and L3, at most
+# While the GPU works, the CPU reads what the next layer will probably ask of it into its caches (--warm).
+PREFETCHED_PART = 0.5  # of L2 and L3, at most
 FORESEEN = 0.6  # of its experts that a layer asks for, those that were so read: the demo model's guesses
 CACHED_GB_S_PER_CORE = 25.0  # the products from L3; 29 measured per core of a Zen 4
 
@@ -141,14 +141,15 @@ def _beside_gpu(load: Workload, machine: Machine, gpu: Gpu, cold: ColdPath, disk
     return _prediction(1, memory, disk, DECODE_SERIAL, share)
 
 
-def warm_bytes(machine: Machine) -> int:
-    """Bytes of a coming miss that the CPU may read into its caches."""
-    return int(machine.cache_bytes * WARMED_PART)
+def prefetch_bytes(machine: Machine) -> int:
+    """Bytes of a coming miss that the CPU may read into its caches: unproven, no run on a card has shown what
+    that is worth."""
+    return int(machine.cache_bytes * PREFETCHED_PART)
 
 
-def with_warm_bytes(machine: Machine, nbytes: int) -> Machine:
+def with_prefetch_bytes(machine: Machine, nbytes: int) -> Machine:
     """``machine`` as one whose caches have room for ``nbytes`` of a coming miss."""
-    return replace(machine, cache_bytes=int(nbytes / WARMED_PART))
+    return replace(machine, cache_bytes=int(nbytes / PREFETCHED_PART))
 
 
 def cached_gain(machine: Machine, cpu: float) -> float:
@@ -174,11 +175,11 @@ def read_ahead_s(load: Workload, machine: Machine) -> float:
     per_layer = load.top_k * in_ram  # experts in RAM that a layer asks for
     if per_layer <= 0:
         return 0.0
-    room = min(warm_bytes(machine), load.expert * max(1.0, per_layer))
-    warmed = sum(part * min(room, seconds * cpu) for part, seconds in ((1 - quiet, idle), (quiet, idle + longer)))
+    room = min(prefetch_bytes(machine), load.expert * max(1.0, per_layer))
+    prefetched = sum(part * min(room, seconds * cpu) for part, seconds in ((1 - quiet, idle), (quiet, idle + longer)))
     known = (load.moe_layers - 1) / load.moe_layers  # nothing is known of the first
     known *= in_ram / (1 - load.vram_hits)  # what comes from disk is in no cache
-    return known * FORESEEN * warmed * cached_gain(machine, cpu) / max(1.0, per_layer)
+    return known * FORESEEN * prefetched * cached_gain(machine, cpu) / max(1.0, per_layer)
 
 
 @dataclass(frozen=True)

@@ -33,15 +33,15 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Fit:
-    """A placement within a budget: ``vram_slots`` and ``ram_slots`` expert slots, ``hot`` and ``warm`` of
-    them home to an expert each."""
+    """A placement within a budget: ``vram_slots`` and ``ram_slots`` expert slots, of which ``in_vram``
+    and ``in_ram`` are home to an expert each."""
 
     rows: tuple[PlanRow, ...]
     prompt_chunk: int
     vram_slots: int
     ram_slots: int
-    hot: int
-    warm: int
+    in_vram: int
+    in_ram: int
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Fitter:
         rows, total, slot = self._fixed(chunk), self.footprint.experts, self.footprint.slot_bytes
         free = self._free(budget, rows)
         vram_slots = min(total, free["vram"] // slot) if self.on_gpu else 0
-        hot = vram_slots - vram_reserve(vram_slots, total)
-        ram_slots = min(max(total - hot, self._least("ram")), free["ram"] // slot)
-        warm = min(ram_slots, total - hot)
-        rows += self._experts(hot, warm, vram_slots, ram_slots)
-        return Fit(tuple(row for row in rows if row.nbytes), chunk, vram_slots, ram_slots, hot, warm)
+        in_vram = vram_slots - vram_reserve(vram_slots, total)
+        ram_slots = min(max(total - in_vram, self._least("ram")), free["ram"] // slot)
+        in_ram = min(ram_slots, total - in_vram)
+        rows += self._experts(in_vram, in_ram, vram_slots, ram_slots)
+        return Fit(tuple(row for row in rows if row.nbytes), chunk, vram_slots, ram_slots, in_vram, in_ram)
 
     def fits(self, budget: Budget) -> bool:
         """Whether there is a placement at all."""
@@ -119,15 +119,15 @@ class Fitter:
             rows.append(PlanRow("framework", "vram", FRAMEWORK_VRAM))
         return rows
 
-    def _experts(self, hot: int, warm: int, vram_slots: int, ram_slots: int) -> list[PlanRow]:
+    def _experts(self, in_vram: int, in_ram: int, vram_slots: int, ram_slots: int) -> list[PlanRow]:
         size, slot = self.footprint.expert_bytes, self.footprint.slot_bytes
         return [
-            PlanRow("experts_hot", "vram", hot * size),
-            PlanRow("experts_warm", "ram", warm * size),
-            PlanRow("experts_cold", "disk", (self.footprint.experts - hot - warm) * size),
-            PlanRow("padding", "vram", vram_slots * slot - hot * size),
+            PlanRow("experts_hot", "vram", in_vram * size),
+            PlanRow("experts_warm", "ram", in_ram * size),
+            PlanRow("experts_cold", "disk", (self.footprint.experts - in_vram - in_ram) * size),
+            PlanRow("padding", "vram", vram_slots * slot - in_vram * size),
             # And the slots that hold no expert for good: what passes through on its way to the GPU.
-            PlanRow("padding", "ram", warm * (slot - size) + (ram_slots - warm) * slot),
+            PlanRow("padding", "ram", in_ram * (slot - size) + (ram_slots - in_ram) * slot),
         ]
 
     def _refusal(self, budget: Budget, short: Mapping[Literal["vram", "ram"], int]) -> str:

@@ -13,7 +13,16 @@ from typing import Any
 
 from offload.hardware.probe import Machine
 from offload.plan.budget import Budget
-from offload.plan.cost_model import KERNEL_STEP, ColdPath, Limit, SpeedPrediction, decode, prefill, rows_of, warm_bytes
+from offload.plan.cost_model import (
+    KERNEL_STEP,
+    ColdPath,
+    Limit,
+    SpeedPrediction,
+    decode,
+    prefetch_bytes,
+    prefill,
+    rows_of,
+)
 from offload.plan.footprint import Footprint
 from offload.plan.placement import Fitter, PlanRow
 from offload.routing.hit_rate import HitRates, Routing
@@ -170,7 +179,7 @@ def make_plan(
         gains=planner.gains(budget, plan),
         vram_seeds=vram_seeds,
         gpu_rows=_gpu_rows(footprint, machine, plan.decode),
-        prefetch_bytes=warm_bytes(machine) if machine.gpu else 0,
+        prefetch_bytes=prefetch_bytes(machine) if machine.gpu else 0,
         guess_tokens=_head_fits_a_wait(footprint, machine),
         notes=(*budget.notes, *_padding(footprint), *beyond(shape, context)),
     )
@@ -225,10 +234,10 @@ class _Planner:
 
     def plan(self, budget: Budget) -> Plan:
         footprint, fit = self.fitter.footprint, self.fitter.fit(budget)
-        vram_hits = self.locality.kept(fit.hot)  # VRAM starts with the hottest and changes slowly
-        hits = max(vram_hits, self.locality.hits(fit.hot + fit.warm))
+        vram_hits = self.locality.kept(fit.in_vram)  # VRAM starts with the hottest and changes slowly
+        hits = max(vram_hits, self.locality.hits(fit.in_vram + fit.in_ram))
         load = footprint.load(
-            filled=self.filled, vram_hits=vram_hits, hits=hits, resident=(fit.hot + fit.warm) / footprint.experts
+            filled=self.filled, vram_hits=vram_hits, hits=hits, resident=(fit.in_vram + fit.in_ram) / footprint.experts
         )
         return Plan(
             machine=self.machine.name,
@@ -243,7 +252,7 @@ class _Planner:
             experts=footprint.experts,
             vram_slots=fit.vram_slots,
             ram_slots=fit.ram_slots,
-            vram_reserve=fit.vram_slots - fit.hot,
+            vram_reserve=fit.vram_slots - fit.in_vram,
             vram_seeds=(),
             hit_rates={"vram": vram_hits, "ram": hits - vram_hits, "disk": 1 - hits},
             routing_known=self.locality.known,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from offload.hardware.gpu_catalog import described_machine
 from offload.hardware.probe import Machine, probe
-from offload.plan.cost_model import with_warm_bytes
+from offload.plan.cost_model import with_prefetch_bytes
 from offload.plan.plan import Plan, make_plan
 from offload.records import RunOptions
 from quant.checkpoint.stored import stored_schemes
@@ -116,8 +116,8 @@ def planned_run(
     routing = None if options.routing is None else _profile(options.routing, shape)
     if machine is None:
         machine = planned_machine("" if isinstance(model, PlannedModel) else model, say=say)
-    if options.warm is not None:
-        machine = with_warm_bytes(machine, options.warm)
+    if options.prefetch_bytes is not None:
+        machine = with_prefetch_bytes(machine, options.prefetch_bytes)
     plan = make_plan(
         shape,
         subject.schemes,

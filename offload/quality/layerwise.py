@@ -88,7 +88,7 @@ class Layerwise:
         self.store = ExpertStore(checkpoint)
         self.reader = Reader([entry.file for entry in checkpoint.entries.values()], direct=True)
         slots = max(2, min(expert_slots or self.shape.num_experts, self.shape.num_experts))
-        self.cache = ExpertCache(self.store, self.reader, LeastRecent, ram_slots=slots)
+        self.cache = ExpertCache(self.store, self.reader, LeastRecent(), ram_slots=slots)
         self.compute = Compute(native=True, exact=True)
         routing = RoutingLog("", self.shape)
         self.runner = LayerRunner(self.cache, routing, self.compute, self.shape.family.scales_input)

@@ -26,7 +26,7 @@ from offload.model.moe import ExpertRunner
 from offload.model.tokenizer import load_tokenizer
 from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
 from offload.records import RunOptions, Sampling, TokenRecord
-from offload.routing.eviction import Policy, make_policy
+from offload.routing.eviction import make_policy
 from offload.routing.frequency import ExpertFrequency
 from offload.routing.stats import RoutingStats
 from offload.run.collect import account
@@ -68,7 +68,7 @@ class Session:
         self.reader = Reader(
             [entry.file for entry in self.checkpoint.entries.values()],
             direct=not self.options.page_cache,
-            warm=self.plan.ram_slots + self.plan.vram_slots >= store.count,
+            page_cached=self.plan.ram_slots + self.plan.vram_slots >= store.count,
         )
         self.experts = _expert_cache(store, self.reader, run, device)
         self._enter_experts()
@@ -284,18 +284,12 @@ def _measured(directory: Path, options: RunOptions, device: torch.device, say: S
 
 def _expert_cache(store: ExpertStore, reader: Reader, run: PlannedRun, device: torch.device) -> ExpertCache:
     """The cache that ``run`` plans, empty but for what VRAM begins with."""
-    plan, shape = run.plan, store.shape
+    plan, layers, experts = run.plan, store.shape.moe_layers, store.shape.num_experts
     counts = None
     if run.routing is not None:
         counts = dict(zip(store.experts(), run.routing.counts.ravel().tolist(), strict=True))
-
-    def policy() -> Policy:
-        return make_policy(run.options.policy, seed_counts=counts)
-
-    frequency = None
-    if counts is not None or plan.vram_slots:
-        frequency = ExpertFrequency(shape.moe_layers, shape.num_experts, counts)
-    if frequency is not None and plan.vram_slots:
+    policy, frequency = make_policy(run.options.policy, counts), ExpertFrequency(layers, experts, counts)
+    if plan.vram_slots:
         transfer: Transfer = CudaTransfer(device) if device.type == "cuda" else HostTransfer()
         return TieredCache(
             store,
@@ -306,7 +300,8 @@ def _expert_cache(store: ExpertStore, reader: Reader, run: PlannedRun, device: t
             transfer=transfer,
             frequency=frequency,
             seeds=plan.vram_seeds or frequency.ordered(store.experts()),
+            regain=run.options.regain,
         )
-    if reader.direct and reader.warm and plan.ram_slots >= store.count:
+    if reader.direct and reader.page_cached and plan.ram_slots >= store.count:
         return MappedCache(store, reader, policy, ram_slots=plan.ram_slots)
-    return ExpertCache(store, reader, policy, ram_slots=plan.ram_slots, frequency=frequency)
+    return ExpertCache(store, reader, policy, ram_slots=plan.ram_slots, frequency=frequency if counts else None)

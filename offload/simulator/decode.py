@@ -3,8 +3,8 @@
 Beside a GPU the step is one stream of kernels. Where a layer's expert is not in VRAM the doorbell rings,
 the host's workers compute their part of it from RAM (fetching it from disk first, if need be) while the GPU
 runs the shared expert and then its own part, read in place over PCIe; the layer ends when both have. From one
-answer to the next request the host reads into its caches what the next layer will probably ask for. Promotion
-into VRAM run on a stream of their own, and what the next layers will want is guessed while a layer waits
+answer to the next request the host reads into its caches what the next layer will probably ask for. Promotions
+to VRAM run on a stream of their own, and what the next layers will want is guessed while a layer waits
 for the disk. Without a GPU the CPU does one thing after another, and the disk reads ahead.
 """
 
@@ -79,7 +79,7 @@ class SimulatedDecode:
         idle = engine.now + self.rates.ring / 2 - self._idle
         host = None
         if host_bytes or on_disk:
-            host = engine.start(self._host(host_bytes, self._warmed(host_bytes, idle), on_disk, step, index))
+            host = engine.start(self._host(host_bytes, self._prefetched(host_bytes, idle), on_disk, step, index))
         if layer.routes:
             self._idle = engine.now
         yield engine.flow("shared", layer.mlp, "vram")
@@ -88,28 +88,28 @@ class SimulatedDecode:
         if host is not None:
             yield host
 
-    def _warmed(self, nbytes: float, idle: float) -> float:
+    def _prefetched(self, nbytes: float, idle: float) -> float:
         """How many of a layer's ``nbytes`` in RAM the host has in its caches after ``idle`` seconds, on
         average."""
         if not nbytes:
             return 0.0
         rate = self.rates.cpu_read(nbytes, nbytes * self.work.expert_weights / self.work.expert)
-        return FORESEEN * max(0.0, min(idle * rate, self.rates.warm, nbytes))
+        return FORESEEN * max(0.0, min(idle * rate, self.rates.prefetch_bytes, nbytes))
 
-    def _host(self, nbytes: float, warmed: float, on_disk: Sequence[int], step: Step, index: int) -> Process:
-        """The host's part of a layer: woken by the doorbell, it answers when ``nbytes``, ``warmed`` of them
+    def _host(self, nbytes: float, prefetched: float, on_disk: Sequence[int], step: Step, index: int) -> Process:
+        """The host's part of a layer: woken by the doorbell, it answers when ``nbytes``, ``prefetched`` of them
         in its caches, and the experts that it has read from disk are computed."""
         work = self.work
         yield self.engine.pause(self.rates.ring / 2, "doorbell")
         awaited = [self._coming.get((index, place)) or self._read(0) for place in on_disk]
         if any(not event.done for event in awaited):
             self._guess(step, index)
-        cold = nbytes - warmed
+        cold = nbytes - prefetched
         yield self._cpu("expert", cold, cold * work.expert_weights / work.expert)
-        if warmed:
+        if prefetched:
             for name in ("cpu", "ram"):  # they were read while nobody else wanted the memory
-                self.engine.moved[name] += warmed
-            yield self.engine.pause(warmed / self.rates.cached, "cpu")
+                self.engine.moved[name] += prefetched
+            yield self.engine.pause(prefetched / self.rates.cached, "cpu")
         for event in awaited:
             yield event
             yield self._cpu("expert", work.expert, work.expert_weights)

@@ -23,7 +23,7 @@ from offload.plan.cost_model import (
     OF_VRAM,
     STEP_S,
     dimm_rate,
-    warm_bytes,
+    prefetch_bytes,
 )
 from offload.plan.footprint import Footprint
 from quant.model.families import Role
@@ -121,7 +121,7 @@ class Rates:
     seconds: ``layer`` and ``step`` per layer and token, ``ring`` from the GPU to the host and back.
 
     ``dimm`` is the host's memory for everybody together, ``cpu`` what its kernels take of it at most. Rates
-    of a card that is not there are 0. ``warm`` bytes of a coming miss fit into the CPU's caches, which it
+    of a card that is not there are 0. ``prefetch_bytes`` of a coming miss fit into the CPU's caches, which it
     reads at ``cached``.
     """
 
@@ -136,7 +136,7 @@ class Rates:
     pcie: float = 0.0
     gpu: float = 0.0
     nf4: float = 0.0
-    warm: float = 0.0
+    prefetch_bytes: float = 0.0
     cached: float = 0.0
 
     @classmethod
@@ -163,7 +163,7 @@ class Rates:
             vram=gpu.vram_gb_s * 1e9 * OF_VRAM,
             pcie=gpu.h2d_gb_s * 1e9 * OF_PCIE,
             gpu=gpu.bf16_tflops * 1e12 * OF_GPU_COMPUTE,
-            warm=0 if nf4 else warm_bytes(machine),
+            prefetch_bytes=0 if nf4 else prefetch_bytes(machine),
             cached=CACHED_GB_S_PER_CORE * machine.cores * 1e9,
         )
 

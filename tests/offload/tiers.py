@@ -11,6 +11,7 @@ from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore
 from offload.experts.storage.transfer import HostTransfer
 from offload.routing.eviction import LeastRecent
+from offload.routing.frequency import ExpertFrequency
 from offload.tiers import Key
 from quant.checkpoint.checkpoint import Checkpoint
 from tests.offload.lagging import LaggingTransfer
@@ -39,7 +40,14 @@ class Bench:
 
     def cache(self, transfer: LaggingTransfer | HostTransfer, ram: int, vram: int, **more: object) -> TieredCache:
         return TieredCache(
-            self.store, self.reader, LeastRecent, ram_slots=ram, vram_slots=vram, transfer=transfer, **more
+            self.store,
+            self.reader,
+            LeastRecent(),
+            ram_slots=ram,
+            vram_slots=vram,
+            transfer=transfer,
+            frequency=ExpertFrequency(self.layers, self.experts),
+            **more,
         )  # type: ignore[arg-type]
 
     def check(self, key: Key, address: int, transfer: LaggingTransfer, place: int = VRAM) -> None:

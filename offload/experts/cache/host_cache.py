@@ -55,7 +55,7 @@ class ExpertCache:
         self,
         store: ExpertStore,
         reader: Reader,
-        policy: Callable[[], Policy],
+        policy: Policy,
         *,
         ram_slots: int,
         frequency: ExpertFrequency | None = None,
@@ -63,7 +63,7 @@ class ExpertCache:
     ) -> None:
         self.store, self.reader, self.frequency = store, reader, frequency
         self.arena = Arena(ram_slots, store.slot_bytes, transfer)
-        self.host, self.host_policy = SlotTable(ram_slots), policy()
+        self.host, self.host_policy = SlotTable(ram_slots), policy
         self.counters = Counters()
         self.requests: dict[int, Counter[Tier]] = {layer: Counter() for layer in store.shape.moe_layers}
         self._pending: dict[Key, ReadRequest] = {}

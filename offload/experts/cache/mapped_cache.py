@@ -16,7 +16,7 @@ class MappedCache(ExpertCache):
     the page cache, if that has it: those experts are ``mapped``. ``fill`` copies all of them; ``files`` is None
     once that is done."""
 
-    def __init__(self, store: ExpertStore, reader: Reader, policy: Callable[[], Policy], *, ram_slots: int) -> None:
+    def __init__(self, store: ExpertStore, reader: Reader, policy: Policy, *, ram_slots: int) -> None:
         super().__init__(store, reader, policy, ram_slots=ram_slots)
         self.files: MappedFiles | None = MappedFiles(reader)
         self.mapped: dict[Key, ExpertWeights] = {}

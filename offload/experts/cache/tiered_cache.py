@@ -5,7 +5,7 @@ read from disk again, or forgotten. While a step runs whose kernels find experts
 slot changes that they could still read.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,17 +53,16 @@ class TieredCache(ExpertCache):
         self,
         store: ExpertStore,
         reader: Reader,
-        policy: Callable[[], Policy],
+        policy: Policy,
         *,
         ram_slots: int,
         vram_slots: int,
         transfer: Transfer,
-        frequency: ExpertFrequency | None = None,
+        frequency: ExpertFrequency,
         seeds: Sequence[Key] = (),
         regain: bool = False,
     ) -> None:
         layers, experts = store.shape.moe_layers, store.shape.num_experts
-        frequency = frequency or ExpertFrequency(layers, experts)
         super().__init__(store, reader, policy, ram_slots=ram_slots, frequency=frequency, transfer=transfer)
         self.vram = DeviceTier(transfer, store, vram_slots, self, frequency)
         self.promotion = Promotion(self.vram, self)

@@ -58,17 +58,19 @@ class ReadRequest:
 
 
 class Reader:
-    """A pool of reading threads. ``direct`` bypasses the page cache; with ``warm``, pages that are in it
+    """A pool of reading threads. ``direct`` bypasses the page cache; with ``page_cached``, pages that are in it
     already are copied from there, which makes a second start as quick as memory. A run that keeps reading
     goes without: its speed must not depend on memory beyond its budget.
     """
 
-    def __init__(self, files: Sequence[Path], *, threads: int = 4, direct: bool = True, warm: bool = False) -> None:
+    def __init__(
+        self, files: Sequence[Path], *, threads: int = 4, direct: bool = True, page_cached: bool = False
+    ) -> None:
         self.notes: list[str] = []
-        self.direct, self.warm = direct, warm
+        self.direct, self.page_cached = direct, page_cached
         self._plain: dict[Path, int] = {}
         self._direct: dict[Path, int] = {}
-        self._cache: dict[Path, PageCacheView] = {}
+        self._views: dict[Path, PageCacheView] = {}
         self._stamp: dict[Path, tuple[int, int]] = {}
         self._heap: list[tuple[int, int, int, ReadRequest]] = []
         self._order = itertools.count()
@@ -90,7 +92,7 @@ class Reader:
             return
         try:
             self._direct[file] = os.open(file, os.O_RDONLY | os.O_DIRECT)
-            self._cache[file] = PageCacheView(file, self._plain[file])
+            self._views[file] = PageCacheView(file, self._plain[file])
         except OSError:
             self.direct = False
             self.notes.append(
@@ -194,7 +196,7 @@ class Reader:
     def _read(self, run: ByteRange, start: int, buffer: memoryview) -> None:
         offset, done, wanted = run.offset + start, 0, min(len(buffer), run.needed - start)
         self.check(run.file)
-        direct = self.direct and not (self.warm and self._cache[run.file].holds(offset, wanted))
+        direct = self.direct and not (self.page_cached and self._views[run.file].holds(offset, wanted))
         descriptor = (self._direct if direct else self._plain)[run.file]
         while done < wanted:
             count = os.preadv(descriptor, [buffer[done:]], offset + done)

@@ -57,6 +57,7 @@ def test_every_option_reaches_the_run() -> None:
         "--page-cache",
         "--warm",
         "8MiB",
+        "--regain",
     )
     assert run == RunOptions(
         vram=24 * 2**30,
@@ -70,12 +71,13 @@ def test_every_option_reaches_the_run() -> None:
         exact=True,
         page_cache=True,
         threads=3,
-        warm=2**23,
+        prefetch_bytes=2**23,
+        regain=True,
     )
 
 
 def test_reading_ahead_into_caches_can_be_turned_off() -> None:
-    assert parse("m", "--warm", "0")[1].warm == 0
+    assert parse("m", "--warm", "0")[1].prefetch_bytes == 0
 
 
 def test_every_sampling_option_reaches_the_sampler() -> None:

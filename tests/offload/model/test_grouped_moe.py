@@ -1,6 +1,6 @@
 """A prompt's experts by grouped products, computed as they land, equal the same experts one by one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,9 @@ from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore
 from offload.model.moe import ExpertRunner
 from offload.routing.eviction import LeastRecent
+from offload.routing.frequency import ExpertFrequency
 from offload.routing.stats import RoutingStats
+from offload.tiers import Key
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
 from quant.linear import Compute
@@ -46,17 +48,31 @@ def runner(store: ExpertStore, cache: ExpertCache) -> ExpertRunner:
     return ExpertRunner(cache, RoutingStats("x", store.shape), PLAIN, store.shape.family.scales_input)
 
 
+def tiered_cache(
+    store: ExpertStore, reader: Reader, ram: int, vram: int, transfer: LaggingTransfer, seeds: Sequence[Key] = ()
+) -> TieredCache:
+    frequency = ExpertFrequency(store.shape.moe_layers, store.shape.num_experts)
+    return TieredCache(
+        store,
+        reader,
+        LeastRecent(),
+        ram_slots=ram,
+        vram_slots=vram,
+        transfer=transfer,
+        frequency=frequency,
+        seeds=seeds,
+    )
+
+
 @pytest.mark.parametrize(("ram", "vram"), [(2, 2), (8, 5), (30, 12)])
 def test_equals_experts_one_by_one_and_copies_each_once(
     stored: tuple[ExpertStore, Reader], ram: int, vram: int
 ) -> None:
     store, reader = stored
     shape, transfer = store.shape, Awaited(ram)
-    tiered = TieredCache(
-        store, reader, LeastRecent, ram_slots=ram, vram_slots=vram, transfer=transfer, seeds=store.experts()[3:]
-    )
+    tiered = tiered_cache(store, reader, ram, vram, transfer, store.experts()[3:])
     near = runner(store, tiered)
-    alone = runner(store, ExpertCache(store, reader, LeastRecent, ram_slots=store.count))
+    alone = runner(store, ExpertCache(store, reader, LeastRecent(), ram_slots=store.count))
     generator = torch.Generator().manual_seed(0)
     tokens = 96
     chosen = torch.stack([torch.randperm(shape.num_experts, generator=generator) for _ in range(tokens)])
@@ -72,21 +88,21 @@ def test_equals_experts_one_by_one_and_copies_each_once(
             error = (found.float() - expected).abs().max() / expected.abs().max()
             assert error < 2e-2, "three roundings to bf16"
         copied = len(transfer.copies) - begun
-        lent = sum(not tiered.vram.resident(key) for key in held)
-        assert store.count - len(held) <= copied <= store.count - len(held) + lent
+        dropped = sum(not tiered.vram.resident(key) for key in held)
+        assert store.count - len(held) <= copied <= store.count - len(held) + dropped
         tiered.rebalance()
 
 
 def test_a_single_token_goes_expert_by_expert(stored: tuple[ExpertStore, Reader]) -> None:
     """The simple path, which the step that is one launch is compared with."""
     store, reader = stored
-    tiered = TieredCache(store, reader, LeastRecent, ram_slots=4, vram_slots=4, transfer=Awaited(1))
+    tiered = tiered_cache(store, reader, 4, 4, Awaited(1))
     near = runner(store, tiered)
     near._grouped = None  # it would fail if asked
     layer, k = store.shape.moe_layers[0], store.shape.top_k
     x = torch.randn(1, store.shape.hidden_size).bfloat16()
     chosen, scores = torch.arange(k)[None], torch.ones(1, k)
-    alone = runner(store, ExpertCache(store, reader, LeastRecent, ram_slots=store.count))
+    alone = runner(store, ExpertCache(store, reader, LeastRecent(), ram_slots=store.count))
     torch.testing.assert_close(
         near.run(layer, x, chosen, scores).float(), alone.run(layer, x.float(), chosen, scores), rtol=0.05, atol=0.05
     )

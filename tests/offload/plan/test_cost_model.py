@@ -14,10 +14,10 @@ from offload.plan.cost_model import (
     Workload,
     decode,
     miss_split,
+    prefetch_bytes,
     prefill,
     read_ahead_s,
-    warm_bytes,
-    with_warm_bytes,
+    with_prefetch_bytes,
 )
 from offload.plan.footprint import Footprint
 from quant.model.recipe import load_recipe, load_shape
@@ -100,7 +100,7 @@ def test_what_the_cpu_has_in_its_caches_is_saved_up_to_their_size_and_the_idle_t
     parts = [miss_split(splits, asked.expert, asked.expert_weights, asked.shared, s) for s in (0.0, ahead)]
     assert 0 < parts[1].gpu_part < parts[0].gpu_part  # the CPU, which has a part in cache, takes more
     assert decode(asked, splits).tokens_per_s > decode(asked, replace(splits, cache_bytes=0)).tokens_per_s
-    assert warm_bytes(with_warm_bytes(machine(), 2**20)) == 2**20
+    assert prefetch_bytes(with_prefetch_bytes(machine(), 2**20)) == 2**20
 
 
 def test_prefill_reads_an_expert_once_per_chunk_so_larger_chunks_are_faster_from_disk() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from offload.hardware.probe import Machine
-from offload.plan.cost_model import FORESEEN, OF_PCIE, OF_VRAM, dimm_rate, miss_split, with_warm_bytes
+from offload.plan.cost_model import FORESEEN, OF_PCIE, OF_VRAM, dimm_rate, miss_split, with_prefetch_bytes
 from offload.plan.footprint import Footprint
 from offload.plan.plan import Plan, make_plan
 from offload.routing.eviction import make_policy
@@ -67,7 +67,7 @@ def test_a_miss_on_the_cpu_hides_the_shared_expert() -> None:
 
 
 def test_a_miss_is_shorter_by_what_was_read_ahead() -> None:
-    on = with_warm_bytes(DESKTOP, 2**22)
+    on = with_prefetch_bytes(DESKTOP, 2**22)
     without, with_cache = (everywhere("ram", setup(on=one, part=0.0)) for one in (DESKTOP, on))
     rates, work = Rates.of(on), Work.of(with_cache.footprint, with_cache.plan.filled)
     rate = rates.cpu_read(work.expert, work.expert_weights)
@@ -75,7 +75,7 @@ def test_a_miss_is_shorter_by_what_was_read_ahead() -> None:
     before, after = without.decode(8), with_cache.decode(8)
     assert 1 / before.tokens_per_s - 1 / after.tokens_per_s == pytest.approx(saved)
     assert after.moved["ram"] == pytest.approx(before.moved["ram"])  # read all the same, only earlier
-    plenty = everywhere("ram", setup(on=with_warm_bytes(DESKTOP, 2**30), part=0.0)).decode(8)
+    plenty = everywhere("ram", setup(on=with_prefetch_bytes(DESKTOP, 2**30), part=0.0)).decode(8)
     idle = rates.ring + work.layers[1].attention / rates.vram + work.layers[1].kv / rates.vram + rates.layer
     most = 47 * FORESEEN * idle * rate * (1 / rate - 1 / rates.cached)
     assert 1 / before.tokens_per_s - 1 / plenty.tokens_per_s == pytest.approx(most, rel=0.05)
@@ -130,13 +130,13 @@ def test_more_of_anything_is_never_slower(shape: str, what: str) -> None:
 
 CASES = {
     "scout on a 4090": ("scout", DESKTOP, {}),
-    "scout beside caches": ("scout", with_warm_bytes(DESKTOP, 20 * 2**20), {}),
+    "scout beside caches": ("scout", with_prefetch_bytes(DESKTOP, 20 * 2**20), {}),
     "scout beside caches where a split pays": (
         "scout",
-        with_warm_bytes(replace(DESKTOP, gpu=replace(RTX_4090, together_gb_s=85)), 20 * 2**20),
+        with_prefetch_bytes(replace(DESKTOP, gpu=replace(RTX_4090, together_gb_s=85)), 20 * 2**20),
         {},
     ),
-    "maverick beside caches": ("maverick", with_warm_bytes(DESKTOP, 20 * 2**20), {}),
+    "maverick beside caches": ("maverick", with_prefetch_bytes(DESKTOP, 20 * 2**20), {}),
     "scout in 12 GiB": ("scout", DESKTOP, {"vram": 12 * GIB}),
     "scout where a split pays": ("scout", replace(DESKTOP, gpu=replace(RTX_4090, together_gb_s=85)), {}),
     "maverick on a 4090": ("maverick", DESKTOP, {}),

@@ -15,8 +15,7 @@ from tests.offload.tiers import Bench
 def filled(bench: Bench, ram: int, counts: Mapping[Key, float] | None) -> ExpertCache:
     """A cache whose free slots have been filled by what ``counts`` say."""
     frequency = None if counts is None else ExpertFrequency(bench.layers, bench.experts, counts)
-    policy = make_policy(None, counts)
-    cache = ExpertCache(bench.store, bench.reader, lambda: policy, ram_slots=ram, frequency=frequency)
+    cache = ExpertCache(bench.store, bench.reader, make_policy(None, counts), ram_slots=ram, frequency=frequency)
     cache.fill()
     cache.wait()
     return cache

@@ -111,12 +111,12 @@ def test_a_file_written_to_under_the_run_is_refused_a_file_replaced_whole_is_not
     reader.close()
 
 
-@pytest.mark.parametrize("warm", [True, False])
-def test_only_a_warm_start_takes_what_the_page_cache_has(
-    file: Path, warm: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page_cached", [True, False])
+def test_only_a_run_that_reads_once_takes_what_the_page_cache_has(
+    file: Path, page_cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file.read_bytes()
-    reader, arena = Reader([file], warm=warm), Arena(1, PAGE)
+    reader, arena = Reader([file], page_cached=page_cached), Arena(1, PAGE)
     direct, preadv, used = set(reader._direct.values()), os.preadv, []
 
     def spy(descriptor: int, *rest: object) -> int:
@@ -126,7 +126,7 @@ def test_only_a_warm_start_takes_what_the_page_cache_has(
     monkeypatch.setattr(os, "preadv", spy)
     reader.submit(_record(file, 0, PAGE), arena.buffer(0), Priority.DEMAND).wait()
     reader.close()
-    assert used == [not warm]
+    assert used == [not page_cached]
 
 
 def test_a_disk_error_is_one_clear_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
