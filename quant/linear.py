@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quant.kernels import native
 from quant.kernels.cuda.linear import linear as cuda_linear
 from quant.pack import Packed, dequantize, dequantize_nf4, matmul_nf4, nf4_state
-from quant.scheme import Scheme
+from quant.scheme import BF16, Scheme
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class LinearWeight:
     transposed: bool = False
     _descriptor: list[native.Weight | None] = field(default_factory=list, compare=False, repr=False)
     _nf4: list[Any] = field(default_factory=list, compare=False, repr=False)
+
+    @classmethod
+    def plain(cls, weight: Tensor) -> "LinearWeight":
+        """A dense weight ``[N, K]``."""
+        return cls(BF16, {"weight": weight}, *weight.shape)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight ``[N, K]`` in ``dtype``."""
@@ -142,6 +147,14 @@ class QuantLinear(nn.Module):
             self._register("weight", torch.empty(out_features, in_features, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self._stored: tuple[tuple[int, ...], LinearWeight] | None = None
+
+    @classmethod
+    def holding(cls, weight: LinearWeight, compute: Compute, bias: nn.Parameter | None = None) -> "QuantLinear":
+        """The module of a packed ``weight``, whose tensors become its parameters."""
+        made, tensors = cls(weight.out_features, weight.in_features, weight.scheme, compute), weight.tensors
+        made.weight_packed.data, made.weight_scale.data = tensors["weight_packed"], tensors["weight_scale"]
+        made.bias = bias
+        return made
 
     def _register(self, name: str, value: Tensor) -> None:
         self.register_parameter(name, nn.Parameter(value, requires_grad=False))

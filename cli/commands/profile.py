@@ -38,7 +38,7 @@ def profile(
     tokens: Tokens = None,
     trace: Trace = False,
 ) -> None:
-    """Run text through MODEL and save its routing: counts, layer-to-layer transitions, reuse distances.
+    """Run text through MODEL and save its routing: counts and reuse distances.
 
     The profile seeds placement in later runs (--routing) and is refused by any other model.
     """

@@ -108,9 +108,9 @@ def quantize(
     weights = _imatrix(checkpoint, imatrix, save_imatrix, console)
     windows = _windows(path, calibrate or (imatrix if _is_text(imatrix) else None))
     if calibrate is not None and windows is not None:
-        from offload.quality.calibrate import check_length
+        from offload.plan.footprint import check_calibration
 
-        check_length(checkpoint, windows)
+        check_calibration(checkpoint.shape, windows.tokens)
     plain = _plain(checkpoint, rounding, weights)
     chosen: dict[str, Any] = {}
     if goal is not None:

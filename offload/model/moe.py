@@ -8,7 +8,9 @@ arrived in, so the result does not depend on where they were.
 Legend: T tokens, H hidden, E experts, k experts per token.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from offload.experts.storage.store import ExpertWeights
 from offload.model.grouped_moe import GroupedExperts
 from offload.routing.stats import RoutingStats
 from quant.linear import Compute, matmul
+
+Mlp = Callable[[Tensor, ExpertWeights], Tensor]
 
 
 @dataclass
@@ -39,19 +43,21 @@ class ExpertRunner:
         """x ``[T, H]``, chosen int64 ``[T, k]``, scores ``[T, k]`` → the routed experts' sum ``[T, H]``."""
         ids = chosen.cpu().numpy()
         self.routing.record(layer, ids)
-        tokens, k = chosen.shape
-        if tokens > 1 and x.dtype == torch.bfloat16 and self._grouped is not None and self._grouped.reads(layer):
+        if len(chosen) > 1 and x.dtype == torch.bfloat16 and self._grouped is not None and self._grouped.reads(layer):
             return self._grouped.run(layer, x, chosen, ids, scores)
-        out = x.new_empty(tokens * k, x.shape[1])
-        flat = chosen.reshape(-1)
-        for expert, weights in self.cache.stream(layer, sorted(set(ids.ravel().tolist()))):
+        wanted = self.cache.stream(layer, sorted(set(ids.ravel().tolist())))
+        return self.sum_experts(x, chosen, scores, wanted, partial(expert_mlp, compute=self.compute))
+
+    def sum_experts(
+        self, x: Tensor, chosen: Tensor, scores: Tensor, experts: Iterable[tuple[int, ExpertWeights]], mlp: Mlp
+    ) -> Tensor:
+        """As ``run``, with the chosen ``experts`` in any order and ``mlp`` to compute one of them."""
+        tokens, k = chosen.shape
+        out, flat = x.new_empty(tokens * k, x.shape[1]), chosen.reshape(-1)
+        for expert, weights in experts:
             rows = (flat == expert).nonzero().squeeze(1)
-            score = scores.reshape(-1, 1)[rows].to(x.dtype)
-            inputs = x[rows // k]
-            if self.scales_input:
-                out[rows] = expert_mlp(inputs * score, weights, self.compute)
-            else:
-                out[rows] = expert_mlp(inputs, weights, self.compute) * score
+            score, inputs = scores.reshape(-1, 1)[rows].to(x.dtype), x[rows // k]
+            out[rows] = mlp(inputs * score, weights) if self.scales_input else mlp(inputs, weights) * score
         return out if k == 1 else out.view(tokens, k, -1).sum(1)
 
 

@@ -17,7 +17,6 @@ Legend: T tokens, H hidden, I intermediate, N out features, K in features, k exp
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from offload.experts.storage.store import ExpertWeights
-from offload.model.load import runtime_name
 from offload.plan.footprint import check_calibration
 from offload.quality.hessian import InputHessian
 from offload.quality.layerwise import Layerwise, Observer
@@ -50,11 +48,6 @@ _BATCH = 4
 Progress = Callable[[int, int, float], None]
 
 
-def check_length(checkpoint: Checkpoint, windows: Windows) -> None:
-    """Raise InputError if the text is too short for the experts, saying how many tokens one would see."""
-    check_calibration(checkpoint.shape, windows.tokens)
-
-
 def calibrate(
     checkpoint: Checkpoint,
     schemes: Mapping[Role, Scheme],
@@ -72,7 +65,7 @@ def calibrate(
     text too short, UsageError if there is nothing to tune, OutputError if ``folder`` is
     another calibration's or cannot be written.
     """
-    check_length(checkpoint, windows)
+    check_calibration(checkpoint.shape, windows.tokens)
     if passes and not any(
         spec.layer is not None and scheme_of(schemes, spec).is_packed for spec in checkpoint.shape.dense_linears()
     ):
@@ -88,7 +81,7 @@ def calibrate(
             streams = state.streams(walk.embed(windows.ids))
             started, first = time.monotonic(), state.layer
             for layer in range(first, total):
-                results = _Layer(walk, layer, schemes, streams, state.calibration).run(passes, windows.ids)
+                results = _LayerRounding(walk, layer, schemes, streams, state.calibration).run(passes, windows.ids)
                 state.keep(layer, results, streams)
                 each = (time.monotonic() - started) / (layer + 1 - first)
                 if progress is not None:
@@ -99,21 +92,20 @@ def calibrate(
     return state.calibration
 
 
-class _Layer:
-    """One decoder layer being rounded."""
+class _LayerRounding:
+    """One decoder layer being rounded: ``stock`` are its original dense Linears by module, ``made`` those that
+    are rounded already."""
 
     def __init__(
         self, walk: Layerwise, layer: int, schemes: Mapping[Role, Scheme], streams: list[Tensor], seen: Calibration
     ) -> None:
         self.walk, self.layer, self.schemes, self.streams, self.seen = walk, layer, schemes, streams, seen
-        checkpoint = walk.checkpoint
         self.specs = {
             spec.module.rpartition(".")[2]: spec
             for spec in walk.shape.dense_linears()
             if spec.layer == layer and scheme_of(schemes, spec).is_packed
         }
-        self.names = {spec.module: runtime_name(checkpoint, spec.module) for spec in self.specs.values()}
-        self.stock: dict[str, Any] = {module: walk.model.get_submodule(name) for module, name in self.names.items()}
+        self.stock: dict[str, Any] = {spec.module: walk.linear(spec.module) for spec in self.specs.values()}
         self.made: dict[str, QuantLinear] = {}
         self.results: dict[str, Tensor] = {}
 
@@ -122,7 +114,7 @@ class _Layer:
         for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",)):
             specs = [self.specs[name] for name in names if name in self.specs]
             if specs:
-                inputs = self._inputs_of(specs[0])
+                inputs = InputHessian.summed(self._captured(specs[0]))
                 for spec in specs:
                     self._dense(spec, inputs)
         mlp: dict[Projection, LinearSpec] = {name: self.specs[name] for name in PROJECTIONS if name in self.specs}
@@ -140,13 +132,13 @@ class _Layer:
             if experts:
                 replaced = self._experts(plain, quantized, chosen, scores)
         self.walk.run(self.layer, self.streams[0], self.streams[0])
+        runner = self.walk.runner
         if passes and self.made:
-            self.walk.runner.replaced = replaced or (plain_experts(self.walk.checkpoint, self.layer) if moe else None)
-            self._tune(passes, ids)
-        self.walk.runner.replaced = replaced
-        with self._quantized():
+            used = replaced or (plain_experts(self.walk.checkpoint, self.layer) if moe else None)
+            with runner.set_to(replaced=used):
+                self._tune(passes, ids)
+        with runner.set_to(replaced=replaced), self.walk.swapped(self.made):
             self.walk.run(self.layer, self.streams[1], self.streams[1])
-        self.walk.runner.replaced = None
         return self.results
 
     def _tune(self, passes: int, ids: Tensor) -> None:
@@ -162,7 +154,7 @@ class _Layer:
         def by_predictions(found: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
             return self.walk.loss(found, wanted, ids[rows], TRUTH)
 
-        with self._quantized(latents):
+        with self.walk.swapped(latents):
             for part in others:
                 part.compute = Compute(exact=True)  # torch's product: the native one knows no gradients
             before, after = tune(
@@ -192,13 +184,7 @@ class _Layer:
     def _dense(self, spec: LinearSpec, inputs: InputHessian) -> None:
         weight: Tensor = self.stock[spec.module].weight.data
         stored = self._round(spec, weight, inputs)
-        module = QuantLinear(spec.out_features, spec.in_features, stored.scheme, self.walk.compute)
-        module.weight_packed.data, module.weight_scale.data = (
-            stored.tensors["weight_packed"],
-            stored.tensors["weight_scale"],
-        )
-        module.bias = self.stock[spec.module].bias
-        self.made[spec.module] = module
+        self.made[spec.module] = QuantLinear.holding(stored, self.walk.compute, self.stock[spec.module].bias)
 
     def _round(self, spec: LinearSpec, weight: Tensor, inputs: InputHessian) -> LinearWeight:
         scheme, tokens = scheme_of(self.schemes, spec), max(inputs.tokens, 1)
@@ -212,59 +198,25 @@ class _Layer:
         self.results[f"{spec.module}.sums"] = sums
         return LinearWeight(scheme, tensors, spec.out_features, spec.in_features)
 
-    @contextmanager
-    def _quantized(self, parts: Mapping[str, nn.Module] | None = None) -> Iterator[None]:
-        """The layer with what has been rounded, or ``parts``, in place of the original."""
-        parts = self.made if parts is None else parts
-        for module, linear in parts.items():
-            self.walk.model.set_submodule(self.names[module], linear)
-        try:
-            yield
-        finally:
-            for module in parts:
-                self.walk.model.set_submodule(self.names[module], self.stock[module])
-
-    def _inputs_of(self, spec: LinearSpec) -> InputHessian:
-        """The inputs of one attention Linear in both streams, batch by batch."""
-        total: InputHessian | None = None
-        for plain, quantized in self._captured(spec):
-            batch = InputHessian.of(plain, quantized)
-            if total is None:
-                total = batch
-            else:
-                total.add(batch)
-        assert total is not None
-        return total
-
     def _captured(self, spec: LinearSpec) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs of ``spec`` ``[T, K]`` in both streams, batch by batch; no expert runs for it."""
         for start in range(0, len(self.streams[0]), _BATCH):
             rows = slice(start, start + _BATCH)
             first = self._capture(spec, self.streams[0][rows])
-            with self._quantized():
+            with self.walk.swapped(self.made):
                 second = self._capture(spec, self.streams[1][rows])
             yield first, second
 
     def _capture(self, spec: LinearSpec, hidden: Tensor) -> Tensor:
         caught: list[Tensor] = []
-        module = self.walk.model.get_submodule(self.names[spec.module])
-        handle = module.register_forward_pre_hook(
-            lambda module, inputs: caught.append(inputs[0].reshape(-1, inputs[0].shape[-1]).float())
-        )
-        try:
-            self._pass(hidden, None)
-        finally:
-            handle.remove()
+        with self.walk.watched(spec.module, caught.append):
+            self._pass(hidden)
         return torch.cat(caught)
 
-    def _pass(self, hidden: Tensor, observer: Observer | None) -> None:
-        """Run the layer for what reaches its parts only: the experts stand still."""
-        runner = self.walk.runner
-        runner.idle, runner.observer = True, observer
-        try:
+    def _pass(self, hidden: Tensor, observer: Observer | None = None) -> None:
+        """Run the layer to see what reaches its parts; no expert is computed."""
+        with self.walk.runner.set_to(observer=observer, idle=True):
             self.walk.run(self.layer, hidden)
-        finally:
-            runner.idle, runner.observer = False, None
 
     def _routed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs of the MoE block ``[T, H]`` in both streams, and the second's choices and scores ``[T,
@@ -274,7 +226,7 @@ class _Layer:
         for start in range(0, len(self.streams[0]), _BATCH):
             rows = slice(start, start + _BATCH)
             self._pass(self.streams[0][rows], lambda x, chosen, scores: first.append(x.float()))
-            with self._quantized():
+            with self.walk.swapped(self.made):
                 self._pass(self.streams[1][rows], lambda x, chosen, scores: second.append((x, chosen, scores)))
         x, chosen, scores = (torch.cat(parts) for parts in zip(*second, strict=True))
         return torch.cat(first), x.float(), chosen, scores
@@ -286,19 +238,9 @@ class _Layer:
             self._dense(spec, inputs)
         modules = [mlp["gate_proj"].module, mlp["up_proj"].module]
         stock, made = [self.stock[name] for name in modules], [self.made[name] for name in modules]
-        total: InputHessian | None = None
-        for rows in torch.arange(len(plain)).split(4096):
-            middle = [
-                torch.nn.functional.silu(gate(x[rows])).mul_(up(x[rows]))
-                for x, (gate, up) in ((plain, stock), (quantized, made))
-            ]
-            batch = InputHessian.of(*middle)
-            if total is None:
-                total = batch
-            else:
-                total.add(batch)
-        assert total is not None
-        self._dense(mlp["down_proj"], total)
+        batches = torch.arange(len(plain)).split(4096)
+        between = ((_between(plain[rows], *stock), _between(quantized[rows], *made)) for rows in batches)
+        self._dense(mlp["down_proj"], InputHessian.summed(between))
 
     def _experts(self, first: Tensor, second: Tensor, chosen: Tensor, scores: Tensor) -> dict[int, ExpertWeights]:
         """All routed experts, each on its own tokens; returns their weights."""
@@ -335,3 +277,8 @@ class _Layer:
         if len(plain) < 8 * len(own.hessian):  # enough of its own otherwise: computing more would be for nothing
             own = own.blended(middles(*sample))
         return ExpertWeights(gate, up, self._round(specs["down_proj"], dense["down_proj"], own))
+
+
+def _between(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
+    """What down_proj of a gated MLP takes in."""
+    return torch.nn.functional.silu(gate(x)).mul_(up(x))

@@ -12,7 +12,7 @@ from offload.model.kv_cache import Storage
 from offload.model.tokenizer import load_tokenizer
 from offload.quality.divergence import Divergence, TokenMeasures
 from offload.quality.layerwise import Layerwise
-from offload.quality.reference import Progress, Reference, RouteWatch, reference_of
+from offload.quality.reference import Progress, Reference, reference_of
 from offload.quality.windows import Windows, tokenizer_identity
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError
@@ -131,11 +131,9 @@ def _walk(walk: Layerwise, cut: Windows, kept: Reference, say: Progress) -> tupl
     hidden = walk.embed(cut.ids)
     for layer in range(walk.shape.num_layers):
         say(f"model: layer {layer + 1} of {walk.shape.num_layers}")
-        with RouteWatch(walk) as watch:
-            walk.run(layer, hidden, hidden)
+        _, chosen = walk.run_routed(layer, hidden, hidden)
         if layer in walk.shape.moe_layers:
-            routes = kept.routes[walk.shape.moe_layers.index(layer)]
-            agreement[layer] = float(_overlap(watch.taken(), routes))
+            agreement[layer] = _overlap(chosen, kept.routes[walk.shape.moe_layers.index(layer)])
     return agreement, hidden
 
 

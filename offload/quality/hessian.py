@@ -1,8 +1,12 @@
-"""What a Linear's inputs are like in the two streams of a calibration: their second moments.
+"""The Hessian of a Linear's rounding error: products of its inputs, summed over the tokens of a text.
+
+A calibration runs two streams of hidden states, the original model's and the quantized one's, so there are two
+products: of the quantized stream's inputs with themselves, and of the original's with those.
 
 Legend: T tokens, K in features; X inputs in the original model, X̂ in the one quantized so far.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +25,19 @@ class InputHessian:
 
     @classmethod
     def of(cls, plain: Tensor, quantized: Tensor) -> "InputHessian":
+        """Of inputs ``[T, K]`` in both streams."""
         return cls(quantized.t() @ quantized, plain.t() @ quantized, len(plain))
 
-    def add(self, other: "InputHessian") -> None:
-        self.hessian += other.hessian
-        self.cross += other.cross
-        self.tokens += other.tokens
+    @classmethod
+    def summed(cls, batches: Iterable[tuple[Tensor, Tensor]]) -> "InputHessian":
+        """Over one or more ``batches`` of inputs ``[T, K]`` in both streams."""
+        parts = (cls.of(*batch) for batch in batches)
+        total = next(parts)
+        for part in parts:
+            total.hessian += part.hessian
+            total.cross += part.cross
+            total.tokens += part.tokens
+        return total
 
     def blended(self, everyone: "InputHessian") -> "InputHessian":
         """With ``everyone`` weighing as ``BLEND * K`` tokens, at this one's scale of inputs."""

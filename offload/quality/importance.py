@@ -10,16 +10,15 @@ Legend: T tokens, H hidden, K in features, k experts per token.
 """
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from offload.model.load import runtime_name
 from offload.quality.layerwise import Layerwise
 from offload.quality.windows import Windows
 from quant.checkpoint.checkpoint import Checkpoint
-from quant.model.tensors import LinearSpec
 from quant.rounding.imatrix import ChannelMoments, Imatrix
 
 _SAMPLE = 256  # tokens that stand for all of a layer
@@ -92,15 +91,16 @@ def _layer(walk: Layerwise, layer: int, hidden: Tensor) -> dict[str, ChannelMome
     first = {spec.module: _first(spec.module) for spec in specs}
     sums = {module: _Inputs() for module in first.values()}
     every = max(1, hidden[..., 0].numel() // _KEPT)
-    handles = [_watch(walk, spec, sums[spec.module], every) for spec in specs if spec.module in sums]
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    walk.runner.observer = lambda x, chosen, scores: seen.append((x.float(), chosen, scores.float()))
-    try:
+
+    def observe(x: Tensor, chosen: Tensor, scores: Tensor) -> None:
+        seen.append((x.float(), chosen, scores.float()))
+
+    with ExitStack() as stack:
+        for module, inputs in sums.items():
+            stack.enter_context(walk.watched(module, partial(inputs.add, every=every)))
+        stack.enter_context(walk.runner.set_to(observer=observe))
         walk.run(layer, hidden, hidden)
-    finally:
-        walk.runner.observer = None
-        for handle in handles:
-            handle.remove()
     measured = {module: one.moments() for module, one in sums.items()}
     found = {module: measured[other] for module, other in first.items()}
     if seen:
@@ -113,13 +113,6 @@ def _first(module: str) -> str:
     """The Linear whose inputs stand for ``module``'s: q_proj for k_proj and v_proj, gate_proj for up_proj."""
     base, _, name = module.rpartition(".")
     return f"{base}.{_SAME_INPUT.get(name, name)}"
-
-
-def _watch(walk: Layerwise, spec: LinearSpec, sums: _Inputs, every: int) -> Any:
-    module = walk.model.get_submodule(runtime_name(walk.checkpoint, spec.module))
-    return module.register_forward_pre_hook(
-        lambda module, inputs: sums.add(inputs[0].reshape(-1, inputs[0].shape[-1]).float(), every=every)
-    )
 
 
 def _experts(walk: Layerwise, layer: int, x: Tensor, chosen: Tensor, scores: Tensor) -> dict[str, ChannelMoments]:

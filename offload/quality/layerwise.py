@@ -6,20 +6,21 @@ Evaluation and calibration need the same walk. Hidden states of all windows are 
 Legend: B windows, T tokens of a window, H hidden, E experts, k experts per token, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_
 
 from offload.experts.cache.host_cache import ExpertCache
 from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore, ExpertWeights
 from offload.model.kv_cache import KVCache, Storage
-from offload.model.load import load_model
+from offload.model.load import load_model, runtime_name
 from offload.model.moe import ExpertRunner, expert_mlp
 from offload.routing.eviction import LeastRecent
 from offload.routing.stats import Ids, RoutingStats
@@ -34,16 +35,16 @@ class RoutingLog(RoutingStats):
     """Counts nothing: a layer is run many times over, in batches, which statistics do not expect."""
 
     def record(self, layer: int, chosen: Ids) -> None:
-        """Nothing to do: whoever wants the choices observes the runner."""
+        """Nothing to do: the choices are to be had from the runner's observer."""
 
 
 class LayerRunner(ExpertRunner):
     """An expert runner that can be watched, and whose experts can be replaced for the layer at hand.
 
     ``observer`` is called with x ``[T, H]``, chosen ``[T, k]`` and scores ``[T, k]``; ``replaced`` maps an
-    expert of the layer being run to the weights to use. ``idle`` skips the
-    experts, for who only wants to know what reaches them. Where gradients are enabled they reach x and
-    scores; an expert is then computed twice, so that only one is dequantized at a time.
+    expert of the layer being run to the weights to use. ``idle`` computes no expert (the block gives zeros):
+    enough to see what reaches them. Where gradients are enabled they reach x and scores; an expert is then
+    computed twice, so that only one is dequantized at a time.
     """
 
     observer: Observer | None = None
@@ -59,16 +60,24 @@ class LayerRunner(ExpertRunner):
         if self.replaced is None:
             return super().run(layer, x, chosen, scores)
         mlp = _with_gradients if torch.is_grad_enabled() else partial(expert_mlp, compute=self.compute)
-        tokens, k = chosen.shape
-        out, flat = x.new_empty(tokens * k, x.shape[1]), chosen.reshape(-1)
-        for expert in flat.unique().tolist():
-            rows = (flat == expert).nonzero().squeeze(1)
-            score, inputs = scores.reshape(-1, 1)[rows].to(x.dtype), x[rows // k]
-            if self.scales_input:
-                out[rows] = mlp(inputs * score, self.replaced[expert])
-            else:
-                out[rows] = mlp(inputs, self.replaced[expert]) * score
-        return out.view(tokens, k, -1).sum(1)
+        experts = ((expert, self.replaced[expert]) for expert in chosen.unique().tolist())
+        return self.sum_experts(x, chosen, scores, experts, mlp)
+
+    @contextmanager
+    def set_to(
+        self,
+        *,
+        observer: Observer | None = None,
+        replaced: Mapping[int, ExpertWeights] | None = None,
+        idle: bool = False,
+    ) -> Iterator[None]:
+        """Run like this inside the ``with`` block, and as before after it."""
+        before = self.observer, self.replaced, self.idle
+        self.observer, self.replaced, self.idle = observer, replaced, idle
+        try:
+            yield
+        finally:
+            self.observer, self.replaced, self.idle = before
 
 
 def _with_gradients(x: Tensor, weights: ExpertWeights) -> Tensor:
@@ -111,6 +120,42 @@ class Layerwise:
         for start in range(0, len(hidden), size):
             result[start : start + size] = self.step(layer, hidden[start : start + size])
         return result
+
+    def run_routed(self, layer: int, hidden: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``run``, and the experts that ``layer`` chose, int64 ``[B·T, k]``: none if it is dense."""
+        routes: list[Tensor] = [torch.empty(0, self.shape.top_k, dtype=torch.int64)]
+        with self.runner.set_to(observer=lambda x, chosen, scores: routes.append(chosen)):
+            result = self.run(layer, hidden, out)
+        return result, torch.cat(routes)
+
+    def linear(self, module: str) -> Any:
+        """The model's Linear for checkpoint module ``module``."""
+        return self.model.get_submodule(runtime_name(self.checkpoint, module))
+
+    @contextmanager
+    def swapped(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
+        """``linears``, by checkpoint module, in place of the model's own inside the ``with`` block."""
+        own = {module: self.linear(module) for module in linears}
+        try:
+            self._put(linears)
+            yield
+        finally:
+            self._put(own)
+
+    def _put(self, linears: Mapping[str, nn.Module]) -> None:
+        for module, linear in linears.items():
+            self.model.set_submodule(runtime_name(self.checkpoint, module), linear)
+
+    @contextmanager
+    def watched(self, module: str, see: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call ``see`` with every input f32 ``[T, K]`` of Linear ``module`` inside the ``with`` block."""
+        handle = self.linear(module).register_forward_pre_hook(
+            lambda _, inputs: see(inputs[0].reshape(-1, inputs[0].shape[-1]).float())
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def step(self, layer: int, batch: Tensor) -> Tensor:
         """``batch`` ``[B, T, H]`` after ``layer``, at once; with gradients where they are enabled."""

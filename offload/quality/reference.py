@@ -145,10 +145,9 @@ def _make(walk: Layerwise, windows: Windows, folder: Path, progress: Progress) -
     routes = []
     for layer in range(shape.num_layers):
         progress(f"reference: layer {layer + 1} of {shape.num_layers}")
-        with RouteWatch(walk) as watch:
-            walk.run(layer, hidden, hidden)
+        _, chosen = walk.run_routed(layer, hidden, hidden)
         if layer in shape.moe_layers:
-            routes.append(watch.taken())
+            routes.append(chosen.sort(1).values)
         walk.run(layer, noisy, noisy)
         noisy = noisy.bfloat16().float()
     np.save(folder / "routes.npy", torch.stack(routes).numpy().astype(np.int16))
@@ -164,25 +163,6 @@ def _make(walk: Layerwise, windows: Windows, folder: Path, progress: Progress) -
     parts = [made.window(w).measure(walk.log_probs(noisy[w]), ids[w, 1:]) for w in range(count)]
     about["floor"] = Divergence.of(TokenMeasures.joined(parts), length).to_json()
     (folder / "about.json").write_text(json.dumps(about))
-
-
-class RouteWatch:
-    """Notes which experts the tokens of one layer go to, in the order in which they are run."""
-
-    def __init__(self, walk: Layerwise) -> None:
-        self._walk = walk
-        self._parts: list[Tensor] = []
-
-    def taken(self) -> Tensor:
-        """int64 ``[tokens, k]``, each row sorted."""
-        return torch.cat(self._parts)
-
-    def __enter__(self) -> "RouteWatch":
-        self._walk.runner.observer = lambda x, chosen, scores: self._parts.append(chosen.sort(1).values)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._walk.runner.observer = None
 
 
 class _Writer:

@@ -13,22 +13,20 @@ Legend: B windows, T tokens of a window, H hidden, E experts.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from offload.experts.storage.store import ExpertWeights
-from offload.model.load import runtime_name
 from offload.quality.layerwise import Layerwise
 from quant.allocation.allocate import Choices, Option
 from quant.allocation.units import Part, Unit
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.linear import LinearWeight, QuantLinear
-from quant.model.families import PROJECTIONS, Projection, Role
+from quant.model.families import PROJECTIONS, Role
 from quant.model.tensors import LinearSpec
 from quant.rounding.rounding import Rounder
 from quant.scheme import Scheme
@@ -132,15 +130,12 @@ class _Survey:
 
     def layer(self, layer: int) -> None:
         """Try this layer's units, and move all streams on."""
-        routes: list[Tensor] = []
-        self.walk.runner.observer = lambda x, chosen, scores: routes.append(chosen)
-        after = self.walk.run(layer, self.plain)
-        self.walk.runner.observer = None
+        after, routes = self.walk.run_routed(layer, self.plain)
         for stream in self.streams.values():
             self.walk.run(layer, stream, stream)
         for index, unit in enumerate(self.units):
             if unit.layer == layer:
-                self._try(index, unit, after, torch.cat(routes) if unit.role == "experts" else None)
+                self._try(index, unit, after, routes if unit.role == "experts" else None)
         self.plain = after
 
     def _try(self, index: int, unit: Unit, after: Tensor, routes: Tensor | None) -> None:
@@ -163,46 +158,24 @@ class _Survey:
             if scheme in (schemes[0], schemes[-1]):
                 self.streams[index, scheme] = changed
 
-    @contextmanager
-    def _stored(self, unit: Unit, scheme: Scheme) -> Iterator[None]:
-        """The model with ``unit`` in ``scheme``."""
+    def _stored(self, unit: Unit, scheme: Scheme) -> AbstractContextManager[None]:
+        """The model with ``unit`` in ``scheme``, inside a ``with`` block."""
         if unit.role == "experts":
-            assert unit.layer is not None
-            self.walk.runner.replaced = {
-                expert: self._expert(unit.layer, expert, scheme) for expert in range(self.walk.shape.num_experts)
-            }
-            try:
-                yield
-            finally:
-                self.walk.runner.replaced = None
-            return
-        model, checkpoint = self.walk.model, self.walk.checkpoint
-        names = {linear: runtime_name(checkpoint, linear.module) for linear in unit.linears}
-        stock: dict[LinearSpec, Any] = {linear: model.get_submodule(name) for linear, name in names.items()}
-        try:
-            for linear, name in names.items():
-                model.set_submodule(name, self._linear(linear, stock[linear], scheme))
-            yield
-        finally:
-            for linear, name in names.items():
-                model.set_submodule(name, stock[linear])
+            experts = range(self.walk.shape.num_experts)
+            return self.walk.runner.set_to(replaced={e: self._expert(unit, e, scheme) for e in experts})
+        return self.walk.swapped({linear.module: self._linear(linear, scheme) for linear in unit.linears})
 
-    def _linear(self, linear: LinearSpec, stock: QuantLinear, scheme: Scheme) -> QuantLinear:
-        stored = self._round(linear, stock.get_parameter("weight").data, scheme)
-        made = QuantLinear(linear.out_features, linear.in_features, scheme, self.walk.compute)
-        made.weight_packed.data = stored.tensors["weight_packed"]
-        made.weight_scale.data = stored.tensors["weight_scale"]
-        made.bias = stock.bias
-        return made
+    def _linear(self, linear: LinearSpec, scheme: Scheme) -> QuantLinear:
+        plain = self.walk.linear(linear.module)
+        return QuantLinear.holding(self._round(linear, plain.weight.data, scheme), self.walk.compute, plain.bias)
 
-    def _expert(self, layer: int, expert: int, scheme: Scheme) -> ExpertWeights:
-        views = self.walk.checkpoint.expert(layer, expert)
-        parts: dict[Projection, LinearWeight] = {}
-        for linear in self.walk.shape.expert_linears(layer, expert):
-            assert linear.projection is not None
-            weight = views[linear.projection].dense().contiguous()
-            parts[linear.projection] = self._round(linear, weight, scheme)
-        return ExpertWeights(*(parts[name] for name in PROJECTIONS))
+    def _expert(self, unit: Unit, expert: int, scheme: Scheme) -> ExpertWeights:
+        assert unit.layer is not None
+        views = self.walk.checkpoint.expert(unit.layer, expert)
+        linears = zip(PROJECTIONS, self.walk.shape.expert_linears(unit.layer, expert), strict=True)
+        return ExpertWeights(
+            *(self._round(linear, views[name].dense().contiguous(), scheme) for name, linear in linears)
+        )
 
     def _round(self, linear: LinearSpec, weight: Tensor, scheme: Scheme) -> LinearWeight:
         found = self.rounder.encode(weight, scheme, linear.module, False, linear.module, 0)

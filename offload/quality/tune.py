@@ -26,7 +26,6 @@ from quant.errors import InputError
 from quant.linear import LinearWeight
 from quant.model.families import PROJECTIONS
 from quant.rounding.learned_rounding import TrainableWeight
-from quant.scheme import BF16
 
 BATCH = 4  # windows of a step
 _KEPT = 8  # one window of so many is kept back
@@ -41,13 +40,7 @@ def plain_experts(checkpoint: Checkpoint, layer: int) -> dict[int, ExpertWeights
     made: dict[int, ExpertWeights] = {}
     for expert in range(checkpoint.shape.num_experts):
         views = checkpoint.expert(layer, expert)
-        linears = []
-        for spec in checkpoint.shape.expert_linears(layer, expert):
-            assert spec.projection is not None
-            tensors = {"weight": views[spec.projection].dense()}
-            linears.append((spec.projection, LinearWeight(BF16, tensors, spec.out_features, spec.in_features)))
-        by_name = dict(linears)
-        made[expert] = ExpertWeights(*(by_name[name] for name in PROJECTIONS))
+        made[expert] = ExpertWeights(*(LinearWeight.plain(views[name].dense()) for name in PROJECTIONS))
     return made
 
 

@@ -1,7 +1,7 @@
 """RoutingStats: which experts a model chose, layer by layer, and in what order.
 
-Counts seed the placement of experts, transition counts say what follows what, reuse distances say
-how much a cache of a given size would hit. Statistics are saved as versioned JSON and travel with the model.
+Counts seed the placement of experts; reuse distances say how often a cache of a given size would hit. The
+statistics are saved as versioned JSON, a *routing profile*, and travel with the model.
 
 Legend: L MoE layers, E experts, T tokens, k experts per token.
 """
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from offload.routing.trace import PROFILE_VERSION, read_profile
 from quant.errors import ProfileError
 from quant.model.shape import ModelShape
 
-VERSION = 1
 _BATCH = 256
 _REUSE_BINS = 17  # distances of 1, 2, 3-4, 5-8 … 2^15 tokens and more
 Ids = npt.NDArray[np.int64]
@@ -46,7 +46,6 @@ class RoutingStats:
         layers, experts = len(self.moe_layers), self.num_experts
         self._tokens = 0
         self._counts: Ids = np.zeros((layers, experts), np.int64)
-        self._transitions: Ids = np.zeros((max(layers - 1, 0), experts, experts), np.int64)
         self._reuse: Ids = np.zeros((layers, _REUSE_BINS), np.int64)
         self.trace: list[Ids] | None = [] if keep_trace else None  # per step [T, L, k]
         self._last_used: Ids = np.full((layers, experts), -1, np.int64)
@@ -56,22 +55,17 @@ class RoutingStats:
     @property
     def tokens(self) -> int:
         """Tokens seen."""
-        return self._in_arena()._tokens
+        return self._flushed()._tokens
 
     @property
     def counts(self) -> Ids:
         """Uses of each expert, ``[L, E]``."""
-        return self._in_arena()._counts
-
-    @property
-    def transitions(self) -> Ids:
-        """How often an expert of a layer was followed by one of the next, ``[L-1, E, E]``."""
-        return self._in_arena()._transitions
+        return self._flushed()._counts
 
     @property
     def reuse(self) -> Ids:
         """Distances in tokens between uses of the same expert, counted by powers of two, ``[L, bins]``."""
-        return self._in_arena()._reuse
+        return self._flushed()._reuse
 
     def record(self, layer: int, chosen: Ids) -> None:
         """``chosen`` int64 ``[T, k]``: the experts of each token in ``layer``. Folded in at the last
@@ -87,18 +81,15 @@ class RoutingStats:
         """``chosen`` int64 ``[T, L, k]``: the experts of each token in every MoE layer. The array is kept."""
         self._waiting.append(chosen)
         if len(self._waiting) >= _BATCH:
-            self._in_arena()
+            self._flushed()
 
-    def _in_arena(self) -> "RoutingStats":
+    def _flushed(self) -> "RoutingStats":
         """Count what waits: many steps at once, because numpy's price is per call."""
         if self._waiting:
             seen = np.concatenate(self._waiting)  # [T, L, k]
             self._waiting = []
             for index in range(seen.shape[1]):
                 self._counts[index] += np.bincount(seen[:, index].ravel(), minlength=self.num_experts)
-                if index:
-                    before, after = seen[:, index - 1, :, None], seen[:, index, None, :]
-                    np.add.at(self._transitions[index - 1], tuple(np.broadcast_arrays(before, after)), 1)
             for token, chosen in enumerate(seen):
                 self._count_reuse(chosen, self._tokens + token)
             self._tokens += len(seen)
@@ -125,18 +116,12 @@ class RoutingStats:
         used = shares[shares > 0]
         return LayerSkew(layer, top[0], top[1], top[2], float(-(used * np.log2(used)).sum()))
 
-    def hottest(self) -> list[tuple[int, int]]:
-        """Every (layer, expert), the most used first; ties in layer order."""
-        flat = np.argsort(-self.counts, axis=None, kind="stable")
-        return [(self.moe_layers[int(i) // self.num_experts], int(i) % self.num_experts) for i in flat]
-
     def merge(self, other: "RoutingStats") -> None:
         """Add ``other``'s counts. Raises ProfileError if they are of another model."""
         other.check(self.model_id)
-        self._in_arena()
+        self._flushed()
         self._tokens += other.tokens
         self._counts += other.counts
-        self._transitions += other.transitions
         self._reuse += other.reuse
 
     def check(self, model_id: str) -> None:
@@ -150,14 +135,13 @@ class RoutingStats:
     def to_json(self) -> dict[str, Any]:
         """What ``save`` writes."""
         return {
-            "version": VERSION,
+            "version": PROFILE_VERSION,
             "model_id": self.model_id,
             "moe_layers": list(self.moe_layers),
             "num_experts": self.num_experts,
             "top_k": self.top_k,
             "tokens": self.tokens,
             "counts": self.counts.tolist(),
-            "transitions": [_sparse(matrix) for matrix in self.transitions],
             "reuse": self.reuse.tolist(),
             "trace": None if not self.trace else np.concatenate(self.trace).tolist(),
         }
@@ -170,19 +154,10 @@ class RoutingStats:
 
     @classmethod
     def load(cls, path: Path, shape: ModelShape) -> "RoutingStats":
-        """Read what ``save`` wrote. Raises ProfileError if it is unreadable or of a model of another
-        shape."""
-        try:
-            data = json.loads(path.read_text())
-            version, layers, experts = data["version"], tuple(data["moe_layers"]), data["num_experts"]
-        except OSError as error:
-            raise ProfileError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise ProfileError(
-                f"{path} is no routing profile: expected the JSON that `coldstream profile` writes"
-            ) from None
-        if version != VERSION:
-            raise ProfileError(f"{path} is a routing profile of version {version}: expected {VERSION}")
+        """Read what ``save`` wrote, now or when profiles also had transition counts. Raises ProfileError if
+        the file is unreadable or of a model of another shape."""
+        data = read_profile(path)
+        layers, experts = tuple(data["moe_layers"]), data["num_experts"]
         if (layers, experts) != (shape.moe_layers, shape.num_experts):
             raise ProfileError(
                 f"{path} is of a model with {len(layers)} MoE layers of {experts} experts: expected "
@@ -202,13 +177,6 @@ class RoutingStats:
             if value.shape != getattr(stats, name).shape:
                 raise ValueError(f"{name} has shape {value.shape}")
             setattr(stats, f"_{name}", value)
-        for index, cells in enumerate(data["transitions"]):
-            for before, after, count in cells:
-                stats._transitions[index, before, after] = count
         if data.get("trace"):
             stats.trace = [np.array(data["trace"], np.int64)]
         return stats
-
-
-def _sparse(matrix: Ids) -> list[list[int]]:
-    return [[int(i), int(j), int(matrix[i, j])] for i, j in zip(*np.nonzero(matrix), strict=True)]

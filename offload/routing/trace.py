@@ -8,9 +8,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from offload.tiers import Key
 from quant.errors import ProfileError, UsageError
+
+PROFILE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -66,20 +69,29 @@ class Trace:
         return Trace(self.name, self.num_experts, self.steps[:tokens])
 
 
-def load_trace(path: Path) -> Trace:
-    """The trace in a routing profile written by ``coldstream profile --trace``.
-
-    Raises ProfileError if the file is unreadable or holds none.
-    """
+def read_profile(path: Path) -> dict[str, Any]:
+    """The JSON of a routing profile. Raises ProfileError if it cannot be read or is of another version."""
     try:
-        data = json.loads(path.read_text())
-        experts, layers, steps = int(data["num_experts"]), len(data["moe_layers"]), data["trace"]
+        data: dict[str, Any] = json.loads(path.read_text())
+        version, _, _ = data["version"], len(data["moe_layers"]), int(data["num_experts"])
     except OSError as error:
         raise ProfileError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise ProfileError(
             f"{path} is no routing profile: expected the JSON that `coldstream profile` writes"
         ) from None
+    if version != PROFILE_VERSION:
+        raise ProfileError(f"{path} is a routing profile of version {version}: expected {PROFILE_VERSION}")
+    return data
+
+
+def load_trace(path: Path) -> Trace:
+    """The trace in a routing profile written by ``coldstream profile --trace``.
+
+    Raises ProfileError if the file is unreadable or holds none.
+    """
+    data = read_profile(path)
+    experts, layers, steps = int(data["num_experts"]), len(data["moe_layers"]), data.get("trace")
     if not steps:
         raise ProfileError(f"{path} holds counts but no trace: record it with `coldstream profile MODEL --trace`")
     whole = isinstance(steps, list) and all(

@@ -95,6 +95,6 @@ def test_a_profile_without_a_trace_says_how_to_record_one(tmp_path: Path) -> Non
 @pytest.mark.parametrize("steps", [[[[0], [9]], [[1], [2]]], [[[0]], [[1]]], [[0, 1], [1, 2]], [[[0], [1]]], 7])
 def test_a_damaged_trace_is_refused(tmp_path: Path, steps: object) -> None:
     file = tmp_path / "routing.json"
-    file.write_text(json.dumps({"moe_layers": [1, 3], "num_experts": 4, "trace": steps}))
+    file.write_text(json.dumps({"version": 1, "moe_layers": [1, 3], "num_experts": 4, "trace": steps}))
     with pytest.raises(ProfileError, match="damaged"):
         load_trace(file)
