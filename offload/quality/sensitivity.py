@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -172,10 +173,9 @@ class _Survey:
     def _expert(self, unit: Unit, expert: int, scheme: Scheme) -> ExpertWeights:
         assert unit.layer is not None
         views = self.walk.checkpoint.expert(unit.layer, expert)
-        linears = zip(PROJECTIONS, self.walk.shape.expert_linears(unit.layer, expert), strict=True)
-        return ExpertWeights(
-            *(self._round(linear, views[name].dense().contiguous(), scheme) for name, linear in linears)
-        )
+        linears = self.walk.shape.expert_linears(unit.layer, expert)
+        weights = (views[name].dense().contiguous() for name in PROJECTIONS)
+        return ExpertWeights(*map(self._round, linears, weights, repeat(scheme)))
 
     def _round(self, linear: LinearSpec, weight: Tensor, scheme: Scheme) -> LinearWeight:
         found = self.rounder.encode(weight, scheme, linear.module, False, linear.module, 0)

@@ -7,15 +7,15 @@ sequence; the caller owns the KV buffers and says which position their first row
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
-from quant.kernels.library import check, library
-from quant.kernels.rows import address, float_rows, output_rows
+from quant.kernels.library import F32, I32, I64, Pointer, addresses, call, fields
+from quant.kernels.rows import float_rows, output_rows
 from quant.kernels.weight import CWeight, Weight
 
 Rope = Literal["none", "interleaved", "halves"]
@@ -23,6 +23,7 @@ QkNorm = Literal["none", "per_head", "full_width"]
 _ROPES: dict[Rope, int] = {"none": 0, "interleaved": 1, "halves": 2}
 _QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "full_width": 2}
 _STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_VECTORS = ("norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias")
 MAX_HEAD_DIM = 256
 
 
@@ -72,47 +73,27 @@ class KvBuffers:
     value_scale: Tensor | None = None
 
 
-class _CBlock(ctypes.Structure):
-    _fields_ = [
-        ("norm", ctypes.c_void_p),
-        ("eps", ctypes.c_float),
-        ("heads", ctypes.c_int32),
-        ("kv_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("rope", ctypes.c_int32),
-        ("rope_dim", ctypes.c_int32),
-        ("qk_norm", ctypes.c_int32),
-        ("l2_norm", ctypes.c_int32),
-        ("q_norm", ctypes.c_void_p),
-        ("k_norm", ctypes.c_void_p),
-        ("qk_eps", ctypes.c_float),
-        ("scaling", ctypes.c_float),
-        ("temperature_floor", ctypes.c_float),
-        ("temperature_scale", ctypes.c_float),
-        ("chunk", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("q", CWeight),
-        ("k", CWeight),
-        ("v", CWeight),
-        ("o", CWeight),
-        ("q_bias", ctypes.c_void_p),
-        ("k_bias", ctypes.c_void_p),
-        ("v_bias", ctypes.c_void_p),
-        ("o_bias", ctypes.c_void_p),
-    ]
+class CAttention(ctypes.Structure):
+    """``coldstream::AttentionBlock`` of attention.h."""
+
+    _fields_ = fields(
+        (Pointer, "norm"),
+        (F32, "eps"),
+        (I32, "heads kv_heads head_dim rope rope_dim qk_norm l2_norm"),
+        (Pointer, "q_norm k_norm"),
+        (F32, "qk_eps scaling temperature_floor temperature_scale"),
+        (I64, "chunk window"),
+        (CWeight, "q k v o"),
+        (Pointer, "q_bias k_bias v_bias o_bias"),
+    )
 
 
-class _CCache(ctypes.Structure):
-    _fields_ = [
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("key_scale", ctypes.c_void_p),
-        ("value_scale", ctypes.c_void_p),
-        ("head_stride", ctypes.c_int64),
-        ("capacity", ctypes.c_int64),
-        ("first_position", ctypes.c_int64),
-        ("storage", ctypes.c_int32),
-    ]
+class CKvCache(ctypes.Structure):
+    """``coldstream::KvCache`` of kernels.h."""
+
+    _fields_ = fields(
+        (Pointer, "keys values key_scale value_scale"), (I64, "head_stride capacity first_position"), (I32, "storage")
+    )
 
 
 class Attention:
@@ -148,29 +129,11 @@ class Attention:
             raise SchemeError(f"norms or biases do not fit: expected sizes {wanted}")
         if shape.qk_norm != "none" and (vectors[1] is None or vectors[2] is None):
             raise SchemeError("a q and k norm without weights: expected q_norm and k_norm")
-        self._vectors = vectors
-        pointers = [None if v is None else v.data_ptr() for v in vectors]
-        self._block = _CBlock(
-            pointers[0],
-            shape.eps,
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            _ROPES[shape.rope],
-            0,
-            _QK_NORMS[shape.qk_norm],
-            shape.l2_norm,
-            pointers[1],
-            pointers[2],
-            shape.qk_eps,
-            shape.scaling or shape.head_dim**-0.5,
-            shape.temperature_floor,
-            shape.temperature_scale,
-            shape.chunk,
-            shape.window,
-            *(w.native for w in self.weights),
-            *pointers[3:],
-        )
+        self._vectors = dict(zip(_VECTORS, vectors, strict=True))  # kept alive for the native block
+        switches = asdict(shape) | {"rope": _ROPES[shape.rope], "qk_norm": _QK_NORMS[shape.qk_norm]}
+        switches["scaling"] = shape.scaling or shape.head_dim**-0.5
+        weights = {name: weight.native for name, weight in zip("qkvo", self.weights, strict=True)}
+        self.native = CAttention(**switches, **weights, **addresses(**self._vectors))
 
     def run(
         self,
@@ -199,27 +162,14 @@ class Attention:
             rotary = 2 * cosine.shape[1]
             if rotary > self.shape.head_dim:
                 raise SchemeError(f"RoPE rotates {rotary} of {self.shape.head_dim} channels")
-        self._block.rope_dim = rotary
-        angles = (
-            (address(cosine), address(sine)) if cosine is not None and sine is not None and rotary else (None, None)
-        )
-        native = self._cache(cache, position, tokens)
-        status = library().cs_attention(
-            ctypes.byref(self._block),
-            address(x),
-            ctypes.c_int64(x.stride(0)),
-            ctypes.c_int64(tokens),
-            ctypes.c_int64(position),
-            *angles,
-            ctypes.byref(native),
-            address(out),
-            ctypes.c_int64(out.stride(0)),
-            int(exact),
-        )
-        check(status, "attention")
+        self.native.rope_dim = rotary
+        angles = (cosine, sine) if rotary else (None, None)
+        rows = self.rows(cache, position, tokens)
+        call("attention", self.native, x, x.stride(0), tokens, position, *angles, rows, out, out.stride(0), exact)
         return out
 
-    def _cache(self, cache: KvBuffers, position: int, tokens: int) -> _CCache:
+    def rows(self, cache: KvBuffers, position: int, tokens: int) -> CKvCache:
+        """``cache`` for the native call; raises SchemeError if it has no place for ``tokens`` at ``position``."""
         keys, values, shape = cache.keys, cache.values, self.shape
         first, capacity = cache.first_position, keys.shape[1]
         if keys.shape != values.shape or keys.shape[0] != shape.kv_heads or keys.shape[2] != shape.head_dim:
@@ -236,12 +186,6 @@ class Attention:
             raise SchemeError("int8 KV buffers need f32 scales, one per head and row")
         if any(t is not None and not t.is_contiguous() for t in (keys, values, *scales)):
             raise SchemeError("KV buffers must be contiguous")
-        return _CCache(
-            keys.data_ptr(),
-            values.data_ptr(),
-            *(None if s is None else s.data_ptr() for s in scales),
-            capacity * shape.head_dim,
-            capacity,
-            first,
-            _STORAGES[keys.dtype],
-        )
+        tensors = addresses(keys=keys, values=values, key_scale=cache.key_scale, value_scale=cache.value_scale)
+        numbers = {"head_stride": capacity * shape.head_dim, "capacity": capacity, "first_position": first}
+        return CKvCache(**tensors, **numbers, storage=_STORAGES[keys.dtype])

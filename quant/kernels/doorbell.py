@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from quant.errors import MachineError, SchemeError
-from quant.kernels.library import check, library
+from quant.kernels.library import I32, I64, Pointer, addresses, call, fields, library
 from quant.kernels.moe import GatedMlp
-from quant.kernels.rows import address
 from quant.kernels.weight import CWeight
 
 # Words of ``BellBuffers.control``, each on a cache line of its own.
@@ -35,12 +34,12 @@ _STATES: tuple[State, ...] = ("idle", "missing", "stopped")
 
 def store_release(control: Tensor, word: int, value: int) -> None:
     """Write a control word; whoever reads it with acquire sees all that was written before."""
-    library().cs_bell_store(address(control), ctypes.c_int64(word), ctypes.c_int32(value))
+    library().cs_bell_store(Pointer(control.data_ptr()), I64(word), I32(value))
 
 
 def load_acquire(control: Tensor, word: int) -> int:
     """Read a control word."""
-    return int(library().cs_bell_load(address(control), ctypes.c_int64(word)))
+    return int(library().cs_bell_load(Pointer(control.data_ptr()), I64(word)))
 
 
 @dataclass(frozen=True)
@@ -96,22 +95,20 @@ class DoorbellRequest:
     experts: tuple[int, ...]
 
 
-class _CLayer(ctypes.Structure):
-    _fields_ = [*((name, CWeight) for name in ("gate", "up", "down")), ("offsets", ctypes.c_int64 * 6)]
+class _CBellLayer(ctypes.Structure):
+    _fields_ = fields((CWeight, "gate up down"), (I64 * 6, "offsets"))
 
 
 class _CBell(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("control", "request", "scores", "x", "result", "addresses")),
-        *((name, ctypes.c_int64) for name in ("layers", "experts", "pairs")),
-        ("stored", ctypes.POINTER(_CLayer)),
-        ("scales_input", ctypes.c_int32),
-        ("exact", ctypes.c_int32),
-        ("keep_awake", ctypes.c_int32),
-        ("hint", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("guesses", "warm_bytes", "share")),
-        ("warmed", ctypes.c_void_p),
-    ]
+    _fields_ = fields(
+        (Pointer, "control request scores x result addresses"),
+        (I64, "layers experts pairs"),
+        (ctypes.POINTER(_CBellLayer), "stored"),
+        (I32, "scales_input exact keep_awake"),
+        (Pointer, "hint"),
+        (I64, "guesses warm_bytes share"),
+        (Pointer, "warmed"),
+    )
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ class HostBell:
         self.buffers, self.table = buffers, table
         self._warmed = torch.zeros(_COUNTS + buffers.hint.numel(), dtype=torch.int64)
         self._features = samples[0].gate_proj.out_features
-        self._stored = (_CLayer * layers)()
+        self._stored = (_CBellLayer * layers)()
         for stored, sample in zip(self._stored, samples, strict=True):
             parts = (sample.gate_proj, sample.up_proj, sample.down_proj)
             if any(part.kind not in ("int4", "int8") for part in parts):
@@ -175,21 +172,12 @@ class HostBell:
                 raise SchemeError(f"experts of {sample.shapes}: expected hidden size {hidden} in every layer")
             stored.gate, stored.up, stored.down = (part.native for part in parts)
             stored.offsets[:] = offsets(sample)
-        shared = (buffers.control, buffers.request, buffers.scores, buffers.x, buffers.result, self.table)
-        self._bell = _CBell(
-            *(tensor.data_ptr() for tensor in shared),
-            *table.shape,
-            buffers.scores.numel(),
-            self._stored,
-            scales_input,
-            exact,
-            _AWAKE if buffers.sequence.is_cuda else 0,
-            buffers.hint.data_ptr(),
-            buffers.hint.numel(),
-            warm_bytes,
-            share,
-            self._warmed.data_ptr(),
-        )
+        shared = {name: getattr(buffers, name) for name in ("control", "request", "scores", "x", "result", "hint")}
+        tensors = addresses(**shared, addresses=self.table, warmed=self._warmed)
+        self._bell = bell = _CBell(stored=self._stored, **tensors)
+        (bell.layers, bell.experts), bell.pairs = table.shape, buffers.scores.numel()
+        bell.scales_input, bell.exact, bell.keep_awake = scales_input, exact, _AWAKE if buffers.sequence.is_cuda else 0
+        bell.guesses, bell.warm_bytes, bell.share = buffers.hint.numel(), warm_bytes, share
 
     def serve(self, microseconds: int) -> State:
         """Compute and answer what is asked for that long. "missing" leaves a request open that names an
@@ -197,9 +185,8 @@ class HostBell:
 
         Other Python threads run meanwhile. Raises MachineError for a request that makes no sense.
         """
-        state = ctypes.c_int32(0)
-        status = library().cs_bell_serve(ctypes.byref(self._bell), ctypes.c_int64(microseconds), ctypes.byref(state))
-        check(status, "doorbell")
+        state = I32(0)
+        call("bell_serve", self._bell, microseconds, ctypes.byref(state))
         return _STATES[state.value]
 
     @property
@@ -226,12 +213,11 @@ class HostBell:
 
     def begin(self) -> None:
         """Start the open request's result at zero."""
-        check(library().cs_bell_begin(ctypes.byref(self._bell)), "doorbell")
+        call("bell_begin", self._bell)
 
     def add(self, expert: int, first_byte: int) -> None:
         """Add what the open request asks of ``expert``, whose bytes begin at ``first_byte``."""
-        status = library().cs_bell_add(ctypes.byref(self._bell), ctypes.c_int32(expert), ctypes.c_int64(first_byte))
-        check(status, "doorbell")
+        call("bell_add", self._bell, I32(expert), first_byte)
 
     def answer(self) -> None:
         """Answer the open request with what was added, or, after ``stop``, let go of it."""

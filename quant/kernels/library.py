@@ -1,4 +1,4 @@
-"""The shared object with the native kernels: found, loaded and asked to use the right instruction set.
+"""The shared object with the native kernels: found, loaded, asked to use the right instruction set, called.
 
 It is built by ``pip install`` (or ``python setup.py build_ext --inplace``) and loaded with ctypes, so that
 it is bound neither to torch's C++ ABI nor to a Python version. ``COLDSTREAM_ISA`` (``portable``, ``avx2``,
@@ -7,13 +7,30 @@ it is bound neither to torch's C++ ABI nor to a Python version. ``COLDSTREAM_ISA
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from quant.errors import MachineError
 from quant.kernels.cores import granted
 
 _MESSAGES = {-1: "bad argument", -2: "no memory for scratch buffers", -3: "not supported by this processor"}
+
+# C types of the fields of structures.
+Pointer, I32, I64, F32, F64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+
+
+def fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
+    """The ``_fields_`` of a structure: each group is a C type and the names that have it, in the C++ order."""
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
+def addresses(**tensors: Tensor | None) -> dict[str, int | None]:
+    """Where each tensor begins, as values of a structure's pointers: null for None."""
+    return {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -64,7 +81,25 @@ def usable_isas(loaded: ctypes.CDLL) -> list[str]:
     return names
 
 
-def check(status: int, call: str) -> None:
-    """Raise MachineError for a native call that did not return 0."""
+def call(name: str, *arguments: Any) -> None:
+    """Call the native function ``cs_<name>``, which returns a status; raises MachineError if that is not 0.
+
+    Tensors and structures are passed by address, bool as int32, other int as int64, float as double; what
+    ctypes knows already (an array, an ``I32``) and None are passed as they are.
+    """
+    check(getattr(library(), f"cs_{name}")(*map(_as_argument, arguments)), name)
+
+
+def check(status: int, name: str) -> None:
+    """Raise MachineError for the status of a native call unless it is 0."""
     if status != 0:
-        raise MachineError(f"native {call} failed: {_MESSAGES.get(status, f'status {status}')}")
+        raise MachineError(f"native {name} failed: {_MESSAGES.get(status, f'status {status}')}")
+
+
+def _as_argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Pointer(value.data_ptr())
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    convert: Callable[[Any], Any] | None = {bool: I32, int: I64, float: F64}.get(type(value))
+    return value if convert is None else convert(value)

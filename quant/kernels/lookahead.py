@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.kernels.library import check, library
+from quant.kernels.library import F32, I32, Pointer, addresses, call, fields, library
 from quant.kernels.product import linear
-from quant.kernels.rows import address, float_rows
+from quant.kernels.rows import float_rows
 from quant.kernels.weight import CWeight, Weight
 
 DEPTH = 6
@@ -35,13 +35,12 @@ FROM_EMBEDDING, FROM_PARTIAL, FROM_OUTPUT, FROM_GUESSED_TOKEN = range(4)
 class CLookahead(ctypes.Structure):
     """``coldstream::Lookahead`` of lookahead.h."""
 
-    _fields_ = [
-        ("routers", CWeight),
-        *((name, ctypes.c_int32) for name in ("layers", "experts", "top_k", "depth", "bins", "slots")),
-        ("trust", ctypes.c_float),
-        ("memory", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("edges", "right", "guesses", "counts")),
-    ]
+    _fields_ = fields(
+        (CWeight, "routers"),
+        (I32, "layers experts top_k depth bins slots"),
+        (F32, "trust memory"),
+        (Pointer, "edges right guesses counts"),
+    )
 
 
 class Lookahead:
@@ -63,18 +62,10 @@ class Lookahead:
         slots = 2 * DEPTH + 2  # two guesses by each of the layers before, two from embeddings
         self._guesses = torch.zeros(self.layers, slots, 1 + top_k, dtype=torch.int32)
         self._counts = torch.zeros(self.layers, dtype=torch.int32)
-        self.native = CLookahead(
-            Weight.from_tensors("f32", self._routers).native,
-            self.layers,
-            self.experts,
-            top_k,
-            DEPTH,
-            len(_MARGINS) + 1,
-            slots,
-            TRUST,
-            _MEMORY,
-            *(tensor.data_ptr() for tensor in (self._edges, self.right, self._guesses, self._counts)),
-        )
+        tensors = addresses(edges=self._edges, right=self.right, guesses=self._guesses, counts=self._counts)
+        self.native = CLookahead(depth=DEPTH, bins=len(_MARGINS) + 1, trust=TRUST, memory=_MEMORY, **tensors)
+        self.native.routers, self.native.slots = Weight.from_tensors("f32", self._routers).native, slots
+        self.native.layers, self.native.experts, self.native.top_k = self.layers, self.experts, top_k
 
     @property
     def nbytes(self) -> int:
@@ -85,16 +76,13 @@ class Lookahead:
         """(layer, expert) that the layers after ``here`` (-1: from the first on) will probably want for one
         token's x ``[1, H]``, nearest first, as far as guesses of this ``kind`` are trusted."""
         x = float_rows(x, self._routers.shape[1], "x")
-        pairs, count = torch.empty(DEPTH * self.top_k, 2, dtype=torch.int32), ctypes.c_int32(0)
-        status = library().cs_guess(
-            ctypes.byref(self.native), kind, here, address(x), address(pairs), ctypes.byref(count)
-        )
-        check(status, "guess")
+        pairs, count = torch.empty(DEPTH * self.top_k, 2, dtype=torch.int32), I32(0)
+        call("guess", self.native, I32(kind), I32(here), x, pairs, ctypes.byref(count))
         return [(layer, expert) for layer, expert in pairs[: count.value].tolist()]
 
     def learn(self, layer: int, chosen: Sequence[int]) -> None:
         """Compare what was guessed for ``layer`` with the k experts that one token then chose."""
-        library().cs_learn(ctypes.byref(self.native), layer, (ctypes.c_int32 * self.top_k)(*chosen))
+        library().cs_learn(ctypes.byref(self.native), layer, (I32 * self.top_k)(*chosen))
 
     def for_prompt(self, here: int, x: Tensor) -> list[tuple[int, int]]:
         """Of a prompt's many tokens x ``[T, H]`` the layer after ``here`` wants nearly all experts: the most

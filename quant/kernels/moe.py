@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
-from quant.kernels.library import check, library
+from quant.kernels.library import F32, I32, I64, Pointer, addresses, call, fields, library
 from quant.kernels.product import linear
-from quant.kernels.rows import address, float_rows, output_rows
+from quant.kernels.rows import float_rows, output_rows
 from quant.kernels.weight import CWeight, Weight
 
 RouterKind = Literal["sigmoid_input", "softmax", "softmax_normalized"]
@@ -67,15 +67,7 @@ class GatedMlp:
 
 
 class _CJob(ctypes.Structure):
-    _fields_ = [
-        ("gate", CWeight),
-        ("up", CWeight),
-        ("down", CWeight),
-        ("tokens", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("in_scale", ctypes.c_void_p),
-        ("out_weight", ctypes.c_void_p),
-    ]
+    _fields_ = fields((CWeight, "gate up down"), (Pointer, "tokens"), (I64, "count"), (Pointer, "in_scale out_weight"))
 
 
 @dataclass(frozen=True)
@@ -129,41 +121,28 @@ def mlp(jobs: Sequence[Job], x: Tensor, out: Tensor | None = None, *, exact: boo
     out = torch.zeros(x.shape) if out is None else output_rows(out, x.shape[0], x.shape[1])
     kept: list[Tensor] = []
     native = (_CJob * len(jobs))(*(_job(job, x, kept) for job in jobs))
-    status = library().cs_mlp(
-        native,
-        ctypes.c_int64(len(jobs)),
-        address(x),
-        ctypes.c_int64(x.stride(0)),
-        address(out),
-        ctypes.c_int64(out.stride(0)),
-        int(exact),
-    )
-    check(status, "mlp")
+    call("mlp", native, len(jobs), x, x.stride(0), out, out.stride(0), exact)
     return out
 
 
-class _CBlock(ctypes.Structure):
-    _fields_ = [
-        ("norm", ctypes.c_void_p),
-        ("eps", ctypes.c_float),
-        ("router_kind", ctypes.c_int32),
-        ("experts", ctypes.c_int32),
-        ("top_k", ctypes.c_int32),
-        ("router", CWeight),
-        ("gate", CWeight),
-        ("up", CWeight),
-        ("down", CWeight),
-        ("table", ctypes.c_void_p),
-        ("shared", ctypes.c_int32),
-        ("shared_gate", CWeight),
-        ("shared_up", CWeight),
-        ("shared_down", CWeight),
-        ("shared_router", CWeight),
-    ]
+class CMoeBlock(ctypes.Structure):
+    """``coldstream::MoeBlock`` of moe.h."""
+
+    _fields_ = fields(
+        (Pointer, "norm"),
+        (F32, "eps"),
+        (I32, "router_kind experts top_k"),
+        (CWeight, "router gate up down"),
+        (Pointer, "table"),
+        (I32, "shared"),
+        (CWeight, "shared_gate shared_up shared_down shared_router"),
+    )
 
 
-class _CRouting(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("normed", "logits", "chosen", "weights")]
+class CRouting(ctypes.Structure):
+    """``coldstream::Routing`` of moe.h."""
+
+    _fields_ = fields((Pointer, "normed logits chosen weights"))
 
 
 @dataclass(frozen=True)
@@ -215,7 +194,7 @@ class MoeBlock:
         hidden = router.in_features
         if any(h != hidden for h in self._hidden_sizes()):
             raise SchemeError(f"router, norm and shared expert disagree about the hidden size {hidden}")
-        block = _CBlock(eps=eps, router_kind=_ROUTERS[router_kind], experts=router.out_features, top_k=top_k)
+        block = CMoeBlock(eps=eps, router_kind=_ROUTERS[router_kind], experts=router.out_features, top_k=top_k)
         block.norm = None if self.norm is None else self.norm.data_ptr()
         block.router, block.table = router.native, self.table.data_ptr()
         if shared is not None:
@@ -224,7 +203,7 @@ class MoeBlock:
             block.shared_down = shared.down_proj.native
             if shared_router is not None:
                 block.shared_router = shared_router.native
-        self._block = block
+        self.native = block
 
     def _hidden_sizes(self) -> list[int]:
         sizes = [] if self.norm is None else [self.norm.numel()]
@@ -238,8 +217,8 @@ class MoeBlock:
             if weights.gate_proj.in_features != self.router.in_features:
                 raise SchemeError(f"an expert of hidden size {weights.gate_proj.in_features}, not the router's")
             self._shapes = weights.shapes
-            self._block.gate, self._block.up = weights.gate_proj.native, weights.up_proj.native
-            self._block.down = weights.down_proj.native
+            self.native.gate, self.native.up = weights.gate_proj.native, weights.up_proj.native
+            self.native.down = weights.down_proj.native
         if weights.shapes != self._shapes:
             raise SchemeError(f"expert {expert} is of shapes {weights.shapes}: expected {self._shapes} as the others")
         self._resident[expert] = weights
@@ -249,7 +228,7 @@ class MoeBlock:
     def publish(self, expert: int, state: int) -> None:
         """Set the state of ``expert`` (READY, COMING, ABSENT, FAILED) from any thread and wake who waits."""
         place = self.table.data_ptr() + 8 * (expert * _ENTRY + _STATE)
-        library().cs_publish(ctypes.c_void_p(place), ctypes.c_int64(state))
+        library().cs_publish(Pointer(place), I64(state))
 
     def clear_expert(self, expert: int) -> None:
         """Forget ``expert``: from now on a token that needs it finds it missing."""
@@ -264,21 +243,9 @@ class MoeBlock:
         normed, logits = torch.empty(tokens, hidden), torch.empty(tokens, experts)
         chosen = torch.empty(tokens, self.top_k, dtype=torch.int32)
         weights = torch.empty(tokens, self.top_k)
-        out = torch.empty(tokens, hidden)
-        routing = _CRouting(*(t.data_ptr() for t in (normed, logits, chosen, weights)))
-        complete = ctypes.c_int32(0)
-        status = library().cs_moe(
-            ctypes.byref(self._block),
-            address(x),
-            ctypes.c_int64(x.stride(0)),
-            ctypes.c_int64(tokens),
-            address(out),
-            ctypes.c_int64(hidden),
-            ctypes.byref(routing),
-            int(exact),
-            ctypes.byref(complete),
-        )
-        check(status, "MoE block")
+        out, complete = torch.empty(tokens, hidden), I32(0)
+        routing = CRouting(**addresses(normed=normed, logits=logits, chosen=chosen, weights=weights))
+        call("moe", self.native, x, x.stride(0), tokens, out, hidden, routing, exact, ctypes.byref(complete))
         return MoeResult(out if complete.value else None, logits, chosen, weights, normed)
 
     def shared_job(self, result: MoeResult) -> list[Job]:

@@ -4,11 +4,9 @@ Everything here runs on one thread pool of its own, in which the calling thread 
 the interpreter lock during a call; two calls at once wait for each other.
 """
 
-import ctypes
-
 from quant.errors import MachineError
 from quant.kernels.attention import Attention, AttentionShape, KvBuffers
-from quant.kernels.library import check, choose_isa, library, usable_isas
+from quant.kernels.library import F64, I32, I64, call, choose_isa, library, usable_isas
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, MoeResult, mlp
 from quant.kernels.product import linear
 from quant.kernels.weight import Weight
@@ -53,7 +51,7 @@ def set_threads(count: int) -> None:
     """Use ``count`` threads, caller included; by default the physical cores this process may run on."""
     if not 1 <= count <= 1024:
         raise MachineError(f"{count} threads cannot be started: expected 1 to 1024")
-    check(library().cs_set_threads(count), "set_threads")
+    call("set_threads", I32(count))
 
 
 def threads() -> int:
@@ -66,7 +64,7 @@ def read_bandwidth(nbytes: int = 1 << 30, seconds: float = 1.0) -> float:
 
     The yardstick of the memory floor: nothing is computed but a checksum that keeps the reads alive.
     """
-    rate = float(library().cs_read_bandwidth(ctypes.c_int64(nbytes), ctypes.c_double(seconds)))
+    rate = float(library().cs_read_bandwidth(I64(nbytes), F64(seconds)))
     if rate < 0:
         raise MachineError(f"{nbytes} bytes for the bandwidth probe cannot be allocated: ask for fewer")
     return rate

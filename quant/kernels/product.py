@@ -1,12 +1,10 @@
 """y = x · Wᵀ on a packed weight, in one native call."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from quant.kernels.library import check, library
-from quant.kernels.rows import address, float_rows, output_rows
+from quant.kernels.library import call
+from quant.kernels.rows import float_rows, output_rows
 from quant.kernels.weight import Weight
 
 
@@ -20,14 +18,5 @@ def linear(x: Tensor, weight: Weight, *, exact: bool = False, out: Tensor | None
     x = float_rows(x, weight.in_features, "x")
     tokens, n = x.shape[0], weight.out_features
     out = torch.empty(tokens, n, dtype=torch.float32) if out is None else output_rows(out, tokens, n)
-    status = library().cs_linear(
-        ctypes.byref(weight.native),
-        address(x),
-        ctypes.c_int64(x.stride(0)),
-        ctypes.c_int64(tokens),
-        address(out),
-        ctypes.c_int64(out.stride(0)),
-        int(exact),
-    )
-    check(status, "linear")
+    call("linear", weight.native, x, x.stride(0), tokens, out, out.stride(0), exact)
     return out

@@ -15,32 +15,26 @@ import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
-from quant.kernels.library import check, library
+from quant.kernels.library import F64, I32, I64, Pointer, addresses, call, fields
 from quant.scheme import GROUP_SIZES, Kind
 
 _KINDS: dict[Kind, int] = {"int4": 0, "int8": 1}
 _SOURCES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
-class _Job(ctypes.Structure):
-    _fields_ = [
-        ("source", ctypes.c_void_p),
-        ("source_type", ctypes.c_int32),
-        ("kind", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("transposed", ctypes.c_int32),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("packed", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("search", ctypes.c_int32),
-        ("means", ctypes.c_void_p),
-    ]
+class _CQuantizeJob(ctypes.Structure):
+    _fields_ = fields(
+        (Pointer, "source"),
+        (I32, "source_type kind group transposed"),
+        (I64, "n k stride"),
+        (Pointer, "packed scale"),
+        (I32, "search"),
+        (Pointer, "means"),
+    )
 
 
-class _Stats(ctypes.Structure):
-    _fields_ = [("nonfinite", ctypes.c_int64), ("squared_error", ctypes.c_double), ("squared_sum", ctypes.c_double)]
+class _CQuantizeStats(ctypes.Structure):
+    _fields_ = fields((I64, "nonfinite"), (F64, "squared_error squared_sum"))
 
 
 class Quantized(NamedTuple):
@@ -98,20 +92,10 @@ def quantize_pack(
         source = source.contiguous()
     packed = torch.empty((n, k // (8 if kind == "int4" else 4)), dtype=torch.int32)
     scale = torch.empty((n, k // group_size), dtype=torch.bfloat16)
-    job = _Job(
-        source.data_ptr(),
-        _SOURCES[source.dtype],
-        _KINDS[kind],
-        group_size,
-        transposed,
-        n,
-        k,
-        source.stride(0),
-        packed.data_ptr(),
-        scale.data_ptr(),
-        search,
-        None if means is None else means.data_ptr(),
-    )
-    stats = _Stats()
-    check(library().cs_quantize(ctypes.byref(job), ctypes.byref(stats)), "quantize")
+    tensors = addresses(source=source, packed=packed, scale=scale, means=means)
+    job = _CQuantizeJob(n=n, k=k, stride=source.stride(0), **tensors)
+    job.source_type, job.kind, job.group = _SOURCES[source.dtype], _KINDS[kind], group_size
+    job.transposed, job.search = transposed, search
+    stats = _CQuantizeStats()
+    call("quantize", job, stats)
     return Quantized(packed, scale, stats.nonfinite == 0, stats.squared_error, stats.squared_sum)

@@ -1,6 +1,4 @@
-"""Tensors as the native calls take them: f32 rows with adjacent columns, passed by address."""
-
-import ctypes
+"""Tensors as the native calls take them: f32 rows with adjacent columns."""
 
 import torch
 from torch import Tensor
@@ -22,8 +20,3 @@ def output_rows(out: Tensor, tokens: int, features: int) -> Tensor:
     if not fits or out.stride(1) != 1:
         raise SchemeError(f"out is {tuple(out.shape)} {out.dtype}: expected f32 {(tokens, features)} rows")
     return out
-
-
-def address(tensor: Tensor) -> ctypes.c_void_p:
-    """Where the tensor's first element lies."""
-    return ctypes.c_void_p(tensor.data_ptr())

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
-from quant.kernels.attention import Attention, KvBuffers, _CBlock, _CCache
-from quant.kernels.library import check, library
+from quant.kernels.attention import Attention, CAttention, CKvCache, KvBuffers
+from quant.kernels.library import F32, F64, I32, I64, Pointer, addresses, call, fields
 from quant.kernels.lookahead import DEPTH, CLookahead, Lookahead
-from quant.kernels.moe import GatedMlp, MoeBlock, _CRouting
-from quant.kernels.moe import _CBlock as _CMoeBlock
+from quant.kernels.moe import CMoeBlock, CRouting, GatedMlp, MoeBlock
 from quant.kernels.weight import CWeight, NativeKind, Weight
 
 
@@ -24,52 +23,43 @@ class DenseBlock:
 
     def __init__(self, mlp: GatedMlp, norm: Tensor, eps: float) -> None:
         self.mlp, self.norm, self.top_k = mlp, norm.float().contiguous(), 0
-        block = _CMoeBlock(eps=eps, router_kind=0, experts=0, top_k=0, shared=1)
+        block = CMoeBlock(eps=eps, shared=1)
         block.norm = self.norm.data_ptr()
         block.router.k = mlp.gate_proj.in_features
         block.shared_gate, block.shared_up = mlp.gate_proj.native, mlp.up_proj.native
         block.shared_down = mlp.down_proj.native
-        self._block = block
+        self.native = block
 
 
 class _CLayer(ctypes.Structure):
-    _fields_ = [
-        ("attention", ctypes.POINTER(_CBlock)),
-        ("moe", ctypes.POINTER(_CMoeBlock)),
-        ("cache", _CCache),
-        ("routing", _CRouting),
-        ("moe_index", ctypes.c_int64),
-    ]
+    _fields_ = fields(
+        (ctypes.POINTER(CAttention), "attention"),
+        (ctypes.POINTER(CMoeBlock), "moe"),
+        (CKvCache, "cache"),
+        (CRouting, "routing"),
+        (I64, "moe_index"),
+    )
 
 
 class _CRun(ctypes.Structure):
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("cosine", ctypes.c_void_p),
-        ("sine", ctypes.c_void_p),
-        ("position", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("layer", ctypes.c_int64),
-        ("stage", ctypes.c_int32),
-        ("exact", ctypes.c_int32),
-        ("reason", ctypes.c_int32),
-        ("wanted_count", ctypes.c_int32),
-        ("wanted", ctypes.c_void_p),
-        ("layer_of", ctypes.c_void_p),
-        ("lookahead", ctypes.POINTER(CLookahead)),
-        ("late", ctypes.c_void_p),
-        ("done", ctypes.c_uint64),
-        ("patience", ctypes.c_double),
-        ("wanted_room", ctypes.c_int32),
-        ("eps", ctypes.c_float),
-        ("norm", ctypes.c_void_p),
-        ("head", CWeight),
-        ("normed", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("embeddings", CWeight),
-        ("guess_token_from", ctypes.c_int64),
-        ("guessed_token", ctypes.c_int32),
-    ]
+    _fields_ = fields(
+        (Pointer, "x cosine sine"),
+        (I64, "position count layer"),
+        (I32, "stage exact reason wanted_count"),
+        (Pointer, "wanted layer_of"),
+        (ctypes.POINTER(CLookahead), "lookahead"),
+        (Pointer, "late"),
+        (ctypes.c_uint64, "done"),
+        (F64, "patience"),
+        (I32, "wanted_room"),
+        (F32, "eps"),
+        (Pointer, "norm"),
+        (CWeight, "head"),
+        (Pointer, "normed logits"),
+        (CWeight, "embeddings"),
+        (I64, "guess_token_from"),
+        (I32, "guessed_token"),
+    )
 
 
 _TOKEN, _LAYER, _EXPERTS = range(3)  # stages
@@ -146,10 +136,10 @@ class Stack:
         for index, (attention, block) in enumerate(zip(attentions, blocks, strict=True)):
             layer = self._layers[index]
             if attention.shape.rope != "none":
-                attention._block.rope_dim = rotary
-            layer.attention, layer.moe = ctypes.pointer(attention._block), ctypes.pointer(block._block)
-            found = (self.normed[index], self.logits[index], self.chosen[index], self.weights[index])
-            layer.routing = _CRouting(*(tensor.data_ptr() for tensor in found))
+                attention.native.rope_dim = rotary
+            layer.attention, layer.moe = ctypes.pointer(attention.native), ctypes.pointer(block.native)
+            found = {name: getattr(self, name)[index] for name in ("normed", "logits", "chosen", "weights")}
+            layer.routing = CRouting(**addresses(**found))
             layer.moe_index = moe_layers.index(index) if index in moe_layers else -1
         self._kept: list[KvBuffers] = []
         self.token_logits: Tensor | None = None
@@ -164,7 +154,7 @@ class Stack:
         full."""
         self._kept = list(caches)
         for layer, attention, cache in zip(self._layers, self.attentions, caches, strict=True):
-            layer.cache = attention._cache(cache, position, 1)
+            layer.cache = attention.rows(cache, position, 1)
 
     def move(self, layer: int, first_position: int) -> None:
         """Row 0 of ``layer``'s buffers now holds the token at ``first_position``."""
@@ -194,7 +184,7 @@ class Stack:
         first: begin the reads of what is missing and of what is wanted. Returns at the latest after a tenth
         of a second of waiting."""
         run = self._run
-        check(library().cs_stack(self._layers, ctypes.byref(run)), "stack")
+        call("stack", self._layers, run)
         if run.layer == run.count:
             return None
         layer, within = run.layer, run.stage == _EXPERTS

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
+from quant.kernels.library import I32, I64, Pointer, fields
 from quant.scheme import GROUP_SIZES, Kind
 
 NativeKind = Kind | Literal["f32"]  # of which nf4 is refused
@@ -22,15 +23,7 @@ _PLAIN: dict[NativeKind, torch.dtype] = {"bf16": torch.bfloat16, "f32": torch.fl
 class CWeight(ctypes.Structure):
     """``coldstream::Weight`` of kernels.h."""
 
-    _fields_ = [
-        ("kind", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("packed", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("pitch", ctypes.c_int64),
-    ]
+    _fields_ = fields((I32, "kind group"), (I64, "n k"), (Pointer, "packed scale"), (I64, "pitch"))
 
 
 @dataclass(frozen=True)

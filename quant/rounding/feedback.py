@@ -9,26 +9,15 @@ import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
-from quant.kernels.library import check, library
+from quant.kernels.library import I32, I64, Pointer, addresses, call, fields
 from quant.rounding.curvature import BLOCK, Curvature
 from quant.scheme import Scheme
 
 
-class _Job(ctypes.Structure):
-    _fields_ = [
-        ("weight", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("group", ctypes.c_int32),
-        ("block", ctypes.c_int32),
-        ("low", ctypes.c_int32),
-        ("high", ctypes.c_int32),
-        ("order", ctypes.c_void_p),
-        ("first", ctypes.c_void_p),
-        ("again", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-    ]
+class _CFeedbackJob(ctypes.Structure):
+    _fields_ = fields(
+        (Pointer, "weight scale"), (I64, "n k"), (I32, "group block low high"), (Pointer, "order first again values")
+    )
 
 
 def round_with_feedback(weight: Tensor, scale: Tensor, scheme: Scheme, curvature: Curvature) -> Tensor:
@@ -51,19 +40,6 @@ def round_with_feedback(weight: Tensor, scale: Tensor, scheme: Scheme, curvature
     weight, scale = weight.contiguous(), scale.contiguous()
     values = torch.empty((n, k), dtype=torch.int8)
     top = 2 ** (scheme.bits - 1)
-    job = _Job(
-        weight.data_ptr(),
-        scale.data_ptr(),
-        n,
-        k,
-        scheme.group_size,
-        BLOCK,
-        -top,
-        top - 1,
-        curvature.order.data_ptr(),
-        curvature.first.data_ptr(),
-        curvature.again.data_ptr(),
-        values.data_ptr(),
-    )
-    check(library().cs_round(ctypes.byref(job)), "round")
+    tensors = addresses(weight=weight, scale=scale, values=values, **vars(curvature))
+    call("round", _CFeedbackJob(n=n, k=k, group=scheme.group_size, block=BLOCK, low=-top, high=top - 1, **tensors))
     return values

@@ -174,7 +174,7 @@ def test_a_request_that_makes_no_sense_is_an_error(ids: list[list[int]], first: 
     experts = Experts(Scheme("int4", 128))
     bell = host_bell(experts, 1, 1, scales_input=True)
     ring(bell.buffers, layer, ids, first)
-    with pytest.raises(MachineError, match="doorbell failed"):
+    with pytest.raises(MachineError, match="bell_serve failed"):
         bell.serve(1)
 
 
