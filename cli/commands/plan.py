@@ -89,7 +89,7 @@ def _calibration(model: str, text: Path, shape: "ModelShape") -> dict[str, Any]:
         from tokenizers import Tokenizer
 
         tokenizer: Any = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-        tokens = len(tokenizer.encode(words, add_special_tokens=False).ids)
+        tokens = len(tokenizer.encode(words).ids)
     else:
         tokens = len(words.encode()) // _BYTES_PER_TOKEN
     check_calibration(shape, tokens // CALIBRATION_WINDOW * CALIBRATION_WINDOW, counted=counted)

@@ -1,18 +1,79 @@
-"""The model's own tokenizer, by transformers."""
+"""The model's own tokenizer, by transformers, and the one way from text to token ids."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quant.errors import CheckpointError
+from offload.model.chat_template import render_chat
+from quant.errors import CheckpointError, InputError, UsageError
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The model's tokenizer. Raises CheckpointError if it cannot be read."""
+    """The model's tokenizer; Python code that lies beside it is never run.
+
+    Raises CheckpointError if it cannot be read, or is nothing without that code.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(path, error) from None
+    except Exception as error:
+        if type(error) is not Exception:  # what the tokenizers library raises for a file that it cannot read
+            raise
+        raise _unreadable(path, error) from None
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of ``text``, with the tokens around it that the tokenizer itself adds.
+
+    A beginning of text that is spelled out is not put there twice. Raises InputError for what is no text.
+    """
+    ids: list[int] = tokenizer(_checked(text), verbose=False).input_ids
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Token ids of a conversation, by the model's chat template, up to where the assistant answers.
+
+    The template has all special tokens that there are. Raises UsageError if the model has no template,
+    CheckpointError if it refuses the conversation or is broken, InputError for what is no text.
+    """
+    if not tokenizer.chat_template:
+        raise UsageError("this model has no chat template: use `coldstream generate` instead of chat")
+    text = render_chat(tokenizer.get_chat_template(), messages, tokenizer.special_tokens_map)
+    ids: list[int] = tokenizer(_checked(text), add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def check_ids(ids: Sequence[int], rows: int) -> None:
+    """Raise CheckpointError if any of ``ids`` is beyond an embedding of ``rows`` rows."""
+    most = max(ids, default=0)
+    if most >= rows:
         raise CheckpointError(
-            f"{path} has no tokenizer that transformers can load: {str(error).splitlines()[0]}"
+            f"the tokenizer makes token {most:,} of this text, and the model's embedding ends at {rows - 1:,}: "
+            "expected a tokenizer of the same model; take out the tokens that were added to it"
+        )
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text cannot be read as Unicode: character {error.start} is {text[error.start]!a}, half of a "
+            "character or a byte that is no UTF-8; give UTF-8 text"
         ) from None
+    return text
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    if "trust_remote_code" in str(error):
+        return CheckpointError(
+            f"{path}: its tokenizer is Python code of its own, which Coldstream never runs; expected a tokenizer "
+            "that transformers itself knows"
+        )
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CheckpointError(f"{path} has no tokenizer that transformers can load: {said}")

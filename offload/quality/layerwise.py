@@ -22,6 +22,7 @@ from offload.experts.storage.store import ExpertStore, ExpertWeights
 from offload.model.kv_cache import KVCache, Storage
 from offload.model.load import load_model, runtime_name
 from offload.model.moe import ExpertRunner, expert_mlp
+from offload.model.tokenizer import check_ids
 from offload.routing.eviction import LeastRecent
 from offload.routing.stats import Ids, RoutingStats
 from quant.checkpoint.checkpoint import Checkpoint
@@ -108,8 +109,13 @@ class Layerwise:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """Hidden states ``[B, T, H]`` f32 of token ids ``[B, T]``, as the first layer takes them."""
-        hidden: Tensor = self.model.get_input_embeddings()(ids)
+        """Hidden states ``[B, T, H]`` f32 of token ids ``[B, T]``, as the first layer takes them.
+
+        Raises CheckpointError for an id that the model does not know.
+        """
+        embedding = self.model.get_input_embeddings()
+        check_ids(ids.flatten().tolist(), len(embedding.weight))
+        hidden: Tensor = embedding(ids)
         return hidden
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.model.tokenizer import encode
 from quant.errors import InputError
 
 
@@ -21,9 +22,9 @@ class Windows:
     def cut(cls, text: str, tokenizer: Any, length: int, count: int | None = None) -> "Windows":
         """The first ``count`` whole windows of ``length`` tokens (None: all there are).
 
-        Raises InputError if the text does not hold that many, or none.
+        The text begins as the tokenizer begins one. Raises InputError if it does not hold that many, or none.
         """
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = encode(tokenizer, text)
         there = len(ids) // length
         wanted = there if count is None else count
         if wanted < 1 or there < wanted:

@@ -21,6 +21,7 @@ from offload.experts.cache.oom import with_room
 from offload.hardware.ledger import resident_bytes
 from offload.hardware.vram_limit import VramMeter
 from offload.model.kv_cache import KVCache
+from offload.model.tokenizer import check_ids
 from offload.records import Finish, Sampling, TokenRecord
 from offload.run.sampling import Sampler, TextStream
 from offload.tiers import Tier
@@ -47,6 +48,7 @@ class Generator:
         *,
         dense_bytes: int,
         prompt_chunk: int,
+        vocab_size: int,
         eos: frozenset[int],
         home: Tier,
         vram: VramMeter | None = None,
@@ -54,7 +56,8 @@ class Generator:
     ) -> None:
         self.decoder, self.tokenizer, self.cache, self.experts = decoder, tokenizer, cache, experts
         self.dense_bytes, self.prompt_chunk, self.eos, self.home = dense_bytes, prompt_chunk, eos, home
-        self._vram, self._after_first, self._begun = vram, after_first, False
+        self._vocab_size, self._vram = vocab_size, vram
+        self._after_first, self._begun = after_first, False
         self.tokens: list[int] = []  # what the cache holds
         self.runs: deque[list[TokenRecord]] = deque(maxlen=_KEPT_RUNS)
         self._turn = 0  # counts who may go on: a later call ends an earlier one
@@ -68,10 +71,12 @@ class Generator:
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[TokenRecord]:
         """Yield the prefill's record and then one per decoded token.
 
-        Raises UsageError for an empty prompt and BudgetError for one that does not fit the planned context.
+        Raises UsageError for an empty prompt, CheckpointError for a token that the model does not know and
+        BudgetError for a prompt that does not fit the planned context.
         """
         if not prompt:
             raise UsageError("the prompt is empty: expected at least one token")
+        check_ids(prompt, self._vocab_size)
         room = self.cache.context - len(prompt)
         if room < 1:
             raise BudgetError(
@@ -126,6 +131,7 @@ class Generator:
 
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
         """Run ``prompt`` through the model without choosing a token; the record's ``token_id`` is -1."""
+        check_ids(prompt, self._vocab_size)
         self._take_turn()
         self.finish_load()
         started = time.perf_counter()

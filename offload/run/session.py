@@ -23,7 +23,7 @@ from offload.hardware.vram_limit import Allowance, VramMeter
 from offload.model.kv_cache import KVCache, Storage
 from offload.model.load import check_rope, load_model, move_to_arena, text_config
 from offload.model.moe import ExpertRunner
-from offload.model.tokenizer import load_tokenizer
+from offload.model.tokenizer import encode, encode_chat, load_tokenizer
 from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
 from offload.records import RunOptions, Sampling, TokenRecord
 from offload.routing.eviction import make_policy
@@ -36,7 +36,7 @@ from offload.run.report import RunReport
 from offload.tiers import Key, Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.identity import model_id
-from quant.errors import BudgetError, UsageError
+from quant.errors import BudgetError
 from quant.model.hub import resolve_model
 from quant.model.recipe import load_recipe
 from quant.sizes import format_size
@@ -95,6 +95,7 @@ class Session:
             self.experts,
             dense_bytes=self._enter_dense(),
             prompt_chunk=self.plan.prompt_chunk,
+            vocab_size=self.shape.vocab_size,
             eos=self._eos(),
             home="vram" if device.type == "cuda" else "ram",
             vram=self.vram,
@@ -190,22 +191,12 @@ class Session:
         return len(self.generator.tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, with the beginning-of-text token where the tokenizer adds one or the model
-        has one."""
-        ids: list[int] = self.tokenizer.encode(text)
-        bos = self.tokenizer.bos_token_id
-        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        """Token ids of ``text``, as the tokenizer itself begins and ends one. Raises InputError for no text."""
+        return encode(self.tokenizer, text)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, by the model's chat template, up to where the assistant answers.
-
-        Raises UsageError if the model has no chat template.
-        """
-        if not self.tokenizer.chat_template:
-            raise UsageError("this model has no chat template: use `coldstream generate` instead of chat")
-        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        """Token ids of a conversation, up to where the assistant answers: see ``tokenizer.encode_chat``."""
+        return encode_chat(self.tokenizer, messages)
 
     def generate(
         self, prompt: str | Sequence[int], sampling: Sampling | None = None, **asked: Any

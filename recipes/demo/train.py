@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Llama4ForCausalLM, Llama4TextConfig
@@ -170,6 +170,8 @@ def train_tokenizer(texts: list[str]) -> Tokenization:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    begin = tokenizer.token_to_id(BEGIN)  # every text the model sees begins with it
+    tokenizer.post_processor = processors.TemplateProcessing(f"{BEGIN} $A", f"{BEGIN} $A $B:1", [(BEGIN, begin)])
     return Tokenization(
         tokenizer_object=tokenizer,
         bos_token=BEGIN,

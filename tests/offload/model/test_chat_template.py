@@ -1,0 +1,145 @@
+"""Chat templates: rendered as transformers renders them; broken, endless and enormous ones end soon."""
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from offload.model import chat_template
+from offload.model.chat_template import render_chat
+from quant.errors import CheckpointError
+from tests.tokenizers import byte_level
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " Hi <b> é 😀\n"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "{{ bos_token }} {% raw %}"},
+]
+TEMPLATES = {
+    "roles": "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}",
+    "prompt": "{{ bos_token }}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "blocks": "  {% for m in messages -%}\n  {{ m.content }}\n  {%- endfor %}\n\n",
+    "loops": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
+    "json": "{{ messages | tojson }}{{ messages[1] | tojson(indent=2) }}{{ '<é>' | tojson(ensure_ascii=true) }}",
+    "namespace": "{% set ns = namespace(a=1) %}{% for m in messages %}{% set ns.a = ns.a + 1 %}{% endfor %}{{ ns.a }}",
+    "dict": "{% set d = dict(a=1, **messages[0]) %}{{ d.role }}{{ dict.fromkeys(['x'], 2) }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "macro": "{% macro say(m) %}{{ m.role | upper }}{% endmacro %}{{ say(messages[0]) }}",
+    "absent": "{{ nothing }}{{ tools is none }}{{ documents is defined }}{{ nothing is defined }}",
+    "time": "{{ strftime_now('%Y') }}",
+    "map": "{{ messages | map(attribute='role') | join(', ') }}",
+    "strings": "{{ messages[1].content.strip().split(' ')[0] }}{{ 'a' * 3 }}{{ messages[0].content[::-1] }}",
+    "special": "{{ eos_token }}{{ pad_token }}",
+}
+
+
+def stock(template: str, messages: list[dict[str, Any]]) -> str:
+    tokenizer = tokenizer_of(template)
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def tokenizer_of(template: str) -> PreTrainedTokenizerFast:
+    return byte_level(bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=template)
+
+
+def render(template: str, messages: list[dict[str, Any]] = TALK) -> str:
+    return render_chat(template, messages, tokenizer_of(template).special_tokens_map)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_it_is_what_transformers_makes_of_it(name: str) -> None:
+    assert render(TEMPLATES[name]) == stock(TEMPLATES[name], TALK)
+
+
+def test_the_demo_models_template_is_too(demo_model: Path) -> None:
+    template = (demo_model / "chat_template.jinja").read_text()
+    assert render(template) == stock(template, TALK)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('Only user and assistant roles are supported!') }}", "Only user and assistant"),
+        ("a\n{{ messages.foo.bar }}", "line 2: 'list object' has no attribute 'foo'"),
+        ("a\n\n{% if %}", "line 3: "),
+        ("{% for m in messages %}", "line 1: "),
+        ("{{ unknown() }}", "'unknown' is undefined"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages | nosuchfilter }}", "nosuchfilter"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'x'.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% set ns = namespace(_a=1) %}", "underscore"),
+        ("{{ range(10000000) | length }}", "Range too big"),
+        ("{% include 'evil.py' %}", "no loader"),
+        ("{{ raise_exception() }}", "missing 1 required"),
+        ("{{ raise_exception('long ' * 100000) }}", "long long"),
+    ],
+)
+def test_a_template_that_fails_is_one_short_line(template: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match="the model's chat template cannot put this conversation") as error:
+        render(template)
+    assert said in str(error.value)
+    assert len(str(error.value)) < 700
+
+
+NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+ENDS = "{% endfor %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        NESTED + ENDS,
+        NESTED + "x" + ENDS,
+        "{{ 10 ** (10 ** 10) }}",
+        "{{ 'x' * 10 ** 10 }}",
+        "{{ '%010000000000d' % 1 }}",
+        "{{ '{:10000000000}'.format(1) }}",
+        "{{ 'x'.ljust(10 ** 10) }}",
+        "{{ ('x' * 4000000) }}",
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "{{ [[0] * 9999] * 9999999 }}",
+    ],
+)
+def test_endless_and_enormous_templates_end_with_one_line(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match=r"takes|makes"):
+        render(template)
+    assert time.perf_counter() - started < chat_template.WALL_SECONDS + 5
+
+
+def test_a_template_that_sleeps_on_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "WALL_SECONDS", 0.5)
+    with pytest.raises(CheckpointError, match="longer than"):
+        render(NESTED + ENDS)
+
+
+def test_a_long_conversation_is_no_enormous_one() -> None:
+    talk = [{"role": "user", "content": "word " * 400_000}, {"role": "assistant", "content": "é" * 400_000}]
+    assert len(render(TEMPLATES["roles"], talk)) > 2_399_000
+
+
+def test_half_a_character_passes_through_as_it_is() -> None:
+    assert render("{{ messages[0].content }}", [{"role": "user", "content": "caf\udce9"}]) == "caf\udce9"
+
+
+def test_an_interrupt_ends_the_process_that_renders(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    class Interrupted(popen):  # type: ignore[misc, valid-type]
+        def communicate(self, *args: Any, **kwargs: Any) -> Any:
+            started.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render(NESTED + ENDS)
+    [process] = started
+    assert process.poll() is not None
