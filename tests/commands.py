@@ -55,7 +55,7 @@ def invoke(*arguments: str | Path, stdin: str = "") -> Finished:
 class Terminal:
     """``coldstream ARGUMENTS`` on a pseudo-terminal, which a test types into and reads."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, **variables: str) -> None:
         ours, theirs = pty.openpty()
         self.ours = ours
         self.seen = ""
@@ -66,7 +66,7 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            env=os.environ | {"TERM": "dumb"},
+            env=os.environ | {"TERM": "dumb"} | variables,
         )
         os.close(theirs)
 

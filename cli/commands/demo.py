@@ -119,7 +119,7 @@ class Demo:
 
     def plan(self) -> dict[str, Any]:
         """Where every byte of the coming run goes, with RAM for about half of the experts."""
-        from cli.terminal.words import number, percent, size
+        from cli.terminal.words import limit_name, number, percent, size
         from offload.experts.storage.store import ExpertStore, schemes_of_tensors
         from offload.hardware.probe import probe
         from offload.plan.plan import make_plan
@@ -153,7 +153,7 @@ class Demo:
             f"   {plan.ram_slots} of {plan.experts} experts at a time, the others read from disk "
             f"when asked for: {percent(plan.hit_rates['ram'])} hits expected\n"
             f"   {number(plan.predicted_tokens_per_s)} tokens/s decode and "
-            f"{number(plan.predicted_prefill_tokens_per_s)} prefill predicted; {plan.limited_by} is the limit"
+            f"{number(plan.predicted_prefill_tokens_per_s)} prefill predicted, limited by {limit_name(plan.limited_by)}"
         )
         return plan.to_json()
 

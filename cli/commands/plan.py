@@ -10,13 +10,13 @@ import typer
 
 from cli.options.machine import AskedMachine, takes_machine
 from cli.options.output import takes_console
-from cli.options.run import PlannedModel, Routing, takes_budgets
+from cli.options.run import ModelOrShape, Routing, takes_budgets
 from cli.options.schemes import AskedSchemes, takes_schemes
 from cli.terminal.console import Console
 from offload.records import RunOptions
 
 if TYPE_CHECKING:
-    from offload.plan.planned_run import PlannedRun
+    from offload.plan.planned_run import PlannedModel, PlannedRun
     from quant.model.shape import ModelShape
 
 Calibrate = Annotated[
@@ -32,7 +32,7 @@ _BYTES_PER_TOKEN = 4
 @takes_budgets
 @takes_machine
 def plan(
-    model: PlannedModel,
+    model: ModelOrShape,
     stored: AskedSchemes,
     target: AskedMachine,
     console: Console,
@@ -47,6 +47,7 @@ def plan(
     stored as; a shape without either takes the recipe of its name, or `fast`.
     """
     from cli.steps.plan_run import plan_run
+    from cli.terminal.plan_table import caution
     from cli.terminal.words import number
     from offload.simulator.simulation import Setup
 
@@ -54,14 +55,15 @@ def plan(
     made, shape, schemes = run.plan, run.model.shape, run.model.schemes
     replay = Setup.of(shape, schemes, made, run.machine)
     decode, prefill = replay.decode(_REPLAYED), replay.prefill()
-    notes = (*run.machine.notes, *made.notes)
+    notes, files = (*run.machine.notes, *made.notes), file_bytes(run.model)
     calibration = _calibration(model, calibrate, shape) if calibrate is not None else None
     if not console.json:
         _show(console, model, run)
-        console.say(
-            f"replayed  {number(decode.tokens_per_s)} tokens/s, prefill {number(prefill.tokens_per_s)}: "
-            "the same run event by event (coldstream simulate)"
+        replayed = (
+            f"{number(decode.tokens_per_s)} tokens/s, prefill {number(prefill.tokens_per_s)}: the same run event by "
+            "event, which counts waits that the arithmetic above does not (coldstream simulate)"
         )
+        console.rows([("replayed", replayed), *_files(files), *caution(run.machine)])
         if calibration is not None:
             _show_calibration(console, calibration)
         console.notes(notes)
@@ -72,6 +74,7 @@ def plan(
             "model": model,
             "schemes": {role: str(scheme) for role, scheme in schemes.items()},
             "machine": run.machine.to_json(),
+            "files": files,
             "notes": notes,
             **({"calibration": calibration} if calibration else {}),
         }
@@ -109,10 +112,25 @@ def _show_calibration(console: Console, found: Mapping[str, Any]) -> None:
 
     parts = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found["bytes"].items())
     about = "" if found["tokens_counted"] else "about "
-    console.say(
-        f"calibrate {size(found['total_bytes'])} of RAM for {about}{found['tokens']:,} tokens: {parts}; "
-        f"{size(found['tuning_bytes'])} more with --tune"
-    )
+    text = f"{size(found['total_bytes'])} of RAM for {about}{found['tokens']:,} tokens: {parts}; "
+    console.rows([("calibrate", f"{text}{size(found['tuning_bytes'])} more with --tune")])
+
+
+def file_bytes(model: "PlannedModel") -> dict[str, int | None]:
+    """Bytes of the quantized checkpoint, and of the bf16 one that it is made from (None where nothing is)."""
+    stored = sum(model.shape.role_nbytes(model.schemes).values())
+    source = None if model.origin.startswith("as stored") else sum(model.shape.role_nbytes({}).values())
+    return {"source": source, "stored": stored, "converting": None if source is None else source + stored}
+
+
+def _files(found: Mapping[str, int | None]) -> list[tuple[str, str]]:
+    from cli.terminal.words import size
+
+    stored, source = found["stored"] or 0, found["source"]
+    if source is None:
+        return [("files", f"{size(stored)} on disk")]
+    both = f"{size(source + stored)} on disk while converting"
+    return [("files", f"{size(source)} to download (bf16), {both}, {size(stored)} after")]
 
 
 def _weights(shape: "ModelShape") -> str:
@@ -131,11 +149,10 @@ def _show(console: Console, model: str, run: "PlannedRun") -> None:
     from cli.steps.plan_run import stored_as
     from cli.terminal.plan_table import advice, byte_table, machine_line, speeds
 
-    console.say(f"{model}: {_weights(run.model.shape)}")
-    console.say(stored_as(run.model))
-    console.say(machine_line(run.machine))
+    console.prose(f"{model}: {_weights(run.model.shape)}")
+    console.prose(stored_as(run.model))
+    console.prose(machine_line(run.machine))
     console.say()
     console.show(byte_table(run.plan))
     console.say()
-    for line in (*speeds(run.plan), *advice(run.plan)):
-        console.say(line)
+    console.rows([*speeds(run.plan), *advice(run.plan)])

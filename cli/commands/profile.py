@@ -115,7 +115,7 @@ def show(stats: "RoutingStats", console: Console) -> None:
         shares = [f"{100 * share:.1f} %" for share in (skew.top10, skew.top25, skew.top50)]
         table.add_row(str(skew.layer), *shares, f"{skew.entropy:.2f}")
     console.show(table)
-    console.show(heat_map(stats))
+    console.say(heat_map(stats, min(128, console.width - 8) if console.rich.is_terminal else 128))
 
 
 def heat_map(stats: "RoutingStats", width: int = 128) -> str:

@@ -120,7 +120,7 @@ def quantize(
             checkpoint, goal, roles, fixed, evidence, work / "sensitivity.json", resume, console
         )
         chosen = {"allocation": allocation.to_json()}
-    named = schemes_line(schemes)
+    named = schemes_line(schemes, checkpoint.shape)
     mostly = "mostly " if goal is not None else ""
     console.step(f"quantizing {path} to {destination}: {mostly}{named}")
     rounder = plain
@@ -246,7 +246,7 @@ def _show(console: Console, report: "ConversionReport", calibrated: bool) -> Non
         console.show(table)
         for role in report.roles:
             console.say(f"worst of the {role_name(role.role)}: {role.worst.module}")
-        console.say(_MEASURED + (_CALIBRATED if calibrated else ""))
+        console.prose(_MEASURED + (_CALIBRATED if calibrated else ""))
     console.step(
         f"{format_size(report.source_bytes)} became {format_size(report.output_bytes)} in "
         f"{report.seconds:.1f} s, {report.mb_per_s:,.0f} MB/s, {report.bits_per_weight:.2f} bits per weight "

@@ -33,7 +33,7 @@ Sizes = Annotated[int, typer.Option("--sizes", min=2, metavar="N", help="Cache s
 # Requests × experts of one replay; a policy looks at every resident for each miss.
 _WORK = 10_000_000
 _MADE_UP = 2048
-_COLUMNS = 6  # cache sizes side by side: 80 columns hold as many, and the names of policies
+_NAMES, _CELL = 18, 10  # columns that the names of policies take, and a cache size beside them
 
 
 @takes_console
@@ -139,16 +139,18 @@ def _show(
 
     total = len(done.trace.keys)
     console.say(f"Hit rate on {done.trace.name}, by policy and slots:")
-    for start in range(0, len(done.slots), _COLUMNS):
-        columns = range(start, min(start + _COLUMNS, len(done.slots)))
+    side_by_side = max(1, (console.width - _NAMES) // _CELL)
+    for start in range(0, len(done.slots), side_by_side):
+        columns = range(start, min(start + side_by_side, len(done.slots)))
         console.show(_table(done, columns, target, speeds, budget))
     if budget is not None:
-        console.say("→ is what --ram holds beside the rest of the model")
+        console.prose("→ is what --ram holds beside the rest of the model")
     console.say("\nHit rate over the share of experts that have a slot:")
-    console.say(curves([count / total for count in done.slots], done.hit_rates))
+    console.say(curves([count / total for count in done.slots], done.hit_rates, width=min(64, console.width - 12)))
     ranked = sorted((name for name in done.hit_rates if name != CLAIRVOYANT), key=done.regret)
     listed = ", ".join(f"{name} {100 * done.regret(name):.1f}" for name in ranked)
-    console.say(f"\nPoints below the clairvoyant bound, on average: {listed}. The default is {DEFAULT_POLICY}.")
+    console.say()
+    console.prose(f"Points below the clairvoyant bound, on average: {listed}. The default is {DEFAULT_POLICY}.")
 
 
 def _table(

@@ -8,7 +8,7 @@ import typer
 
 from cli.options.machine import AskedMachine, takes_machine
 from cli.options.output import Report, takes_console
-from cli.options.run import PlannedModel, Recipe, takes_budgets
+from cli.options.run import ModelOrShape, Recipe, takes_budgets
 from cli.options.schemes import AskedSchemes
 from cli.terminal.console import Console
 from offload.records import RunOptions
@@ -39,7 +39,7 @@ _BEFORE = 64  # tokens that a profile has seen at the least
 @takes_budgets
 @takes_machine
 def simulate(
-    model: PlannedModel,
+    model: ModelOrShape,
     target: AskedMachine,
     console: Console,
     options: RunOptions,
@@ -58,8 +58,8 @@ def simulate(
     from cli.html.simulated_run import write_replay
     from cli.steps.finish import check_page
     from cli.steps.plan_run import plan_run, stored_as
-    from cli.terminal.plan_table import machine_line
-    from cli.terminal.replay_tables import document, lines, resources_table, waits_table
+    from cli.terminal.plan_table import caution, machine_line
+    from cli.terminal.replay_tables import document, resources_table, rows, waits_table
     from offload.simulator.simulation import Setup
 
     check_page(report)
@@ -72,15 +72,14 @@ def simulate(
     if stretch:
         notes.append(f"{trace} has {stretch} MoE layers: the model's take turns, each on another stretch of it")
     if not console.json:
-        console.say(f"{model} on {machine_line(setup.machine)}; routing: {trace}")
-        console.say(f"{stored}; context {setup.plan.context:,}")
+        console.prose(f"{model} on {machine_line(setup.machine)}; routing: {trace}")
+        console.prose(f"{stored}; context {setup.plan.context:,}")
         console.say()
         console.show(waits_table(setup, decode))
         console.say()
         console.show(resources_table(decode))
         console.say()
-        for line in lines(setup, decode, prefill):
-            console.say(line)
+        console.rows([*rows(setup, decode, prefill), *caution(setup.machine)])
         console.notes(notes)
     if report is not None:
         write_replay(setup, decode, prefill, f"{model} on {setup.machine.name}", report)

@@ -55,6 +55,7 @@ def synth(
     from cli.terminal.words import schemes_line
     from quant.model.families import QUANTIZABLE
     from quant.model.recipe import recipe_names, resolve_config, shape_names
+    from quant.model.shape import ModelShape
     from quant.synth.config import llama4_config
     from quant.synth.synth import synthesize
 
@@ -112,7 +113,7 @@ def synth(
                 f"key-value heads that divide the heads, an even size of a head, and at most "
                 f"{experts_per_layer} experts per token"
             )
-    console.step(f"writing random weights to {folder}: {schemes_line(schemes)}")
+    console.step(f"writing random weights to {folder}: {schemes_line(schemes, ModelShape.from_config(config))}")
     with console.progress() as bar:
         task = bar.add_task("synth", total=None)
 

@@ -33,7 +33,7 @@ def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
     tags = svg_plots.tag(median, top, f"median {number(median)} ms")
     if floor:
         drawing += svg_plots.level(floor, top, "floor")
-        tags += svg_plots.tag(floor, top, f"{words.limit_name(report)} floor {number(floor)} ms", left=True)
+        tags += svg_plots.tag(floor, top, f"{words.limit_name(report.limited_by)} floor {number(floor)} ms", left=True)
     readouts["time"] = [
         f"{_span('Token', span)}: {number(statistics.median(g))} ms"
         + (f", from {number(g[0])} to {number(g[-1])}" if len(g) > 1 else "")

@@ -12,7 +12,7 @@ from quant.model.recipe import load_recipe, recipe_names
 from quant.sizes import parse_size
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a Hub id.")]
-PlannedModel = Annotated[
+ModelOrShape = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model directory, a Hub id, a config.json or a shape: scout …")
 ]
 Vram = Annotated[

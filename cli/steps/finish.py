@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.terminal.console import Console
-from quant.errors import OutputError
+from quant.errors import OutputError, UsageError
 
 if TYPE_CHECKING:  # it imports torch
     from offload.run.report import RunReport
@@ -15,9 +15,10 @@ if TYPE_CHECKING:  # it imports torch
 def finish(report: "RunReport", console: Console, page: Path | None, extra: dict[str, Any] | None = None) -> None:
     """Say the report, write its page if one was asked for, and print it as JSON under ``--json``."""
     from cli.html.run_report import write_page
-    from cli.terminal.run_summary import summary
+    from cli.terminal.run_summary import INDENT, summary_rows
 
-    console.say(summary(report))
+    if not console.quiet or report.subject.command == "bench":  # elsewhere the text is the result
+        console.rows(summary_rows(report, said=console.said, every_role=console.verbose), INDENT)
     if page is not None:
         write_page(report, page)
         console.step(f"report page written to {page}")
@@ -31,6 +32,10 @@ def command_line() -> str:
 
 def check_page(page: Path | None, option: str = "--report") -> None:
     """Raise OutputError now, not after the run, if what ``option`` names cannot become a file."""
+    if page is not None and str(page) == "-":
+        raise UsageError(
+            f"{option} -: expected the name of a file; stdout is for the answer, or the document of --json"
+        )
     if page is not None and not page.resolve().parent.is_dir():
         raise OutputError(f"{option} {page}: found no directory {page.resolve().parent}; make it first")
     if page is not None and page.is_dir():

@@ -33,4 +33,9 @@ def open_session(path: Path, run: RunOptions, console: Console) -> "Session":
     session = Session.open(path, run, progress=console.step)
     console.step(f"loaded in {session.load_seconds:.1f} s, {session.kernel}")
     console.notes([*session.notes, *(session.plan.notes if session.plan else ())])
+    if console.verbose and session.plan is not None:
+        from cli.terminal.plan_table import byte_table, speeds
+
+        console.show(byte_table(session.plan))
+        console.rows(speeds(session.plan))
     return session

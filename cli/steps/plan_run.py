@@ -24,4 +24,4 @@ def plan_run(
 
 def stored_as(subject: PlannedModel) -> str:
     """What the weights are stored as, and how that is known."""
-    return f"{schemes_line(subject.schemes) or 'bf16 throughout'} ({subject.origin})"
+    return f"{schemes_line(subject.schemes, subject.shape) or 'bf16 throughout'} ({subject.origin})"

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,10 +47,26 @@ class Console:
             self._rich = RichConsole(stderr=True, quiet=self.json, highlight=False)
         return self._rich
 
+    @property
+    def width(self) -> int:
+        """Columns of the terminal; 80 where there is none."""
+        return self.rich.width
+
     def say(self, text: str = "") -> None:
         """One line for a human, as it is: no markup is interpreted."""
         if not self.json:
             print(text, file=sys.stderr, flush=True)
+
+    def prose(self, text: str, hanging: int = 0) -> None:
+        """A sentence or more; on a terminal, wrapped to its width, with ``hanging`` blanks from line two on."""
+        if not self.json and self.rich.is_terminal:
+            text = textwrap.fill(text, self.rich.width, subsequent_indent=hanging * " ", break_on_hyphens=False)
+        self.say(text)
+
+    def rows(self, rows: Iterable[tuple[str, str]], indent: str = "") -> None:
+        """Aligned lines of a label and a text each."""
+        for label, text in rows:
+            self.prose(f"{indent}{label:<10}{text}", len(indent) + 10)
 
     def show(self, renderable: "RenderableType") -> None:
         """A rich table, panel or text for a human."""
@@ -59,13 +76,13 @@ class Console:
         """What is being done now: a line that starts the same way in every command."""
         if not self.quiet:
             passed = f" [{time.perf_counter() - self._started:.1f} s]" if self.verbose else ""
-            self.say(f"coldstream:{passed} {text}")
+            self.prose(f"coldstream:{passed} {text}")
 
     def notes(self, notes: Iterable[str]) -> None:
         """What the run has to tell: each note a line, and once only."""
         for note in notes:
             if not self.quiet and note not in self.said:
-                self.say(f"note: {note}")
+                self.prose(f"note: {note}")
                 self.said.add(note)
 
     def progress(self) -> "Progress":

@@ -3,7 +3,7 @@ buys."""
 
 from typing import TYPE_CHECKING
 
-from cli.terminal.words import TIER_NAMES, number, percent, role_name, size
+from cli.terminal.words import TIER_NAMES, limit_name, number, percent, role_name, size
 from offload.hardware.probe import Machine
 from offload.plan.plan import Plan
 from offload.tiers import TIERS, Tier
@@ -11,6 +11,7 @@ from offload.tiers import TIERS, Tier
 if TYPE_CHECKING:
     from rich.table import Table
 
+Row = tuple[str, str]
 _ORDER = (
     "experts_hot",
     "experts_warm",
@@ -28,17 +29,27 @@ _ORDER = (
     "framework",
     "vision",
 )
+_COLUMNS: dict[Tier, str] = {**TIER_NAMES, "disk": "only on disk"}
 _PLACES: dict[Tier, str] = {"vram": "in VRAM", "ram": "in RAM", "disk": "on disk"}
 _UNKNOWN = "uniform routing assumed"
 
 
 def machine_line(machine: Machine) -> str:
-    """The machine that was planned for, with its rates."""
-    rates = [f"RAM {number(machine.ram_gb_s)}", f"disk {number(machine.disk_gb_s)}"]
+    """The machine that was planned for: what its memories hold, and at what rates they are read."""
+    parts = [
+        f"RAM {size(machine.ram_bytes)} at {number(machine.ram_gb_s)} GB/s",
+        f"disk {number(machine.disk_gb_s)} GB/s",
+    ]
     if machine.gpu:
-        rates = [f"VRAM {number(machine.gpu.vram_gb_s)}", *rates, f"PCIe {number(machine.gpu.h2d_gb_s)}"]
-    how = "measured" if machine.measured else "assumed"
-    return f"{machine.name}: {', '.join(rates)} GB/s ({how})"
+        card = f"VRAM {size(machine.gpu.vram_bytes)} at {number(machine.gpu.vram_gb_s)} GB/s"
+        parts = [card, *parts, f"PCIe {number(machine.gpu.h2d_gb_s)} GB/s"]
+    return f"{machine.name}: {', '.join(parts)} ({'measured' if machine.measured else 'assumed'})"
+
+
+def caution(machine: Machine) -> list[Row]:
+    """That speeds of a machine which nobody measured are arithmetic."""
+    said = "nobody has measured this machine: speeds are arithmetic on the vendor's figures"
+    return [] if machine.measured else [("caution", said)]
 
 
 def byte_table(plan: Plan) -> "Table":
@@ -49,7 +60,7 @@ def byte_table(plan: Plan) -> "Table":
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for tier in tiers:
-        table.add_column(TIER_NAMES[tier], justify="right")
+        table.add_column(_COLUMNS[tier], justify="right")
     table.add_column("share", justify="right")
     whole = sum(plan.total(tier) for tier in tiers)
     for role in sorted({row.role for row in plan.rows}, key=_ORDER.index):
@@ -63,23 +74,29 @@ def byte_table(plan: Plan) -> "Table":
     return table
 
 
-def speeds(plan: Plan) -> list[str]:
+def speeds(plan: Plan) -> list[Row]:
     """Decode, prefill and where expert requests are served from."""
     decode, prefill = plan.decode, plan.prefill
-    parts = ", ".join(f"{name} {number(1e3 * value)}" for name, value in decode.seconds.items())
-    lines = [
-        f"decode    {number(decode.tokens_per_s)} tokens/s, limited by {decode.limited_by} "
-        f"({number(decode.ms_per_token)} ms: {parts})",
-        f"prefill   {number(prefill.tokens_per_s)} tokens/s, limited by {prefill.limited_by} "
-        f"(a prompt of {plan.filled:,}, chunks of {plan.prompt_chunk:,})",
+    parts = ", ".join(f"{limit_name(name)} {number(1e3 * value)}" for name, value in decode.seconds.items())
+    rows = [
+        (
+            "decode",
+            f"{number(decode.tokens_per_s)} tokens/s, limited by {limit_name(decode.limited_by)} "
+            f"({number(decode.ms_per_token)} ms: {parts})",
+        ),
+        (
+            "prefill",
+            f"{number(prefill.tokens_per_s)} tokens/s, limited by {limit_name(prefill.limited_by)} "
+            f"(a prompt of {plan.filled:,}, chunks of {plan.prompt_chunk:,})",
+        ),
     ]
     served = ", ".join(_served(plan, tier) for tier in TIERS if plan.hit_rates[tier] > 0)
     known = "by the routing profile" if plan.routing_known else _UNKNOWN
-    lines.append(f"experts   {served} ({known})")
+    rows.append(("experts", f"{served} ({known})"))
     share = decode.cpu_share
     if share is not None and plan.hit_rates["vram"] < 1 and 0 < share < 1:
-        lines.append(f"          of what is not in VRAM the CPU computes {percent(share)}, the rest crosses PCIe")
-    return lines
+        rows.append(("", f"of what is not in VRAM the CPU computes {percent(share)}, the rest crosses PCIe"))
+    return rows
 
 
 def _served(plan: Plan, tier: Tier) -> str:
@@ -93,12 +110,12 @@ def _served(plan: Plan, tier: Tier) -> str:
     return f"{placed:,} of {plan.experts:,} {_PLACES[tier]} for {share} of requests"
 
 
-def advice(plan: Plan) -> list[str]:
+def advice(plan: Plan) -> list[Row]:
     """What one more GiB of each tier would buy."""
     if not plan.gains:
-        return [f"1 GiB     more of {'VRAM or ' if plan.vram else ''}RAM would change nothing"]
+        return [("1 GiB", f"more of {'VRAM or ' if plan.vram else ''}RAM would change nothing")]
+    now = plan.predicted_tokens_per_s
     return [
-        f"1 GiB     more of {TIER_NAMES[tier]}: {number(speed)} tokens/s "
-        f"(+{number(speed - plan.predicted_tokens_per_s)})"
+        ("1 GiB", f"more of {TIER_NAMES[tier]}: {number(speed)} tokens/s (+{number(speed - now)})")
         for tier, speed in plan.gains.items()
     ]

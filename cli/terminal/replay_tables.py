@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from cli.terminal.words import number, percent, size
+from cli.terminal.words import limit_name, number, percent, size
 from offload.simulator.simulation import Replay, Setup
 from offload.tiers import TIERS
 
@@ -66,19 +66,26 @@ def resources_table(decode: Replay) -> "Table":
     return table
 
 
-def lines(setup: Setup, decode: Replay, prefill: Replay) -> list[str]:
+def rows(setup: Setup, decode: Replay, prefill: Replay) -> list[tuple[str, str]]:
     """The sentences beside the tables."""
     served = ", ".join(f"{percent(decode.hit_rates[tier])} {_PLACES[tier]}" for tier in TIERS if decode.hit_rates[tier])
     planned = setup.plan.predicted_tokens_per_s
     found = [
-        f"decode    {number(decode.tokens_per_s)} tokens/s over {decode.tokens:,} tokens, limited by "
-        f"{decode.limited_by} (the plan's arithmetic says {number(planned)})",
-        f"prefill   {number(prefill.tokens_per_s)} tokens/s for a prompt of {prefill.tokens:,} in chunks of "
-        f"{setup.plan.prompt_chunk:,}, limited by {prefill.limited_by}",
-        f"experts   requests found theirs {served}",
+        (
+            "decode",
+            f"{number(decode.tokens_per_s)} tokens/s over {decode.tokens:,} tokens, limited by "
+            f"{limit_name(decode.limited_by)} (the plan's arithmetic says {number(planned)}: it knows neither this "
+            "trace nor swaps nor waits)",
+        ),
+        (
+            "prefill",
+            f"{number(prefill.tokens_per_s)} tokens/s for a prompt of {prefill.tokens:,} in chunks of "
+            f"{setup.plan.prompt_chunk:,}, limited by {limit_name(prefill.limited_by)}",
+        ),
+        ("experts", f"requests found theirs {served}"),
     ]
     if setup.machine.gpu and decode.hit_rates["vram"] < 1:
-        found.append(f"          of a miss the GPU reads {percent(setup.part)} in place, the CPU does the rest")
+        found.append(("", f"of a miss the GPU reads {percent(setup.part)} in place, the CPU does the rest"))
     return found
 
 

@@ -1,14 +1,23 @@
 """A RunReport on the terminal: what to know in a few lines."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from cli.terminal.words import TIER_NAMES, bandwidth_share, deviation, limit_name, number, percent, role_name, size
 from offload.run.report import RunReport
 from offload.tiers import TIERS
 
+INDENT = "  "
+_ROLES = 4  # of a tier, the largest
+
 
 def summary(report: RunReport) -> str:
     """The report as aligned plain lines."""
+    return "\n".join(f"{INDENT}{label:<10}{text}" for label, text in summary_rows(report))
+
+
+def summary_rows(report: RunReport, *, said: Collection[str] = (), every_role: bool = False) -> list[tuple[str, str]]:
+    """A label and a text per line; without the notes that were ``said`` before."""
+    shown = None if every_role else _ROLES
     rows = [
         ("prefill", _prefill(report)),
         ("decode", _decode(report)),
@@ -16,16 +25,15 @@ def summary(report: RunReport) -> str:
         ("predicted", _predicted(report)),
         ("bandwidth", _bandwidth(report)),
         ("experts", _experts(report)),
+        ("VRAM", _roles(report.memory.vram, shown)),
+        ("RAM", _roles(report.memory.ram, shown)),
+        ("files", _roles(report.memory.disk, shown)),
+        ("resident", _resident(report)),
+        ("kernel", report.environment.kernel),
+        *(("doubt", doubt) for doubt in report.doubts),
+        *(("note", note) for note in report.notes if note not in said),
     ]
-    for tier in TIERS:
-        parts = report.memory.of(tier)
-        if parts:
-            rows.append((TIER_NAMES[tier], _roles(parts)))
-    rows.append(("resident", _resident(report)))
-    rows.append(("kernel", report.environment.kernel))
-    rows += [("doubt", doubt) for doubt in report.doubts]
-    lines = [f"  {name:<10}{text}" for name, text in rows if text]
-    return "\n".join([*lines, *(f"  {'note':<10}{note}" for note in report.notes)])
+    return [(label, text) for label, text in rows if text]
 
 
 def _prefill(report: RunReport) -> str:
@@ -39,7 +47,9 @@ def _decode(report: RunReport) -> str:
     decode = report.decode
     if not decode.tokens:
         return ""
-    text = f"{number(decode.tokens_per_s)} tokens/s ({decode.tokens:,} tokens; "
+    made = len(report.records)
+    tokens = f"{decode.tokens:,} of {made:,} tokens timed" if made > decode.tokens else f"{decode.tokens:,} tokens"
+    text = f"{number(decode.tokens_per_s)} tokens/s ({tokens}; "
     text += f"{number(decode.ms_per_token_p50)} ms median, {number(decode.ms_per_token_p90)} ms at 90 %)"
     if decode.spread and decode.spread[0] != decode.spread[1]:
         text += f", runs from {number(decode.spread[0])} to {number(decode.spread[1])}"
@@ -50,7 +60,7 @@ def _floor(report: RunReport) -> str:
     decode = report.decode
     if decode.floor_ms_per_token is None:
         return ""
-    text = f"{number(decode.floor_ms_per_token)} ms per token by {limit_name(report)}"
+    text = f"{number(decode.floor_ms_per_token)} ms per token by {limit_name(report.limited_by)}"
     if (decode.fraction_of_floor or 0.0) > 1:
         return f"{text}, unreliable: decode is faster"
     text += f"; decode is at {percent(decode.fraction_of_floor)} of its speed"
@@ -78,18 +88,22 @@ def _bandwidth(report: RunReport) -> str:
 
 
 def _experts(report: RunReport) -> str:
-    requests = report.experts.hits + report.experts.misses
+    """Of decode, which is what a reader waits for; a prompt asks for nearly every expert, wherever it is."""
+    decode, whole = report.decode_experts, report.experts
+    requests = decode.hits + decode.misses
     if not requests:
-        return ""
-    by_tier = report.experts.by_tier
+        return f"{percent(whole.hit_rate)} hits in the prompt" if whole.hits + whole.misses else ""
+    by_tier = decode.by_tier
     places = ", ".join(f"{TIER_NAMES[tier]} {percent(by_tier[tier] / requests)}" for tier in TIERS if by_tier[tier])
-    return f"{percent(report.experts.hit_rate)} hits of {requests:,} requests: {places}"
+    return f"{percent(decode.hit_rate)} hits in decode ({places}), {percent(whole.hit_rate)} with the prompt's requests"
 
 
-def _roles(parts: Mapping[str, int]) -> str:
+def _roles(parts: Mapping[str, int], most: int | None) -> str:
     ordered = sorted(parts.items(), key=lambda part: -part[1])
-    listed = ", ".join(f"{role_name(role)} {size(count)}" for role, count in ordered[:4])
-    rest = sum(count for _, count in ordered[4:])
+    if not ordered:
+        return ""
+    listed = ", ".join(f"{role_name(role)} {size(count)}" for role, count in ordered[:most])
+    rest = sum(count for _, count in ordered[most:]) if most else 0
     return f"{size(sum(parts.values()))}: {listed}" + (f", other {size(rest)}" if rest else "")
 
 

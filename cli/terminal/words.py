@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from offload.run.report import RunReport
 from offload.tiers import Tier, role_name
 from quant.model.families import Role
+from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 from quant.sizes import format_size
 
@@ -24,12 +25,19 @@ __all__ = [
     "verdict",
 ]
 TIER_NAMES: dict[Tier, str] = {"vram": "VRAM", "ram": "RAM", "disk": "Disk"}
-_LIMITS = {"ram": "RAM bandwidth", "vram": "VRAM bandwidth", "disk": "disk bandwidth", "pcie": "PCIe bandwidth"}
+_LIMITS = {
+    "vram bandwidth": "VRAM bandwidth",
+    "ram bandwidth": "RAM bandwidth",
+    "disk": "disk bandwidth",
+    "pcie": "PCIe bandwidth",
+    "compute": "arithmetic",
+}
 
 
-def schemes_line(schemes: Mapping[Role, Scheme]) -> str:
-    """What each role is stored as: ``routed experts int4-g128, LM head int8-g128``."""
-    return ", ".join(f"{role_name(role)} {scheme}" for role, scheme in schemes.items())
+def schemes_line(schemes: Mapping[Role, Scheme], shape: ModelShape) -> str:
+    """What each role that the model has is stored as: ``routed experts int4-g128, LM head int8-g128``."""
+    present = {role for role, nbytes in shape.role_nbytes({}).items() if nbytes}
+    return ", ".join(f"{role_name(role)} {scheme}" for role, scheme in schemes.items() if role in present)
 
 
 def sentence(text: str) -> str:
@@ -56,7 +64,9 @@ def percent(part: float | None) -> str:
         return "–"
     if 0 < part < 0.0005:
         return "< 0.1 %"
-    return f"{100 * part:.1f} %" if 0 < part < 0.0095 else f"{100 * part:.0f} %"
+    if 0.9995 <= part < 1:
+        return "> 99.9 %"
+    return f"{100 * part:.1f} %" if 0 < part < 0.0095 or 0.9905 < part < 1 else f"{100 * part:.0f} %"
 
 
 def deviation(part: float) -> str:
@@ -87,9 +97,9 @@ def bandwidth_share(part: float) -> str:
     return "more than was measured" if part > 1.005 else percent(part)
 
 
-def limit_name(report: RunReport) -> str:
-    """What limits decode, in words; empty if nothing is known."""
-    return _LIMITS.get(report.limited_by, report.limited_by)
+def limit_name(limit: str) -> str:
+    """What limits a phase (Limit of the cost model), in words."""
+    return _LIMITS.get(limit, limit)
 
 
 def verdict(report: RunReport) -> str:
@@ -98,13 +108,13 @@ def verdict(report: RunReport) -> str:
     if speed is None:
         return "Only the prompt was run: there is no decode speed to report."
     said = f"Decode runs at {number(speed)} tokens/s"
-    fraction = report.decode.fraction_of_floor
+    fraction, limit = report.decode.fraction_of_floor, limit_name(report.limited_by)
     if fraction is not None and fraction > 1:
-        said += f", faster than the {limit_name(report)} that was measured allows: that measurement is unreliable"
+        said += f", faster than the {limit} that was measured allows: that measurement is unreliable"
     elif fraction is not None:
-        said += f", {percent(fraction)} of what the {limit_name(report)} of this machine allows"
-    elif limit_name(report):
-        said += f"; {limit_name(report)} limits it"
+        said += f", {percent(fraction)} of what the {limit} of this machine allows"
+    elif limit:
+        said += f"; {limit} limits it"
     misses = report.decode_experts.misses
     if misses:
         part = misses / (misses + report.decode_experts.hits)

@@ -60,7 +60,7 @@ class Allowance:
             raise BudgetError(
                 f"{format_size(budget)} of VRAM can be had and CUDA alone takes "
                 f"{format_size(context + CODE)} of it (other programs hold {format_size(others)} of "
-                f"{format_size(total)}): end them, raise --vram, or use --device cpu"
+                f"{format_size(total)}): end them, {'raise --vram, ' if asked is not None else ''}or use --device cpu"
             )
         return cls(total, others, context, budget, tuple(notes))
 

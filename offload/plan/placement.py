@@ -140,7 +140,7 @@ class Fitter:
         slots = f"{self._least(tier)} experts of {format_size(self.footprint.slot_bytes)}"
         return (
             f"this needs {format_size(have + lacking)} of {tier.upper()} ({named}, and room for {slots}) "
-            f"but --{tier} is {format_size(have)}: use {' or '.join(self._remedies(budget, short))}"
+            f"but its budget is {format_size(have)}: use {' or '.join(self._remedies(budget, short))}"
         )
 
     def _remedies(self, budget: Budget, short: Mapping[Literal["vram", "ram"], int]) -> list[str]:
@@ -149,17 +149,25 @@ class Fitter:
         needed = {tier: getattr(budget, tier) + lacking for tier, lacking in short.items()}
         if all(size <= budget.most.get(tier, size) for tier, size in needed.items()):
             found.append(" ".join(f"--{tier} {_rounded_up(size)}" for tier, size in needed.items()))
-        context = 1 << max(0, (footprint.context - 1).bit_length() - 1)
+        limit, context = footprint.shape.max_position_embeddings, 1 << max(0, (footprint.context - 1).bit_length() - 1)
+        if 0 < limit < footprint.context:
+            context = limit
         while context >= _MIN_CONTEXT and not self._with(context=context).fits(budget):
-            context //= 2
+            context = 1 << ((context - 1).bit_length() - 1)
         if context >= _MIN_CONTEXT:
-            found.append(f"--context {context}")
+            all_of_it = " (all that the model was made for)" if context == limit else ""
+            found.append(f"--context {context}{all_of_it}")
         if footprint.kv_bits > 8 and self._with(kv_bits=8).fits(budget):
             found.append("--kv int8")
         if self._lighter().fits(budget):
-            found.append("--recipe fast (fewer bits)")
-        if self.on_gpu and "vram" in short and replace(self, on_gpu=False).fits(replace(budget, vram=0)):
-            found.append("--vram 0 to leave the GPU alone")
+            found.append("--recipe fast for fewer bits, when it is quantized")
+        if self.on_gpu and "vram" in short:
+            alone, without = replace(self, on_gpu=False), replace(budget, vram=0)
+            lacking = alone._short(without, alone.prompt_chunk or alone._chunk(without)).get("ram", 0)
+            if lacking == 0:
+                found.append("--vram 0 to leave the GPU alone")
+            elif budget.ram + lacking <= budget.most.get("ram", 0):
+                found.append(f"--vram 0 --ram {_rounded_up(budget.ram + lacking)} to leave the GPU alone")
         if not found:
             sizes = " and ".join(f"{_rounded_up(size)} of {tier.upper()}" for tier, size in needed.items())
             found.append(f"a machine with {sizes} free: this one cannot hold what stays in memory")

@@ -39,10 +39,11 @@ class Calibration:
         if self.tuned:
             ratios = [after / before if before else 1.0 for before, after in self.tuned.values()]
             same = sum(ratio >= 1 for ratio in ratios)
-            said.append(
-                f"tuning lowered the error of a layer's output on text kept back by {1 - median(ratios):.1%} "
-                f"(median)" + (f"; {same} layers came no nearer and are as GPTQ left them" if same else "")
-            )
+            gain = f"{1 - median(ratios):.1%}"
+            told = f"tuning lowered the error of a layer's output on text kept back by {gain} (median)"
+            if gain == "0.0%":
+                told = "tuning gained nothing: on text kept back, a layer's output is as far off as before (median)"
+            said.append(told + (f"; {same} layers came no nearer and are as GPTQ left them" if same else ""))
         return said
 
 

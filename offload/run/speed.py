@@ -15,10 +15,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from offload.plan.cost_model import Limit
 from offload.records import TokenRecord
 from offload.tiers import TIERS, Tier
 
 Run = Sequence[TokenRecord]
+_LIMITS: dict[Tier, Limit] = {"vram": "vram bandwidth", "ram": "ram bandwidth", "disk": "disk"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class PrefillSpeed:
 class DecodeSpeed:
     """Tokens decoded one by one, and what a token took, in ms; the floor is None without bandwidths.
 
-    ``floor_ms_by_tier`` are the floor's parts, ``floor_limited_by`` the tier whose part decides it, and
+    ``floor_ms_by_tier`` are the floor's parts, ``floor_limited_by`` what decides it, and
     ``fraction_of_floor`` floor ÷ median time: 1 where the run is as fast as the memory it reads.
     """
 
@@ -71,7 +73,7 @@ class DecodeSpeed:
     bytes_per_token: Mapping[Tier, int]
     floor_ms_by_tier: Mapping[Tier, float]
     floor_ms_per_token: float | None
-    floor_limited_by: Tier | None
+    floor_limited_by: Limit | None
     fraction_of_floor: float | None
 
     @classmethod
@@ -105,7 +107,7 @@ class DecodeSpeed:
             bytes_per_token=per_token,
             floor_ms_by_tier=parts,
             floor_ms_per_token=floor,
-            floor_limited_by=limit,
+            floor_limited_by=_LIMITS[limit] if limit else None,
             fraction_of_floor=floor / p50 if floor and p50 else None,
         )
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offload.hardware.probe import Machine
-from offload.plan.cost_model import miss_split, read_ahead_s, scan_hits
+from offload.plan.cost_model import Limit, miss_split, read_ahead_s, scan_hits
 from offload.plan.footprint import Footprint
 from offload.plan.plan import Plan
 from offload.routing.eviction import make_policy
@@ -28,7 +28,17 @@ from quant.scheme import BF16, Scheme
 TOKENS = 64
 _WARMUP = 4  # tokens before the timed ones
 _FULL = 0.85
-_CAUSES = {"gpu": "compute", "cpu compute": "compute", "ram": "cpu"}  # resources by what waits are called
+# What resources and waits are called where a plan and a report say what limits a run.
+_LIMITS: dict[str, Limit] = {
+    "vram": "vram bandwidth",
+    "ram": "ram bandwidth",
+    "cpu": "ram bandwidth",
+    "pcie": "pcie",
+    "disk": "disk",
+    "gpu": "compute",
+    "cpu compute": "compute",
+    "compute": "compute",
+}
 _WINDOW = 8  # experts that a prompt streams ahead of what it computes
 
 
@@ -50,12 +60,12 @@ class Replay:
     spans: tuple[Span, ...] = ()
 
     @property
-    def limited_by(self) -> str:
+    def limited_by(self) -> Limit:
         """The resource that was in use nearly all the time, or what most time was waited for."""
         fullest = max(self.used, key=lambda name: self.used[name])
         if self.used[fullest] >= _FULL:
-            return _CAUSES.get(fullest, fullest)
-        return max(self.waited, key=lambda cause: self.waited[cause])
+            return _LIMITS.get(fullest, "overhead")
+        return _LIMITS.get(max(self.waited, key=lambda cause: self.waited[cause]), "overhead")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the spans."""

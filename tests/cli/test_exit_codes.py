@@ -64,6 +64,7 @@ def cases() -> Iterator[tuple[str, list[str], int]]:
             words[position + (words[position].startswith("--"))] = "ABSENT"
             yield command, words, 1
         yield command, [*VALID[command], "--no-such-option"], 2
+        yield command, [*VALID[command], "--quiet", "--verbose"], 2
         for parameter in parameters(command):
             name, option = parameter.name, parameter.opts[0]
             words = [*VALID[command], *BESIDE.get((command, name), [])]
@@ -74,6 +75,7 @@ def cases() -> Iterator[tuple[str, list[str], int]]:
             elif name in WRITTEN:
                 yield command, [*words, option, "ABSENT/file"], 1
                 yield command, [*words, option, "FOLDER"], 1
+                yield command, [*words, option, "-"], 2
             elif name not in FREE:  # names, choices, numbers and sizes: no such thing exists
                 yield command, [*words, option, "nonsense"], 2
             if name == "recipe":

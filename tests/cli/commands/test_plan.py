@@ -1,6 +1,7 @@
 """`coldstream plan`: shapes, configs and checkpoints; this machine and others; without torch."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from quant.convert.convert import convert
 from quant.model.recipe import load_shape
 from quant.scheme import Scheme
-from tests.commands import ROOT, coldstream, invoke
+from tests.commands import ROOT, Terminal, coldstream, invoke
 
 CARD = ("--gpu", "RTX 4090")
 
@@ -157,3 +158,36 @@ def test_the_memory_that_calibration_takes_is_said_before_it_starts(demo_model: 
     shown = invoke("plan", "scout", *CARD, "--calibrate", text)
     assert "calibrate" in shown.stderr and "experts of one layer" in " ".join(shown.stderr.split())
     assert "more with --tune" in " ".join(shown.stderr.split())
+
+
+def test_sizes_rates_and_files_are_said_with_their_units() -> None:
+    shown = invoke("plan", "scout", *CARD).stderr
+    assert "VRAM 24.00 GiB at 1,008 GB/s, RAM 64.00 GiB at 70.0 GB/s" in shown
+    assert "202.36 GiB to download (bf16), 257.66 GiB on disk while converting, 55.29 GiB after" in shown
+    assert "nobody has measured this machine" in shown
+    assert "dense MLPs" not in shown, "Scout has none"
+    files = planned("scout", *CARD)["files"]
+    assert files["converting"] == files["source"] + files["stored"]
+
+
+def test_what_is_quantized_already_is_not_downloaded_again(demo_model: Path) -> None:
+    assert planned(demo_model, *CARD)["files"]["source"] is None
+    assert " MiB on disk" in invoke("plan", demo_model, *CARD).stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate", "rank-policies"])
+def test_nothing_is_cut_or_broken_at_60_columns(command: str) -> None:
+    words = ["uniform", "--tokens", "64"] if command == "rank-policies" else ["scout", *CARD]
+    terminal = Terminal(command, *words, COLUMNS="60", TERM="xterm")
+    assert terminal.wait(60) == 0
+    seen = re.sub(r"\x1b\[[\d;]*m", "", terminal.seen)
+    assert max(len(line) for line in seen.splitlines()) <= 60, seen
+    assert "…" not in terminal.seen
+    terminal.close()
+
+
+def test_quiet_says_only_the_result_and_verbose_says_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loud, quiet = (invoke("plan", "mini-scout", "--refresh", how).stderr for how in ("--verbose", "--quiet"))
+    assert re.search(r"coldstream: \[\d+\.\d s\] measuring the machine", loud)
+    assert "coldstream:" not in quiet and "note:" not in quiet and "tokens/s" in quiet

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 from cli.html.run_report import render_page
-from cli.terminal.run_summary import summary
+from cli.terminal.run_summary import summary, summary_rows
 from cli.terminal.words import deviation, number, percent, verdict
 from tests.reports import report
 
@@ -21,7 +21,7 @@ def test_the_summary_names_both_speeds_the_floor_and_the_bytes() -> None:
         "experts",
         "VRAM",
         "RAM",
-        "Disk",
+        "files",
         "resident",
         "kernel",
         "note",
@@ -54,6 +54,42 @@ def test_numbers_keep_three_digits_and_signs_are_typographic() -> None:
     assert deviation(-0.214) == "−21 %"
     assert deviation(0.04) == "+4 %"
     assert [percent(part) for part in (0.956, 0.004, 0.0001, 0, None)] == ["96 %", "0.4 %", "< 0.1 %", "0 %", "–"]
+
+
+def test_a_part_and_what_is_missing_of_it_add_up_to_a_hundred() -> None:
+    assert [percent(part) for part in (1, 0.99999, 0.998, 0.991, 0.99)] == [
+        "100 %",
+        "> 99.9 %",
+        "99.8 %",
+        "99.1 %",
+        "99 %",
+    ]
+    for missing in (0.002, 0.0044, 0.009, 0.02, 0.3):
+        there, gone = (float(percent(part).removesuffix(" %")) for part in (1 - missing, missing))
+        assert round(there + gone, 1) == 100
+
+
+def test_hits_are_those_of_decode_and_said_to_be() -> None:
+    line = next(text for label, text in summary_rows(report(tokens=100)) if label == "experts")
+    run = report(tokens=100)
+    assert line.startswith(f"{percent(run.decode_experts.hit_rate)} hits in decode (")
+    assert line.endswith(f"{percent(run.experts.hit_rate)} with the prompt's requests")
+
+
+def test_tokens_that_were_made_and_not_timed_are_counted_too() -> None:
+    line = next(text for label, text in summary_rows(report(tokens=60)) if label == "decode")
+    assert re.search(r"\(\d+ of 61 tokens timed; ", line)
+
+
+def test_a_note_that_was_said_before_is_not_repeated() -> None:
+    run = report(tokens=10, notes=("said before", "new"))
+    assert [text for label, text in summary_rows(run, said={"said before"}) if label == "note"] == ["new"]
+
+
+def test_only_a_verbose_summary_lists_every_role() -> None:
+    run = report(tokens=10)
+    short, whole = (dict(summary_rows(run, every_role=every))["files"] for every in (False, True))
+    assert "other" in short and "other" not in whole and whole.count(",") > short.count(",")
 
 
 def test_a_floor_that_was_exceeded_is_called_unreliable_and_never_a_share() -> None:

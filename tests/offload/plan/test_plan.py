@@ -251,7 +251,7 @@ def test_every_remedy_of_a_refusal_is_one() -> None:
 def test_a_card_too_small_is_refused_with_numbers() -> None:
     small = described_machine("RTX 4060")
     message = refused("maverick", load_recipe("fast").schemes, small, context=8192, kv_bits=8)
-    assert re.search(r"needs 8\.\d+ GiB of VRAM .* but --vram is 7\.60 GiB: use ", message)
+    assert re.search(r"needs 8\.\d+ GiB of VRAM .* but its budget is 7\.60 GiB: use ", message)
     assert "--vram 8" not in message  # the card does not have it
 
 
@@ -316,3 +316,18 @@ def test_tokens_are_guessed_where_the_head_is_read_sooner_than_an_expert(disk_gb
     plan = make_plan(shape, schemes, on)
     assert plan.guess_tokens == fits == (head < plan.slot_bytes / disk_gb_s)
     assert not make_plan(SHAPES["tiny, tied head, experts of no whole page"], schemes, on).guess_tokens
+
+
+def test_the_gpu_left_alone_is_offered_with_the_ram_that_it_takes() -> None:
+    small = described_machine("RTX 4090")
+    message = refused("scout", load_recipe("fast").schemes, small, vram=3 * GIB, ram=4 * GIB)
+    offered = re.search(r"--vram 0 --ram ([\d.]+GiB) to leave the GPU alone", message)
+    assert offered
+    shape = ModelShape.from_config(load_shape("scout"))
+    make_plan(shape, load_recipe("fast").schemes, small, vram=0, ram=parse_size(offered[1]))
+
+
+def test_no_context_is_offered_that_the_model_was_not_made_for() -> None:
+    shape = replace(ModelShape.from_config(load_shape("scout")), max_position_embeddings=8192)
+    with pytest.raises(BudgetError, match=r"--context 8192 \(all that the model was made for\)"):
+        make_plan(shape, load_recipe("fast").schemes, described_machine("RTX 4090"), context=50_000_000)

@@ -285,7 +285,7 @@ def test_scout_on_a_24_gb_card_replays_above_20_tokens_per_s() -> None:
 def test_a_plan_without_a_gpu_is_replayed_without_one() -> None:
     plan: Plan = make_plan(SHAPES["mini-scout"], FAST, DESKTOP, vram=0)
     found = Setup.of(SHAPES["mini-scout"], FAST, plan, DESKTOP).decode(4)
-    assert "vram" not in found.used and found.limited_by == "cpu"
+    assert "vram" not in found.used and found.limited_by == "ram bandwidth"
 
 
 def test_an_empty_step_still_takes_its_fixed_price() -> None:
