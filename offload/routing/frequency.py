@@ -1,7 +1,7 @@
 """ExpertFrequency: how often each expert is asked for lately, and which swap is worth its copy. No tensors.
 
 A request counts half as much after ``half_life`` tokens. Scores start from a routing profile where there is
-one, scaled to what so many tokens would have built up, so that a run adapts at the same rate with one and
+one, scaled to what so many tokens would have built up, so that a run follows its text as fast with one as
 without.
 """
 
@@ -38,22 +38,22 @@ class ExpertFrequency:
             self._scores[self._row[layer], expert] = count
         totals = self._scores.sum(1, keepdims=True)
         # What requests of one expert per token would add up to, once decay and requests balance.
-        settled = 1 / (1 - self._decay)
-        self._scores *= np.divide(settled, totals, out=np.zeros_like(totals), where=totals > 0)
+        balanced = 1 / (1 - self._decay)
+        self._scores *= np.divide(balanced, totals, out=np.zeros_like(totals), where=totals > 0)
 
     def count(self, layer: int, experts: Ids, tokens: int = 1) -> None:
         """``experts`` (with repeats; negative for none) were asked for by the ``tokens`` tokens of a step."""
         row = self._scores[self._row[layer]]
         row *= self._decay**tokens
-        row += self._share(tokens) * np.bincount(experts[experts >= 0], minlength=len(row))
+        row += self._weight(tokens) * np.bincount(experts[experts >= 0], minlength=len(row))
 
     def count_step(self, chosen: Ids, tokens: int) -> None:
         """``chosen`` ``[rows, n]`` (negative for none) were asked for by the ``tokens`` tokens of a step."""
         self._scores *= self._decay**tokens
         rows, columns = np.nonzero(chosen >= 0)
-        np.add.at(self._scores, (rows, chosen[rows, columns]), self._share(tokens))
+        np.add.at(self._scores, (rows, chosen[rows, columns]), self._weight(tokens))
 
-    def _share(self, tokens: int) -> float:
+    def _weight(self, tokens: int) -> float:
         """What a request counts: tokens of one step are not told apart, so as much as they do on average."""
         return (1 - self._decay**tokens) / (1 - self._decay) / tokens
 
@@ -71,7 +71,7 @@ class ExpertFrequency:
         return None if found is None else self._mirrored(found)
 
     def ordered(self, keys: Iterable[Key]) -> list[Key]:
-        """``keys``, hottest first; equals by expert and then layer, so that layers share evenly."""
+        """``keys``, hottest first; equals by expert and then layer, so that all layers get as many."""
         return sorted(keys, key=lambda key: (-self.score(key), key[1], key[0]))
 
     def worth_swapping(self, cold: Key, hot: Key) -> bool:

@@ -15,7 +15,7 @@ from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.arena import Arena
 from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore, schemes_of_tensors
-from offload.experts.storage.transfer import CudaTransfer, HostTransfer, Transfer
+from offload.experts.storage.transfer import CudaTransfer, Transfer
 from offload.hardware.cuda_driver import gpu_errors
 from offload.hardware.ledger import MemoryLedger, forget_peak, resident_bytes
 from offload.hardware.probe import Machine, probe
@@ -281,7 +281,7 @@ def _expert_cache(store: ExpertStore, reader: Reader, run: PlannedRun, device: t
         counts = dict(zip(store.experts(), run.routing.counts.ravel().tolist(), strict=True))
     policy, frequency = make_policy(run.options.policy, counts), ExpertFrequency(layers, experts, counts)
     if plan.vram_slots:
-        transfer: Transfer = CudaTransfer(device) if device.type == "cuda" else HostTransfer()
+        transfer = CudaTransfer(device) if device.type == "cuda" else Transfer()
         return TieredCache(
             store,
             reader,

@@ -11,13 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from offload.experts.storage.transfer import Transfer
 from quant.errors import BudgetError, MachineError
 
 _PARTS = 3
@@ -37,14 +35,14 @@ class _Work:
     ticket: Ticket = field(default_factory=Ticket)
 
 
-class LaggingTransfer:
+class LaggingTransfer(Transfer):
     """``limit`` bytes of device memory; ``pinnable`` bytes of host memory can be pinned. While ``lazy``,
     nothing is done but what somebody waits for."""
 
     def __init__(
         self, seed: int = 0, *, limit: int = 2**40, pinnable: int = 2**40, threaded: bool = False, lazy: bool = False
     ) -> None:
-        self.device = torch.device("cpu")
+        super().__init__()
         self.limit, self.pinnable, self.lazy = limit, pinnable, lazy
         self.allowed = 2**40  # bytes that this process may still take, if there are any
         self.hurries = False  # compute never lets a copy go first
@@ -69,10 +67,6 @@ class LaggingTransfer:
         self.segments.append((memory.data_ptr(), memory.data_ptr() + memory.nbytes))
         return memory
 
-    def table(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        first, second, third = (torch.zeros(rows, columns, dtype=dtype) for _ in range(3))
-        return first, second, third
-
     def copy(self, source: Tensor, target: Tensor, after: Ticket | None = None) -> Ticket:
         assert not self.on_device(source.data_ptr()), "an expert was written back"
         assert self.on_device(target.data_ptr())
@@ -91,9 +85,6 @@ class LaggingTransfer:
     def launch(self, kernel: Callable[[], None]) -> Ticket:
         """Queue ``kernel`` as compute."""
         return self._put(self._compute, kernel)
-
-    def send(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
-        return torch.from_numpy(values)
 
     def mark(self) -> Ticket:
         return self._put(self._compute, lambda: None)
@@ -115,9 +106,6 @@ class LaggingTransfer:
             self._advance()
         self._check()
 
-    def reclaim(self) -> None:
-        return
-
     def room(self) -> tuple[int, int]:
         return self.limit, self.allowed
 
@@ -126,9 +114,6 @@ class LaggingTransfer:
             raise MachineError("the double pins no more")
         self.pinnable -= nbytes
         return address
-
-    def unregister(self, address: int) -> None:
-        return
 
     def close(self) -> None:
         """Stop the thread."""

@@ -9,7 +9,7 @@ from offload.experts.cache.address_table import ELSEWHERE, PINNED, VRAM
 from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore
-from offload.experts.storage.transfer import HostTransfer
+from offload.experts.storage.transfer import Transfer
 from offload.routing.eviction import LeastRecent
 from offload.routing.frequency import ExpertFrequency
 from offload.tiers import Key
@@ -38,7 +38,7 @@ class Bench:
             slot[run.position : run.position + len(found)] = found
         return bytes(slot[record.start : record.start + record.nbytes])
 
-    def cache(self, transfer: LaggingTransfer | HostTransfer, ram: int, vram: int, **more: object) -> TieredCache:
+    def cache(self, transfer: Transfer, ram: int, vram: int, **more: object) -> TieredCache:
         return TieredCache(
             self.store,
             self.reader,

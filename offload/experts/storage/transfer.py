@@ -1,13 +1,13 @@
-"""The one seam for copies between host slots and the device.
+"""The one seam for copies between host slots and a device.
 
 Two queues of work run on a device, each in order and beside one another: compute, and copies. A ticket marks
-a point in one of them; the other can wait for it, and so can the host. ``HostTransfer`` is the synchronous
-implementation, whose "device" is host memory: tests use it for every split of experts over tiers, and a
-machine without a GPU for none. ``CudaTransfer`` copies on a stream of its own from pinned memory; compute is
-queued on the stream that is current in the calling thread.
+a point in one of them; the other can wait for it, and so can the host. ``Transfer`` itself does all at once, on a
+"device" that is host memory: with it, every split of experts over tiers runs without a GPU. ``CudaTransfer``
+copies on a stream of its own from pinned memory; compute is queued on the stream that is current in the calling
+thread.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,29 +19,38 @@ from quant.errors import BudgetError
 from quant.sizes import format_size
 
 
-class Transfer(Protocol):
-    """Copies slots to the device and says when one may be used."""
+class Transfer:
+    """Copies slots to ``device`` and says when one may be used; here at once, in host memory."""
 
-    device: torch.device
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
 
     def allocate(self, slots: int, slot_bytes: int) -> Tensor:
         """Device memory for ``slots`` slots, uint8 ``[slots, slot_bytes]``. Raises BudgetError if there is
         none."""
+        return torch.empty(slots, slot_bytes, dtype=torch.uint8)
 
     def table(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A small table ``[rows, columns]`` of zeros on the device, and two of host memory to post it
         from."""
+        pinned = self.device.type == "cuda"
+        first, second = (torch.zeros(rows, columns, dtype=dtype, pin_memory=pinned) for _ in range(2))
+        return torch.zeros(rows, columns, dtype=dtype, device=self.device), first, second
 
     def copy(self, source: Tensor, target: Tensor, after: Any = None) -> Any:
         """Begin copying host ``source`` to device ``target``, after the compute that ``after`` marks, by
         default all that is queued; the ticket says when it has landed."""
+        target[: source.numel()].copy_(source)
 
     def post(self, source: Tensor, target: Tensor) -> Any:
         """Copy host ``source`` to device ``target`` in the compute queue; the ticket says when that is
         done."""
+        target.copy_(source, non_blocking=True)
+        return self.mark()
 
     def send(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
         """``values`` on the device, copied there in the compute queue."""
+        return torch.from_numpy(values)
 
     def mark(self) -> Any:
         """A ticket for all compute queued so far."""
@@ -51,6 +60,7 @@ class Transfer(Protocol):
 
     def poll(self, ticket: Any) -> bool:
         """Whether ``ticket``'s work is done, without waiting."""
+        return True
 
     def done(self, ticket: Any) -> None:
         """Wait on the host until ``ticket``'s work is done."""
@@ -64,70 +74,22 @@ class Transfer(Protocol):
     def room(self) -> tuple[int, int]:
         """(bytes of device memory that nobody has, bytes that this process may still take). Asks the driver,
         waits for nothing."""
+        return 0, 0
 
     def register(self, address: int, nbytes: int) -> int:
         """Pin host memory, so that copies from it do not wait and the device can read it in place; returns
         the address by which the device does. Raises MachineError if that is refused."""
+        return address
 
     def unregister(self, address: int) -> None:
         """Undo ``register`` at the same host address."""
 
 
-class HostTransfer:
-    """Copies at once, in host memory."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-
-    def allocate(self, slots: int, slot_bytes: int) -> Tensor:
-        return torch.empty(slots, slot_bytes, dtype=torch.uint8)
-
-    def table(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        first, second, third = (torch.zeros(rows, columns, dtype=dtype) for _ in range(3))
-        return first, second, third
-
-    def copy(self, source: Tensor, target: Tensor, after: None = None) -> None:
-        target[: source.numel()].copy_(source)
-
-    def post(self, source: Tensor, target: Tensor) -> None:
-        target.copy_(source)
-
-    def send(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
-        return torch.from_numpy(values)
-
-    def mark(self) -> None:
-        return
-
-    def landed(self, ticket: None) -> None:
-        return
-
-    def poll(self, ticket: None) -> bool:
-        return True
-
-    def done(self, ticket: None) -> None:
-        return
-
-    def drain(self) -> None:
-        return
-
-    def reclaim(self) -> None:
-        return
-
-    def room(self) -> tuple[int, int]:
-        return 0, 0
-
-    def register(self, address: int, nbytes: int) -> int:
-        return address
-
-    def unregister(self, address: int) -> None:
-        return
-
-
-class CudaTransfer:
+class CudaTransfer(Transfer):
     """Copies on a side stream; tickets are events."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device)
         self._stream = torch.cuda.Stream(device)
 
     def allocate(self, slots: int, slot_bytes: int) -> Tensor:
@@ -138,11 +100,6 @@ class CudaTransfer:
                 f"the GPU has no {format_size(slots * slot_bytes)} free for expert slots: lower --vram, or "
                 "end what else runs on it"
             ) from None
-
-    def table(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        near = torch.zeros(rows, columns, dtype=dtype, device=self.device)
-        first, second = (torch.zeros(rows, columns, dtype=dtype, pin_memory=True) for _ in range(2))
-        return near, first, second
 
     def copy(self, source: Tensor, target: Tensor, after: torch.cuda.Event | None = None) -> torch.cuda.Event:
         if after is None:
@@ -155,12 +112,8 @@ class CudaTransfer:
             event.record(self._stream)
         return event
 
-    def post(self, source: Tensor, target: Tensor) -> torch.cuda.Event:
-        target.copy_(source, non_blocking=True)
-        return self.mark()
-
     def send(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
-        # torch's allocator of pinned memory keeps the staging block until the copy has been made.
+        # torch's allocator of pinned memory keeps the block until the copy has been made.
         return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
 
     def mark(self) -> torch.cuda.Event:

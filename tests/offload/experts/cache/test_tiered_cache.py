@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offload.experts.cache.address_table import PINNED, VRAM, AddressTable
-from offload.experts.storage.transfer import HostTransfer
+from offload.experts.storage.transfer import Transfer
 from quant.errors import BudgetError
 from tests.offload.lagging import LaggingTransfer
 from tests.offload.tiers import Bench, Choice, consistent, prompt, token
@@ -250,7 +250,7 @@ def test_a_step_that_failed_where_all_was_in_memory_is_tried_again_with_less(ben
 
 
 def test_a_dropped_segment_is_not_kept_alive_by_views(bench: Bench) -> None:
-    cache = bench.cache(HostTransfer(), ram=10, vram=16, seeds=bench.store.experts())
+    cache = bench.cache(Transfer(), ram=10, vram=16, seeds=bench.store.experts())
     for _ in cache.batches(bench.layers[0], np.arange(8)):  # views are made
         pass
     memory = [weakref.ref(part) for part in cache.vram.slots._memory.values()]
