@@ -5,8 +5,9 @@ tensor begins. Our own checkpoints keep an expert's tensors side by side, so a r
 checkpoint of another origin, or fused bf16 experts, still works with one run per neighbourhood.
 """
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -51,29 +52,25 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class WeightPlace:
-    """The places of one projection's tensors by checkpoint suffix; ``transposed`` for ``[in, out]``
-    sources."""
+    """How one projection, a weight ``[out, in]`` of ``shape``, lies in a slot: its tensors by checkpoint suffix.
+    ``transposed`` for ``[in, out]`` sources; ``window`` is its part of a tensor that is several projections."""
 
     scheme: Scheme
-    tensors: Mapping[str, TensorPlace]
+    shape: tuple[int, int]
     transposed: bool = False
-    rows: tuple[int, int] | None = None
-    columns: tuple[int, int] | None = None
+    window: tuple[slice, ...] = ()
+    tensors: Mapping[str, TensorPlace] = field(default_factory=dict)
 
-    def view(self, slot: Tensor, weight_shape: tuple[int, int]) -> LinearWeight:
+    def view(self, slot: Tensor) -> LinearWeight:
         """The weight as views into ``slot`` (uint8, one dimension)."""
         tensors: dict[str, Tensor] = {}
         for suffix, place in self.tensors.items():
             dtype = DTYPES[place.dtype]
-            count = dtype.itemsize
-            for size in place.shape:
-                count *= size
-            tensors[suffix] = slot[place.position : place.position + count].view(dtype).view(place.shape)
-        if self.rows is not None:
-            tensors["weight"] = tensors["weight"][self.rows[0] : self.rows[1]]
-        if self.columns is not None:
-            tensors["weight"] = tensors["weight"][:, self.columns[0] : self.columns[1]]
-        return LinearWeight(self.scheme, tensors, weight_shape[0], weight_shape[1], self.transposed)
+            nbytes = dtype.itemsize * math.prod(place.shape)
+            tensors[suffix] = slot[place.position : place.position + nbytes].view(dtype).view(place.shape)
+        if self.window:
+            tensors["weight"] = tensors["weight"][self.window]
+        return LinearWeight(self.scheme, tensors, *self.shape, self.transposed)
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,6 @@ class ExpertRecord:
 
     runs: tuple[ByteRange, ...]
     weights: Mapping[Projection, WeightPlace]
-    shapes: Mapping[Projection, tuple[int, int]]
     nbytes: int
 
     @cached_property
@@ -106,7 +102,7 @@ class ExpertRecord:
 
     def view(self, slot: Tensor) -> "ExpertWeights":
         """The expert's weights as views into ``slot``."""
-        views = {name: place.view(slot, self.shapes[name]) for name, place in self.weights.items()}
+        views = {name: place.view(slot) for name, place in self.weights.items()}
         return ExpertWeights(views["gate_proj"], views["up_proj"], views["down_proj"])
 
 
@@ -161,52 +157,48 @@ class ExpertStore:
         return sum(self.record(*key).nbytes for key in self.experts())
 
     def _build(self, layer: int, expert: int) -> ExpertRecord:
-        pieces = self._pieces(layer, expert)
-        entries = {id(entry): entry for _, tensors, *_ in pieces.values() for entry in tensors.values()}
+        stored = self._stored(layer, expert)
+        entries = {id(entry): entry for _, tensors in stored.values() for entry in tensors.values()}
         runs, positions = _runs(list(entries.values()))
         weights: dict[Projection, WeightPlace] = {}
-        shapes: dict[Projection, tuple[int, int]] = {}
-        for name, (scheme, tensors, transposed, rows, columns, shape) in pieces.items():
+        for name, (place, tensors) in stored.items():
             places = {
-                suffix: TensorPlace(positions[id(entry)], entry.dtype, entry.shape) for suffix, entry in tensors.items()
+                key: TensorPlace(positions[id(entry)], entry.dtype, entry.shape) for key, entry in tensors.items()
             }
-            weights[name] = WeightPlace(scheme, places, transposed, rows, columns)
-            shapes[name] = shape
-        return ExpertRecord(runs, weights, shapes, sum(entry.nbytes for entry in entries.values()))
+            weights[name] = replace(place, tensors=places)
+        return ExpertRecord(runs, weights, sum(entry.nbytes for entry in entries.values()))
 
-    def _pieces(self, layer: int, expert: int) -> "dict[Projection, _Piece]":
+    def _stored(self, layer: int, expert: int) -> "dict[Projection, _Stored]":
         shape, entries = self.shape, self.checkpoint.entries
         for block in (shape.family.block, shape.family.runtime_block):
             base = f"{shape.layer_prefix(layer)}{block}.experts."
             if f"{base}gate_up_proj" in entries:
                 return self._fused(base, expert)
+        found: dict[Projection, _Stored] = {}
+        for spec in shape.expert_linears(layer, expert):
+            scheme, tensors = find_weight(self.checkpoint, spec)
+            assert spec.projection is not None
+            found[spec.projection] = WeightPlace(scheme, _dims(spec)), tensors
+        return found
+
+    def _fused(self, base: str, expert: int) -> "dict[Projection, _Stored]":
+        shape, plain = self.shape, Scheme("bf16")
+        inter, hidden, transposed = shape.expert_intermediate, shape.hidden_size, shape.family.fused_transposed
+        gate_up = {"weight": _slice(self.checkpoint.entry(f"{base}gate_up_proj"), expert)}
+        down = {"weight": _slice(self.checkpoint.entry(f"{base}down_proj"), expert)}
+
+        def part(features: slice) -> WeightPlace:
+            window = (slice(None), features) if transposed else (features,)
+            return WeightPlace(plain, (inter, hidden), transposed, window)
+
         return {
-            spec.projection: (*find_weight(self.checkpoint, spec), False, None, None, _dims(spec))
-            for spec in shape.expert_linears(layer, expert)
-            if spec.projection is not None
+            "gate_proj": (part(slice(inter)), gate_up),
+            "up_proj": (part(slice(inter, 2 * inter)), gate_up),
+            "down_proj": (WeightPlace(plain, (hidden, inter), transposed), down),
         }
 
-    def _fused(self, base: str, expert: int) -> "dict[Projection, _Piece]":
-        shape = self.shape
-        inter, hidden, transposed = (shape.expert_intermediate, shape.hidden_size, shape.family.fused_transposed)
-        gate_up = _slice(self.checkpoint.entry(f"{base}gate_up_proj"), expert)
-        down = _slice(self.checkpoint.entry(f"{base}down_proj"), expert)
-        first, second = (0, inter), (inter, 2 * inter)
-        plain = Scheme("bf16")
-        if transposed:
-            gate: _Piece = (plain, {"weight": gate_up}, True, None, first, (inter, hidden))
-            up: _Piece = (plain, {"weight": gate_up}, True, None, second, (inter, hidden))
-        else:
-            gate = (plain, {"weight": gate_up}, False, first, None, (inter, hidden))
-            up = (plain, {"weight": gate_up}, False, second, None, (inter, hidden))
-        return {
-            "gate_proj": gate,
-            "up_proj": up,
-            "down_proj": (plain, {"weight": down}, transposed, None, None, (hidden, inter)),
-        }
 
-
-_Piece = tuple[Scheme, Mapping[str, TensorEntry], bool, tuple[int, int] | None, tuple[int, int] | None, tuple[int, int]]
+_Stored = tuple[WeightPlace, Mapping[str, TensorEntry]]  # a projection, its tensors not placed yet, and those
 
 
 def find_weight(checkpoint: Checkpoint, spec: LinearSpec) -> tuple[Scheme, dict[str, TensorEntry]]:
@@ -264,26 +256,24 @@ def _slice(entry: TensorEntry, index: int) -> TensorEntry:
 
 def _runs(entries: list[TensorEntry]) -> tuple[tuple[ByteRange, ...], dict[int, int]]:
     """Page-aligned reads that cover ``entries``, and the slot position of each by ``id``."""
+    groups: list[list[TensorEntry]] = []
+    for entry in sorted(entries, key=lambda e: (e.file, e.offset)):
+        near = groups and groups[-1][0].file == entry.file and entry.offset - _end(groups[-1]) <= _JOIN_GAP
+        if near:
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
     runs: list[ByteRange] = []
     positions: dict[int, int] = {}
-    group: list[TensorEntry] = []
     slot = 0
-
-    def close() -> None:
-        nonlocal slot
+    for group in groups:
         start = group[0].offset // PAGE * PAGE
-        needed = max(entry.offset + entry.nbytes for entry in group) - start
-        length = -(-needed // PAGE) * PAGE
-        runs.append(ByteRange(group[0].file, start, length, slot, needed))
-        positions.update({id(entry): slot + entry.offset - start for entry in group})
-        slot += length
-
-    for entry in sorted(entries, key=lambda e: (e.file, e.offset)):
-        if group:
-            end = max(e.offset + e.nbytes for e in group)
-            if entry.file != group[0].file or entry.offset - end > _JOIN_GAP:
-                close()
-                group = []
-        group.append(entry)
-    close()
+        needed = _end(group) - start
+        runs.append(ByteRange(group[0].file, start, -(-needed // PAGE) * PAGE, slot, needed))
+        positions |= {id(entry): slot + entry.offset - start for entry in group}
+        slot += runs[-1].length
     return tuple(runs), positions
+
+
+def _end(group: list[TensorEntry]) -> int:
+    return max(entry.offset + entry.nbytes for entry in group)

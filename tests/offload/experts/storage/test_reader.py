@@ -13,7 +13,7 @@ from quant.errors import CheckpointError, MachineError
 
 
 def _record(file: Path, offset: int, length: int, needed: int | None = None) -> ExpertRecord:
-    return ExpertRecord((ByteRange(file, offset, length, 0, needed or length),), {}, {}, length)
+    return ExpertRecord((ByteRange(file, offset, length, 0, needed or length),), {}, length)
 
 
 @pytest.fixture
