@@ -1,14 +1,19 @@
 """Experts in RAM: which are read before anything asks for them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from offload.experts.cache.host_cache import ExpertCache
+from offload.records import RunOptions
 from offload.routing.eviction import make_policy
 from offload.routing.frequency import ExpertFrequency
+from offload.routing.stats import RoutingStats
 from offload.tiers import Key
+from quant.checkpoint.identity import model_id
+from tests import sessions
 from tests.offload.tiers import Bench
 
 
@@ -66,3 +71,18 @@ def test_with_a_profile_of_such_text_the_first_tokens_hit_more(bench: Bench, ram
                 assert len(list(cache.stream(layer, [expert]))) == 1
         hits.append(cache.take_counters().by_tier["ram"])
     assert hits[0] > hits[1] + 10, f"{hits} of {64 * len(bench.layers)} requests"
+
+
+def test_a_session_with_a_profile_fills_ram_before_its_first_token(bench: Bench, tmp_path: Path) -> None:
+    stats = RoutingStats(model_id(bench.store.checkpoint), bench.store.shape)
+    hot = [3, 6]  # of every layer
+    chosen = np.array(hot)[np.random.default_rng(0).permuted(np.arange(50) % 2)]
+    stats.record_step(np.broadcast_to(chosen[:, None, None], (50, len(bench.layers), 1)).copy())
+    stats.save(tmp_path / "routing.json")
+    found: list[set[Key]] = []
+    for routing in (tmp_path / "routing.json", None):
+        options = RunOptions(context=64, routing=routing)
+        with sessions.session(bench.store.checkpoint.path, options, ram_slots=8) as session:
+            session.experts.wait()
+            found.append(set(session.experts.host.slot_of))
+    assert found == [{(layer, expert) for layer in bench.layers for expert in hot}, set()]
