@@ -145,7 +145,7 @@ def _choices(
         shares = _shares(evidence.routing, checkpoint)
         return estimates(checkpoint, units, evidence.rounder, evidence.imatrix, shares), how
     from offload.quality.sensitivity import sample_tokens, sensitivities, stream_bytes
-    from quant.allocation.allocator import keep_losses, kept_losses
+    from quant.allocation.findings import keep_losses, kept_losses
 
     job = {
         "source": checkpoint.identity,

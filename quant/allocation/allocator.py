@@ -4,12 +4,9 @@ Three goals: mean bits of the quantized weights, bytes of the whole checkpoint, 
 every expert in VRAM and RAM. For that goal the experts' largest scheme is chosen, too.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from quant.allocation.allocate import Allocation, Choices, Option, allocate
 from quant.allocation.units import Unit, units_of
@@ -171,27 +168,3 @@ def split_roles(
         for unit in units_of(checkpoint.shape, [role])
     ]
     return units, kept
-
-
-def keep_losses(file: Path, job: Mapping[str, Any], choices: Sequence[Choices]) -> None:
-    """Write what was measured for ``job`` beside a run's other work."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    losses = [[[str(o.scheme), o.loss] for o in choice.options] for choice in choices]
-    draft = file.with_suffix(".new")
-    draft.write_text(json.dumps({"job": job, "losses": losses}))
-    draft.replace(file)
-
-
-def kept_losses(file: Path, job: Mapping[str, Any], units: Sequence[Unit]) -> list[Choices] | None:
-    """What ``keep_losses`` wrote for the same ``job``; None if there is nothing of it."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    if found.get("job") != job or len(found["losses"]) != len(units):
-        return None
-    made = []
-    for unit, losses in zip(units, found["losses"], strict=True):
-        schemes = [(Scheme.parse(text), loss) for text, loss in losses]
-        made.append(Choices(unit, tuple(Option(s, unit.nbytes(s), loss) for s, loss in schemes)))
-    return made

@@ -1,13 +1,13 @@
 """The files of a checkpoint that are not weights: config, tokenizer, templates, processors, licences."""
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from quant.checkpoint.writer import write_file, writing
+from quant.errors import CheckpointError
 from quant.model.config import put_right
+from quant.output_file import write_file, writing
 from quant.sizes import format_size
 
 _INDEX = ".index.json"  # of weights: the output has its own
@@ -71,11 +71,16 @@ def sidecar_bytes(source: Path) -> int:
 
 
 def copy_sidecars(source: Path, destination: Path) -> None:
-    """Copy the sidecars of ``source``; links are followed. Raises OutputError."""
+    """Copy the sidecars of ``source``; links are followed. Raises OutputError, and CheckpointError if one cannot
+    be read."""
     for path in sidecars(source):
+        try:
+            data = (source / path).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{source / path} cannot be read: {error.strerror}") from None
         with writing(destination / path):
             (destination / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / path, destination / path)
+        write_file(destination / path, data)
 
 
 def write_config(destination: Path, config: dict[str, Any], quantization_config: dict[str, Any]) -> None:

@@ -2,29 +2,13 @@
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 from quant.checkpoint.layout import CheckpointLayout
 from quant.errors import OutputError
+from quant.output_file import writing
 from quant.sizes import format_size
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failing system call on ``path`` into an OutputError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise OutputError(
-                f"no space left to write {path} ({error.strerror}): free some and run again with --resume, "
-                "or choose another destination"
-            ) from error
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def check_free(folder: Path, needed: int) -> None:
@@ -37,23 +21,6 @@ def check_free(folder: Path, needed: int) -> None:
             f"{folder} has {format_size(free)} free, but the output needs {format_size(needed)}: "
             "free some or choose another destination"
         )
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file and wait until it is on disk. Raises OutputError."""
-    with writing(path), path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the names in ``path`` are on disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class OutputFiles:
@@ -96,8 +63,10 @@ class OutputFiles:
             self._dirty.discard(name)
 
     def close(self) -> None:
+        """Let go of the files; what counts has been synced, so that an error here changes nothing."""
         for descriptor in self._descriptors.values():
-            os.close(descriptor)
+            with suppress(OSError):
+                os.close(descriptor)
         self._descriptors.clear()
 
 

@@ -9,7 +9,9 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,13 @@ from quant.checkpoint.config_groups import check_schemes, quantization_config
 from quant.checkpoint.journal import Journal, Sums
 from quant.checkpoint.sidecars import copy_sidecars, left_out, sidecar_bytes, write_config
 from quant.checkpoint.staging import Staging
-from quant.checkpoint.writer import OutputFiles, check_free, write_file
+from quant.checkpoint.writer import OutputFiles, check_free
 from quant.convert.fidelity import Fidelity, RoleFidelity
 from quant.convert.parts import Conversion, Part, Piece, plan_conversion
-from quant.errors import CheckpointError, NonFiniteError, OutputError
+from quant.errors import CheckpointError, NonFiniteError
 from quant.model.families import QUANTIZABLE, Role
 from quant.model.mixed_precision import described
+from quant.output_file import sync_folder, write_file
 from quant.rounding.encode import Encoded, check_finite
 from quant.rounding.rounding import Rounder, Rounding, make_rounder
 from quant.scheme import BF16, Scheme
@@ -74,7 +77,7 @@ class ConversionReport:
 
 def convert(
     source: Path | str,
-    destination: Path | str,
+    destination: Path | str | Staging,
     schemes: Mapping[Role, Scheme],
     *,
     resume: bool = False,
@@ -84,48 +87,50 @@ def convert(
     rounder: Rounder | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
-    """Quantize the checkpoint in ``source`` by ``schemes`` (a role not named is kept) into ``destination``.
+    """Quantize the checkpoint in ``source`` by ``schemes`` (a role not named is kept) into ``destination``, a
+    path or the staging that the caller has claimed.
 
     With ``resume`` a run that was stopped is continued, and the result is the same to the byte. ``progress``
     is called with source bytes done, source bytes in all, and the tensor at hand. What is done is made safe
     on disk every ``sync_bytes`` of output. ``rounding`` says how values are found (``rounder``, if given,
-    does it instead). ``details`` go into the
-    checkpoint's report as they are. Raises CheckpointError, SchemeError, RecipeError or OutputError;
-    the destination then does not exist.
+    does it instead). ``details`` go into the checkpoint's report as they are. Raises CheckpointError,
+    SchemeError, RecipeError or OutputError; the destination then is as it was.
     """
     started = time.monotonic()
     checkpoint = open_source(source)
     notes = check_schemes(checkpoint.shape, schemes)
     conversion = plan_conversion(checkpoint, schemes)
-    staging = Staging(Path(destination))
     rounder = rounder or make_rounder(rounding, checkpoint)
     job = _job(checkpoint, schemes, rounder)
-    if resume and staging.is_finished and _is_same(staging.destination, job):
-        staging.discard()
-        notes.append("the destination was already complete: nothing was left to do")
-        return _report(checkpoint, conversion, staging.destination, 0, started, (), notes)
-    staging.check(checkpoint.path, resume)
-    _check_free(checkpoint, conversion, staging)
-    journal = staging.open(job)
-    files = OutputFiles(staging.model, conversion.layout)
-    parts, resumed = conversion.parts, len(journal.done)
-    try:
-        files.create()
-        _Run(checkpoint, parts, files, journal, sync_bytes, rounder).go(progress)
-        fidelity = Fidelity.measure(parts, journal.done)
-        _write_small_files(checkpoint, conversion, schemes, staging.model, {**job, **(details or {})}, fidelity)
-    except (NonFiniteError, OutputError) as error:
-        # Weights that cannot be used, or a disk that is full before anything is done: nothing to go on from.
-        if isinstance(error, NonFiniteError) or not journal.done:
-            staging.discard()
-        raise
-    finally:
-        files.close()
-        journal.close()
-    staging.publish()
+    claimed = nullcontext(destination) if isinstance(destination, Staging) else Staging(destination)
+    with claimed as staging:
+        if not isinstance(destination, Staging):
+            if resume and is_made(staging, job):
+                staging.discard()
+                notes.append("the destination was already complete: nothing was left to do")
+                return _report(checkpoint, conversion, staging.destination, 0, started, (), notes)
+            staging.check(checkpoint.path, resume)
+            staging.claim()
+        check_space(checkpoint, conversion, staging)
+        journal = staging.open(job)
+        resumed = len(journal.done)
+        if not journal.complete:
+            files = OutputFiles(staging.model, conversion.layout)
+            try:
+                files.create()
+                _Run(checkpoint, conversion.parts, files, journal, sync_bytes, rounder).go(progress)
+                _write_small_files(checkpoint, conversion, schemes, staging.model, {**job, **(details or {})}, journal)
+            except NonFiniteError:  # weights that cannot be used: nothing to go on from
+                staging.discard()
+                raise
+            finally:
+                files.close()
+            journal.finish()
+        fidelity = Fidelity.measure(conversion.parts, journal.done)
+        staging.publish()
     unused = left_out(checkpoint.path, {entry.file for entry in checkpoint.entries.values()})
     notes += [unused] if unused else []
-    read = sum(part.nbytes for part in parts[resumed:])
+    read = sum(part.nbytes for part in conversion.parts[resumed:])
     return _report(checkpoint, conversion, staging.destination, read, started, fidelity.roles, notes)
 
 
@@ -166,7 +171,7 @@ class _Run:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             reading = reader.submit(self._read, left[0]) if left else None
             writing: Future[None] | None = None
-            for part, following in zip(left, [*left[1:], None], strict=True):
+            for part, following in zip_longest(left, left[1:]):
                 assert reading is not None
                 tensor = reading.result()
                 reading = reader.submit(self._read, following) if following else None
@@ -240,19 +245,22 @@ def _job(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme], rounder: Rounde
     }
 
 
-def _is_same(destination: Path, job: dict[str, Any]) -> bool:
-    """Whether the finished checkpoint in ``destination`` came from this job."""
+def is_made(staging: Staging, asked: Mapping[str, Any]) -> bool:
+    """Whether the destination already is the whole checkpoint that was asked for: its report says the same of
+    each key of ``asked`` that reports have, and every file is there in full."""
     try:
-        report = json.loads((destination / REPORT).read_text())
-    except (OSError, ValueError):
+        report = json.loads((staging.target / REPORT).read_text())
+        return all(report.get(key) == value for key, value in asked.items() if key != _STATE) and bool(
+            Checkpoint.open(staging.target).entries
+        )
+    except (OSError, ValueError, CheckpointError):
         return False
-    return all(report.get(key) == job[key] for key in ("format", "recipe", "rounding", "source"))
 
 
-def _check_free(checkpoint: Checkpoint, conversion: Conversion, staging: Staging) -> None:
-    needed = conversion.layout.nbytes + sidecar_bytes(checkpoint.path) + _SLACK
-    taken = sum(file.stat().st_blocks * 512 for file in staging.model.glob("*")) if staging.model.is_dir() else 0
-    check_free(staging.nearest, needed - taken)
+def check_space(checkpoint: Checkpoint, conversion: Conversion, staging: Staging, beside: int = 0) -> None:
+    """Raise OutputError if the destination's file system lacks room for the output and ``beside`` more bytes."""
+    needed = conversion.layout.nbytes + sidecar_bytes(checkpoint.path) + _SLACK + beside
+    check_free(staging.nearest, needed - staging.nbytes)
 
 
 def _write_small_files(
@@ -261,8 +269,9 @@ def _write_small_files(
     schemes: Mapping[Role, Scheme],
     folder: Path,
     job: dict[str, Any],
-    fidelity: Fidelity,
+    journal: Journal,
 ) -> None:
+    """Everything but the weights. Files of an earlier run that stopped here are written again, the same."""
     copy_sidecars(checkpoint.path, folder)
     index = json.dumps(conversion.layout.index(), indent=2).encode() + b"\n"
     write_file(folder / "model.safetensors.index.json", index)
@@ -271,10 +280,11 @@ def _write_small_files(
         "source_bytes": conversion.source_bytes,
         "output_bytes": conversion.layout.nbytes,
         "bits_per_weight": _bits_per_weight(checkpoint, conversion),
-        **fidelity.to_json(),
+        **Fidelity.measure(conversion.parts, journal.done).to_json(),
     }
     write_file(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
     write_config(folder, checkpoint.config, quantization_config(checkpoint.shape, schemes))
+    sync_folder(folder)
 
 
 def _bits_per_weight(checkpoint: Checkpoint, conversion: Conversion) -> float:

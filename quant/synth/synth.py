@@ -27,11 +27,12 @@ from quant.checkpoint.config_groups import check_schemes, quantization_config, s
 from quant.checkpoint.layout import CheckpointLayout, StoredTensor, lay_out_checkpoint
 from quant.checkpoint.sidecars import write_config
 from quant.checkpoint.staging import Staging
-from quant.checkpoint.writer import OutputFiles, check_free, write_file
+from quant.checkpoint.writer import OutputFiles, check_free
 from quant.errors import UsageError
 from quant.model.families import Role
 from quant.model.shape import ModelShape
 from quant.model.tensors import LinearSpec, TensorSpec
+from quant.output_file import write_file
 from quant.pack import unpack
 from quant.scheme import BF16, Scheme
 from quant.synth.config import text_config
@@ -99,23 +100,22 @@ def synthesize(
     plain = list(shape.plain_tensors())
     stored = [StoredTensor(spec.key, "BF16", spec.shape) for spec in plain]
     layout = lay_out_checkpoint(shape, schemes, stored)
-    staging = Staging(Path(destination))
-    staging.check_new()
-    check_free(staging.nearest, layout.nbytes + 2**24)
     weights = _Weights(shape, schemes, Noise(seed), zipf)
-    staging.create()
-    files = OutputFiles(staging.model, layout)
-    try:
-        files.create()
-        _write(weights, plain, layout, files, progress)
-        write_tokenizer(staging.model, shape.vocab_size)
-        index = json.dumps(layout.index(), indent=2).encode() + b"\n"
-        write_file(staging.model / "model.safetensors.index.json", index)
-        write_config(staging.model, config, quantization_config(shape, schemes))
+    with Staging(destination) as staging:
+        staging.check_new()
+        check_free(staging.nearest, layout.nbytes + 2**24)
+        staging.create()
+        files = OutputFiles(staging.model, layout)
+        try:
+            files.create()
+            _write(weights, plain, layout, files, progress)
+            write_tokenizer(staging.model, shape.vocab_size)
+            index = json.dumps(layout.index(), indent=2).encode() + b"\n"
+            write_file(staging.model / "model.safetensors.index.json", index)
+            write_config(staging.model, config, quantization_config(shape, schemes))
+        finally:
+            files.close()
         staging.publish()
-    finally:
-        files.close()
-        staging.discard()
     return SynthReport(staging.destination, layout.nbytes, time.monotonic() - started, tuple(notes))
 
 

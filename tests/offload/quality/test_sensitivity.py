@@ -8,8 +8,9 @@ import torch
 
 from offload.quality.sensitivity import sensitivities
 from quant.allocation.allocate import Choices
-from quant.allocation.allocator import Allocator, keep_losses, kept_losses, split_roles
+from quant.allocation.allocator import Allocator, split_roles
 from quant.allocation.estimate import estimates
+from quant.allocation.findings import keep_allocation, keep_losses, kept_allocation, kept_losses
 from quant.allocation.units import units_of
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
@@ -76,6 +77,14 @@ def test_losses_are_kept_for_the_same_job_only(tmp_path: Path, measured: list[Ch
     keep_losses(file, {"text": "a"}, measured)
     assert kept_losses(file, {"text": "a"}, units) == measured
     assert kept_losses(file, {"text": "b"}, units) is None
+
+
+def test_a_choice_is_kept_for_the_same_goal_only(tiny: Tiny, tmp_path: Path, measured: list[Choices]) -> None:
+    units, file = [choice.unit for choice in measured], tmp_path / "work" / "allocation.json"
+    chosen = allocator(tiny("llama4_maverick"), measured).by_bits(5.0)
+    keep_allocation(file, {"bits": 5.0, "roles": ("experts",)}, chosen)
+    assert kept_allocation(file, {"bits": 5.0, "roles": ("experts",)}, units) == chosen
+    assert kept_allocation(file, {"bits": 4.5, "roles": ("experts",)}, units) is None
 
 
 def allocator(folder: Path, choices: list[Choices]) -> Allocator:

@@ -1,7 +1,6 @@
 """A conversion that is killed, and continued, ends as if nothing had happened; until then there is no DST."""
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.checkpoint.journal import Journal
+from quant.checkpoint.staging import Staging
 from quant.convert.convert import convert
 from quant.errors import OutputError
 from quant.model.families import Role
@@ -174,12 +173,10 @@ def test_a_folder_of_strangers_is_never_taken_for_a_partial_run(tiny: Tiny, tmp_
 
 def test_two_runs_never_write_the_same_destination(tiny: Tiny, tmp_path: Path) -> None:
     interrupted(tiny("olmoe"), tmp_path / "out")
-    path = tmp_path / "out.partial" / "journal.jsonl"
-    job = json.loads(path.read_text().splitlines()[0])
-    other = Journal.resume(path, job)
-    with pytest.raises(OutputError, match="another run"):
-        convert(tiny("olmoe"), tmp_path / "out", SCHEMES, resume=True)
-    other.close()
+    with Staging(tmp_path / "out") as other:
+        other.claim()
+        with pytest.raises(OutputError, match="another run"):
+            convert(tiny("olmoe"), tmp_path / "out", SCHEMES, resume=True)
     convert(tiny("olmoe"), tmp_path / "out", SCHEMES, resume=True)
 
 
