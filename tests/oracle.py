@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration, PreTrainedModel
 
-from offload.experts.storage.store import find_weight
 from quant.checkpoint.checkpoint import Checkpoint
+from quant.checkpoint.inventory import find_weight
 from quant.model.tensors import LinearSpec
 from quant.pack import Packed, dequantize, dequantize_nf4
 

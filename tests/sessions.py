@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from offload.experts.storage.store import ExpertStore, schemes_of_tensors
+from offload.experts.storage.store import ExpertStore
 from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
 from offload.records import RunOptions
 from offload.run.session import Session
 from quant.checkpoint.checkpoint import Checkpoint
+from quant.checkpoint.inventory import schemes_of_tensors
 from tests.machines import machine
 
 _DEFAULTS = {"vram_slots": 0, "vram_seeds": (), "prompt_chunk": 512, "gpu_rows": 0, "prefetch_bytes": 0}
@@ -19,7 +20,7 @@ _DEFAULTS = {"vram_slots": 0, "vram_seeds": (), "prompt_chunk": 512, "gpu_rows":
 def planned(store: ExpertStore, options: RunOptions, **placed: Any) -> PlannedRun:
     """A run of the model of ``store`` whose plan is changed as ``placed`` says: ``ram_slots``, ``vram_slots``,
     ``gpu_rows`` and the like."""
-    model = PlannedModel(store.shape, schemes_of_tensors(store), "as stored")
+    model = PlannedModel(store.shape, schemes_of_tensors(store.checkpoint), "as stored")
     run = planned_run(model, replace(options, device="cpu"), machine=machine(), slot_bytes=store.slot_bytes)
     plan = replace(run.plan, **{**_DEFAULTS, "guess_tokens": True, **placed})
     return replace(run, options=options, plan=plan)

@@ -120,18 +120,19 @@ class Demo:
     def plan(self) -> dict[str, Any]:
         """Where every byte of the coming run goes, with RAM for about half of the experts."""
         from cli.terminal.words import limit_name, number, percent, size
-        from offload.experts.storage.store import ExpertStore, schemes_of_tensors
+        from offload.experts.storage.store import ExpertStore
         from offload.hardware.probe import probe
         from offload.plan.plan import make_plan
         from offload.routing.stats import RoutingStats
         from quant.checkpoint.checkpoint import Checkpoint
+        from quant.checkpoint.inventory import schemes_of_tensors
 
         checkpoint = Checkpoint.open(self.model)
         store = ExpertStore(checkpoint)
         fitted = partial(
             make_plan,
             checkpoint.shape,
-            schemes_of_tensors(store),
+            schemes_of_tensors(checkpoint),
             probe(self.model),
             vram=0,
             context=CONTEXT,

@@ -21,9 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from offload.experts.cache.oom import with_room
 from offload.experts.storage.arena import Arena
 from offload.experts.storage.page_cache import forget_pages
-from offload.experts.storage.store import find_weight
 from offload.model.moe import ExpertRunner, RoutedExperts, RoutedLlama4Block
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
+from quant.checkpoint.inventory import find_weight
 from quant.errors import CheckpointError
 from quant.linear import Compute, KeptEmbedding, QuantLinear
 from quant.model.config import language_config

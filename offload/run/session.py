@@ -14,7 +14,7 @@ from offload.experts.cache.mapped_cache import MappedCache
 from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.arena import Arena
 from offload.experts.storage.reader import Reader
-from offload.experts.storage.store import ExpertStore, schemes_of_tensors
+from offload.experts.storage.store import ExpertStore
 from offload.experts.storage.transfer import CudaTransfer, Transfer
 from offload.hardware.cuda_driver import gpu_errors
 from offload.hardware.ledger import MemoryLedger, forget_peak, resident_bytes
@@ -36,6 +36,7 @@ from offload.run.report import RunReport
 from offload.tiers import Key, Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.identity import model_id
+from quant.checkpoint.inventory import schemes_of_tensors
 from quant.errors import BudgetError
 from quant.model.hub import resolve_model
 from quant.model.recipe import load_recipe
@@ -128,7 +129,7 @@ class Session:
         # Before anything else is on the GPU: then the driver's figures tell what CUDA itself takes.
         allowance = Allowance.claim(device, options.vram) if device.type == "cuda" else None
         machine = _measured(store.checkpoint.path, options, device, say)
-        planned = PlannedModel(store.shape, schemes_of_tensors(store), "as stored")
+        planned = PlannedModel(store.shape, schemes_of_tensors(store.checkpoint), "as stored")
         options = replace(options, device="cpu" if allowance is None else "cuda")
         if allowance is not None:
             options = replace(options, vram=allowance.planned)

@@ -16,7 +16,6 @@ from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.config_groups import stores_fused_experts
 from quant.checkpoint.layout import ITEMSIZE, CheckpointLayout, StoredTensor, fused_experts, lay_out_checkpoint
 from quant.checkpoint.weight_files import TensorEntry
-from quant.errors import CheckpointError
 from quant.model.families import PROJECTIONS, Role
 from quant.model.mixed_precision import scheme_of
 from quant.model.shape import ModelShape
@@ -24,7 +23,6 @@ from quant.model.tensors import LinearSpec
 from quant.scheme import BF16, Scheme
 
 BLOCK_BYTES = 64 * 2**20
-_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -73,18 +71,13 @@ class Conversion:
 def plan_conversion(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> Conversion:
     """Match every source tensor with what the config says and lay the output out.
 
-    Raises CheckpointError for a tensor that is absent, not known, of another shape than the config says or
-    already quantized; nothing is read but headers.
+    Nothing is read but headers, which were checked when ``checkpoint`` was opened.
     """
     shape = checkpoint.shape
-    sources = {linear.module: _dense_entry(checkpoint, linear) for linear in shape.dense_linears()}
+    sources = {linear.module: checkpoint.find(f"{linear.module}.weight") for linear in shape.dense_linears()}
     linears = {entry.key for entry in sources.values()}
     linears.update(key for layer in shape.moe_layers for key in _expert_keys(checkpoint, layer))
-    for tensor in shape.plain_tensors():
-        _check_shape(checkpoint, checkpoint.find(tensor.key), tensor.shape)
     plain = [entry for key, entry in checkpoint.entries.items() if key not in linears]
-    for entry in plain:
-        _check_known(checkpoint, entry.key)
     dtypes = {module: entry.dtype for module, entry in sources.items()}
     for layer in shape.moe_layers:
         dtypes.update(_expert_dtypes(checkpoint, layer))
@@ -96,61 +89,15 @@ def plan_conversion(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> C
     return Conversion(layout, tuple(parts))
 
 
-def _dense_entry(checkpoint: Checkpoint, linear: LinearSpec) -> TensorEntry:
-    entry = checkpoint.find(f"{linear.module}.weight")
-    _check_shape(checkpoint, entry, (linear.out_features, linear.in_features))
-    return entry
-
-
-def _check_shape(checkpoint: Checkpoint, entry: TensorEntry, expected: tuple[int, ...]) -> None:
-    if entry.shape != expected:
-        raise CheckpointError(
-            f"{entry.file}: tensor {entry.key} has shape {list(entry.shape)}, but config.json says "
-            f"{list(expected)}: "
-            "weights and config are not of one model"
-        )
-    if entry.dtype not in _FLOATS:
-        raise CheckpointError(
-            f"{entry.file}: tensor {entry.key} has dtype {entry.dtype}, expected one of "
-            f"{', '.join(_FLOATS)}: "
-            "already quantized weights cannot be quantized again; start from the original checkpoint"
-        )
-
-
-def _check_known(checkpoint: Checkpoint, key: str) -> None:
-    """Refuse a tensor to be carried through that the config has no place for."""
-    name, shape = checkpoint.names[key], checkpoint.shape
-    if name.suffix.startswith(("weight_", "weight.")):
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {key} is already quantized: start from the original bf16 checkpoint"
-        )
-    linear = name.role in ("experts", "shared_expert", "dense_mlp", "attention") and name.suffix in ("weight", "")
-    outside = name.role != "vision" and name.layer is not None and name.layer >= shape.num_layers
-    if outside or (linear and "inv_freq" not in key):
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {key} has no place in the model that config.json describes "
-            f"({shape.num_layers} layers, {shape.num_experts} experts): weights and config are not of one "
-            "model"
-        )
-
-
 def _expert_keys(checkpoint: Checkpoint, layer: int) -> Iterator[str]:
-    """The source keys of a layer's experts, each of the shape that the config says."""
-    shape = checkpoint.shape
-    hidden, inter, count = shape.hidden_size, shape.expert_intermediate, shape.num_experts
+    """The source keys of a layer's experts."""
     base = checkpoint.fused_experts(layer)
-    if base is None:
-        for expert in range(count):
-            for linear in shape.expert_linears(layer, expert):
-                yield _dense_entry(checkpoint, linear).key
+    if base is not None:
+        yield from (f"{base}gate_up_proj", f"{base}down_proj")
         return
-    gate_up, down = (2 * inter, hidden), (hidden, inter)
-    if shape.family.fused_transposed:
-        gate_up, down = gate_up[::-1], down[::-1]
-    for name, dims in (("gate_up_proj", gate_up), ("down_proj", down)):
-        entry = checkpoint.entry(base + name)
-        _check_shape(checkpoint, entry, (count, *dims))
-        yield entry.key
+    for expert in range(checkpoint.shape.num_experts):
+        for linear in checkpoint.shape.expert_linears(layer, expert):
+            yield checkpoint.find(f"{linear.module}.weight").key
 
 
 def _expert_dtypes(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,15 @@ from quant.model.config import language_config, vision_config
 from quant.model.families import PROJECTIONS, Family, Projection, Role
 from quant.model.mixed_precision import MixedPrecision, scheme_of
 from quant.model.tensors import LinearSpec, TensorSpec
-from quant.model.text_config import MAX_EXPERTS, Llama4Text, OlmoeText, Qwen3MoeText, TextConfig, VisionConfig
+from quant.model.text_config import (
+    MAX_EXPERTS,
+    Llama4Text,
+    MixtralText,
+    OlmoeText,
+    Qwen3MoeText,
+    TextConfig,
+    VisionConfig,
+)
 from quant.scheme import BF16, Scheme
 
 _CONTEXT = 4096
@@ -238,7 +246,7 @@ def _of_record(family: Family, model_type: str, text: TextConfig, vision: Vision
         prefix="language_model." if model_type == "llama4" else "",
         head_norms=norms,
         vision_weights=_vision_weights(vision, hidden),
-        attention_bias=text.attention_bias,
+        attention_bias=text.attention_bias and not isinstance(text, MixtralText),
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from offload.decode.gpu import GraphDecoder
-from offload.experts.storage.store import ExpertStore, schemes_of_tensors
+from offload.experts.storage.store import ExpertStore
 from offload.hardware import cuda_driver as driver
 from offload.hardware.probe import Machine, probe
 from offload.plan.cost_model import Workload
@@ -32,6 +32,7 @@ from offload.run.session import Session
 from offload.simulator.simulation import Setup
 from offload.tiers import Tier
 from quant.checkpoint.checkpoint import Checkpoint
+from quant.checkpoint.inventory import schemes_of_tensors
 from quant.convert.convert import convert
 from quant.model.recipe import load_recipe, load_shape
 from quant.model.shape import ModelShape
@@ -270,7 +271,7 @@ def run(
             session.reset()
             runs.append(list(session.generate(ids, Sampling(max_tokens=tokens + 1, ignore_eos=True))))
         ahead = warming(session, ids, tokens, runs[1:])
-        figures = measured(runs[1:], session.plan, machine, session.shape, schemes_of_tensors(session.store))
+        figures = measured(runs[1:], session.plan, machine, session.shape, schemes_of_tensors(session.checkpoint))
         return {
             **figures,
             "warming": ahead,

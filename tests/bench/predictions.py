@@ -13,11 +13,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from offload.experts.storage.store import schemes_of_tensors
 from offload.hardware.probe import probe
 from offload.plan.plan import make_plan
 from offload.records import RunOptions, Sampling
 from offload.run.session import Session
+from quant.checkpoint.inventory import schemes_of_tensors
 from quant.sizes import parse_size
 
 PROMPT, DECODED, CONTEXT = 512, 64, 1024
@@ -58,7 +58,7 @@ def compare(model: Path, ram: str) -> Compared:
         first, *rest = session.generate(prompt, Sampling(max_tokens=DECODED + 1, ignore_eos=True))
         plan = make_plan(
             session.shape,
-            schemes_of_tensors(session.store),
+            schemes_of_tensors(session.checkpoint),
             machine,
             vram=0,
             ram=session.plan.ram,

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from offload.experts.storage.store import find_weight
 from offload.model.tokenizer import load_tokenizer
 from offload.quality.windows import Windows
 from quant.checkpoint.checkpoint import Checkpoint
+from quant.checkpoint.inventory import find_weight
 from quant.model.families import Role
 from quant.pack import Packed, dequantize, dequantize_nf4, quantize, quantize_nf4
 from quant.rounding.rounding import Search

@@ -6,20 +6,18 @@ checkpoint of another origin, or fused bf16 experts, still works with one run pe
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
+from quant.checkpoint.inventory import find_weight
 from quant.checkpoint.weight_files import TensorEntry
-from quant.errors import CheckpointError
 from quant.linear import LinearWeight
-from quant.model.families import Projection, Role
-from quant.model.mixed_precision import joined
+from quant.model.families import Projection
 from quant.model.tensors import LinearSpec
 from quant.scheme import Scheme
 
@@ -199,50 +197,6 @@ class ExpertStore:
 
 
 _Stored = tuple[WeightPlace, Mapping[str, TensorEntry]]  # a projection, its tensors not placed yet, and those
-
-
-def find_weight(checkpoint: Checkpoint, spec: LinearSpec) -> tuple[Scheme, dict[str, TensorEntry]]:
-    """How ``spec``'s weight is stored, read off its tensors, and their entries by suffix.
-
-    Raises CheckpointError if they are absent or do not have the shape that the config demands.
-    """
-    entries, module = checkpoint.entries, spec.module
-    packed, scale = entries.get(f"{module}.weight_packed"), entries.get(f"{module}.weight_scale")
-    if packed is not None and scale is not None:
-        bits = packed.shape[1] * 32 // spec.in_features
-        groups = scale.shape[1] if len(scale.shape) == 2 else 1
-        kind: Literal["int4", "int8"] = "int4" if bits == 4 else "int8"
-        if bits not in (4, 8) or (packed.shape[0], scale.shape[0]) != (spec.out_features,) * 2:
-            raise CheckpointError(
-                f"{checkpoint.path}: {module} is packed as {packed.shape} for a {spec.out_features}x"
-                f"{spec.in_features} weight: expected 4 or 8 bits"
-            )
-        if f"{module}.weight_zero_point" in entries or scale.dtype != "BF16":
-            raise CheckpointError(f"{checkpoint.path}: {module} is asymmetric or has no bf16 scales: not supported")
-        return Scheme(kind, spec.in_features // groups), {"weight_packed": packed, "weight_scale": scale}
-    weight = checkpoint.entry(f"{module}.weight")
-    if f"{module}.weight.quant_state.bitsandbytes__nf4" in entries:
-        suffixes = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
-        return Scheme("nf4"), {suffix: checkpoint.entry(f"{module}.{suffix}") for suffix in suffixes}
-    if weight.shape != _dims(spec):
-        raise CheckpointError(f"{checkpoint.path}: {module} has shape {weight.shape}: expected {_dims(spec)}")
-    return Scheme("bf16"), {"weight": weight}
-
-
-def schemes_of_tensors(store: ExpertStore) -> Mapping[Role, Scheme]:
-    """The scheme of each role of the store's checkpoint, read off its tensors; a MixedPrecision where a role has
-    several."""
-
-    def chosen() -> Iterator[tuple[LinearSpec, Scheme]]:
-        for spec in store.shape.dense_linears():
-            yield spec, find_weight(store.checkpoint, spec)[0]
-        for layer, expert in store.experts():
-            weights = store.record(layer, expert).weights
-            for spec in store.shape.expert_linears(layer, expert):
-                assert spec.projection is not None
-                yield spec, weights[spec.projection].scheme
-
-    return joined(chosen())
 
 
 def _dims(spec: LinearSpec) -> tuple[int, int]:

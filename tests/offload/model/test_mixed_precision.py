@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from offload.decode.cpu import NativeDecoder
-from offload.experts.storage.store import ExpertStore, schemes_of_tensors
 from offload.plan.plan import make_plan
 from offload.records import RunOptions, Sampling
 from quant.allocation.units import Granularity
 from quant.checkpoint.checkpoint import Checkpoint
+from quant.checkpoint.inventory import schemes_of_tensors
 from quant.convert.convert import convert
 from quant.kernels.moe import READY
 from quant.model.mixed_precision import MixedPrecision
@@ -34,7 +34,7 @@ def test_greedy_text_equals_stock_transformers_for_every_split(
     source, mixture = tiny(family), mixed(shape_of(tiny(family)), granularity)
     convert(source, tmp_path / "out", mixture)
     checkpoint = Checkpoint.open(tmp_path / "out")
-    stored = schemes_of_tensors(ExpertStore(checkpoint))
+    stored = schemes_of_tensors(checkpoint)
     assert isinstance(stored, MixedPrecision) and stored.identity == mixture.identity
     model = oracle.stock(source, tmp_path / "out")
     with torch.inference_mode():

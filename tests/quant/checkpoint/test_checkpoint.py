@@ -1,6 +1,5 @@
 """A checkpoint is opened by its headers, checked, and read one expert at a time."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,9 +11,12 @@ from safetensors.torch import load_file
 
 from quant.checkpoint.checkpoint import Checkpoint, read_into
 from quant.checkpoint.weight_files import read_header
+from quant.convert.convert import convert
 from quant.errors import CheckpointError
 from quant.model.config import read_config
 from quant.model.families import PROJECTIONS
+from quant.scheme import Scheme
+from tests import hostile
 from tests.checkpoints import FAMILIES
 
 Tiny = Callable[..., Path]
@@ -145,9 +147,15 @@ def test_a_file_that_vanishes_is_refused_when_read(tmp_path: Path) -> None:
 
 
 def test_a_quantized_checkpoint_knows_that_it_is(tiny: Tiny, tmp_path: Path) -> None:
+    convert(tiny("llama4"), tmp_path / "packed", {"experts": Scheme("int4")})
+    assert Checkpoint.open(tmp_path / "packed").is_quantized
+    assert not Checkpoint.open(tiny("llama4")).is_quantized
     shutil.copytree(tiny("llama4"), tmp_path / "model")
+    hostile.edit_json(tmp_path / "model" / "config.json", lambda config: config.update(quantization_config=None))
     assert not Checkpoint.open(tmp_path / "model").is_quantized
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["text_config"]["quantization_config"] = {"quant_method": "fp8"}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    assert Checkpoint.open(tmp_path / "model").is_quantized
+    foreign = {"quant_method": "fp8"}
+    hostile.edit_json(
+        tmp_path / "model" / "config.json", lambda config: config["text_config"].update(quantization_config=foreign)
+    )
+    with pytest.raises(CheckpointError, match="is quantized by 'fp8'"):
+        Checkpoint.open(tmp_path / "model")

@@ -1,0 +1,234 @@
+"""What every tensor of a checkpoint is for, and that it is what its form demands.
+
+A tensor that is read without another one that belongs to it (fp8 weights without their scales, packed values
+without their zero points) gives nonsense and no error. So each tensor is accounted for: it is one that the
+model of config.json is made of, in the dtype and shape of its form, or one known to be without meaning, or
+the checkpoint is refused by that tensor's name. Headers alone are read.
+
+Forms of a Linear ``[N, K]`` (byte for byte in ``quant/scheme.py``): dense ``weight`` in a floating-point dtype;
+packed ``weight_packed``, ``weight_scale`` and ``weight_shape``; nf4 ``weight``, ``weight.absmax``,
+``weight.quant_map`` and ``weight.quant_state.bitsandbytes__nf4``.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from quant.checkpoint.headers import CheckpointHeaders
+from quant.checkpoint.quantization import quantization
+from quant.checkpoint.weight_files import TensorEntry
+from quant.errors import CheckpointError, SchemeError
+from quant.model.families import Role
+from quant.model.mixed_precision import joined
+from quant.model.tensors import LinearSpec
+from quant.scheme import BF16, NF4_BLOCK, Scheme
+
+FLOATS = ("BF16", "F16", "F32", "F64")
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+_NF4_STATE_BYTES = 4096
+# Made anew from the config by every loader.
+_WITHOUT_MEANING = re.compile(r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
+_DEQUANTIZE = "start from the original bf16 checkpoint"
+_Found = tuple[Scheme, dict[str, TensorEntry]]
+
+
+def check_tensors(checkpoint: CheckpointHeaders) -> None:
+    """Raise CheckpointError, naming the tensor, unless the files hold what config.json describes and no more."""
+    said = quantization(checkpoint.config)
+    allowed = {BF16} if said is None else {BF16, *said.schemes}
+    used: set[str] = set()
+    for linear, (scheme, entries) in _linears(checkpoint):
+        if scheme not in allowed:
+            what = "has no quantization_config" if said is None else f"knows {_listed(said.schemes)}"
+            key = next(iter(entries.values())).key
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {key} is already quantized, to {scheme}, but config.json {what}: weights "
+                "and config are not of one checkpoint"
+            )
+        used.update(entry.key for entry in entries.values())
+        if scheme.is_packed:
+            used.update(_weight_shape(checkpoint, linear))
+    for key in _plain(checkpoint):
+        used.add(key)
+    for key in checkpoint.entries:
+        if key not in used:
+            _check_left_over(checkpoint, key)
+
+
+def _linears(checkpoint: CheckpointHeaders) -> Iterator[tuple[LinearSpec, _Found]]:
+    """Every Linear and what it is stored in; those of fused experts give the same tensors."""
+    shape = checkpoint.shape
+    for linear in shape.dense_linears():
+        yield linear, find_weight(checkpoint, linear)
+    for layer in shape.moe_layers:
+        base = checkpoint.fused_experts(layer)
+        if base is not None:
+            fused = _fused(checkpoint, base)
+            yield from ((linear, (BF16, fused)) for linear in shape.expert_linears(layer, 0))
+            continue
+        for expert in range(shape.num_experts):
+            for linear in shape.expert_linears(layer, expert):
+                yield linear, find_weight(checkpoint, linear)
+
+
+def _fused(checkpoint: CheckpointHeaders, base: str) -> dict[str, TensorEntry]:
+    shape = checkpoint.shape
+    hidden, inter, count = shape.hidden_size, shape.expert_intermediate, shape.num_experts
+    gate_up, down = (2 * inter, hidden), (hidden, inter)
+    if shape.family.fused_transposed:
+        gate_up, down = gate_up[::-1], down[::-1]
+    found = {name: checkpoint.entry(base + name) for name in ("gate_up_proj", "down_proj")}
+    _check_dense(checkpoint, found["gate_up_proj"], (count, *gate_up))
+    _check_dense(checkpoint, found["down_proj"], (count, *down))
+    return found
+
+
+def find_weight(checkpoint: CheckpointHeaders, spec: LinearSpec) -> _Found:
+    """How ``spec``'s weight is stored, read off its tensors, and their entries by suffix.
+
+    Raises CheckpointError if they are absent, or are not of the dtype and shape that their form and the config
+    demand.
+    """
+    entries, module = checkpoint.entries, spec.module
+    packed, scale = (entries.get(checkpoint.alias(f"{module}.{name}")) for name in ("weight_packed", "weight_scale"))
+    if packed is not None:
+        return _packed(checkpoint, spec, packed, scale)
+    if scale is not None and checkpoint.alias(f"{module}.weight") not in entries:
+        raise CheckpointError(f"{checkpoint.path}: tensor {scale.key} is a scale without the weights it belongs to")
+    weight = checkpoint.find(f"{module}.weight")
+    if f"{module}.{NF4_STATE}" in entries:
+        return _nf4(checkpoint, spec)
+    _check_dense(checkpoint, weight, _dims(spec))
+    return BF16, {"weight": weight}
+
+
+def _packed(checkpoint: CheckpointHeaders, spec: LinearSpec, packed: TensorEntry, scale: TensorEntry | None) -> _Found:
+    if scale is None:
+        raise CheckpointError(f"{checkpoint.path}: tensor {packed.key} has no scales: expected weight_scale beside it")
+    rows, columns = _dims(spec)
+    _check_dtype(checkpoint, packed, "I32")
+    _check_dtype(checkpoint, scale, "BF16")
+    words = packed.shape[1] if len(packed.shape) == 2 and packed.shape[0] == rows else 0
+    groups = scale.shape[1] if len(scale.shape) == 2 and scale.shape[0] == rows else 0
+    bits = next((bits for bits in (4, 8) if words * 32 == columns * bits), None)
+    if bits is None or not groups or columns % groups:
+        raise CheckpointError(
+            f"{checkpoint.path}: {spec.module} is packed as {list(packed.shape)} with scales {list(scale.shape)} for a "
+            f"{rows}x{columns} weight: expected 4 or 8 bits in groups of whole columns"
+        )
+    try:
+        scheme = Scheme("int4" if bits == 4 else "int8", columns // groups)
+    except SchemeError as error:
+        raise CheckpointError(f"{checkpoint.path}: {spec.module} cannot be run: {error}") from None
+    return scheme, {"weight_packed": packed, "weight_scale": scale}
+
+
+def _weight_shape(checkpoint: CheckpointHeaders, spec: LinearSpec) -> Iterator[str]:
+    """The key of a packed weight's ``weight_shape``, if it is there."""
+    entry = checkpoint.entries.get(checkpoint.alias(f"{spec.module}.weight_shape"))
+    if entry is not None:
+        if entry.dtype not in ("I64", "I32") or entry.shape != (2,):
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {entry.key} is {entry.dtype} {list(entry.shape)}: expected I64 [2]"
+            )
+        yield entry.key
+
+
+def _nf4(checkpoint: CheckpointHeaders, spec: LinearSpec) -> _Found:
+    weights, module = spec.weights, spec.module
+    forms: dict[str, tuple[str, tuple[int, ...]]] = {
+        "weight": ("U8", (weights // 2, 1)),
+        "weight.absmax": ("F32", (weights // NF4_BLOCK,)),
+        "weight.quant_map": ("F32", (16,)),
+    }
+    found = {name: checkpoint.entry(f"{module}.{name}") for name in (*forms, NF4_STATE)}
+    for name, (dtype, shape) in forms.items():
+        _check_dtype(checkpoint, found[name], dtype)
+        if found[name].shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {found[name].key} has shape {list(found[name].shape)}: expected "
+                f"{list(shape)} for a {spec.out_features}x{spec.in_features} weight in nf4"
+            )
+    state = found[NF4_STATE]
+    _check_dtype(checkpoint, state, "U8")
+    if len(state.shape) != 1 or state.nbytes > _NF4_STATE_BYTES:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {state.key} has shape {list(state.shape)}: expected some bytes"
+        )
+    return Scheme("nf4"), found
+
+
+def _plain(checkpoint: CheckpointHeaders) -> Iterator[str]:
+    """Keys of the tensors that are never quantized: embeddings, routers, norms and biases."""
+    shape = checkpoint.shape
+    for tensor in shape.plain_tensors():
+        entry = checkpoint.find(tensor.key)
+        _check_dense(checkpoint, entry, tensor.shape)
+        yield entry.key
+    if shape.attention_bias:
+        for linear in shape.dense_linears():
+            if linear.role == "attention":
+                entry = checkpoint.entry(f"{linear.module}.bias")
+                _check_dense(checkpoint, entry, (linear.out_features,))
+                yield entry.key
+
+
+def _check_left_over(checkpoint: CheckpointHeaders, key: str) -> None:
+    """Refuse a tensor that nothing reads, unless it is known to be without meaning or of the vision tower."""
+    if _WITHOUT_MEANING.search(key):
+        return
+    name, shape, entry = checkpoint.names[key], checkpoint.shape, checkpoint.entries[key]
+    if name.role == "vision" and shape.model_type == "llama4":
+        if entry.dtype not in FLOATS:
+            raise _no_float(entry)
+        return
+    if name.suffix.startswith("weight_") or (name.suffix.startswith("weight.")):
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {key} belongs to a form of already quantized weights that is not supported: "
+            f"{_DEQUANTIZE}"
+        )
+    if name.role == "lm_head" and shape.tie_word_embeddings:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {key} has no place in the model: config.json ties the output head to the "
+            "embeddings; expected tie_word_embeddings to be false where the head has weights of its own"
+        )
+    raise CheckpointError(
+        f"{checkpoint.path}: tensor {key} has no place in the model that config.json describes "
+        f"({shape.num_layers} layers, {shape.num_experts} experts): weights and config are not of one model"
+    )
+
+
+def _check_dense(checkpoint: CheckpointHeaders, entry: TensorEntry, expected: tuple[int, ...]) -> None:
+    if entry.dtype not in FLOATS:
+        raise _no_float(entry)
+    if entry.shape != expected:
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.key} has shape {list(entry.shape)}, but config.json says {list(expected)}: "
+            "weights and config are not of one model"
+        )
+
+
+def _no_float(entry: TensorEntry) -> CheckpointError:
+    return CheckpointError(
+        f"{entry.file}: tensor {entry.key} has dtype {entry.dtype}, expected one of {', '.join(FLOATS)}: weights that "
+        f"are already quantized like this, with or without scales beside them, are not supported; {_DEQUANTIZE}"
+    )
+
+
+def _check_dtype(checkpoint: CheckpointHeaders, entry: TensorEntry, expected: str) -> None:
+    if entry.dtype != expected:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {entry.key} has dtype {entry.dtype}: expected {expected}, as its form demands"
+        )
+
+
+def _dims(spec: LinearSpec) -> tuple[int, int]:
+    return spec.out_features, spec.in_features
+
+
+def _listed(schemes: frozenset[Scheme]) -> str:
+    return " and ".join(sorted(map(str, schemes))) or "no quantized weights"
+
+
+def schemes_of_tensors(checkpoint: CheckpointHeaders) -> Mapping[Role, Scheme]:
+    """The scheme of each role, read off the tensors; a MixedPrecision where a role has several."""
+    return joined((linear, scheme) for linear, (scheme, _) in _linears(checkpoint))
