@@ -9,6 +9,7 @@ from cli.options.output import Report, takes_console
 from cli.options.run import Model
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
+from cli.terminal.progress import progress_bar
 
 if TYPE_CHECKING:
     from offload.quality.evaluate import Evaluation
@@ -53,17 +54,19 @@ def eval(
     with seldom_collecting():
         from offload.quality.evaluate import evaluate
 
-    found = evaluate(
-        path,
-        source,
-        words,
-        cache=cache or default_cache(),
-        windows=windows or None,
-        length=context,
-        expert_slots=expert_slots,
-        kv=kv,
-        progress=console.step,
-    )
+    console.step(f"running the text through {reference} and {model}")
+    with progress_bar(console, "", "done") as told:
+        found = evaluate(
+            path,
+            source,
+            words,
+            cache=cache or default_cache(),
+            windows=windows or None,
+            length=context,
+            expert_slots=expert_slots,
+            kv=kv,
+            progress=told,
+        )
     beyond = _beyond(path, context)
     show(found, console)
     console.notes(beyond)

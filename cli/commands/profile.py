@@ -8,6 +8,7 @@ import typer
 from cli.options.output import takes_console
 from cli.options.run import Model, takes_run_options
 from cli.terminal.console import Console
+from cli.terminal.progress import progress_bar
 from offload.records import RunOptions
 
 if TYPE_CHECKING:
@@ -78,10 +79,12 @@ def run_text(session: "Session", text: str, limit: int | None, console: Console)
     ids = session.encode(text)[:limit]
     window = session.context
     started = time.perf_counter()
-    for start in range(0, len(ids), window):
-        session.reset()
-        session.prefill(ids[start : start + window])
-        console.step(f"{min(start + window, len(ids)):,} of {len(ids):,} tokens")
+    with progress_bar(console, "running the text", "tokens") as show:
+        show(0, len(ids), "")
+        for start in range(0, len(ids), window):
+            session.reset()
+            session.prefill(ids[start : start + window])
+            show(min(start + window, len(ids)), len(ids), "")
     session.reset()
     return time.perf_counter() - started
 

@@ -13,6 +13,7 @@ from cli.options.run import Routing
 from cli.options.schemes import AskedSchemes, takes_schemes
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
+from cli.terminal.progress import progress_bar
 from quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -126,12 +127,7 @@ def quantize(
     rounder = plain
     if calibrate is not None and windows is not None:
         rounder = _calibrated(checkpoint, work, schemes, windows, plain, tune, resume, console)
-    with console.progress() as bar:
-        task = bar.add_task("quantize", total=None)
-
-        def show(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with progress_bar(console, "quantizing", "bytes") as show:
         report = convert(path, destination, schemes, resume=resume, progress=show, rounder=rounder, details=chosen)
     if calibrate is not None or goal is not None:
         rmtree(work, ignore_errors=True)
@@ -173,9 +169,8 @@ def _imatrix(checkpoint: "Checkpoint", file: Path | None, save: Path | None, con
     windows = _windows(checkpoint.path, file)
     assert windows is not None
     console.step(f"measuring inputs on {windows.tokens:,} tokens")
-    found = measure_importance(
-        checkpoint, windows, lambda done, total: console.step(f"measured layer {done} of {total}")
-    )
+    with progress_bar(console, "measuring inputs", "layers") as show:
+        found = measure_importance(checkpoint, windows, show)
     if save is not None:
         found.save(save)
     return found
@@ -214,10 +209,9 @@ def _calibrated(
         f"calibrating on {windows.tokens:,} tokens; takes about {format_size(sum(parts.values()))} of memory ({named})"
     )
 
-    def show(done: int, total: int, left: float) -> None:
-        console.step(f"calibrated layer {done} of {total}, about {left / 60:.0f} min left")
-
-    seen = calibrate(checkpoint, schemes, windows, folder, passes=passes, resume=resume, progress=show)
+    with progress_bar(console, "calibrating", "layers") as show:
+        seen = calibrate(checkpoint, schemes, windows, folder, passes=passes, resume=resume, progress=show)
+    console.step(f"calibrated {checkpoint.shape.num_layers} layers")
     console.notes(seen.notes())
     name = f"gptq {windows.identity}" + (f", tuned in {passes} passes" if passes else "")
     return Prepared(folder, name, other)

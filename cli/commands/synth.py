@@ -11,6 +11,7 @@ import typer
 from cli.options.output import takes_console
 from cli.options.schemes import AskedSchemes, takes_schemes
 from cli.terminal.console import Console
+from cli.terminal.progress import progress_bar
 from quant.errors import UsageError
 from quant.sizes import format_size
 
@@ -114,12 +115,7 @@ def synth(
                 f"{experts_per_layer} experts per token"
             )
     console.step(f"writing random weights to {folder}: {schemes_line(schemes, ModelShape.from_config(config))}")
-    with console.progress() as bar:
-        task = bar.add_task("synth", total=None)
-
-        def show(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with progress_bar(console, "writing", "bytes") as show:
         report = synthesize(config, folder, schemes, zipf=zipf, seed=seed, progress=show)
     console.notes(report.notes)
     size = format_size(report.output_bytes)

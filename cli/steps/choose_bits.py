@@ -9,6 +9,7 @@ from cli.options.goal import Goal
 from cli.options.machine import AskedMachine
 from cli.options.schemes import GROUP_SIZE, AskedSchemes
 from cli.terminal.console import Console
+from cli.terminal.progress import progress_bar
 from quant.sizes import format_size
 
 if TYPE_CHECKING:
@@ -161,13 +162,8 @@ def _choices(
             f"measuring what bits are worth on {tokens:,} tokens; takes one layer's experts and "
             f"{format_size(stream_bytes(checkpoint, units, tokens))} of memory beside the dense weights"
         )
-        found = sensitivities(
-            checkpoint,
-            units,
-            evidence.windows.ids,
-            evidence.rounder,
-            progress=lambda done, total: console.step(f"measured layer {done} of {total}"),
-        )
+        with progress_bar(console, "measuring", "layers") as show:
+            found = sensitivities(checkpoint, units, evidence.windows.ids, evidence.rounder, show)
         keep_losses(file, job, found)
     return found, how
 

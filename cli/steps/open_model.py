@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
+from cli.terminal.progress import progress_bar
 from offload.records import RunOptions
 from quant.errors import CheckpointError, ProfileError
 
@@ -30,7 +31,8 @@ def open_session(path: Path, run: RunOptions, console: Console) -> "Session":
     with seldom_collecting():
         from offload.run.session import Session
 
-    session = Session.open(path, run, progress=console.step)
+    with progress_bar(console, "loading", "bytes") as show:
+        session = Session.open(path, run, progress=console.step, loading=show)
     console.step(f"loaded in {session.load_seconds:.1f} s, {session.kernel}")
     console.notes([*session.notes, *(session.plan.notes if session.plan else ())])
     if console.verbose and session.plan is not None:

@@ -18,7 +18,6 @@ from quant.errors import UsageError
 if TYPE_CHECKING:  # rich costs 0.1 s, and --help never prints with it
     from rich.console import Console as RichConsole
     from rich.console import RenderableType
-    from rich.progress import Progress
 
 
 SCHEMA_VERSION = 1  # of every document; counted up when a key goes or changes its meaning (docs/json.md)
@@ -85,26 +84,10 @@ class Console:
                 self.prose(f"note: {note}")
                 self.said.add(note)
 
-    def progress(self) -> "Progress":
-        """A progress bar over bytes with speed and time left; hidden when stderr is no terminal."""
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=self.rich,
-            disable=self.json or self.quiet or not self.rich.is_terminal,
-        )
+    @property
+    def draws(self) -> bool:
+        """Whether something that changes, such as a progress bar, may be drawn: on a terminal that can, for a human."""
+        return not (self.json or self.quiet) and self.rich.is_terminal and not self.rich.is_dumb_terminal
 
     def result(self, document: Mapping[str, Any]) -> None:
         """Print ``document`` as the last line of stdout, under ``--json`` only."""

@@ -34,6 +34,8 @@ def leave() -> None:
     (as every dataclass is).
     """
     with suppress(OSError, RuntimeError):  # a closed pipe; a signal in the midst of a write
+        if sys.stderr.isatty():  # a progress bar hides the cursor, and nothing may have brought it back
+            sys.stderr.write("\x1b[?25h")
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(INTERRUPTED)

@@ -28,6 +28,7 @@ from quant.errors import CheckpointError
 from quant.linear import Compute, KeptEmbedding, QuantLinear
 from quant.model.config import language_config
 from quant.model.tensors import LinearSpec
+from quant.progress import Progress, nobody
 from quant.scheme import BF16, Scheme
 
 _METHOD = "coldstream"
@@ -107,7 +108,12 @@ def check_rope(config: PretrainedConfig, context: int) -> None:
 
 
 def load_model(
-    checkpoint: Checkpoint, runner: ExpertRunner, compute: Compute, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    runner: ExpertRunner,
+    compute: Compute,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = nobody,
 ) -> PreTrainedModel:
     """The causal language model of ``checkpoint`` with its dense weights on ``device``, experts left to
     ``runner``.
@@ -135,23 +141,26 @@ def load_model(
         raise CheckpointError(f"{checkpoint.path} lacks weights of the model or has them in another shape: {names}")
     model.eval()
     if device.type != "cpu":
-        with_room(lambda: _move(model, device), runner.cache)
+        with_room(lambda: _move(model, device, progress), runner.cache)
     return model
 
 
-def _move(model: PreTrainedModel, device: torch.device) -> None:
+def _move(model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
     """Move all weights to ``device`` but the embeddings, of which a token reads one row; they stay on the
     host unless they are the output head, too."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", object()):
         model.to(device)  # type: ignore[arg-type]
         return
+    moved, total = 0, sum(parameter.nbytes for parameter in model.parameters())
     for module in model.modules():
         if module is not embedding:
             module._apply(lambda tensor: tensor.to(device), recurse=False)
+        moved += sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+        progress(moved, total, "loading")
 
 
-def move_to_arena(model: PreTrainedModel) -> Arena:
+def move_to_arena(model: PreTrainedModel, progress: Progress = nobody) -> Arena:
     """Move the weights of a model on the CPU into one arena of huge pages, which read half as fast again, and
     let go of the mapped files that they were loaded from, whose pages would count as resident beside it.
 
@@ -165,6 +174,7 @@ def move_to_arena(model: PreTrainedModel) -> Arena:
         place = memory[position : position + stored.nbytes].view(stored.dtype).view(stored.shape)
         parameter.data = place.copy_(stored)
         forget_pages(stored)
+        progress(position + stored.nbytes, arena.slot_bytes, "loading")
         position += -(-stored.nbytes // _LINE) * _LINE
     return arena
 

@@ -15,8 +15,7 @@ goes on after it.
 Legend: T tokens, H hidden, I intermediate, N out features, K in features, k experts per token.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from quant.model.families import PROJECTIONS, Projection, Role
 from quant.model.mixed_precision import described, scheme_of
 from quant.model.tensors import LinearSpec
 from quant.pack import Packed, dequantize
+from quant.progress import Progress, nobody
 from quant.rounding.gptq import DAMPING, gptq
 from quant.rounding.learned_rounding import TrainableWeight
 from quant.scheme import BF16, Scheme
@@ -45,7 +45,6 @@ from quant.scheme import BF16, Scheme
 PULL = 0.8  # how far a weight moves towards making up for its inputs' errors
 _SAMPLE = 1024  # tokens that stand for all of a layer
 _BATCH = 4
-Progress = Callable[[int, int, float], None]
 
 
 def calibrate(
@@ -56,12 +55,12 @@ def calibrate(
     *,
     passes: int = 0,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = nobody,
 ) -> Calibration:
     """Round every Linear of the layers that ``schemes`` packs, and keep the results in ``folder``.
 
     The dense ones of each layer are then tuned together, in so many ``passes`` over the text.
-    ``progress`` gets layers done, layers in all and the seconds that are likely left. Raises InputError for a
+    ``progress`` counts layers. Raises InputError for a
     text too short, UsageError if there is nothing to tune, OutputError if ``folder`` is
     another calibration's or cannot be written.
     """
@@ -79,13 +78,11 @@ def calibrate(
         state = CalibrationState.open(folder, job, resume)
         with Layerwise(checkpoint) as walk, torch.no_grad():
             streams = state.streams(walk.embed(windows.ids))
-            started, first = time.monotonic(), state.layer
-            for layer in range(first, total):
+            progress(state.layer, total, "calibrating")
+            for layer in range(state.layer, total):
                 results = _LayerRounding(walk, layer, schemes, streams, state.calibration).run(passes, windows.ids)
                 state.keep(layer, results, streams)
-                each = (time.monotonic() - started) / (layer + 1 - first)
-                if progress is not None:
-                    progress(layer + 1, total, each * (total - layer - 1))
+                progress(layer + 1, total, "calibrating")
     except OSError as error:
         raise OutputError(f"{folder} cannot keep the calibration: {error.strerror}") from None
     state.calibration.tokens = windows.tokens

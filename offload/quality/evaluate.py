@@ -12,11 +12,12 @@ from offload.model.kv_cache import Storage
 from offload.model.tokenizer import load_tokenizer
 from offload.quality.divergence import Divergence, TokenMeasures
 from offload.quality.layerwise import Layerwise
-from offload.quality.reference import Progress, Reference, reference_of
+from offload.quality.reference import Reference, reference_of
 from offload.quality.windows import Windows, tokenizer_identity
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError
 from quant.model.shape import ModelShape
+from quant.progress import Progress, nobody
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def evaluate(
     length: int = 512,
     expert_slots: int | None = None,
     kv: Storage | None = None,
-    progress: Progress | None = None,
+    progress: Progress = nobody,
 ) -> Evaluation:
     """Compare the checkpoint ``model`` with ``reference`` on the first ``windows`` windows of ``text``.
 
@@ -70,15 +71,13 @@ def evaluate(
     ours, theirs = Checkpoint.open(model), Checkpoint.open(reference)
     check_comparable(ours, theirs)
     cut = Windows.cut(text, load_tokenizer(reference), length, windows)
-    say = progress or (lambda line: None)
-    kept = reference_of(theirs, cut, cache, expert_slots=expert_slots, progress=say)
+    kept = reference_of(theirs, cut, cache, expert_slots=expert_slots, progress=progress)
     with Layerwise(ours, expert_slots=expert_slots, kv=kv) as walk:
-        agreement, hidden = _walk(walk, cut, kept, say)
-        say("comparing predictions")
-        parts = [
-            kept.window(window).measure(walk.log_probs(hidden[window]), cut.ids[window, 1:])
-            for window in range(len(cut.ids))
-        ]
+        agreement, hidden = _walk(walk, cut, kept, progress)
+        parts = []
+        for window in range(len(cut.ids)):
+            progress(window, len(cut.ids), "comparing, window by window")
+            parts.append(kept.window(window).measure(walk.log_probs(hidden[window]), cut.ids[window, 1:]))
     return Evaluation(
         model=model,
         reference=reference,
@@ -126,11 +125,11 @@ def _short(value: Any) -> str:
     return str(getattr(value, "name", value))
 
 
-def _walk(walk: Layerwise, cut: Windows, kept: Reference, say: Progress) -> tuple[dict[int, float], Tensor]:
+def _walk(walk: Layerwise, cut: Windows, kept: Reference, progress: Progress) -> tuple[dict[int, float], Tensor]:
     agreement: dict[int, float] = {}
     hidden = walk.embed(cut.ids)
     for layer in range(walk.shape.num_layers):
-        say(f"model: layer {layer + 1} of {walk.shape.num_layers}")
+        progress(layer, walk.shape.num_layers, "model, layer by layer")
         _, chosen = walk.run_routed(layer, hidden, hidden)
         if layer in walk.shape.moe_layers:
             agreement[layer] = _overlap(chosen, kept.routes[walk.shape.moe_layers.index(layer)])

@@ -9,7 +9,6 @@ In memory: one layer's experts and the hidden states (tokens x H x 8 bytes).
 Legend: T tokens, H hidden, K in features, k experts per token.
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from offload.quality.layerwise import Layerwise
 from offload.quality.windows import Windows
 from quant.checkpoint.checkpoint import Checkpoint
+from quant.progress import Progress, nobody
 from quant.rounding.imatrix import ChannelMoments, Imatrix
 
 _SAMPLE = 256  # tokens that stand for all of a layer
@@ -26,7 +26,6 @@ _OWN = 2048  # tokens of its own that an expert's down_proj is measured with at 
 _KEPT = 512  # tokens that directions are taken from
 _DIRECTIONS = 32
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-Progress = Callable[[int, int], None]
 
 
 class _Inputs:
@@ -67,15 +66,15 @@ def _principal(x: Tensor) -> Tensor:
     return along.contiguous()
 
 
-def measure_importance(checkpoint: Checkpoint, windows: Windows, progress: Progress | None = None) -> Imatrix:
+def measure_importance(checkpoint: Checkpoint, windows: Windows, progress: Progress = nobody) -> Imatrix:
     """The moments of every Linear's input in ``checkpoint`` over ``windows``."""
     found: dict[str, ChannelMoments] = {}
     with Layerwise(checkpoint) as walk, torch.inference_mode():
         hidden = walk.embed(windows.ids)
+        progress(0, checkpoint.shape.num_layers, "measuring inputs")
         for layer in range(checkpoint.shape.num_layers):
             found.update(_layer(walk, layer, hidden))
-            if progress is not None:
-                progress(layer + 1, checkpoint.shape.num_layers)
+            progress(layer + 1, checkpoint.shape.num_layers, "measuring inputs")
         head = [spec for spec in checkpoint.shape.dense_linears() if spec.layer is None]
         if head:
             sums = _Inputs()

@@ -13,7 +13,6 @@ token.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,11 +27,11 @@ from offload.quality.layerwise import Layerwise
 from offload.quality.windows import Windows
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import OutputError
+from quant.progress import Progress, nobody
 
 VERSION = 2
 MAX_STORED = 16384
 _LEVELS = 65535
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def reference_of(
     cache: Path,
     *,
     expert_slots: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = nobody,
 ) -> Reference:
     """The kept predictions of ``checkpoint`` for ``windows``, made now if ``cache`` does not have them.
 
@@ -123,7 +122,7 @@ def reference_of(
     try:
         draft.mkdir(parents=True)
         with Layerwise(checkpoint, expert_slots=expert_slots) as walk:
-            _make(walk, windows, draft, progress or (lambda text: None))
+            _make(walk, windows, draft, progress)
         draft.rename(folder)
     except OSError as error:
         raise OutputError(f"{cache} cannot keep the reference's predictions: {error.strerror}") from None
@@ -144,7 +143,7 @@ def _make(walk: Layerwise, windows: Windows, folder: Path, progress: Progress) -
     noisy = hidden.bfloat16().float()
     routes = []
     for layer in range(shape.num_layers):
-        progress(f"reference: layer {layer + 1} of {shape.num_layers}")
+        progress(layer, shape.num_layers, "reference, layer by layer")
         _, chosen = walk.run_routed(layer, hidden, hidden)
         if layer in shape.moe_layers:
             routes.append(chosen.sort(1).values)
@@ -156,11 +155,13 @@ def _make(walk: Layerwise, windows: Windows, folder: Path, progress: Progress) -
     about: dict[str, Any] = {"length": length, "windows": count, "stored": stored, "partial": partial}
     with _Writer(folder, stored, partial) as writer:
         for window in range(count):
+            progress(window, count, "reference, window by window")
             writer.add(walk.log_probs(hidden[window]), ids[window])
     (folder / "about.json").write_text(json.dumps(about))
-    progress("reference: its own noise")
-    made = Reference(folder)
-    parts = [made.window(w).measure(walk.log_probs(noisy[w]), ids[w, 1:]) for w in range(count)]
+    made, parts = Reference(folder), []
+    for window in range(count):
+        progress(window, count, "reference, its own noise")
+        parts.append(made.window(window).measure(walk.log_probs(noisy[window]), ids[window, 1:]))
     about["floor"] = Divergence.of(TokenMeasures.joined(parts), length).to_json()
     (folder / "about.json").write_text(json.dumps(about))
 

@@ -13,7 +13,7 @@ Legend: B windows, T tokens of a window, H hidden, E experts.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -29,6 +29,7 @@ from quant.checkpoint.checkpoint import Checkpoint
 from quant.linear import LinearWeight, QuantLinear
 from quant.model.families import PROJECTIONS, Role
 from quant.model.tensors import LinearSpec
+from quant.progress import Progress, nobody
 from quant.rounding.rounding import Rounder
 from quant.scheme import Scheme
 
@@ -36,7 +37,6 @@ STREAM_BYTES = 8 * 2**30
 _WINDOWS = 4  # at least, however few tokens there is room for
 _LEAST_TOKENS, _MOST_TOKENS = 256, 8192
 _EXPONENTS = 0.3, 1.2  # of divergence over the output's squared change; two draws can say anything
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -61,7 +61,7 @@ def stream_bytes(checkpoint: Checkpoint, units: Sequence[Unit], tokens: int) -> 
 
 
 def sensitivities(
-    checkpoint: Checkpoint, units: Sequence[Unit], ids: Tensor, rounder: Rounder, progress: Progress | None = None
+    checkpoint: Checkpoint, units: Sequence[Unit], ids: Tensor, rounder: Rounder, progress: Progress = nobody
 ) -> list[Choices]:
     """Each unit's schemes with what they are expected to lose: mean KL divergence, over windows spread evenly
     among ``ids`` ``[B, T]``, as many as there is room for.
@@ -75,10 +75,10 @@ def sensitivities(
     spread = torch.linspace(0, len(ids) - 1, count).round().long()
     with Layerwise(checkpoint) as walk, torch.inference_mode():
         survey = _Survey(walk, list(joint.values()), ids[spread, :length], rounder)
+        progress(0, checkpoint.shape.num_layers, "measuring what bits are worth")
         for layer in range(checkpoint.shape.num_layers):
             survey.layer(layer)
-            if progress is not None:
-                progress(layer + 1, checkpoint.shape.num_layers)
+            progress(layer + 1, checkpoint.shape.num_layers, "measuring what bits are worth")
         survey.finish()
     measured = dict(zip(joint, survey.measured, strict=True))
     return [_choices(unit, measured[_key(unit)]) for unit in units]

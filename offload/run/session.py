@@ -40,6 +40,7 @@ from quant.checkpoint.inventory import schemes_of_tensors
 from quant.errors import BudgetError
 from quant.model.hub import resolve_model
 from quant.model.recipe import load_recipe
+from quant.progress import Progress, nobody
 from quant.sizes import format_size
 
 Say = Callable[[str], None]
@@ -52,7 +53,12 @@ class Session:
     """
 
     def __init__(
-        self, store: ExpertStore, run: PlannedRun, device: torch.device, allowance: Allowance | None = None
+        self,
+        store: ExpertStore,
+        run: PlannedRun,
+        device: torch.device,
+        allowance: Allowance | None = None,
+        loading: Progress = nobody,
     ) -> None:
         started = time.perf_counter()
         self.store, self.checkpoint, self.shape = store, store.checkpoint, store.shape
@@ -77,10 +83,10 @@ class Session:
         runner = ExpertRunner(self.experts, self.routing, compute, self.shape.family.scales_input)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         check_rope(text_config(self.checkpoint), self.context)
-        self.model = load_model(self.checkpoint, runner, compute, dtype, device)
+        self.model = load_model(self.checkpoint, runner, compute, dtype, device, loading)
         self._dense: Arena | None = None
         if device.type == "cpu" and not self._can_move_later():
-            self._dense = move_to_arena(self.model)
+            self._dense = move_to_arena(self.model, loading)
         storage: Storage = "plain" if self.options.exact else self.options.kv or "bf16"
         kv = KVCache(self.shape, self.context, storage)
         self.decoder, notes = select_decoder(
@@ -114,13 +120,14 @@ class Session:
         *,
         recipe: str | None = None,
         progress: Say | None = None,
+        loading: Progress = nobody,
         **asked: Any,
     ) -> "Session":
         """Plan the run of ``model`` (a directory or a Hub id) on this machine and load it.
 
         ``asked`` are fields of RunOptions, over those of ``options``; what neither says is the ``recipe``'s.
-        ``progress`` is told what takes time. Raises CheckpointError, BudgetError, MachineError, ProfileError,
-        RecipeError, UsageError, each with one clear line.
+        ``progress`` is told what takes time, ``loading`` how many bytes are where they will stay. Raises
+        CheckpointError, BudgetError, MachineError, ProfileError, RecipeError, UsageError, each with one clear line.
         """
         say = progress or (lambda text: None)
         options = replace(options or RunOptions(), **asked).over(load_recipe(recipe) if recipe else None)
@@ -139,7 +146,7 @@ class Session:
             raise (allowance.explain(error) if allowance is not None else error) from None
         say("loading the model")
         with gpu_errors():
-            return cls(store, run, device, allowance)
+            return cls(store, run, device, allowance, loading)
 
     def _enter_experts(self) -> None:
         """Enter the slots and files of routed experts in the ledger."""

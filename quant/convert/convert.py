@@ -7,7 +7,7 @@ parts' source and two parts' results are in memory, whatever the size of the mod
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ from quant.errors import CheckpointError, NonFiniteError
 from quant.model.families import QUANTIZABLE, Role
 from quant.model.mixed_precision import described
 from quant.output_file import sync_folder, write_file
+from quant.progress import Progress, nobody
 from quant.rounding.encode import Encoded, check_finite
 from quant.rounding.rounding import Rounder, Rounding, make_rounder
 from quant.scheme import BF16, Scheme
 
 REPORT = "quantization_report.json"
-Progress = Callable[[int, int, str], None]
 _STATE = "state of the source's files"
 _SLACK = 2**20
 _SYNC_BYTES = 256 * 2**20
@@ -168,6 +168,8 @@ class _Run:
         total = sum(part.nbytes for part in self._parts)
         done = sum(part.nbytes for part in self._parts[:first])
         left = self._parts[first:]
+        progress = progress or nobody
+        progress(done, total, "quantizing")
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             reading = reader.submit(self._read, left[0]) if left else None
             writing: Future[None] | None = None
@@ -181,8 +183,7 @@ class _Run:
                     writing.result()
                 writing = writer.submit(self._write, part, results)
                 done += part.nbytes
-                if progress is not None:
-                    progress(done, total, part.pieces[0].target)
+                progress(done, total, "quantizing")
             if writing is not None:
                 writing.result()
             self._make_safe()

@@ -14,7 +14,7 @@ Legend: N out features, K in features, E experts, L layers.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +34,13 @@ from quant.model.shape import ModelShape
 from quant.model.tensors import LinearSpec, TensorSpec
 from quant.output_file import write_file
 from quant.pack import unpack
+from quant.progress import Progress, nobody
 from quant.scheme import BF16, Scheme
 from quant.synth.config import text_config
 from quant.synth.noise import Noise
 from quant.synth.skew import constant_for, router_rows, zipf_biases
 from quant.synth.tokenizer import MIN_VOCAB, write_tokenizer
 
-Progress = Callable[[int, int, str], None]
 # Standard deviation of a uniformly random stored value, in units of its scale.
 _SPREAD = {"int4": math.sqrt(17.5), "int8": math.sqrt(5397.5), "nf4": 0.55}
 _ROWS = 4096
@@ -127,7 +127,7 @@ def _write(
     progress: Progress | None,
 ) -> None:
     """Write everything; while one file is being filled, the one before it is brought to the disk."""
-    done = 0
+    done, progress = 0, progress or nobody
     with ThreadPoolExecutor(1) as pool:
         syncing: Future[None] | None = None
         previous = ""
@@ -143,8 +143,7 @@ def _write(
                 files.write(name, offset, memoryview(array).cast("B"))
                 offset += array.nbytes
                 done += array.nbytes
-            if progress is not None:
-                progress(done, layout.tensor_bytes, name)
+            progress(done, layout.tensor_bytes, "writing")
         if syncing is not None:
             syncing.result()
     files.sync()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.terminal.console import SCHEMA_VERSION, Console, to_json
+from cli.terminal.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ def test_json_silences_human_text_and_prints_one_line(capsys: pytest.CaptureFixt
     console = Console(json=True)
     console.say("hello")
     console.show("a table")
-    with console.progress() as bar:
-        bar.update(bar.add_task("copy", total=10), completed=10)
+    with progress_bar(console, "copy", "bytes") as show:
+        show(10, 10, "a file")
     console.result({"text": "two\nlines"})
     out, err = capsys.readouterr()
     assert err == ""

@@ -66,7 +66,7 @@ def test_a_stopped_calibration_goes_on_after_its_last_layer(
     checkpoint, text = Checkpoint.open(source), windows(12)
     calibrate(checkpoint, SCHEMES, text, tmp_path / "whole")
 
-    def stop(done: int, total: int, left: float) -> None:
+    def stop(done: int, total: int, what: str) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
@@ -83,9 +83,9 @@ def test_a_stopped_calibration_goes_on_after_its_last_layer(
         text,
         tmp_path / "work",
         resume=True,
-        progress=lambda done, total, left: layers.append(done),
+        progress=lambda done, total, what: layers.append(done),
     )
-    assert layers == [3, 4]
+    assert layers == [2, 3, 4]
     for file in sorted((tmp_path / "whole").glob("layer-*")):
         assert file.read_bytes() == (tmp_path / "work" / file.name).read_bytes()
 
