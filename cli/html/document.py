@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from cli.terminal.console import to_json
+from cli.terminal.console import SCHEMA_VERSION, to_json
 from quant.errors import OutputError
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -48,7 +48,11 @@ def document(
     """
     read = files("cli").joinpath("html", "assets").joinpath
     script = "\n".join(read(name).read_text() for name in _SCRIPTS)
-    blocks = _data("report", report) + _data("readouts", readouts) + _data("compared", compared)
+    blocks = (
+        _data("report", {"schema_version": SCHEMA_VERSION, **report})
+        + _data("readouts", readouts)
+        + _data("compared", compared)
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
