@@ -64,10 +64,15 @@ class LinearWeight:
         """A dense weight ``[N, K]``."""
         return cls(BF16, {"weight": weight}, *weight.shape)
 
+    @property
+    def packed(self) -> Packed:
+        """An int4 or int8 weight."""
+        return Packed(self.scheme, self.tensors["weight_packed"], self.tensors["weight_scale"])
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight ``[N, K]`` in ``dtype``."""
         if self.scheme.is_packed:
-            return dequantize(Packed(self.scheme, self.tensors["weight_packed"], self.tensors["weight_scale"]), dtype)
+            return dequantize(self.packed, dtype)
         if self.scheme.kind == "nf4":
             return dequantize_nf4(self.tensors).to(dtype)
         weight = self.tensors["weight"]
@@ -87,8 +92,8 @@ class LinearWeight:
 
     def _describe(self) -> native.Weight | None:
         if self.scheme.is_packed:
-            packed, scale = self.tensors["weight_packed"], self.tensors["weight_scale"]
-            return native.Weight.from_tensors("int4" if self.scheme.bits == 4 else "int8", packed, scale)
+            packed = self.packed
+            return native.Weight.from_tensors(self.scheme.kind, packed.packed, packed.scale)
         weight = self.tensors["weight"]
         if self.scheme.kind != "bf16" or self.transposed or not weight.is_contiguous():
             return None
@@ -115,9 +120,7 @@ def matmul(x: Tensor, weight: LinearWeight, compute: Compute) -> Tensor:
 def _matmul_cuda(x: Tensor, weight: LinearWeight) -> Tensor:
     if weight.scheme.kind == "nf4":
         return matmul_nf4(x, weight.tensors["weight"], weight.nf4_state())
-    packed, scale = weight.tensors["weight_packed"], weight.tensors["weight_scale"]
-    rows = x.reshape(-1, weight.in_features)
-    y = cuda_linear(rows, packed, scale, weight.scheme.bits, weight.scheme.group_size)
+    y = cuda_linear(x.reshape(-1, weight.in_features), weight.packed)
     return y.view(*x.shape[:-1], weight.out_features)
 
 

@@ -30,7 +30,7 @@ from offload.routing.stats import RoutingStats
 from quant.errors import ColdstreamError, SchemeError
 from quant.kernels import native
 from quant.kernels.attention import AttentionShape
-from quant.kernels.cuda.fused import KvRows
+from quant.kernels.cuda.attention import KvRows
 from quant.kernels.doorbell import BellBuffers
 from quant.model.shape import ModelShape
 from quant.sizes import format_size

@@ -24,11 +24,11 @@ from offload.model.fused_linear import add_product, join, routers_with_next
 from offload.model.layer_parts import LayerParts
 from quant.errors import SchemeError
 from quant.kernels.attention import AttentionShape
-from quant.kernels.cuda import attention, bell, experts, fused
-from quant.kernels.cuda.attention import AttentionScratch
+from quant.kernels.cuda import bell, fused
+from quant.kernels.cuda.attention import AttentionScratch, KvRows, decode_attention
 from quant.kernels.cuda.bell import Coming, Nothing, Outlook
-from quant.kernels.cuda.experts import DecodeScratch
-from quant.kernels.cuda.fused import HeadNorms, KvRows
+from quant.kernels.cuda.experts import ChosenExperts, DecodeScratch, moe_decode
+from quant.kernels.cuda.fused import HeadNorms, TokenPlace
 from quant.kernels.cuda.layout import ExpertLayout
 from quant.kernels.doorbell import BellBuffers
 from quant.kernels.moe import RouterKind
@@ -42,16 +42,16 @@ class ExpertTables(Protocol):
 
 
 class StepInputs:
-    """What a step takes from the host, uploaded in one copy: the embedding ``x`` f32 ``[1, H]``, ``cosine``
-    and ``sine`` f32 ``[r/2]``, ``temperature`` f32 ``[1]``, ``position`` int32 ``[1]``."""
+    """What a step takes from the host, uploaded in one copy: the embedding ``x`` f32 ``[1, H]`` and the token's
+    ``place``."""
 
     def __init__(self, hidden: int, rotated: int, device: torch.device) -> None:
         sizes = [hidden, rotated // 2, rotated // 2, 1, 1]
         self._host = torch.zeros(sum(sizes), pin_memory=device.type == "cuda")
         self._device = torch.zeros(sum(sizes), device=device)
         self._staged = self._host.split(sizes)
-        x, self.cosine, self.sine, self.temperature, position = self._device.split(sizes)
-        self.x, self.position = x[None], position.view(torch.int32)
+        x, cosine, sine, temperature, position = self._device.split(sizes)
+        self.x, self.place = x[None], TokenPlace(position.view(torch.int32), cosine, sine, temperature)
 
     def stage(self, x: Tensor, cosine: Tensor, sine: Tensor, temperature: float, position: int) -> None:
         """Set the next step's inputs, on the host."""
@@ -86,11 +86,14 @@ class _Gated:
             self._layout, address = ExpertLayout.of_weights(*tensors)
         except SchemeError:  # gate_proj and up_proj in different schemes: three products instead
             return
-        self._addresses = torch.tensor([address], dtype=torch.int64, device=device)
-        self._chosen = torch.zeros(1, 1, dtype=torch.int32, device=device)
-        self._scores = torch.ones(1, 1, device=device)
-        self._places = torch.zeros(1, dtype=torch.uint8, device=device)
-        self._gpu_rows = torch.zeros(1, dtype=torch.int32, device=device)
+        self._as_expert = ChosenExperts(
+            chosen=torch.zeros(1, 1, dtype=torch.int32, device=device),
+            scores=torch.ones(1, 1, device=device),
+            addresses=torch.tensor([address], dtype=torch.int64, device=device),
+            places=torch.zeros(1, dtype=torch.uint8, device=device),
+            gpu_rows=torch.zeros(1, dtype=torch.int32, device=device),
+            scales_input=False,
+        )
 
     @property
     def layout(self) -> ExpertLayout | None:
@@ -102,18 +105,7 @@ class _Gated:
             module = self._module
             out.add_(module.down_proj(silu(module.gate_proj(x)) * module.up_proj(x)))
             return
-        experts.moe_decode(
-            x,
-            self._chosen,
-            self._scores,
-            self._addresses,
-            self._places,
-            self._gpu_rows,
-            self._layout,
-            scratch,
-            out,
-            scales_input=False,
-        )
+        moe_decode(x, self._as_expert, self._layout, scratch, out)
 
 
 @dataclass(frozen=True)
@@ -121,8 +113,7 @@ class _Moe:
     row: int
     router: Tensor  # f32 [E, H], and below it, where hints are given, the next MoE layer's
     kind: RouterKind
-    chosen: Tensor  # int32 [1, k]
-    scores: Tensor  # f32 [1, k]
+    asked: ChosenExperts
 
 
 @dataclass(frozen=True)
@@ -202,7 +193,10 @@ class DecodeStep:
                 scratch = scratches[inter]
             moe = None
             if parts.router is not None:
-                moe = _Moe(row, routers[row], parts.router_kind, self.chosen[row], self._scores[row])
+                places = (self.tables.addresses[row], self.tables.places[row], self.gpu_rows)
+                scales_input = parts.router_kind == "sigmoid_input"
+                asked = ChosenExperts(self.chosen[row], self._scores[row], *places, scales_input)
+                moe = _Moe(row, routers[row], parts.router_kind, asked)
                 row += 1
             norms = None
             if parts.q_norm is not None and parts.k_norm is not None:
@@ -229,61 +223,27 @@ class DecodeStep:
 
     def _attend(self, layer: _Layer, x: Tensor) -> None:
         """x ``[1, H]`` += attention(norm(x))."""
-        parts, shape, inputs = layer.parts, layer.parts.shape, self.inputs
+        parts, shape, at = layer.parts, layer.parts.shape, self.inputs.place
         h = fused.rms_norm(x, parts.attention_norm, parts.eps, self.dtype)
-        turns = shape.rope != "none"
         if layer.qkv is None:
             q, k, v = parts.q_proj(h), parts.k_proj(h), parts.v_proj(h)
         else:
             width = shape.kv_heads * shape.head_dim
             q, k, v = layer.qkv(h).split([shape.heads * shape.head_dim, width, width], -1)
-        query = fused.append(
-            q,
-            k,
-            v,
-            shape,
-            layer.rows,
-            inputs.position,
-            norms=layer.norms,
-            cosine=inputs.cosine if turns else None,
-            sine=inputs.sine if turns else None,
-            temperature=inputs.temperature if shape.temperature_floor else None,
-        )
-        kv = layer.rows
-        attended = attention.decode_attention(
-            query,
-            kv.keys,
-            kv.values,
-            kv.key_scale,
-            kv.value_scale,
-            inputs.position,
-            shape.chunk,
-            scaling(shape),
-            layer.attend,
-        )
+        query = fused.append(q, k, v, shape, layer.rows, at, layer.norms)
+        attended = decode_attention(query, layer.rows, at.position, shape.chunk, scaling(shape), layer.attend)
         add_product(parts.o_proj, attended.view(1, -1), x)
 
     def _mix(self, layer: _Layer, moe: _Moe, h: Tensor, x: Tensor) -> None:
         """x ``[1, H]`` += moe(h): the host begins before the device does its part."""
-        places, layout = self.tables.places[moe.row], self.layouts[moe.row]
+        asked, layout = moe.asked, self.layouts[moe.row]
         logits, outlook = self._route(moe)
-        fused.select(logits, moe.kind, moe.chosen, moe.scores)
-        bell.ring(h, moe.chosen, moe.scores, places, self.gpu_rows, moe.row, layout.inter, self.buffers, outlook)
-        experts.moe_decode(
-            h,
-            moe.chosen,
-            moe.scores,
-            self.tables.addresses[moe.row],
-            places,
-            self.gpu_rows,
-            layout,
-            self._scratch,
-            x,
-            scales_input=moe.kind == "sigmoid_input",
-        )
+        fused.select(logits, moe.kind, asked.chosen, asked.scores)
+        bell.ring(h, asked, moe.row, layout.inter, self.buffers, outlook)
+        moe_decode(h, asked, layout, self._scratch, x)
         if layer.mlp is not None:
             layer.mlp.add(h, layer.scratch, x)
-        bell.answer(moe.chosen, places, self.gpu_rows, layout.inter, self.buffers, x)
+        bell.answer(asked, layout.inter, self.buffers, x)
 
     def _route(self, moe: _Moe) -> tuple[Tensor, Outlook]:
         """The router's logits f32 ``[1, E]``, and what the next MoE layer's makes of the same input."""

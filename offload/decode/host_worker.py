@@ -52,7 +52,7 @@ class HostWorker:
             scales_input=shape.family.scales_input,
             exact=exact,
             warm_bytes=prefetch_bytes,
-            share=gpu_rows,
+            gpu_rows=gpu_rows,
         )
         self._norms = [norm.float().cpu() for norm in norms]
         self.lookahead: Lookahead | None = None

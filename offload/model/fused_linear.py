@@ -42,8 +42,7 @@ def _parameters(linear: QuantLinear) -> tuple[tuple[str, torch.dtype], ...]:
 def add_product(linear: Any, x: Tensor, out: Tensor) -> None:
     """out f32 ``[T, N]`` += ``linear`` (x ``[T, K]``), in one kernel where the weight is packed."""
     if type(linear) is QuantLinear and linear.scheme.is_packed and linear.bias is None:
-        tensors, scheme = linear.stored.tensors, linear.scheme
-        kernels.linear(x, tensors["weight_packed"], tensors["weight_scale"], scheme.bits, scheme.group_size, out)
+        kernels.linear(x, linear.stored.packed, out)
     else:
         out.add_(linear(x))
 

@@ -37,23 +37,15 @@ class GroupedExperts:
         assert layout is not None, "reads() says so"
         tokens, k = chosen.shape
         experts = cache.store.shape.num_experts
-        groups, weights = group_tokens(chosen, experts), scores.float()
+        groups = group_tokens(chosen, scores.float(), experts, scales_input=self.scales_input)
         scratch = self._room(layout, tokens * k, x.device)
-        arrange_tokens(x, groups, weights, layout, scratch, scales_input=self.scales_input, top_k=k)
+        arrange_tokens(x, groups, layout, scratch)
         out = torch.empty(tokens * k, x.shape[1], dtype=x.dtype, device=x.device)
         for batch in cache.batches(layer, ids, self._ahead(layer, tokens * k), tokens=tokens):
             addresses = np.zeros(experts, dtype=np.int64)
             addresses[list(batch.addresses)] = list(batch.addresses.values())
-            moe_prefill(
-                groups,
-                weights,
-                cache.vram.transfer.send(np.array(list(batch.addresses), dtype=np.int32)),
-                cache.vram.transfer.send(addresses),
-                layout,
-                scratch,
-                out,
-                scales_input=self.scales_input,
-            )
+            arrived = cache.vram.transfer.send(np.array(list(batch.addresses), dtype=np.int32))
+            moe_prefill(groups, arrived, cache.vram.transfer.send(addresses), layout, scratch, out)
         return combine(out, k)
 
     def _ahead(self, layer: int, requests: int) -> list[tuple[int, int]]:

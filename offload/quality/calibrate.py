@@ -143,9 +143,7 @@ class _LayerRounding:
         layer = self.walk.layers[self.layer]
         latents: dict[str, TrainableWeight] = {}
         for module, made in self.made.items():
-            now = made.stored.tensors
-            packed = Packed(made.scheme, now["weight_packed"], now["weight_scale"])
-            latents[module] = TrainableWeight(packed, self.stock[module].weight.data, made.bias)
+            latents[module] = TrainableWeight(made.stored.packed, self.stock[module].weight.data, made.bias)
         others = [part for part in layer.modules() if isinstance(part, QuantLinear)]
 
         def by_predictions(found: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:

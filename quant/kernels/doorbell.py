@@ -23,7 +23,7 @@ from quant.kernels.weight import CWeight
 
 # Words of ``BellBuffers.control``, each on a cache line of its own.
 RUNG, ANSWERED, STOP, LOST = 0, 32, 64, 96
-_HEADER = 4
+HEADER = 4  # words of a request before its experts
 _COUNTS = 4  # of ``Warmed``
 # Microseconds that the kernels' threads look for work after a request beside a GPU: longer than between two
 # tokens. On a CPU the step itself needs their cores.
@@ -73,7 +73,7 @@ class BellBuffers:
         try:
             return cls(
                 torch.zeros(128, dtype=torch.int32, pin_memory=pin),
-                torch.zeros(_HEADER + 2 * tokens * top_k, dtype=torch.int32, pin_memory=pin),
+                torch.zeros(HEADER + 2 * tokens * top_k, dtype=torch.int32, pin_memory=pin),
                 torch.zeros(tokens, top_k, pin_memory=pin),
                 torch.zeros(tokens, hidden, pin_memory=pin),
                 torch.zeros(tokens, hidden, pin_memory=pin),
@@ -106,7 +106,7 @@ class _CBell(ctypes.Structure):
         (ctypes.POINTER(_CBellLayer), "stored"),
         (I32, "scales_input exact keep_awake"),
         (Pointer, "hint"),
-        (I64, "guesses warm_bytes share"),
+        (I64, "guesses warm_bytes gpu_rows"),
         (Pointer, "warmed"),
     )
 
@@ -142,7 +142,7 @@ class HostBell:
     its bytes stay.
 
     While nothing is asked, up to ``warm_bytes`` (0: none) of what ``buffers.hint`` names are read into the
-    CPU's caches, if the table has it, from intermediate feature ``share`` on. Raises
+    CPU's caches, if the table has it, from intermediate feature ``gpu_rows`` on. Raises
     SchemeError for experts in another form.
     """
 
@@ -155,7 +155,7 @@ class HostBell:
         scales_input: bool,
         exact: bool,
         warm_bytes: int = 0,
-        share: int = 0,
+        gpu_rows: int = 0,
     ) -> None:
         layers, hidden = len(samples), buffers.x.shape[1]
         assert table.dtype == torch.int64 and table.shape[0] == layers and table.is_contiguous()
@@ -177,7 +177,7 @@ class HostBell:
         self._bell = bell = _CBell(stored=self._stored, **tensors)
         (bell.layers, bell.experts), bell.pairs = table.shape, buffers.scores.numel()
         bell.scales_input, bell.exact, bell.keep_awake = scales_input, exact, _AWAKE if buffers.sequence.is_cuda else 0
-        bell.guesses, bell.warm_bytes, bell.share = buffers.hint.numel(), warm_bytes, share
+        bell.guesses, bell.warm_bytes, bell.gpu_rows = buffers.hint.numel(), warm_bytes, gpu_rows
 
     def serve(self, microseconds: int) -> State:
         """Compute and answer what is asked for that long. "missing" leaves a request open that names an
@@ -207,7 +207,7 @@ class HostBell:
         """The open request."""
         words = self.buffers.request.tolist()
         pairs = words[1] * words[2]
-        ids, first = words[_HEADER : _HEADER + pairs], words[_HEADER + pairs : _HEADER + 2 * pairs]
+        ids, first = words[HEADER : HEADER + pairs], words[HEADER + pairs : HEADER + 2 * pairs]
         wanted = {expert for expert, row in zip(ids, first, strict=True) if row < self._features}
         return DoorbellRequest(words[0], tuple(sorted(wanted)))
 

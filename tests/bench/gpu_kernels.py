@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from offload.hardware.gpu import measure_gpu
-from quant.kernels.cuda.attention import AttentionScratch, decode_attention
-from quant.kernels.cuda.experts import HOST, VRAM, DecodeScratch, moe_decode
+from quant.kernels.cuda.attention import AttentionScratch, KvRows, decode_attention
+from quant.kernels.cuda.experts import HOST, VRAM, ChosenExperts, DecodeScratch, moe_decode
 from quant.kernels.cuda.fused import rms_norm
 from quant.kernels.cuda.layout import ExpertLayout
 from quant.kernels.cuda.linear import linear
 from quant.kernels.cuda.prefill import PrefillScratch, arrange_tokens, combine, group_tokens, moe_prefill
+from quant.pack import Packed
 from quant.scheme import Scheme
 
 Figures = dict[str, Any]
@@ -110,16 +111,17 @@ class Bench:
         layout, slots = self._experts(bits, on_host=place == HOST)
         addresses = self._addresses(slots)
         places = torch.full((len(slots),), place, dtype=torch.uint8, device=self.device)
-        share = torch.tensor([sizes.inter], dtype=torch.int32, device=self.device)
+        gpu_rows = torch.tensor([sizes.inter], dtype=torch.int32, device=self.device)
         x = torch.randn(1, sizes.hidden, device=self.device).bfloat16()
         scores = torch.ones(1, 1, device=self.device)
         chosen = [torch.tensor([[e]], dtype=torch.int32, device=self.device) for e in range(len(slots))]
+        asked = [ChosenExperts(one, scores, addresses, places, gpu_rows, scales_input=True) for one in chosen]
         scratch = DecodeScratch.allocate(layout, 1, 1, self.device)
         out = torch.zeros(1, sizes.hidden, device=self.device)
 
         def step() -> None:
-            for one in chosen:
-                moe_decode(x, one, scores, addresses, places, share, layout, scratch, out, scales_input=True)
+            for one in asked:
+                moe_decode(x, one, layout, scratch, out)
 
         nbytes = layout.nbytes * len(slots)
         limit = self.h2d_gb_s if place == HOST else self.vram_gb_s
@@ -134,8 +136,8 @@ class Bench:
         x = torch.randn(1, hidden, device=self.device).bfloat16()
 
         def step() -> None:
-            for packed, scale in weights:
-                linear(x, packed, scale, bits, group)
+            for weight in weights:
+                linear(x, weight)
 
         return self._read(nbytes * count, self._seconds(step), self.vram_gb_s, count)
 
@@ -148,22 +150,22 @@ class Bench:
         shape = (sizes.kv_heads, context, sizes.head_dim)
         per_layer = 2 * sizes.kv_heads * context * (2 * sizes.head_dim if kind == "bf16" else sizes.head_dim + 4)
         count = max(1, (2**28 if self.device.type == "cuda" else 1) // per_layer)
-        layers: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        layers: list[KvRows] = []
         for _ in range(count):
             pair = [torch.randn(shape, device=self.device) for _ in range(2)]
             if kind == "bf16":
-                layers.append((pair[0].bfloat16(), pair[1].bfloat16(), None, None))
+                layers.append(KvRows(pair[0].bfloat16(), pair[1].bfloat16()))
             else:
                 scales = [torch.full((*shape[:2], 1), 0.01, device=self.device) for _ in range(2)]
                 stored = [(one * 30).clamp(-127, 127).to(torch.int8) for one in pair]
-                layers.append((stored[0], stored[1], scales[0], scales[1]))
+                layers.append(KvRows(*stored, *scales))
         query = torch.randn(sizes.heads, sizes.head_dim, device=self.device).bfloat16()
         position = torch.tensor([context - 1], dtype=torch.int64, device=self.device)
         scratch = AttentionScratch.allocate(sizes.heads, sizes.head_dim, context, self.device)
 
         def step() -> None:
-            for keys, values, key_scale, value_scale in layers:
-                decode_attention(query, keys, values, key_scale, value_scale, position, 0, 0.09, scratch)
+            for rows in layers:
+                decode_attention(query, rows, position, 0, 0.09, scratch)
 
         return self._read(per_layer * count, self._seconds(step), self.vram_gb_s, count)
 
@@ -180,9 +182,9 @@ class Bench:
         ids = torch.arange(len(slots), dtype=torch.int32, device=self.device)
 
         def step() -> None:
-            groups = group_tokens(chosen, len(slots))
-            arrange_tokens(x, groups, scores, layout, scratch, scales_input=True, top_k=1)
-            moe_prefill(groups, scores, ids, addresses, layout, scratch, out, scales_input=True)
+            groups = group_tokens(chosen, scores, len(slots), scales_input=True)
+            arrange_tokens(x, groups, layout, scratch)
+            moe_prefill(groups, ids, addresses, layout, scratch, out)
             combine(out, 1)
 
         seconds = self._seconds(step)
@@ -242,9 +244,10 @@ class Bench:
                 times.append(time.perf_counter() - started)
         return float(statistics.median(times))
 
-    def _weight(self, rows: int, columns: int, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    def _weight(self, rows: int, columns: int, bits: int, group: int) -> Packed:
         words = torch.randint(-(2**31), 2**31 - 1, (rows, columns * bits // 32), dtype=torch.int32, device=self.device)
-        return words, torch.full((rows, columns // group), 0.003, dtype=torch.bfloat16, device=self.device)
+        scale = torch.full((rows, columns // group), 0.003, dtype=torch.bfloat16, device=self.device)
+        return Packed(Scheme("int4" if bits == 4 else "int8", group), words, scale)
 
     def _experts(self, bits: int, *, on_host: bool) -> tuple[ExpertLayout, list[Tensor]]:
         """Random experts, each in one piece of memory, and where its tensors lie in it."""

@@ -42,17 +42,19 @@ class AttentionScratch:
         return self.sums.nbytes + self.bounds.nbytes
 
 
+@dataclass(frozen=True)
+class KvRows:
+    """One layer's keys and values on the device, ``[g, capacity, d]`` f32, bf16 or int8 (then with f32
+    scales ``[g, capacity, 1]``). A token at position p has row p, or p modulo the layer's chunk."""
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+
 def decode_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    position: Tensor,
-    chunk: int,
-    scaling: float,
-    scratch: AttentionScratch,
-    out: Tensor | None = None,
+    query: Tensor, rows: KvRows, position: Tensor, chunk: int, scaling: float, scratch: AttentionScratch
 ) -> Tensor:
     """softmax(scaling · q·Kᵀ)·V of ``query`` (h·d numbers) over the tokens up to ``position`` → ``[h, d]`` in
     query's dtype.
@@ -61,112 +63,60 @@ def decode_attention(
     row ``position``, or ``position`` modulo ``chunk`` where a layer keeps the current chunk only (else 0).
     """
     heads, width = scratch.sums.shape[0], scratch.sums.shape[2]
-    _check(query, keys, values, key_scale, value_scale, heads, width)
+    _check(query, rows, heads, width)
     asked = query.reshape(heads, width)
-    result = torch.empty_like(asked) if out is None else out
-    if runtime.on_device(query):
-        launch(asked, keys, values, key_scale, value_scale, position, chunk, scaling, scratch, result)
-    else:
-        reference(asked, keys, values, key_scale, value_scale, position, chunk, scaling, result)
-    return result
+    out = torch.empty_like(asked)
+    run = launch_attention if runtime.on_device(query) else attention_reference
+    run(asked, rows, position, chunk, scaling, scratch, out)
+    return out
 
 
-def reference(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    position: Tensor,
-    chunk: int,
-    scaling: float,
-    out: Tensor,
+def attention_reference(
+    query: Tensor, rows: KvRows, position: Tensor, chunk: int, scaling: float, scratch: AttentionScratch, out: Tensor
 ) -> None:
-    """``decode_attention`` in torch, in f32."""
+    """``decode_attention`` of ``query`` ``[h, d]`` to ``out`` in torch, in f32; needs no scratch."""
     row = int(position) % chunk if chunk else int(position)
-    kept = [buffer[:, : row + 1].float() for buffer in (keys, values)]
-    for index, scale in enumerate((key_scale, value_scale)):
+    kept = [buffer[:, : row + 1].float() for buffer in (rows.keys, rows.values)]
+    for index, scale in enumerate((rows.key_scale, rows.value_scale)):
         if scale is not None:
             kept[index] = kept[index] * scale[:, : row + 1]
-    repeats = query.shape[0] // keys.shape[0]
+    repeats = query.shape[0] // rows.keys.shape[0]
     key, value = (states.repeat_interleave(repeats, 0) for states in kept)  # [h, row + 1, d]
     scores = torch.einsum("hd,htd->ht", query.float(), key) * scaling
     out.copy_(torch.einsum("ht,htd->hd", scores.softmax(-1), value))
 
 
-def launch(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    position: Tensor,
-    chunk: int,
-    scaling: float,
-    scratch: AttentionScratch,
-    out: Tensor,
+def launch_attention(
+    query: Tensor, rows: KvRows, position: Tensor, chunk: int, scaling: float, scratch: AttentionScratch, out: Tensor
 ) -> None:
-    """``decode_attention`` by two Triton kernels."""
+    """``decode_attention`` of ``query`` ``[h, d]`` to ``out`` by two Triton kernels."""
     import triton
 
     from quant.kernels.cuda.device import attention
 
-    if keys.dtype not in _STORED:
-        raise SchemeError(f"keys are {keys.dtype}: the CUDA kernels read bf16 and int8 KV caches")
+    if rows.keys.dtype not in _STORED:
+        raise SchemeError(f"keys are {rows.keys.dtype}: the CUDA kernels read bf16 and int8 KV caches")
     heads, parts, width = scratch.sums.shape
-    kv_heads, capacity, _ = keys.shape
+    kv_heads, capacity, _ = rows.keys.shape
     group, padded = heads // kv_heads, max(16, triton.next_power_of_2(width))
+    queries = max(16, triton.next_power_of_2(group))
+    form = attention.Heads(chunk, group, queries, width, padded, _TOKENS, parts, runtime.operand())
+    options = {"num_warps": _WARPS, "enable_fp_fusion": True}
+    sums, bounds = scratch.sums, scratch.bounds
+    buffers = (rows.keys, rows.values, rows.key_scale, rows.value_scale)
     attention.part_kernel[(kv_heads, parts)](
-        query,
-        keys,
-        values,
-        key_scale,
-        value_scale,
-        position,
-        scratch.sums,
-        scratch.bounds,
-        capacity,
-        scaling,
-        CHUNK=chunk,
-        GROUP=group,
-        QUERIES=max(16, triton.next_power_of_2(group)),
-        WIDTH=width,
-        PADDED=padded,
-        TOKENS=_TOKENS,
-        SPLITS=parts,
-        SCALED=key_scale is not None,
-        OPERAND=runtime.operand(),
-        num_warps=_WARPS,
-        num_stages=2,
-        enable_fp_fusion=True,
+        query, *buffers, position, sums, bounds, capacity, scaling, HEADS=form, num_stages=2, **options
     )
-    attention.join_kernel[(heads,)](
-        scratch.sums,
-        scratch.bounds,
-        out,
-        WIDTH=width,
-        PADDED=padded,
-        SPLITS=parts,
-        num_warps=_WARPS,
-        num_stages=1,
-        enable_fp_fusion=True,
-    )
+    attention.join_kernel[(heads,)](sums, bounds, out, HEADS=form, num_stages=1, **options)
 
 
-def _check(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    heads: int,
-    width: int,
-) -> None:
-    buffers = [buffer for buffer in (keys, values, key_scale, value_scale) if buffer is not None]
+def _check(query: Tensor, rows: KvRows, heads: int, width: int) -> None:
+    keys, values = rows.keys, rows.values
     fits = keys.dim() == 3 and keys.shape[2] == width and values.shape == keys.shape
     fits = fits and heads % keys.shape[0] == 0 and query.numel() == heads * width
-    fits = fits and (keys.dtype == torch.int8) == (key_scale is not None) == (value_scale is not None)
-    if not fits or any(not buffer.is_contiguous() for buffer in buffers):
+    fits = fits and (keys.dtype == torch.int8) == (rows.key_scale is not None) == (rows.value_scale is not None)
+    buffers = (keys, values, rows.key_scale, rows.value_scale)
+    if not fits or any(buffer is not None and not buffer.is_contiguous() for buffer in buffers):
         raise SchemeError(
             f"query {tuple(query.shape)}, keys {keys.dtype} {tuple(keys.shape)}, values "
             f"{tuple(values.shape)}: expected {heads} heads of {width} over contiguous buffers "

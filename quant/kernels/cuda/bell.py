@@ -8,17 +8,16 @@ Legend: T tokens, k experts per token, H hidden, E experts, inter: expert interm
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.kernels.cuda import runtime
-from quant.kernels.cuda.experts import HOST, VRAM
-from quant.kernels.doorbell import ANSWERED, LOST, RUNG, STOP, BellBuffers, load_acquire, store_release
+from quant.kernels.cuda.experts import HOST, VRAM, ChosenExperts
+from quant.kernels.doorbell import ANSWERED, HEADER, LOST, RUNG, STOP, BellBuffers, load_acquire, store_release
 
-_HEADER = 4  # words of a request before its experts
-_BLOCK = 4096
 PATIENCE = 1 << 26  # looks at the flag before a step gives up: a minute or more at one PCIe round trip each
 
 
@@ -40,25 +39,14 @@ class Nothing:
 Outlook = Coming | Nothing | None
 
 
-def ring(
-    x: Tensor,
-    chosen: Tensor,
-    scores: Tensor,
-    places: Tensor,
-    share: Tensor,
-    row: int,
-    inter: int,
-    bell: BellBuffers,
-    outlook: Outlook = None,
-) -> None:
-    """Open a request for MoE layer ``row`` if any chosen expert is, in part, the host's; whether or not, say
-    in ``bell.hint`` what ``outlook`` (of one token) expects to be the host's next.
+def ring(x: Tensor, asked: ChosenExperts, row: int, inter: int, bell: BellBuffers, outlook: Outlook = None) -> None:
+    """Open a request of x ``[T, H]`` for MoE layer ``row`` if any chosen expert is, in part, the host's; whether or
+    not, say in ``bell.hint`` what ``outlook`` (of one token) expects to be the host's next.
 
-    x ``[T, H]``, chosen int32 ``[T, k]`` (-1: none), scores f32 ``[T, k]``, places uint8 ``[E]``, share int32
-    ``[1]``: of an expert in pinned host memory (place 1) the host computes intermediate features ``share``
-    onwards, of one elsewhere (2) all. Raises SchemeError if the buffers are too small.
+    Of an expert in pinned host memory the host computes intermediate features ``asked.gpu_rows`` onwards, of one
+    elsewhere all. Raises SchemeError if the buffers are too small.
     """
-    tokens, top_k = chosen.shape
+    tokens, top_k = asked.chosen.shape
     if tokens * top_k > bell.scores.numel() or x.shape != (tokens, bell.x.shape[1]) or not x.is_contiguous():
         raise SchemeError(
             f"x {tuple(x.shape)} with {top_k} experts per token: the doorbell's buffers are for "
@@ -66,72 +54,57 @@ def ring(
         )
     if outlook is not None and (tokens != 1 or bell.hint.numel() < top_k):
         raise SchemeError(f"{tokens} tokens, room for {bell.hint.numel()} of {top_k} experts: expected one")
-    if runtime.on_device(x):
-        launch_ring(x, chosen, scores, places, share, row, inter, bell, outlook)
-    else:
-        reference_ring(x, chosen, scores, places, share, row, inter, bell, outlook)
+    run = launch_ring if runtime.on_device(x) else ring_reference
+    run(x, asked, row, inter, bell, outlook)
 
 
-def answer(
-    chosen: Tensor, places: Tensor, share: Tensor, inter: int, bell: BellBuffers, out: Tensor, patience: int = PATIENCE
-) -> None:
+def answer(asked: ChosenExperts, inter: int, bell: BellBuffers, out: Tensor, patience: int = PATIENCE) -> None:
     """Wait for the answer to this layer's request, if there was one, and add it to ``out`` f32 ``[T, H]``.
 
     A host that says stop, or nothing for ``patience`` looks, makes it add nothing and set the LOST word.
     """
-    if runtime.on_device(out):
-        launch_answer(chosen, places, share, inter, bell, out, patience)
-    else:
-        reference_answer(chosen, places, share, inter, bell, out, patience)
+    run = launch_answer if runtime.on_device(out) else answer_reference
+    run(asked, inter, bell, out, patience)
 
 
-def first_features(chosen: Tensor, places: Tensor, share: Tensor, inter: int) -> Tensor:
+def first_features(asked: ChosenExperts, inter: int) -> Tensor:
     """The first intermediate feature of each pair's expert that is the host's, int32 ``[T, k]``; ``inter``
     for none."""
-    place = places[chosen.clamp(min=0).long()]
-    first = torch.where(place == HOST, share.clamp(max=inter), torch.zeros_like(share))
-    return torch.where((place == VRAM) | (chosen < 0), torch.full_like(share, inter), first)
+    chosen, gpu_rows = asked.chosen, asked.gpu_rows
+    place = asked.places[chosen.clamp(min=0).long()]
+    first = torch.where(place == HOST, gpu_rows.clamp(max=inter), torch.zeros_like(gpu_rows))
+    return torch.where((place == VRAM) | (chosen < 0), torch.full_like(gpu_rows, inter), first)
 
 
-def reference_ring(
-    x: Tensor,
-    chosen: Tensor,
-    scores: Tensor,
-    places: Tensor,
-    share: Tensor,
-    row: int,
-    inter: int,
-    bell: BellBuffers,
-    outlook: Outlook = None,
+def ring_reference(
+    x: Tensor, asked: ChosenExperts, row: int, inter: int, bell: BellBuffers, outlook: Outlook = None
 ) -> None:
     """``ring`` in torch, for a step on the CPU."""
-    first = first_features(chosen, places, share, inter)
+    first = first_features(asked, inter)
+    tokens, top_k = asked.chosen.shape
     if not bool((first == inter).all()):
-        tokens, top_k = chosen.shape
         pairs = tokens * top_k
-        bell.request[:_HEADER] = torch.tensor([row, tokens, top_k, 0], dtype=torch.int32)
-        bell.request[_HEADER : _HEADER + pairs] = chosen.clamp(min=0).flatten()
-        bell.request[_HEADER + pairs : _HEADER + 2 * pairs] = first.flatten()
-        bell.scores.view(-1)[:pairs] = scores.flatten()
+        bell.request[:HEADER] = torch.tensor([row, tokens, top_k, 0], dtype=torch.int32)
+        bell.request[HEADER : HEADER + pairs] = asked.chosen.clamp(min=0).flatten()
+        bell.request[HEADER + pairs : HEADER + 2 * pairs] = first.flatten()
+        bell.scores.view(-1)[:pairs] = asked.scores.flatten()
         bell.x[:tokens] = x.float()
         bell.sequence.add_(1)
         store_release(bell.control, RUNG, int(bell.sequence))
     if isinstance(outlook, Coming):
         logits = outlook.logits[0].nan_to_num(nan=-3e38)
-        best = torch.sort(logits, descending=True, stable=True).indices[: chosen.shape[1]]
+        best = torch.sort(logits, descending=True, stable=True).indices[:top_k]
         words = 1 + outlook.row * outlook.places.numel() + best
         for rank, word in enumerate(torch.where(outlook.places[best] == VRAM, 0, words).tolist()):
             store_release(bell.hint, rank, word)
     elif outlook is not None:
-        for rank in range(chosen.shape[1]):
+        for rank in range(top_k):
             store_release(bell.hint, rank, 0)
 
 
-def reference_answer(
-    chosen: Tensor, places: Tensor, share: Tensor, inter: int, bell: BellBuffers, out: Tensor, patience: int
-) -> None:
+def answer_reference(asked: ChosenExperts, inter: int, bell: BellBuffers, out: Tensor, patience: int) -> None:
     """``answer`` in torch, for a step on the CPU: lets other Python threads run while it waits."""
-    if bool((first_features(chosen, places, share, inter) == inter).all()):
+    if bool((first_features(asked, inter) == inter).all()):
         return
     number, control = int(bell.sequence), bell.control
     looks = patience if load_acquire(control, LOST) else 0
@@ -147,29 +120,21 @@ def reference_answer(
 
 
 def launch_ring(
-    x: Tensor,
-    chosen: Tensor,
-    scores: Tensor,
-    places: Tensor,
-    share: Tensor,
-    row: int,
-    inter: int,
-    bell: BellBuffers,
-    outlook: Outlook = None,
+    x: Tensor, asked: ChosenExperts, row: int, inter: int, bell: BellBuffers, outlook: Outlook = None
 ) -> None:
     """``ring`` by its Triton kernel. A pointer that it does not use is that of ``scores`` or ``places``."""
     import triton
 
     from quant.kernels.cuda.device import bell as device
 
-    (tokens, top_k), experts = chosen.shape, places.numel()
-    coming = outlook if isinstance(outlook, Coming) else Coming(0, scores, places)
+    (tokens, top_k), experts = asked.chosen.shape, asked.places.numel()
+    coming = outlook if isinstance(outlook, Coming) else Coming(0, asked.scores, asked.places)
     device.ring_kernel[(1,)](
         x,
-        chosen,
-        scores,
-        places,
-        share,
+        asked.chosen,
+        asked.scores,
+        asked.places,
+        asked.gpu_rows,
         bell.control,
         bell.request,
         bell.scores,
@@ -186,48 +151,26 @@ def launch_ring(
         x.shape[1],
         experts,
         PAIRS=triton.next_power_of_2(tokens * top_k),
-        RUNG=RUNG,
-        HEADER=_HEADER,
-        BLOCK=_BLOCK,
         GUESS=0 if outlook is None else 1 if isinstance(outlook, Coming) else 2,
         TOP_K=top_k,
         WIDE=triton.next_power_of_2(experts),
-        NATIVE=not runtime.interpreted(),
-        num_warps=4,
-        num_stages=1,
-        enable_fp_fusion=True,
+        **_options(),
     )
 
 
-def launch_answer(
-    chosen: Tensor, places: Tensor, share: Tensor, inter: int, bell: BellBuffers, out: Tensor, patience: int
-) -> None:
+def launch_answer(asked: ChosenExperts, inter: int, bell: BellBuffers, out: Tensor, patience: int) -> None:
     """``answer`` by its Triton kernel."""
     import triton
 
     from quant.kernels.cuda.device import bell as device
 
-    tokens, top_k = chosen.shape
+    (tokens, top_k), features = asked.chosen.shape, out.shape[1]
+    tables, buffers = (asked.chosen, asked.places, asked.gpu_rows), (bell.control, bell.result, bell.sequence)
+    pairs = triton.next_power_of_2(tokens * top_k)
     device.answer_kernel[(1,)](
-        chosen,
-        places,
-        share,
-        bell.control,
-        bell.result,
-        bell.sequence,
-        out,
-        inter,
-        tokens,
-        top_k,
-        out.shape[1],
-        patience,
-        PAIRS=triton.next_power_of_2(tokens * top_k),
-        ANSWERED=ANSWERED,
-        STOP=STOP,
-        LOST=LOST,
-        BLOCK=_BLOCK,
-        NATIVE=not runtime.interpreted(),
-        num_warps=4,
-        num_stages=1,
-        enable_fp_fusion=True,
+        *tables, *buffers, out, inter, tokens, top_k, features, patience, PAIRS=pairs, **_options()
     )
+
+
+def _options() -> dict[str, Any]:
+    return {"NATIVE": not runtime.interpreted(), "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}

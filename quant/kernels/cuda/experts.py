@@ -19,7 +19,27 @@ from quant.kernels.cuda.layout import ExpertLayout
 MAX_TOKENS = 8
 VRAM, HOST, ELSEWHERE = 0, 1, 2  # values of ``places``
 # A tile of 16 rows × 128 words on 8 warps: two rows per warp; 2 (gate and up) or 4 programs per SM.
-_ROWS, _WORDS, _WARPS = 16, 128, 8
+ROWS, WORDS = 16, 128
+OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class ChosenExperts:
+    """What T tokens chose in one layer, and where the layer's experts are.
+
+    ``chosen`` int32 ``[T, k]`` (-1: none) and ``scores`` f32 ``[T, k]``; ``addresses`` int64 ``[E]`` and ``places``
+    uint8 ``[E]``: VRAM, HOST (pinned memory, which the card reads in place) or ELSEWHERE. ``gpu_rows`` int32 ``[1]``
+    (a multiple of 32 and of down_proj's group): of an expert in VRAM the card computes all I intermediate features,
+    of one in pinned memory the first ``gpu_rows``, of others none. ``scales_input``: a score multiplies the
+    expert's input (Llama 4), else its output.
+    """
+
+    chosen: Tensor
+    scores: Tensor
+    addresses: Tensor
+    places: Tensor
+    gpu_rows: Tensor
+    scales_input: bool
 
 
 @dataclass(frozen=True)
@@ -43,49 +63,21 @@ class DecodeScratch:
         return self.hidden.nbytes
 
 
-def moe_decode(
-    x: Tensor,
-    chosen: Tensor,
-    scores: Tensor,
-    addresses: Tensor,
-    places: Tensor,
-    share: Tensor,
-    layout: ExpertLayout,
-    scratch: DecodeScratch,
-    out: Tensor,
-    *,
-    scales_input: bool,
-) -> None:
-    """Add to ``out`` f32 ``[T, H]`` what this card computes of the chosen experts.
-
-    x bf16 ``[T, H]`` (the reference also takes f32), chosen int32 ``[T, k]`` (-1: none), scores f32
-    ``[T, k]``, addresses int64 ``[E]`` and places uint8 ``[E]`` as the layer's rows of the tables, share
-    int32 ``[1]``. Of an expert in VRAM all I intermediate features are computed, of one in pinned host memory
-    the first ``share`` (a multiple of 32 and of down_proj's group), of others none. ``scales_input``: a score
-    multiplies the expert's input (Llama 4), else its output. Raises SchemeError for other shapes.
-    """
-    _check(x, chosen, scores, addresses, places, layout, scratch, out)
+def moe_decode(x: Tensor, asked: ChosenExperts, layout: ExpertLayout, scratch: DecodeScratch, out: Tensor) -> None:
+    """Add to ``out`` f32 ``[T, H]`` what this card computes of the experts that x bf16 ``[T, H]`` (the reference also
+    takes f32) chose. Raises SchemeError for other shapes."""
+    _check(x, asked, layout, scratch, out)
     if runtime.on_device(x):
-        launch(x, chosen, scores, addresses, places, share, layout, scratch, out, scales_input=scales_input)
+        launch_experts(x, asked, layout, scratch, out)
     else:
-        reference(x, chosen, scores, addresses, places, share, layout, out, scales_input=scales_input)
+        experts_reference(x, asked, layout, out)
 
 
-def reference(
-    x: Tensor,
-    chosen: Tensor,
-    scores: Tensor,
-    addresses: Tensor,
-    places: Tensor,
-    share: Tensor,
-    layout: ExpertLayout,
-    out: Tensor,
-    *,
-    scales_input: bool,
-) -> None:
+def experts_reference(x: Tensor, asked: ChosenExperts, layout: ExpertLayout, out: Tensor) -> None:
     """``moe_decode`` in torch, in f32, on experts in host memory."""
-    limits = {VRAM: layout.inter, HOST: int(share)}
-    for token, experts in enumerate(chosen.tolist()):
+    addresses, places = asked.addresses, asked.places
+    limits = {VRAM: layout.inter, HOST: int(asked.gpu_rows)}
+    for token, experts in enumerate(asked.chosen.tolist()):
         for choice, expert in enumerate(experts):
             if expert < 0 or int(addresses[expert]) == 0:
                 continue
@@ -93,28 +85,16 @@ def reference(
             if not count:
                 continue
             gate, up, down = layout.dense(int(addresses[expert]), torch.float32)
-            score = scores[token, choice].float()
+            score = asked.scores[token, choice].float()
             inputs = x[token].float()
-            if scales_input:
+            if asked.scales_input:
                 inputs = inputs * score
             hidden = silu(linear(inputs, gate[:count])) * linear(inputs, up[:count])
             y = linear(hidden.to(x.dtype).float(), down[:, :count])
-            out[token] += y if scales_input else y * score
+            out[token] += y if asked.scales_input else y * score
 
 
-def launch(
-    x: Tensor,
-    chosen: Tensor,
-    scores: Tensor,
-    addresses: Tensor,
-    places: Tensor,
-    share: Tensor,
-    layout: ExpertLayout,
-    scratch: DecodeScratch,
-    out: Tensor,
-    *,
-    scales_input: bool,
-) -> None:
+def launch_experts(x: Tensor, asked: ChosenExperts, layout: ExpertLayout, scratch: DecodeScratch, out: Tensor) -> None:
     """``moe_decode`` by the two Triton kernels."""
     import triton
 
@@ -122,81 +102,46 @@ def launch(
 
     if x.dtype != torch.bfloat16:
         raise SchemeError(f"activations are {x.dtype}: the CUDA kernels take bf16 (--exact runs on the CPU)")
-    tokens, top_k = chosen.shape
-    blocks = -(-layout.inter // _ROWS)
+    tokens, top_k = asked.chosen.shape
+    tables = (asked.chosen, asked.scores, asked.addresses, asked.places, asked.gpu_rows)
+    common = {"TOP_K": top_k, "SCALES_INPUT": asked.scales_input, "ALIGNMENT": layout.alignment, **OPTIONS}
     gate_up, down = layout.gate_up, layout.down
-    gemv.gate_up_kernel[(tokens * top_k, blocks)](
+    gemv.gate_up_kernel[(tokens * top_k, -(-layout.inter // ROWS))](
         x,
-        chosen,
-        scores,
-        addresses,
-        places,
-        share,
+        *tables,
         scratch.hidden,
         layout.hidden,
         layout.inter,
         layout.hidden * gate_up.bits // 32,
         layout.hidden // gate_up.group_size,
-        layout.gate_packed,
-        layout.gate_scale,
-        layout.up_packed,
-        layout.up_scale,
-        TOP_K=top_k,
-        SCALES_INPUT=scales_input,
-        BITS=gate_up.bits,
-        GROUP=gate_up.group_size,
-        ALIGNMENT=layout.alignment,
-        ROWS=_ROWS,
-        WORDS=_WORDS,
-        num_warps=_WARPS,
-        num_stages=1,
-        enable_fp_fusion=True,
+        *layout.offsets[:4],
+        FORM=gemv.Rows(gate_up.bits, gate_up.group_size, ROWS, WORDS),
+        **common,
     )
-    gemv.down_kernel[(tokens, -(-layout.hidden // _ROWS))](
+    gemv.down_kernel[(tokens, -(-layout.hidden // ROWS))](
         scratch.hidden,
-        chosen,
-        scores,
-        addresses,
-        places,
-        share,
+        *tables,
         out,
         layout.hidden,
         layout.inter,
         layout.inter * down.bits // 32,
         layout.inter // down.group_size,
-        layout.down_packed,
-        layout.down_scale,
-        TOP_K=top_k,
+        *layout.offsets[4:],
         CHOICES=triton.next_power_of_2(top_k),
-        SCALES_INPUT=scales_input,
-        BITS=down.bits,
-        GROUP=down.group_size,
-        ALIGNMENT=layout.alignment,
-        ROWS=_ROWS,
-        WORDS=_WORDS,
-        num_warps=_WARPS,
-        num_stages=1,
-        enable_fp_fusion=True,
+        FORM=gemv.Rows(down.bits, down.group_size, ROWS, WORDS),
+        **common,
     )
 
 
-def _check(
-    x: Tensor,
-    chosen: Tensor,
-    scores: Tensor,
-    addresses: Tensor,
-    places: Tensor,
-    layout: ExpertLayout,
-    scratch: DecodeScratch,
-    out: Tensor,
-) -> None:
-    tokens, top_k = chosen.shape
+def _check(x: Tensor, asked: ChosenExperts, layout: ExpertLayout, scratch: DecodeScratch, out: Tensor) -> None:
+    tokens, top_k = asked.chosen.shape
+    experts = tuple(asked.addresses.shape[-1:])
     expected = {
         "x": (x, (tokens, layout.hidden), None),
-        "chosen": (chosen, (tokens, top_k), torch.int32),
-        "scores": (scores, (tokens, top_k), torch.float32),
-        "addresses": (addresses, tuple(addresses.shape[-1:]), torch.int64),
-        "places": (places, tuple(addresses.shape[-1:]), torch.uint8),
+        "chosen": (asked.chosen, (tokens, top_k), torch.int32),
+        "scores": (asked.scores, (tokens, top_k), torch.float32),
+        "addresses": (asked.addresses, experts, torch.int64),
+        "places": (asked.places, experts, torch.uint8),
         "out": (out, (tokens, layout.hidden), torch.float32),
     }
     for name, (tensor, shape, dtype) in expected.items():

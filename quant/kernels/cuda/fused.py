@@ -16,6 +16,7 @@ from torch import Tensor
 from quant.errors import SchemeError
 from quant.kernels.attention import AttentionShape, QkNorm, Rope
 from quant.kernels.cuda import runtime
+from quant.kernels.cuda.attention import KvRows
 from quant.kernels.moe import RouterKind
 
 _LEAST_SCALE = 1e-12  # of an int8 row of zeros
@@ -30,22 +31,23 @@ def _power_of_two(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class KvRows:
-    """One layer's keys and values on the device, ``[g, capacity, d]`` f32, bf16 or int8 (then with f32
-    scales ``[g, capacity, 1]``). A token at position p has row p, or p modulo the shape's chunk."""
-
-    keys: Tensor
-    values: Tensor
-    key_scale: Tensor | None = None
-    value_scale: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class HeadNorms:
     """Weights of the RMSNorm of q and k before RoPE, f32 ``[d]`` each (``per_head``) or full width."""
 
     q: Tensor
     k: Tensor
+
+
+@dataclass(frozen=True)
+class TokenPlace:
+    """What depends on where in the text a token stands: ``position`` int32 ``[1]``, RoPE's ``cosine`` and ``sine`` f32
+    ``[r/2]`` (where no layer rotates: r = 0), and ``temperature`` f32 ``[1]``, by which layers without RoPE multiply q
+    if their shape says so."""
+
+    position: Tensor
+    cosine: Tensor
+    sine: Tensor
+    temperature: Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, unrounded: Tensor | None = None) -> Tensor:
@@ -66,18 +68,8 @@ def launch_rms_norm(
     tokens, features = x.shape
     out = torch.empty(tokens, features, dtype=dtype, device=x.device)
     block = _power_of_two(features)
-    fused.rms_norm_kernel[(tokens,)](
-        x,
-        weight,
-        out,
-        x if unrounded is None else unrounded,
-        features,
-        eps,
-        BOTH=unrounded is not None,
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
-        enable_fp_fusion=True,
-    )
+    options = {"num_warps": min(16, max(1, block // 512)), "enable_fp_fusion": True}
+    fused.rms_norm_kernel[(tokens,)](x, weight, out, unrounded, features, eps, BLOCK=block, **options)
     return out
 
 
@@ -92,77 +84,51 @@ def rms_norm_reference(
 
 
 def append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shape: AttentionShape,
-    rows: KvRows,
-    position: Tensor,
-    *,
-    norms: HeadNorms | None = None,
-    cosine: Tensor | None = None,
-    sine: Tensor | None = None,
-    temperature: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, rows: KvRows, at: TokenPlace, norms: HeadNorms | None = None
 ) -> Tensor:
     """Finish one token's q ``[1, h·d]``, k and v ``[1, g·d]``: norms, RoPE, temperature; store k and v.
 
-    Returns q ``[1, h, 1, d]`` in its dtype. ``position`` int32 ``[1]``; ``cosine`` and ``sine`` f32
-    ``[r/2]``; ``temperature`` f32 ``[1]`` multiplies q on layers without RoPE. All arithmetic is f32.
+    Returns q ``[1, h, 1, d]`` in its dtype. All arithmetic is f32.
     """
-    _check(q, k, v, shape, rows, norms, cosine, sine)
-    if runtime.on_device(q):
-        return launch_append(q, k, v, shape, rows, position, norms, cosine, sine, temperature)
-    return append_reference(q, k, v, shape, rows, position, norms, cosine, sine, temperature)
+    _check(q, k, v, shape, rows, at, norms)
+    run = launch_append if runtime.on_device(q) else append_reference
+    return run(q, k, v, shape, rows, at, norms)
 
 
 def launch_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shape: AttentionShape,
-    rows: KvRows,
-    position: Tensor,
-    norms: HeadNorms | None,
-    cosine: Tensor | None,
-    sine: Tensor | None,
-    temperature: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, rows: KvRows, at: TokenPlace, norms: HeadNorms | None
 ) -> Tensor:
-    """``append`` by its kernel. A pointer that the kernel does not use is q's."""
+    """``append`` by its kernel."""
     from quant.kernels.cuda.device import fused
 
     h, g, d = shape.heads, shape.kv_heads, shape.head_dim
     query = torch.empty(1, h, 1, d, dtype=q.dtype, device=q.device)
-    whole = shape.qk_norm == "full_width"
+    whole, turns = shape.qk_norm == "full_width", shape.rope != "none"
+    wide = [_power_of_two(heads * d) if whole else 1 for heads in (h, g)]
     fused.append_kernel[(h + 2 * g,)](
         q,
         k,
         v,
-        q if norms is None else norms.q,
-        q if norms is None else norms.k,
-        q if cosine is None else cosine,
-        q if sine is None else sine,
-        q if temperature is None else temperature,
-        position,
+        None if norms is None else norms.q,
+        None if norms is None else norms.k,
+        at.cosine if turns else None,
+        at.sine if turns else None,
+        at.temperature if shape.temperature_floor else None,
+        at.position,
         query,
         rows.keys,
         rows.values,
-        q if rows.key_scale is None else rows.key_scale,
-        q if rows.value_scale is None else rows.value_scale,
+        rows.key_scale,
+        rows.value_scale,
         h,
         g,
         rows.keys.shape[1],
         shape.chunk,
-        0 if cosine is None else 2 * cosine.numel(),
+        2 * at.cosine.numel() if turns else 0,
         shape.qk_eps,
-        QK_NORM=_QK_NORMS[shape.qk_norm],
-        ROPE=_ROPES[shape.rope],
-        L2=shape.l2_norm,
-        TUNED=temperature is not None,
-        INT8=rows.key_scale is not None,
-        HEAD=d,
-        BLOCK=_power_of_two(d),
-        WIDE_Q=_power_of_two(h * d) if whole else 1,
-        WIDE_K=_power_of_two(g * d) if whole else 1,
+        HEAD=fused.Head(d, _power_of_two(d), _QK_NORMS[shape.qk_norm], _ROPES[shape.rope], shape.l2_norm),
+        WIDE_Q=wide[0],
+        WIDE_K=wide[1],
         num_warps=4 if whole else 1,
         enable_fp_fusion=True,
     )
@@ -170,31 +136,20 @@ def launch_append(
 
 
 def append_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shape: AttentionShape,
-    rows: KvRows,
-    position: Tensor,
-    norms: HeadNorms | None,
-    cosine: Tensor | None,
-    sine: Tensor | None,
-    temperature: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, rows: KvRows, at: TokenPlace, norms: HeadNorms | None
 ) -> Tensor:
     """``append`` in torch."""
     d = shape.head_dim
-    query = _finish(q, shape, None if norms is None else norms.q, cosine, sine)
-    if temperature is not None:
-        query = query * temperature
-    row = (position % shape.chunk if shape.chunk else position).long()
-    _store(rows.keys, rows.key_scale, _finish(k, shape, None if norms is None else norms.k, cosine, sine), row)
+    query = _finish(q, shape, at, None if norms is None else norms.q)
+    if shape.temperature_floor:
+        query = query * at.temperature
+    row = (at.position % shape.chunk if shape.chunk else at.position).long()
+    _store(rows.keys, rows.key_scale, _finish(k, shape, at, None if norms is None else norms.k), row)
     _store(rows.values, rows.value_scale, v.float().view(-1, d), row)
     return query.to(q.dtype).view(1, shape.heads, 1, d)
 
 
-def _finish(
-    x: Tensor, shape: AttentionShape, norm: Tensor | None, cosine: Tensor | None, sine: Tensor | None
-) -> Tensor:
+def _finish(x: Tensor, shape: AttentionShape, at: TokenPlace, norm: Tensor | None) -> Tensor:
     """x ``[1, n·d]`` → f32 ``[n, d]``, normed and rotated."""
     x = x.float()
     if norm is not None and shape.qk_norm == "full_width":
@@ -202,8 +157,8 @@ def _finish(
     x = x.view(-1, shape.head_dim)
     if norm is not None and shape.qk_norm == "per_head":
         x = rms_norm_reference(x, norm, shape.qk_eps, torch.float32)
-    if cosine is not None and sine is not None:
-        turned = 2 * cosine.numel()
+    if shape.rope != "none":
+        cosine, sine, turned = at.cosine, at.sine, 2 * at.cosine.numel()
         rotated, rest = x[:, :turned], x[:, turned:]
         if shape.rope == "interleaved":
             even, odd = rotated[:, 0::2], rotated[:, 1::2]
@@ -227,14 +182,7 @@ def _store(target: Tensor, scale: Tensor | None, states: Tensor, row: Tensor) ->
 
 
 def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shape: AttentionShape,
-    rows: KvRows,
-    norms: HeadNorms | None,
-    cosine: Tensor | None,
-    sine: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, rows: KvRows, at: TokenPlace, norms: HeadNorms | None
 ) -> None:
     d, h, g = shape.head_dim, shape.heads, shape.kv_heads
     if q.shape != (1, h * d) or k.shape != (1, g * d) or v.shape != (1, g * d):
@@ -246,7 +194,7 @@ def _check(
         raise SchemeError("int8 KV buffers, and only those, have scales")
     if (shape.qk_norm != "none") != (norms is not None):
         raise SchemeError(f"qk_norm is {shape.qk_norm!r}: expected norms to match")
-    if (shape.rope != "none") != (cosine is not None) or (cosine is None) != (sine is None):
+    if at.cosine.shape != at.sine.shape or (shape.rope != "none" and not at.cosine.numel()):
         raise SchemeError(f"rope is {shape.rope!r}: expected cosines and sines to match")
 
 
@@ -267,18 +215,9 @@ def launch_select(logits: Tensor, kind: RouterKind, chosen: Tensor, scores: Tens
 
     tokens, experts = logits.shape
     top_k = chosen.shape[1]
-    fused.select_kernel[(tokens,)](
-        logits,
-        chosen,
-        scores,
-        experts,
-        KIND=_ROUTERS[kind],
-        TOP_K=top_k,
-        SLOTS=_power_of_two(top_k),
-        BLOCK=_power_of_two(experts),
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
+    constants = {"KIND": _ROUTERS[kind], "TOP_K": top_k, "SLOTS": _power_of_two(top_k), "BLOCK": _power_of_two(experts)}
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+    fused.select_kernel[(tokens,)](logits, chosen, scores, experts, **constants, **options)
 
 
 def select_reference(logits: Tensor, kind: RouterKind, chosen: Tensor, scores: Tensor) -> None:

@@ -8,7 +8,7 @@ Legend: H hidden, I expert intermediate size. gate_proj and up_proj are ``[I, H]
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,28 +20,24 @@ from quant.pack import Packed, dequantize
 from quant.scheme import Scheme
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_SUFFIXES = ("weight_packed", "weight_scale")
+_TENSORS = tuple((name, suffix) for name in _PROJECTIONS for suffix in ("weight_packed", "weight_scale"))
 MAX_ALIGNMENT = 16  # bytes of the widest load
 
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """The schemes of an expert and the byte offsets of its tensors from its address.
+    """The schemes of an expert and the byte ``offsets`` of its tensors from its address: packed words and scales of
+    gate_proj, of up_proj, of down_proj.
 
-    ``alignment`` divides every offset and must divide every address: 16 makes the widest loads possible.
-    Offsets may be negative. Raises SchemeError for what the kernels do not read.
+    ``alignment`` divides the offset of packed words and must divide every address: 16 makes the widest loads
+    possible. Offsets may be negative. Raises SchemeError for what the kernels do not read.
     """
 
     hidden: int
     inter: int
     gate_up: Scheme
     down: Scheme
-    gate_packed: int
-    gate_scale: int
-    up_packed: int
-    up_scale: int
-    down_packed: int
-    down_scale: int
+    offsets: tuple[int, ...]
     alignment: int = MAX_ALIGNMENT
 
     def __post_init__(self) -> None:
@@ -50,14 +46,9 @@ class ExpertLayout:
                 raise SchemeError(f"{name} is stored as {scheme}: the CUDA kernels read int4 and int8")
             if features < scheme.group_size or features % scheme.group_size:
                 raise SchemeError(f"{name} has {features} input features: groups of {scheme} do not divide")
-        if self.alignment not in (4, 8, 16) or any(o % self.alignment for o in self._packed_offsets):
-            raise SchemeError(
-                f"packed weights at offsets {self._packed_offsets}: expected multiples of {self.alignment}"
-            )
-
-    @property
-    def _packed_offsets(self) -> tuple[int, int, int]:
-        return self.gate_packed, self.up_packed, self.down_packed
+        packed = self.offsets[::2]
+        if self.alignment not in (4, 8, 16) or any(offset % self.alignment for offset in packed):
+            raise SchemeError(f"packed weights at offsets {packed}: expected multiples of {self.alignment}")
 
     @classmethod
     def from_offsets(
@@ -77,36 +68,16 @@ class ExpertLayout:
                 f"gate_proj is {schemes['gate_proj']} and up_proj {schemes['up_proj']}: the CUDA kernels "
                 "read both in one pass, in one scheme"
             )
-        places = [offsets[name, suffix] for name in _PROJECTIONS for suffix in _SUFFIXES]
+        places = tuple(offsets[key] for key in _TENSORS)
         while alignment > 4 and any(place % alignment for place in places[::2]):
             alignment //= 2
-        gate, gate_scale, up, up_scale, down, down_scale = places
-        return cls(
-            hidden,
-            inter,
-            schemes["gate_proj"],
-            schemes["down_proj"],
-            gate,
-            gate_scale,
-            up,
-            up_scale,
-            down,
-            down_scale,
-            alignment,
-        )
+        return cls(hidden, inter, schemes["gate_proj"], schemes["down_proj"], places, alignment)
 
     @classmethod
-    def of_weights(
-        cls,
-        gate_packed: Tensor,
-        gate_scale: Tensor,
-        up_packed: Tensor,
-        up_scale: Tensor,
-        down_packed: Tensor,
-        down_scale: Tensor,
-    ) -> tuple[Self, int]:
-        """(layout, address) of an expert whose tensors lie anywhere on one device, a shared expert say."""
-        tensors = (gate_packed, gate_scale, up_packed, up_scale, down_packed, down_scale)
+    def of_weights(cls, *tensors: Tensor) -> tuple[Self, int]:
+        """(layout, address) of an expert whose six ``tensors``, in the order of ``offsets``, lie anywhere on one
+        device: a shared expert, say."""
+        gate_packed, gate_scale, up_packed, up_scale, down_packed, down_scale = tensors
         if any(not tensor.is_contiguous() for tensor in tensors):
             raise SchemeError("weights with gaps between rows: expected contiguous tensors")
         hidden, inter = down_packed.shape[0], gate_packed.shape[0]
@@ -116,8 +87,7 @@ class ExpertLayout:
             "up_proj": _scheme(up_packed, up_scale, hidden),
             "down_proj": _scheme(down_packed, down_scale, inter),
         }
-        keys = [(name, suffix) for name in _PROJECTIONS for suffix in _SUFFIXES]
-        offsets = {key: tensor.data_ptr() - address for key, tensor in zip(keys, tensors, strict=True)}
+        offsets = {key: tensor.data_ptr() - address for key, tensor in zip(_TENSORS, tensors, strict=True)}
         alignment = MAX_ALIGNMENT
         while alignment > 4 and address % alignment:
             alignment //= 2
@@ -131,29 +101,21 @@ class ExpertLayout:
     def dense(self, address: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """gate_proj, up_proj ``[I, H]`` and down_proj ``[H, I]``, dequantized from *host* memory at
         ``address``: the reference's way to read an expert."""
-        found = []
-        extents = list(self._extents())
-        for index in range(3):
-            at, count, rows, scheme = extents[2 * index]
-            scale_at, scale_count, *_ = extents[2 * index + 1]
+        found, extents = [], list(self._extents())
+        for (at, count, rows, scheme), (scale_at, scale_count, *_) in zip(extents[::2], extents[1::2], strict=True):
             packed = _host_bytes(address + at, count).view(torch.int32).view(rows, -1)
             scale = _host_bytes(address + scale_at, scale_count).view(torch.bfloat16).view(rows, -1)
             found.append(dequantize(Packed(scheme, packed, scale), dtype))
         return found[0], found[1], found[2]
 
-    def _extents(self) -> list[tuple[int, int, int, Scheme]]:
+    def _extents(self) -> Iterator[tuple[int, int, int, Scheme]]:
         """(offset, bytes, rows, scheme) of each tensor."""
-        gate_up, down = (self.inter, self.hidden, self.gate_up), (self.hidden, self.inter, self.down)
-        places = (
-            (self.gate_packed, self.gate_scale, gate_up),
-            (self.up_packed, self.up_scale, gate_up),
-            (self.down_packed, self.down_scale, down),
-        )
-        extents = []
-        for packed, scale, (rows, columns, scheme) in places:
-            extents.append((packed, rows * columns * scheme.bits // 8, rows, scheme))
-            extents.append((scale, rows * (columns // scheme.group_size) * 2, rows, scheme))
-        return extents
+        for name, packed, scale in zip(_PROJECTIONS, self.offsets[::2], self.offsets[1::2], strict=True):
+            rows, columns, scheme = self.inter, self.hidden, self.gate_up
+            if name == "down_proj":
+                rows, columns, scheme = self.hidden, self.inter, self.down
+            yield packed, rows * columns * scheme.bits // 8, rows, scheme
+            yield scale, rows * (columns // scheme.group_size) * 2, rows, scheme
 
 
 def _scheme(packed: Tensor, scale: Tensor, in_features: int) -> Scheme:

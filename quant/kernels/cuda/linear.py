@@ -10,39 +10,36 @@ from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.kernels.cuda import runtime
+from quant.kernels.cuda.experts import OPTIONS, ROWS, WORDS
 from quant.pack import Packed, dequantize
-from quant.scheme import Scheme
 
-_ROWS, _WORDS, _WARPS = 16, 128, 8  # as the experts' kernels
 _BLOCK = 128  # features: a step of the tensor-core kernels takes 16 words, 128 features at 4 bit, 64 at 8
 # (most tokens, rows, tokens, warps, stages) of a tensor-core tile; few tokens want many small programs.
 _TILES = ((16, 32, 16, 2, 5), (1 << 40, 128, 64, 8, 3))
 
 
-def linear(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None) -> Tensor:
-    """x ``[T, K]`` times packed int32 ``[N, K·bits/32]`` with scales bf16 ``[N, G]`` → ``[T, N]``.
+def linear(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
+    """x ``[T, K]`` times ``weight`` ``[N, K]`` → ``[T, N]``.
 
     The result has x's dtype; or it is added to ``out``, f32 ``[T, N]``, which is returned. x is bf16 (the
     reference takes any float). Raises SchemeError for shapes that do not fit.
     """
-    check(x, packed, scale, bits, group, out)
-    if runtime.on_device(x):
-        return launch(x, packed, scale, bits, group, out)
-    return reference(x, packed, scale, bits, group, out)
+    _check(x, weight, out)
+    return launch_linear(x, weight, out) if runtime.on_device(x) else linear_reference(x, weight, out)
 
 
-def reference(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None) -> Tensor:
+def linear_reference(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
     """``linear`` in torch, in f32 on the dequantized weight."""
-    weight = dequantize(Packed(_scheme(bits, group), packed, scale), torch.float32)
-    y = torch.nn.functional.linear(x.float(), weight)
+    y = torch.nn.functional.linear(x.float(), dequantize(weight, torch.float32))
     return y.to(x.dtype) if out is None else out.add_(y)
 
 
-def launch(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None) -> Tensor:
+def launch_linear(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
     """``linear`` by Triton kernels."""
     if x.dtype != torch.bfloat16:
         raise SchemeError(f"activations are {x.dtype}: the CUDA kernels take bf16 (--exact runs on the CPU)")
     tokens, features = x.shape
+    packed, scale, bits, group = weight.packed, weight.scale, weight.scheme.bits, weight.scheme.group_size
     rows, row_words = packed.shape
     groups, x = scale.shape[1], x.contiguous()
     adds = out is not None
@@ -50,54 +47,25 @@ def launch(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out:
     if tokens == 1:
         from quant.kernels.cuda.device import gemv
 
-        gemv.linear_kernel[(-(-rows // _ROWS),)](
-            x,
-            packed,
-            scale,
-            y,
-            rows,
-            row_words,
-            groups,
-            BITS=bits,
-            GROUP=group,
-            ADD=adds,
-            ROWS=_ROWS,
-            WORDS=_WORDS,
-            num_warps=_WARPS,
-            num_stages=1,
-            enable_fp_fusion=True,
-        )
+        form = gemv.Rows(bits, group, ROWS, WORDS)
+        grid = (-(-rows // ROWS),)
+        gemv.linear_kernel[grid](x, packed, scale, y, rows, row_words, groups, ADD=adds, FORM=form, **OPTIONS)
         return y
     from quant.kernels.cuda.device import gemm
 
-    tile_rows, tile_tokens, warps, stages = tile(tokens)
-    arranged = torch.empty(tokens, arranged_width(features), dtype=x.dtype, device=x.device)
+    tile_rows, tile_tokens, warps, stages = tile_sizes(tokens)
+    width = arranged_width(features)
+    arranged = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
     arrange(x, None, None, arranged, bits, 1)
+    tile = gemm.Tile(bits, group, tile_rows, tile_tokens, stages, runtime.operand())
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     gemm.linear_kernel[(-(-tokens // tile_tokens), -(-rows // tile_rows))](
-        arranged,
-        packed,
-        scale,
-        y,
-        tokens,
-        rows,
-        row_words,
-        groups,
-        arranged.shape[1],
-        BITS=bits,
-        GROUP=group,
-        ADD=adds,
-        ROWS=tile_rows,
-        TOKENS=tile_tokens,
-        STAGES=stages,
-        OPERAND=runtime.operand(),
-        num_warps=warps,
-        num_stages=stages,
-        enable_fp_fusion=True,
+        arranged, packed, scale, y, tokens, rows, row_words, groups, width, ADD=adds, TILE=tile, **options
     )
     return y
 
 
-def tile(tokens: int) -> tuple[int, int, int, int]:
+def tile_sizes(tokens: int) -> tuple[int, int, int, int]:
     """(rows, tokens, warps, stages) of a tensor-core tile for ``tokens`` tokens on one weight."""
     return next(rest for most, *rest in _TILES if tokens <= most)  # type: ignore[return-value]
 
@@ -111,31 +79,19 @@ def arrange(x: Tensor, order: Tensor | None, scores: Tensor | None, out: Tensor,
     """Write x ``[T, K]``, or its rows of the pairs ``order``, times ``scores``, arranged to ``out``."""
     from quant.kernels.cuda.device import gemm
 
-    columns = 1024
-    gemm.arrange_kernel[(out.shape[0], -(-out.shape[1] // columns))](
-        x,
-        order,
-        scores,
-        out,
-        x.shape[1],
-        out.shape[1],
-        TOP_K=top_k,
-        GATHERS=order is not None,
-        SCALES=scores is not None,
-        BITS=bits,
-        COLUMNS=columns,
-        num_warps=4,
-        num_stages=1,
-        enable_fp_fusion=True,
-    )
+    (rows, width), columns = out.shape, 1024
+    constants = {"TOP_K": top_k, "BITS": bits, "COLUMNS": columns}
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    gemm.arrange_kernel[(rows, -(-width // columns))](x, order, scores, out, x.shape[1], width, **constants, **options)
 
 
-def check(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: Tensor | None = None) -> None:
-    """Raise SchemeError unless the tensors fit each other."""
-    scheme = _scheme(bits, group)
-    features = packed.shape[-1] * 32 // bits
+def _check(x: Tensor, weight: Packed, out: Tensor | None) -> None:
+    packed, scale, scheme = weight.packed, weight.scale, weight.scheme
+    if not scheme.is_packed:
+        raise SchemeError(f"a weight in {scheme}: expected int4 or int8")
+    features = packed.shape[-1] * 32 // scheme.bits
     fits = packed.dim() == 2 and packed.dtype == torch.int32 and packed.is_contiguous()
-    fits &= features % group == 0 and scale.shape == (packed.shape[0], features // group)
+    fits &= features % scheme.group_size == 0 and scale.shape == (packed.shape[0], features // scheme.group_size)
     fits &= scale.dtype == torch.bfloat16 and scale.is_contiguous()
     if not fits:
         raise SchemeError(
@@ -147,9 +103,3 @@ def check(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int, out: 
     shape = (x.shape[0], packed.shape[0])
     if out is not None and (out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous()):
         raise SchemeError(f"out is {out.dtype} {tuple(out.shape)}: expected f32 {shape}, contiguous")
-
-
-def _scheme(bits: int, group: int) -> Scheme:
-    if bits not in (4, 8):
-        raise SchemeError(f"{bits}-bit weights: expected 4 or 8")
-    return Scheme("int4" if bits == 4 else "int8", group)

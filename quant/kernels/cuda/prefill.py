@@ -25,17 +25,28 @@ _EXPERTS = 16  # a call's experts are looked through in a power of two, at least
 @dataclass(frozen=True)
 class TokenGroups:
     """The pairs sorted by expert, within an expert by token: ``order`` int32 ``[T·k]`` holds pairs, those of
-    expert e from ``starts[e]`` to ``starts[e + 1]``, int32 ``[E + 1]``."""
+    expert e from ``starts[e]`` to ``starts[e + 1]``, int32 ``[E + 1]``.
+
+    ``scores`` f32 ``[T, k]`` multiply an expert's input where ``scales_input``, else its output.
+    """
 
     order: Tensor
     starts: Tensor
+    scores: Tensor
+    scales_input: bool
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+        return self.scores.shape[1]
 
 
-def group_tokens(chosen: Tensor, num_experts: int) -> TokenGroups:
+def group_tokens(chosen: Tensor, scores: Tensor, num_experts: int, *, scales_input: bool) -> TokenGroups:
     """The groups of chosen ``[T, k]``, computed where ``chosen`` lies, without waiting for it."""
     experts, order = torch.sort(chosen.reshape(-1).to(torch.int64), stable=True)
     bounds = torch.arange(num_experts + 1, device=chosen.device)
-    return TokenGroups(order.to(torch.int32), torch.searchsorted(experts, bounds).to(torch.int32))
+    starts = torch.searchsorted(experts, bounds).to(torch.int32)
+    return TokenGroups(order.to(torch.int32), starts, scores, scales_input)
 
 
 @dataclass(frozen=True)
@@ -59,67 +70,40 @@ class PrefillScratch:
         return self.tokens.nbytes + self.hidden.nbytes
 
 
-def arrange_tokens(
-    x: Tensor,
-    groups: TokenGroups,
-    scores: Tensor,
-    layout: ExpertLayout,
-    scratch: PrefillScratch,
-    *,
-    scales_input: bool,
-    top_k: int,
-) -> None:
-    """Put x ``[T, H]`` into ``scratch``, a row per pair, sorted; times its score if ``scales_input``.
+def arrange_tokens(x: Tensor, groups: TokenGroups, layout: ExpertLayout, scratch: PrefillScratch) -> None:
+    """Put x ``[T, H]`` into ``scratch``, a row per pair, sorted; times its score where scores scale inputs.
 
     Once per layer, before the calls of ``moe_prefill``.
     """
-    pairs = groups.order.shape[0]
+    pairs, top_k = groups.order.shape[0], groups.top_k
     if x.shape != (pairs // top_k, layout.hidden) or pairs > scratch.tokens.shape[0]:
         raise SchemeError(
             f"x is {tuple(x.shape)} with {pairs} pairs: expected [{pairs // top_k}, {layout.hidden}], at "
             f"most {scratch.tokens.shape[0]} pairs"
         )
     if runtime.on_device(x):
-        launch_arrange(x, groups, scores, layout, scratch, scales_input=scales_input, top_k=top_k)
+        launch_arrange(x, groups, layout, scratch)
         return
     order = groups.order.long()
     rows = x[order // top_k].float()
-    if scales_input:
-        rows = rows * scores.reshape(-1, 1)[order].float()
+    if groups.scales_input:
+        rows = rows * groups.scores.reshape(-1, 1)[order].float()
     scratch.tokens[:pairs, : layout.hidden] = rows.to(scratch.tokens.dtype)
 
 
-def launch_arrange(
-    x: Tensor,
-    groups: TokenGroups,
-    scores: Tensor,
-    layout: ExpertLayout,
-    scratch: PrefillScratch,
-    *,
-    scales_input: bool,
-    top_k: int,
-) -> None:
+def launch_arrange(x: Tensor, groups: TokenGroups, layout: ExpertLayout, scratch: PrefillScratch) -> None:
     """``arrange_tokens`` by its Triton kernel."""
     rows = scratch.tokens[: groups.order.shape[0]]
-    factors = scores if scales_input else None
-    arrange(x.contiguous(), groups.order, factors, rows, layout.gate_up.bits, top_k)
+    factors = groups.scores if groups.scales_input else None
+    arrange(x.contiguous(), groups.order, factors, rows, layout.gate_up.bits, groups.top_k)
 
 
 def moe_prefill(
-    groups: TokenGroups,
-    scores: Tensor,
-    experts: Tensor,
-    addresses: Tensor,
-    layout: ExpertLayout,
-    scratch: PrefillScratch,
-    out: Tensor,
-    *,
-    scales_input: bool,
+    groups: TokenGroups, experts: Tensor, addresses: Tensor, layout: ExpertLayout, scratch: PrefillScratch, out: Tensor
 ) -> None:
     """Fill the rows of ``out`` ``[T·k, H]`` (by pair, bf16) whose expert is among ``experts`` int32 ``[P]``.
 
-    ``addresses`` int64 ``[E]``; an expert at address 0 is skipped, and its rows are left as they are. Scores
-    f32 ``[T, k]`` multiply the result unless ``scales_input`` (``arrange_tokens`` then has applied them).
+    ``addresses`` int64 ``[E]``; an expert at address 0 is skipped, and its rows are left as they are.
     """
     if out.shape != (groups.order.shape[0], layout.hidden) or not out.is_contiguous():
         raise SchemeError(f"out is {tuple(out.shape)}: expected {(groups.order.shape[0], layout.hidden)}, contiguous")
@@ -128,22 +112,12 @@ def moe_prefill(
         raise SchemeError(
             f"scratch for {scratch.tokens.shape[1]} and {scratch.hidden.shape[1]} features: expected {widths}"
         )
-    if runtime.on_device(out):
-        launch(groups, scores, experts, addresses, layout, scratch, out, scales_input=scales_input)
-    else:
-        reference(groups, scores, experts, addresses, layout, scratch, out, scales_input=scales_input)
+    run = launch_prefill if runtime.on_device(out) else prefill_reference
+    run(groups, experts, addresses, layout, scratch, out)
 
 
-def reference(
-    groups: TokenGroups,
-    scores: Tensor,
-    experts: Tensor,
-    addresses: Tensor,
-    layout: ExpertLayout,
-    scratch: PrefillScratch,
-    out: Tensor,
-    *,
-    scales_input: bool,
+def prefill_reference(
+    groups: TokenGroups, experts: Tensor, addresses: Tensor, layout: ExpertLayout, scratch: PrefillScratch, out: Tensor
 ) -> None:
     """``moe_prefill`` in torch, in f32, on experts in host memory; its tokens are not arranged."""
     starts = groups.starts.tolist()
@@ -156,19 +130,11 @@ def reference(
         hidden = (silu(linear(x, gate)) * linear(x, up)).to(scratch.hidden.dtype)
         y = linear(hidden.float(), down)
         pairs = groups.order[first:end].long()
-        out[pairs] = (y if scales_input else y * scores.reshape(-1, 1)[pairs].float()).to(out.dtype)
+        out[pairs] = (y if groups.scales_input else y * groups.scores.reshape(-1, 1)[pairs].float()).to(out.dtype)
 
 
-def launch(
-    groups: TokenGroups,
-    scores: Tensor,
-    experts: Tensor,
-    addresses: Tensor,
-    layout: ExpertLayout,
-    scratch: PrefillScratch,
-    out: Tensor,
-    *,
-    scales_input: bool,
+def launch_prefill(
+    groups: TokenGroups, experts: Tensor, addresses: Tensor, layout: ExpertLayout, scratch: PrefillScratch, out: Tensor
 ) -> None:
     """``moe_prefill`` by two Triton kernels. Their grids hold as many tiles as these tokens could need, since
     the host does not know how they fell; the tiles too many end at once."""
@@ -181,14 +147,11 @@ def launch(
     pairs, count = groups.order.shape[0], experts.shape[0]
     tiles = -(-pairs // _TOKENS) + min(count, pairs)
     gate_up, down = layout.gate_up, layout.down
-    sizes = {
-        "EXPERTS": max(_EXPERTS, triton.next_power_of_2(count)),
-        "ROWS": _ROWS,
-        "TOKENS": _TOKENS,
-        "STAGES": _STAGES,
-    }
-    options = {"num_warps": _WARPS, "num_stages": _STAGES, "enable_fp_fusion": True}
     hidden_width = scratch.hidden.shape[1]
+    cut = (_ROWS, _TOKENS, _STAGES, runtime.operand())
+    slots = max(_EXPERTS, triton.next_power_of_2(count))
+    options = {"num_warps": _WARPS, "num_stages": _STAGES, "enable_fp_fusion": True}
+    common = {"ALIGNMENT": layout.alignment, "EXPERTS": slots, **options}
     gemm.gate_up_kernel[(tiles, -(-hidden_width // _ROWS))](
         scratch.tokens,
         experts,
@@ -196,28 +159,20 @@ def launch(
         addresses,
         scratch.hidden,
         count,
-        layout.hidden,
         layout.inter,
         layout.hidden * gate_up.bits // 32,
         layout.hidden // gate_up.group_size,
         scratch.tokens.shape[1],
         hidden_width,
-        layout.gate_packed,
-        layout.gate_scale,
-        layout.up_packed,
-        layout.up_scale,
-        BITS=gate_up.bits,
-        GROUP=gate_up.group_size,
+        *layout.offsets[:4],
         DOWN_BITS=down.bits,
-        ALIGNMENT=layout.alignment,
-        OPERAND=runtime.operand(),
-        **sizes,
-        **options,
+        TILE=gemm.Tile(gate_up.bits, gate_up.group_size, *cut),
+        **common,
     )
     gemm.down_kernel[(tiles, -(-layout.hidden // _ROWS))](
         scratch.hidden,
         groups.order,
-        scores,
+        groups.scores,
         experts,
         groups.starts,
         addresses,
@@ -227,15 +182,10 @@ def launch(
         layout.inter * down.bits // 32,
         layout.inter // down.group_size,
         hidden_width,
-        layout.down_packed,
-        layout.down_scale,
-        SCALES_OUTPUT=not scales_input,
-        BITS=down.bits,
-        GROUP=down.group_size,
-        ALIGNMENT=layout.alignment,
-        OPERAND=runtime.operand(),
-        **sizes,
-        **options,
+        *layout.offsets[4:],
+        SCALES_OUTPUT=not groups.scales_input,
+        TILE=gemm.Tile(down.bits, down.group_size, *cut),
+        **common,
     )
 
 

@@ -11,6 +11,13 @@ NATIVE is False in Triton's interpreter, which knows no assembly and runs one pr
 import triton
 import triton.language as tl
 
+from quant.kernels import doorbell
+
+RUNG, ANSWERED = tl.constexpr(doorbell.RUNG), tl.constexpr(doorbell.ANSWERED)
+STOP, LOST = tl.constexpr(doorbell.STOP), tl.constexpr(doorbell.LOST)
+HEADER = tl.constexpr(doorbell.HEADER)
+BLOCK = tl.constexpr(4096)
+
 
 @triton.jit
 def _publish(word, value, NATIVE: tl.constexpr):
@@ -39,14 +46,14 @@ def _observe(word, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _first_features(chosen, places, share, inter, count, PAIRS: tl.constexpr):
+def _first_features(chosen, places, gpu_rows, inter, count, PAIRS: tl.constexpr):
     """(experts, the first intermediate feature of each that is the host's: ``inter`` for none)."""
     pair = tl.arange(0, PAIRS)
     expert = tl.load(chosen + pair, mask=pair < count, other=-1)
     known = tl.maximum(expert, 0)
     place = tl.load(places + known)
-    shared = tl.minimum(tl.load(share), inter)
-    first = tl.where(place == 0, inter, tl.where(place == 1, shared, 0))
+    begin = tl.minimum(tl.load(gpu_rows), inter)
+    first = tl.where(place == 0, inter, tl.where(place == 1, begin, 0))
     return known, tl.where(expert < 0, inter, first)
 
 
@@ -73,7 +80,7 @@ def ring_kernel(
     chosen,
     scores,
     places,
-    share,
+    gpu_rows,
     control,
     request,
     host_scores,
@@ -90,9 +97,6 @@ def ring_kernel(
     features,
     experts,
     PAIRS: tl.constexpr,
-    RUNG: tl.constexpr,
-    HEADER: tl.constexpr,
-    BLOCK: tl.constexpr,
     GUESS: tl.constexpr,
     TOP_K: tl.constexpr,
     WIDE: tl.constexpr,
@@ -101,7 +105,7 @@ def ring_kernel(
     """Ask the host for its part of the chosen experts, if it has one, then say what comes next. GUESS: 0 say
     nothing, 1 the coming layer's best, 2 that nothing is known."""
     count = tokens * top_k
-    expert, first = _first_features(chosen, places, share, inter, count, PAIRS)
+    expert, first = _first_features(chosen, places, gpu_rows, inter, count, PAIRS)
     if tl.sum((first < inter).to(tl.int32), 0) > 0:
         pair = tl.arange(0, PAIRS)
         inside = pair < count
@@ -132,7 +136,7 @@ def ring_kernel(
 def answer_kernel(
     chosen,
     places,
-    share,
+    gpu_rows,
     control,
     result,
     sequence,
@@ -143,10 +147,6 @@ def answer_kernel(
     features,
     patience,
     PAIRS: tl.constexpr,
-    ANSWERED: tl.constexpr,
-    STOP: tl.constexpr,
-    LOST: tl.constexpr,
-    BLOCK: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """out += result, once the host has answered what ``ring_kernel`` asked.
@@ -154,7 +154,7 @@ def answer_kernel(
     Gives up after ``patience`` looks at the flag, or when the host says so: sets the LOST word and adds
     nothing; a step that has lost one answer waits for no other.
     """
-    _, first = _first_features(chosen, places, share, inter, tokens * top_k, PAIRS)
+    _, first = _first_features(chosen, places, gpu_rows, inter, tokens * top_k, PAIRS)
     if tl.sum((first < inter).to(tl.int32), 0) > 0:
         number = tl.load(sequence)
         looks = tl.where(tl.load(control + LOST, volatile=True) != 0, patience, 0)

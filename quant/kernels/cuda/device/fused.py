@@ -4,12 +4,25 @@ Legend: H hidden, h query heads, g KV heads, d head_dim, r rotated channels of a
 per token.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 
+class Head(NamedTuple):
+    """What a kernel is compiled for: head_dim as ``width`` and, as a tile, ``padded``; ``qk_norm`` 1 per head, 2 over
+    all heads; ``rope`` 1 pairs neighbours, 2 halves; ``l2``: a weightless norm follows."""
+
+    width: int
+    padded: int
+    qk_norm: int
+    rope: int
+    l2: bool
+
+
 @triton.jit
-def rms_norm_kernel(x, weight, out, unrounded, features, eps, BOTH: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(x, weight, out, unrounded, features, eps, BLOCK: tl.constexpr):
     """out = x / √(mean(x²) + eps) · weight; one program per token, all of a row at once."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -18,59 +31,43 @@ def rms_norm_kernel(x, weight, out, unrounded, features, eps, BOTH: tl.constexpr
     factor = 1.0 / tl.sqrt(tl.sum(values * values, 0) / features + eps)
     y = values * factor * tl.load(weight + at, mask=live, other=0.0)
     tl.store(out + token * features + at, y.to(out.dtype.element_ty), mask=live)
-    if BOTH:
+    if unrounded is not None:
         tl.store(unrounded + token * features + at, y, mask=live)
 
 
 @triton.jit
-def _head(
-    x,
-    norm,
-    head,
-    at,
-    live,
-    cosine,
-    sine,
-    rotated,
-    eps,
-    width,
-    QK_NORM: tl.constexpr,
-    ROPE: tl.constexpr,
-    L2: tl.constexpr,
-    HEAD: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+def _head(x, norm, head, at, live, cosine, sine, rotated, eps, width, HEAD: tl.constexpr, WIDE: tl.constexpr):
     """Channels ``at`` of one head of x, normed and rotated, f32. A channel's partner in the rotation is
     loaded again rather than exchanged."""
-    mine = tl.load(x + head * HEAD + at, mask=live, other=0.0).to(tl.float32)
+    mine = tl.load(x + head * HEAD.width + at, mask=live, other=0.0).to(tl.float32)
     factor = 1.0
-    if QK_NORM == 1:  # per head
-        factor = 1.0 / tl.sqrt(tl.sum(mine * mine, 0) / HEAD + eps)
+    if HEAD.qk_norm == 1:  # per head
+        factor = 1.0 / tl.sqrt(tl.sum(mine * mine, 0) / HEAD.width + eps)
         mine = mine * factor * tl.load(norm + at, mask=live, other=0.0)
-    elif QK_NORM == 2:  # over all heads
+    elif HEAD.qk_norm == 2:  # over all heads
         everywhere = tl.arange(0, WIDE)
         all_heads = tl.load(x + everywhere, mask=everywhere < width, other=0.0).to(tl.float32)
         factor = 1.0 / tl.sqrt(tl.sum(all_heads * all_heads, 0) / width + eps)
-        mine = mine * factor * tl.load(norm + head * HEAD + at, mask=live, other=0.0)
-    if ROPE > 0:
+        mine = mine * factor * tl.load(norm + head * HEAD.width + at, mask=live, other=0.0)
+    if HEAD.rope > 0:
         half = rotated // 2
         turns = at < rotated
-        if ROPE == 1:  # neighbours
+        if HEAD.rope == 1:  # neighbours
             angle, partner, first = at // 2, at ^ 1, at % 2 == 0
         else:  # halves
             first = at < half
             angle, partner = tl.where(first, at, at - half), tl.where(first, at + half, at - half)
         partner = tl.where(turns, partner, 0)
-        other = tl.load(x + head * HEAD + partner, mask=live & turns, other=0.0).to(tl.float32) * factor
-        if QK_NORM == 1:
+        other = tl.load(x + head * HEAD.width + partner, mask=live & turns, other=0.0).to(tl.float32) * factor
+        if HEAD.qk_norm == 1:
             other = other * tl.load(norm + partner, mask=live & turns, other=0.0)
-        elif QK_NORM == 2:
-            other = other * tl.load(norm + head * HEAD + partner, mask=live & turns, other=0.0)
+        elif HEAD.qk_norm == 2:
+            other = other * tl.load(norm + head * HEAD.width + partner, mask=live & turns, other=0.0)
         c = tl.load(cosine + angle, mask=turns, other=1.0)
         s = tl.load(sine + angle, mask=turns, other=0.0)
         mine = mine * c + tl.where(first, -other, other) * s
-    if L2:
-        mine = mine / tl.sqrt(tl.sum(mine * mine, 0) / HEAD + eps)
+    if HEAD.l2:
+        mine = mine / tl.sqrt(tl.sum(mine * mine, 0) / HEAD.width + eps)
     return mine
 
 
@@ -96,52 +93,42 @@ def append_kernel(
     chunk,
     rotated,
     eps,
-    QK_NORM: tl.constexpr,
-    ROPE: tl.constexpr,
-    L2: tl.constexpr,
-    TUNED: tl.constexpr,
-    INT8: tl.constexpr,
     HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
     WIDE_Q: tl.constexpr,
     WIDE_K: tl.constexpr,
 ):
     """One head per program: h of q, then g of k, then g of v."""
     head = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    live = at < HEAD
+    at = tl.arange(0, HEAD.padded)
+    live = at < HEAD.width
     if head < heads:
-        mine = _head(
-            q, q_norm, head, at, live, cosine, sine, rotated, eps, heads * HEAD, QK_NORM, ROPE, L2, HEAD, WIDE_Q
-        )
-        if TUNED:
+        mine = _head(q, q_norm, head, at, live, cosine, sine, rotated, eps, heads * HEAD.width, HEAD, WIDE_Q)
+        if temperature is not None:
             mine = mine * tl.load(temperature)
-        tl.store(query + head * HEAD + at, mine.to(query.dtype.element_ty), mask=live)
+        tl.store(query + head * HEAD.width + at, mine.to(query.dtype.element_ty), mask=live)
         return
     row = tl.load(position).to(tl.int64)
     if chunk > 0:
         row = row % chunk
     head -= heads
     if head < kv_heads:
-        mine = _head(
-            k, k_norm, head, at, live, cosine, sine, rotated, eps, kv_heads * HEAD, QK_NORM, ROPE, L2, HEAD, WIDE_K
-        )
-        _store(keys, key_scale, head * capacity + row, at, live, mine, INT8, HEAD)
+        mine = _head(k, k_norm, head, at, live, cosine, sine, rotated, eps, kv_heads * HEAD.width, HEAD, WIDE_K)
+        _store(keys, key_scale, head * capacity + row, at, live, mine, HEAD)
     else:
         head -= kv_heads
-        mine = tl.load(v + head * HEAD + at, mask=live, other=0.0).to(tl.float32)
-        _store(values, value_scale, head * capacity + row, at, live, mine, INT8, HEAD)
+        mine = tl.load(v + head * HEAD.width + at, mask=live, other=0.0).to(tl.float32)
+        _store(values, value_scale, head * capacity + row, at, live, mine, HEAD)
 
 
 @triton.jit
-def _store(target, scale, row, at, live, mine, INT8: tl.constexpr, HEAD: tl.constexpr):
+def _store(target, scale, row, at, live, mine, HEAD: tl.constexpr):
     """One head of a token to row ``row`` (int64) of ``[g · capacity, d]``."""
-    if INT8:
+    if scale is not None:
         factor = tl.maximum(tl.max(tl.abs(mine), 0), 1e-12) / 127.0
         tl.store(scale + row, factor)
         # Adding 1.5 · 2^23 leaves no bits for a fraction: f32 rounds half to even, as torch does.
         mine = (mine / factor + 12582912.0) - 12582912.0
-    tl.store(target + row * HEAD + at, mine.to(target.dtype.element_ty), mask=live)
+    tl.store(target + row * HEAD.width + at, mine.to(target.dtype.element_ty), mask=live)
 
 
 @triton.jit

@@ -9,17 +9,29 @@ element. The order of a sum's terms is free as long as both sides agree.
 A group that spans the step's words has its scale applied to the step's sum, in f32; smaller groups have it
 applied to the weights, which then are rounded to bf16 as dequantized weights are.
 
-OPERAND is bf16 on a card; Triton's interpreter multiplies f32 only.
-
-Legend: K in features, N rows of a tile (constexpr ROWS), T tokens of a tile (constexpr TOKENS), W = 16 words.
+Legend: K in features, N rows of a tile, T tokens of a tile, W = 16 words.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from quant.kernels.cuda.device.words import pointers, weight
+from quant.kernels.cuda.device.words import matrix, weight
 
 WORDS = tl.constexpr(16)
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for: the weight's ``bits`` and ``group``, the ``rows`` and ``tokens`` of a tile, the
+    ``stages`` of its pipeline, and the type of a tensor core's ``operand``."""
+
+    bits: int
+    group: int
+    rows: int
+    tokens: int
+    stages: int
+    operand: Any
 
 
 @triton.jit
@@ -33,60 +45,38 @@ def source_feature(position, BITS: tl.constexpr):
 
 @triton.jit
 def arrange_kernel(
-    x,
-    order,
-    scores,
-    out,
-    features,
-    width,
-    TOP_K: tl.constexpr,
-    GATHERS: tl.constexpr,
-    SCALES: tl.constexpr,
-    BITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x, order, scores, out, features, width, TOP_K: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """out[r] = x's row (of pair order[r] where GATHERS, times its score where SCALES), arranged, then
-    zeros."""
+    """out[r] = x's row, arranged, then zeros: of pair order[r] if there is an order, times its score if there are
+    scores."""
     row = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     feature = source_feature(position, BITS)
     token = row
     factor = 1.0
-    if GATHERS:
+    if order is not None:
         pair = tl.load(order + row)
         token = (pair // TOP_K).to(tl.int64)
-        if SCALES:
+        if scores is not None:
             factor = tl.load(scores + pair)
     values = tl.load(x + token * features + feature, mask=feature < features, other=0.0).to(tl.float32)
     tl.store(out + row * width + position, (values * factor).to(tl.bfloat16), mask=position < width)
 
 
 @triton.jit
-def tile_product(
-    packed,
-    scale,
-    x,
-    rows,
-    tokens,
-    live_tokens,
-    row_words,
-    groups,
-    width,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    STAGES: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
+def tile_product(packed, scale, x, rows, tokens, live_tokens, row_words, groups, width, TILE: tl.constexpr):
     """W[rows]·x[tokens]ᵀ → f32 ``[N, T]``; ``x`` arranged, ``width`` features per arranged row."""
+    ROWS: tl.constexpr = TILE.rows
+    TOKENS: tl.constexpr = TILE.tokens
+    BITS: tl.constexpr = TILE.bits
+    OPERAND: tl.constexpr = TILE.operand
     PER_WORD: tl.constexpr = 32 // BITS
-    GROUP_WORDS: tl.constexpr = GROUP // PER_WORD
+    GROUP_WORDS: tl.constexpr = TILE.group // PER_WORD
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     lane = tl.arange(0, WORDS)
     row_places = packed + rows[:, None] * row_words
     token_places = x + tokens[None, :] * width + lane[:, None]
-    for start in tl.range(0, row_words, WORDS, num_stages=STAGES):
+    for start in tl.range(0, row_words, WORDS, num_stages=TILE.stages):
         word = start + lane
         values = tl.load(row_places + word[None, :], mask=(word < row_words)[None, :], other=0)
         if GROUP_WORDS >= WORDS:
@@ -107,44 +97,14 @@ def tile_product(
 
 @triton.jit(do_not_specialize=["count"])
 def linear_kernel(
-    x,
-    packed,
-    scale,
-    out,
-    count,
-    features,
-    row_words,
-    groups,
-    width,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    STAGES: tl.constexpr,
-    OPERAND: tl.constexpr,
+    x, packed, scale, out, count, features, row_words, groups, width, ADD: tl.constexpr, TILE: tl.constexpr
 ):
     """out[t, n] = Σ W[n, k]·x[t, k]; with ADD, f32 out is added to."""
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) * TILE.tokens + tl.arange(0, TILE.tokens)
+    row = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)
     row_words = tl.multiple_of(row_words, 4)
-    y = tile_product(
-        packed,
-        scale,
-        x,
-        tl.minimum(row, features - 1).to(tl.int64),
-        token.to(tl.int64),
-        token < count,
-        row_words,
-        groups,
-        width,
-        BITS,
-        GROUP,
-        ROWS,
-        TOKENS,
-        STAGES,
-        OPERAND,
-    )
+    read = tl.minimum(row, features - 1).to(tl.int64)
+    y = tile_product(packed, scale, x, read, token.to(tl.int64), token < count, row_words, groups, width, TILE)
     places = out + token.to(tl.int64)[None, :] * features + row[:, None]
     live = (token < count)[None, :] & (row < features)[:, None]
     if ADD:
@@ -176,7 +136,6 @@ def gate_up_kernel(
     addresses,
     hidden,
     count,
-    features,
     inter,
     row_words,
     groups,
@@ -186,64 +145,29 @@ def gate_up_kernel(
     gate_scale,
     up_packed,
     up_scale,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
     DOWN_BITS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    STAGES: tl.constexpr,
-    OPERAND: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """hidden[r, :] = silu(gate·x[r])·(up·x[r]), arranged for down_proj: a tile's rows are taken in that
     order, so that it writes without gaps."""
-    expert, begin, end = _expert_tile(experts, starts, count, tl.program_id(0), TOKENS, EXPERTS)
+    expert, begin, end = _expert_tile(experts, starts, count, tl.program_id(0), TILE.tokens, EXPERTS)
     if begin >= end:
         return
     address = tl.load(addresses + expert)
     if address == 0:
         return
     row_words = tl.multiple_of(row_words, 4)
-    token = begin + tl.arange(0, TOKENS)
+    token = begin + tl.arange(0, TILE.tokens)
     live = token < end
-    position = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    position = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)
     feature = source_feature(position, DOWN_BITS)
     read = tl.minimum(feature, inter - 1).to(tl.int64)
-    gate = tile_product(
-        pointers(address + gate_packed, ALIGNMENT),
-        (address + gate_scale).to(tl.pointer_type(tl.bfloat16)),
-        x,
-        read,
-        token.to(tl.int64),
-        live,
-        row_words,
-        groups,
-        width,
-        BITS,
-        GROUP,
-        ROWS,
-        TOKENS,
-        STAGES,
-        OPERAND,
-    )
-    up = tile_product(
-        pointers(address + up_packed, ALIGNMENT),
-        (address + up_scale).to(tl.pointer_type(tl.bfloat16)),
-        x,
-        read,
-        token.to(tl.int64),
-        live,
-        row_words,
-        groups,
-        width,
-        BITS,
-        GROUP,
-        ROWS,
-        TOKENS,
-        STAGES,
-        OPERAND,
-    )
+    words, scales = matrix(address, gate_packed, gate_scale, ALIGNMENT)
+    gate = tile_product(words, scales, x, read, token.to(tl.int64), live, row_words, groups, width, TILE)
+    words, scales = matrix(address, up_packed, up_scale, ALIGNMENT)
+    up = tile_product(words, scales, x, read, token.to(tl.int64), live, row_words, groups, width, TILE)
     result = tl.where((feature < inter)[:, None], gate * tl.sigmoid(gate) * up, 0.0)
     places = hidden + token.to(tl.int64)[None, :] * hidden_width + position[:, None]
     tl.store(places, result.to(tl.bfloat16), mask=live[None, :] & (position < hidden_width)[:, None])
@@ -266,43 +190,24 @@ def down_kernel(
     down_packed,
     down_scale,
     SCALES_OUTPUT: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    STAGES: tl.constexpr,
-    OPERAND: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """out[order[r], :] = down·hidden[r], times the pair's score where SCALES_OUTPUT."""
-    expert, begin, end = _expert_tile(experts, starts, count, tl.program_id(0), TOKENS, EXPERTS)
+    expert, begin, end = _expert_tile(experts, starts, count, tl.program_id(0), TILE.tokens, EXPERTS)
     if begin >= end:
         return
     address = tl.load(addresses + expert)
     if address == 0:
         return
     row_words = tl.multiple_of(row_words, 4)
-    token = begin + tl.arange(0, TOKENS)
+    token = begin + tl.arange(0, TILE.tokens)
     live = token < end
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    y = tile_product(
-        pointers(address + down_packed, ALIGNMENT),
-        (address + down_scale).to(tl.pointer_type(tl.bfloat16)),
-        hidden,
-        tl.minimum(row, features - 1).to(tl.int64),
-        token.to(tl.int64),
-        live,
-        row_words,
-        groups,
-        width,
-        BITS,
-        GROUP,
-        ROWS,
-        TOKENS,
-        STAGES,
-        OPERAND,
-    )
+    row = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)
+    read = tl.minimum(row, features - 1).to(tl.int64)
+    words, scales = matrix(address, down_packed, down_scale, ALIGNMENT)
+    y = tile_product(words, scales, hidden, read, token.to(tl.int64), live, row_words, groups, width, TILE)
     pair = tl.load(order + token, mask=live, other=0)
     if SCALES_OUTPUT:
         y *= tl.load(scores + pair, mask=live, other=0.0)[None, :]

@@ -4,13 +4,25 @@ A program takes ROWS rows; its warps lie along K, so that a warp reads 512 conti
 time, 16 bytes per lane. Sums stay in registers, one per word of the tile, until the end of the row: no
 exchange between lanes inside the loop, and enough loads in flight without a pipeline.
 
-Legend: K in features, W words of a row per step (constexpr WORDS), N rows per program (constexpr ROWS).
+Legend: K in features, W words of a row per step, N rows per program.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from quant.kernels.cuda.device.words import pointers, word_dot
+from quant.kernels.cuda.device.words import matrix, word_dot
+
+
+class Rows(NamedTuple):
+    """What a kernel is compiled for: the weight's ``bits`` and ``group``, the ``rows`` of a program and the
+    ``words`` of each that it takes in a step."""
+
+    bits: int
+    group: int
+    rows: int
+    words: int
 
 
 @triton.jit
@@ -38,21 +50,12 @@ def _activations(x, word, live, BITS: tl.constexpr):
 
 
 @triton.jit
-def row_dots(
-    packed,
-    scale,
-    x,
-    rows,
-    used,
-    row_words,
-    groups,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+def row_dots(packed, scale, x, rows, used, row_words, groups, FORM: tl.constexpr):
     """Σ W[row, k]·x[k] over the first ``used`` words of each row → f32 ``[N]``."""
-    GROUP_WORDS: tl.constexpr = GROUP * BITS // 32
+    ROWS: tl.constexpr = FORM.rows
+    WORDS: tl.constexpr = FORM.words
+    BITS: tl.constexpr = FORM.bits
+    GROUP_WORDS: tl.constexpr = FORM.group * BITS // 32
     total = tl.zeros((ROWS, WORDS), tl.float32)
     for start in range(0, used, WORDS):
         word = start + tl.arange(0, WORDS)
@@ -65,34 +68,21 @@ def row_dots(
 
 
 @triton.jit
-def linear_kernel(
-    x,
-    packed,
-    scale,
-    out,
-    features,
-    row_words,
-    groups,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+def linear_kernel(x, packed, scale, out, features, row_words, groups, ADD: tl.constexpr, FORM: tl.constexpr):
     """out[n] = Σ W[n, k]·x[k] for one token; with ADD, f32 out[n] is added to."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * FORM.rows + tl.arange(0, FORM.rows)
     row_words = tl.multiple_of(row_words, 4)
     read = tl.minimum(row, features - 1)
-    y = row_dots(packed, scale, x, read, row_words, row_words, groups, BITS, GROUP, ROWS, WORDS)
+    y = row_dots(packed, scale, x, read, row_words, row_words, groups, FORM)
     if ADD:
         y += tl.load(out + row, mask=row < features, other=0.0)
     tl.store(out + row, y.to(out.dtype.element_ty), mask=row < features)
 
 
 @triton.jit
-def _features_here(place, address, share, inter):
+def _features_here(place, address, gpu_rows, inter):
     """How many of an expert's intermediate features this card computes."""
-    return tl.where(address == 0, 0, tl.where(place == 0, inter, tl.where(place == 1, share, 0)))
+    return tl.where(address == 0, 0, tl.where(place == 0, inter, tl.where(place == 1, gpu_rows, 0)))
 
 
 @triton.jit
@@ -102,7 +92,7 @@ def gate_up_kernel(
     scores,
     addresses,
     places,
-    share,
+    gpu_rows,
     hidden,
     features,
     inter,
@@ -114,11 +104,8 @@ def gate_up_kernel(
     up_scale,
     TOP_K: tl.constexpr,
     SCALES_INPUT: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
     ALIGNMENT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """hidden[pair, i] = silu(gate_i·x)·(up_i·x) for the rows i of each chosen expert that are this card's.
 
@@ -130,7 +117,9 @@ def gate_up_kernel(
     if expert < 0:
         return
     address = tl.load(addresses + expert)
-    mine = _features_here(tl.load(places + expert), address, tl.load(share), inter)
+    mine = _features_here(tl.load(places + expert), address, tl.load(gpu_rows), inter)
+    ROWS: tl.constexpr = FORM.rows
+    WORDS: tl.constexpr = FORM.words
     begin = tl.program_id(1) * ROWS
     if begin >= mine:
         return
@@ -138,11 +127,10 @@ def gate_up_kernel(
     row = begin + tl.arange(0, ROWS)
     read = tl.minimum(row, inter - 1).to(tl.int64)
     token = x + (pair // TOP_K).to(tl.int64) * features
-    gate_words = pointers(address + gate_packed, ALIGNMENT)
-    up_words = pointers(address + up_packed, ALIGNMENT)
-    gate_scales = (address + gate_scale).to(tl.pointer_type(tl.bfloat16))
-    up_scales = (address + up_scale).to(tl.pointer_type(tl.bfloat16))
-    GROUP_WORDS: tl.constexpr = GROUP * BITS // 32
+    gate_words, gate_scales = matrix(address, gate_packed, gate_scale, ALIGNMENT)
+    up_words, up_scales = matrix(address, up_packed, up_scale, ALIGNMENT)
+    BITS: tl.constexpr = FORM.bits
+    GROUP_WORDS: tl.constexpr = FORM.group * BITS // 32
     gate = tl.zeros((ROWS, WORDS), tl.float32)
     up = tl.zeros((ROWS, WORDS), tl.float32)
     for start in range(0, row_words, WORDS):
@@ -168,7 +156,7 @@ def down_kernel(
     scores,
     addresses,
     places,
-    share,
+    gpu_rows,
     out,
     features,
     inter,
@@ -179,19 +167,16 @@ def down_kernel(
     TOP_K: tl.constexpr,
     CHOICES: tl.constexpr,
     SCALES_INPUT: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
     ALIGNMENT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """out[token] += Σ over the token's experts, in the router's order, of score · down·hidden[pair].
 
     One program owns its rows of ``out``: no atomics, the sum has one order, two runs agree to the bit.
     """
     token = tl.program_id(0)
-    begin = tl.program_id(1) * ROWS
-    row = begin + tl.arange(0, ROWS)
+    ROWS: tl.constexpr = FORM.rows
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(row, features - 1).to(tl.int64)
     row_words = tl.multiple_of(row_words, 4)
     # All choices are looked up at once: one after the other, each would wait three times for memory.
@@ -200,28 +185,17 @@ def down_kernel(
     experts = tl.load(chosen + token * TOP_K + index, mask=asked, other=-1)
     known = tl.maximum(experts, 0)
     found = tl.load(addresses + known)
-    mine = _features_here(tl.load(places + known), found, tl.load(share), inter)
+    mine = _features_here(tl.load(places + known), found, tl.load(gpu_rows), inter)
     mine = tl.where(experts < 0, 0, mine)
     factors = tl.load(scores + token * TOP_K + index, mask=asked, other=0.0)
     total = tl.zeros((ROWS,), tl.float32)
     for choice in range(TOP_K):
         here = index == choice
         address = tl.sum(tl.where(here, found, 0), 0)
-        used = tl.multiple_of(tl.sum(tl.where(here, mine, 0), 0) * BITS // 32, 4)
+        used = tl.multiple_of(tl.sum(tl.where(here, mine, 0), 0) * FORM.bits // 32, 4)
         pair = (token * TOP_K + choice).to(tl.int64)
-        y = row_dots(
-            pointers(address + down_packed, ALIGNMENT),
-            (address + down_scale).to(tl.pointer_type(tl.bfloat16)),
-            hidden + pair * inter,
-            read,
-            used,
-            row_words,
-            groups,
-            BITS,
-            GROUP,
-            ROWS,
-            WORDS,
-        )
+        words, scales = matrix(address, down_packed, down_scale, ALIGNMENT)
+        y = row_dots(words, scales, hidden + pair * inter, read, used, row_words, groups, FORM)
         total += y if SCALES_INPUT else y * tl.sum(tl.where(here, factors, 0.0), 0)
     place = out + token.to(tl.int64) * features + row
     live = row < features

@@ -48,6 +48,7 @@ def word_dot(words, first, second, BITS: tl.constexpr):
 
 
 @triton.jit
-def pointers(address, PACKED_ALIGNMENT: tl.constexpr):
-    """A packed tensor's address as a pointer to words, with what is known of its alignment."""
-    return tl.multiple_of(address.to(tl.pointer_type(tl.int32)), PACKED_ALIGNMENT)
+def matrix(address, packed, scale, ALIGNMENT: tl.constexpr):
+    """The packed words, whose alignment is known, and the scales that lie so many bytes from ``address``."""
+    words = tl.multiple_of((address + packed).to(tl.pointer_type(tl.int32)), ALIGNMENT)
+    return words, (address + scale).to(tl.pointer_type(tl.bfloat16))

@@ -115,7 +115,15 @@ def _layout(bits: int, group: int) -> Any:
     from quant.scheme import Scheme
 
     scheme = Scheme("int4" if bits == 4 else "int8", group)
-    return ExpertLayout(5120, 8192, scheme, scheme, *(16 * i for i in range(6)))
+    return ExpertLayout(5120, 8192, scheme, scheme, tuple(16 * i for i in range(6)))
+
+
+def _asked(top_k: int, count: int) -> Any:
+    from quant.kernels.cuda.experts import ChosenExperts
+
+    chosen, scores = torch.zeros(1, top_k, dtype=torch.int32), torch.zeros(1, top_k)
+    addresses, places = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.uint8)
+    return ChosenExperts(chosen, scores, addresses, places, torch.zeros(1, dtype=torch.int32), scales_input=True)
 
 
 def _experts(bits: int, group: int, top_k: int = 1) -> Callable[[], object]:
@@ -125,24 +133,24 @@ def _experts(bits: int, group: int, top_k: int = 1) -> Callable[[], object]:
 
     def call() -> None:
         x, out = torch.zeros(1, 5120, dtype=torch.bfloat16), torch.zeros(1, 5120)
-        chosen, scores = torch.zeros(1, top_k, dtype=torch.int32), torch.zeros(1, top_k)
-        addresses, places = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.uint8)
-        share = torch.zeros(1, dtype=torch.int32)
+        asked = _asked(top_k, 16)
         scratch = experts.DecodeScratch.allocate(layout, 1, top_k, torch.device("cpu"))
-        experts.launch(x, chosen, scores, addresses, places, share, layout, scratch, out, scales_input=True)
+        experts.launch_experts(x, asked, layout, scratch, out)
 
     return call
 
 
 def _linear(bits: int, group: int, tokens: int, adds: bool = False) -> Callable[[], object]:
     from quant.kernels.cuda import linear
+    from quant.pack import Packed
+    from quant.scheme import Scheme
 
     def call() -> None:
         x = torch.zeros(tokens, 5120, dtype=torch.bfloat16)
         packed = torch.zeros(8192, 5120 * bits // 32, dtype=torch.int32)
         scale = torch.zeros(8192, 5120 // group, dtype=torch.bfloat16)
         out = torch.zeros(tokens, 8192) if adds else None
-        linear.launch(x, packed, scale, bits, group, out)
+        linear.launch_linear(x, Packed(Scheme("int4" if bits == 4 else "int8", group), packed, scale), out)
 
     return call
 
@@ -154,12 +162,12 @@ def _prefill(bits: int, group: int, scales_input: bool) -> Callable[[], object]:
 
     def call() -> None:
         chosen, scores = torch.zeros(2048, 1, dtype=torch.int32), torch.zeros(2048, 1)
-        groups = prefill.group_tokens(chosen, 16)
+        groups = prefill.group_tokens(chosen, scores, 16, scales_input=scales_input)
         scratch = prefill.PrefillScratch.allocate(layout, 2048, torch.device("cpu"))
         x, out = torch.zeros(2, 2048, 5120, dtype=torch.bfloat16)
-        prefill.launch_arrange(x, groups, scores, layout, scratch, scales_input=scales_input, top_k=1)
+        prefill.launch_arrange(x, groups, layout, scratch)
         experts, addresses = torch.zeros(3, dtype=torch.int32), torch.zeros(16, dtype=torch.int64)
-        prefill.launch(groups, scores, experts, addresses, layout, scratch, out, scales_input=scales_input)
+        prefill.launch_prefill(groups, experts, addresses, layout, scratch, out)
 
     return call
 
@@ -174,7 +182,8 @@ def _attention(storage: torch.dtype, chunk: int) -> Callable[[], object]:
         query, out = torch.zeros(2, 40, 128, dtype=torch.bfloat16)
         scratch = attention.AttentionScratch.allocate(40, 128, 32768, torch.device("cpu"))
         position = torch.zeros(1, dtype=torch.int64)
-        attention.launch(query, keys, values, key_scale, value_scale, position, chunk, 0.1, scratch, out)
+        rows = attention.KvRows(keys, values, key_scale, value_scale)
+        attention.launch_attention(query, rows, position, chunk, 0.1, scratch, out)
 
     return call
 
@@ -185,11 +194,10 @@ def _bell() -> None:
 
     buffers = BellBuffers.allocate(1, 1, 5120, torch.device("cpu"))
     x, out = torch.zeros(1, 5120, dtype=torch.bfloat16), torch.zeros(1, 5120)
-    chosen, scores = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1)
-    places, share = torch.zeros(16, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
-    coming = bell.Coming(4, torch.zeros(1, 32)[:, 16:], places)
-    bell.launch_ring(x, chosen, scores, places, share, 3, 8192, buffers, coming)
-    bell.launch_answer(chosen, places, share, 8192, buffers, out, bell.PATIENCE)
+    asked = _asked(1, 16)
+    coming = bell.Coming(4, torch.zeros(1, 32)[:, 16:], asked.places)
+    bell.launch_ring(x, asked, 3, 8192, buffers, coming)
+    bell.launch_answer(asked, 8192, buffers, out, bell.PATIENCE)
 
 
 def _hints() -> None:
@@ -197,11 +205,9 @@ def _hints() -> None:
     from quant.kernels.doorbell import BellBuffers
 
     buffers = BellBuffers.allocate(1, 4, 5120, torch.device("cpu"))
-    x, share = torch.zeros(1, 5120, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
-    chosen, scores = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 4)
-    places = torch.zeros(128, dtype=torch.uint8)
-    for outlook in (None, bell.Nothing(), bell.Coming(4, torch.zeros(1, 128), places)):
-        bell.launch_ring(x, chosen, scores, places, share, 3, 8192, buffers, outlook)
+    x, asked = torch.zeros(1, 5120, dtype=torch.bfloat16), _asked(4, 128)
+    for outlook in (None, bell.Nothing(), bell.Coming(4, torch.zeros(1, 128), asked.places)):
+        bell.launch_ring(x, asked, 3, 8192, buffers, outlook)
 
 
 # What every card gets compiled, and what one card more gets: the other widths, groups and forms.

@@ -12,7 +12,8 @@ import torch
 
 from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda import fused
-from quant.kernels.cuda.fused import HeadNorms, KvRows
+from quant.kernels.cuda.attention import KvRows
+from quant.kernels.cuda.fused import HeadNorms, TokenPlace
 
 SHAPES = {
     "llama4": AttentionShape(4, 2, 32, rope="interleaved", l2_norm=True, chunk=8),
@@ -53,20 +54,15 @@ def appends(generator: torch.Generator) -> None:
             q, k, v = (torch.randn(1, n * d, generator=generator).to(dtype) for n in (h, g, g))
             rotated = d // 2 if name.startswith("part") else d
             angles = torch.rand(rotated // 2, generator=generator) * 6
-            turns = shape.rope != "none"
             width = (h * d, g * d) if shape.qk_norm == "full_width" else (d, d)
             weights = [torch.randn(w, generator=generator) for w in width]
-            common = (
-                HeadNorms(*weights) if shape.qk_norm != "none" else None,
-                angles.cos() if turns else None,
-                angles.sin() if turns else None,
-                torch.tensor([1.7]) if shape.temperature_floor else None,
-            )
+            norms = HeadNorms(*weights) if shape.qk_norm != "none" else None
             ours, theirs = buffers(shape, storage), buffers(shape, storage)
             for position in (0, 9, 13):
-                at = torch.tensor([position], dtype=torch.int32)
-                query = fused.launch_append(q, k, v, shape, ours, at, *common)
-                wanted = fused.append_reference(q, k, v, shape, theirs, at, *common)
+                place = torch.tensor([position], dtype=torch.int32)
+                at = TokenPlace(place, angles.cos(), angles.sin(), torch.tensor([1.7]))
+                query = fused.launch_append(q, k, v, shape, ours, at, norms)
+                wanted = fused.append_reference(q, k, v, shape, theirs, at, norms)
                 torch.testing.assert_close(query, wanted, msg=f"{name} {storage}: q")
             for field in ("keys", "values", "key_scale", "value_scale"):
                 found, expected = getattr(ours, field), getattr(theirs, field)

@@ -5,7 +5,7 @@ import torch
 
 from quant.errors import SchemeError
 from quant.kernels.cuda import attention
-from quant.kernels.cuda.attention import AttentionScratch
+from quant.kernels.cuda.attention import AttentionScratch, KvRows
 from tests.quant.kernels.cuda.images import assert_near
 
 
@@ -41,10 +41,9 @@ def test_equals_the_reference(
         scratch = AttentionScratch.allocate(heads, width, capacity, place)
         scratch.sums.fill_(float("nan"))
         out = torch.empty(heads, width, device=place)
-        run = attention.reference if results else attention.launch
-        moved = [None if t is None else t.to(place) for t in (query, states[0], states[1], *scales)]
-        arguments = [*moved, torch.tensor([position], device=place), chunk, width**-0.5]
-        run(*arguments, *([] if results else [scratch]), out)  # type: ignore[arg-type,operator]
+        run = attention.attention_reference if results else attention.launch_attention
+        rows = KvRows(*(None if t is None else t.to(place) for t in (*states, *scales)))  # type: ignore[arg-type]
+        run(query.to(place), rows, torch.tensor([position], device=place), chunk, width**-0.5, scratch, out)
         results.append(out)
     assert_near(*results, 1e-5 if device.type == "cpu" else 1e-2)
 
@@ -53,7 +52,7 @@ def test_the_query_keeps_its_dtype_and_may_have_more_dimensions() -> None:
     keys, values = torch.randn(2, 2, 16, 32)
     scratch = AttentionScratch.allocate(4, 32, 16, torch.device("cpu"))
     query = torch.randn(1, 4, 1, 32)
-    out = attention.decode_attention(query, keys, values, None, None, torch.tensor([9]), 0, 0.1, scratch)
+    out = attention.decode_attention(query, KvRows(keys, values), torch.tensor([9]), 0, 0.1, scratch)
     stock = torch.nn.functional.scaled_dot_product_attention(
         query, keys[None, :, :10], values[None, :, :10], scale=0.1, enable_gqa=True
     )
@@ -72,4 +71,4 @@ def test_what_does_not_fit_is_refused() -> None:
     scratch = AttentionScratch.allocate(4, 32, 16, torch.device("cpu"))
     keys, position = torch.zeros(3, 16, 32), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(SchemeError, match="4 heads of 32"):
-        attention.decode_attention(torch.zeros(4, 32), keys, keys, None, None, position, 0, 1.0, scratch)
+        attention.decode_attention(torch.zeros(4, 32), KvRows(keys, keys), position, 0, 1.0, scratch)

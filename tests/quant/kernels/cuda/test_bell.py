@@ -10,12 +10,13 @@ import torch
 
 from quant.errors import SchemeError
 from quant.kernels.cuda import bell
+from quant.kernels.cuda.experts import ChosenExperts
 from quant.kernels.doorbell import ANSWERED, LOST, RUNG, STOP, BellBuffers, load_acquire, store_release
 
 TOKENS, TOP_K, HIDDEN, INTER = 2, 2, 96, 256
 CHOSEN = torch.tensor([[0, 1], [2, -1]], dtype=torch.int32)
 PLACES = torch.tensor([0, 1, 2, 0], dtype=torch.uint8)
-SHARE = torch.tensor([128], dtype=torch.int32)
+GPU_ROWS = torch.tensor([128], dtype=torch.int32)
 
 
 @pytest.fixture(params=["kernel", "reference"])
@@ -27,20 +28,26 @@ def side(
         return bell.launch_ring, bell.launch_answer, device
     if device.type == "cuda":
         pytest.skip("the references run on the CPU")
-    return bell.reference_ring, bell.reference_answer, device
+    return bell.ring_reference, bell.answer_reference, device
 
 
-def moved(place: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor.to(place) for tensor in tensors]
+def asked(
+    place: torch.device | None = None,
+    chosen: torch.Tensor = CHOSEN,
+    scores: torch.Tensor | None = None,
+    places: torch.Tensor = PLACES,
+    gpu_rows: torch.Tensor = GPU_ROWS,
+) -> ChosenExperts:
+    tensors = (chosen, torch.zeros(chosen.shape) if scores is None else scores, torch.zeros(0), places, gpu_rows)
+    return ChosenExperts(*(tensor.to(place) for tensor in tensors), scales_input=True)
 
 
 def test_a_ring_publishes_what_is_the_hosts_and_only_if_something_is(side: Any) -> None:
     ring, _, place = side
     buffers = BellBuffers.allocate(TOKENS, TOP_K, HIDDEN, place)
     x, scores = torch.randn(TOKENS, HIDDEN).bfloat16(), torch.rand(TOKENS, TOP_K)
-    x_there, chosen, scores_there, places, share = moved(place, x, CHOSEN, scores, PLACES, SHARE)
-    for each, row in ((torch.zeros_like(places), 3), (places, 7)):
-        ring(x_there, chosen, scores_there, each, share, row, INTER, buffers)
+    for places, row in ((torch.zeros_like(PLACES), 3), (PLACES, 7)):
+        ring(x.to(place), asked(place, scores=scores, places=places), row, INTER, buffers)
         if place.type == "cuda":
             torch.cuda.synchronize()
     assert load_acquire(buffers.control, RUNG) == int(buffers.sequence) == 1
@@ -53,8 +60,7 @@ def test_a_ring_publishes_what_is_the_hosts_and_only_if_something_is(side: Any) 
 def test_an_answer_is_waited_for_and_added_once(side: Any) -> None:
     ring, answer, place = side
     buffers = BellBuffers.allocate(TOKENS, TOP_K, HIDDEN, place)
-    x, scores = torch.zeros(TOKENS, HIDDEN).bfloat16(), torch.zeros(TOKENS, TOP_K)
-    x, chosen, scores, places, share = moved(place, x, CHOSEN, scores, PLACES, SHARE)
+    x = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16, device=place)
     out = torch.ones(TOKENS, HIDDEN, device=place)
     partial = torch.randn(TOKENS, HIDDEN)
 
@@ -67,9 +73,9 @@ def test_an_answer_is_waited_for_and_added_once(side: Any) -> None:
 
     worker = threading.Thread(target=host)
     worker.start()
-    ring(x, chosen, scores, places, share, 0, INTER, buffers)
-    answer(chosen, places, share, INTER, buffers, out, bell.PATIENCE)
-    answer(chosen, torch.zeros_like(places), share, INTER, buffers, out, bell.PATIENCE)  # asked for nothing
+    ring(x, asked(place), 0, INTER, buffers)
+    answer(asked(place), INTER, buffers, out, bell.PATIENCE)
+    answer(asked(place, places=torch.zeros_like(PLACES)), INTER, buffers, out, bell.PATIENCE)  # asked for nothing
     worker.join()
     assert torch.equal(out.cpu(), 1 + partial)
     assert load_acquire(buffers.control, LOST) == 0
@@ -83,9 +89,8 @@ def test_a_dead_host_cannot_hang_the_step(side: Any, reason: str) -> None:
     store_release(buffers.control, STOP, int(reason == "stop"))
     store_release(buffers.control, LOST, 3 if "lost" in reason else 0)
     out = torch.ones(TOKENS, HIDDEN, device=place)
-    chosen, places, share = moved(place, CHOSEN, PLACES, SHARE)
     patience = 700 if reason == "no answer" else bell.PATIENCE
-    answer(chosen, places, share, INTER, buffers, out, patience)
+    answer(asked(place), INTER, buffers, out, patience)
     if place.type == "cuda":
         torch.cuda.synchronize()
     assert load_acquire(buffers.control, LOST) == 5
@@ -107,19 +112,12 @@ def test_a_ring_says_what_comes_next_whether_or_not_it_rings(case: str, missed: 
     ring, _, place = side
     logits, places, top_k = LOGITS[case]
     buffers = BellBuffers.allocate(1, top_k, HIDDEN, place)
-    x, chosen, scores, here, share, there, logits_there = moved(
-        place,
-        torch.zeros(1, HIDDEN).bfloat16(),
-        torch.zeros(1, top_k).int(),
-        torch.zeros(1, top_k),
-        torch.full_like(places, int(missed)),
-        torch.zeros(1).int(),
-        places,
-        logits,
-    )
+    x = torch.zeros(1, HIDDEN, dtype=torch.bfloat16, device=place)
+    here = torch.full_like(places, int(missed))
+    wish = asked(place, torch.zeros(1, top_k).int(), places=here, gpu_rows=torch.zeros(1).int())
 
     def said(outlook: bell.Outlook) -> list[int]:
-        ring(x, chosen, scores, here, share, 3, INTER, buffers, outlook)
+        ring(x, wish, 3, INTER, buffers, outlook)
         if place.type == "cuda":
             torch.cuda.synchronize()
         return buffers.hint.tolist()  # type: ignore[no-any-return]
@@ -127,7 +125,7 @@ def test_a_ring_says_what_comes_next_whether_or_not_it_rings(case: str, missed: 
     ranked = sorted(range(logits.numel()), key=lambda e: (-float(logits[0, e].nan_to_num(-3e38)), e))[:top_k]
     wanted = [0 if places[e] == 0 else 1 + 4 * logits.numel() + e for e in ranked]
     assert said(None) == [0] * top_k
-    assert said(bell.Coming(4, logits_there, there)) == wanted
+    assert said(bell.Coming(4, logits.to(place), places.to(place))) == wanted
     assert said(None) == wanted
     assert said(bell.Nothing()) == [0] * top_k
     assert load_acquire(buffers.control, RUNG) == (4 if missed else 0)
@@ -135,13 +133,11 @@ def test_a_ring_says_what_comes_next_whether_or_not_it_rings(case: str, missed: 
 
 def test_what_comes_next_is_said_of_one_token() -> None:
     buffers = BellBuffers.allocate(TOKENS, TOP_K, HIDDEN, torch.device("cpu"))
-    x, scores = torch.zeros(TOKENS, HIDDEN), torch.zeros(TOKENS, TOP_K)
     with pytest.raises(SchemeError, match="2 tokens"):
-        bell.ring(x, CHOSEN, scores, PLACES, SHARE, 0, INTER, buffers, bell.Nothing())
+        bell.ring(torch.zeros(TOKENS, HIDDEN), asked(), 0, INTER, buffers, bell.Nothing())
 
 
 def test_buffers_too_small_are_refused() -> None:
     buffers = BellBuffers.allocate(1, 1, HIDDEN, torch.device("cpu"))
-    x, scores = torch.zeros(TOKENS, HIDDEN), torch.zeros(TOKENS, TOP_K)
     with pytest.raises(SchemeError, match="the doorbell's buffers are for 1 experts"):
-        bell.ring(x, CHOSEN, scores, PLACES, SHARE, 0, INTER, buffers)
+        bell.ring(torch.zeros(TOKENS, HIDDEN), asked(), 0, INTER, buffers)

@@ -6,7 +6,7 @@ from torch.nn.functional import silu
 
 from quant.errors import SchemeError
 from quant.kernels.cuda import experts
-from quant.kernels.cuda.experts import DecodeScratch
+from quant.kernels.cuda.experts import ChosenExperts, DecodeScratch
 from quant.kernels.cuda.layout import ExpertLayout
 from quant.pack import dequantize
 from quant.scheme import Scheme
@@ -27,7 +27,7 @@ CASES = {
 class Step:
     """Inputs and outputs of one call on ``device``."""
 
-    def __init__(self, made: Images, chosen: list[list[int]], places: list[int], share: int) -> None:
+    def __init__(self, made: Images, chosen: list[list[int]], places: list[int], gpu_rows: int) -> None:
         generator = torch.Generator().manual_seed(5)
         self.made, layout, device = made, made.layout, made.addresses.device
         self.chosen = torch.tensor(chosen, dtype=torch.int32)
@@ -35,46 +35,28 @@ class Step:
         self.x = torch.randn(tokens, layout.hidden, generator=generator).bfloat16()
         self.scores = torch.rand(tokens, top_k, generator=generator) + 0.1
         self.places = torch.tensor(places, dtype=torch.uint8)
-        self.share = torch.tensor([share], dtype=torch.int32)
+        self.gpu_rows = torch.tensor([gpu_rows], dtype=torch.int32)
         self.out = torch.randn(tokens, layout.hidden, generator=generator)
         self.scratch = DecodeScratch.allocate(layout, tokens, tokens * top_k, device)
 
     def ours(self, scales_input: bool) -> torch.Tensor:
         device = self.made.addresses.device
-        moved = [t.to(device) for t in (self.x, self.chosen, self.scores)]
         out = self.out.clone().to(device)
-        experts.launch(
-            *moved,
-            self.made.addresses,
-            self.places.to(device),
-            self.share.to(device),
-            self.made.layout,
-            self.scratch,
-            out,
-            scales_input=scales_input,
-        )
+        asked = self._asked(self.made.addresses, scales_input)
+        experts.launch_experts(self.x.to(device), asked, self.made.layout, self.scratch, out)
         return out
 
     def theirs(self, scales_input: bool) -> torch.Tensor:
         addresses = torch.where(self.made.addresses.cpu() == 0, 0, self.made.host_addresses)
-        out = self.out.clone()
-        experts.moe_decode(
-            self.x,
-            self.chosen,
-            self.scores,
-            addresses,
-            self.places,
-            self.share,
-            self.made.layout,
-            DecodeScratch.allocate(self.made.layout, *self._sizes, torch.device("cpu")),
-            out,
-            scales_input=scales_input,
-        )
+        out, layout = self.out.clone(), self.made.layout
+        scratch = DecodeScratch.allocate(layout, self.chosen.shape[0], self.chosen.numel(), torch.device("cpu"))
+        experts.moe_decode(self.x, self._asked(addresses, scales_input), layout, scratch, out)
         return out
 
-    @property
-    def _sizes(self) -> tuple[int, int]:
-        return self.chosen.shape[0], self.chosen.numel()
+    def _asked(self, addresses: torch.Tensor, scales_input: bool) -> ChosenExperts:
+        place = addresses.device
+        chosen, scores, places, rows = (t.to(place) for t in (self.chosen, self.scores, self.places, self.gpu_rows))
+        return ChosenExperts(chosen, scores, addresses, places, rows, scales_input)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,13 +89,13 @@ def test_places_shares_absent_experts_and_several_choices(device: torch.device) 
         assert_near(step.ours(scales_input), step.theirs(scales_input), HALVES)
 
 
-@pytest.mark.parametrize("share", [0, 128])
-def test_a_share_of_nothing_and_of_all(share: int, device: torch.device) -> None:
+@pytest.mark.parametrize("gpu_rows", [0, 128])
+def test_a_share_of_nothing_and_of_all(gpu_rows: int, device: torch.device) -> None:
     made = images(1, 64, 128, Scheme("int8", 32), Scheme("int4", 128), device)
-    step = Step(made, [[0]], [1], share)
+    step = Step(made, [[0]], [1], gpu_rows)
     out = step.ours(scales_input=True)
     assert_near(out, step.theirs(scales_input=True), HALVES)
-    assert torch.equal(out.cpu(), step.out) == (share == 0)
+    assert torch.equal(out.cpu(), step.out) == (gpu_rows == 0)
 
 
 def test_no_expert_leaves_the_output_as_it_is(device: torch.device) -> None:

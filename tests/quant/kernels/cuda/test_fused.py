@@ -10,11 +10,12 @@ import torch
 from quant.errors import SchemeError
 from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda import fused
-from quant.kernels.cuda.fused import HeadNorms, KvRows
+from quant.kernels.cuda.attention import KvRows
+from quant.kernels.cuda.fused import HeadNorms, TokenPlace
 
 ROOT = Path(__file__).resolve().parents[4]
 ROWS = KvRows(torch.zeros(2, 16, 32), torch.zeros(2, 16, 32))
-AT = torch.zeros(1, dtype=torch.int32)
+AT = TokenPlace(torch.zeros(1, dtype=torch.int32), torch.zeros(0), torch.zeros(0), torch.ones(1))
 
 
 def test_kernels_equal_their_references_in_the_interpreter() -> None:
@@ -40,7 +41,7 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     q, k, v = torch.zeros(1, 128), torch.zeros(1, 64), torch.zeros(1, 64)
     with pytest.raises(SchemeError, match=message):
-        fused.append(q, k, v, shape, rows, AT, norms=norms)
+        fused.append(q, k, v, shape, rows, AT, norms)
 
 
 def test_a_norm_of_something_else_is_refused() -> None:

@@ -6,7 +6,7 @@ import torch
 from quant.errors import SchemeError
 from quant.kernels.cuda import linear
 from quant.linear import Compute, LinearWeight, matmul
-from quant.pack import matmul_nf4, quantize_nf4
+from quant.pack import Packed, matmul_nf4, quantize_nf4
 from quant.scheme import Kind, Scheme
 from tests.quant.kernels.cuda.images import assert_near, packed
 
@@ -35,26 +35,24 @@ def test_equals_the_reference(
     generator = torch.Generator().manual_seed(rows)
     weight = packed(rows, columns, Scheme(kind, group), generator)
     x = torch.randn(tokens, columns, generator=generator).bfloat16()
-    tensors = x, weight.packed, weight.scale
-    bits = weight.scheme.bits
     start = torch.randn(tokens, rows, generator=generator)
-    moved = [tensor.to(device) for tensor in tensors]
+    moved = x.to(device), Packed(weight.scheme, weight.packed.to(device), weight.scale.to(device))
     # Groups of less than 16 words are applied to the weights before the tensor core, in bf16 on a card; there
     # sums of exact products are cut off after each step, not rounded.
-    exact = device.type == "cpu" or tokens == 1 or group * bits >= 512
+    exact = device.type == "cpu" or tokens == 1 or group * weight.scheme.bits >= 512
     slack = 1e-6 if device.type == "cpu" else 1e-5
-    added = linear.launch(*moved, bits, group, start.clone().to(device))
-    assert_near(added, linear.reference(*tensors, bits, group, start.clone()), slack if exact else HALF)
-    plain = linear.launch(*moved, bits, group)
+    added = linear.launch_linear(*moved, start.clone().to(device))
+    assert_near(added, linear.linear_reference(x, weight, start.clone()), slack if exact else HALF)
+    plain = linear.launch_linear(*moved)
     assert plain.dtype == torch.bfloat16
-    assert_near(plain, linear.reference(*tensors, bits, group), HALF)
+    assert_near(plain, linear.linear_reference(x, weight), HALF)
 
 
 def test_tensors_on_the_cpu_get_the_reference() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = packed(24, 64, Scheme("int4", 32), generator)
     x = torch.randn(2, 64, generator=generator)
-    y = linear.linear(x, weight.packed, weight.scale, 4, 32)
+    y = linear.linear(x, weight)
     stored = LinearWeight(weight.scheme, weight.tensors(), 24, 64)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, matmul(x, stored, Compute()))
@@ -98,10 +96,10 @@ def test_what_does_not_fit_is_refused() -> None:
     weight = packed(24, 64, Scheme("int4", 32), torch.Generator().manual_seed(0))
     x = torch.zeros(1, 64)
     with pytest.raises(SchemeError, match=r"expected \[T, 64\]"):
-        linear.linear(x[:, :32], weight.packed, weight.scale, 4, 32)
+        linear.linear(x[:, :32], weight)
     with pytest.raises(SchemeError, match="expected int4-g64 weights"):
-        linear.linear(x, weight.packed, weight.scale, 4, 64)
+        linear.linear(x, Packed(Scheme("int4", 64), weight.packed, weight.scale))
     with pytest.raises(SchemeError, match="expected f32"):
-        linear.linear(x, weight.packed, weight.scale, 4, 32, torch.zeros(1, 24).bfloat16())
+        linear.linear(x, weight, torch.zeros(1, 24).bfloat16())
     with pytest.raises(SchemeError, match="take bf16"):
-        linear.launch(x, weight.packed, weight.scale, 4, 32)
+        linear.launch_linear(x, weight)
