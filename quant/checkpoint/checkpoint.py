@@ -7,12 +7,13 @@ as resident memory, and a converter that promises a bound must not depend on whe
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from quant.checkpoint.headers import CheckpointHeaders
+from quant.checkpoint.headers import CheckpointHeaders, read_headers
+from quant.checkpoint.inventory import check_tensors
 from quant.errors import CheckpointError
 from quant.input_file import opened
 from quant.model.families import Projection
@@ -48,6 +49,14 @@ class WeightView:
 
 class Checkpoint(CheckpointHeaders):
     """One model directory whose tensors can be read. Opening reads headers only."""
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Read config.json, the index and all headers, and check that they are of one model: see
+        ``quant.checkpoint.inventory``. Raises CheckpointError or UnknownFamilyError."""
+        made = cls(*read_headers(path))
+        check_tensors(made)
+        return made
 
     def read(self, key: str, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         """A copy of tensor ``key``, or of ``shape`` elements of it that begin ``start`` bytes in.

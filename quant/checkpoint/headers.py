@@ -5,7 +5,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from quant.checkpoint.weight_files import TensorEntry, model_entries
 from quant.errors import CheckpointError
@@ -14,27 +14,23 @@ from quant.model.families import TensorName, parse_name
 from quant.model.shape import ModelShape
 
 
+def read_headers(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, TensorEntry]]:
+    """What ``CheckpointHeaders`` is made of: the directory, its config and its tensors, each by itself as it
+    should be. Raises CheckpointError or UnknownFamilyError."""
+    path = Path(path)
+    config = read_config(path)
+    ModelShape.from_config(config)  # an unknown family is the clearest thing to say first
+    return path, config, model_entries(path)
+
+
 class CheckpointHeaders:
-    """One model directory: config, shape and the place of every tensor."""
+    """One model directory: config, shape and the place of every tensor. ``open_headers`` reads them."""
 
     def __init__(self, path: Path, config: dict[str, Any], entries: dict[str, TensorEntry]) -> None:
         self.path = path
         self.config = config
         self.entries = entries
         self.shape = ModelShape.from_config(config)
-
-    @classmethod
-    def open(cls, path: Path | str) -> Self:
-        """Read config.json, the index and all headers, and check that they are of one model: see
-        ``check_tensors``. Raises CheckpointError or UnknownFamilyError."""
-        from quant.checkpoint.inventory import check_tensors
-
-        path = Path(path)
-        config = read_config(path)
-        ModelShape.from_config(config)  # an unknown family is the clearest thing to say first
-        made = cls(path, config, model_entries(path))
-        check_tensors(made)
-        return made
 
     @property
     def is_quantized(self) -> bool:

@@ -12,8 +12,9 @@ packed ``weight_packed``, ``weight_scale`` and ``weight_shape``; nf4 ``weight``,
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
-from quant.checkpoint.headers import CheckpointHeaders
+from quant.checkpoint.headers import CheckpointHeaders, read_headers
 from quant.checkpoint.quantization import quantization
 from quant.checkpoint.weight_files import TensorEntry
 from quant.errors import CheckpointError, SchemeError
@@ -29,6 +30,14 @@ _NF4_STATE_BYTES = 4096
 _WITHOUT_MEANING = re.compile(r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
 _DEQUANTIZE = "start from the original bf16 checkpoint"
 _Found = tuple[Scheme, dict[str, TensorEntry]]
+
+
+def open_headers(path: Path | str) -> CheckpointHeaders:
+    """Read the config.json, index and headers of the model directory ``path``, and check that they are of one
+    model: see ``check_tensors``. Raises CheckpointError or UnknownFamilyError."""
+    made = CheckpointHeaders(*read_headers(path))
+    check_tensors(made)
+    return made
 
 
 def check_tensors(checkpoint: CheckpointHeaders) -> None:

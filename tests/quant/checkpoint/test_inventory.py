@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quant.checkpoint.headers import CheckpointHeaders
-from quant.checkpoint.inventory import schemes_of_tensors
+from quant.checkpoint.inventory import open_headers, schemes_of_tensors
 from quant.checkpoint.stored import stored_schemes
 from quant.convert.convert import convert
 from quant.errors import CheckpointError
@@ -138,21 +137,21 @@ NF4 = {
 def test_a_dense_checkpoint_is_refused_by_the_tensor(tiny: Tiny, tmp_path: Path, case: str) -> None:
     edit, said = DENSE[case]
     with pytest.raises(CheckpointError, match=said):
-        CheckpointHeaders.open(single(tiny("mixtral"), tmp_path / "model", edit))
+        open_headers(single(tiny("mixtral"), tmp_path / "model", edit))
 
 
 @pytest.mark.parametrize("case", PACKED)
 def test_a_packed_checkpoint_is_refused_by_the_tensor(packed: Path, tmp_path: Path, case: str) -> None:
     edit, said = PACKED[case]
     with pytest.raises(CheckpointError, match=said):
-        CheckpointHeaders.open(single(packed, tmp_path / "model", edit))
+        open_headers(single(packed, tmp_path / "model", edit))
 
 
 @pytest.mark.parametrize("case", NF4)
 def test_an_nf4_checkpoint_is_refused_by_the_tensor(nf4: Path, tmp_path: Path, case: str) -> None:
     edit, said = NF4[case]
     with pytest.raises(CheckpointError, match=said):
-        CheckpointHeaders.open(single(nf4, tmp_path / "model", edit))
+        open_headers(single(nf4, tmp_path / "model", edit))
 
 
 @pytest.mark.parametrize(
@@ -160,21 +159,21 @@ def test_an_nf4_checkpoint_is_refused_by_the_tensor(nf4: Path, tmp_path: Path, c
 )
 def test_what_every_loader_makes_anew_is_left_aside(tiny: Tiny, packed: Path, tmp_path: Path, key: str) -> None:
     for number, source in enumerate((tiny("mixtral"), packed)):
-        CheckpointHeaders.open(single(source, tmp_path / str(number), also(key, torch.ones(16))))
+        open_headers(single(source, tmp_path / str(number), also(key, torch.ones(16))))
 
 
 def test_biases_are_read_where_the_config_has_them(tiny: Tiny, tmp_path: Path) -> None:
-    CheckpointHeaders.open(tiny("olmoe", attention_bias=True))
+    open_headers(tiny("olmoe", attention_bias=True))
     folder = single(tiny("olmoe", attention_bias=True), tmp_path / "model", without(f"{QUERY}.bias"))
     with pytest.raises(CheckpointError, match=rf"has no tensor {QUERY}.bias"):
-        CheckpointHeaders.open(folder)
+        open_headers(folder)
 
 
 def test_a_head_of_its_own_beside_tied_embeddings_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     folder = single(tiny("olmoe"), tmp_path / "model", lambda tensors: None)
     hostile.edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=True))
     with pytest.raises(CheckpointError, match=r"lm_head.weight has no place.*ties the output head"):
-        CheckpointHeaders.open(folder)
+        open_headers(folder)
 
 
 def test_config_and_tensors_must_say_the_same_form(packed: Path, nf4: Path, tmp_path: Path) -> None:
@@ -188,14 +187,14 @@ def test_config_and_tensors_must_say_the_same_form(packed: Path, nf4: Path, tmp_
         folder = single(source, tmp_path / str(number), lambda tensors: None)
         hostile.edit_json(folder / "config.json", lambda config, q=quantization: config.update(quantization_config=q))
         with pytest.raises(CheckpointError, match=refused):
-            CheckpointHeaders.open(folder)
+            open_headers(folder)
 
 
 def test_tensors_and_config_tell_the_same_schemes(packed: Path, nf4: Path, tiny: Tiny) -> None:
     for folder in (packed, nf4):
-        headers = CheckpointHeaders.open(folder)
+        headers = open_headers(folder)
         assert schemes_of_tensors(headers) == stored_schemes(headers.config, headers.shape)
-    assert set(schemes_of_tensors(CheckpointHeaders.open(tiny("mixtral_fused"))).values()) == {Scheme("bf16")}
+    assert set(schemes_of_tensors(open_headers(tiny("mixtral_fused"))).values()) == {Scheme("bf16")}
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -209,13 +208,13 @@ def test_a_header_may_be_anything(packed: Path, tmp_path: Path, data: st.DataObj
     some = data.draw(st.lists(st.sampled_from(sorted(header)), min_size=1, max_size=3, unique=True))
     changed = data.draw(hostile.mutations({key: header[key] for key in some}))
     hostile.write_safetensors(file, {**{k: v for k, v in header.items() if k not in some}, **changed}, body)
-    hostile.refusal(lambda: CheckpointHeaders.open(folder))
+    hostile.refusal(lambda: open_headers(folder))
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_a_quantization_may_be_anything(packed: Path, nf4: Path, data: st.DataObject) -> None:
-    headers = CheckpointHeaders.open(data.draw(st.sampled_from([packed, nf4])))
+    headers = open_headers(data.draw(st.sampled_from([packed, nf4])))
     changed = data.draw(hostile.mutations({"quantization_config": headers.config["quantization_config"]}))
     hostile.refusal(lambda: stored_schemes({**headers.config, **changed}, headers.shape))
 
@@ -232,7 +231,7 @@ def test_an_expression_that_no_loader_could_use_is_refused(
     packed: Path, monkeypatch: pytest.MonkeyPatch, target: str, said: str
 ) -> None:
     monkeypatch.setattr("quant.checkpoint.quantization._SECONDS", 1e-4)
-    headers = CheckpointHeaders.open(packed)
+    headers = open_headers(packed)
     config: dict[str, Any] = json.loads(json.dumps(headers.config))
     config["quantization_config"]["ignore"].append(target)
     with pytest.raises(CheckpointError, match=said):
@@ -254,7 +253,7 @@ def test_an_expression_that_no_loader_could_use_is_refused(
 def test_what_a_quantization_asks_for_beside_weights_is_refused(
     packed: Path, change: dict[str, Any], said: str
 ) -> None:
-    headers = CheckpointHeaders.open(packed)
+    headers = open_headers(packed)
     config = {**headers.config, "quantization_config": {**headers.config["quantization_config"], **change}}
     with pytest.raises(CheckpointError, match=said):
         stored_schemes(config, headers.shape)
