@@ -1,14 +1,14 @@
 """The one stream of records that chat, bench, reports and tests consume, and the settings that start a
 run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from offload.tiers import Tier
 from quant.model.recipe import RUN_DEFAULTS, Recipe
-from quant.sizes import parse_size
+from quant.sizes import as_bytes
 
 Finish = Literal["", "eos", "stop", "length", "context", "cancelled"]
 FinishReason = Literal["stop", "length", "context"]
@@ -46,9 +46,9 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         for name in ("vram", "ram", "prefetch_bytes"):
-            asked: Any = getattr(self, name)
-            if isinstance(asked, str):
-                object.__setattr__(self, name, parse_size(asked))
+            asked: int | str | None = getattr(self, name)
+            if asked is not None:
+                object.__setattr__(self, name, as_bytes(asked))
         if self.routing is not None:
             object.__setattr__(self, "routing", Path(self.routing))
 
@@ -61,7 +61,8 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. ``temperature`` 0 is greedy; None switches a filter off."""
+    """How the next token is chosen. ``temperature`` 0 is greedy; None switches a filter off. The text ends
+    before any of ``stop``, and at the model's end-of-text token unless ``ignore_eos``."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -72,6 +73,10 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        stop: str | Iterable[str] = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
 
 
 @dataclass(frozen=True)

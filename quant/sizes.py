@@ -37,6 +37,11 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def as_bytes(size: int | str) -> int:
+    """``size`` in bytes, or as people write it. Raises UsageError."""
+    return parse_size(size) if isinstance(size, str) else size
+
+
 def format_size(count: float) -> str:
     """``count`` bytes in the largest binary unit that keeps it at or above one: ``1.50 GiB``."""
     for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):

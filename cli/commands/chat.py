@@ -11,8 +11,9 @@ from cli.options.output import Report, takes_console
 from cli.options.run import Model, takes_run_options
 from cli.options.sampling import takes_sampling
 from cli.terminal import interrupt
-from cli.terminal.console import Console, to_json
+from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
+from offload.documents import to_json
 from offload.records import RunOptions, Sampling, TokenRecord
 from quant.errors import ColdstreamError, OutputError
 

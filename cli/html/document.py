@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from cli.terminal.console import SCHEMA_VERSION, to_json
+from offload.documents import SCHEMA_VERSION, to_json
 from quant.errors import OutputError
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"

@@ -3,24 +3,18 @@
 With ``--json`` nothing human is printed, and the last line of stdout is one JSON document.
 """
 
-import dataclasses
-import json
-import math
 import sys
 import textwrap
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offload.documents import SCHEMA_VERSION, to_json
 from quant.errors import UsageError
 
 if TYPE_CHECKING:  # rich costs 0.1 s, and --help never prints with it
     from rich.console import Console as RichConsole
     from rich.console import RenderableType
-
-
-SCHEMA_VERSION = 1  # of every document; counted up when a key goes or changes its meaning (docs/json.md)
 
 
 class Console:
@@ -93,20 +87,3 @@ class Console:
         """Print ``document`` as the last line of stdout, under ``--json`` only."""
         if self.json:
             print(to_json({"schema_version": SCHEMA_VERSION, **document}), flush=True)
-
-
-def to_json(document: Mapping[str, Any]) -> str:
-    """``document`` on one line; paths become text, NaN and infinity null."""
-    return json.dumps(_plain(document), ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

@@ -105,7 +105,7 @@ class Machine:
         return machine
 
 
-def probe(directory: Path | None = None, *, refresh: bool = False, say: Say | None = None) -> Machine:
+def probe(directory: str | Path | None = None, *, refresh: bool = False, say: Say | None = None) -> Machine:
     """This machine, and the disk on which ``directory`` (by default the temporary one) lies.
 
     Measured in about three seconds the first time and kept in ``$XDG_CACHE_HOME/coldstream``; ``refresh``
@@ -114,7 +114,7 @@ def probe(directory: Path | None = None, *, refresh: bool = False, say: Say | No
     is measured again, slower memory is said to be so. ``say`` is told when there is something to measure.
     Raises MachineError if the disk cannot be read or the native kernels are missing.
     """
-    directory = directory if directory is not None and directory.is_dir() else Path(tempfile.gettempdir())
+    directory = Path(directory) if directory is not None and Path(directory).is_dir() else Path(tempfile.gettempdir())
     ram, available = host.memory()
     kept = _cache_file(directory)
     before = _read(kept)

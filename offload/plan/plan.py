@@ -31,7 +31,7 @@ from quant.model.families import Role
 from quant.model.mixed_precision import scheme_of
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
-from quant.sizes import format_size
+from quant.sizes import as_bytes, format_size
 
 __all__ = ["Plan", "PlanRow", "make_plan"]
 
@@ -144,8 +144,8 @@ def make_plan(
     schemes: Mapping[Role, Scheme],
     machine: Machine,
     *,
-    vram: int | None = None,
-    ram: int | None = None,
+    vram: int | str | None = None,
+    ram: int | str | None = None,
     context: int = 4096,
     kv_bits: int = 16,
     routing: Routing | None = None,
@@ -156,11 +156,13 @@ def make_plan(
 ) -> Plan:
     """The plan of a run of ``shape`` in ``schemes`` on ``machine``.
 
-    ``vram`` and ``ram`` are budgets in bytes, None for what the machine has; ``vram`` 0 leaves the GPU alone.
+    ``vram`` and ``ram`` are budgets in bytes or as people write them ("64GiB"), None for what the machine has;
+    ``vram`` 0 leaves the GPU alone.
     ``kv_bits`` is 8, 16 or 32 (exact runs). ``slot_bytes`` is what an expert takes in memory, by default its
     size in whole pages. ``cold`` says how experts outside VRAM are computed beside a GPU, see ColdPath.
     Raises BudgetError, with the nearest thing that fits, for what does not.
     """
+    vram, ram = (None if asked is None else as_bytes(asked) for asked in (vram, ram))
     if vram == 0:
         machine = replace(machine, gpu=None)
     budget = Budget.of(machine, vram, ram)

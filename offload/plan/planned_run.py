@@ -98,13 +98,13 @@ def planned_run(
     options: RunOptions | None = None,
     *,
     recipe: str | None = None,
-    machine: Machine | None = None,
+    machine: Machine | str | None = None,
     slot_bytes: int | None = None,
     prompt: int | None = None,
     say: Say | None = None,
 ) -> PlannedRun:
     """Decide a run of ``model`` (as planned_model takes it, in the schemes of ``recipe``; or what that
-    returned) on ``machine``, by default this one.
+    returned) on ``machine``: a desktop with the card of that name, or by default this one.
 
     The run is to have room for ``prompt`` tokens, and speeds are predicted for as many (None: 512).
     ``slot_bytes`` is what an expert takes in memory, where that is known from its tensors. Raises BudgetError,
@@ -114,8 +114,8 @@ def planned_run(
     subject = model if isinstance(model, PlannedModel) else planned_model(model, recipe)
     options, shape = (options or RunOptions()).over(subject.recipe), subject.shape
     routing = None if options.routing is None else _profile(options.routing, shape)
-    if machine is None:
-        machine = planned_machine("" if isinstance(model, PlannedModel) else model, say=say)
+    if not isinstance(machine, Machine):
+        machine = planned_machine("" if isinstance(model, PlannedModel) else model, machine, ram=options.ram, say=say)
     if options.prefetch_bytes is not None:
         machine = with_prefetch_bytes(machine, options.prefetch_bytes)
     plan = make_plan(

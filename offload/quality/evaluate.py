@@ -1,5 +1,6 @@
 """What quantization cost a model: its predictions for a text beside the reference's, token by token."""
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from offload.documents import save
 from offload.model.kv_cache import Storage
 from offload.model.tokenizer import load_tokenizer
 from offload.quality.divergence import Divergence, TokenMeasures
@@ -16,6 +18,7 @@ from offload.quality.reference import Reference, reference_of
 from offload.quality.windows import Windows, tokenizer_identity
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError
+from quant.model.hub import resolve_model
 from quant.model.shape import ModelShape
 from quant.progress import Progress, nobody
 
@@ -49,13 +52,17 @@ class Evaluation:
             "seconds": self.seconds,
         }
 
+    def save(self, path: str | Path) -> None:
+        """Write it to ``path``: as a page if that ends in .html, as JSON if in .json. Raises OutputError."""
+        save(self, "evaluation", path)
+
 
 def evaluate(
-    model: Path,
-    reference: Path,
+    model: str | Path,
+    reference: str | Path,
     text: str,
     *,
-    cache: Path,
+    cache: str | Path | None = None,
     windows: int | None = 32,
     length: int = 512,
     expert_slots: int | None = None,
@@ -64,14 +71,16 @@ def evaluate(
 ) -> Evaluation:
     """Compare the checkpoint ``model`` with ``reference`` on the first ``windows`` windows of ``text``.
 
-    The reference's predictions are kept in ``cache``. Raises CheckpointError if the two are not of one
-    architecture and vocabulary, UsageError if the text is too short.
+    Both are directories or Hub ids; a window is ``length`` tokens, and ``windows`` None runs all of them. The
+    reference's predictions are kept in ``cache`` (None: the user's cache folder). Raises
+    CheckpointError if the two are not of one architecture and vocabulary, UsageError if the text is too short.
     """
     started = time.perf_counter()
+    model, reference = resolve_model(model), resolve_model(reference)
     ours, theirs = Checkpoint.open(model), Checkpoint.open(reference)
     check_comparable(ours, theirs)
     cut = Windows.cut(text, load_tokenizer(reference), length, windows)
-    kept = reference_of(theirs, cut, cache, expert_slots=expert_slots, progress=progress)
+    kept = reference_of(theirs, cut, Path(cache or default_cache()), expert_slots=expert_slots, progress=progress)
     with Layerwise(ours, expert_slots=expert_slots, kv=kv) as walk:
         agreement, hidden = _walk(walk, cut, kept, progress)
         parts = []
@@ -89,6 +98,11 @@ def evaluate(
         kv=kv,
         seconds=time.perf_counter() - started,
     )
+
+
+def default_cache() -> Path:
+    """Where the user's caches are, by the XDG convention."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coldstream" / "reference"
 
 
 def check_comparable(ours: Checkpoint, theirs: Checkpoint) -> None:

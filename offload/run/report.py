@@ -8,8 +8,10 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from offload.documents import save
 from offload.records import TokenRecord
 from offload.run.speed import Bandwidth, DecodeSpeed, PrefillSpeed, Run
 from offload.tiers import TIERS, Tier
@@ -233,6 +235,10 @@ class RunReport:
             "expert_map": dataclasses.asdict(self.expert_map),
             "timeline": self.history(),
         }
+
+    def save(self, path: str | Path) -> None:
+        """Write the report to ``path``: as a page if it ends in .html, as JSON if in .json. Raises OutputError."""
+        save(self, "run", path)
 
     def history(self) -> dict[str, list[Any]]:
         """The records as columns: phase, tokens, ms, resident bytes, requests and bytes read by tier."""

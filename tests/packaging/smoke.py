@@ -56,6 +56,13 @@ def check_contents() -> None:
     assert not any(str(f).startswith("tests") for f in metadata.files("coldstream") or [])
 
 
+def check_pages() -> None:
+    for kind in ("run", "evaluation"):
+        [renderer] = metadata.entry_points(group="coldstream.pages", name=kind)
+        assert callable(renderer.load())
+    say("reports find what makes pages of them")
+
+
 def check_commands() -> None:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -71,5 +78,6 @@ def check_commands() -> None:
 
 if __name__ == "__main__":
     check_contents()
+    check_pages()
     check_commands()
     say("all well")

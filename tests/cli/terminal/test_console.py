@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cli.terminal.console import SCHEMA_VERSION, Console, to_json
+from cli.terminal.console import Console
 from cli.terminal.progress import progress_bar
+from offload.documents import SCHEMA_VERSION, to_json
 
 
 @dataclass(frozen=True)

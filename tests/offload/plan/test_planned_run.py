@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from offload.plan.planned_run import PlannedModel, planned_machine, planned_model, planned_run
-from offload.records import RunOptions
+from offload.records import RunOptions, Sampling
 from quant.errors import CheckpointError, UsageError
 from quant.model.recipe import load_recipe, load_shape
 from quant.model.shape import ModelShape
@@ -76,3 +76,13 @@ def test_planning_needs_no_torch() -> None:
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sizes_and_paths_are_taken_as_people_write_them() -> None:
+    options = RunOptions(vram="24GiB", ram="500MB", routing="profile.json")  # type: ignore[arg-type]
+    assert (options.vram, options.ram, options.routing) == (24 * GIB, 500 * 10**6, Path("profile.json"))
+    with pytest.raises(UsageError, match="bad size"):
+        RunOptions(ram="much")  # type: ignore[arg-type]
+    assert Sampling(stop="end").stop == ("end",)  # type: ignore[arg-type]
+    card = planned_run("mini-scout", machine="RTX 4090").machine
+    assert card.gpu is not None and card.gpu.name == "RTX 4090"
