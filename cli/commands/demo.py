@@ -4,6 +4,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -63,7 +64,7 @@ class Demo:
         self.source, self.console = source, console
         self.model, self.routing, self.page = folder / "model", folder / "routing.json", folder / "run.html"
         self.step = 0
-        self.ram = 0
+        self.options = RunOptions(context=CONTEXT, prompt_chunk=CHUNK, routing=self.routing, device="cpu")
 
     def run(self) -> dict[str, Any]:
         """All steps; what each found, by its command's name."""
@@ -122,31 +123,21 @@ class Demo:
         from cli.terminal.words import limit_name, number, percent, size
         from offload.experts.storage.store import ExpertStore
         from offload.hardware.probe import probe
-        from offload.plan.plan import make_plan
-        from offload.routing.stats import RoutingStats
+        from offload.plan.planned_run import PlannedModel, planned_run
         from quant.checkpoint.checkpoint import Checkpoint
         from quant.checkpoint.inventory import schemes_of_tensors
 
         checkpoint = Checkpoint.open(self.model)
-        store = ExpertStore(checkpoint)
-        fitted = partial(
-            make_plan,
-            checkpoint.shape,
-            schemes_of_tensors(checkpoint),
-            probe(self.model),
-            vram=0,
-            context=CONTEXT,
-            prompt_chunk=CHUNK,
-            slot_bytes=store.slot_bytes,
-            routing=RoutingStats.load(self.routing, checkpoint.shape),
-        )
-        roomy = fitted()
+        model = PlannedModel(checkpoint.shape, schemes_of_tensors(checkpoint), "as stored")
+        fitted = partial(planned_run, model, machine=probe(self.model), slot_bytes=ExpertStore(checkpoint).slot_bytes)
+        roomy = fitted(self.options).plan
         some = roomy.experts * 7 // 16
-        self.ram = (roomy.total("ram") - roomy.framework_bytes - roomy.slot_bytes * some) // 1024 * 1024
-        plan = fitted(ram=self.ram)
+        ram = (roomy.total("ram") - roomy.framework_bytes - roomy.slot_bytes * some) // 1024 * 1024
+        self.options = replace(self.options, ram=ram)
+        plan = fitted(self.options).plan
         self.heading(
             "Plan: RAM for about half of the experts. Where does every byte go, and how fast will it be?",
-            f"plan model --ram {self.ram // 1024}KiB --context {CONTEXT} --prompt-chunk {CHUNK} --routing routing.json",
+            f"plan model --ram {ram // 1024}KiB --context {CONTEXT} --prompt-chunk {CHUNK} --routing routing.json",
         )
         self.console.say(
             f"   {size(plan.total('ram') - plan.framework_bytes)} of the model in RAM, beside "
@@ -167,13 +158,12 @@ class Demo:
         from offload.run.report import Message
 
         command = (
-            f'generate model "{QUESTION}" --chat --ram {self.ram // 1024}KiB --context {CONTEXT} '
+            f'generate model "{QUESTION}" --chat --ram {(self.options.ram or 0) // 1024}KiB --context {CONTEXT} '
             f"--prompt-chunk {CHUNK} --routing routing.json --report run.html"
         )
         self.heading("Generate, with the profile deciding which experts are kept at hand.", command)
         quiet = Console(json=True)
-        run = RunOptions(ram=self.ram, context=CONTEXT, prompt_chunk=CHUNK, routing=self.routing, device="cpu")
-        with open_session(self.model, run, quiet) as session:
+        with open_session(self.model, self.options, quiet) as session:
             ids = session.encode_chat([{"role": "user", "content": QUESTION}])
             self.console.say(f"\n   > {QUESTION}\n")
             records = []

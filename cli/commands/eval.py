@@ -60,7 +60,7 @@ def eval(
             path,
             source,
             words,
-            cache=cache or default_cache(),
+            cache=cache,
             windows=windows or None,
             length=context,
             expert_slots=expert_slots,
@@ -86,13 +86,6 @@ def _beyond(path: Path, context: int) -> list[str]:
     from quant.model.shape import ModelShape
 
     return list(beyond(ModelShape.from_config(resolve_config(str(path))), context))
-
-
-def default_cache() -> Path:
-    """The user's cache folder, by the XDG convention."""
-    import os
-
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coldstream" / "reference"
 
 
 def show(found: "Evaluation", console: Console) -> None:

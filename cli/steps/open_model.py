@@ -34,8 +34,8 @@ def open_session(path: Path, run: RunOptions, console: Console) -> "Session":
     with progress_bar(console, "loading", "bytes") as show:
         session = Session.open(path, run, progress=console.step, loading=show)
     console.step(f"loaded in {session.load_seconds:.1f} s, {session.kernel}")
-    console.notes([*session.notes, *(session.plan.notes if session.plan else ())])
-    if console.verbose and session.plan is not None:
+    console.notes([*session.notes, *session.plan.notes])
+    if console.verbose:
         from cli.terminal.plan_table import byte_table, speeds
 
         console.show(byte_table(session.plan))

@@ -44,6 +44,7 @@ from quant.progress import Progress, nobody
 from quant.sizes import format_size
 
 Say = Callable[[str], None]
+_KV_STORAGE: dict[int, Storage] = {8: "int8", 16: "bf16", 32: "plain"}  # by bits of a value
 
 
 class Session:
@@ -87,8 +88,7 @@ class Session:
         self._dense: Arena | None = None
         if device.type == "cpu" and not self._can_move_later():
             self._dense = move_to_arena(self.model, loading)
-        storage: Storage = "plain" if self.options.exact else self.options.kv or "bf16"
-        kv = KVCache(self.shape, self.context, storage)
+        kv = KVCache(self.shape, self.context, _KV_STORAGE[self.plan.kv_bits])
         self.decoder, notes = select_decoder(
             self.model, self.plan, self.experts, kv, self.routing, compute, device, graph=self.options.graph
         )
