@@ -44,7 +44,7 @@ def eval(
 
     Runs the text through both, a layer at a time. The reference's predictions are kept for next time.
     """
-    from cli.steps.finish import check_page
+    from cli.steps.finish import check_page, command_line
     from cli.steps.open_model import find_model
     from cli.steps.texts import read_text
 
@@ -74,7 +74,7 @@ def eval(
         from cli.html.document import save
         from cli.html.evaluation import render_evaluation
 
-        save(render_evaluation(found), report)
+        save(render_evaluation(found, command_line=command_line(), notes=beyond), report)
         console.step(f"report page written to {report}")
     console.result({**found.to_json(), **({"notes": beyond} if beyond else {})})
 

@@ -56,7 +56,7 @@ def simulate(
     The first half of the trace is what a profile would have known of the routing, the second is replayed.
     """
     from cli.html.simulated_run import write_replay
-    from cli.steps.finish import check_page
+    from cli.steps.finish import check_page, command_line
     from cli.steps.plan_run import plan_run, stored_as
     from cli.terminal.plan_table import caution, machine_line
     from cli.terminal.replay_tables import document, resources_table, rows, waits_table
@@ -82,7 +82,17 @@ def simulate(
         console.rows([*rows(setup, decode, prefill), *caution(setup.machine)])
         console.notes(notes)
     if report is not None:
-        write_replay(setup, decode, prefill, f"{model} on {setup.machine.name}", report)
+        write_replay(
+            setup,
+            decode,
+            prefill,
+            f"{model} on {setup.machine.name}",
+            report,
+            command_line=command_line(),
+            about={"Stored as": stored, "Routing": trace},
+            doubts=[said for _, said in caution(setup.machine)],
+            notes=notes,
+        )
         console.step(f"page written to {report}")
     console.result(
         {

@@ -98,6 +98,11 @@ def figures(cards: Sequence[tuple[str, str, str, str]], doubtful: Sequence[str] 
     return f'<dl class="figures">{items}</dl>'
 
 
+def banners(doubts: Sequence[str]) -> str:
+    """What makes a page's figures unreliable, each in a line that stands out."""
+    return "".join(f'<p class="doubt banner">{text(doubt[:1].upper() + doubt[1:])}.</p>' for doubt in doubts)
+
+
 def facts(rows: Mapping[str, str]) -> str:
     """Names and values, one pair a row; a value that is empty leaves its row out."""
     cells = "".join(

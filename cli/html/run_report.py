@@ -4,7 +4,7 @@ the bytes are, and how it went step by step."""
 from pathlib import Path
 
 from cli.html.byte_roles import memory_section
-from cli.html.document import Compared, document, facts, figures, none, notes_list, save, section, text
+from cli.html.document import Compared, banners, document, facts, figures, none, notes_list, save, section, text
 from cli.html.heat_map import experts_section
 from cli.html.request import request_section
 from cli.html.step_plots import memory_plot, requests_plot, time_plot
@@ -65,10 +65,9 @@ def render_page(report: RunReport) -> str:
 
 def _head(report: RunReport) -> str:
     subject = report.subject
-    doubts = "".join(f'<p class="doubt banner">{text(words.sentence(doubt))}.</p>' for doubt in report.doubts)
     return (
         f'<div class="eyebrow">Coldstream {text(subject.command)}, {text(subject.started)}</div>'
-        f'<h1>{text(subject.model)}</h1><p class="verdict">{text(words.verdict(report))}</p>{doubts}'
+        f'<h1>{text(subject.model)}</h1><p class="verdict">{text(words.verdict(report))}</p>{banners(report.doubts)}'
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cli.html import svg_plots
-from cli.html.document import Compared, document, facts, figures, none, notes_list, save, section, text
+from cli.html.document import Compared, banners, document, facts, figures, none, notes_list, save, section, text
 from cli.html.request import command
 from cli.html.svg_plots import Bins, nice_ticks
 from cli.terminal.replay_tables import RESOURCES, causes
@@ -56,10 +56,14 @@ def write_replay(
     *,
     command_line: str = "",
     about: Mapping[str, str] | None = None,
+    doubts: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> None:
     """Write the page to ``path``; see ``render_replay``. Raises OutputError if that cannot be."""
-    save(render_replay(setup, decode, prefill, title, command_line=command_line, about=about, notes=notes), path)
+    said = render_replay(
+        setup, decode, prefill, title, command_line=command_line, about=about, doubts=doubts, notes=notes
+    )
+    save(said, path)
 
 
 def render_replay(
@@ -70,13 +74,15 @@ def render_replay(
     *,
     command_line: str = "",
     about: Mapping[str, str] | None = None,
+    doubts: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> str:
-    """The whole page as HTML text. ``about`` are facts of the run by name, told as they are like ``notes``."""
+    """The whole page as HTML text. ``about`` are facts of the run by name, told as they are like ``notes`` and
+    ``doubts``, which stand out."""
     readouts: dict[str, list[str]] = {}
     head = (
         '<div class="eyebrow">Coldstream simulate: nothing on this page was measured</div>'
-        f'<h1>{text(title)}</h1><p class="verdict">{text(_verdict(setup, decode))}</p>'
+        f'<h1>{text(title)}</h1><p class="verdict">{text(_verdict(setup, decode))}</p>{banners(doubts)}'
     )
     body = (
         section("What was simulated", command(command_line) + facts(_about(setup) | dict(about or {})), css="request")

@@ -33,12 +33,12 @@ def progress_bar(console: Console, title: str, unit: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.text import Text
 
-    clock, began = Clock(unit), time.monotonic()
+    clock = Clock(unit)
 
     class Bar(Progress):
         def get_renderables(self) -> "Iterable[RenderableType]":
             # What is over at once would only flicker.
-            return super().get_renderables() if time.monotonic() - began > _QUICK and clock.told else ()
+            return super().get_renderables() if clock.passed > _QUICK else ()
 
     class Said(ProgressColumn):
         max_refresh = 0.5
@@ -82,9 +82,9 @@ class Clock:
         self._last = (0.0, 0, 0)
 
     @property
-    def told(self) -> bool:
-        """Whether anything has been said yet."""
-        return self._begun is not None
+    def passed(self) -> float:
+        """Seconds since it was told something first."""
+        return 0.0 if self._begun is None else self._now() - self._begun[0]
 
     def tell(self, done: int, total: int) -> None:
         """``done`` parts of ``total`` now."""

@@ -131,6 +131,7 @@ def probe(directory: str | Path | None = None, *, refresh: bool = False, say: Sa
         measured = replace(measured, ram_gb_s=max(measured.ram_gb_s, glance))
         machine = judged(measured, before, keep_best=not refresh)
         _write(kept, machine)
+        machine = replace(machine, notes=(*machine.notes, *faster(measured, before)))
     return replace(machine, ram_bytes=ram, ram_available_bytes=available)
 
 
@@ -184,6 +185,25 @@ def _is_due(machine: Machine, now: float) -> bool:
     return not machine.quiet and not machine.measured_at <= now < machine.measured_at + wait
 
 
+def faster(new: Machine, old: Machine | None) -> list[str]:
+    """A note if a rate is far above what the same machine showed before; told once, and not kept."""
+    if old is None:
+        return []
+    high = [
+        f"{name} {getattr(new, rate):.3g}, was {getattr(old, rate):.3g}"
+        for rate, name in _RATES.items()
+        if getattr(new, rate) > _FAR_ABOVE * getattr(old, rate)
+    ]
+    return [
+        f"this machine is faster than on {_when(old)} ({'; '.join(high)}; in GB/s, Gop/s): that measurement was "
+        "disturbed, or its speed varies"
+    ] * bool(high)
+
+
+def _when(machine: Machine) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(machine.measured_at))
+
+
 def judged(new: Machine, old: Machine | None, *, keep_best: bool) -> Machine:
     """``new`` beside what the same machine showed before: a rate far below that is said and doubted.
 
@@ -194,18 +214,10 @@ def judged(new: Machine, old: Machine | None, *, keep_best: bool) -> Machine:
     was = {rate: getattr(old, rate) for rate in _RATES}
     said = {rate: f"{name} {getattr(new, rate):.3g}, was {was[rate]:.3g}" for rate, name in _RATES.items()}
     low = [said[rate] for rate in _RATES if getattr(new, rate) < _FAR_BELOW * was[rate]]
-    high = [said[rate] for rate in _RATES if getattr(new, rate) > _FAR_ABOVE * was[rate]]
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(old.measured_at))
-    if high:
-        note = (
-            f"this machine is faster than on {when} ({'; '.join(high)}; in GB/s, Gop/s): that measurement was "
-            "disturbed, or its speed varies"
-        )
-        new = replace(new, notes=(*new.notes, note))
     if low:
         held = "the better figures hold" if keep_best else "the new figures hold"
         note = (
-            f"this machine is slower than on {when} ({'; '.join(low)}; in GB/s, Gop/s): something else may "
+            f"this machine is slower than on {_when(old)} ({'; '.join(low)}; in GB/s, Gop/s): something else may "
             f"be using it; {held}, and `coldstream probe --refresh` measures again"
         )
         new = replace(new, quiet=False, notes=(*new.notes, note))

@@ -22,7 +22,12 @@ TIGHT = {"ram": 2 * GIB}
 def page(on: Machine, **budgets: int) -> str:
     plan = make_plan(SHAPE, SCHEMES, on, context=1024, **budgets)
     setup = Setup.of(SHAPE, SCHEMES, plan, on)
-    said = {"command_line": f"coldstream simulate {EVIL}", "about": {"Stored as": EVIL}, "notes": (EVIL,)}
+    said = {
+        "command_line": f"coldstream simulate {EVIL}",
+        "about": {"Stored as": EVIL},
+        "doubts": (EVIL,),
+        "notes": (EVIL,),
+    }
     return render_replay(setup, setup.decode(16), setup.prefill(), EVIL, **said)  # type: ignore[arg-type]
 
 
