@@ -1,6 +1,7 @@
 """The command line as a user runs it: a process of its own, through pipes or on a terminal."""
 
 import io
+import json
 import os
 import pty
 import select
@@ -10,7 +11,12 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
 
 from cli.main import run
 
@@ -49,7 +55,31 @@ def invoke(*arguments: str | Path, stdin: str = "") -> Finished:
         sys.stdin = before
     said, complained = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
     assert isinstance(code, int)
+    if "--json" in arguments and said:
+        check_document(str(arguments[0]) if code == 0 else "error", said.splitlines()[-1])
     return Finished(code, said, complained)
+
+
+def check_document(name: str, line: str) -> None:
+    """Whether ``line`` is document ``name`` as its schema says, every key of it described."""
+    for error in validator(name).iter_errors(json.loads(line)):
+        raise AssertionError(f"{name} --json, {error.json_path}: {error.message} (cli/schemas/parts.py, documents.py)")
+
+
+@cache
+def validator(name: str) -> Draft202012Validator:
+    """Of the schema that is shipped, without room for keys that it does not know."""
+    shipped = json.loads(files("cli.schemas").joinpath(f"{name}.json").read_text(encoding="utf-8"))
+    return Draft202012Validator(_closed(shipped))
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _closed(part) for key, part in schema.items()}
+    return {**closed, "additionalProperties": False} if "properties" in schema and "required" in schema else closed
 
 
 class Terminal:

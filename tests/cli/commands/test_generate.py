@@ -18,7 +18,7 @@ def test_text_goes_to_stdout_alone_and_the_report_to_stderr(model: Path) -> None
     done = invoke("generate", model, PROMPT, "-n", "20")
     assert done.returncode == 0, done.stderr
     assert "tokens/s" not in done.stdout
-    for word in ("prefill", "decode", "floor", "experts", "RAM", "Disk", "resident", "kernel"):
+    for word in ("prefill", "decode", "floor", "experts", "RAM", "files", "resident", "kernel"):
         assert f"  {word} " in done.stderr, word
 
 
