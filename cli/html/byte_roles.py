@@ -10,6 +10,7 @@ from offload.run.report import Memory, RunReport
 from offload.tiers import TIERS, Tier
 
 COLOURS = 6  # one of them for all that is folded together
+_NAMES: dict[Tier, str] = {**TIER_NAMES, "disk": "Files"}
 _SMALL = 0.02  # of every tier that has it: too thin to be seen
 
 
@@ -24,7 +25,7 @@ def memory_section(report: RunReport) -> str:
     said = (
         f'<p class="quiet">The operating system counts {size(memory.rss_bytes)} resident at the end, '
         f"{size(memory.peak_rss_bytes)} at the peak: {size(abs(memory.unaccounted_bytes))} {side}. "
-        "Disk is the model’s files, whatever else holds a copy.</p>"
+        "Files are all of the model on disk, whatever else holds a copy.</p>"
     )
     return section("Where the bytes are", bars + _table(memory, tiers, shown) + said)
 
@@ -57,7 +58,7 @@ def _bar(tier: Tier, roles: Mapping[str, int], shown: Sequence[str], budget: int
     )
     of = f'<span class="quiet"> of a budget of {size(budget)}</span>' if budget else ""
     return (
-        f'<div class="tier"><div class="head"><b>{TIER_NAMES[tier]}</b><span>{size(total)}{of}</span></div>'
+        f'<div class="tier"><div class="head"><b>{_NAMES[tier]}</b><span>{size(total)}{of}</span></div>'
         f'<div class="bar" aria-hidden="true">{items}</div></div>'
     )
 
@@ -68,7 +69,7 @@ def _table(memory: Memory, tiers: Sequence[Tier], shown: Sequence[str]) -> str:
     rows = "".join(_row(text(sentence(role_name(role))), _css(role, shown), [role], memory, tiers) for role in shown)
     if folded:
         rows += _row("Other", "role-other", folded, memory, tiers)
-    heads = "".join(f'<th scope="col" class="number">{TIER_NAMES[tier]}</th>' for tier in tiers)
+    heads = "".join(f'<th scope="col" class="number">{_NAMES[tier]}</th>' for tier in tiers)
     small = ""
     if folded:
         inner = "".join(_row(text(sentence(role_name(role))), "", [role], memory, tiers) for role in folded)

@@ -222,7 +222,7 @@ def _numbers(found: "Evaluation") -> str:
         for name, value, noise in rows
     )
     return (
-        '<section><h2>The numbers</h2><table><thead><tr><th></th><th class="number">model</th>'
+        '<section><h2>The numbers</h2><table class="wraps"><thead><tr><th></th><th class="number">model</th>'
         f'<th class="number">noise floor</th></tr></thead><tbody>{cells}</tbody></table></section>'
     )
 

@@ -71,6 +71,15 @@ class Machine:
     looked_at: float = 0.0
 
     @property
+    def doubt(self) -> str:
+        """Why nobody should build on these rates; empty if nothing speaks against them. ``notes`` say more."""
+        if self.measured and not self.quiet:
+            return "the machine was disturbed while it was measured: floor and prediction are unreliable"
+        if any(_NOW in note for note in self.notes):
+            return "RAM was slower before the run than when it was measured: floor and prediction are unreliable"
+        return ""
+
+    @property
     def pcie_gb_s(self) -> float | None:
         """Host to device, the direction that experts travel."""
         return self.gpu.h2d_gb_s if self.gpu else None

@@ -109,8 +109,9 @@ def _judged(
     speed = DecodeSpeed.of(runs, before, warmup=warmup)
     wanted = list(speed.bytes_per_token) if again else exceeded(speed, before)
     after = read_after(session.checkpoint.path, wanted) if wanted else Bandwidth()
+    doubt = [session.machine.doubt] if session.machine.doubt and before == bandwidth_of(session) else []
     bandwidth = better(before, after)
-    return bandwidth, doubts(before, after, DecodeSpeed.of(runs, bandwidth, warmup=warmup))
+    return bandwidth, doubt + doubts(before, after, DecodeSpeed.of(runs, bandwidth, warmup=warmup))
 
 
 def notes_of(session: Accounted, runs: Sequence[Run] = ()) -> list[str]:

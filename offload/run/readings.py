@@ -10,11 +10,12 @@ from pathlib import Path
 
 from offload.hardware.probe import keep_better, read_again
 from offload.run.speed import Bandwidth, DecodeSpeed
-from offload.tiers import TIERS, Tier
+from offload.tiers import Tier
 from quant.sizes import format_size
 
 _NAMES: dict[Tier, str] = {"vram": "VRAM", "ram": "RAM", "disk": "the disk"}
 _AGREE = 0.05  # of each other: what two readings of an undisturbed memory differ by
+_DECIDES = 0.5  # of the floor: a tier with a smaller part may be misjudged and hardly move it
 _MORE = 1.02  # of a bandwidth: a run that reads so much more has disproved it
 _CACHES = 64 * 2**20  # bytes per token that a processor's caches may hold
 
@@ -48,9 +49,10 @@ def better(before: Bandwidth, after: Bandwidth) -> Bandwidth:
 def doubts(before: Bandwidth, after: Bandwidth, speed: DecodeSpeed) -> list[str]:
     """What makes the floor of ``speed`` unreliable, which was judged by the better of ``before`` and ``after``."""
     found = []
-    for tier in TIERS:
+    for tier, floor in speed.floor_ms_by_tier.items():
         first, second = before.of(tier), after.of(tier)
-        if tier in speed.bytes_per_token and first and second and abs(second / first - 1) > _AGREE:
+        decides = floor >= _DECIDES * (speed.floor_ms_per_token or 0.0)
+        if decides and first and second and abs(second / first - 1) > _AGREE:
             found.append(
                 f"{_NAMES[tier]} gave {first:.3g} GB/s before the run and {second:.3g} after it: the floor, by the "
                 "better of both, is unreliable"

@@ -117,6 +117,15 @@ def test_a_glance_disproves_a_measurement_that_was_too_low_and_doubts_one_that_i
     assert compared(slower, 70.0) == MACHINE
 
 
+def test_a_machine_in_doubt_says_so_in_one_sentence() -> None:
+    assert MACHINE.doubt == ""
+    measured = dataclasses.replace(MACHINE, measured=True)
+    assert measured.doubt == ""
+    assert "was disturbed" in dataclasses.replace(measured, quiet=False).doubt
+    slow = compared(measured, 50.0)
+    assert slow is not None and "RAM was slower before the run" in slow.doubt
+
+
 def test_what_is_kept_is_glanced_at_once_a_minute(tmp_path: Path, cache: Path) -> None:
     probe(tmp_path)
     kept = next(cache.iterdir())

@@ -73,7 +73,8 @@ def test_bandwidths_read_again_after_the_run_count_if_they_are_better(session: S
     report = account(session, [records], command="bench", bandwidth=low, again=True)
     assert report.bandwidth.ram_gb_s and report.bandwidth.ram_gb_s > 0.5
     assert report.bandwidth.disk_gb_s and report.bandwidth.disk_gb_s > 0.001
-    assert [doubt.split(" gave ")[0] for doubt in report.doubts] == ["RAM", "the disk"]
+    said = {doubt.split(" gave ")[0] for doubt in report.doubts}
+    assert said and said <= {"RAM", "the disk"}, "whichever decides the floor"
     assert report.to_json()["doubts"] == list(report.doubts)
 
 

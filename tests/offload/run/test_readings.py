@@ -40,6 +40,7 @@ def test_a_tier_that_was_not_read_raises_no_doubt() -> None:
     before, after = Bandwidth(ram_gb_s=50, disk_gb_s=1), Bandwidth(ram_gb_s=50, disk_gb_s=3)
     assert doubts(before, after, speed(25, before, ram=MANY)) == []
     assert len(doubts(before, after, speed(1000, before, ram=MANY, disk=MANY // 4))) == 1
+    assert doubts(before, after, speed(1000, before, ram=MANY, disk=MANY // 500)) == [], "it hardly moves the floor"
 
 
 def test_what_caches_may_hold_disproves_no_bandwidth_but_is_said() -> None:
