@@ -50,7 +50,7 @@ def bench(
     from offload.hardware.ledger import forget_peak
     from offload.hardware.probe import probe
     from offload.run.benchmark import Benchmark
-    from quant.model.recipe import resolve_config
+    from quant.model.hub import resolve_config
     from quant.model.shape import ModelShape
 
     plan = Benchmark(prompt_tokens, tokens, repeat)

@@ -82,7 +82,7 @@ def eval(
 def _beyond(path: Path, context: int) -> list[str]:
     """A note if windows are longer than what the model was made for."""
     from offload.plan.plan import beyond
-    from quant.model.recipe import resolve_config
+    from quant.model.hub import resolve_config
     from quant.model.shape import ModelShape
 
     return list(beyond(ModelShape.from_config(resolve_config(str(path))), context))

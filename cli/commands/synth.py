@@ -55,7 +55,9 @@ def synth(
     """
     from cli.terminal.words import schemes_line
     from quant.model.families import QUANTIZABLE
-    from quant.model.recipe import recipe_names, resolve_config, shape_names
+    from quant.model.hub import resolve_config
+    from quant.model.known_shapes import shape_names
+    from quant.model.recipe import recipe_names
     from quant.model.shape import ModelShape
     from quant.synth.config import llama4_config
     from quant.synth.synth import synthesize

@@ -7,7 +7,7 @@ from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from cli.terminal.progress import progress_bar
 from offload.records import RunOptions
-from quant.errors import CheckpointError, ProfileError
+from quant.errors import ProfileError
 
 if TYPE_CHECKING:  # it imports torch
     from offload.run.session import Session
@@ -17,11 +17,7 @@ def find_model(model: str) -> Path:
     """The directory of ``model``, itself or a Hub id. Raises CheckpointError before torch is imported."""
     from quant.model.hub import resolve_model
 
-    path = resolve_model(model)
-    if not (path / "config.json").is_file():
-        what = "no config.json in it" if path.is_dir() else "a file" if path.exists() else "no such directory"
-        raise CheckpointError(f"{path}: {what}; expected a Hugging Face model directory")
-    return path
+    return resolve_model(model)
 
 
 def open_session(path: Path, run: RunOptions, console: Console) -> "Session":

@@ -16,7 +16,9 @@ from offload.plan.plan import Plan, make_plan
 from offload.records import RunOptions
 from quant.checkpoint.stored import stored_schemes
 from quant.model.families import Role
-from quant.model.recipe import Recipe, load_recipe, recipe_names, resolve_config, shape_names
+from quant.model.hub import resolve_config
+from quant.model.known_shapes import shape_names
+from quant.model.recipe import Recipe, load_recipe, recipe_names
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 

@@ -1,25 +1,21 @@
 """Recipes: what each role of a model is stored as, and with what budgets it is run. TOML, by name or by file.
 
-    description = "…"            one line, shown by the commands
-    [weights]                    a role that is not named stays bf16
-    group_size = 128
-    experts = "int4"             or "int4-g32", "int8", "nf4", "bf16"
-    shared_expert = "int4"
-    dense_mlp = "int4"
-    attention = "bf16"
-    lm_head = "int8"
-    [run]                        defaults; the command line wins
-    vram = "24GiB"
-    ram = "64GiB"
-    context = 32768
-    kv = "bf16"                  or "int8"
-    prompt_chunk = 2048
-
-A *shape* is the config.json of a model that need not be there: planning and synthesis take its name in place
-of one.
+description = "…"            one line, shown by the commands
+[weights]                    a role that is not named stays bf16
+group_size = 128
+experts = "int4"             or "int4-g32", "int8", "nf4", "bf16"
+shared_expert = "int4"
+dense_mlp = "int4"
+attention = "bf16"
+lm_head = "int8"
+[run]                        defaults; the command line wins
+vram = "24GiB"
+ram = "64GiB"
+context = 32768
+kv = "bf16"                  or "int8"
+prompt_chunk = 2048
 """
 
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,11 +24,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from quant.errors import CheckpointError, RecipeError, SchemeError, UsageError
-from quant.input_file import parse_json
-from quant.model.config import read_config
+from quant.errors import RecipeError, SchemeError, UsageError
 from quant.model.families import QUANTIZABLE, Role
-from quant.model.hub import fetch_config, is_hub_id
 from quant.scheme import Scheme
 from quant.sizes import parse_size
 
@@ -136,35 +129,3 @@ def _count(name: str, run: Mapping[str, Any], key: str) -> int | None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise RecipeError(f"recipe {name}: run.{key} is {value!r}: expected a whole number above 0")
     return value
-
-
-def shape_names() -> list[str]:
-    """The shapes that come with Coldstream."""
-    return sorted(
-        item.name[:-5] for item in files("recipes").joinpath("shapes").iterdir() if item.name.endswith(".json")
-    )
-
-
-def load_shape(name: str) -> dict[str, Any]:
-    """The config.json of the shape called ``name``. Raises UsageError naming the known ones."""
-    if name not in shape_names():
-        raise UsageError(f"no shape is called {name!r}: expected one of {', '.join(shape_names())}")
-    data = files("recipes").joinpath("shapes", f"{name}.json").read_bytes()
-    config: dict[str, Any] = parse_json(data, name)
-    return config
-
-
-def resolve_config(model: str) -> dict[str, Any]:
-    """The config of a model directory, a config.json file, a Hub id or a shape's name.
-
-    Raises CheckpointError if it is none of these or cannot be read.
-    """
-    path = fetch_config(model) if is_hub_id(model) else Path(model)
-    if not os.path.lexists(path) and model in shape_names():
-        return load_shape(model)
-    if not os.path.lexists(path):
-        raise CheckpointError(
-            f"{model} is neither a model directory with a config.json, nor a config.json, nor a shape "
-            f"({', '.join(shape_names())})"
-        )
-    return read_config(path)

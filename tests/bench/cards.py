@@ -23,7 +23,8 @@ from offload.simulator.simulation import Setup
 from offload.tiers import Key
 from quant.errors import BudgetError
 from quant.model.families import Role
-from quant.model.recipe import load_recipe, load_shape
+from quant.model.known_shapes import load_shape
+from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 

@@ -34,7 +34,8 @@ from offload.tiers import Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.inventory import schemes_of_tensors
 from quant.convert.convert import convert
-from quant.model.recipe import load_recipe, load_shape
+from quant.model.known_shapes import load_shape
+from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
 from quant.synth.synth import synthesize
 from tests import sessions

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from quant.convert.convert import convert
-from quant.model.recipe import load_shape
+from quant.model.known_shapes import load_shape
 from quant.scheme import Scheme
 from tests.commands import ROOT, Terminal, coldstream, invoke
 

@@ -9,7 +9,8 @@ from cli.html.simulated_run import LANES, render_replay
 from offload.hardware.probe import Machine
 from offload.plan.plan import make_plan
 from offload.simulator.simulation import Setup
-from quant.model.recipe import load_recipe, load_shape
+from quant.model.known_shapes import load_shape
+from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
 from tests.cli.html.test_run_report import EVIL, outline
 from tests.machines import GIB, RTX_4090, machine

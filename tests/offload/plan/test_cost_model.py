@@ -20,7 +20,8 @@ from offload.plan.cost_model import (
     with_prefetch_bytes,
 )
 from offload.plan.footprint import Footprint
-from quant.model.recipe import load_recipe, load_shape
+from quant.model.known_shapes import load_shape
+from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 from tests.machines import RTX_4090, machine

@@ -5,7 +5,8 @@ import torch
 
 from offload.model.kv_cache import KVCache, Storage
 from offload.plan.footprint import Footprint
-from quant.model.recipe import load_recipe, load_shape
+from quant.model.known_shapes import load_shape
+from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
 
 MINI = ModelShape.from_config({**load_shape("mini-scout"), "attention_chunk_size": 256})

@@ -18,7 +18,8 @@ from offload.plan.footprint import Footprint
 from offload.plan.plan import Plan, make_plan
 from quant.errors import BudgetError
 from quant.model.families import QUANTIZABLE, Role
-from quant.model.recipe import load_recipe, load_shape, recipe_names
+from quant.model.known_shapes import load_shape
+from quant.model.recipe import load_recipe, recipe_names
 from quant.model.shape import ModelShape
 from quant.scheme import BF16, Scheme
 from quant.sizes import parse_size

@@ -10,7 +10,8 @@ import pytest
 from offload.plan.planned_run import PlannedModel, planned_machine, planned_model, planned_run
 from offload.records import RunOptions, Sampling
 from quant.errors import CheckpointError, UsageError
-from quant.model.recipe import load_recipe, load_shape
+from quant.model.known_shapes import load_shape
+from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 from tests.machines import GIB, RTX_4090, machine

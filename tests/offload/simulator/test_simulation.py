@@ -16,7 +16,8 @@ from offload.simulator.requests import Step, Tiers, drawn, replayed, shares, str
 from offload.simulator.simulation import Replay, Setup
 from offload.simulator.workload import Rates, Work
 from offload.tiers import Tier
-from quant.model.recipe import load_recipe, load_shape
+from quant.model.known_shapes import load_shape
+from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
 from tests.machines import GIB, RTX_4090, machine
 

@@ -11,7 +11,7 @@ from quant.checkpoint.layout import PAGE, StoredTensor, lay_out, lay_out_checkpo
 from quant.checkpoint.weight_files import read_header
 from quant.convert.convert import convert
 from quant.model.families import PROJECTIONS, Role
-from quant.model.recipe import load_shape
+from quant.model.known_shapes import load_shape
 from quant.model.shape import ModelShape
 from quant.model.tensors import LinearSpec
 from quant.scheme import Scheme

@@ -11,7 +11,8 @@ from quant.checkpoint.stored import stored_schemes
 from quant.convert.convert import convert
 from quant.errors import CheckpointError
 from quant.model.families import Role
-from quant.model.recipe import load_recipe, load_shape, recipe_names, shape_names
+from quant.model.known_shapes import load_shape, shape_names
+from quant.model.recipe import load_recipe, recipe_names
 from quant.model.shape import ModelShape
 from quant.scheme import BF16, Scheme
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from quant.errors import CheckpointError, ColdstreamError
 from quant.model.config import language_config, quantization_of, read_config
-from quant.model.recipe import load_shape
+from quant.model.known_shapes import load_shape
 from quant.model.shape import ModelShape
 from tests import hostile
 

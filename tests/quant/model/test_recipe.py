@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from quant.errors import CheckpointError, RecipeError, UsageError
-from quant.model.recipe import load_recipe, load_shape, parse_recipe, recipe_names, resolve_config, shape_names
+from quant.model.hub import resolve_config
+from quant.model.known_shapes import load_shape, shape_names
+from quant.model.recipe import load_recipe, parse_recipe, recipe_names
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 

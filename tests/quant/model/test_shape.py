@@ -9,7 +9,7 @@ import pytest
 
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError
-from quant.model.recipe import load_shape
+from quant.model.known_shapes import load_shape
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 from tests.checkpoints import FAMILIES, make

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import OutputError, SchemeError, UsageError
 from quant.model.families import QUANTIZABLE, Role
-from quant.model.recipe import load_shape
+from quant.model.known_shapes import load_shape
 from quant.scheme import Scheme
 from quant.synth.config import llama4_config, text_config
 from quant.synth.noise import Noise
