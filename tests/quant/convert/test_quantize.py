@@ -8,7 +8,7 @@ import pytest
 from quant.checkpoint.stored import stored_schemes
 from quant.convert.quantize import quantize
 from quant.errors import SchemeError, UsageError
-from quant.model.recipe import resolve_config
+from quant.model.hub import resolve_config
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 
