@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cli.schemas.parts import MACHINE, MESSAGE, NOTES, PLAN, REPLAY, REPORT, SEEN
 from cli.schemas.types import Schema, by, count, flag, many, maybe, number, one_of, record, text, typed, without
-from cli.terminal.console import SCHEMA_VERSION
+from offload.documents import SCHEMA_VERSION
 
 WHY = one_of("why the text ends", "stop", "length", "context")
 QUANTIZED: dict[str, Schema] = {
