@@ -4,10 +4,13 @@ Only the module of the command that was asked for is imported, and each of those
 function, so that ``--help`` answers at once. A command is a function of its module's name.
 """
 
+import errno
+import io
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib import import_module, metadata
 from typing import Annotated, Any, NoReturn
@@ -16,6 +19,7 @@ import typer
 
 from cli.terminal import interrupt
 from cli.terminal.console import Console
+from cli.terminal.visible import visible
 from quant.errors import ColdstreamError, MachineError
 
 COMMANDS: dict[str, str] = {
@@ -33,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "demo": "The whole path, quantize to report, on a small model.",
 }
 PIPE_CLOSED = 141
+FEWEST_FILES = 64  # open at once: Python's libraries, a model's shards, pipes
 WRONG_USAGE: Any = typer.BadParameter.__mro__[2]  # typer's ClickException, which it does not export
 
 
@@ -40,6 +45,7 @@ def main() -> None:
     """Run the command line. Exits 0 when done, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
     # torch's OpenMP threads otherwise spin, idle, on the cores that the native kernels work on.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _open_streams()
     interrupt.install()
     try:
         run(sys.argv[1:])
@@ -52,6 +58,7 @@ def main() -> None:
 def run(words: list[str]) -> None:
     """``coldstream WORDS`` in this process. Raises SystemExit with its exit code, unless that is 0."""
     with one_line_errors(json="--json" in words):
+        _check_files()
         # Of a shell that asks what could come next, the words are not arguments.
         asked = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS", "")
         completing = "_COLDSTREAM_COMPLETE" in os.environ
@@ -99,23 +106,85 @@ def one_line_errors(*, json: bool = False) -> Iterator[None]:
     try:
         yield
     except ColdstreamError as error:
-        message = " ".join(str(error).split())
-        print(f"coldstream: error: {message}", file=sys.stderr)
-        _fail(type(error).__name__, message, error.exit_code, json)
+        _say_and_fail(type(error).__name__, str(error), error.exit_code, json)
     except WRONG_USAGE as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        print(visible(shown.getvalue()), end="", file=sys.stderr)
         _fail("UsageError", error.format_message(), error.exit_code, json)
     except (KeyboardInterrupt, typer.Abort):
         print("\ncoldstream: interrupted", file=sys.stderr)
         _fail("Interrupted", "interrupted", interrupt.INTERRUPTED, json)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        _drop_output()
         raise SystemExit(PIPE_CLOSED) from None
+    except OSError as error:  # of the machine, where nobody knew better what to do about it
+        try:
+            sys.stdout.flush()
+        except OSError:  # what could not be written is the error: a full disk
+            _drop_output()
+        few = error.errno in (errno.EMFILE, errno.ENFILE)
+        remedy = f"; {_FEW_FILES}" if few else ""
+        _say_and_fail("MachineError", f"{_named(error)}{remedy}", MachineError.exit_code, json)
+    except MemoryError:
+        _say_and_fail("MachineError", "there is not enough memory", MachineError.exit_code, json)
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        said = "no thread can be started: expected room for some dozens; raise `ulimit -u` or the container's limit"
+        _say_and_fail("MachineError", said, MachineError.exit_code, json)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+
+
+def _named(error: OSError) -> str:
+    said = error.strerror or str(error)
+    return said if error.filename is None else f"{error.filename}: {said}"
+
+
+def _say_and_fail(kind: str, message: str, code: int, json: bool) -> NoReturn:
+    message = " ".join(message.split())
+    print(f"coldstream: error: {visible(message)}", file=sys.stderr)
+    _fail(kind, message, code, json)
 
 
 def _fail(kind: str, message: str, code: int, json: bool) -> NoReturn:
-    Console(json=json).result({"error": {"kind": kind, "message": message, "exit_code": code}})
+    with suppress(OSError):  # where stdout cannot be written, the line on stderr is all there is
+        Console(json=json).result({"error": {"kind": kind, "message": message, "exit_code": code}})
     raise SystemExit(code) from None
+
+
+def _open_streams() -> None:
+    """UTF-8 in and out whatever the locale says; what is closed reads as empty and writes nowhere."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: a file that is opened later would take its place, and what is said go there
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape" if name == "stdin" else "backslashreplace")
+
+
+_FEW_FILES = f"expected to have {FEWEST_FILES} files and more open at once; raise `ulimit -n`"
+
+
+def _check_files() -> None:
+    """As many open files as are allowed. Raises MachineError if that is too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft != resource.RLIM_INFINITY and soft < FEWEST_FILES:
+        raise MachineError(f"this process may open {soft} files: {_FEW_FILES}")
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:

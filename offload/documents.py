@@ -7,6 +7,7 @@ Who renders is not imported from here: a distribution names its renderers as ent
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from quant.errors import OutputError
 
 PAGES = "coldstream.pages"
+_HALF = re.compile("[\ud800-\udfff]")  # of a character: a byte that is no UTF-8, in a path
 SCHEMA_VERSION = 1  # of every document; counted up when a key goes or changes its meaning (docs/json.md)
 
 
@@ -49,8 +51,9 @@ def save(document: Document, kind: str, path: str | Path) -> None:
 
 
 def to_json(document: Mapping[str, Any]) -> str:
-    """``document`` on one line; paths become text, NaN and infinity null."""
-    return json.dumps(_plain(document), ensure_ascii=False, allow_nan=False)
+    """``document`` on one line of Unicode text; paths become text, NaN and infinity null."""
+    text = json.dumps(_plain(document), ensure_ascii=False, allow_nan=False)
+    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def _plain(value: Any) -> Any:

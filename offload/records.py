@@ -1,12 +1,15 @@
 """The one stream of records that chat, bench, reports and tests consume, and the settings that start a
 run."""
 
+import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from offload.tiers import Tier
+from quant.errors import UsageError
 from quant.model.recipe import RUN_DEFAULTS, Recipe
 from quant.sizes import as_bytes
 
@@ -62,7 +65,10 @@ class RunOptions:
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. ``temperature`` 0 is greedy; None switches a filter off. The text ends
-    before any of ``stop``, and at the model's end-of-text token unless ``ignore_eos``."""
+    before any of ``stop``, and at the model's end-of-text token unless ``ignore_eos``.
+
+    Raises UsageError for a value that cannot be.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -77,6 +83,21 @@ class Sampling:
     def __post_init__(self) -> None:
         stop: str | Iterable[str] = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
+        for name, (low, high, expected) in _SAMPLING_RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # NaN, too
+                raise UsageError(f"{name} is {value}: expected {expected}")
+
+
+_SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
+    "max_tokens": (1, math.inf, "at least 1"),
+    "temperature": (0, sys.float_info.max, "0 for greedy, or a number above it"),
+    "top_k": (1, math.inf, "at least 1"),
+    "top_p": (math.ulp(0.0), 1, "a number above 0, at most 1"),
+    "min_p": (0, 1, "a number from 0 to 1"),
+    "repetition_penalty": (0.01, 100, "a number from 0.01 to 100, 1 for none"),
+    "seed": (0, 2**64 - 1, "a whole number from 0 to 18446744073709551615 (64 bits)"),
+}
 
 
 @dataclass(frozen=True)

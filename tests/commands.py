@@ -40,12 +40,12 @@ class Finished:
     stderr: str
 
 
-def invoke(*arguments: str | Path, stdin: str = "") -> Finished:
+def invoke(*arguments: str | Path, stdin: str | bytes = "") -> Finished:
     """``coldstream ARGUMENTS`` in this process, where torch is imported once for all tests."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     code: object = 0
     before = sys.stdin
-    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin), encoding="utf-8")
     try:
         with redirect_stdout(out), redirect_stderr(err):
             run([str(argument) for argument in arguments])

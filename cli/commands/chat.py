@@ -10,6 +10,7 @@ import typer
 from cli.options.output import Report, takes_console
 from cli.options.run import Model, takes_run_options
 from cli.options.sampling import takes_sampling
+from cli.options.typed import typed_text
 from cli.terminal import interrupt
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
@@ -20,7 +21,9 @@ from quant.errors import ColdstreamError, OutputError
 if TYPE_CHECKING:
     from offload.run.session import Session
 
-System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="What the model is told first.")]
+System = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", callback=typed_text, help="What the model is told first.")
+]
 
 HELP = """\
 /reset        forget the conversation
@@ -170,8 +173,7 @@ class Conversation:
         self.console.say(f"  {'context':<10}{cached:,} of {context:,} tokens")
 
     def _print(self, text: str) -> None:
-        if not self.console.json:
-            print(text, end="", flush=True)
+        self.console.write(text)
 
 
 def save(messages: list[dict[str, str]], path: Path) -> None:

@@ -15,6 +15,7 @@ import typer
 from cli.options.output import takes_console
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
+from cli.terminal.visible import visible
 from offload.records import RunOptions, Sampling
 
 Keep = Annotated[Path | None, typer.Option("--keep", metavar="DIR", help="Leave model, profile and report page here.")]
@@ -170,7 +171,7 @@ class Demo:
             for record in session.generate(ids, Sampling(max_tokens=TOKENS)):
                 records.append(record)
                 if not self.console.json:
-                    print(record.text.replace("\n", "\n   "), end="", file=sys.stderr, flush=True)
+                    print(visible(record.text).replace("\n", "\n   "), end="", file=sys.stderr, flush=True)
             answer = "".join(record.text for record in records)
             report = account(
                 session,

@@ -1,6 +1,8 @@
 """``coldstream generate``: continue a prompt, the text on stdout as it comes."""
 
-import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,11 +10,15 @@ import typer
 from cli.options.output import Report, takes_console
 from cli.options.run import Model, takes_run_options
 from cli.options.sampling import takes_sampling
+from cli.options.typed import typed_text
+from cli.terminal import interrupt
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
-from offload.records import RunOptions, Sampling
+from offload.records import RunOptions, Sampling, TokenRecord
 
-Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")]
+Prompt = Annotated[
+    str, typer.Argument(metavar="PROMPT", callback=typed_text, help="The text to continue; - reads it from stdin.")
+]
 Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")]
 
@@ -30,11 +36,13 @@ def generate(
     ignore_eos: IgnoreEos = False,
     report: Report = None,
 ) -> None:
-    """Continue PROMPT with MODEL, streaming the text to stdout; the run report follows on stderr."""
-    from dataclasses import replace
+    """Continue PROMPT with MODEL, streaming the text to stdout; the run report follows on stderr.
 
+    Ctrl-C ends the text: the report is made of what there is, and the exit code is 130.
+    """
     from cli.steps.finish import check_page, command_line, finish
     from cli.steps.open_model import find_model, open_session
+    from cli.steps.texts import read_text
 
     check_page(report)
     path = find_model(model)
@@ -42,16 +50,19 @@ def generate(
         from offload.run.collect import account
         from offload.run.report import Message
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_text(Path("-")) if prompt == "-" else prompt
     with open_session(path, run, console) as session:
         ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
-        records = []
-        for record in session.generate(ids, replace(sampling, ignore_eos=ignore_eos)):
-            records.append(record)
-            if not console.json:
-                print(record.text, end="", flush=True)
-        if not console.json:
-            print(flush=True)
+        records: list[TokenRecord] = []
+        with interrupt.Stop() as stop, suppress(KeyboardInterrupt):
+            for record in session.generate(ids, replace(sampling, ignore_eos=ignore_eos)):
+                records.append(record)
+                console.write(record.text)
+                if stop.asked:
+                    break
+        console.write("\n")
+        if not records:
+            raise KeyboardInterrupt
         answer = "".join(record.text for record in records)
         extra = {"prompt_tokens": len(ids), "text": answer, "finish_reason": records[-1].finish_reason}
         measured = account(
@@ -63,3 +74,5 @@ def generate(
             warmup=1,  # the first decode step meets cold code and caches
         )
         finish(measured, console, report, extra)
+    if stop.asked:
+        raise SystemExit(interrupt.INTERRUPTED)

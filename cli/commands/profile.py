@@ -45,12 +45,13 @@ def profile(
     """
     from cli.steps.finish import check_page
     from cli.steps.open_model import find_model, open_session
+    from cli.steps.texts import read_text
 
     check_page(out, "--out")
     path = find_model(model)
     from offload.routing.stats import RoutingStats
 
-    source = "\n".join(_read(file) for file in text)
+    source = "\n".join(read_text(file) for file in text)
     with open_session(path, run, console) as session:
         others = [RoutingStats.load(file, session.shape) for file in merge or ()]
         for other in others:
@@ -135,11 +136,3 @@ def heat_map(stats: "RoutingStats", width: int = 128) -> str:
         )
         lines.append(f"{layer:>5} │{drawn}│")
     return "\n".join(lines)
-
-
-def _read(path: Path) -> str:
-    import sys
-
-    from cli.steps.texts import read_text
-
-    return sys.stdin.read() if str(path) == "-" else read_text(path)

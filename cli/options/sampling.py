@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from cli.options.groups import expands
+from cli.options.typed import typed_texts
 from offload.records import Sampling
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, metavar="N", help="Tokens to generate at most.")]
@@ -22,7 +23,12 @@ RepetitionPenalty = Annotated[
     float | None, typer.Option("--repetition-penalty", min=0.0, metavar="R", help="Above 1 discourages repetition.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, metavar="N", help="Makes sampling repeatable.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End at this text; may be given again.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop", metavar="TEXT", callback=typed_texts, help="End at this text or special token; may be given again."
+    ),
+]
 
 takes_sampling = expands(
     "sampling",

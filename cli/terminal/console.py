@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from cli.terminal.visible import visible
 from offload.documents import SCHEMA_VERSION, to_json
 from quant.errors import UsageError
 
@@ -35,9 +36,7 @@ class Console:
     def rich(self) -> "RichConsole":
         """rich's console on stderr (quiet under ``--json``)."""
         if self._rich is None:
-            from rich.console import Console as RichConsole
-
-            self._rich = RichConsole(stderr=True, quiet=self.json, highlight=False)
+            self._rich = _rich(quiet=self.json)
         return self._rich
 
     @property
@@ -46,9 +45,14 @@ class Console:
         return self.rich.width
 
     def say(self, text: str = "") -> None:
-        """One line for a human, as it is: no markup is interpreted."""
+        """Lines for a human, as they are: no markup is interpreted, and nothing acts upon the terminal."""
         if not self.json:
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)
+
+    def write(self, text: str) -> None:
+        """A piece of what a model writes, to stdout, but not under ``--json``."""
+        if not self.json:
+            print(visible(text), end="", flush=True)
 
     def prose(self, text: str, hanging: int = 0) -> None:
         """A sentence or more; on a terminal, wrapped to its width, with ``hanging`` blanks from line two on."""
@@ -87,3 +91,18 @@ class Console:
         """Print ``document`` as the last line of stdout, under ``--json`` only."""
         if self.json:
             print(to_json({"schema_version": SCHEMA_VERSION, **document}), flush=True)
+
+
+def _rich(*, quiet: bool) -> "RichConsole":
+    from rich.console import Console as RichConsole
+    from rich.console import ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Visible(RichConsole):
+        """Shows foreign text as it is; what rich itself adds still acts upon the terminal."""
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    return Visible(stderr=True, quiet=quiet, highlight=False)

@@ -27,6 +27,26 @@ def keep_session() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class Stop:
+    """While it is entered, the first Ctrl-C is an exception, and ``asked`` says so to whoever did not see it;
+    the next one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "Stop":
+        self._before = signal.signal(signal.SIGINT, self._first)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, _give_up if self.asked else self._before)
+
+    def _first(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, _give_up)
+        raise KeyboardInterrupt
+
+
 def leave() -> None:
     """End the process with code 130, without waiting for torch to be taken down.
 

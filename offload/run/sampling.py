@@ -1,6 +1,7 @@
 """Choosing the next token, with transformers' logits processors, and turning tokens into text as they
 come."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,7 +18,9 @@ from transformers.generation.logits_process import (
 
 from offload.model.detokenizer import Detokenizer
 from offload.records import Sampling
-from quant.errors import UsageError
+from quant.errors import CheckpointError
+
+_LEAST = 1e-30  # temperature: below, single precision knows no difference
 
 
 class Sampler:
@@ -26,19 +29,17 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.greedy = sampling.temperature == 0
         self.processors = LogitsProcessorList()
-        try:
-            if sampling.repetition_penalty is not None:
-                self.processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-            if not self.greedy:
-                self.processors.append(TemperatureLogitsWarper(sampling.temperature))
-                if sampling.top_k is not None:
-                    self.processors.append(TopKLogitsWarper(sampling.top_k))
-                if sampling.top_p is not None:
-                    self.processors.append(TopPLogitsWarper(sampling.top_p))
-                if sampling.min_p is not None:
-                    self.processors.append(MinPLogitsWarper(sampling.min_p))
-        except ValueError as error:
-            raise UsageError(f"bad sampling setting: {str(error).strip()}") from None
+        if sampling.repetition_penalty is not None:
+            self.processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        if not self.greedy:
+            self.processors.append(_from_best)
+            self.processors.append(TemperatureLogitsWarper(max(float(sampling.temperature), _LEAST)))
+            if sampling.top_k is not None:
+                self.processors.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p is not None:
+                self.processors.append(TopPLogitsWarper(float(sampling.top_p)))
+            if sampling.min_p is not None:
+                self.processors.append(MinPLogitsWarper(float(sampling.min_p)))
         self.generator = torch.Generator()
         if sampling.seed is not None:
             self.generator.manual_seed(sampling.seed)
@@ -46,16 +47,27 @@ class Sampler:
             self.generator.seed()
 
     def pick(self, logits: Tensor, context: Sequence[int]) -> int:
-        """The next token after ``context``, from ``logits`` ``[vocab]``."""
+        """The next token after ``context``, from ``logits`` ``[vocab]``.
+
+        Raises CheckpointError if the model's logits are no numbers.
+        """
         scores = logits.detach().float().cpu()[None]
         if self.processors:
             scores = self.processors(
                 cast(torch.LongTensor, torch.tensor([list(context)])), cast(torch.FloatTensor, scores)
             )
+        best = int(scores[0].argmax())  # NaN counts as the greatest
+        if not math.isfinite(scores[0, best]):
+            raise CheckpointError("the model's logits are not numbers (NaN or infinite): its weights are broken")
         if self.greedy:
-            return int(scores[0].argmax())
+            return best
         probabilities = torch.softmax(scores[0], -1)
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+
+def _from_best(ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    # The same probabilities; divided by a tiny temperature, the best stays finite.
+    return cast(torch.FloatTensor, scores - scores.max())
 
 
 class TextStream:

@@ -189,3 +189,63 @@ def test_a_failure_is_a_document_too_and_keeps_its_exit_code(words: list[str], c
     error = json.loads(done.stdout)["error"]
     assert (error["kind"], error["exit_code"]) == (kind, code)
     assert error["message"] in " ".join(done.stderr.split())
+
+
+def limited(limit: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """``coldstream WORDS`` in a shell after ``limit``."""
+    return subprocess.run(
+        ["bash", "-c", f'{limit}; exec "$@"', "bash", *COLDSTREAM, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_too_few_files_are_one_line() -> None:
+    done = limited("ulimit -n 16", "plan", "mini-scout")
+    assert done.returncode == 1
+    assert done.stderr.startswith("coldstream: error: this process may open 16 files") and done.stderr.count("\n") == 1
+    assert limited("ulimit -Sn 16", "plan", "mini-scout").returncode == 0, "it may have more"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_failure(closed: str) -> None:
+    done = limited(f"exec {closed}", "plan", "mini-scout")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "mini-scout", "--json"]])
+def test_a_full_disk_is_one_line(words: list[str]) -> None:
+    done = limited("exec >/dev/full", *words)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "coldstream: error: No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(24, "Too many open files", "model.safetensors"), "model.safetensors: Too many open files"),
+        (PermissionError(13, "Permission denied", "a\x1b[31m"), r"a\x1b[31m: Permission denied"),
+        (MemoryError(), "there is not enough memory"),
+        (RuntimeError("can't start new thread"), "no thread can be started"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(error: Exception, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise error
+    assert end.value.code == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"coldstream: error: {said}") and shown.count("\n") == 1
+
+
+def test_errors_in_the_program_itself_are_not_hidden() -> None:
+    with pytest.raises(RuntimeError), one_line_errors():
+        raise RuntimeError("a bug")
+
+
+def test_wrong_usage_shows_foreign_characters_harmlessly() -> None:
+    done = invoke("plan", "mini-scout", "--\x1b[31m")
+    assert done.returncode == 2
+    assert "\x1b" not in done.stderr and r"\x1b[31m" in done.stderr

@@ -40,4 +40,4 @@ def test_text_that_no_encoding_knows_does_not_lose_the_report(tmp_path: Path) ->
             return {"text": "a\ud800b"}
 
     save(Odd(), "run", tmp_path / "run.json")
-    assert json.loads((tmp_path / "run.json").read_text())["text"] == "a?b"
+    assert json.loads((tmp_path / "run.json").read_text())["text"] == "a\ud800b"

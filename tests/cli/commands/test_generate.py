@@ -1,13 +1,19 @@
 """Generating from the command line."""
 
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from cli.terminal.console import Console
 from cli.terminal.interrupt import INTERRUPTED
 from tests.commands import COLDSTREAM, ROOT, invoke
 
@@ -114,3 +120,83 @@ def test_ctrl_c_ends_a_run_at_once_with_130(model: Path, when: str) -> None:
     assert process.returncode == INTERRUPTED
     assert time.perf_counter() - started < 2
     assert "Traceback" not in err
+    assert ("  prefill " in err) == (when == "while generating"), "what there is is reported"
+
+
+def test_ctrl_c_keeps_the_text_the_document_and_the_page(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write, page = [], Console.write, tmp_path / "run.html"
+
+    def interrupted(console: Console, text: str) -> None:
+        written.append(text)
+        write(console, text)
+        if len(written) == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Console, "write", interrupted)
+    asked = ("generate", model, PROMPT, "-n", "500", "--ignore-eos", "--report", page, "--json")
+    done = invoke(*asked)
+    assert done.returncode == INTERRUPTED
+    document = json.loads(done.stdout)
+    assert document["text"] == "".join(written[:7])
+    assert document["finish_reason"] is None
+    assert document["decode"]["tokens_per_s"] > 0
+    assert "Decode runs at" in page.read_text()
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+
+
+def test_a_prompt_that_is_no_utf8_is_one_line(model: Path) -> None:
+    for words in (["caf\udce9"], ["Hi", "--stop", "\udcff"]):
+        done = invoke("generate", model, *words)
+        assert done.returncode == 1 and done.stdout == ""
+        assert "is not UTF-8 text: byte" in done.stderr and done.stderr.count("\n") == 1
+    done = invoke("generate", model, "-", stdin=b"na\xefve")
+    assert done.returncode == 1
+    assert "stdin is not UTF-8 text: byte 2 is 0xef" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("locale", "piped"),
+    [
+        ({"LC_ALL": "POSIX"}, True),
+        ({"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, False),
+        ({"PYTHONIOENCODING": "ascii"}, True),
+    ],
+    ids=str,
+)
+def test_any_prompt_works_in_any_locale(model: Path, locale: dict[str, str], piped: bool) -> None:
+    prompt = "# café 字 😀\nimport"
+    expected = json.loads(invoke("generate", model, prompt, "-n", "4", "--json").stdout)
+    done = subprocess.run(
+        [*COLDSTREAM, "generate", str(model), "-" if piped else prompt, "-n", "4", "--json"],
+        cwd=ROOT,
+        env=os.environ | locale,
+        input=prompt.encode() if piped else b"",
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    document = json.loads(done.stdout)
+    assert (document["prompt_tokens"], document["text"]) == (expected["prompt_tokens"], expected["text"])
+
+
+def test_a_token_that_the_embedding_lacks_is_one_line(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(folder)
+    done = invoke("generate", folder, "use <tool>", "-n", "2")
+    assert done.returncode == 1
+    assert "token 4,096" in done.stderr.splitlines()[-1] and "ends at 4,095" in done.stderr.splitlines()[-1]
+    assert invoke("generate", folder, "use a tool", "-n", "2").returncode == 0
+
+
+def test_what_a_model_writes_is_shown_and_does_nothing_else(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("generate", tiny("mixtral"), "Hi", "-n", "300", "--temperature", "1", "--seed", "1")
+    shown, exact = invoke(*asked).stdout, json.loads(invoke(*asked, "--json").stdout)["text"]
+    assert {"\x1b", "\a", "\n", "\t"} <= set(exact), "random bytes"
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
+    assert "\\x1b" in shown and shown.count("\n") == exact.count("\n") + 1

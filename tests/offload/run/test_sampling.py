@@ -1,12 +1,81 @@
-"""Stop strings, wherever the tokens that spell them are cut."""
+"""Settings at their ends, and stop strings wherever the tokens that spell them are cut."""
 
+import math
 import random
+from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
-from offload.run.sampling import TextStream
+from offload.records import Sampling
+from offload.run.sampling import Sampler, TextStream
+from quant.errors import CheckpointError, UsageError
 from tests.tokenizers import KINDS, SPECIAL, byte_level, metaspace_bytes
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_tokens": 0},
+        {"max_tokens": -3},
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.01},
+        {"top_p": math.nan},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+        {"min_p": math.nan},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": math.inf},
+        {"repetition_penalty": math.nan},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_by_name(asked: dict[str, Any]) -> None:
+    [name] = asked
+    with pytest.raises(UsageError, match=f"{name} is .*: expected "):
+        Sampling(**asked)
+
+
+EXTREME = [
+    {"temperature": 5e-324},
+    {"temperature": 1e-45},
+    {"temperature": 1e-30},
+    {"temperature": 1e308},
+    {"temperature": 1.0, "top_p": 5e-324},
+    {"temperature": 1.0, "top_k": 10**30},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 1.0, "repetition_penalty": 100},
+    {"temperature": 1.0, "repetition_penalty": 0.01, "seed": 2**64 - 1},
+    {"repetition_penalty": 100},
+]
+
+
+@pytest.mark.parametrize("asked", EXTREME, ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e4, 1e30])
+def test_what_can_be_gives_a_token(asked: dict[str, Any], scale: float) -> None:
+    logits = torch.linspace(-1, 1, 50)[torch.randperm(50, generator=torch.Generator().manual_seed(0))] * scale
+    sampler = Sampler(Sampling(**asked))
+    found = {sampler.pick(logits, [1, 2, 3]) for _ in range(20)}
+    assert found <= set(range(50))
+    if asked["temperature" if "temperature" in asked else "repetition_penalty"] < 1e-29 and scale >= 1:
+        assert found == {int(logits.argmax())}
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_said(broken: float, temperature: float) -> None:
+    logits = torch.zeros(9)
+    logits[4] = broken
+    with pytest.raises(CheckpointError, match="logits are not numbers"):
+        Sampler(Sampling(temperature=temperature)).pick(logits, [1])
 
 
 def streamed(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop: list[str]) -> tuple[str, int | None]:

@@ -1,0 +1,28 @@
+"""Text that is typed as an argument: UTF-8, whatever the locale says."""
+
+import os
+
+from quant.errors import InputError
+
+
+def typed_text(value: str | None) -> str | None:
+    """``value`` as text: its bytes are UTF-8, or else what the locale makes of them.
+
+    Python reads an argument by the locale, and keeps bytes that the locale does not know as half characters.
+    Raises InputError for those that are not UTF-8 either.
+    """
+    if value is None:
+        return None
+    data = os.fsencode(value)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            found = f"byte {error.start} of it is {data[error.start]:#x}"
+            raise InputError(f"an argument is not UTF-8 text: {found}; give UTF-8, or the text through stdin") from None
+    return value
+
+
+def typed_texts(values: list[str] | None) -> list[str]:
+    """Each of ``values`` as text; none for None. Raises InputError as ``typed_text`` does."""
+    return [text for value in values or () if (text := typed_text(value)) is not None]
