@@ -18,7 +18,7 @@ from torch.nn.functional import rms_norm
 
 from offload.decode.decoder import Decoder
 from offload.decode.native_moe import BlockTable, NativeMoe, is_native
-from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.reader import Priority
 from offload.experts.storage.store import ExpertStore
 from offload.model.kv_cache import KVCache

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.store import ExpertWeights
 from offload.routing.stats import RoutingStats
 from offload.tiers import Key

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offload.decode.decoder import Decoder
-from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.expert_cache import ExpertCache
 from offload.model.kv_cache import KVCache
 
 

@@ -1,6 +1,6 @@
 """Launching decode steps: on a GPU as one CUDA graph, on a CPU by a thread that stands for the GPU.
 
-A launch returns at once, and somebody else answers the step's doorbell. The launch itself is made by a
+A launch returns at once, and another thread answers the step's doorbell. The launch itself is made by a
 thread of its own, which then waits for the step's end: a launch may block until earlier work of the graph is
 done, and that work may be waiting for an answer.
 """

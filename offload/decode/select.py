@@ -8,8 +8,8 @@ from offload.decode.cpu import NativeDecoder
 from offload.decode.decoder import Decoder
 from offload.decode.gpu import GraphDecoder, refusal
 from offload.decode.plain import PlainDecoder
-from offload.experts.cache.host_cache import ExpertCache
-from offload.experts.cache.oom import with_room
+from offload.experts.cache.expert_cache import ExpertCache
+from offload.experts.cache.oom import retry_with_less_vram
 from offload.experts.cache.tiered_cache import TieredCache
 from offload.model.kv_cache import KVCache
 from offload.plan.plan import Plan
@@ -37,7 +37,7 @@ def select_decoder(
     if graph and isinstance(experts, TieredCache):
         reason = refusal(model.config, store)
         if reason is None:
-            return with_room(
+            return retry_with_less_vram(
                 lambda: GraphDecoder(
                     model,
                     experts,

@@ -43,8 +43,9 @@ class GroupedExperts:
         out = torch.empty(tokens * k, x.shape[1], dtype=x.dtype, device=x.device)
         for batch in cache.batches(layer, ids, self._ahead(layer, tokens * k), tokens=tokens):
             addresses = np.zeros(experts, dtype=np.int64)
-            addresses[list(batch.addresses)] = list(batch.addresses.values())
-            arrived = cache.vram.transfer.send(np.array(list(batch.addresses), dtype=np.int32))
+            for expert, slot in batch.items():
+                addresses[expert] = cache.vram.address(slot, (layer, expert))
+            arrived = cache.vram.transfer.send(np.array(list(batch), dtype=np.int32))
             moe_prefill(groups, arrived, cache.vram.transfer.send(addresses), layout, scratch, out)
         return combine(out, k)
 

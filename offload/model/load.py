@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from offload.experts.cache.oom import with_room
+from offload.experts.cache.oom import retry_with_less_vram
 from offload.experts.storage.arena import Arena
 from offload.experts.storage.page_cache import forget_pages
 from offload.model.moe import ExpertRunner, RoutedExperts, RoutedLlama4Block
@@ -141,7 +141,7 @@ def load_model(
         raise CheckpointError(f"{checkpoint.path} lacks weights of the model or has them in another shape: {names}")
     model.eval()
     if device.type != "cpu":
-        with_room(lambda: _move(model, device, progress), runner.cache)
+        retry_with_less_vram(lambda: _move(model, device, progress), runner.cache)
     return model
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.store import ExpertWeights
 from offload.model.grouped_moe import GroupedExperts

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_
 
-from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore, ExpertWeights
 from offload.model.kv_cache import KVCache, Storage

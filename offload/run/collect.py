@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.expert_cache import ExpertCache
 from offload.hardware.ledger import MemoryLedger, peak_resident_bytes, resident_bytes
 from offload.hardware.probe import Machine
 from offload.hardware.system import cpu_name

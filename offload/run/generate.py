@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from offload.decode.decoder import Decoder
-from offload.experts.cache.host_cache import Counters, ExpertCache
-from offload.experts.cache.oom import with_room
+from offload.experts.cache.expert_cache import Counters, ExpertCache
+from offload.experts.cache.oom import retry_with_less_vram
 from offload.hardware.ledger import resident_bytes
 from offload.hardware.vram_limit import VramMeter
 from offload.model.kv_cache import KVCache
@@ -184,7 +184,7 @@ class Generator:
         has no memory left."""
         whole = [*self.tokens, *ids]
         # A try that failed may have cost some of the tokens before, too.
-        return with_room(lambda: self._try(whole[len(self.tokens) :]), self.experts)
+        return retry_with_less_vram(lambda: self._try(whole[len(self.tokens) :]), self.experts)
 
     def _try(self, ids: Sequence[int]) -> Tensor:
         before = len(self.tokens)

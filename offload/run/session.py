@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from offload.decode.select import select_decoder
-from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.cache.mapped_cache import MappedCache
 from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.arena import Arena

@@ -106,7 +106,7 @@ class LaggingTransfer(Transfer):
             self._advance()
         self._check()
 
-    def room(self) -> tuple[int, int]:
+    def memory_left(self) -> tuple[int, int]:
         return self.limit, self.allowed
 
     def register(self, address: int, nbytes: int) -> int:

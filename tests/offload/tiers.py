@@ -119,8 +119,8 @@ def prompt(
         following = [(bench.layers[row + 1], e) for e in choice[row + 1]] if row + 1 < len(choice) else []
         seen: set[int] = set()
         for batch in cache.batches(layer, np.array(choice[row]), following if large else (), tokens=16):
-            assert batch.weights.keys() == batch.addresses.keys()
-            for expert, address in batch.addresses.items():
+            for expert, slot in batch.items():
+                address = cache.vram.address(slot, (layer, expert))
                 seen.add(expert)
                 transfer.launch(lambda k=(layer, expert), a=address: bench.check(k, a, transfer))  # type: ignore[misc]
         assert seen == set(choice[row])
@@ -140,7 +140,7 @@ def consistent(bench: Bench, cache: TieredCache) -> None:
         start = bench.store.record(*key).start
         assert (place == VRAM) == cache.vram.resident(key) == (cache.tier_of(key) == "vram")
         if place == VRAM:
-            assert address == cache.vram.address(key)
+            assert address == cache.vram.address(vram.slot_of[key], key)
             assert key not in host or key in cache.vram.leaving, "a resident has a host copy"
         elif place == PINNED:
             assert address == cache.arena.device_address(host.slot_of[key]) + start

@@ -24,7 +24,7 @@ class AddressTable:
     the address of an expert's first byte, 0 where the device has none, and VRAM, PINNED or ELSEWHERE.
 
     ``noted_addresses`` and ``noted_places``, on the host, are what the next flush will post; ``posted_places``
-    is what the last one did, for the compute queued since. Nobody else writes to them.
+    is what the last one did, for the compute queued since. Others only read them.
     """
 
     def __init__(self, layers: Sequence[int], experts: int, transfer: Transfer) -> None:

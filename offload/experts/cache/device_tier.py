@@ -12,7 +12,7 @@ from torch import Tensor
 from offload.experts.cache.address_table import PINNED, VRAM, AddressTable
 from offload.experts.storage.device_slots import DeviceSlots
 from offload.experts.storage.slot_table import SlotTable
-from offload.experts.storage.store import ExpertRecord, ExpertStore, ExpertWeights, Layout
+from offload.experts.storage.store import ExpertStore, ExpertWeights, Layout
 from offload.experts.storage.transfer import Transfer
 from offload.plan.placement import vram_reserve
 from offload.routing.frequency import ExpertFrequency, Mask
@@ -29,15 +29,15 @@ class HostSource(Protocol):
         """Whether ``key`` is on its way from disk to a host slot."""
 
     def demand_source(self, key: Key, locked: set[Key], *, wait: bool) -> bool:
-        """Whether ``key`` is whole, its read begun if it is not and a slot can be had that none of ``locked``
-        has. With ``wait``, it is awaited. Raises CheckpointError if the disk fails."""
+        """Whether ``key`` is whole. If it is not, its read begins, unless that would take a slot of one of
+        ``locked``; with ``wait``, that read is awaited. Raises CheckpointError if the disk fails."""
 
     def read_behind(self, key: Key, *, evict: bool) -> None:
         """Begin reading ``key`` behind everything else, if it has no host slot and one is free or, with
         ``evict``, another's can be had."""
 
     def source(self, key: Key) -> Tensor:
-        """``key``'s host slot, uint8, whose copy to the device is counted herewith."""
+        """``key``'s host slot, uint8, to be copied to the device. Counts the copy."""
 
     def release(self, key: Key) -> None:
         """Forget ``key``'s host slot."""
@@ -49,8 +49,9 @@ class HostSource(Protocol):
 class DeviceTier:
     """``slots`` device slots for the experts of ``store``, or as many as can be had.
 
-    ``frequency`` says which are worth a slot. ``leaving`` has each expert that makes way, and for whom.
-    Raises BudgetError if the device has no memory for a slot that an expert passes through.
+    ``frequency`` says which are worth a slot. ``reserve`` of the slots hold no expert for good: what only passes
+    through needs them. ``arriving`` has the ticket of each copy under way, ``leaving`` each expert that makes
+    way, and for whom. Raises BudgetError if the device has memory for less than the reserve.
     """
 
     def __init__(
@@ -61,8 +62,8 @@ class DeviceTier:
         self.slots = DeviceSlots(transfer, slots, store.slot_bytes, least=least)
         self.slot_table = SlotTable(self.slots.count)
         self.address_table = AddressTable(store.shape.moe_layers, store.shape.num_experts, transfer)
-        self.reserve = vram_reserve(self.slots.count, store.count)  # slots that hold no expert for good
-        self.arriving: dict[Key, Any] = {}  # tickets of their copies
+        self.reserve = vram_reserve(self.slots.count, store.count)
+        self.arriving: dict[Key, Any] = {}
         self.leaving: dict[Key, Key] = {}
         self._passing: dict[Key, Any] = {}  # experts that are copied to staging slots, and tickets
         self._views: dict[tuple[int, Layout], ExpertWeights] = {}
@@ -86,7 +87,7 @@ class DeviceTier:
         return found
 
     def coldest(self) -> Key | None:
-        """The resident that is missed least; one that is leaving anyway goes first."""
+        """The resident that is asked for least; one that is leaving anyway goes first."""
         leaving = next((key for key in self.leaving if self.resident(key)), None)
         return leaving or self.frequency.coldest(self.residents())
 
@@ -99,22 +100,22 @@ class DeviceTier:
         """Make residents of the experts whose copies have landed since the last call, and free their host
         slots. No step may be running that reads those."""
         for key in [key for key, ticket in self.arriving.items() if self.transfer.poll(ticket)]:
-            # The host has seen the copy end; compute is told as well, in the queues' own terms.
+            # The host has seen the copy end; for compute it is over only once its queue has waited for it.
             self.transfer.landed(self.arriving.pop(key))
             if self.host.whole(key):
                 self.host.release(key)
-            self.address_table.set(key, VRAM, self.address(key))
+            self.address_table.set(key, VRAM, self.address(self.slot_table.slot_of[key], key))
 
     def drop(self, key: Key) -> None:
-        """Forget ``key``: it is where else it is, if anywhere. A copy into its slot waits for the compute
-        queued so far."""
+        """Forget ``key``, which the device finds in its host slot from now on, if it has one. A copy into its
+        device slot waits for the compute queued so far."""
         self.leaving.pop(key, None)
         self.arriving.pop(key, None)
         self.slot_table.release(key)
         self.host_changed(key)
 
     def host_changed(self, key: Key) -> None:
-        """``key`` has come to a host slot or left it: the device finds it there, unless it is resident."""
+        """``key`` has come to a host slot or left it: note where the device finds it, unless it is resident."""
         if self.resident(key):
             return
         address = self.host.device_address(key)
@@ -124,8 +125,8 @@ class DeviceTier:
             self.address_table.clear(key)
 
     def stage(self, key: Key, slot: int, after: Any) -> Any:
-        """Begin copying ``key`` from its host slot to ``slot``, which is no expert's, once the compute that
-        ``after`` marks is done. Returns the ticket."""
+        """Begin copying ``key`` from its host slot to a staging ``slot``, once the compute that ``after`` marks is
+        done. Returns the ticket."""
         ticket = self._passing[key] = self.transfer.copy(self.host.source(key), self.slots.view(slot), after)
         return ticket
 
@@ -135,8 +136,8 @@ class DeviceTier:
         return self._passing.keys() | self.arriving.keys()
 
     def wait_for_source(self, *, land: bool) -> bool:
-        """Wait until a copy has read its host slot, one of an expert that stays only if that may ``land``;
-        False if there is none to wait for."""
+        """Wait until a copy has read its host slot; False if none is under way. Copies of experts that stay are
+        waited for only if those may ``land`` now."""
         if self._passing:
             self.transfer.done(self._passing.pop(next(iter(self._passing))))
             return True
@@ -146,24 +147,20 @@ class DeviceTier:
             return True
         return False
 
-    def address(self, key: Key) -> int:
-        """The device address of ``key``'s first byte."""
-        return self.slots.address(self.slot_table.slot_of[key]) + self.store.record(*key).start
+    def address(self, slot: int, key: Key) -> int:
+        """The device address of ``key``'s first byte in ``slot``."""
+        return self.slots.view(slot).data_ptr() + self.store.record(*key).start
 
-    def weights(self, key: Key) -> ExpertWeights:
-        """``key``'s weights on the device."""
-        return self.view(self.slot_table.slot_of[key], self.store.record(*key))
-
-    def view(self, slot: int, record: ExpertRecord) -> ExpertWeights:
-        """The weights of the expert of ``record`` in ``slot``."""
+    def weights(self, slot: int, key: Key) -> ExpertWeights:
+        """The weights of ``key`` in ``slot``."""
+        record = self.store.record(*key)
         view_key = (slot, record.layout)
         if view_key not in self._views:
             self._views[view_key] = record.view(self.slots.view(slot))
         return self._views[view_key]
 
     def coldest_segment(self) -> range | None:
-        """The slots whose experts are missed least, of those that lie in one allocation; None if there is
-        only one."""
+        """The segment whose experts are asked for least; None if it is the last one."""
         segments = self.slots.segments()
         holding, score = {slot: key for key, slot in self.slot_table.slot_of.items()}, self.frequency.score
         if len(segments) < 2:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from offload.experts.cache.host_cache import ExpertCache, Watcher
+from offload.experts.cache.expert_cache import ExpertCache, Watcher
 from offload.experts.storage.mapped_files import MappedFiles
 from offload.experts.storage.reader import Priority, Reader
 from offload.experts.storage.store import ExpertRecord, ExpertStore, ExpertWeights

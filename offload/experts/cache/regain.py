@@ -15,8 +15,8 @@ _SPARE = 64 * 2**20  # bytes left free beside a segment that is taken again
 
 
 class Regain:
-    """Takes segments again that ``tier`` has given back. ``spare`` bytes stay free where one is; who has given
-    up again what was taken again waits twice as long."""
+    """Takes segments again that ``tier`` has given back. ``spare`` bytes stay free beside one that is. Each time
+    that such a segment must be given back after all, the next wait is twice as long."""
 
     def __init__(self, tier: DeviceTier, spare: int = _SPARE) -> None:
         self.tier, self.spare = tier, spare
@@ -25,7 +25,7 @@ class Regain:
         self._patience = _LOOKS
 
     def lost(self, segment: range, *, to_others: bool) -> None:
-        """``segment`` has been given back, ``to_others`` if it was not this process that wanted more."""
+        """Note that ``segment`` was given back; ``to_others``: because other programs took the memory."""
         if to_others:
             self._lost.append(segment.start)
         if self._regained:
@@ -40,14 +40,14 @@ class Regain:
         if self._tokens % _TOKENS:
             return False
         first = self._lost[-1]
-        free, allowed = self.tier.transfer.room()
+        free, allowed = self.tier.transfer.memory_left()
         wanted = self.tier.slots.segment_bytes(first)
         self._found = self._found + 1 if min(free - self.spare, allowed) >= wanted else 0
         if self._found < self._patience:
             return False
         try:
             self.tier.regain(first)
-        except BudgetError:  # somebody was quicker
+        except BudgetError:  # another program was quicker
             self._found, self._patience = 0, 2 * self._patience
             return False
         self._lost.pop()

@@ -10,20 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload.experts.cache.device_tier import DeviceTier, HostSource
-from offload.experts.storage.store import ExpertWeights
 from offload.tiers import Key
 
 _SLOTS = 6  # for a large chunk: attention of the next layer hides the copies of a few experts
 _PART = 8  # but no more than this part of all
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Experts of one layer that lie on the device now: their weights, and the device addresses of their first
-    bytes."""
-
-    weights: dict[int, ExpertWeights]
-    addresses: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -73,7 +63,7 @@ class Staging:
         self.tier.slot_table.free.extend(slot for slot, _ in self._free)
         self._free.clear()
 
-    def batches(self, keys: Sequence[Key], ahead: Sequence[Key]) -> Iterator[Batch]:
+    def batches(self, keys: Sequence[Key], ahead: Sequence[Key]) -> Iterator[dict[int, int]]:
         """See ``TieredCache.batches``; ``open`` comes first."""
         tier, transfer = self.tier, self.tier.transfer
         hits = [key for key in keys if key in tier]
@@ -87,16 +77,14 @@ class Staging:
                 for key in hits:
                     if key in tier.arriving:
                         transfer.landed(tier.arriving[key])
-                yield Batch({key[1]: tier.weights(key) for key in hits}, {key[1]: tier.address(key) for key in hits})
+                yield {key[1]: tier.slot_table.slot_of[key] for key in hits}
             while copies or waiting:
                 self._start(waiting, copies, wait=not copies)
                 copy = copies[0]
                 transfer.landed(copy.ticket)
-                record = tier.store.record(*copy.key)
-                address = tier.slots.address(copy.slot) + record.start
-                yield Batch({copy.key[1]: tier.view(copy.slot, record)}, {copy.key[1]: address})
+                yield {copy.key[1]: copy.slot}
                 self._free.append((copies.popleft().slot, transfer.mark()))
-        finally:  # the disk has failed, or nobody asks for the rest
+        finally:  # the disk has failed, or the caller wants no more
             self._free.extend((copy.slot, transfer.mark()) for copy in copies)
         for key in ahead:
             if self._free and key not in tier and self.host.demand_source(key, set(ahead), wait=False):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from offload.experts.cache.address_table import PINNED, VRAM, Places
 from offload.experts.cache.device_tier import DeviceTier
-from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.cache.promotion import Promotion
 from offload.experts.cache.regain import Regain
-from offload.experts.cache.staging import Batch, Staging
+from offload.experts.cache.staging import Staging
 from offload.experts.storage.reader import Priority, Reader
 from offload.experts.storage.store import ExpertStore, ExpertWeights
 from offload.experts.storage.transfer import Transfer
@@ -95,7 +95,7 @@ class TieredCache(ExpertCache):
 
     @property
     def notes(self) -> list[str]:
-        """What a report should say of the memory that was had."""
+        """What a user should know of the memory that there is for experts."""
         slots = self.vram.slots
         shrunk = (
             "the GPU ran out of memory, within --vram or beside another program: expert slots were given back; "
@@ -119,12 +119,13 @@ class TieredCache(ExpertCache):
     def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """Yield each of ``experts`` with its weights on the device; see ``ExpertCache.stream``."""
         for batch in self.batches(layer, np.asarray(experts)):
-            yield from batch.weights.items()
+            yield from ((expert, self.vram.weights(slot, (layer, expert))) for expert, slot in batch.items())
 
-    def batches(self, layer: int, chosen: Ids, ahead: Sequence[Key] = (), *, tokens: int = 1) -> Iterator[Batch]:
-        """Yield the weights of the experts that ``tokens`` tokens have ``chosen`` on the device, residents at
-        once, the others as they land in staging slots; compute waits for them by event, the host only for the
-        disk.
+    def batches(
+        self, layer: int, chosen: Ids, ahead: Sequence[Key] = (), *, tokens: int = 1
+    ) -> Iterator[dict[int, int]]:
+        """Yield the experts that ``tokens`` tokens have ``chosen``, each with its device slot: residents at once,
+        the others as they land in staging slots. Compute waits for them by event, the host only for the disk.
 
         A batch is valid until the next is asked for. ``ahead`` are experts of the next layer that are copied
         once this one's are, as far as there are slots: they make this a prompt's large chunk, for which the
@@ -141,12 +142,12 @@ class TieredCache(ExpertCache):
         for key, tier in tiers.items():
             self.counters.used_bytes["vram"] += self.store.record(*key).nbytes
             if tier != "vram":
-                self.host_policy.touch(key)
+                self.policy.touch(key)
         return self.staging.batches(list(tiers), ahead)
 
     def begin_token(self) -> None:
-        """Before a step that reads the tables: move experts, and post the tables in the compute queue. Until
-        ``end_token``, nothing is overwritten that they point at. The last step is over."""
+        """Before a step whose kernels read the address table, the last step being over: move experts, and post the
+        table in the compute queue. Until ``end_token``, nothing is overwritten that it points at."""
         self._step = None
         self._move()
         self._keep_a_slot_unseen()
@@ -155,7 +156,7 @@ class TieredCache(ExpertCache):
         self._step = 0
 
     def end_token(self) -> None:
-        """The step is over; ``after_token`` counts it when there is time, beside the next step if need be."""
+        """The step is over. ``after_token`` counts it, beside the next step if need be."""
         self._ended = _EndedStep(self.vram.address_table.posted_places.copy(), self._fetched)
         self.drop_token()
 
@@ -164,8 +165,8 @@ class TieredCache(ExpertCache):
         self._step, self._fetched = None, {}
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
-        """In a step that has reached ``layer``: yield ``experts``, none of them on the device by its tables,
-        from host slots, residents first and the others as they arrive from disk.
+        """In a step that has reached ``layer``: yield ``experts``, which its kernels do not find on the device, from
+        host slots, first those that have one and then the others as they arrive from disk.
 
         Raises CheckpointError if the disk fails.
         """
@@ -176,8 +177,8 @@ class TieredCache(ExpertCache):
         yield from self.serve_from_host(sorted(tiers, key=lambda key: key not in self.host))
 
     def after_token(self, chosen: Ids) -> None:
-        """``chosen`` ``[rows, ..., k]`` (negative for none) were used by the step that ended last. Counts it
-        and plans what to move; nothing is moved here: another step may be running by now."""
+        """Count the step that ended last, which used ``chosen`` ``[rows, ..., k]`` (negative for none), and plan what
+        to move. Nothing is moved here: another step may be running by now."""
         ids = chosen.reshape(len(chosen), -1)
         self.frequency.count_step(ids, max(1, ids.shape[1] // self.store.shape.top_k))
         self._count_used(ids)
@@ -202,12 +203,12 @@ class TieredCache(ExpertCache):
             self.fill()
 
     def shrink_vram(self) -> int:
-        """Give device memory back to the driver, the coldest part of it; returns its bytes, 0 if no more can
-        be spared. What lay there is on disk until it is asked for."""
+        """Give the segment of device memory with the coldest experts back to the driver; returns its bytes, 0 if no
+        more can be spared. Its experts are read from disk when they are asked for."""
         segment, transfer = self.vram.coldest_segment(), self.vram.transfer
         if segment is None:
             return 0
-        free, allowed = transfer.room()
+        free, allowed = transfer.memory_left()
         transfer.drain()
         self.staging.close()
         self.vram.land()
@@ -221,7 +222,7 @@ class TieredCache(ExpertCache):
         """Wait for the device and unpin host memory."""
         try:
             self.vram.transfer.drain()
-        except RuntimeError:  # the GPU is gone, which whoever worked with it has reported, and its pins too
+        except RuntimeError:  # the GPU is gone, as an earlier error has said, and its pins with it
             return
         self.arena.unpin()
 
@@ -321,4 +322,4 @@ class TieredCache(ExpertCache):
             if key not in fetched:  # what was fetched was counted then
                 counters.used_bytes[tier] += int(self._nbytes[row, expert])
             if key in self.host:
-                self.host_policy.touch(key)
+                self.policy.touch(key)

@@ -56,10 +56,6 @@ class DeviceSlots:
         first = slot // self._each * self._each
         return self._memory[first][slot - first]
 
-    def address(self, slot: int) -> int:
-        """The device address of ``slot``'s first byte."""
-        return self.view(slot).data_ptr()
-
     def segments(self) -> list[range]:
         """The slots of each segment."""
         return [range(first, first + len(memory)) for first, memory in self._memory.items()]

@@ -1,12 +1,13 @@
 """MappedFiles: experts used straight from the page cache until a copy of them is in the arena.
 
-Where all experts will fit and the page cache holds them already, a first token need not wait for their
-copies: memory that is new to the process must be cleared and, in a virtual machine, found by the host, which
-takes several times as long as reading what is there. Mapped pages are small and slow to read at length, so
-every expert still moves to the arena; it is used where it lies until then.
+Where all experts fit in RAM and the page cache holds them already, a first token need not wait until they are
+copied: memory that is new to the process must be cleared and, in a virtual machine, found by the host, which
+takes several times as long as reading what is there. Mapped pages are small and slow to read for long, so
+every expert is copied to the arena all the same, and used in the page cache until then.
 
-A mapped file that shrinks kills its reader. A read lease (``fcntl(2)``) keeps others from opening the file
-for writing or cutting it until its last expert has moved; where the system grants none, nothing is mapped.
+The process would be killed if a file that it has mapped were cut. A read lease (``fcntl(2)``) keeps others from
+opening the file for writing or cutting it until its last expert has moved; where the system grants none, nothing
+is mapped.
 """
 
 import fcntl
@@ -50,7 +51,7 @@ class MappedFiles:
         return lease.map(run.offset, run.needed)
 
     def protect(self, file: Path) -> bool:
-        """Keep ``file``, which somebody else has mapped, from being cut; False if it cannot be leased."""
+        """Keep ``file``, which others than this have mapped, from being cut; False if it cannot be leased."""
         return self._lease(file) is not None
 
     def _lease(self, file: Path) -> "_Lease | None":
@@ -74,7 +75,7 @@ class MappedFiles:
 
 
 class _Lease:
-    """One file, mapped, that nobody can cut."""
+    """One file, mapped, that cannot be cut meanwhile."""
 
     def __init__(self, descriptor: int, view: PageCacheView) -> None:
         self._descriptor, self.view = descriptor, view
@@ -93,7 +94,7 @@ class _Lease:
         except OSError:
             return None
         try:
-            # Who wants to write waits, and this process is told by a signal that is ignored unless asked for.
+            # A writer waits, and this process gets a signal that is ignored by default.
             fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
             fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
             return cls(descriptor, PageCacheView(file, descriptor))

@@ -71,8 +71,8 @@ class Transfer:
     def reclaim(self) -> None:
         """Hand device memory that nothing refers to back to the driver."""
 
-    def room(self) -> tuple[int, int]:
-        """(bytes of device memory that nobody has, bytes that this process may still take). Asks the driver,
+    def memory_left(self) -> tuple[int, int]:
+        """(bytes of device memory that no process has, bytes that this one may still take). Asks the driver,
         waits for nothing."""
         return 0, 0
 
@@ -136,7 +136,7 @@ class CudaTransfer(Transfer):
     def reclaim(self) -> None:
         torch.cuda.empty_cache()
 
-    def room(self) -> tuple[int, int]:
+    def memory_left(self) -> tuple[int, int]:
         index = self._stream.device_index
         free, total = torch.cuda.mem_get_info(index)
         limit = int(torch.cuda.get_per_process_memory_fraction(index) * total)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from offload.experts.cache.host_cache import ExpertCache
-from offload.experts.cache.oom import with_room
+from offload.experts.cache.expert_cache import ExpertCache
+from offload.experts.cache.oom import retry_with_less_vram
 from offload.hardware.cuda_driver import gpu_errors
 from quant.errors import MachineError
 
@@ -41,7 +41,7 @@ def test_slots_are_given_back_until_the_work_fits(driver_says_it: bool) -> None:
         error.error_code = 2  # type: ignore[attr-defined]
     cache = Slots(5)
     _, work = needing(3, error)
-    assert with_room(work, cache) == 3  # type: ignore[arg-type]
+    assert retry_with_less_vram(work, cache) == 3  # type: ignore[arg-type]
     assert cache.times == 3
 
 
@@ -55,27 +55,27 @@ def test_slots_are_given_back_until_the_work_fits(driver_says_it: bool) -> None:
 def test_code_that_finds_no_memory_is_given_some(said: str) -> None:
     cache = Slots(5)
     _, work = needing(2, RuntimeError(said))
-    assert with_room(work, cache) == 2  # type: ignore[arg-type]
+    assert retry_with_less_vram(work, cache) == 2  # type: ignore[arg-type]
     assert cache.times == 4
 
 
 def test_a_kernel_that_cannot_be_launched_is_one_line() -> None:
     _, work = needing(2, RuntimeError("Triton Error [CUDA]: device kernel image is invalid"))
     with pytest.raises(MachineError, match="the GPU or its driver failed: Triton Error"):
-        with_room(work, Slots(5))  # type: ignore[arg-type]
+        retry_with_less_vram(work, Slots(5))  # type: ignore[arg-type]
 
 
 def test_with_nothing_left_to_give_one_line_says_so() -> None:
     _, work = needing(9, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"))
     with pytest.raises(MachineError, match=r"no memory left.*\(CUDA out of memory\)") as raised:
-        with_room(work, Slots(2))  # type: ignore[arg-type]
+        retry_with_less_vram(work, Slots(2))  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
 
 
 def test_a_failing_gpu_is_one_line_and_not_tried_again() -> None:
     tried, work = needing(2, torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with ..."))
     with pytest.raises(MachineError, match="the GPU or its driver failed: CUDA error: unspecified") as raised:
-        with_room(work, Slots(5))  # type: ignore[arg-type]
+        retry_with_less_vram(work, Slots(5))  # type: ignore[arg-type]
     assert len(tried) == 1 and "\n" not in str(raised.value)
 
 

@@ -87,7 +87,7 @@ def test_a_segment_that_somebody_else_takes_first_is_asked_for_later(
 ) -> None:
     cache, transfer, freed = shrunk(bench)
     transfer.limit = freed - 1
-    monkeypatch.setattr(transfer, "room", lambda: (2**30, 2**30))
+    monkeypatch.setattr(transfer, "memory_left", lambda: (2**30, 2**30))
     tokens(cache, 3 * 256)
     assert cache.vram.slots.count == 14
     transfer.limit = freed

@@ -16,7 +16,7 @@ from tests.offload.lagging import LaggingTransfer
 from tests.offload.tiers import Bench, Choice, consistent, prompt, token
 
 RESERVE = 2  # device slots that hold no expert for good
-KINDS = ["token", "token", "token", "prompt", "large", "fill", "given up", "shrink", "regain"]
+KINDS = ["token", "token", "token", "prompt", "large", "fill", "wait", "given up", "shrink", "regain"]
 QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -63,6 +63,8 @@ def run(
             token(bench, cache, transfer, choice)
         elif kind == "fill":
             cache.fill()
+        elif kind == "wait":
+            cache.wait()
         elif kind == "given up":
             token(bench, cache, transfer, choice, choice[0][0] % 5)
         elif kind == "shrink":
@@ -147,6 +149,22 @@ def test_an_expert_on_its_way_to_the_device_is_awaited_by_a_prompt(bench: Bench)
     transfer.drain()
 
 
+def test_a_host_slot_that_is_being_copied_to_the_device_is_not_overwritten(bench: Bench) -> None:
+    transfer = LaggingTransfer(3, lazy=True)
+    cache = bench.cache(transfer, ram=2, vram=6)
+    layer, hot = bench.layers[0], (bench.layers[0], 0)
+    assert list(cache.fetch(layer, [0]))
+    cache.after_token(np.array(ask(bench, 0)))
+    cache.drop_token()
+    cache.rebalance()
+    assert hot in cache.vram.arriving
+    for expert in (1, 2, 3):  # read into the other slot, one after another
+        assert list(cache.serve_from_host([(layer, expert)]))
+    transfer.drain()
+    cache.rebalance()
+    bench.check(hot, cache.vram.address(cache.vram.slot_table.slot_of[hot], hot), transfer)
+
+
 def test_tables_are_posted_as_they_were_at_each_flush(bench: Bench) -> None:
     transfer = LaggingTransfer(5, lazy=True)
     tables = AddressTable(bench.layers, bench.experts, transfer)
@@ -204,7 +222,8 @@ def test_experts_that_were_copied_ahead_for_nothing_make_room(bench: Bench) -> N
         for _ in cache.batches(first, np.array([1]), [(second, expert) for expert in range(8)]):
             pass
         for batch in cache.batches(second, np.array([7, 6])):
-            for expert, address in batch.addresses.items():
+            for expert, slot in batch.items():
+                address = cache.vram.address(slot, (second, expert))
                 transfer.launch(
                     lambda k=(second, expert), a=address: bench.check(k, a, transfer)  # type: ignore[misc]
                 )
@@ -243,7 +262,7 @@ def test_a_step_that_failed_where_all_was_in_memory_is_tried_again_with_less(ben
     choice = [[0, 3], [1, 4], [2, 5], [6, 7]]
     cache.begin_token()
     assert not cache.host.free
-    cache.shrink_vram()  # the step ran out of memory: see with_room
+    cache.shrink_vram()  # the step ran out of memory: see retry_with_less_vram
     assert "disk" in cache.tiers().values()
     token(bench, cache, transfer, choice)
     consistent(bench, cache)
@@ -251,7 +270,7 @@ def test_a_step_that_failed_where_all_was_in_memory_is_tried_again_with_less(ben
 
 def test_a_dropped_segment_is_not_kept_alive_by_views(bench: Bench) -> None:
     cache = bench.cache(Transfer(), ram=10, vram=16, seeds=bench.store.experts())
-    for _ in cache.batches(bench.layers[0], np.arange(8)):  # views are made
+    for _ in cache.stream(bench.layers[0], range(8)):  # views are made
         pass
     memory = [weakref.ref(part) for part in cache.vram.slots._memory.values()]
     cache.shrink_vram()

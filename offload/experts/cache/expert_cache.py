@@ -25,7 +25,8 @@ _IN_FLIGHT = 8
 
 @dataclass
 class Counters:
-    """Requests by the tier that held the expert, and bytes fetched, since the last ``take``."""
+    """What was counted since the last ``take_counters``: requests by the tier that held the expert, bytes fetched
+    by where from, and bytes of experts that were computed by where they lay."""
 
     by_tier: dict[Tier, int] = field(default_factory=lambda: {"vram": 0, "ram": 0, "disk": 0})
     fetched: dict[Literal["disk", "pcie"], int] = field(default_factory=lambda: {"disk": 0, "pcie": 0})
@@ -33,7 +34,7 @@ class Counters:
 
 
 class Watcher(Protocol):
-    """Is told what each host slot holds, so that it finds experts, and can wait for them, without asking."""
+    """Is told what each host slot holds: native code can then find experts, and wait for them, without asking."""
 
     def coming(self, key: Key, weights: ExpertWeights) -> None:
         """``key``'s bytes will be read to where ``weights`` view them, which stay valid until it is
@@ -47,9 +48,12 @@ class Watcher(Protocol):
 
 
 class ExpertCache:
-    """Serves the experts of a layer from ``ram_slots`` host slots or disk, at least two slots unless every
-    expert has one. ``frequency`` says which are worth a free slot, ``policy`` which to forget where none is
-    free; with ``transfer`` its device can read them."""
+    """Serves the experts of ``store`` from ``ram_slots`` host slots, where ``reader`` brings them from disk.
+
+    There are at least two slots unless every expert has one. ``frequency`` says which experts are worth a free
+    slot (None: nothing is known), ``policy`` which to forget where none is free. With ``transfer`` its device can
+    read the slots.
+    """
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class ExpertCache:
     ) -> None:
         self.store, self.reader, self.frequency = store, reader, frequency
         self.arena = Arena(ram_slots, store.slot_bytes, transfer)
-        self.host, self.host_policy = SlotTable(ram_slots), policy
+        self.host, self.policy = SlotTable(ram_slots), policy
         self.counters = Counters()
         self.requests: dict[int, Counter[Tier]] = {layer: Counter() for layer in store.shape.moe_layers}
         self._pending: dict[Key, ReadRequest] = {}
@@ -77,7 +81,7 @@ class ExpertCache:
 
     @property
     def notes(self) -> list[str]:
-        """What a report should say of the memory that was had."""
+        """What a user should know of the memory that there is for experts."""
         return self.arena.notes
 
     @property
@@ -93,7 +97,7 @@ class ExpertCache:
         return "ram" if pending is None or pending.done.is_set() else "disk"
 
     def whole(self, key: Key) -> bool:
-        """Whether all of ``key``'s bytes are in a host slot, as far as was taken note of."""
+        """Whether ``key``'s bytes are known to be all in a host slot; see ``reap``."""
         return key in self.host and key not in self._pending
 
     def reading(self, key: Key) -> bool:
@@ -109,21 +113,21 @@ class ExpertCache:
         return set()
 
     def wait_for_slot(self) -> bool:
-        """Wait until one expert is no longer in use; False if none will be."""
+        """Wait until one of the experts in use is so no more; False if there is none to wait for."""
         return False
 
     def host_changed(self, key: Key) -> None:
         """``key``'s bytes are all in its host slot now, or it has none any more."""
 
     def rebalance(self) -> None:
-        """Between two steps: move experts to where they are wanted, as far as that needs no waiting."""
+        """Between two steps: move experts to the tiers where they are wanted, as far as that needs no waiting."""
 
     def shrink_vram(self) -> int:
         """Give device memory back to the driver; returns its bytes, 0 if there is none to spare."""
         return 0
 
     def close(self) -> None:
-        """Let go of what a device has of the memory."""
+        """End what others, a device above all, have to do with the memory."""
 
     def tally(self, layer: int, tier: Tier, count: int = 1) -> None:
         """Note ``count`` requests for experts of ``layer`` that ``tier`` held."""
@@ -138,8 +142,8 @@ class ExpertCache:
         return tiers
 
     def count_served(self, layers: Sequence[int], chosen: Sequence[Sequence[int]], late: Sequence[int]) -> None:
-        """One token's ``chosen`` experts of each of ``layers``, all in host slots by now, were computed by
-        whoever the watcher told of them; as many as ``late`` says of each layer had to be waited for."""
+        """Count one token's ``chosen`` experts of each of ``layers``, which native code has computed from their host
+        slots. For as many as ``late`` says of each layer it had to wait."""
         counters, count = self.counters, sum(len(experts) for experts in chosen)
         for layer, experts, waited in zip(layers, chosen, late, strict=True):
             self.tally(layer, "ram", len(experts) - waited)
@@ -151,20 +155,20 @@ class ExpertCache:
                 return
         for layer, experts in zip(layers, chosen, strict=True):
             for expert in experts:
-                self.host_policy.touch((layer, expert))
+                self.policy.touch((layer, expert))
                 if same is None:
                     counters.used_bytes["ram"] += self.store.record(layer, expert).nbytes
 
     def watch(self, watcher: Watcher) -> None:
-        """Tell ``watcher`` of every expert that is there, and of all that follow, in place of whoever watched
-        before. Waits for what is under way."""
+        """Tell ``watcher`` of every expert in a host slot, and from now on of each that comes and goes, in place of
+        an earlier watcher. Waits for the reads under way."""
         self.wait()
         self.watcher = watcher
         for key in self.host.slot_of:
             self._tell(key, self._view(key))
 
     def reap(self) -> None:
-        """Take note of reads that have finished. Raises CheckpointError if one failed."""
+        """Note which reads have finished. Raises CheckpointError if one failed."""
         for key in [key for key, request in self._pending.items() if request.done.is_set()]:
             self._land(key)
 
@@ -186,7 +190,7 @@ class ExpertCache:
             while waiting and waiting[0] in locked and (waiting[0] == key or self._has_slot(locked)):
                 self._request(waiting.pop(0), Priority.DEMAND, locked)
             yield key[1], self._weights(key, locked)
-            self.host_policy.touch(key)
+            self.policy.touch(key)
 
     def demand(self, keys: Sequence[Key]) -> set[Key]:
         """Begin reading those of ``keys`` that are on disk, as many as may be in flight at once, and return
@@ -205,10 +209,8 @@ class ExpertCache:
         begun are dropped."""
         protected = protected | set(keys)
         for key, request in list(self._pending.items()):
-            if request.priority is priority and key not in protected and self.reader.cancel(request):
-                del self._pending[key]
-                self._free(key)
-                self.counters.fetched["disk"] -= request.nbytes
+            if request.priority is priority and key not in protected:
+                self._cancel(key)
         for key in keys:
             if key in self.host or self.on_device(key):
                 if key in self._pending:
@@ -249,21 +251,21 @@ class ExpertCache:
         return self._busy() | ((locked | self.in_use()) & self.host.slot_of.keys())
 
     def _host_slot(self, key: Key, locked: set[Key]) -> int:
-        """A host slot for ``key``: a free one, an idle expert's, or that of a read that has not begun."""
+        """A host slot for ``key``: a free one, an idle expert's, or one that is being filled for later."""
         while not self.host.free:
             reading = self._busy()  # asked once: a read may end at any time
             taken = reading | self._taken(locked)
             if len(taken) < len(self.host.slot_of):
-                self.release(self.host_policy.victim(self.host.slot_of, taken))
+                self.release(self.policy.victim(self.host.slot_of, taken))
             elif reading - locked:
-                self.release(self._reclaim(reading - locked))
+                self._give_up(reading - locked)
             else:
                 waited = self.wait_for_slot()
                 assert waited, "every host slot is in use at once"
         return self.host.take(key)
 
     def release(self, key: Key) -> None:
-        """Forget ``key``'s host slot, whose read is over or was cancelled."""
+        """Forget ``key``'s host slot, whose read is over."""
         landed = self._pending.pop(key, None) is None
         self._free(key)
         if landed:
@@ -274,14 +276,22 @@ class ExpertCache:
         if self.watcher is not None:
             self.watcher.evicted(key)
 
-    def _reclaim(self, busy: set[Key]) -> Key:
-        """An expert whose slot is being filled for later, its read dropped or awaited."""
-        for key in busy:
-            if self.reader.cancel(self._pending[key]):
-                return key
-        key = next(iter(busy))
-        self._pending[key].done.wait()
-        return key
+    def _cancel(self, key: Key) -> bool:
+        """Drop the read of ``key`` and its slot; False if that has begun."""
+        request = self._pending[key]
+        if not self.reader.cancel(request):
+            return False
+        del self._pending[key]
+        self._free(key)
+        self.counters.fetched["disk"] -= request.nbytes
+        return True
+
+    def _give_up(self, reading: set[Key]) -> None:
+        """Free the slot of one of ``reading``: of a read that has not begun, or of one that is awaited."""
+        if not any(self._cancel(key) for key in reading):
+            key = next(iter(reading))
+            self._pending[key].done.wait()
+            self.release(key)
 
     def _request(self, key: Key, priority: Priority, locked: set[Key]) -> None:
         """Make sure that ``key`` is resident in some tier or on its way to the host."""

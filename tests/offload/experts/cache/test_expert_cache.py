@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload.experts.cache.host_cache import ExpertCache
+from offload.experts.cache.expert_cache import ExpertCache
 from offload.records import RunOptions
 from offload.routing.eviction import make_policy
 from offload.routing.frequency import ExpertFrequency
