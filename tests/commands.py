@@ -56,7 +56,8 @@ def invoke(*arguments: str | Path, stdin: str | bytes = "") -> Finished:
     said, complained = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
     assert isinstance(code, int)
     if "--json" in arguments and said:
-        check_document(str(arguments[0]) if code == 0 else "error", said.splitlines()[-1])
+        failed = code in (1, 2)  # a run that was interrupted has its document, too
+        check_document("error" if failed else str(arguments[0]), said.splitlines()[-1])
     return Finished(code, said, complained)
 
 
