@@ -196,7 +196,13 @@ class KVCache(Cache):
             for layer in range(shape.num_layers)
         ]
         super().__init__(layers=list(self.kept))
-        self.context = context
+        self.context, self.limit = context, shape.max_position_embeddings
+
+    def remedy(self, needed: int, wanted: int) -> str:
+        """What to do where ``needed`` tokens, at best ``wanted``, do not fit: nothing beyond what the model reads."""
+        if 0 < self.limit < needed:
+            return f"the model was made for no more than {self.limit:,}: shorten the text"
+        return f"start again with --context {min(wanted, self.limit or wanted)}"
 
     def rewind(self, length: int) -> int:
         """Keep the first ``length`` tokens and return how many are kept: ``length``, or 0 if a chunked layer

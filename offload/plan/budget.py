@@ -45,13 +45,13 @@ class Budget:
 def _vram(machine: Machine, asked: int | None, notes: list[str]) -> int:
     if machine.gpu is None:
         if asked:
-            notes.append(f"{machine.name} has no GPU that can be used: --vram {format_size(asked)} changes nothing")
+            notes.append(f"{machine.name} has no GPU that can be used: a budget for VRAM changes nothing")
         return 0
     whole = machine.gpu.vram_bytes
     if asked is None:
         return int(whole * _VRAM_PART)
     if asked * _SAME > whole:
-        notes.append(f"--vram {format_size(asked)} is more than {machine.gpu.name} has, {format_size(whole)}")
+        notes.append(f"a VRAM budget of {format_size(asked)} is more than {machine.gpu.name} has, {format_size(whole)}")
     return min(asked, whole)
 
 
@@ -63,5 +63,5 @@ def _ram(machine: Machine, asked: int | None, notes: list[str]) -> int:
     # A process that has loaded the framework already finds less available, by just that.
     if asked <= machine.ram_available_bytes:
         return asked
-    notes.append(f"--ram {format_size(asked)} is more than is free: planned for {format_size(free)}")
+    notes.append(f"a RAM budget of {format_size(asked)} is more than is free: planned for {format_size(free)}")
     return free

@@ -81,7 +81,7 @@ class Generator:
         if room < 1:
             raise BudgetError(
                 f"the prompt has {len(prompt):,} tokens and the KV cache is planned for "
-                f"{self.cache.context:,}: start again with --context {len(prompt) + sampling.max_tokens}"
+                f"{self.cache.context:,}: {self.cache.remedy(len(prompt) + 1, len(prompt) + sampling.max_tokens)}"
             )
         turn = self._take_turn()
         try:

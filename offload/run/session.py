@@ -41,7 +41,6 @@ from quant.errors import BudgetError
 from quant.model.hub import resolve_model
 from quant.model.recipe import load_recipe
 from quant.progress import Progress, nobody
-from quant.sizes import format_size
 
 Say = Callable[[str], None]
 _KV_STORAGE: dict[int, Storage] = {8: "int8", 16: "bf16", 32: "plain"}  # by bits of a value
@@ -271,8 +270,8 @@ def _measured(directory: Path, options: RunOptions, device: torch.device, say: S
         machine = probe(directory, say=say)
     except torch.OutOfMemoryError:
         raise BudgetError(
-            f"--vram {format_size(options.vram or 0)} is too little to measure the GPU with: run "
-            "`coldstream probe` first, which keeps what it finds"
+            "the GPU's memory, or the budget of it, is too little to measure the GPU with: run `coldstream probe` "
+            "first, which keeps what it finds"
         ) from None
     forget_peak()
     if device.type == "cuda":

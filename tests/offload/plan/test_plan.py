@@ -272,7 +272,7 @@ def test_a_refusal_names_what_takes_the_room() -> None:
 def test_a_budget_beyond_the_machine_is_cut_to_it_and_said() -> None:
     big = make_plan(SHAPES["scout"], load_recipe("fast").schemes, machine(gpu=RTX_4090), vram=48 * GIB, ram=128 * GIB)
     assert big.vram == 24 * GIB and big.ram <= 60 * GIB
-    assert [note.split()[0] for note in big.notes] == ["--vram", "--ram"]
+    assert [" ".join(note.split()[:3]) for note in big.notes] == ["a VRAM budget", "a RAM budget"]
     sold_as_24 = replace(RTX_4090, vram_bytes=24564 * 2**20)
     plan = make_plan(SHAPES["scout"], load_recipe("fast").schemes, machine(gpu=sold_as_24), vram=24 * GIB)
     assert plan.vram == 24564 * 2**20 and not plan.notes

@@ -49,7 +49,7 @@ def test_schemes_by_hand_lie_over_those_of_the_recipe() -> None:
 
 
 def test_a_name_that_is_nothing_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="neither a model directory"):
+    with pytest.raises(CheckpointError, match="no such directory; expected a Hugging Face model directory"):
         planned_model("nowhere")
     with pytest.raises(UsageError, match="no recipe"):
         planned_model("scout", "nothing")
