@@ -249,7 +249,7 @@ class Session:
     def expert_tiers(self) -> dict[Key, Tier]:
         """Where each expert is now."""
         self.decoder.synchronize()
-        return self.experts.tiers()
+        return {key: self.experts.tier_of(key) for key in self.store.experts()}
 
     def close(self) -> None:
         """Stop reading and close the files."""

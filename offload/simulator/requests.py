@@ -75,8 +75,8 @@ class Tiers:
         self._scores: dict[Key, float] = {}
         if self.counts and (total := sum(self.counts.values())):
             requests = self.trace.layers * self.trace.top_k  # of a token
-            settled = requests * self.half_life / 0.693 / total
-            self._scores = {key: count * settled for key, count in self.counts.items()}
+            balanced = requests * self.half_life / 0.693 / total
+            self._scores = {key: count * balanced for key, count in self.counts.items()}
 
     def step(self, token: Sequence[Sequence[int]]) -> Step:
         """Serve one token, and move what should be."""

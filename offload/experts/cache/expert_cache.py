@@ -335,9 +335,9 @@ class ExpertCache:
             request.wait()
         except CheckpointError:
             self._free(key)
-            self._pending.pop(key)
+            del self._pending[key]
             raise
-        self._pending.pop(key)
+        del self._pending[key]
         self.host_changed(key)
 
     def _view(self, key: Key) -> ExpertWeights:
@@ -346,7 +346,3 @@ class ExpertCache:
         if view_key not in self._views:
             self._views[view_key] = record.view(self.arena.slot(slot))
         return self._views[view_key]
-
-    def tiers(self) -> dict[Key, Tier]:
-        """The tier of every expert, for the report's heat map."""
-        return {key: self.tier_of(key) for key in self.store.experts()}

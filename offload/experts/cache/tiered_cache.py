@@ -6,7 +6,6 @@ slot changes that they could still read.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,15 +24,6 @@ from offload.routing.eviction import Policy
 from offload.routing.frequency import ExpertFrequency, Ids
 from offload.tiers import Key, Tier
 from quant.sizes import format_size
-
-
-@dataclass(frozen=True)
-class _EndedStep:
-    """Where the device found experts in a step, ``[rows, experts]``, and what the step asked of the host, with
-    the tier that held it."""
-
-    places: Places
-    fetched: dict[Key, Tier]
 
 
 class TieredCache(ExpertCache):
@@ -73,7 +63,8 @@ class TieredCache(ExpertCache):
         self._nbytes = np.array([[store.record(layer, e).nbytes for e in range(experts)] for layer in layers])
         self._step: int | None = None  # the row that the running step may have reached
         self._fetched: dict[Key, Tier] = {}  # what the running step asked of the host, and where it was
-        self._ended = _EndedStep(self.vram.address_table.posted_places, {})
+        # Where the device found experts in the step that ended last, and what that asked of the host.
+        self._ended: tuple[Places, dict[Key, Tier]] = self.vram.address_table.posted_places, {}
         self._fills = False
         self._shrunk = ""  # what has become of memory that was given back
         self._seed(seeds)
@@ -157,7 +148,7 @@ class TieredCache(ExpertCache):
 
     def end_token(self) -> None:
         """The step is over. ``after_token`` counts it, beside the next step if need be."""
-        self._ended = _EndedStep(self.vram.address_table.posted_places.copy(), self._fetched)
+        self._ended = self.vram.address_table.posted_places.copy(), self._fetched
         self.drop_token()
 
     def drop_token(self) -> None:
@@ -310,7 +301,8 @@ class TieredCache(ExpertCache):
         used = np.zeros(self._nbytes.shape, dtype=bool)
         rows, columns = np.nonzero(ids >= 0)
         used[rows, ids[rows, columns]] = True
-        fetched, near = self._ended.fetched, used & (self._ended.places == VRAM)
+        places, fetched = self._ended
+        near = used & (places == VRAM)
         counters, layers = self.counters, self.store.shape.moe_layers
         for row, count in enumerate(near.sum(1).tolist()):
             self.tally(layers[row], "vram", count)

@@ -60,11 +60,6 @@ class Arena:
                 )
                 return
 
-    @property
-    def pinned(self) -> int:
-        """How many slots, from the first, are pinned."""
-        return min(self.slots, len(self._windows) * self._per_window)
-
     def slot(self, index: int) -> Tensor:
         """Slot ``index`` as uint8 ``[slot_bytes]``."""
         return self._memory[index * self.slot_bytes : (index + 1) * self.slot_bytes]

@@ -46,10 +46,6 @@ class ReadRequest:
     done: threading.Event = field(default_factory=threading.Event)
     error: CheckpointError | None = None
 
-    @property
-    def started(self) -> bool:
-        return self.next_piece > 0
-
     def wait(self) -> None:
         """Block until the record is whole. Raises CheckpointError if the disk did not give it."""
         self.done.wait()
@@ -132,7 +128,7 @@ class Reader:
     def cancel(self, request: ReadRequest) -> bool:
         """Drop a request that has not begun; False if it has."""
         with self._ready:
-            if request.started:
+            if request.next_piece:  # it has begun
                 return False
             request.next_piece = len(request.pieces)
             request.error = CheckpointError("the read was cancelled")
