@@ -9,7 +9,7 @@ import typer
 
 from cli.options.goal import Goal, takes_goal
 from cli.options.output import takes_console
-from cli.options.run import Routing
+from cli.options.run import WITH_WEIGHTS, Routing
 from cli.options.schemes import AskedSchemes, takes_schemes
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
@@ -38,7 +38,7 @@ _CALIBRATED = (
 @takes_schemes
 @takes_goal
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A model directory or a Hub id.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help=f"{WITH_WEIGHTS}.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A new or empty directory.")],
     stored: AskedSchemes,
     goal: Goal | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options.output import takes_console
-from cli.options.run import Ram, Recipe
+from cli.options.run import WITH_CONFIG, Ram, Recipe
 from cli.terminal.console import Console
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ TraceName = Annotated[
     str, typer.Argument(metavar="TRACE", help="A file of `profile --trace`, or uniform, zipf, recency, drift: made up.")
 ]
 Model = Annotated[
-    str | None,
-    typer.Option("--model", metavar="MODEL", help="Predict speeds for this model: a directory, config.json or shape."),
+    str | None, typer.Option("--model", metavar="MODEL", help=f"Predict speeds for this model. {WITH_CONFIG}.")
 ]
 Tokens = Annotated[int | None, typer.Option("--tokens", min=8, metavar="N", help="Tokens of the trace to use.")]
 Chunk = Annotated[

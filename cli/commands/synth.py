@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options.output import takes_console
+from cli.options.run import WITH_CONFIG
 from cli.options.schemes import AskedSchemes, takes_schemes
 from cli.terminal.console import Console
 from cli.terminal.progress import progress_bar
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
 def synth(
     stored: AskedSchemes,
     console: Console,
-    shape: Annotated[
-        str | None, typer.Argument(metavar="[SHAPE]", help="scout, maverick, mini-scout … or a config.json.")
-    ] = None,
+    shape: Annotated[str | None, typer.Argument(metavar="[SHAPE]", help=f"Whose shape. {WITH_CONFIG}.")] = None,
     destination: Annotated[
         Path | None, typer.Argument(metavar="DST", help="A new or empty directory.", show_default=False)
     ] = None,

@@ -8,13 +8,14 @@ import typer
 from cli.options.groups import complete, expands
 from offload.records import RunOptions
 from offload.routing.eviction import DEFAULT_POLICY, POLICIES, check_policy
+from quant.model.known_shapes import shape_names
 from quant.model.recipe import load_recipe, recipe_names
 from quant.sizes import parse_size
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a Hub id.")]
-ModelOrShape = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model directory, a Hub id, a config.json or a shape: scout …")
-]
+WITH_WEIGHTS = "A model directory or a Hub id"
+WITH_CONFIG = f"{WITH_WEIGHTS}, a config.json or a shape: {', '.join(shape_names())}"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{WITH_WEIGHTS}.")]
+ModelOrShape = Annotated[str, typer.Argument(metavar="MODEL", help=f"{WITH_CONFIG}.")]
 Vram = Annotated[
     int | None,
     typer.Option("--vram", parser=parse_size, metavar="SIZE", help="VRAM budget, for example 24GiB; never exceeded."),

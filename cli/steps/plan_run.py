@@ -1,5 +1,7 @@
 """A run as the command line describes it, planned: model, what it is stored as, machine and options."""
 
+from pathlib import Path
+
 from cli.options.machine import AskedMachine
 from cli.options.schemes import AskedSchemes
 from cli.terminal.console import Console
@@ -19,7 +21,13 @@ def plan_run(
     """The run of ``model``, with room and predictions for ``prompt`` tokens. Raises ColdstreamError."""
     subject = planned_model(model, stored.recipe, stored.by_hand())
     machine = target.find(model, options.over(subject.recipe).ram, console.step)
-    return planned_run(subject, options, machine=machine, prompt=prompt)
+    run = planned_run(subject, options, machine=machine, prompt=prompt)
+    if run.routing is not None and next(Path(model).glob("*.safetensors"), None) is not None:
+        from quant.checkpoint.checkpoint import Checkpoint
+        from quant.checkpoint.identity import model_id
+
+        run.routing.check(model_id(Checkpoint.open(Path(model))))  # a run would refuse another model's, too
+    return run
 
 
 def stored_as(subject: PlannedModel) -> str:

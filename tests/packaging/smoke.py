@@ -51,6 +51,7 @@ def check_contents() -> None:
         assert there.read_bytes() == here.read_bytes(), f"recipes/{name} in the wheel differs"
     say("every file of recipes/, the demo model among them, is in the wheel byte for byte")
 
+    assert files("cli.schemas").joinpath("plan.json").is_file(), "the schemas of --json are not in the wheel"
     stray = [str(f) for f in metadata.files("coldstream") or [] if str(f).endswith((".cpp", ".h", ".inl"))]
     assert not stray, f"sources that nobody runs are in the wheel: {stray}"
     assert not any(str(f).startswith("tests") for f in metadata.files("coldstream") or [])

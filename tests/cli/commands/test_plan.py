@@ -191,3 +191,17 @@ def test_quiet_says_only_the_result_and_verbose_says_when(tmp_path: Path, monkey
     loud, quiet = (invoke("plan", "mini-scout", "--refresh", how).stderr for how in ("--verbose", "--quiet"))
     assert re.search(r"coldstream: \[\d+\.\d s\] measuring the machine", loud)
     assert "coldstream:" not in quiet and "note:" not in quiet and "tokens/s" in quiet
+
+
+def test_the_profile_of_another_model_is_refused_as_a_run_would(model: Path, demo_model: Path, tmp_path: Path) -> None:
+    text, profile = tmp_path / "text.txt", tmp_path / "routing.json"
+    text.write_text("import os\n" * 200)
+    assert invoke("profile", model, "--text", text, "--out", profile).returncode == 0
+    assert planned(model, *CARD, "--routing", profile)["routing_known"]
+    found = json.loads(profile.read_text())
+    profile.write_text(json.dumps({**found, "model_id": "0" * 16}))
+    for refused in (
+        invoke("plan", model, *CARD, "--routing", profile),
+        invoke("generate", model, "Hi", "--routing", profile),
+    ):
+        assert refused.returncode == 1 and "statistics are of model 0000000000000000" in refused.stderr

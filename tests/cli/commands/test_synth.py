@@ -72,7 +72,7 @@ def test_numbers_that_make_no_model_are_wrong_usage(tmp_path: Path, options: lis
         (["synth"], 2, "needs a destination"),
         (["synth", "scout"], 2, "coldstream synth scout DST"),
         (["synth", "mini-scout", "OUT", "--hidden", "256", "--top-k", "2"], 2, "--hidden and --top-k make a"),
-        (["synth", "nowhere", "OUT"], 1, "nor a shape"),
+        (["synth", "nowhere", "OUT"], 1, "or a shape"),
         (["synth", "behemoth", "OUT", "--experts", "int4"], 1, "free, but the output needs"),
     ],
 )
