@@ -24,7 +24,7 @@ from torch import Tensor
 from offload.experts.storage.store import ExpertWeights
 from offload.quality.layerwise import Layerwise
 from quant.allocation.allocate import Choices, Option
-from quant.allocation.units import Part, Unit
+from quant.allocation.units import Unit, UnitPart
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.linear import LinearWeight, QuantLinear
 from quant.model.families import PROJECTIONS, Role
@@ -84,7 +84,7 @@ def sensitivities(
     return [_choices(unit, measured[_key(unit)]) for unit in units]
 
 
-_Key = tuple[Role, int | None, Part]
+_Key = tuple[Role, int | None, UnitPart]
 
 
 def _key(unit: Unit) -> _Key:

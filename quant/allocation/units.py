@@ -17,12 +17,12 @@ from quant.model.shape import ModelShape
 from quant.model.tensors import LinearSpec
 from quant.scheme import Scheme
 
-Part = Literal["qkv", "o", "gate_up", "down", "all"]
+UnitPart = Literal["qkv", "o", "gate_up", "down", "all"]
 Granularity = Literal["layer", "expert"]
 CANDIDATES = tuple(
     Scheme.parse(text) for text in ("int4-g128", "int4-g64", "int4-g32", "int8-g128", "int8-g64", "int8-g32")
 )
-_PARTS: Mapping[str, Part] = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "down_proj": "down"}
+_PARTS: Mapping[str, UnitPart] = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "down_proj": "down"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Unit:
 
     role: Role
     layer: int | None
-    part: Part
+    part: UnitPart
     linears: tuple[LinearSpec, ...]
     expert: int | None = None
 
@@ -65,7 +65,7 @@ def _largest_int8(schemes: Sequence[Scheme]) -> Scheme:
 
 def units_of(shape: ModelShape, roles: Sequence[Role], granularity: Granularity = "layer") -> list[Unit]:
     """The units of ``roles`` in model order."""
-    grouped: dict[tuple[Role, int | None, Part, int | None], list[LinearSpec]] = {}
+    grouped: dict[tuple[Role, int | None, UnitPart, int | None], list[LinearSpec]] = {}
     for linear in _linears(shape, roles):
         expert = linear.expert if granularity == "expert" else None
         key = (linear.role, linear.layer, _part(linear), expert)
@@ -77,7 +77,7 @@ def _linears(shape: ModelShape, roles: Sequence[Role]) -> Iterator[LinearSpec]:
     yield from (linear for linear in shape.linears() if linear.role in roles)
 
 
-def _part(linear: LinearSpec) -> Part:
+def _part(linear: LinearSpec) -> UnitPart:
     if linear.role in ("lm_head", "experts"):
         return "all"
     return _PARTS.get(linear.module.rpartition(".")[2], "gate_up")

@@ -18,10 +18,10 @@ from quant.kernels.library import F32, I32, I64, Pointer, addresses, call, field
 from quant.kernels.rows import float_rows, output_rows
 from quant.kernels.weight import CWeight, Weight
 
-Rope = Literal["none", "interleaved", "halves"]
+RopeKind = Literal["none", "interleaved", "halves"]
 QkNorm = Literal["none", "per_head", "full_width"]
-_ROPES: dict[Rope, int] = {"none": 0, "interleaved": 1, "halves": 2}
-_QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "full_width": 2}
+ROPES: dict[RopeKind, int] = {"none": 0, "interleaved": 1, "halves": 2}
+QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "full_width": 2}
 _STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _VECTORS = ("norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias")
 MAX_HEAD_DIM = 256
@@ -42,7 +42,7 @@ class AttentionShape:
     heads: int
     kv_heads: int
     head_dim: int
-    rope: Rope = "none"
+    rope: RopeKind = "none"
     qk_norm: QkNorm = "none"
     l2_norm: bool = False
     eps: float = 1e-5
@@ -130,7 +130,7 @@ class Attention:
         if shape.qk_norm != "none" and (vectors[1] is None or vectors[2] is None):
             raise SchemeError("a q and k norm without weights: expected q_norm and k_norm")
         self._vectors = dict(zip(_VECTORS, vectors, strict=True))  # kept alive for the native block
-        switches = asdict(shape) | {"rope": _ROPES[shape.rope], "qk_norm": _QK_NORMS[shape.qk_norm]}
+        switches = asdict(shape) | {"rope": ROPES[shape.rope], "qk_norm": QK_NORMS[shape.qk_norm]}
         switches["scaling"] = shape.scaling or shape.head_dim**-0.5
         weights = {name: weight.native for name, weight in zip("qkvo", self.weights, strict=True)}
         self.native = CAttention(**switches, **weights, **addresses(**self._vectors))

@@ -25,7 +25,7 @@ from quant.kernels.rows import float_rows, output_rows
 from quant.kernels.weight import CWeight, Weight
 
 RouterKind = Literal["sigmoid_input", "softmax", "softmax_normalized"]
-_ROUTERS: dict[RouterKind, int] = {"sigmoid_input": 0, "softmax": 1, "softmax_normalized": 2}
+ROUTERS: dict[RouterKind, int] = {"sigmoid_input": 0, "softmax": 1, "softmax_normalized": 2}
 _ENTRY = 10  # per expert: six addresses, three forms, the state
 _STATE = 9
 READY, COMING, ABSENT, FAILED = 1, 2, 0, 3
@@ -194,7 +194,7 @@ class MoeBlock:
         hidden = router.in_features
         if any(h != hidden for h in self._hidden_sizes()):
             raise SchemeError(f"router, norm and shared expert disagree about the hidden size {hidden}")
-        block = CMoeBlock(eps=eps, router_kind=_ROUTERS[router_kind], experts=router.out_features, top_k=top_k)
+        block = CMoeBlock(eps=eps, router_kind=ROUTERS[router_kind], experts=router.out_features, top_k=top_k)
         block.norm = None if self.norm is None else self.norm.data_ptr()
         block.router, block.table = router.native, self.table.data_ptr()
         if shared is not None:

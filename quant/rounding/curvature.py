@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.rounding.scales import value_range
 from quant.scheme import Scheme
 
 BLOCK = 128
-DAMPING = 0.5  # of the mean diagonal of a block
+_DAMPING = 0.5  # of the mean diagonal of a block
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Curvature:
     again: Tensor
 
     @classmethod
-    def of(cls, inputs: Tensor, damping: float = DAMPING) -> "Curvature | None":
+    def of(cls, inputs: Tensor, damping: float = _DAMPING) -> "Curvature | None":
         """From ``inputs`` f32 ``[S, K]``; None if they are zero, or overflow."""
         power = inputs.square().mean()
         if not (0 < float(power) < float("inf")):
@@ -62,7 +63,7 @@ class Curvature:
 def round_by(weight: Tensor, scale: Tensor, scheme: Scheme, curvature: Curvature) -> Tensor:
     """The torch reference: int8 values ``[N, K]`` of ``weight`` f32 ``[N, K]`` for bf16 ``scale``
     ``[N, G]``."""
-    low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    low, high = value_range(scheme)
     values = torch.empty_like(weight)
     scales = scale.float().repeat_interleave(scheme.group_size, 1)
     for block, start in enumerate(range(0, weight.shape[1], BLOCK)):

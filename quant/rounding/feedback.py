@@ -11,6 +11,7 @@ from torch import Tensor
 from quant.errors import SchemeError
 from quant.kernels.library import I32, I64, Pointer, addresses, call, fields
 from quant.rounding.curvature import BLOCK, Curvature
+from quant.rounding.scales import value_range
 from quant.scheme import Scheme
 
 
@@ -39,7 +40,7 @@ def round_with_feedback(weight: Tensor, scale: Tensor, scheme: Scheme, curvature
         raise SchemeError(f"{scheme} cannot be rounded with feedback: expected int4 or int8")
     weight, scale = weight.contiguous(), scale.contiguous()
     values = torch.empty((n, k), dtype=torch.int8)
-    top = 2 ** (scheme.bits - 1)
+    low, high = value_range(scheme)
     tensors = addresses(weight=weight, scale=scale, values=values, **vars(curvature))
-    call("round", _CFeedbackJob(n=n, k=k, group=scheme.group_size, block=BLOCK, low=-top, high=top - 1, **tensors))
+    call("round", _CFeedbackJob(n=n, k=k, group=scheme.group_size, block=BLOCK, low=low, high=high, **tensors))
     return values

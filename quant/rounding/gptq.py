@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quant.errors import CheckpointError
 from quant.pack import Packed, pack
+from quant.rounding.scales import best_scales, value_range
 from quant.scheme import Scheme
 
 DAMPING = 0.01  # of the mean diagonal of H
@@ -58,7 +59,8 @@ def gptq(
     target = weight
     if cross is not None:
         target = weight + weight @ ((cross - hessian) @ torch.cholesky_inverse(torch.linalg.cholesky(damped)))
-    scale = _scales(target, scheme, torch.diagonal(damped))
+    fractions = _FRACTIONS if scheme.bits == 4 else (255 / 256, 1.0, 257 / 256)
+    scale = best_scales(target, scheme, torch.diagonal(damped), fractions)
     values = _sweep(target, scale, factor, torch.argsort(torch.diagonal(damped), descending=True), scheme)
     scale, values = _improve(target, scale, values, damped, scheme)
     dense = values * scale.float().repeat_interleave(scheme.group_size, 1)
@@ -83,32 +85,9 @@ def _factor(hessian: Tensor, mean: float, damping: float) -> tuple[Tensor, Tenso
     )
 
 
-def _range(scheme: Scheme) -> tuple[int, int]:
-    return -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
-
-
-def _scales(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
-    """Per group ``[N, G]``, of either sign: the least squared error, each column weighted by
-    ``importance``."""
-    low, high = _range(scheme)
-    groups = weight.reshape(len(weight), -1, scheme.group_size)
-    weights = importance.view(-1, scheme.group_size)
-    step = (groups.abs().amax(-1) / -low).clamp_min(2.0**-100)
-    fractions = _FRACTIONS if scheme.bits == 4 else (255 / 256, 1.0, 257 / 256)
-    scale, least = step, torch.full_like(step, torch.inf)
-    for fraction in fractions:
-        for sign in (1.0, -1.0):
-            tried = (step * (fraction * sign)).to(torch.bfloat16).float()
-            values = (groups / tried.unsqueeze(-1)).round().clamp(low, high)
-            error = ((values * tried.unsqueeze(-1) - groups).square() * weights).sum(-1)
-            better = error < least
-            least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
-    return scale
-
-
 def _sweep(weight: Tensor, scale: Tensor, factor: Tensor, order: Tensor, scheme: Scheme) -> Tensor:
     """GPTQ's pass over the columns in ``order``, blocked so that most of its work is matrix products."""
-    low, high = _range(scheme)
+    low, high = value_range(scheme)
     block, columns = 128, weight.shape[1]
     left = weight[:, order].t().contiguous()  # [K, N]: a column is a row
     scales = scale.repeat_interleave(scheme.group_size, 1)[:, order].t().contiguous()
@@ -129,7 +108,7 @@ def _sweep(weight: Tensor, scale: Tensor, factor: Tensor, order: Tensor, scheme:
 
 def _improve(weight: Tensor, scale: Tensor, values: Tensor, hessian: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Scales by least squares given the values, then values one column at a time given the rest, in turn."""
-    low, high = _range(scheme)
+    low, high = value_range(scheme)
     size = scheme.group_size
     groups = weight.shape[1] // size
     for _ in range(_SWEEPS):

@@ -23,6 +23,7 @@ from quant.errors import InputError
 from quant.pack import Packed, dequantize, pack
 from quant.rounding.encode import Encoded, check_finite
 from quant.rounding.rounding import Rounder
+from quant.rounding.scales import best_scales
 from quant.scheme import Scheme
 
 VERSION = "coldstream importance matrix 1"
@@ -124,27 +125,10 @@ class Weighted:
 
 def round_weighted(weight: Tensor, scheme: Scheme, moments: ChannelMoments) -> Packed:
     """``weight`` f32 ``[N, K]`` in ``scheme``, int4, by ``moments``."""
-    scale = _scales(weight, scheme, moments.square + 1e-4 * moments.square.mean() + 1e-30)
+    importance = moments.square + 1e-4 * moments.square.mean() + 1e-30
+    scale = best_scales(weight, scheme, importance, _FRACTIONS)
     values = _descend(weight, scale.repeat_interleave(scheme.group_size, 1), moments)
     return Packed(scheme, pack(values.to(torch.int8), scheme.bits), scale.to(torch.bfloat16))
-
-
-def _scales(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
-    """Per group ``[N, G]``, of either sign: the least squared error, each column weighted by
-    ``importance``."""
-    groups = weight.view(len(weight), -1, scheme.group_size)
-    weights = importance.view(-1, scheme.group_size)
-    step = (groups.abs().amax(-1) / 8).clamp_min(2.0**-100)
-    scale, least = step, torch.full_like(step, torch.inf)
-    for fraction in _FRACTIONS:
-        for sign in (1.0, -1.0):
-            tried = (step * (fraction * sign)).to(torch.bfloat16).float()
-            missed = (groups / tried.unsqueeze(-1)).round_().clamp_(-8, 7)
-            missed.mul_(tried.unsqueeze(-1)).sub_(groups)
-            error = missed.square_().mul_(weights).sum(-1)
-            better = error < least
-            least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
-    return scale
 
 
 def _descend(weight: Tensor, scales: Tensor, moments: ChannelMoments) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.pack import Packed, pack, unpack
+from quant.rounding.scales import value_range
 
 _REACH = 0.49  # of a step from the stored integer, at most: further, it would be another integer
 
@@ -32,9 +33,8 @@ class TrainableWeight(nn.Module):
         return scale.repeat_interleave(self.scheme.group_size, 1)
 
     def _rounded(self) -> tuple[Tensor, Tensor]:
-        top = 2 ** (self.scheme.bits - 1)
         scale = self._first * self.factors
-        return self.values.round().clamp(-top, top - 1), scale.to(torch.bfloat16)
+        return self.values.round().clamp(*value_range(self.scheme)), scale.to(torch.bfloat16)
 
     def dense(self) -> Tensor:
         """The weight ``[N, K]`` as it would be stored now, with gradients to values and scales."""

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
-from quant.kernels.attention import AttentionShape, QkNorm, Rope
+from quant.kernels.attention import QK_NORMS, ROPES, AttentionShape
 from quant.kernels.cuda import runtime
 from quant.kernels.cuda.attention import KvRows
-from quant.kernels.moe import RouterKind
+from quant.kernels.moe import ROUTERS, RouterKind
 
 _LEAST_SCALE = 1e-12  # of an int8 row of zeros
-_QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "full_width": 2}
-_ROPES: dict[Rope, int] = {"none": 0, "interleaved": 1, "halves": 2}
-_ROUTERS: dict[RouterKind, int] = {"sigmoid_input": 0, "softmax": 1, "softmax_normalized": 2}
 
 
 def _power_of_two(size: int) -> int:
@@ -126,7 +123,7 @@ def launch_append(
         shape.chunk,
         2 * at.cosine.numel() if turns else 0,
         shape.qk_eps,
-        HEAD=fused.Head(d, _power_of_two(d), _QK_NORMS[shape.qk_norm], _ROPES[shape.rope], shape.l2_norm),
+        HEAD=fused.Head(d, _power_of_two(d), QK_NORMS[shape.qk_norm], ROPES[shape.rope], shape.l2_norm),
         WIDE_Q=wide[0],
         WIDE_K=wide[1],
         num_warps=4 if whole else 1,
@@ -215,7 +212,7 @@ def launch_select(logits: Tensor, kind: RouterKind, chosen: Tensor, scores: Tens
 
     tokens, experts = logits.shape
     top_k = chosen.shape[1]
-    constants = {"KIND": _ROUTERS[kind], "TOP_K": top_k, "SLOTS": _power_of_two(top_k), "BLOCK": _power_of_two(experts)}
+    constants = {"KIND": ROUTERS[kind], "TOP_K": top_k, "SLOTS": _power_of_two(top_k), "BLOCK": _power_of_two(experts)}
     options = {"num_warps": 1, "enable_fp_fusion": True}
     fused.select_kernel[(tokens,)](logits, chosen, scores, experts, **constants, **options)
 
