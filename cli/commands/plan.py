@@ -49,11 +49,11 @@ def plan(
     from cli.steps.plan_run import plan_run
     from cli.terminal.plan_table import caution
     from cli.terminal.words import number
-    from offload.simulator.simulation import Setup
+    from offload.simulator.simulation import Simulation
 
     run = plan_run(model, stored, target, replace(options, routing=routing), console)
     made, shape, schemes = run.plan, run.model.shape, run.model.schemes
-    replay = Setup.of(shape, schemes, made, run.machine)
+    replay = Simulation.of(shape, schemes, made, run.machine)
     decode, prefill = replay.decode(_REPLAYED), replay.prefill()
     notes, files = (*run.machine.notes, *made.notes), file_bytes(run.model)
     calibration = _calibration(model, calibrate, shape) if calibrate is not None else None

@@ -14,7 +14,7 @@ from cli.terminal.console import Console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from offload.routing.policy_replay import Simulation
+    from offload.routing.policy_replay import PolicyHitRates
     from offload.routing.trace import Trace
 
 TraceName = Annotated[
@@ -64,7 +64,7 @@ def rank_policies(
     if budget is not None:
         slots = sorted({*slots, budget})
     console.step(f"replaying {len(found.steps) // 2:,} tokens of {found.layers} layers of {found.num_experts}")
-    done = replay.simulate(found, slots, chunk=chunk)
+    done = replay.replay_policies(found, slots, chunk=chunk)
     speeds = target.speeds(done) if target and chunk == 1 else {}
     if not console.json:
         _show(console, done, target, speeds, budget)
@@ -90,7 +90,7 @@ class _Target:
 
         return planned_run(self.model, RunOptions(vram=0, ram=ram), machine=self.machine).plan.ram_slots
 
-    def speeds(self, done: "Simulation") -> dict[str, list[float]]:
+    def speeds(self, done: "PolicyHitRates") -> dict[str, list[float]]:
         """Predicted decode tokens/s by policy and size."""
         from offload.plan.cost_model import decode
 
@@ -130,7 +130,7 @@ def _trace(name: str, target: _Target | None, tokens: int | None) -> "Trace":
 
 
 def _show(
-    console: Console, done: "Simulation", target: _Target | None, speeds: dict[str, list[float]], budget: int | None
+    console: Console, done: "PolicyHitRates", target: _Target | None, speeds: dict[str, list[float]], budget: int | None
 ) -> None:
     from cli.terminal.line_plots import curves
     from offload.routing.eviction import DEFAULT_POLICY
@@ -153,7 +153,7 @@ def _show(
 
 
 def _table(
-    done: "Simulation", columns: range, target: _Target | None, speeds: dict[str, list[float]], budget: int | None
+    done: "PolicyHitRates", columns: range, target: _Target | None, speeds: dict[str, list[float]], budget: int | None
 ) -> "Table":
     """Policies down, cache sizes across: narrow enough for any terminal."""
     from rich.table import Table
@@ -187,7 +187,7 @@ def _table(
 
 
 def _document(
-    done: "Simulation", target: _Target | None, speeds: dict[str, list[float]], budget: int | None, chunk: int
+    done: "PolicyHitRates", target: _Target | None, speeds: dict[str, list[float]], budget: int | None, chunk: int
 ) -> dict[str, object]:
     from offload.routing.eviction import DEFAULT_POLICY
     from offload.routing.policy_replay import CLAIRVOYANT

@@ -60,12 +60,12 @@ def simulate(
     from cli.steps.plan_run import plan_run, stored_as
     from cli.terminal.plan_table import caution, machine_line
     from cli.terminal.replay_tables import document, resources_table, rows, waits_table
-    from offload.simulator.simulation import Setup
+    from offload.simulator.simulation import Simulation
 
     check_page(report)
     run = plan_run(model, AskedSchemes(recipe), target, options, console, prompt)
     subject, stored = run.model, stored_as(run.model)
-    setup = Setup.of(subject.shape, subject.schemes, run.plan, run.machine, swaps=swaps, gpu_part=split)
+    setup = Simulation.of(subject.shape, subject.schemes, run.plan, run.machine, swaps=swaps, gpu_part=split)
     routing, counts, stretch = _routing(trace, subject.shape, tokens)
     decode, prefill = setup.decode(tokens, trace=routing, counts=counts), setup.prefill()
     notes = [*setup.machine.notes, *setup.plan.notes]

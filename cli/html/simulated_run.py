@@ -11,7 +11,7 @@ from cli.terminal.replay_tables import RESOURCES, causes
 from cli.terminal.replay_tables import document as plain_data
 from cli.terminal.words import number, percent, size
 from offload.simulator.engine import Span
-from offload.simulator.simulation import Replay, Setup
+from offload.simulator.simulation import SimulatedPhase, Simulation
 
 # From the fastest memory down to the slowest, the processors beside the memory that feeds them.
 LANES = ("vram", "gpu", "pcie", "ram", "cpu", "cpu compute", "disk")
@@ -48,9 +48,9 @@ COMPARED: tuple[Compared, ...] = (
 
 
 def write_replay(
-    setup: Setup,
-    decode: Replay,
-    prefill: Replay,
+    setup: Simulation,
+    decode: SimulatedPhase,
+    prefill: SimulatedPhase,
     title: str,
     path: Path,
     *,
@@ -67,9 +67,9 @@ def write_replay(
 
 
 def render_replay(
-    setup: Setup,
-    decode: Replay,
-    prefill: Replay,
+    setup: Simulation,
+    decode: SimulatedPhase,
+    prefill: SimulatedPhase,
     title: str,
     *,
     command_line: str = "",
@@ -161,7 +161,7 @@ def _at(spans: Sequence[Span], present: Sequence[str], when: float) -> str:
     return f"{number(1e3 * when)} ms. {listed}"
 
 
-def _verdict(setup: Setup, decode: Replay) -> str:
+def _verdict(setup: Simulation, decode: SimulatedPhase) -> str:
     slowest = max(decode.waited, key=lambda cause: decode.waited[cause])
     share = percent(decode.waited[slowest] * decode.tokens_per_s)
     return (
@@ -170,7 +170,7 @@ def _verdict(setup: Setup, decode: Replay) -> str:
     )
 
 
-def _about(setup: Setup) -> dict[str, str]:
+def _about(setup: Simulation) -> dict[str, str]:
     plan, machine = setup.plan, setup.machine
     rates = [f"RAM {number(machine.ram_gb_s)}", f"disk {number(machine.disk_gb_s)}"]
     if machine.gpu:
@@ -184,7 +184,7 @@ def _about(setup: Setup) -> dict[str, str]:
     }
 
 
-def _figures(setup: Setup, decode: Replay, prefill: Replay) -> str:
+def _figures(setup: Simulation, decode: SimulatedPhase, prefill: SimulatedPhase) -> str:
     plan, gpu = setup.plan, setup.machine.gpu is not None
     slots = f"{plan.ram_slots:,} of {plan.experts:,} experts in RAM"
     if gpu:
@@ -209,7 +209,7 @@ def _figures(setup: Setup, decode: Replay, prefill: Replay) -> str:
     return figures(cards)
 
 
-def _waits(setup: Setup, decode: Replay) -> str:
+def _waits(setup: Simulation, decode: SimulatedPhase) -> str:
     names = causes(setup)
     parts = [
         (
@@ -226,7 +226,7 @@ def _waits(setup: Setup, decode: Replay) -> str:
     return section("Where a token’s time goes", svg_plots.stacked(parts, label), note=note)
 
 
-def _resources(decode: Replay) -> str:
+def _resources(decode: SimulatedPhase) -> str:
     rows = "".join(
         f'<tr><th scope="row">{text(_label(name))}</th><td class="number">{size(round(amount))}</td>'
         f'<td class="number">{percent(decode.used[name])}</td></tr>'
@@ -238,7 +238,7 @@ def _resources(decode: Replay) -> str:
     return section("What passes per token", f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
 
 
-def _tokens(decode: Replay, readouts: dict[str, list[str]]) -> str:
+def _tokens(decode: SimulatedPhase, readouts: dict[str, list[str]]) -> str:
     times = [1e3 * seconds for seconds in decode.token_seconds]
     bins = Bins(len(times))
     middles = [sum(times[start:end]) / (end - start) for start, end in bins.spans]

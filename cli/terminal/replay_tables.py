@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from cli.terminal.words import limit_name, number, percent, size
-from offload.simulator.simulation import Replay, Setup
+from offload.simulator.simulation import SimulatedPhase, Simulation
 from offload.tiers import TIERS
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ RESOURCES = {
 _PLACES = {"vram": "in VRAM", "ram": "in RAM", "disk": "on disk"}
 
 
-def causes(setup: Setup) -> dict[str, str]:
+def causes(setup: Simulation) -> dict[str, str]:
     """What waits are called on this machine."""
     return CAUSES if setup.machine.gpu else CPU_CAUSES
 
 
-def waits_table(setup: Setup, decode: Replay) -> "Table":
+def waits_table(setup: Simulation, decode: SimulatedPhase) -> "Table":
     """What a decoded token waited for, longest first."""
     from rich.table import Table
 
@@ -53,7 +53,7 @@ def waits_table(setup: Setup, decode: Replay) -> "Table":
     return table
 
 
-def resources_table(decode: Replay) -> "Table":
+def resources_table(decode: SimulatedPhase) -> "Table":
     """What passed each resource per token, and the part of what it could have given."""
     from rich.table import Table
 
@@ -66,7 +66,7 @@ def resources_table(decode: Replay) -> "Table":
     return table
 
 
-def rows(setup: Setup, decode: Replay, prefill: Replay) -> list[tuple[str, str]]:
+def rows(setup: Simulation, decode: SimulatedPhase, prefill: SimulatedPhase) -> list[tuple[str, str]]:
     """The sentences beside the tables."""
     served = ", ".join(f"{percent(decode.hit_rates[tier])} {_PLACES[tier]}" for tier in TIERS if decode.hit_rates[tier])
     planned = setup.plan.predicted_tokens_per_s
@@ -89,7 +89,7 @@ def rows(setup: Setup, decode: Replay, prefill: Replay) -> list[tuple[str, str]]
     return found
 
 
-def document(setup: Setup, decode: Replay, prefill: Replay) -> dict[str, Any]:
+def document(setup: Simulation, decode: SimulatedPhase, prefill: SimulatedPhase) -> dict[str, Any]:
     """What ``--json`` prints of it."""
     return {
         "decode": decode.to_json(),

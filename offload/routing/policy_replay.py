@@ -18,7 +18,7 @@ _IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
-class Simulation:
+class PolicyHitRates:
     """Hit rates: ``hit_rates[policy][i]`` with ``slots[i]`` slots; the bound is ``CLAIRVOYANT``."""
 
     trace: Trace
@@ -36,13 +36,13 @@ class Simulation:
         return sum(bound - rate for bound, rate in pairs) / len(self.slots)
 
 
-def simulate(
+def replay_policies(
     trace: Trace,
     slots: Sequence[int],
     policies: Sequence[str] = POLICIES,
     chunk: int = 1,
     progress: Callable[[str], None] | None = None,
-) -> Simulation:
+) -> PolicyHitRates:
     """Replay the second half of ``trace`` with each number of ``slots``; policies that want a profile get
     that of the first half. At least one slot more than a token's experts in a layer is used.
     """
@@ -54,7 +54,7 @@ def simulate(
             progress(name)
         rates[name] = tuple(replay(judged, count, _maker(name, counts), chunk) for count in slots)
     rates[CLAIRVOYANT] = tuple(clairvoyant(judged, count, chunk) for count in slots)
-    return Simulation(trace, tuple(slots), rates)
+    return PolicyHitRates(trace, tuple(slots), rates)
 
 
 def _maker(name: str, counts: Mapping[Key, float]) -> Callable[[], Policy]:

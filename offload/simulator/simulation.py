@@ -8,7 +8,7 @@ computed: it is pure Python, and a token of Scout takes some milliseconds.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from offload.hardware.probe import Machine
 from offload.plan.cost_model import Limit, miss_split, read_ahead_s, scan_hits
@@ -43,7 +43,7 @@ _WINDOW = 8  # experts that a prompt streams ahead of what it computes
 
 
 @dataclass(frozen=True)
-class Replay:
+class SimulatedPhase:
     """What a phase took. ``waited`` are seconds per token by what was waited for and add up to the time;
     ``used`` the share of what a resource could have moved that it did, ``moved`` bytes (operations of
     ``gpu`` and ``cpu compute``) per token through each. ``token_seconds`` lists every token, ``spans`` what
@@ -75,7 +75,7 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class Setup:
+class Simulation:
     """What is replayed: a model placed by ``plan`` on ``machine``. ``gpu_part`` of each miss is the GPU's
     (None: what the rates say is best), ``swaps`` the most experts copied into VRAM per token."""
 
@@ -86,7 +86,7 @@ class Setup:
     swaps: int = 0
 
     @classmethod
-    def of(cls, shape: ModelShape, schemes: Mapping[Any, Scheme], plan: Plan, machine: Machine, **more: Any) -> "Setup":
+    def of(cls, shape: ModelShape, schemes: Mapping[Any, Scheme], plan: Plan, machine: Machine, **more: Any) -> Self:
         """As ``plan`` was made."""
         machine = machine if plan.vram else replace(machine, gpu=None)
         footprint = Footprint(shape, schemes, plan.context, plan.kv_bits, plan.slot_bytes)
@@ -113,7 +113,7 @@ class Setup:
         trace: Trace | None = None,
         counts: Mapping[Key, float] | None = None,
         policy: str | None = None,
-    ) -> Replay:
+    ) -> SimulatedPhase:
         """Decode ``tokens`` one by one. Experts are where ``trace`` finds them (``counts``, by layers as the
         trace counts them, seed the placement), or by the plan's hit rates without one."""
         steps = self.steps(tokens, trace, counts, policy)
@@ -121,33 +121,22 @@ class Setup:
         engine = Engine(rates.table())
         decoder = SimulatedDecode(engine, work, rates, self.part, AHEAD)
         warmup = min(_WARMUP, len(steps) - 1)
-        _play(engine, [decoder.token(step) for step in steps[:warmup]])
-        before, started = dict(engine.moved), engine.now
-        typical = warmup + _typical(steps[warmup:])
+        meter = _Meter(engine)
+        for step in steps[:warmup]:
+            meter.play(decoder.token(step))
+        steps = steps[warmup:]
+        meter, typical = _Meter(engine), _typical(steps)
         took: list[float] = []
-        waited: dict[str, float] = {}
         spans: tuple[Span, ...] = ()
-        for index, step in enumerate(steps[warmup:], warmup):
+        for index, step in enumerate(steps):
             engine.watching = index == typical
             since = engine.now
-            for cause, seconds in _play(engine, [decoder.token(step)]):
-                waited[cause] = waited.get(cause, 0.0) + seconds
+            meter.play(decoder.token(step))
             took.append(engine.now - since)
             if engine.watching:
                 spans = tuple(replace(s, start=max(0.0, s.start - since), end=s.end - since) for s in engine.spans)
-        count, total = len(took), engine.now - started
-        moved = {name: engine.moved[name] - before[name] for name in engine.moved}
-        return Replay(
-            tokens=count,
-            tokens_per_s=count / total,
-            waited={cause: seconds / count for cause, seconds in waited.items()},
-            used={name: amount / engine.rates[name] / total for name, amount in moved.items()},
-            moved={name: amount / count for name, amount in moved.items()},
-            hit_rates=shares(steps[warmup:]),
-            swaps_per_token=sum(step.swaps for step in steps[warmup:]) / count,
-            token_seconds=tuple(took),
-            spans=spans,
-        )
+        swaps = sum(step.swaps for step in steps) / len(steps)
+        return meter.phase(len(steps), shares(steps), swaps_per_token=swaps, token_seconds=tuple(took), spans=spans)
 
     def steps(
         self,
@@ -171,29 +160,17 @@ class Setup:
         )
         return replayed(tiers, wanted)
 
-    def prefill(self, tokens: int | None = None) -> Replay:
+    def prefill(self, tokens: int | None = None) -> SimulatedPhase:
         """A prompt of ``tokens``, by default as many as the plan predicts for."""
         plan, tokens = self.plan, tokens or self.plan.filled
-        rates = self._rates()
-        work = Work.of(self.footprint, tokens)
-        engine = Engine(rates.table())
-        found = self._scan_shares()
-        prompt = Prompt(engine, work, rates, found, _WINDOW)
-        waited: dict[str, float] = {}
-        engine.watching = True
+        rates, found = self._rates(), self._scan_shares()
+        engine = Engine(rates.table(), watching=True)
+        prompt = Prompt(engine, Work.of(self.footprint, tokens), rates, found, _WINDOW)
+        meter = _Meter(engine)
         for done in range(0, tokens, plan.prompt_chunk):
             step = min(plan.prompt_chunk, tokens - done)
-            for cause, seconds in _play(engine, [prompt.chunk(step, done, last=done + step == tokens)]):
-                waited[cause] = waited.get(cause, 0.0) + seconds
-        return Replay(
-            tokens=tokens,
-            tokens_per_s=tokens / engine.now,
-            waited={cause: seconds / tokens for cause, seconds in waited.items()},
-            used={name: amount / engine.rates[name] / engine.now for name, amount in engine.moved.items()},
-            moved={name: moved / tokens for name, moved in engine.moved.items()},
-            hit_rates=found,
-            spans=tuple(engine.spans),
-        )
+            meter.play(prompt.chunk(step, done, last=done + step == tokens))
+        return meter.phase(tokens, found, spans=tuple(engine.spans))
 
     def _scan_shares(self) -> dict[Tier, float]:
         """Where a prompt finds experts, of which it wants all: by slots, whatever is hot."""
@@ -207,14 +184,33 @@ class Setup:
         return Rates.of(self.machine, nf4=self.footprint.schemes.get("experts", BF16).kind == "nf4")
 
 
-def _play(engine: Engine, processes: Sequence[Process]) -> list[tuple[str, float]]:
-    """Run ``processes`` one after another; what was waited for, and how long."""
-    found: list[tuple[str, float]] = []
-    for process in processes:
-        running = engine.start(process)
-        engine.run(running)
-        found += [(cause, end - start) for start, end, cause in running.log]
-    return found
+class _Meter:
+    """Plays processes one after another; what ``engine`` does meanwhile is counted."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._since, self._before = engine, engine.now, dict(engine.moved)
+        self._waited: dict[str, float] = {}
+
+    def play(self, process: Process) -> None:
+        """Run ``process`` to its end."""
+        running = self._engine.start(process)
+        self._engine.run(running)
+        for start, end, cause in running.log:
+            self._waited[cause] = self._waited.get(cause, 0.0) + (end - start)
+
+    def phase(self, tokens: int, hit_rates: Mapping[Tier, float], **more: Any) -> SimulatedPhase:
+        """What was played, which were ``tokens`` tokens."""
+        engine, seconds = self._engine, self._engine.now - self._since
+        moved = {name: engine.moved[name] - self._before[name] for name in engine.moved}
+        return SimulatedPhase(
+            tokens=tokens,
+            tokens_per_s=tokens / seconds,
+            waited={cause: waited / tokens for cause, waited in self._waited.items()},
+            used={name: amount / engine.rates[name] / seconds for name, amount in moved.items()},
+            moved={name: amount / tokens for name, amount in moved.items()},
+            hit_rates=hit_rates,
+            **more,
+        )
 
 
 def _typical(steps: Sequence[Step]) -> int:

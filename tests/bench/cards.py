@@ -19,7 +19,7 @@ from offload.plan.plan import Plan, make_plan
 from offload.routing.eviction import make_policy
 from offload.routing.trace import Synthetic, Trace, load_trace
 from offload.simulator.requests import Tiers, replayed, shares, stretched
-from offload.simulator.simulation import Setup
+from offload.simulator.simulation import Simulation
 from offload.tiers import Key
 from quant.errors import BudgetError
 from quant.model.families import Role
@@ -73,7 +73,7 @@ def row(model: str, card: str, known: Known) -> str:
     head = f"| {model} | {card} ({sold.vram_gib} GB) |"
     if isinstance(plan, str):
         return f"{head} refused: {plan} |"
-    setup = Setup.of(shape, schemes, plan, machine, swaps=1)
+    setup = Simulation.of(shape, schemes, plan, machine, swaps=1)
     dense = plan.total("vram") - plan.total("vram", "experts_hot") - plan.total("vram", "padding")
     shares = " / ".join(f"{100 * plan.hit_rates[tier]:.0f}" for tier in ("vram", "ram", "disk"))
     uniform, prompt = setup.decode(TOKENS), setup.prefill(PROMPT)
@@ -104,7 +104,7 @@ def assumption(
     chosen: dict[Role, Scheme] = dict(load_recipe(recipe).schemes)
     plan = planned(shape, machine, chosen, kv_bits=kv_bits, context=16384, vram=int(vram * GIB))
     assert isinstance(plan, Plan), plan
-    setup = Setup.of(shape, chosen, plan, machine, swaps=swaps, gpu_part=part)
+    setup = Simulation.of(shape, chosen, plan, machine, swaps=swaps, gpu_part=part)
     replay = setup.decode(TOKENS, trace=known.trace, counts=known.counts)
     ms = 1e3 / replay.tokens_per_s
     return (

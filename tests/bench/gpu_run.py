@@ -29,7 +29,7 @@ from offload.plan.cost_model import Workload
 from offload.plan.plan import Plan
 from offload.records import RunOptions, Sampling, TokenRecord
 from offload.run.session import Session
-from offload.simulator.simulation import Setup
+from offload.simulator.simulation import Simulation
 from offload.tiers import Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.inventory import schemes_of_tensors
@@ -326,7 +326,7 @@ def measured(
     hits = {tier: sum(r.by_tier.get(tier, 0) for r in decode) / max(1, requests) for tier in plan.hit_rates}
     length = prompts[-1].tokens_in
     filled = length + len(decode) // len(runs) // 2
-    setup = Setup.of(shape, schemes, replace(plan, hit_rates=hits, filled=filled), machine)
+    setup = Simulation.of(shape, schemes, replace(plan, hit_rates=hits, filled=filled), machine)
     floor = decode_floor(setup, hits)
     simulated = setup.decode(TOKENS)
     prompt_s = statistics.median(record.seconds for record in prompts)
@@ -356,7 +356,7 @@ def measured(
     }
 
 
-def decode_floor(setup: Setup, hits: Mapping[Tier, float]) -> float:
+def decode_floor(setup: Simulation, hits: Mapping[Tier, float]) -> float:
     """Seconds to read a token's bytes where they lie, at the probed rates."""
     machine, load = setup.machine, _load(setup)
     routed = load.requests * load.expert
@@ -370,7 +370,7 @@ def decode_floor(setup: Setup, hits: Mapping[Tier, float]) -> float:
     return float(max(seconds, hits["disk"] * routed / machine.disk_gb_s / 1e9))
 
 
-def prefill_floor(setup: Setup, record: TokenRecord) -> float:
+def prefill_floor(setup: Simulation, record: TokenRecord) -> float:
     """Seconds to copy what a prompt did not find in VRAM, or to multiply, whichever is longer."""
     machine, load = setup.machine, _load(setup)
     operations = 2 * (load.dense_weights + load.requests * load.expert_weights) * record.tokens_in
@@ -381,5 +381,5 @@ def prefill_floor(setup: Setup, record: TokenRecord) -> float:
     return float(max(copied, operations / machine.gpu.bf16_tflops / 1e12))
 
 
-def _load(setup: Setup) -> Workload:
+def _load(setup: Simulation) -> Workload:
     return setup.footprint.load(filled=setup.plan.filled, vram_hits=0, hits=1, resident=1)

@@ -13,14 +13,14 @@ import json
 from pathlib import Path
 
 from offload.routing.eviction import POLICIES
-from offload.routing.policy_replay import CLAIRVOYANT, Simulation, simulate
+from offload.routing.policy_replay import CLAIRVOYANT, PolicyHitRates, replay_policies
 from offload.routing.trace import RULES, Synthetic, Trace, load_trace
 
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 CHUNKS = {1: "decode", 512: "prompt chunks of 512 tokens"}
 
 
-def table(done: Simulation) -> str:
+def table(done: PolicyHitRates) -> str:
     """Hit rates in percent as a Markdown table, policies down, cache sizes across."""
     total = len(done.trace.keys)
     heads = [f"{count} ({count / total:.0%})" for count in done.slots]
@@ -44,7 +44,7 @@ def main() -> None:
     for chunk, what in CHUNKS.items():
         for name, trace in traces.items():
             slots = [round(len(trace.keys) * share) for share in SHARES]
-            done = simulate(trace, slots, chunk=chunk)
+            done = replay_policies(trace, slots, chunk=chunk)
             print(f"\n{name}, {what}, {len(trace.steps):,} tokens\n\n{table(done)}", flush=True)
             document[f"{name}, {what}"] = {
                 "slots": slots,

@@ -8,7 +8,7 @@ import pytest
 from cli.html.simulated_run import LANES, render_replay
 from offload.hardware.probe import Machine
 from offload.plan.plan import make_plan
-from offload.simulator.simulation import Setup
+from offload.simulator.simulation import Simulation
 from quant.model.known_shapes import load_shape
 from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
@@ -22,7 +22,7 @@ TIGHT = {"ram": 2 * GIB}
 
 def page(on: Machine, **budgets: int) -> str:
     plan = make_plan(SHAPE, SCHEMES, on, context=1024, **budgets)
-    setup = Setup.of(SHAPE, SCHEMES, plan, on)
+    setup = Simulation.of(SHAPE, SCHEMES, plan, on)
     said = {
         "command_line": f"coldstream simulate {EVIL}",
         "about": {"Stored as": EVIL},

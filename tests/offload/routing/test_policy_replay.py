@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from offload.routing.eviction import POLICIES, make_policy
-from offload.routing.policy_replay import CLAIRVOYANT, clairvoyant, replay, simulate, sizes
+from offload.routing.policy_replay import CLAIRVOYANT, clairvoyant, replay, replay_policies, sizes
 from offload.routing.trace import RULES, Synthetic, Trace, load_trace
 from quant.errors import ProfileError, UsageError
 
@@ -43,7 +43,7 @@ def test_clairvoyant_is_the_best_of_all_possible_evictions(slots: int) -> None:
 @pytest.mark.parametrize(("rule", "chunk"), list(itertools.product(RULES, [1, 16])))
 def test_no_policy_beats_the_clairvoyant_and_more_slots_help_it(rule: str, chunk: int) -> None:
     made = Synthetic(rule, layers=3, num_experts=8, tokens=240).trace()
-    found = simulate(made, sizes(made, 4), chunk=chunk)
+    found = replay_policies(made, sizes(made, 4), chunk=chunk)
     bound = found.hit_rates[CLAIRVOYANT]
     assert list(bound) == sorted(bound)
     for policy in POLICIES:
@@ -65,7 +65,7 @@ def test_with_a_slot_for_every_expert_nothing_misses() -> None:
 
 def test_under_uniform_routing_every_policy_hits_as_often_as_there_are_slots() -> None:
     made = Synthetic("uniform", layers=4, num_experts=16, tokens=1200).trace()
-    found = simulate(made, [32])
+    found = replay_policies(made, [32])
     for policy in POLICIES:
         assert found.hit_rates[policy][0] == pytest.approx(0.5, abs=0.04)
 

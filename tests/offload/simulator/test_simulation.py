@@ -13,7 +13,7 @@ from offload.plan.plan import Plan, make_plan
 from offload.routing.eviction import make_policy
 from offload.routing.trace import Synthetic, Trace
 from offload.simulator.requests import Step, Tiers, drawn, replayed, shares, stretched
-from offload.simulator.simulation import Replay, Setup
+from offload.simulator.simulation import SimulatedPhase, Simulation
 from offload.simulator.workload import Rates, Work
 from offload.tiers import Tier
 from quant.model.known_shapes import load_shape
@@ -27,9 +27,9 @@ DESKTOP = machine(gpu=RTX_4090)
 CPU_ONLY = replace(machine(ram_gb_s=33, disk_gb_s=2.8), cores=2, int8_gops=700)
 
 
-def setup(shape: str = "scout", on: Machine = DESKTOP, *, part: float | None = None, **options: Any) -> Setup:
+def setup(shape: str = "scout", on: Machine = DESKTOP, *, part: float | None = None, **options: Any) -> Simulation:
     plan = make_plan(SHAPES[shape], FAST, on, kv_bits=8, **options)
-    return Setup.of(SHAPES[shape], FAST, plan, on, gpu_part=part)
+    return Simulation.of(SHAPES[shape], FAST, plan, on, gpu_part=part)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -43,7 +43,7 @@ def test_work_counts_the_bytes_that_the_plan_counts(shape: str) -> None:
     assert (weights, work.head_weights) == (load.dense_weights, load.head_weights)
 
 
-def everywhere(tier: Tier, of: Setup) -> Setup:
+def everywhere(tier: Tier, of: Simulation) -> Simulation:
     rates = {name: float(name == tier) for name in ("vram", "ram", "disk")}
     return replace(of, plan=replace(of.plan, hit_rates=rates))
 
@@ -174,7 +174,7 @@ def test_on_a_cpu_and_from_disk_it_says_what_was_measured(
     on = replace(CPU_ONLY, ram_gb_s=ram_gb_s, disk_gb_s=disk_gb_s)
     shape, schemes = SHAPES["mini-scout"], load_recipe("mini-scout").schemes
     plan = make_plan(shape, schemes, on, ram=int(ram * GIB) or None, context=1024)
-    found = Setup.of(shape, schemes, plan, on).decode(96)
+    found = Simulation.of(shape, schemes, plan, on).decode(96)
     assert found.tokens_per_s == pytest.approx(measured, rel=0.1)
 
 
@@ -259,8 +259,8 @@ def test_hot_experts_and_swaps_make_scout_faster_on_skewed_routing() -> None:
     past, future = Synthetic("zipf", layers=48, tokens=256).trace().halves()
     of = setup()
 
-    def speed(of: Setup, **known: Any) -> float:
-        found: Replay = of.decode(48, trace=future, **known)
+    def speed(of: Simulation, **known: Any) -> float:
+        found: SimulatedPhase = of.decode(48, trace=future, **known)
         return found.tokens_per_s
 
     cold, hot = speed(of), speed(of, counts=past.counts())
@@ -279,13 +279,13 @@ def test_scout_on_a_24_gb_card_replays_above_20_tokens_per_s() -> None:
         context=recipe.context or 0,
         kv_bits=8 if recipe.kv == "int8" else 16,
     )
-    found = Setup.of(SHAPES["scout"], recipe.schemes, plan, DESKTOP).decode(32)
+    found = Simulation.of(SHAPES["scout"], recipe.schemes, plan, DESKTOP).decode(32)
     assert found.tokens_per_s >= 20
 
 
 def test_a_plan_without_a_gpu_is_replayed_without_one() -> None:
     plan: Plan = make_plan(SHAPES["mini-scout"], FAST, DESKTOP, vram=0)
-    found = Setup.of(SHAPES["mini-scout"], FAST, plan, DESKTOP).decode(4)
+    found = Simulation.of(SHAPES["mini-scout"], FAST, plan, DESKTOP).decode(4)
     assert "vram" not in found.used and found.limited_by == "ram bandwidth"
 
 
