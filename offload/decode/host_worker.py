@@ -51,7 +51,7 @@ class HostWorker:
             cache.host_addresses,
             scales_input=shape.family.scales_input,
             exact=exact,
-            warm_bytes=prefetch_bytes,
+            prefetch_bytes=prefetch_bytes,
             gpu_rows=gpu_rows,
         )
         self._norms = [norm.float().cpu() for norm in norms]

@@ -1,1 +1,1 @@
-"""Rounding by a text, and what rounding costs."""
+"""Quantization by the activations of a text, and what quantization does to a model's predictions."""

@@ -1,16 +1,15 @@
 """Calibrated rounding: GPTQ of every Linear from the activations of a text, layer by layer.
 
 Two streams of hidden states run through the layers: the original model's and that of the model quantized so
-far. Each Linear is rounded for the inputs that the second brings, towards what the first gives. A layer is
-worked through in the order in which its parts see each other: q, k and v; o; then the MLPs, gate and up
-before down.
+far. Each Linear is rounded so that, on the inputs of the second stream, it gives what the original gives on those of
+the first. Within a layer a Linear comes after those whose outputs it reads: q, k and v; o; gate and up; down.
 
-An expert is calibrated with the tokens routed to it, blended with a few that stand for all tokens of the
-layer, which is what a rarely chosen expert mostly lives on. Routers, norms and embeddings are untouched.
+An expert is calibrated with the tokens routed to it, and with a sample of all the layer's tokens, which counts most
+where few were routed to it. Routers, norms and embeddings are untouched.
 
 In memory: one layer's weights, both streams and both inputs of the MLP (tokens x H x 16 bytes), and the
-Hessians of one Linear. Each finished layer is kept in the work folder with both streams, so a stopped run
-goes on after it.
+Hessians of one Linear. Each finished layer is kept in the work folder with both streams, so that a run that was
+stopped continues with the next layer.
 
 Legend: T tokens, H hidden, I intermediate, N out features, K in features, k experts per token.
 """

@@ -114,8 +114,7 @@ def check_comparable(ours: Checkpoint, theirs: Checkpoint) -> None:
                 f"{theirs.path} is no reference for {ours.path}: it has {what} {_short(expected)}, the model "
                 f"{_short(found)}; expected the checkpoint that the model was quantized from"
             )
-    paths = (ours.path, theirs.path)
-    mine, other = (tokenizer_identity(path, load_tokenizer(path)) for path in paths)
+    mine, other = (tokenizer_identity(load_tokenizer(path)) for path in (ours.path, theirs.path))
     if mine != other:
         raise CheckpointError(
             f"{theirs.path} is no reference for {ours.path}: their tokenizers have different vocabularies; "

@@ -1,8 +1,8 @@
 """The importance matrix of a text: mean squares of every Linear's input channels, and the directions that
 inputs mostly lie along.
 
-One walk through the layers of the original model. A routed expert is measured with its own tokens, blended
-with some that stand for all tokens of its layer, which is what an expert lives on that saw few.
+One walk through the layers of the original model. A routed expert is measured with its own tokens and with a sample
+of all tokens of its layer, which counts most where few were routed to it.
 
 In memory: one layer's experts and the hidden states (tokens x H x 8 bytes).
 

@@ -4,7 +4,7 @@ The text runs through the layers once. For every unit of a layer its schemes are
 layer's output is taken for each; for the smallest and the largest scheme the changed hidden states go on
 through all later layers, which are as they were, and their divergence from the original's predictions is the
 unit's loss. Losses of the schemes between follow from their outputs' change, on the power law through those
-two. How often an expert is used is in all of it: what is measured are outputs for tokens of a text.
+two. Experts thereby count as often as the text's tokens choose them.
 
 In memory: one layer's experts, and two streams of hidden states per unit (tokens x H x 4 bytes), which is
 why long texts are not used whole.

@@ -1,15 +1,14 @@
 """Tuning of rounded weights: gradient descent on a layer's output, after GPTQ has rounded Linear by Linear.
 
-GPTQ sees one Linear at a time. What the errors of q, k, v and o, of shared expert and routed experts come to
-together only the layer's output shows: it is brought nearer to the original's, given the inputs that the
-quantized layers before it bring. Values and scales of the layer's dense Linears move
-(quant.rounding.learned_rounding); its experts, router and norms stay as they are.
+GPTQ rounds one Linear at a time and does not see how the errors of several add up in the layer's output. Tuning
+brings that output nearer to the original layer's, given the inputs that come from the quantized layers before it. It
+changes values and scales of the layer's dense Linears (quant.rounding.learned_rounding); experts, router and norms
+stay as they are.
 
-The loss is the squared error of each token's output relative to the mean square of the original's: layers
-after it take its direction, not its length. After the last layer it is what all this is for: the divergence
-of the predictions, and a little of how unlikely they make the text itself (Hinton et al., 2015, mix the two
-when one model learns from another). Every eighth window is kept back, and the layer left as it was if its
-loss there is no less.
+The loss is the squared error of each token's output, relative to the original's mean square: the layers after it
+normalize their input, so only its direction matters to them. After the last layer the loss is the divergence of the
+predictions, and a little of their loss on the text itself (Hinton et al., 2015, mix the two when one model learns
+from another). Every eighth window is held out; a layer whose loss on those does not fall stays as it was.
 
 Legend: B windows, T tokens of a window, H hidden.
 """

@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ class Windows:
         return digest.hexdigest()[:16]
 
 
-def tokenizer_identity(path: Path, tokenizer: Any) -> str:
+def tokenizer_identity(tokenizer: Any) -> str:
     """A hash over the vocabulary: two models with the same one read the same text as the same tokens."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(repr(vocabulary).encode()).hexdigest()[:16]

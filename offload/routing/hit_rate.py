@@ -1,4 +1,4 @@
-"""HitRates: how often an expert is found in a cache of a given size, from what is known of the routing.
+"""HitRates: how often an expert will be found in a cache of a given size, estimated from a routing profile.
 
 Legend: L MoE layers, E experts per layer, N = L · E keys, n slots, T tokens, m(T) the share of requests whose
 expert was last used more than T tokens ago.

@@ -1,4 +1,4 @@
-"""Replay a routing trace against each cache policy, and against the one that knows the future.
+"""Hit rates of cache policies on a routing trace, and of the best that any policy could do.
 
 The clairvoyant bound (L. A. Belady, 1966) evicts what is needed last; no policy can hit more with as many
 slots. A replay is what the runtime's cache does: slots shared by all layers, filled with the first experts on

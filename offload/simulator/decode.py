@@ -1,4 +1,4 @@
-"""One token after another, as the runtime computes them: the processes that an Engine runs.
+"""The decoding of one token after another, as processes that an Engine runs.
 
 Beside a GPU the step is one stream of kernels. Where a layer's expert is not in VRAM the doorbell rings,
 the host's workers compute their part of it from RAM (fetching it from disk first, if need be) while the GPU

@@ -1,12 +1,13 @@
-"""A prompt, chunk by chunk: what is cold streams in while what is there computes.
+"""A prompt, chunk by chunk: experts that are not in the fastest tier arrive while those that are compute.
 
-Per chunk and layer, experts that have no slot in the fastest tier are fetched once, through ``window``
-slots: a copy may run ahead of the computation by as many experts. Large chunks want every expert of a
-layer, so the next layer's are begun before its router has spoken.
+Per chunk and layer each of them is fetched once, through ``window`` slots: copies may run that many experts ahead
+of the computation. Large chunks want every expert of a layer, so copies for the next layer begin before its router
+has chosen.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from offload.simulator.engine import Engine, Event, Line, Process
 from offload.simulator.workload import LayerWork, Rates, Work
@@ -24,27 +25,23 @@ class Prompt:
     rates: Rates
     shares: Mapping[Tier, float]
     window: int = 8
-    _slot: Event | None = field(default=None, init=False)
+    _slot: Event | None = field(default=None, init=False)  # happens when a slot is free
+    _computed: int = field(default=0, init=False)  # of the experts that this chunk streams
 
     def chunk(self, tokens: int, before: int, *, last: bool) -> Process:
         """``tokens`` of a prompt of which ``before`` have been run; the ``last`` chunk ends in logits."""
         plan = list(self._wanted(tokens))
-        arrived: dict[tuple[int, int], Event] = {}
-        freed: list[Event] = []
-        streamed = [
-            (layer, index, tier)
-            for layer, tiers in enumerate(plan)
-            for index, tier in enumerate(tiers)
-            if tier != self._home
+        streamed = [[tier for tier in tiers if tier != self._home] for tiers in plan]
+        arrivals = [
+            [Event("disk" if tier == "disk" else "pcie", self.engine.now) for tier in tiers] for tiers in streamed
         ]
-        for key in streamed:
-            arrived[key[:2]] = Event("disk" if key[2] == "disk" else "pcie", self.engine.now)
-        self.engine.start(self._stream(streamed, arrived, freed), "pcie")
-        for number, layer in enumerate(self.work.layers):
+        self._computed = 0
+        self.engine.start(self._stream(list(chain(*streamed)), list(chain(*arrivals))), "pcie")
+        for layer, tiers, arriving in zip(self.work.layers, plan, arrivals, strict=True):
             yield self.engine.pause(self.rates.layer, "overhead")
-            yield from self._layer(layer, number, plan[number], tokens, before, arrived, freed)
+            yield from self._layer(layer, len(tiers), arriving, tokens, before)
         if last:
-            yield self._compute("head", self.work.head, self.work.head_weights, 0)
+            yield self._compute("head", self.work.head, self.work.head_weights)
         yield self.engine.pause(self.rates.step, "overhead")
 
     @property
@@ -52,7 +49,7 @@ class Prompt:
         return "vram" if self.rates.vram else "ram"
 
     def _wanted(self, tokens: int) -> Iterator[list[Tier]]:
-        """For each layer the tiers of the experts that ``tokens`` ask for, those at home first."""
+        """For each layer the tiers of the experts that ``tokens`` ask for, the fastest first."""
         work, debt = self.work, dict.fromkeys(TIERS, 0.0)
         part = 1 - (1 - work.top_k / work.experts) ** tokens
         for layer in work.layers:
@@ -64,63 +61,44 @@ class Prompt:
                 found += [tier] * count
             yield found
 
-    def _layer(
-        self,
-        layer: LayerWork,
-        number: int,
-        tiers: list[Tier],
-        tokens: int,
-        before: int,
-        arrived: Mapping[tuple[int, int], Event],
-        freed: list[Event],
-    ) -> Process:
+    def _layer(self, layer: LayerWork, experts: int, arriving: Sequence[Event], tokens: int, before: int) -> Process:
+        """One layer, whose ``experts`` are there but for those ``arriving``."""
         work = self.work
         attended = min(layer.attended, before + tokens / 2) if layer.attended else 0
         attention = layer.attention_weights * tokens + 2 * tokens * attended * work.attention_width
-        yield self._compute("attention", layer.attention, attention, 0)
-        yield self._compute("shared", layer.mlp, layer.mlp_weights * tokens, 0)
-        each = work.expert_weights * tokens * work.top_k / max(1, len(tiers))
-        at_home = tiers.count(self._home)
-        yield self._compute("experts", at_home * work.expert, at_home * each, at_home)
-        for index, tier in enumerate(tiers):
-            if tier != self._home:
-                yield arrived[number, index]
-                yield self._compute("expert", work.expert, each, 1)
-                done = Event("compute", self.engine.now)
-                freed.append(done)
-                done.happen(self.engine.now)
-                self._hand_back()
+        yield self._compute("attention", layer.attention, attention)
+        yield self._compute("shared", layer.mlp, layer.mlp_weights * tokens)
+        each = work.expert_weights * tokens * work.top_k / max(1, experts)
+        at_home = experts - len(arriving)
+        yield self._compute("experts", at_home * work.expert, at_home * each)
+        for arrived in arriving:
+            yield arrived
+            yield self._compute("expert", work.expert, each)
+            self._computed += 1
+            if self._slot is not None and not self._slot.done:
+                self._slot.happen(self.engine.now)
 
-    def _stream(
-        self, wanted: list[tuple[int, int, Tier]], arrived: Mapping[tuple[int, int], Event], freed: list[Event]
-    ) -> Process:
-        """Fetch ``wanted`` in order, at most ``window`` ahead of what has been computed."""
+    def _stream(self, tiers: Sequence[Tier], arrivals: Sequence[Event]) -> Process:
+        """Fetch experts from ``tiers`` in order, at most ``window`` ahead of what has been computed."""
         engine, disk = self.engine, Line(self.engine)
         reads: dict[int, Event] = {}
-        unread = iter([place for place, (_, _, tier) in enumerate(wanted) if tier == "disk"])
-        for place, (layer, index, tier) in enumerate(wanted):
-            while place - len(freed) >= self.window:
-                yield self._wait_for_slot()
+        unread = iter([place for place, tier in enumerate(tiers) if tier == "disk"])
+        for place, tier in enumerate(tiers):
+            while place - self._computed >= self.window:
+                self._slot = Event("compute", engine.now)
+                yield self._slot
             while len(reads) < _READ_AHEAD and (other := next(unread, None)) is not None:
                 reads[other] = disk.ask(0, self._read, "disk")
             if tier == "disk":
                 yield reads.pop(place)
             if self.rates.vram:
                 yield engine.flow("copy", self.work.expert, "pcie", "ram")
-            arrived[layer, index].happen(engine.now)
+            arrivals[place].happen(engine.now)
 
     def _read(self) -> Event:
         return self.engine.flow("read", self.work.expert, "disk", "ram")
 
-    def _wait_for_slot(self) -> Event:
-        self._slot = Event("compute", self.engine.now)
-        return self._slot
-
-    def _hand_back(self) -> None:
-        if self._slot is not None and not self._slot.done:
-            self._slot.happen(self.engine.now)
-
-    def _compute(self, what: str, nbytes: float, operations: float, experts: int) -> Event:
+    def _compute(self, what: str, nbytes: float, operations: float) -> Event:
         """The longer of reading the weights and multiplying by them; ``operations`` are multiply-adds."""
         engine = self.engine
         if self.rates.vram:

@@ -1,9 +1,8 @@
 """Where each expert lies when a token asks for it: drawn from shares, or replayed from a routing trace.
 
-A replay keeps three tiers. VRAM starts with the hottest experts of a profile (or the first of every layer)
-and then swaps: after each token the most used of what was missed may take the place of the least used, at
-most ``swaps`` of them, if it is used clearly more. Host slots hold the rest under a cache policy. What has
-no slot is on disk.
+A replay keeps track of three tiers. VRAM starts with the hottest experts of a profile (or the first of every layer);
+after each token, at most ``swaps`` of the experts that were not there take the place of less used ones, if they are
+used clearly more. Slots in RAM hold others under a cache policy. What has no slot is on disk.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

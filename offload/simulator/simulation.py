@@ -1,9 +1,9 @@
-"""Timeline: a run that has not happened, played through event by event, and what its time went to.
+"""Simulation: a run of a model on a machine that need not be there, event by event, and where its time goes.
 
-Where ``predict`` adds up bytes over bandwidths, this replays what the runtime does: which expert lies where
-for each token, what runs beside what, who shares a bandwidth with whom, who waits for whom. It needs the
-same things (a shape, schemes, a machine, a plan) and, where there is one, a routing trace. Nothing is
-computed: it is pure Python, and a token of Scout takes some milliseconds.
+The cost model (``offload/plan/cost_model.py``) divides bytes by bandwidths; this follows what the runtime does: where
+each expert of each token is, what runs at the same time, which copies share a bandwidth, what waits for what. It needs
+the same things (a shape, schemes, a machine, a plan) and, where there is one, a routing trace. No weights are read
+and nothing is multiplied: it is pure Python, and simulating a token of Scout takes some milliseconds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ _WINDOW = 8  # experts that a prompt streams ahead of what it computes
 
 @dataclass(frozen=True)
 class SimulatedPhase:
-    """What a phase took. ``waited`` are seconds per token by what was waited for and add up to the time;
+    """Decoding or a prompt, simulated. ``waited`` are seconds per token by what was waited for and add up to the time;
     ``used`` the share of what a resource could have moved that it did, ``moved`` bytes (operations of
     ``gpu`` and ``cpu compute``) per token through each. ``token_seconds`` lists every token, ``spans`` what
     the lanes did in a typical one, from its start. ``hit_rates`` are the shares of requests by tier."""
@@ -76,8 +76,9 @@ class SimulatedPhase:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is replayed: a model placed by ``plan`` on ``machine``. ``gpu_part`` of each miss is the GPU's
-    (None: what the rates say is best), ``swaps`` the most experts copied into VRAM per token."""
+    """A model placed by ``plan`` on ``machine``, whose runs can be simulated. The GPU computes ``gpu_part`` of each
+    expert that is not in VRAM (None: what the rates say is best); at most ``swaps`` experts are copied into VRAM per
+    token."""
 
     footprint: Footprint
     plan: Plan
@@ -87,7 +88,7 @@ class Simulation:
 
     @classmethod
     def of(cls, shape: ModelShape, schemes: Mapping[Any, Scheme], plan: Plan, machine: Machine, **more: Any) -> Self:
-        """As ``plan`` was made."""
+        """Of the model of ``shape``, stored by ``schemes``, as it was planned."""
         machine = machine if plan.vram else replace(machine, gpu=None)
         footprint = Footprint(shape, schemes, plan.context, plan.kv_bits, plan.slot_bytes)
         return cls(footprint, plan, machine, **more)

@@ -1,7 +1,7 @@
 """What a decode step or a prompt asks of a machine, layer by layer, and what the machine gives.
 
 Bytes of weights are counted from the model's shape, so that they cannot disagree with the plan; rates are the
-machine's measured ones, reduced by the same constants as in ``predict``.
+machine's measured ones, reduced by the same constants as in ``offload/plan/cost_model.py``.
 """
 
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Bits where they matter: for each unit one of its schemes, so that the least is lost within a budget.
+"""One scheme for each unit, so that the least is lost within a budget of bytes.
 
 A multiple-choice knapsack. On each unit's lower convex hull of (bytes, loss) every step up has a gain per
 byte; taking steps of all units by falling gain per byte is optimal for every budget that it hits exactly

@@ -1,9 +1,9 @@
-"""What units lose in each scheme, judged by the weights alone: the way without a text.
+"""What units lose in each scheme, estimated from the weights alone, without a text.
 
-A unit's loss is the mean squared relative error of its Linears, from some rows of each; with an importance
-matrix that of their outputs. Equal errors are taken to do equal harm wherever they are, and a routed expert's
-counts by how often it is used: as a routing profile says, else all alike. What a unit does to predictions is
-not known this way.
+A unit's loss is the mean squared relative error of its Linears, from some rows of each, or of their outputs where an
+importance matrix is given. Equal errors are taken to do equal harm in every unit, which is not so, but what a unit
+does to predictions cannot be known without a text. A routed expert counts by how often it is used: as a routing
+profile says, else all alike.
 
 Legend: N out features, K in features.
 """

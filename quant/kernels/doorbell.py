@@ -24,7 +24,7 @@ from quant.kernels.weight import CWeight
 # Words of ``BellBuffers.control``, each on a cache line of its own.
 RUNG, ANSWERED, STOP, LOST = 0, 32, 64, 96
 HEADER = 4  # words of a request before its experts
-_COUNTS = 4  # of ``Warmed``
+_COUNTS = 4  # of ``Prefetched``
 # Microseconds that the kernels' threads look for work after a request beside a GPU: longer than between two
 # tokens. On a CPU the step itself needs their cores.
 _AWAKE = 3000
@@ -106,13 +106,13 @@ class _CBell(ctypes.Structure):
         (ctypes.POINTER(_CBellLayer), "stored"),
         (I32, "scales_input exact keep_awake"),
         (Pointer, "hint"),
-        (I64, "guesses warm_bytes gpu_rows"),
-        (Pointer, "warmed"),
+        (I64, "guesses prefetch_bytes gpu_rows"),
+        (Pointer, "prefetched"),
     )
 
 
 @dataclass(frozen=True)
-class Warmed:
+class Prefetched:
     """What reading ahead into the CPU's caches came to: ``hints`` followed, ``nbytes`` read for them; of
     ``asked`` experts, ``foreseen`` were those of the hint that was followed last."""
 
@@ -141,7 +141,7 @@ class HostBell:
     It belongs to the caller, who may clear the entry of an expert that the open request asks for only where
     its bytes stay.
 
-    While nothing is asked, up to ``warm_bytes`` (0: none) of what ``buffers.hint`` names are read into the
+    While nothing is asked, up to ``prefetch_bytes`` (0: none) of what ``buffers.hint`` names are read into the
     CPU's caches, if the table has it, from intermediate feature ``gpu_rows`` on. Raises
     SchemeError for experts in another form.
     """
@@ -154,13 +154,13 @@ class HostBell:
         *,
         scales_input: bool,
         exact: bool,
-        warm_bytes: int = 0,
+        prefetch_bytes: int = 0,
         gpu_rows: int = 0,
     ) -> None:
         layers, hidden = len(samples), buffers.x.shape[1]
         assert table.dtype == torch.int64 and table.shape[0] == layers and table.is_contiguous()
         self.buffers, self.table = buffers, table
-        self._warmed = torch.zeros(_COUNTS + buffers.hint.numel(), dtype=torch.int64)
+        self._prefetched = torch.zeros(_COUNTS + buffers.hint.numel(), dtype=torch.int64)
         self._features = samples[0].gate_proj.out_features
         self._stored = (_CBellLayer * layers)()
         for stored, sample in zip(self._stored, samples, strict=True):
@@ -173,11 +173,11 @@ class HostBell:
             stored.gate, stored.up, stored.down = (part.native for part in parts)
             stored.offsets[:] = offsets(sample)
         shared = {name: getattr(buffers, name) for name in ("control", "request", "scores", "x", "result", "hint")}
-        tensors = addresses(**shared, addresses=self.table, warmed=self._warmed)
+        tensors = addresses(**shared, addresses=self.table, prefetched=self._prefetched)
         self._bell = bell = _CBell(stored=self._stored, **tensors)
         (bell.layers, bell.experts), bell.pairs = table.shape, buffers.scores.numel()
         bell.scales_input, bell.exact, bell.keep_awake = scales_input, exact, _AWAKE if buffers.sequence.is_cuda else 0
-        bell.guesses, bell.warm_bytes, bell.gpu_rows = buffers.hint.numel(), warm_bytes, gpu_rows
+        bell.guesses, bell.prefetch_bytes, bell.gpu_rows = buffers.hint.numel(), prefetch_bytes, gpu_rows
 
     def serve(self, microseconds: int) -> State:
         """Compute and answer what is asked for that long. "missing" leaves a request open that names an
@@ -190,18 +190,18 @@ class HostBell:
         return _STATES[state.value]
 
     @property
-    def warm_bytes(self) -> int:
+    def prefetch_bytes(self) -> int:
         """What is read ahead at most; may be set while nobody serves."""
-        return int(self._bell.warm_bytes)
+        return int(self._bell.prefetch_bytes)
 
-    @warm_bytes.setter
-    def warm_bytes(self, nbytes: int) -> None:
-        self._bell.warm_bytes = nbytes
+    @prefetch_bytes.setter
+    def prefetch_bytes(self, nbytes: int) -> None:
+        self._bell.prefetch_bytes = nbytes
 
     @property
-    def warmed(self) -> Warmed:
+    def prefetched(self) -> Prefetched:
         """Since the beginning."""
-        return Warmed(*self._warmed[:_COUNTS].tolist())
+        return Prefetched(*self._prefetched[:_COUNTS].tolist())
 
     def request(self) -> DoorbellRequest:
         """The open request."""

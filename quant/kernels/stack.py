@@ -1,4 +1,4 @@
-"""A run of decoder layers for one token in one native call: what is left of Python between layers is nothing.
+"""All decoder layers for one token in one native call, with no Python between layers.
 
 Legend: H hidden, E experts, k experts per token, r rotated channels of a head.
 """

@@ -1,4 +1,4 @@
-"""How a dense weight becomes stored values: to nearest by absmax, by a search, or as somebody has worked out.
+"""How a dense weight becomes stored values: the interface of a rounder, and the two rounders that need no text.
 
 A conversion asks its rounder for every block of rows. The rounder's name goes into the journal and the
 report: a run is only ever continued by the same.
@@ -39,10 +39,10 @@ class Nearest:
 
 
 class Search:
-    """Without data, and better than ``Nearest``: dense Linears are rounded by what their inputs are imagined
-    to be (``quant.rounding.synthetic_inputs``); of experts, int4 takes the best scale of each group,
-    balanced against the mean input (``quant.rounding.search``), and int8 goes to nearest. The head, and
-    nf4, are ``Nearest``'s and the search's."""
+    """Without data, and better than ``Nearest``. Dense Linears are rounded with feedback, for inputs made up from the
+    weights (``quant.rounding.synthetic_inputs``). Experts, down_proj and the head: int4 takes the best scale of each
+    group, balanced against the mean input (``quant.rounding.search``), int8 goes to nearest. nf4 is as bitsandbytes
+    rounds."""
 
     name = "search"
 
@@ -60,8 +60,8 @@ class Search:
         return encode(weight, scheme, label, transposed, search=True, means=self._means.of(module))
 
     def unimagined(self) -> "Search":
-        """Dense Linears rounded as experts are: feedback trades errors of weights for errors of outputs, so
-        that who compares weights needs them without."""
+        """The same with dense Linears rounded as experts are, for comparing errors of weights: feedback makes those
+        larger to make errors of outputs smaller."""
         return Search(self._checkpoint, imagine=False)
 
 

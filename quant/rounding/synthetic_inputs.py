@@ -6,7 +6,7 @@ replaced by what it does on average: each head adds up its token's value and tho
 random weights. Norms, v_proj, o_proj, the shared expert and dense MLPs are the model's own. For the first
 layer's q, k and v this is what inputs are, but for frequencies; deeper it is a guess that keeps the mean and
 the main directions of the residual stream, and rounding damps it strongly
-(``quant.rounding.curvature``). What down_proj is given it does not foresee well enough to be of use.
+(``quant.rounding.curvature``). Inputs of down_proj are guessed too poorly to be of use.
 
 Legend: S samples, H hidden size, K in features.
 """

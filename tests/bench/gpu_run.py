@@ -296,11 +296,11 @@ def warming(
     if not isinstance(session.decoder, GraphDecoder) or not session.decoder.prefetch_bytes:
         return None
     bell = session.decoder.worker.bell
-    counted, budget = bell.warmed, bell.warm_bytes
-    bell.warm_bytes = 0
+    counted, budget = bell.prefetched, bell.prefetch_bytes
+    bell.prefetch_bytes = 0
     session.reset()
     without = list(session.generate(ids, Sampling(max_tokens=tokens + 1, ignore_eos=True)))
-    bell.warm_bytes = budget
+    bell.prefetch_bytes = budget
 
     def ms(records: Sequence[TokenRecord]) -> float:
         return 1e3 * statistics.median(record.seconds for record in records if record.phase == "decode")

@@ -247,8 +247,8 @@ def test_reading_ahead_is_measured_with_and_without(tiny: Callable[..., Path], t
         assert found is not None and found["budget"] == 2**20 and 0 <= found["foreseen"] <= 1
         assert found["asked"] > 0 and min(found["ms_with"], found["ms_without"]) > 0
         bell = session.decoder.worker.bell  # type: ignore[attr-defined]
-        assert bell.warm_bytes == 2**20
-        assert bell.warmed.hints > 0
+        assert bell.prefetch_bytes == 2**20
+        assert bell.prefetched.hints > 0
 
 
 def test_an_expert_of_which_much_is_cached_is_measured() -> None:

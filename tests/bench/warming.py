@@ -54,7 +54,7 @@ def measure(budgets: Sequence[int] = BUDGETS, rounds: int = 30, inter: int = INT
     buffers.x.normal_(generator=generator)
     buffers.scores.fill_(1.0)
     table = torch.zeros(1, EXPERTS, dtype=torch.int64)
-    bell = HostBell(buffers, made[:1], table, scales_input=False, exact=False, warm_bytes=1)
+    bell = HostBell(buffers, made[:1], table, scales_input=False, exact=False, prefetch_bytes=1)
     bell._bell.keep_awake = _AWAKE_US
     for index, one in enumerate(made):
         bell.table[0, index] = first_byte(one)
@@ -62,8 +62,8 @@ def measure(budgets: Sequence[int] = BUDGETS, rounds: int = 30, inter: int = INT
     reading: list[float] = []
     for turn in range(rounds * len(budgets)):
         budget, index = budgets[turn % len(budgets)], turn % EXPERTS
-        bell.warm_bytes = budget
-        switches, read = _switches(), bell.warmed.nbytes
+        bell.prefetch_bytes = budget
+        switches, read = _switches(), bell.prefetched.nbytes
         store_release(buffers.hint, 0, 1 + index)
         started = time.perf_counter()
         bell.serve(1)
@@ -79,7 +79,7 @@ def measure(budgets: Sequence[int] = BUDGETS, rounds: int = 30, inter: int = INT
         if _switches() == switches and turn >= len(budgets):
             took[budget].append(seconds)
             if budget == max(budgets):
-                reading.append((bell.warmed.nbytes - read) / (followed - started) / 1e9)
+                reading.append((bell.prefetched.nbytes - read) / (followed - started) / 1e9)
     ms = {budget / MIB: 1e3 * statistics.median(found) for budget, found in took.items() if found}
     found: dict[str, Any] = {
         "expert_mb": nbytes / 1e6,

@@ -100,14 +100,14 @@ def launch_attention(
     kv_heads, capacity, _ = rows.keys.shape
     group, padded = heads // kv_heads, max(16, triton.next_power_of_2(width))
     queries = max(16, triton.next_power_of_2(group))
-    form = attention.Heads(chunk, group, queries, width, padded, _TOKENS, parts, runtime.operand())
+    form = attention.AttentionForm(chunk, group, queries, width, padded, _TOKENS, parts, runtime.operand())
     options = {"num_warps": _WARPS, "enable_fp_fusion": True}
     sums, bounds = scratch.sums, scratch.bounds
     buffers = (rows.keys, rows.values, rows.key_scale, rows.value_scale)
     attention.part_kernel[(kv_heads, parts)](
-        query, *buffers, position, sums, bounds, capacity, scaling, HEADS=form, num_stages=2, **options
+        query, *buffers, position, sums, bounds, capacity, scaling, FORM=form, num_stages=2, **options
     )
-    attention.join_kernel[(heads,)](sums, bounds, out, HEADS=form, num_stages=1, **options)
+    attention.join_kernel[(heads,)](sums, bounds, out, FORM=form, num_stages=1, **options)
 
 
 def _check(query: Tensor, rows: KvRows, heads: int, width: int) -> None:

@@ -123,7 +123,7 @@ def launch_append(
         shape.chunk,
         2 * at.cosine.numel() if turns else 0,
         shape.qk_eps,
-        HEAD=fused.Head(d, _power_of_two(d), QK_NORMS[shape.qk_norm], ROPES[shape.rope], shape.l2_norm),
+        HEAD=fused.HeadForm(d, _power_of_two(d), QK_NORMS[shape.qk_norm], ROPES[shape.rope], shape.l2_norm),
         WIDE_Q=wide[0],
         WIDE_K=wide[1],
         num_warps=4 if whole else 1,

@@ -24,7 +24,7 @@ from offload.run.session import Session
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
 from quant.errors import CheckpointError, MachineError
-from quant.kernels.doorbell import Warmed
+from quant.kernels.doorbell import Prefetched
 from quant.model.families import Role
 from quant.scheme import Scheme
 from tests import oracle, sessions
@@ -123,9 +123,9 @@ def test_reading_ahead_changes_no_token_and_is_done_only_where_the_cpu_computes(
         bell, idle = session.decoder.worker.bell, split in ("all in vram", "misses by the gpu")
         assert (session.decoder.prefetch_bytes == 0) == idle == ("caches" not in session.kernel)
         assert bell.buffers.hint.tolist() == [0] * session.shape.top_k  # a token's end knows of no layer
-        counted = bell.warmed
+        counted = bell.prefetched
         if idle:
-            assert counted == Warmed(0, 0, 0, 0)
+            assert counted == Prefetched(0, 0, 0, 0)
         else:
             assert counted.asked > 0
         if split in ("misses by the cpu", "misses shared"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quant.errors import MachineError, SchemeError
-from quant.kernels.doorbell import ANSWERED, RUNG, BellBuffers, HostBell, Warmed, load_acquire, store_release
+from quant.kernels.doorbell import ANSWERED, RUNG, BellBuffers, HostBell, Prefetched, load_acquire, store_release
 from quant.kernels.moe import GatedMlp
 from quant.kernels.native import Weight
 from quant.pack import dequantize, quantize
@@ -60,16 +60,14 @@ def ring(buffers: BellBuffers, layer: int, ids: list[list[int]], first: list[lis
 
 
 def host_bell(
-    experts: Experts, tokens: int, k: int, *, scales_input: bool, exact: bool = True, warm: int = 0, share: int = 0
+    experts: Experts, tokens: int, k: int, *, scales_input: bool, exact: bool = True, **prefetch: int
 ) -> HostBell:
     buffers = BellBuffers.allocate(tokens, k, H, CPU)
     generator = torch.Generator().manual_seed(5)
     buffers.x.copy_(torch.randn(tokens, H, generator=generator))
     buffers.scores.copy_(torch.rand(tokens, k, generator=generator))
     table = torch.zeros(LAYERS, E, dtype=torch.int64)
-    bell = HostBell(
-        buffers, experts.native[:LAYERS], table, scales_input=scales_input, exact=exact, warm_bytes=warm, share=share
-    )
+    bell = HostBell(buffers, experts.native[:LAYERS], table, scales_input=scales_input, exact=exact, **prefetch)
     for index, slot in enumerate(experts.memory):
         bell.table[index // E, index % E] = slot.data_ptr()
     return bell
@@ -198,59 +196,59 @@ HALF = 3 * (H * INNER // 4 + H * INNER // 256 * 2)
 
 def test_what_is_hinted_at_is_read_once_and_no_more_than_allowed() -> None:
     experts = Experts(Scheme("int4", 128))
-    bell = host_bell(experts, 1, 1, scales_input=True, warm=2**22)
+    bell = host_bell(experts, 1, 1, scales_input=True, prefetch_bytes=2**22)
     bell.serve(1)
-    assert bell.warmed == Warmed(0, 0, 0, 0)
+    assert bell.prefetched == Prefetched(0, 0, 0, 0)
     hint(bell, (1, 2))
     for _ in range(3):
         assert bell.serve(100) == "idle"
-    assert bell.warmed == Warmed(1, SLOT, 0, 0)
-    half = host_bell(experts, 1, 1, scales_input=True, warm=SLOT)
+    assert bell.prefetched == Prefetched(1, SLOT, 0, 0)
+    half = host_bell(experts, 1, 1, scales_input=True, prefetch_bytes=SLOT)
     hint(half, (1, 2))
     half.serve(100)
     # Gate and up, which are computed first; what is left for down is not worth a pass of its own.
-    assert half.warmed.nbytes == SLOT // 3 * 2
-    small = host_bell(experts, 1, 1, scales_input=True, warm=5000)
+    assert half.prefetched.nbytes == SLOT // 3 * 2
+    small = host_bell(experts, 1, 1, scales_input=True, prefetch_bytes=5000)
     hint(small, (1, 2))
     small.serve(100)
-    assert 5000 - 2 * 66 * 2 <= small.warmed.nbytes <= 5000  # each worker stops before its part is exceeded
-    shared = host_bell(experts, 1, 1, scales_input=True, warm=2**22, share=INNER // 2)
+    assert 5000 - 2 * 66 * 2 <= small.prefetched.nbytes <= 5000  # each worker stops before its part is exceeded
+    shared = host_bell(experts, 1, 1, scales_input=True, prefetch_bytes=2**22, gpu_rows=INNER // 2)
     hint(shared, (1, 2))
     shared.serve(100)
-    assert shared.warmed.nbytes == HALF
+    assert shared.prefetched.nbytes == HALF
 
 
 def test_what_is_not_in_memory_or_makes_no_sense_is_not_read() -> None:
     experts = Experts(Scheme("int4", 128))
     for wanted in (None, (1, 2), (LAYERS, 0), (-5, 0), (0, 2**28)):
-        bell = host_bell(experts, 1, 1, scales_input=True, warm=2**22)
+        bell = host_bell(experts, 1, 1, scales_input=True, prefetch_bytes=2**22)
         bell.table[1, 2] = 0
         hint(bell, wanted)
         assert bell.serve(100) == "idle"
-        assert bell.warmed == Warmed(0, 0, 0, 0)
+        assert bell.prefetched == Prefetched(0, 0, 0, 0)
     off = host_bell(experts, 1, 1, scales_input=True)
     hint(off, (0, 1))
     off.serve(100)
-    assert off.warmed == Warmed(0, 0, 0, 0)
+    assert off.prefetched == Prefetched(0, 0, 0, 0)
 
 
 def test_what_was_foreseen_is_counted() -> None:
     experts = Experts(Scheme("int4", 128))
-    bell = host_bell(experts, 1, 2, scales_input=True, warm=2**22)
+    bell = host_bell(experts, 1, 2, scales_input=True, prefetch_bytes=2**22)
     hint(bell, (1, 2), (1, 3))
     bell.serve(1)
     ring(bell.buffers, 1, [[3, 0]], [[0, INNER]])  # nothing of the second is the host's
     bell.serve(1)
     ring(bell.buffers, 0, [[3, 2]], [[0, 0]])  # another layer's
     bell.serve(1)
-    assert bell.warmed == Warmed(1, 2 * SLOT, 3, 1)
+    assert bell.prefetched == Prefetched(1, 2 * SLOT, 3, 1)
 
 
-@pytest.mark.parametrize("share", [0, 128])
-def test_hints_that_come_and_go_change_no_answer_and_delay_none(share: int) -> None:
+@pytest.mark.parametrize("gpu_rows", [0, 128])
+def test_hints_that_come_and_go_change_no_answer_and_delay_none(gpu_rows: int) -> None:
     """A step that hints wildly and rings in the midst of it."""
     experts = Experts(Scheme("int4", 128))
-    bell = host_bell(experts, 1, 1, scales_input=True, warm=2**22, share=share)
+    bell = host_bell(experts, 1, 1, scales_input=True, prefetch_bytes=2**22, gpu_rows=gpu_rows)
     results: list[torch.Tensor] = []
     over = threading.Event()
 
@@ -262,7 +260,7 @@ def test_hints_that_come_and_go_change_no_answer_and_delay_none(share: int) -> N
 
     def step() -> None:
         for number in range(1, 501):
-            ring(bell.buffers, number % LAYERS, [[number % E]], [[share]])
+            ring(bell.buffers, number % LAYERS, [[number % E]], [[gpu_rows]])
             while load_acquire(bell.buffers.control, ANSWERED) != number:
                 time.sleep(0)
             results.append(bell.buffers.result.clone())
@@ -275,7 +273,7 @@ def test_hints_that_come_and_go_change_no_answer_and_delay_none(share: int) -> N
     over.set()
     for thread in threads:
         thread.join()
-    wanted = [expected(experts, bell, layer, [[e]], [[share]], True) for layer in range(LAYERS) for e in range(E)]
+    wanted = [expected(experts, bell, layer, [[e]], [[gpu_rows]], True) for layer in range(LAYERS) for e in range(E)]
     for number, result in enumerate(results, 1):
         assert torch.allclose(result.double(), wanted[number % LAYERS * E + number % E], atol=1e-5)
-    assert bell.warmed.hints > 0 and bell.warmed.asked == 500
+    assert bell.prefetched.hints > 0 and bell.prefetched.asked == 500

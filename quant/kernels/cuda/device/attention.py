@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 
-class Heads(NamedTuple):
+class AttentionForm(NamedTuple):
     """What a kernel is compiled for: the layer's ``chunk`` (0: none), the ``group`` of query heads per KV head and
     its size as a tile, ``queries``; head_dim as ``width`` and, as a tile, ``padded``; ``tokens`` of a step; parts,
     ``splits``; the type of a tensor core's ``operand``."""
@@ -30,28 +30,28 @@ class Heads(NamedTuple):
 
 @triton.jit
 def part_kernel(
-    query, keys, values, key_scale, value_scale, position, sums, bounds, capacity, scaling, HEADS: tl.constexpr
+    query, keys, values, key_scale, value_scale, position, sums, bounds, capacity, scaling, FORM: tl.constexpr
 ):
     """sums f32 ``[h, splits, d]``: Σ exp(score - maximum)·value of each part; bounds f32
     ``[h, splits, 2]``: (maximum, Σ exp(score - maximum)), (-inf, 0) for a part without tokens."""
-    QUERIES: tl.constexpr = HEADS.queries
-    PADDED: tl.constexpr = HEADS.padded
-    WIDTH: tl.constexpr = HEADS.width
-    TOKENS: tl.constexpr = HEADS.tokens
-    SPLITS: tl.constexpr = HEADS.splits
-    OPERAND: tl.constexpr = HEADS.operand
+    QUERIES: tl.constexpr = FORM.queries
+    PADDED: tl.constexpr = FORM.padded
+    WIDTH: tl.constexpr = FORM.width
+    TOKENS: tl.constexpr = FORM.tokens
+    SPLITS: tl.constexpr = FORM.splits
+    OPERAND: tl.constexpr = FORM.operand
     head, part = tl.program_id(0), tl.program_id(1)
     row = tl.load(position)
-    if HEADS.chunk > 0:
-        row = row % HEADS.chunk
+    if FORM.chunk > 0:
+        row = row % FORM.chunk
     length = (row + 1).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
     begin = part * share
     end = tl.minimum(begin + share, length)
     index = tl.arange(0, QUERIES)
     channel = tl.arange(0, PADDED)
-    mine = (index < HEADS.group)[:, None] & (channel < WIDTH)[None, :]
-    rows = head * HEADS.group + index
+    mine = (index < FORM.group)[:, None] & (channel < WIDTH)[None, :]
+    rows = head * FORM.group + index
     asked = tl.load(query + rows[:, None] * WIDTH + channel[None, :], mask=mine, other=0.0).to(OPERAND)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     weight = tl.zeros((QUERIES,), tl.float32)
@@ -78,20 +78,20 @@ def part_kernel(
         total = total * shrink[:, None] + tl.dot(exponent.to(OPERAND), value.to(OPERAND))
         top = higher
     slot = rows * SPLITS + part
-    tl.store(bounds + slot * 2, top, mask=index < HEADS.group)
-    tl.store(bounds + slot * 2 + 1, weight, mask=index < HEADS.group)
+    tl.store(bounds + slot * 2, top, mask=index < FORM.group)
+    tl.store(bounds + slot * 2 + 1, weight, mask=index < FORM.group)
     if begin < end:
         tl.store(sums + slot[:, None] * WIDTH + channel[None, :], total, mask=mine)
 
 
 @triton.jit
-def join_kernel(sums, bounds, out, HEADS: tl.constexpr):
+def join_kernel(sums, bounds, out, FORM: tl.constexpr):
     """out[h, :] = the parts' sums, each brought to the common maximum, over the sum of their weights."""
-    WIDTH: tl.constexpr = HEADS.width
+    WIDTH: tl.constexpr = FORM.width
     head = tl.program_id(0)
-    part = tl.arange(0, HEADS.splits)
-    channel = tl.arange(0, HEADS.padded)
-    slot = head * HEADS.splits + part
+    part = tl.arange(0, FORM.splits)
+    channel = tl.arange(0, FORM.padded)
+    slot = head * FORM.splits + part
     top = tl.load(bounds + slot * 2)
     weight = tl.load(bounds + slot * 2 + 1)
     factor = tl.exp(top - tl.max(top, 0))  # 0 for a part without tokens

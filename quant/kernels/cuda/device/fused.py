@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-class Head(NamedTuple):
+class HeadForm(NamedTuple):
     """What a kernel is compiled for: head_dim as ``width`` and, as a tile, ``padded``; ``qk_norm`` 1 per head, 2 over
     all heads; ``rope`` 1 pairs neighbours, 2 halves; ``l2``: a weightless norm follows."""
 
