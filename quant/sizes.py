@@ -20,6 +20,7 @@ _UNITS = {
     "tib": 2**40,
     "tb": 10**12,
 }
+_MOST = 2**60
 _LEAST_BARE = 2**20  # nothing here is smaller, and whoever counts in bytes writes more digits
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*$")
 
@@ -34,7 +35,10 @@ def parse_size(text: str) -> int:
         raise UsageError(f"bad size {text!r}: expected a number and a unit, for example 24GiB or 500MB")
     if not match[2] and 0 < float(match[1]) < _LEAST_BARE:
         raise UsageError(f"{text.strip()} is {text.strip()} bytes: was {text.strip()}GiB (or MiB) meant? give the unit")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    nbytes = float(match[1]) * _UNITS[match[2].lower()]
+    if nbytes > _MOST:
+        raise UsageError(f"bad size {text[:40]!r}: expected at most {_MOST >> 40:,}TiB")
+    return int(nbytes)
 
 
 def as_bytes(size: int | str) -> int:

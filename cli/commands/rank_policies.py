@@ -23,11 +23,13 @@ TraceName = Annotated[
 Model = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help=f"Predict speeds for this model. {WITH_CONFIG}.")
 ]
-Tokens = Annotated[int | None, typer.Option("--tokens", min=8, metavar="N", help="Tokens of the trace to use.")]
+Tokens = Annotated[
+    int | None, typer.Option("--tokens", min=8, max=100_000, metavar="N", help="Tokens of the trace to use.")
+]
 Chunk = Annotated[
     int, typer.Option("--chunk", min=1, metavar="N", help="Tokens run at once: 1 is decode, more a prompt.")
 ]
-Sizes = Annotated[int, typer.Option("--sizes", min=2, metavar="N", help="Cache sizes to try.")]
+Sizes = Annotated[int, typer.Option("--sizes", min=2, max=100, metavar="N", help="Cache sizes to try.")]
 
 # Requests × experts of one replay; a policy looks at every resident for each miss.
 _WORK = 10_000_000

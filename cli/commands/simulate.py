@@ -24,7 +24,7 @@ TraceName = Annotated[
         "--trace", metavar="TRACE", help="Routing: a file of `profile --trace`, or uniform, zipf, recency, drift."
     ),
 ]
-Tokens = Annotated[int, typer.Option("--tokens", min=8, metavar="N", help="Tokens to decode.")]
+Tokens = Annotated[int, typer.Option("--tokens", min=8, max=100_000, metavar="N", help="Tokens to decode.")]
 Prompt = Annotated[int, typer.Option("--prompt", min=1, metavar="TOKENS", help="The prompt before them.")]
 Swaps = Annotated[int, typer.Option("--swaps", min=0, metavar="N", help="Experts swapped into VRAM per token at most.")]
 Split = Annotated[

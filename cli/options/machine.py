@@ -24,11 +24,13 @@ Gpu = Annotated[
 ]
 RamBandwidth = Annotated[
     float | None,
-    typer.Option("--ram-bandwidth", metavar="GB/S", min=0.1, help="Take this for the RAM's read bandwidth."),
+    typer.Option("--ram-bandwidth", metavar="GB/S", min=0.1, max=1e5, help="Take this for the RAM's read bandwidth."),
 ]
 DiskBandwidth = Annotated[
     float | None,
-    typer.Option("--disk-bandwidth", metavar="GB/S", min=0.01, help="Take this for the disk's sequential rate."),
+    typer.Option(
+        "--disk-bandwidth", metavar="GB/S", min=0.01, max=1e5, help="Take this for the disk's sequential rate."
+    ),
 ]
 Refresh = Annotated[bool, typer.Option("--refresh", help="Measure this machine again first.")]
 

@@ -218,4 +218,5 @@ class _Fitting:
         return (
             f"fits {self.machine.name}: {', '.join(places)}, beside a context of {plan.context:,} tokens; "
             f"{plan.predicted_tokens_per_s:,.1f} tokens/s predicted (--vram, --ram and --context set others)"
+            + ("" if self.machine.measured else "; nobody has measured this machine")
         )

@@ -80,7 +80,8 @@ def rows(setup: Simulation, decode: SimulatedPhase, prefill: SimulatedPhase) -> 
         (
             "prefill",
             f"{number(prefill.tokens_per_s)} tokens/s for a prompt of {prefill.tokens:,} in chunks of "
-            f"{setup.plan.prompt_chunk:,}, limited by {limit_name(prefill.limited_by)}",
+            f"{setup.plan.prompt_chunk:,}, limited by {limit_name(prefill.limited_by)} (by arithmetic "
+            f"{number(setup.plan.predicted_prefill_tokens_per_s)})",
         ),
         ("experts", f"requests found theirs {served}"),
     ]

@@ -170,10 +170,11 @@ def card_names() -> str:
     return listed
 
 
+_FIGURE = r"(\d{1,6}(?:\.\d{1,6})?)"
 _PARTS = {
-    "vram": re.compile(r"[\d.]+ ?[MGT]i?B"),
-    "vram_gb_s": re.compile(r"([\d.]+) ?GB/s"),
-    "bf16_tflops": re.compile(r"([\d.]+) ?TFLOPS"),
+    "vram": re.compile(rf"{_FIGURE} ?[MGT]i?B"),
+    "vram_gb_s": re.compile(rf"{_FIGURE} ?GB/s"),
+    "bf16_tflops": re.compile(rf"{_FIGURE} ?TFLOPS"),
     "pcie": re.compile(r"pcie ?([345]) ?x ?(16|8|4|1)", re.IGNORECASE),
 }
 

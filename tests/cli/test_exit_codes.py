@@ -78,6 +78,12 @@ def cases() -> Iterator[tuple[str, list[str], int]]:
                 yield command, [*words, option, "-"], 2
             elif name not in FREE:  # names, choices, numbers and sizes: no such thing exists
                 yield command, [*words, option, "nonsense"], 2
+            if parameter.metavar == "SIZE":
+                yield command, [*words, option, "64"], 2
+                yield command, [*words, option, "9" * 400], 2
+            if parameter.type_descriptor.annotation is float:
+                yield command, [*words, option, "nan"], 2
+                yield command, [*words, option, "inf"], 2
             if name == "recipe":
                 yield command, [*words, option, "ABSENT.toml"], 1
 

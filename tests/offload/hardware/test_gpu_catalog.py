@@ -54,6 +54,9 @@ def test_a_card_of_ones_own_is_its_figures_in_any_order() -> None:
         "X,24GiB,24GiB,165TFLOPS,pcie4x16",
         "X,0GiB,1008GB/s,165TFLOPS,pcie4x16",
         "X,24GiB,fast,165TFLOPS,pcie4x16",
+        "X,1.2.3GiB,1008GB/s,165TFLOPS,pcie4x16",
+        "X,24GiB,1.2.3GB/s,165TFLOPS,pcie4x16",
+        f"X,24GiB,{'9' * 400}GB/s,165TFLOPS,pcie4x16",
         "X,24GiB,1008GB/s,165TFLOPS,pcie9x16",
     ):
         with pytest.raises(UsageError, match="describes no card"):
