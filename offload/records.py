@@ -3,10 +3,10 @@ run."""
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from offload.tiers import Tier
 from quant.errors import UsageError
@@ -15,6 +15,37 @@ from quant.sizes import as_bytes
 
 Finish = Literal["", "eos", "stop", "length", "context", "cancelled"]
 FinishReason = Literal["stop", "length", "context"]
+_KV, _DEVICES = ("bf16", "int8"), ("auto", "cpu", "cuda")
+Given = TypeVar("Given")
+Kept = TypeVar("Kept")
+
+
+class Converted(Generic[Given, Kept]):
+    """A field of a frozen dataclass that takes what a person writes and is kept as ``convert`` makes it."""
+
+    def __init__(self, convert: Callable[[Given], Kept], default: Kept) -> None:
+        self._convert, self._default = convert, default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Kept:
+        return self._default if instance is None else instance.__dict__[self._name]
+
+    def __set__(self, instance: Any, value: Given) -> None:
+        instance.__dict__[self._name] = self._convert(value)
+
+
+def _bytes(size: int | str | None) -> int | None:
+    return None if size is None else as_bytes(size)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _stops(texts: str | Iterable[str]) -> tuple[str, ...]:
+    return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
 @dataclass(frozen=True)
@@ -32,28 +63,25 @@ class RunOptions:
     is taken again once that has left it.
     """
 
-    vram: int | None = None
-    ram: int | None = None
+    vram: Converted[int | str | None, int | None] = Converted(_bytes, None)
+    ram: Converted[int | str | None, int | None] = Converted(_bytes, None)
     context: int | None = None
     kv: Literal["bf16", "int8"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     policy: str | None = None
-    routing: Path | None = None
+    routing: Converted[str | Path | None, Path | None] = Converted(_path, None)
     prompt_chunk: int | None = None
     exact: bool = False
     page_cache: bool = False
     threads: int | None = None
     graph: bool = True
-    prefetch_bytes: int | None = None
+    prefetch_bytes: Converted[int | str | None, int | None] = Converted(_bytes, None)
     regain: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vram", "ram", "prefetch_bytes"):
-            asked: int | str | None = getattr(self, name)
-            if asked is not None:
-                object.__setattr__(self, name, as_bytes(asked))
-        if self.routing is not None:
-            object.__setattr__(self, "routing", Path(self.routing))
+        for name, value, known in (("kv", self.kv, (None, *_KV)), ("device", self.device, _DEVICES)):
+            if value not in known:
+                raise UsageError(f"{name} is {value!r}: expected {' or '.join(repr(one) for one in known if one)}")
 
     def over(self, recipe: Recipe | None) -> "RunOptions":
         """These options, and what ``recipe`` says where nothing was asked."""
@@ -77,12 +105,10 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Converted[str | Iterable[str], tuple[str, ...]] = Converted(_stops, ())
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop: str | Iterable[str] = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         for name, (low, high, expected) in _SAMPLING_RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # NaN, too

@@ -1,8 +1,10 @@
 """One function decides a run for every caller: what was asked wins, then the recipe, then what fits."""
 
+import pickle
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from tests.machines import GIB, RTX_4090, machine
 
 def test_what_was_asked_wins_over_the_recipe_and_the_recipe_over_defaults() -> None:
     recipe = load_recipe("scout-rtx4090")
-    run = planned_run("scout", RunOptions(ram="40GiB", kv="int8"), recipe=recipe.name, machine=machine(gpu=RTX_4090))  # type: ignore[arg-type]
+    run = planned_run("scout", RunOptions(ram="40GiB", kv="int8"), recipe=recipe.name, machine=machine(gpu=RTX_4090))
     assert (run.options.ram, run.options.kv) == (40 * GIB, "int8")
     assert (run.options.vram, run.options.context) == (recipe.vram, recipe.context)
     assert (run.plan.ram, run.plan.vram, run.plan.context) == (40 * GIB, recipe.vram, recipe.context)
@@ -80,10 +82,33 @@ def test_planning_needs_no_torch() -> None:
 
 
 def test_sizes_and_paths_are_taken_as_people_write_them() -> None:
-    options = RunOptions(vram="24GiB", ram="500MB", routing="profile.json")  # type: ignore[arg-type]
+    options = RunOptions(vram="24GiB", ram="500MB", routing="profile.json")
     assert (options.vram, options.ram, options.routing) == (24 * GIB, 500 * 10**6, Path("profile.json"))
     with pytest.raises(UsageError, match="bad size"):
-        RunOptions(ram="much")  # type: ignore[arg-type]
-    assert Sampling(stop="end").stop == ("end",)  # type: ignore[arg-type]
+        RunOptions(ram="much")
+    assert Sampling(stop="end").stop == ("end",)
     card = planned_run("mini-scout", machine="RTX 4090").machine
     assert card.gpu is not None and card.gpu.name == "RTX 4090"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: RunOptions(kv="fp8"), "kv is 'fp8': expected 'bf16' or 'int8'"),
+        (lambda: RunOptions(device="gpu"), "device is 'gpu'"),
+        (lambda: Sampling(max_tokens=0), "max_tokens is 0: expected at least 1"),
+        (lambda: Sampling(temperature=-0.5), "temperature is -0.5"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        make()
+
+
+def test_options_are_copied_compared_and_kept_like_any_frozen_dataclass() -> None:
+    options = RunOptions(ram="64GiB", routing="profile.json")
+    assert replace(options, vram=GIB) == RunOptions(vram="1GiB", ram=64 * GIB, routing=Path("profile.json"))
+    assert hash(options) == hash(RunOptions(ram=64 * GIB, routing=Path("profile.json")))
+    assert asdict(options)["ram"] == 64 * GIB and pickle.loads(pickle.dumps(options)) == options
+    with pytest.raises(FrozenInstanceError):
+        options.ram = 1  # type: ignore[misc]
