@@ -9,13 +9,14 @@ import typer
 
 from cli.options.output import Report, takes_console
 from cli.options.run import Model, takes_run_options
-from cli.options.sampling import takes_sampling
+from cli.options.sampling import AskedSampling, takes_sampling
 from cli.options.typed import typed_text
 from cli.terminal import interrupt
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
-from offload.records import RunOptions, Sampling, TokenRecord
+from offload.records import RunOptions, TokenRecord
 
+MAX_TOKENS = 256
 Prompt = Annotated[
     str, typer.Argument(metavar="PROMPT", callback=typed_text, help="The text to continue; - reads it from stdin.")
 ]
@@ -29,7 +30,7 @@ IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the e
 def generate(
     model: Model,
     prompt: Prompt,
-    sampling: Sampling,
+    sampling: AskedSampling,
     run: RunOptions,
     console: Console,
     chat: Chat = False,
@@ -46,6 +47,7 @@ def generate(
 
     check_page(report)
     path = find_model(model)
+    settings, told = sampling.of(path, max_tokens=MAX_TOKENS)
     with seldom_collecting():
         from offload.run.collect import account
         from offload.run.report import Message
@@ -53,9 +55,10 @@ def generate(
     text = read_text(Path("-")) if prompt == "-" else prompt
     with open_session(path, run, console) as session:
         ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
+        console.step(told)
         records: list[TokenRecord] = []
         with interrupt.Stop() as stop, suppress(KeyboardInterrupt):
-            for record in session.generate(ids, replace(sampling, ignore_eos=ignore_eos)):
+            for record in session.generate(ids, replace(settings, ignore_eos=ignore_eos)):
                 records.append(record)
                 console.write(record.text)
                 if stop.asked:

@@ -1,8 +1,11 @@
 """A conversation through a pipe and on a terminal."""
 
 import json
+import re
+import shutil
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,40 @@ QUESTION = "What does os.path.join do?"
 
 
 @pytest.fixture
-def terminal(model: Path) -> Iterator[Terminal]:
-    chat = Terminal("chat", model, "--max-tokens", "2000")
+def terminal(model: Path, tmp_path: Path) -> Iterator[Terminal]:
+    chat = Terminal("chat", model, "--max-tokens", "2000", XDG_STATE_HOME=str(tmp_path))
     yield chat
     chat.close()
+
+
+@pytest.fixture
+def screen(model: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """Chats on a terminal that can do what today's can, all of one user."""
+    opened: list[Terminal] = []
+
+    def chat(*words: str) -> Terminal:
+        opened.append(Terminal("chat", model, "-n", "4", *words, TERM="xterm", XDG_STATE_HOME=str(tmp_path / "state")))
+        opened[-1].read_until("> ")
+        return opened[-1]
+
+    yield chat
+    for terminal in opened:
+        terminal.close()
+
+
+def conversation(chat: Terminal, file: Path) -> list[dict[str, str]]:
+    """The messages of ``chat``, which is waiting for one."""
+    chat.type(f"/save {file}\r")
+    chat.read_until("written to")
+    found: list[dict[str, str]] = json.loads(file.read_text())["messages"]
+    return found
+
+
+def with_file(model: Path, folder: Path, name: str, content: object) -> Path:
+    """A copy of ``model`` in which file ``name`` is ``content``."""
+    shutil.copytree(model, folder)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
 
 
 def test_questions_from_a_pipe_are_answered_on_stdout_and_the_report_follows(model: Path, tmp_path: Path) -> None:
@@ -96,3 +129,208 @@ def test_ctrl_d_quits_with_the_report(terminal: Terminal) -> None:
     terminal.type("\x04")
     assert terminal.wait() == 0
     assert "Traceback" not in terminal.seen
+
+
+def test_what_is_pasted_is_one_message(screen: Callable[..., Terminal], tmp_path: Path) -> None:
+    chat = screen()
+    chat.type("\x1b[200~Explain:\n\n  def f(x):\r\n    return x\x1b[201~ Please.\r")
+    chat.read_until("tokens/s")
+    chat.type('\x1b[200~"""quoted\nand pasted"""\x1b[201~\r')
+    chat.read_until("tokens/s")
+    said = [message["content"] for message in conversation(chat, tmp_path / "c.json")[::2]]
+    assert said == ["Explain:\n\n  def f(x):\n    return x Please.", "quoted\nand pasted"]
+
+
+def test_lines_between_quotes_are_one_message(screen: Callable[..., Terminal], tmp_path: Path) -> None:
+    chat = screen()
+    for line in ('"""first', "", "  second", 'third"""'):
+        chat.type(line + "\r")
+        chat.read_until("tokens/s" if line.endswith('"""') else "… ")
+    assert conversation(chat, tmp_path / "c.json")[0]["content"] == "first\n\n  second\nthird"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ('"""\none\n\n  two\n"""\n', "one\n\n  two"),
+        ('"""one\ntwo"""\n', "one\ntwo"),
+        ('"""one"""\n', "one"),
+        ('"""\nan end without quotes\n', "an end without quotes"),
+        ('"""\n/quit\n"""\n', "/quit"),
+        ("/etc/passwd is\u2028a file\r\n", "/etc/passwd is\u2028a file"),
+        ("  indented\n", "  indented"),
+    ],
+)
+def test_quotes_work_through_a_pipe_too(model: Path, typed: str, said: str) -> None:
+    done = invoke("chat", model, "-n", "2", "--json", stdin=typed)
+    messages = json.loads(done.stdout)["messages"]
+    if said.startswith("/etc"):
+        assert messages == [] and done.returncode == 0, "a line with a slash is a command"
+    else:
+        assert messages[0]["content"] == said
+
+
+def test_what_was_typed_comes_back_in_the_next_chat(screen: Callable[..., Terminal], tmp_path: Path) -> None:
+    chat = screen()
+    chat.type("\x1b[200~two\nlines\x1b[201~\r")
+    chat.read_until("tokens/s")
+    chat.type("/quit\r")
+    assert chat.wait() == 0
+    file = tmp_path / "state" / "coldstream" / "chat-history"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600, "for nobody else to read"
+    chat = screen()
+    chat.type("\x1b[A\x1b[A\r")  # up: /quit, up: the message
+    chat.read_until("tokens/s")
+    assert conversation(chat, tmp_path / "c.json")[0]["content"] == "two\nlines"
+
+
+def test_a_history_that_cannot_be_written_is_no_failure(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file where the folder should be")
+    chat = Terminal("chat", model, "-n", "2", TERM="xterm", XDG_STATE_HOME=str(tmp_path / "state"))
+    chat.read_until("> ")
+    chat.type("Hi\r")
+    chat.read_until("tokens/s")
+    chat.type("\x04")
+    assert chat.wait() == 0
+    assert "Traceback" not in chat.seen
+    chat.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("{file}", "one\ntwo\n"),
+        ("{file} What is this?", "one\ntwo\n\nWhat is this?"),
+        ("'{file}' What's \"this\"?", 'one\ntwo\n\nWhat\'s "this"?'),
+        ("{spaced}", "one\ntwo\n"),
+        ('"{spaced}" Well?', "one\ntwo\n\nWell?"),
+    ],
+)
+def test_a_file_is_said(model: Path, tmp_path: Path, words: str, said: str) -> None:
+    names = {"file": tmp_path / "notes.txt", "spaced": tmp_path / "my notes.txt"}
+    for file in names.values():
+        file.write_text("one\ntwo\n")
+    typed = "/file " + words.format(**names) + "\n"
+    assert json.loads(invoke("chat", model, "-n", "2", "--json", stdin=typed).stdout)["messages"][0]["content"] == said
+
+
+def test_what_cannot_be_said_is_one_line_and_the_chat_goes_on(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    typed = f"/file\n/file {tmp_path}/absent\n/file {tmp_path}\n/file {tmp_path}/latin\n/file {'x' * 9000}\n".encode()
+    done = invoke("chat", model, "-n", "2", stdin=typed + b"caf\xe9\n" + b"Hi\n")
+    assert done.returncode == 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("coldstream: error: ")]
+    assert len(errors) == 6 and "UTF-8" in errors[-1]
+    assert done.stderr.count("tokens/s,") >= 1, "Hi was answered"
+    assert invoke("chat", model, "-n", "2", stdin=b"caf\xe9\n").returncode == 1, "nothing was"
+
+
+def test_every_answer_is_followed_by_its_speed_but_not_when_quiet(model: Path) -> None:
+    line = re.compile(r"^\(\d+ tokens, [\d,.]+ tokens/s, .* expert hits\)$", re.MULTILINE)
+    talk = f"{QUESTION}\nAnd os.getcwd?\n"
+    assert len(line.findall(invoke("chat", model, "-n", "9", stdin=talk).stderr)) == 2
+    assert not line.findall(invoke("chat", model, "-n", "9", "-q", stdin=talk).stderr)
+
+
+def test_an_answer_may_be_as_long_as_the_context(model: Path, tmp_path: Path) -> None:
+    endless = with_file(model, tmp_path / "m", "generation_config.json", {"eos_token_id": 4095})
+    done = invoke("chat", endless, "--context", "400", "--json", stdin=QUESTION + "\n")
+    document = json.loads(done.stdout)
+    assert document["finish_reason"] == "context"
+    assert len(document["timeline"]["ms"]) > 300
+
+
+RECOMMENDED = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "eos_token_id": [1, 4]}
+
+
+@pytest.mark.parametrize(
+    ("recommended", "asked", "told"),
+    [
+        ({}, [], "greedy"),
+        (RECOMMENDED, [], "temperature 0.6, top k 50, top p 0.9 (by generation_config.json)"),
+        (
+            RECOMMENDED,
+            ["--temperature", "0.2", "--seed", "3"],
+            "temperature 0.2, seed 3; top k 50, top p 0.9 (by generation_config.json)",
+        ),
+        (RECOMMENDED, ["--temperature", "0"], "greedy"),
+        (RECOMMENDED | {"do_sample": False}, [], "greedy"),
+        ({"do_sample": True}, [], "temperature 1.0 (by generation_config.json)"),
+        ({"repetition_penalty": 1.1}, [], "greedy; repetition penalty 1.1 (by generation_config.json)"),
+        ({"do_sample": True, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}, ["--min-p", "0.1"], None),
+    ],
+)
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_sampling_is_as_the_model_recommends_and_the_options_win(
+    model: Path, tmp_path: Path, command: str, recommended: dict[str, object], asked: list[str], told: str | None
+) -> None:
+    folder = with_file(model, tmp_path / "m", "generation_config.json", recommended)
+    words = [command, folder, *(["Hi"] if command == "generate" else []), "-n", "2", *asked]
+    shown = invoke(*words, stdin="Hi\n").stderr
+    [line] = [line for line in shown.splitlines() if line.startswith("coldstream: sampling: ")]
+    told = told or "min p 0.1; temperature 1.0 (by generation_config.json)"
+    assert line == f"coldstream: sampling: {told}"
+
+
+@pytest.mark.parametrize(
+    "broken", ["[]", "{", '{"do_sample": 3}', '{"do_sample": true, "temperature": -1}', '{"top_p": "0.9"}']
+)
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_broken_recommendation_is_one_line(model: Path, tmp_path: Path, command: str, broken: str) -> None:
+    folder = with_file(model, tmp_path / "m", "generation_config.json", broken)
+    done = invoke(command, folder, *(["Hi"] if command == "generate" else []), stdin="Hi\n")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("coldstream: error: ") and "generation_config.json" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role!') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+)
+
+
+def test_a_template_that_refuses_ends_neither_the_chat_nor_its_conversation(model: Path, tmp_path: Path) -> None:
+    folder = with_file(model, tmp_path / "m", "chat_template.jinja", NO_SYSTEM)
+    talk = "Hi\n/system Be brief.\nHello\n/system\nHello again\n"
+    done = invoke("chat", folder, "-n", "2", "--json", "--system", "Be brief.", stdin=talk)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["messages"][0]["content"] == "Hello again"
+    shown = invoke("chat", folder, "-n", "2", "--system", "Be brief.", stdin=talk).stderr
+    assert shown.count("coldstream: error: the model's chat template cannot put this conversation: ") == 3
+    assert "no system role!" in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ nothing.at.all }}", "{{ 'x' * 10 ** 10 }}"])
+def test_a_template_that_never_works_is_said_for_every_message(model: Path, tmp_path: Path, template: str) -> None:
+    folder = with_file(model, tmp_path / "m", "chat_template.jinja", template)
+    done = invoke("chat", folder, stdin="Hi\nHello\n")
+    assert done.returncode == 1, "nothing was answered"
+    assert done.stderr.count("coldstream: error: ") == 3 and "Traceback" not in done.stderr
+
+
+def test_the_oldest_turns_are_left_out_when_the_context_is_full(model: Path) -> None:
+    talk = "".join(f"Question {number}: {'word ' * 20}\n" for number in range(8))
+    done = invoke("chat", model, "--context", "160", "-n", "8", "--system", "Be brief.", stdin=talk)
+    assert done.returncode == 0 and "coldstream: error" not in done.stderr
+    notes = [line for line in done.stderr.splitlines() if "the model no longer sees" in line]
+    assert 1 <= len(notes) < 8 and "--context" in notes[0]
+    document = json.loads(invoke("chat", model, "--context", "160", "-n", "8", "--json", stdin=talk).stdout)
+    assert len(document["messages"]) == 16, "the conversation is kept whole"
+    assert max(document["timeline"]["tokens_in"]) < 160
+
+
+def test_a_person_is_asked_before_turns_are_left_out(screen: Callable[..., Terminal], tmp_path: Path) -> None:
+    chat = screen("--context", "64")
+    chat.type("First " + "word " * 20 + "\r")
+    chat.read_until("tokens/s")
+    chat.type("Second " + "word " * 20 + "\r")
+    chat.read_until("Go on without the oldest turn? [Y/n] ")
+    chat.type("n\r")
+    chat.read_until("not sent")
+    assert len(conversation(chat, tmp_path / "c.json")) == 2
+    chat.type("Third " + "word " * 20 + "\r")
+    chat.read_until("[Y/n] ")
+    chat.type("\r")
+    chat.read_until("tokens/s")
+    assert len(conversation(chat, tmp_path / "c.json")) == 4

@@ -7,21 +7,21 @@ import typer
 from typer.testing import CliRunner
 
 from cli.options.run import Model, run_options, takes_run_options
-from cli.options.sampling import takes_sampling
+from cli.options.sampling import AskedSampling, takes_sampling
 from offload.records import RunOptions, Sampling
 from quant.errors import UsageError
 
 
 def parse(*words: str) -> tuple[str, RunOptions, Sampling]:
-    """What a command with all shared options is called with for these words."""
+    """What a command with all shared options is called with for these words, for a model that asks for nothing."""
     got: list[tuple[str, RunOptions, Sampling]] = []
     app = typer.Typer(rich_markup_mode=None)
 
     @app.command()
     @takes_run_options
     @takes_sampling
-    def command(model: Model, run: RunOptions, sampling: Sampling) -> None:
-        got.append((model, run, sampling))
+    def command(model: Model, run: RunOptions, sampling: AskedSampling) -> None:
+        got.append((model, run, sampling.of(Path(model), max_tokens=256)[0]))
 
     result = CliRunner().invoke(app, list(words))
     assert result.exit_code == 0, result.output
@@ -121,7 +121,7 @@ def test_values_out_of_range_are_wrong_usage(words: list[str]) -> None:
     @app.command()
     @takes_run_options
     @takes_sampling
-    def command(model: Model, run: RunOptions, sampling: Sampling) -> None:
+    def command(model: Model, run: RunOptions, sampling: AskedSampling) -> None:
         raise AssertionError("the command must not run")
 
     assert CliRunner().invoke(app, ["m", *words]).exit_code == 2
