@@ -1,13 +1,13 @@
 """``coldstream demo``: the whole path on the model that ships with the package, telling what it does."""
 
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
+from shutil import rmtree
 from typing import Annotated, Any
 
 import typer
@@ -18,18 +18,22 @@ from cli.terminal.imports import seldom_collecting
 from cli.terminal.visible import visible
 from offload.records import RunOptions, Sampling
 
-Keep = Annotated[Path | None, typer.Option("--keep", metavar="DIR", help="Leave model, profile and report page here.")]
+Keep = Annotated[
+    Path,
+    typer.Option("--keep", metavar="DIR", help="Where model, profile and report page are left; an earlier demo's go."),
+]
 
-QUESTION = "What does os.path.join do?"
-TOKENS = 128
+PROMPT = "def read(path):"
+TOKENS = 96
 PROFILE_TOKENS = 8192
 CONTEXT = 1024
 CHUNK = 64
 RECIPE = "demo"
+MADE = ("model", "routing.json", "run.html")
 
 
 @takes_console
-def demo(console: Console, keep: Keep = None) -> None:
+def demo(console: Console, keep: Keep = Path("coldstream-demo")) -> None:
     """The whole path on the embedded model: quantize, profile, plan, generate, report.
 
     The model is a small Llama 4 (9 MB), trained on Python's standard library: what it writes looks like
@@ -42,19 +46,22 @@ def demo(console: Console, keep: Keep = None) -> None:
 
     started = time.perf_counter()
     with ExitStack() as stack:
-        if keep is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldstream-demo-")))
-        else:
-            folder = keep
-            if keep.exists() and not keep.is_dir():
-                raise OutputError(f"{keep} is a file: name a new directory for --keep")
-            if keep.is_dir() and any(keep.iterdir()):
-                raise OutputError(f"{keep} is not empty: name a new directory for --keep")
-            keep.mkdir(parents=True, exist_ok=True)
+        if keep.exists() and not keep.is_dir():
+            raise OutputError(f"{keep} is a file: name a new directory for --keep")
+        if keep.is_dir() and any(entry.name not in MADE for entry in keep.iterdir()):
+            raise OutputError(f"{keep} is not empty, and not an earlier demo's: name a new directory for --keep")
+        keep.mkdir(parents=True, exist_ok=True)
+        for name in MADE:
+            rmtree(keep / name) if (keep / name).is_dir() else (keep / name).unlink(missing_ok=True)
         source = stack.enter_context(as_file(files("recipes").joinpath("demo")))
-        document = Demo(source, folder, console).run()
+        document = Demo(source, keep, console).run()
     seconds = time.perf_counter() - started
-    console.say(f"\nDone in {seconds:.0f} s." + (f" Model, profile and page are in {keep}." if keep else ""))
+    console.say(
+        f"\nDone in {seconds:.0f} s. Next:\n"
+        f"   open {keep / 'run.html'} in a browser: where every byte was, and what a token's time went to\n"
+        f"   coldstream chat {keep / 'model'}\n"
+        "   coldstream plan scout    what a model of 109 billion weights would need on this machine"
+    )
     console.result({**document, "seconds": seconds, "kept": keep})
 
 
@@ -62,7 +69,7 @@ class Demo:
     """The five steps, each saying what it does and the command that does the same."""
 
     def __init__(self, source: Path, folder: Path, console: Console) -> None:
-        self.source, self.console = source, console
+        self.source, self.folder, self.console = source, folder, console
         self.model, self.routing, self.page = folder / "model", folder / "routing.json", folder / "run.html"
         self.step = 0
         self.options = RunOptions(context=CONTEXT, prompt_chunk=CHUNK, routing=self.routing, device="cpu")
@@ -88,7 +95,9 @@ class Demo:
         from quant.model.recipe import load_recipe
 
         recipe = load_recipe(RECIPE)
-        self.heading("Quantize: routed and shared experts to 4 bits.", f"quantize SRC model --recipe {RECIPE}")
+        self.heading(
+            "Quantize: routed and shared experts to 4 bits.", f"quantize {self.source} {self.model} --recipe {RECIPE}"
+        )
         done = convert(self.source, self.model, recipe.schemes)
         self.console.say(
             f"   {size(done.source_bytes)} became {size(done.output_bytes)}, "
@@ -103,7 +112,10 @@ class Demo:
         from cli.steps.texts import read_text
         from cli.terminal.words import percent
 
-        self.heading("Profile: which experts does text ask for?", "profile model --text calibration.txt")
+        self.heading(
+            "Profile: which experts does text ask for?",
+            f"profile {self.model} --text {self.source / 'calibration.txt'} --out {self.routing}",
+        )
         quiet = Console(json=True)
         with open_session(self.model, RunOptions(context=CONTEXT, device="cpu"), quiet) as session:
             text = read_text(self.source / "calibration.txt")
@@ -138,7 +150,8 @@ class Demo:
         plan = fitted(self.options).plan
         self.heading(
             "Plan: RAM for about half of the experts. Where does every byte go, and how fast will it be?",
-            f"plan model --ram {ram // 1024}KiB --context {CONTEXT} --prompt-chunk {CHUNK} --routing routing.json",
+            f"plan {self.model} --ram {ram // 1024}KiB --context {CONTEXT} --prompt-chunk {CHUNK} "
+            f"--routing {self.routing}",
         )
         self.console.say(
             f"   {size(plan.total('ram') - plan.framework_bytes)} of the model in RAM, beside "
@@ -159,16 +172,16 @@ class Demo:
         from offload.run.report import Message
 
         command = (
-            f'generate model "{QUESTION}" --chat --ram {(self.options.ram or 0) // 1024}KiB --context {CONTEXT} '
-            f"--prompt-chunk {CHUNK} --routing routing.json --report run.html"
+            f'generate {self.model} "{PROMPT}" --max-tokens {TOKENS} --ram {(self.options.ram or 0) // 1024}KiB '
+            f"--context {CONTEXT} --prompt-chunk {CHUNK} --routing {self.routing} --report {self.page}"
         )
         self.heading("Generate, with the profile deciding which experts are kept at hand.", command)
         quiet = Console(json=True)
         with open_session(self.model, self.options, quiet) as session:
-            ids = session.encode_chat([{"role": "user", "content": QUESTION}])
-            self.console.say(f"\n   > {QUESTION}\n")
+            if not self.console.json:
+                print(f"\n   {PROMPT}", end="", file=sys.stderr)
             records = []
-            for record in session.generate(ids, Sampling(max_tokens=TOKENS)):
+            for record in session.generate(session.encode(PROMPT), Sampling(max_tokens=TOKENS)):
                 records.append(record)
                 if not self.console.json:
                     print(visible(record.text).replace("\n", "\n   "), end="", file=sys.stderr, flush=True)
@@ -178,7 +191,7 @@ class Demo:
                 [records],
                 command="generate",
                 command_line=f"coldstream {command}",
-                messages=(Message("user", QUESTION), Message("assistant", answer)),
+                messages=(Message("user", PROMPT), Message("assistant", answer)),
                 warmup=1,
             )
         self.console.say("\n")

@@ -21,8 +21,9 @@ def test_the_demo_runs_all_steps_within_a_minute_and_leaves_what_it_is_asked_to(
     assert json.loads((kept / "routing.json").read_text())["tokens"] > 1000
 
 
-def test_the_demos_json_has_the_result_of_every_step() -> None:
-    done = invoke("demo", "--json")
+def test_the_demos_json_has_the_result_of_every_step_and_a_second_demo_replaces_the_first(tmp_path: Path) -> None:
+    assert invoke("demo", "--keep", tmp_path / "made").returncode == 0
+    done = invoke("demo", "--json", "--keep", tmp_path / "made")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     document = json.loads(done.stdout)
