@@ -1,28 +1,29 @@
 """``coldstream quantize``: a Hugging Face checkpoint, quantized into a new directory."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
-from shutil import rmtree
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.options.goal import Goal, takes_goal
-from cli.options.output import takes_console
+from cli.options.output import Destination, takes_console
+from cli.options.rounding import AskedRounding, takes_rounding
 from cli.options.run import WITH_WEIGHTS, Routing
 from cli.options.schemes import AskedSchemes, takes_schemes
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from cli.terminal.progress import progress_bar
-from quant.errors import UsageError
+from quant.errors import ProfileError, UsageError
 
 if TYPE_CHECKING:
-    from offload.quality.windows import Windows
+    from cli.steps.find_values import Values
     from quant.checkpoint.checkpoint import Checkpoint
+    from quant.checkpoint.staging import Staging
     from quant.convert.convert import ConversionReport
     from quant.model.families import Role
-    from quant.rounding.imatrix import Imatrix
-    from quant.rounding.rounding import Rounder, Rounding
     from quant.scheme import Scheme
 
 _MEASURED = (
@@ -37,39 +38,14 @@ _CALIBRATED = (
 @takes_console
 @takes_schemes
 @takes_goal
+@takes_rounding
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help=f"{WITH_WEIGHTS}.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="A new or empty directory.")],
+    destination: Destination,
     stored: AskedSchemes,
     goal: Goal | None,
+    asked: AskedRounding,
     console: Console,
-    rounding: Annotated[
-        Literal["search", "rtn"], typer.Option("--rounding", help="search: the best without data; rtn: plain absmax.")
-    ] = "search",
-    calibrate: Annotated[
-        Path | None, typer.Option("--calibrate", metavar="FILE", help="Round by GPTQ on this text (slower, better).")
-    ] = None,
-    tune: Annotated[
-        int,
-        typer.Option(
-            "--tune",
-            metavar="PASSES",
-            min=0,
-            max=100,
-            help="After GPTQ, tune dense weights by their layer's output (with --calibrate; 6 is good).",
-        ),
-    ] = 0,
-    imatrix: Annotated[
-        Path | None,
-        typer.Option(
-            "--imatrix",
-            metavar="FILE",
-            help="Round by how strongly this text excites each input channel; or by a matrix that was saved.",
-        ),
-    ] = None,
-    save_imatrix: Annotated[
-        Path | None, typer.Option("--save-imatrix", metavar="FILE", help="Keep it for another run.")
-    ] = None,
     routing: Routing = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
 ) -> None:
@@ -78,143 +54,105 @@ def quantize(
     What is not named stays as it is in SRC. With --target-bits, --target-size or --fit, every role that is
     neither named by hand nor left out by the recipe gets the bits that it is worth: measured on the text of
     --calibrate or --imatrix, else judged by its weights. DST appears when it is complete; what is under way
-    lies in DST.partial and DST.calibration.
+    lies in DST.partial, or in DST/.partial where DST is there already.
     """
-    from cli.steps.choose_bits import Evidence, allocate_bits, open_roles
-    from cli.steps.finish import check_page
+    from cli.steps.choose_bits import Evidence, Work, allocate_bits, open_roles
+    from cli.steps.find_values import Values
     from cli.terminal.words import schemes_line
+    from quant.output_file import check_output
 
     with seldom_collecting():
-        from quant.convert.convert import convert, open_source
+        from quant.convert.convert import convert, job_of, made_before, open_source
+    from quant.checkpoint.config_groups import check_schemes
     from quant.checkpoint.staging import Staging
     from quant.model.hub import resolve_model
+    from quant.rounding.imatrix import MARK
 
-    if calibrate is not None and imatrix is not None:
-        raise UsageError("--calibrate already weighs inputs, and more exactly than --imatrix: give one of them")
-    if tune and calibrate is None:
-        raise UsageError("--tune goes on from GPTQ: give the text with --calibrate as well")
-    if save_imatrix is not None and imatrix is None:
-        raise UsageError("--save-imatrix has nothing to save: give the text with --imatrix")
     if routing is not None and goal is None:
         raise UsageError(
             "--routing says which experts are worth more bits: give it with --target-bits, --target-size or --fit"
         )
-    check_page(save_imatrix, "--save-imatrix")
-    schemes: Mapping[Role, Scheme] = {}
-    if goal is None:
-        schemes = stored.schemes()
+    check_output(asked.save_imatrix, "--save-imatrix", MARK)
+    schemes: Mapping[Role, Scheme] = {} if goal is not None else stored.schemes()
     path = resolve_model(source)
-    checkpoint, work = open_source(path), _work_folder(destination)
-    Staging(destination).check(checkpoint.path, resume)  # now, not after hours of measuring
-    weights = _imatrix(checkpoint, imatrix, save_imatrix, console)
-    windows = _windows(path, calibrate or (imatrix if _is_text(imatrix) else None))
-    if calibrate is not None and windows is not None:
-        from offload.plan.footprint import check_calibration
-
-        check_calibration(checkpoint.shape, windows.tokens)
-    plain = _plain(checkpoint, rounding, weights)
-    chosen: dict[str, Any] = {}
-    if goal is not None:
-        roles, fixed = open_roles(stored, measured=windows is not None)
-        evidence = Evidence(plain, windows, weights, routing)
-        schemes, allocation = allocate_bits(
-            checkpoint, goal, roles, fixed, evidence, work / "sensitivity.json", resume, console
-        )
-        chosen = {"allocation": allocation.to_json()}
-    named = schemes_line(schemes, checkpoint.shape)
-    mostly = "mostly " if goal is not None else ""
-    console.step(f"quantizing {path} to {destination}: {mostly}{named}")
-    rounder = plain
-    if calibrate is not None and windows is not None:
-        rounder = _calibrated(checkpoint, work, schemes, windows, plain, tune, resume, console)
-    with progress_bar(console, "quantizing", "bytes") as show:
-        report = convert(path, destination, schemes, resume=resume, progress=show, rounder=rounder, details=chosen)
-    if calibrate is not None or goal is not None:
-        rmtree(work, ignore_errors=True)
+    checkpoint = open_source(path)
+    roles: list[Role] = []
+    fixed: Mapping[Role, Scheme] = {}
+    if goal is None:
+        console.notes(check_schemes(checkpoint.shape, schemes))
+    with Staging(destination) as staging:
+        if not (resume and staging.is_published):
+            _claim(staging, checkpoint, resume)
+        values = Values.read(checkpoint, asked)
+        aim: dict[str, Any] = {}
+        if goal is not None:
+            roles, fixed = open_roles(stored, measured=values.windows is not None)
+            aim = {"goal": _described(goal, roles, fixed, routing)}
+        job = job_of(checkpoint, values.name, schemes if goal is None else None) | aim
+        if resume and staging.is_published:
+            if (made := made_before(staging, job)) is not None:
+                console.step(f"already complete: {staging.destination}")
+                console.result(made.to_json() | dict(made.details))
+                return
+            _claim(staging, checkpoint, resume)
+        _check_space(staging, values, schemes, roles)
+        plain = values.rounder(console)
+        chosen: dict[str, Any] = {}
+        if goal is not None:
+            evidence = Evidence(plain, values.windows, values.imatrix, routing)
+            work = Work(staging.work, job, resume)
+            schemes, allocation = allocate_bits(checkpoint, goal, roles, fixed, evidence, work, console)
+            chosen = {"allocation": allocation.to_json()}
+            console.notes(check_schemes(checkpoint.shape, schemes))
+        named = schemes_line(schemes, checkpoint.shape)
+        mostly = "mostly " if goal is not None else ""
+        console.step(f"quantizing {path} to {destination}: {mostly}{named}")
+        rounder = plain
+        if asked.calibrate is not None:
+            rounder = values.calibrated(schemes, plain, staging.work, resume, console)
+        with progress_bar(console, "quantizing", "bytes") as show:
+            report = convert(
+                checkpoint, staging, schemes, resume=resume, progress=show, rounder=rounder, details=chosen | aim
+            )
     console.notes(report.notes)
-    _show(console, report, calibrate is not None)
+    _show(console, report, asked.calibrate is not None)
     console.result(report.to_json() | chosen)
 
 
-def _work_folder(destination: Path) -> Path:
-    return destination.with_name(destination.name + ".calibration")
+def _claim(staging: "Staging", checkpoint: "Checkpoint", resume: bool) -> None:
+    """Make sure that the destination can be written before anything is read, let alone measured."""
+    staging.check(checkpoint.path, resume)
+    staging.claim()
 
 
-def _is_text(imatrix: Path | None) -> bool:
-    return imatrix is not None and imatrix.suffix != ".safetensors"
+def _described(goal: Goal, roles: "list[Role]", fixed: "Mapping[Role, Scheme]", routing: Path | None) -> dict[str, Any]:
+    """What two runs with a goal must share for one to continue the other, before any bits are chosen."""
+    from quant.input_file import read_bytes
+
+    profile = None if routing is None else sha256(read_bytes(routing, ProfileError)).hexdigest()[:16]
+    named = {role: str(scheme) for role, scheme in fixed.items()}
+    return {**asdict(goal), "roles": list(roles), "fixed": named, "routing": profile}
 
 
-def _windows(path: Path, text: Path | None) -> "Windows | None":
-    """The text in whole windows. Raises UsageError if it cannot be read or is too short."""
-    if text is None:
-        return None
-    from cli.steps.texts import read_text
-    from offload.model.tokenizer import load_tokenizer
-    from offload.plan.footprint import CALIBRATION_WINDOW
-    from offload.quality.windows import Windows
+def _check_space(staging: "Staging", values: "Values", schemes: "Mapping[Role, Scheme]", roles: "list[Role]") -> None:
+    """Refuse a file system that lacks room for the result, or for what a calibration keeps until then."""
+    from quant.allocation.units import units_of
+    from quant.checkpoint.writer import check_free
+    from quant.convert.convert import check_space
+    from quant.convert.parts import plan_conversion
 
-    return Windows.cut(read_text(text), load_tokenizer(path), CALIBRATION_WINDOW)
-
-
-def _imatrix(checkpoint: "Checkpoint", file: Path | None, save: Path | None, console: Console) -> "Imatrix | None":
-    """The importance matrix of the text in ``file``, or the one that lies there."""
-    if file is None:
-        return None
-    from quant.rounding.imatrix import Imatrix
-
-    if not _is_text(file):
-        return Imatrix.load(file, checkpoint.identity)
-    from offload.quality.importance import measure_importance
-
-    windows = _windows(checkpoint.path, file)
-    assert windows is not None
-    console.step(f"measuring inputs on {windows.tokens:,} tokens")
-    with progress_bar(console, "measuring inputs", "layers") as show:
-        found = measure_importance(checkpoint, windows, show)
-    if save is not None:
-        found.save(save)
-    return found
-
-
-def _plain(checkpoint: "Checkpoint", rounding: "Rounding", imatrix: "Imatrix | None") -> "Rounder":
-    """How values are found where no calibration has found them."""
-    from quant.rounding.rounding import make_rounder
-
-    if imatrix is None:
-        return make_rounder(rounding, checkpoint)
-    from quant.rounding.imatrix import Weighted
-
-    return Weighted(imatrix, make_rounder(rounding, checkpoint))
-
-
-def _calibrated(
-    checkpoint: "Checkpoint",
-    folder: Path,
-    schemes: "Mapping[Role, Scheme]",
-    windows: "Windows",
-    other: "Rounder",
-    passes: int,
-    resume: bool,
-    console: Console,
-) -> "Rounder":
-    """Round every layer by the text, into ``folder``."""
-    from offload.plan.footprint import calibration_nbytes
-    from offload.quality.calibrate import calibrate
-    from quant.rounding.prepared import Prepared
-    from quant.sizes import format_size
-
-    parts = calibration_nbytes(checkpoint.shape, windows.tokens, tuned=passes > 0)
-    named = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in parts.items())
-    console.step(
-        f"calibrating on {windows.tokens:,} tokens; takes about {format_size(sum(parts.values()))} of memory ({named})"
-    )
-
-    with progress_bar(console, "calibrating", "layers") as show:
-        seen = calibrate(checkpoint, schemes, windows, folder, passes=passes, resume=resume, progress=show)
-    console.step(f"calibrated {checkpoint.shape.num_layers} layers")
-    console.notes(seen.notes())
-    name = f"gptq {windows.identity}" + (f", tuned in {passes} passes" if passes else "")
-    return Prepared(folder, name, other)
+    shape = values.checkpoint.shape
+    beside = 0
+    if values.asked.calibrate is not None and values.windows is not None:
+        streams = 2 * 2 * 4 * values.windows.tokens * shape.hidden_size  # of two layers, two each, in f32
+        beside = streams
+    if roles:
+        units = units_of(shape, roles)
+        least = sum(min(unit.nbytes(scheme) for scheme in unit.candidates()) for unit in units)
+        check_free(staging.nearest, beside + least * (2 if beside else 1) - staging.nbytes)
+    else:
+        conversion = plan_conversion(values.checkpoint, schemes)
+        check_space(values.checkpoint, conversion, staging, beside + (conversion.layout.nbytes if beside else 0))
 
 
 def _show(console: Console, report: "ConversionReport", calibrated: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options.output import takes_console
+from cli.options.output import directory, takes_console
 from cli.options.run import WITH_CONFIG
 from cli.options.schemes import AskedSchemes, takes_schemes
 from cli.terminal.console import Console
@@ -28,7 +28,8 @@ def synth(
     console: Console,
     shape: Annotated[str | None, typer.Argument(metavar="[SHAPE]", help=f"Whose shape. {WITH_CONFIG}.")] = None,
     destination: Annotated[
-        Path | None, typer.Argument(metavar="DST", help="A new or empty directory.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="DST", parser=directory, help="A new or empty directory.", show_default=False),
     ] = None,
     hidden: Annotated[
         int, typer.Option(min=1, help="Without SHAPE: hidden size, a multiple of the group size.")
@@ -62,7 +63,7 @@ def synth(
     from quant.synth.synth import synthesize
 
     name, folder = (shape, destination) if destination is not None else (None, shape)
-    if folder is None:
+    if not folder:
         raise UsageError("synth needs a destination: coldstream synth SHAPE DST, for example mini-scout DST")
     numbers = {
         "hidden": hidden,

@@ -15,6 +15,18 @@ Report = Annotated[
     Path | None, typer.Option("--report", metavar="FILE", help="Write the report page (one HTML file) here.")
 ]
 
+
+def directory(text: str) -> Path:
+    """A destination. ``""`` is no name, though Python takes it for the folder one stands in."""
+    if not text.strip():
+        raise typer.BadParameter("found an empty name: expected that of a directory")
+    return Path(text)
+
+
+Destination = Annotated[
+    Path, typer.Argument(metavar="DST", parser=directory, help="A new or empty directory.", show_default=False)
+]
+
 takes_console = expands(
     "console", {"json": (Json, False), "quiet": (Quiet, False), "verbose": (Verbose, False)}, Console
 )

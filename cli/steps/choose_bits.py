@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cli.options.goal import Goal
 from cli.options.machine import AskedMachine
@@ -56,23 +56,59 @@ class Evidence:
     routing: Path | None = None
 
 
+@dataclass(frozen=True)
+class Work:
+    """Where a run keeps what it has measured and chosen, for what ``job``, and whether to go on from there."""
+
+    folder: Path
+    job: "Mapping[str, Any]"
+    resume: bool
+
+
 def allocate_bits(
     checkpoint: "Checkpoint",
     goal: Goal,
     roles: "list[Role]",
     fixed: "Mapping[Role, Scheme]",
     evidence: Evidence,
-    file: Path,
-    resume: bool,
+    work: "Work",
     console: Console,
 ) -> "tuple[MixedPrecision, Allocation]":
-    """Measure, choose, and show the table. ``file`` keeps what was measured, for a run that is resumed."""
+    """Measure, choose, and show the table; or what a stopped run has measured and chosen for the same."""
     from cli.terminal.allocation_table import allocation_table
-    from quant.allocation.allocator import Allocator, split_roles
+    from quant.allocation.allocator import split_roles
+    from quant.allocation.findings import kept_allocation
 
     units, kept = split_roles(checkpoint, roles, fixed, goal.per_expert)
-    choices, how = _choices(checkpoint, units, evidence, file, resume, console)
-    fitting: _Fitting | None = None
+    found = kept_allocation(work.folder / "allocation.json", work.job, units) if work.resume else None
+    allocation = found or _chosen(checkpoint, goal, units, kept, evidence, work, console)
+    console.step(f"bits chosen by {allocation.how}:")
+    if not console.json:
+        console.show(allocation_table(allocation))
+    console.step(
+        f"{allocation.bits:.3f} bits per quantized weight, {format_size(allocation.nbytes)}; expected loss "
+        f"{allocation.loss:.4g}, of {sum(c.options[0].loss for c in allocation.choices):.4g} with the fewest bits"
+    )
+    console.say(_head(allocation, fixed, checkpoint))
+    _note(console, checkpoint, goal, allocation, kept)
+    return allocation.mixture(kept), allocation
+
+
+def _chosen(
+    checkpoint: "Checkpoint",
+    goal: Goal,
+    units: "list[Unit]",
+    kept: "list[tuple[Unit, Scheme]]",
+    evidence: Evidence,
+    work: "Work",
+    console: Console,
+) -> "Allocation":
+    """The choice by what is measured now, kept for a run that is resumed."""
+    from quant.allocation.allocator import Allocator
+    from quant.allocation.findings import keep_allocation
+
+    choices, how = _choices(checkpoint, units, evidence, work, console)
+    checkpoint.check_unchanged()
     allocator = Allocator(checkpoint, choices, kept, how, uneven=goal.per_expert)
     if goal.bits is not None:
         allocation = allocator.by_bits(goal.bits)
@@ -81,18 +117,9 @@ def allocate_bits(
     else:
         fitting = _Fitting(checkpoint, goal, console)
         allocation = allocator.by_fit(fitting)
-    console.step(f"bits chosen by {how}:")
-    if not console.json:
-        console.show(allocation_table(allocation))
-    console.step(
-        f"{allocation.bits:.3f} bits per quantized weight, {format_size(allocation.nbytes)}; expected loss "
-        f"{allocation.loss:.4g}, of {sum(c.options[0].loss for c in choices):.4g} with the fewest bits"
-    )
-    if fitting is not None:
         console.step(fitting.said(allocation.mixture(kept)))
-    console.say(_head(allocation, fixed, checkpoint))
-    _note(console, checkpoint, goal, allocation, kept)
-    return allocation.mixture(kept), allocation
+    keep_allocation(work.folder / "allocation.json", work.job, allocation)
+    return allocation
 
 
 def _head(allocation: "Allocation", fixed: "Mapping[Role, Scheme]", checkpoint: "Checkpoint") -> str:
@@ -135,7 +162,7 @@ def _note(
 
 
 def _choices(
-    checkpoint: "Checkpoint", units: "list[Unit]", evidence: Evidence, file: Path, resume: bool, console: Console
+    checkpoint: "Checkpoint", units: "list[Unit]", evidence: Evidence, work: "Work", console: Console
 ) -> "tuple[list[Choices], str]":
     from quant.allocation.estimate import estimates
 
@@ -148,15 +175,17 @@ def _choices(
     from offload.quality.sensitivity import sample_tokens, sensitivities, stream_bytes
     from quant.allocation.findings import keep_losses, kept_losses
 
+    file = work.folder / "sensitivity.json"
     job = {
         "source": checkpoint.identity,
+        "state": checkpoint.states.listed(checkpoint.files),
         "text": evidence.windows.identity,
         "rounding": evidence.rounder.name,
         "units": [unit.name for unit in units],
     }
     tokens = min(evidence.windows.tokens, sample_tokens(checkpoint, units))
     how = f"divergence on {tokens:,} tokens of the text, each part rounded alone"
-    found = kept_losses(file, job, units) if resume else None
+    found = kept_losses(file, job, units) if work.resume else None
     if found is None:
         console.step(
             f"measuring what bits are worth on {tokens:,} tokens; takes one layer's experts and "

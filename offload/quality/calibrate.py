@@ -30,7 +30,7 @@ from offload.quality.tune import TRUTH, plain_experts, tune
 from offload.quality.windows import Windows
 from offload.quality.work_folder import Calibration, CalibrationState
 from quant.checkpoint.checkpoint import Checkpoint
-from quant.errors import OutputError, UsageError
+from quant.errors import UsageError
 from quant.linear import Compute, LinearWeight, QuantLinear
 from quant.model.families import PROJECTIONS, Projection, Role
 from quant.model.mixed_precision import described, scheme_of
@@ -61,7 +61,7 @@ def calibrate(
     The dense ones of each layer are then tuned together, in so many ``passes`` over the text.
     ``progress`` counts layers. Raises InputError for a
     text too short, UsageError if there is nothing to tune, OutputError if ``folder`` is
-    another calibration's or cannot be written.
+    another calibration's or cannot be written, CheckpointError if the source changes meanwhile.
     """
     check_calibration(checkpoint.shape, windows.tokens)
     if passes and not any(
@@ -72,18 +72,22 @@ def calibrate(
             f"is to be int4 or int8 (asked for: {described(schemes)}): leave --tune out"
         )
     total = checkpoint.shape.num_layers
-    job = {"source": checkpoint.identity, "text": windows.identity, "schemes": described(schemes), "passes": passes}
-    try:
-        state = CalibrationState.open(folder, job, resume)
-        with Layerwise(checkpoint) as walk, torch.no_grad():
-            streams = state.streams(walk.embed(windows.ids))
-            progress(state.layer, total, "calibrating")
-            for layer in range(state.layer, total):
-                results = _LayerRounding(walk, layer, schemes, streams, state.calibration).run(passes, windows.ids)
-                state.keep(layer, results, streams)
-                progress(layer + 1, total, "calibrating")
-    except OSError as error:
-        raise OutputError(f"{folder} cannot keep the calibration: {error.strerror}") from None
+    job = {
+        "source": checkpoint.identity,
+        "state": checkpoint.states.listed(checkpoint.files),
+        "text": windows.identity,
+        "schemes": described(schemes),
+        "passes": passes,
+    }
+    state = CalibrationState.open(folder, job, resume)
+    with Layerwise(checkpoint) as walk, torch.no_grad():
+        streams = state.streams(walk.embed(windows.ids))
+        progress(state.layer, total, "calibrating")
+        for layer in range(state.layer, total):
+            results = _LayerRounding(walk, layer, schemes, streams, state.calibration).run(passes, windows.ids)
+            checkpoint.check_unchanged()
+            state.keep(layer, results, streams)
+            progress(layer + 1, total, "calibrating")
     state.calibration.tokens = windows.tokens
     return state.calibration
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quant.checkpoint.tensor_file import load_tensors, save_tensors
 from quant.errors import OutputError
+from quant.output_file import replace_file, writing
 
 
 @dataclass
@@ -61,10 +62,11 @@ class CalibrationState:
     def open(cls, folder: Path, job: Mapping[str, Any], resume: bool) -> "CalibrationState":
         file = folder / "about.json"
         fresh: dict[str, Any] = {"layer": 0, "least_used": {}, "damped": {}, "tuned": {}}
-        if not file.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            return cls(folder, job, fresh)
-        about: dict[str, Any] = json.loads(file.read_text())
+        with writing(folder):
+            if not file.is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                return cls(folder, job, fresh)
+            about: dict[str, Any] = json.loads(file.read_bytes())
         if not resume or about["job"] != job:
             why = "was begun with another model, text or scheme" if resume else "is a stopped calibration's"
             raise OutputError(f"{folder} {why}: continue it with --resume and the same, or remove it")
@@ -74,13 +76,14 @@ class CalibrationState:
         """The original's hidden states and the quantized model's, after the layers done."""
         if not self.layer:
             return [embedded, embedded.clone()]
-        kept = load_file(self.folder / f"streams-{self.layer:05d}.safetensors")
+        kept = load_tensors(self._streams_file(self.layer))
         return [kept["plain"], kept["quantized"]]
 
     def keep(self, layer: int, results: dict[str, Tensor], streams: list[Tensor]) -> None:
-        save_file(results, _layer_file(self.folder, layer))
+        """Write what ``layer`` came to, so that a resumed run begins with the next. Raises OutputError."""
+        save_tensors(_layer_file(self.folder, layer), results)
         plain, quantized = streams
-        save_file({"plain": plain, "quantized": quantized}, self.folder / f"streams-{layer + 1:05d}.safetensors")
+        save_tensors(self._streams_file(layer + 1), {"plain": plain, "quantized": quantized})
         seen = self.calibration
         about = {
             "job": self.job,
@@ -89,10 +92,12 @@ class CalibrationState:
             "damped": seen.damped,
             "tuned": seen.tuned,
         }
-        draft = self.folder / "about.new"
-        draft.write_text(json.dumps(about))
-        draft.replace(self.folder / "about.json")
-        (self.folder / f"streams-{layer:05d}.safetensors").unlink(missing_ok=True)
+        replace_file(self.folder / "about.json", json.dumps(about).encode())
+        with writing(self.folder):
+            self._streams_file(layer).unlink(missing_ok=True)
+
+    def _streams_file(self, layer: int) -> Path:
+        return self.folder / f"streams-{layer:05d}.safetensors"
 
 
 def _layer_file(folder: Path, layer: int) -> Path:

@@ -7,29 +7,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quant.checkpoint.weight_files import TensorEntry, model_entries
+from quant.checkpoint.file_states import FileStates
+from quant.checkpoint.weight_files import INDEX, TensorEntry, model_entries
 from quant.errors import CheckpointError
 from quant.model.config import quantization_of, read_config
 from quant.model.families import TensorName, parse_name
 from quant.model.shape import ModelShape
 
 
-def read_headers(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, TensorEntry]]:
+def read_headers(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, TensorEntry], FileStates]:
     """What ``CheckpointHeaders`` is made of: the directory, its config and its tensors, each by itself as it
-    should be. Raises CheckpointError or UnknownFamilyError."""
+    should be, and the state of its files before. Raises CheckpointError or UnknownFamilyError."""
     path = Path(path)
+    states = FileStates.of_folder(path)
     config = read_config(path)
     ModelShape.from_config(config)  # an unknown family is the clearest thing to say first
-    return path, config, model_entries(path)
+    return path, config, model_entries(path), states
 
 
 class CheckpointHeaders:
     """One model directory: config, shape and the place of every tensor. ``open_headers`` reads them."""
 
-    def __init__(self, path: Path, config: dict[str, Any], entries: dict[str, TensorEntry]) -> None:
+    def __init__(
+        self, path: Path, config: dict[str, Any], entries: dict[str, TensorEntry], states: FileStates | None = None
+    ) -> None:
         self.path = path
         self.config = config
         self.entries = entries
+        self.states = states or FileStates.of_folder(path)
         self.shape = ModelShape.from_config(config)
 
     @property
@@ -59,6 +64,17 @@ class CheckpointHeaders:
             entry = self.entries[key]
             digest.update(f"{key}{entry.dtype}{entry.shape}{entry.offset}{entry.file.name}".encode())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted({entry.file for entry in self.entries.values()})
+
+    def check_unchanged(self, *more: Path) -> None:
+        """Raise CheckpointError, naming it, if a file of the model, or one of ``more`` beside them, is no longer
+        in the state that it was in when the checkpoint was opened."""
+        config, index = self.path / "config.json", self.path / INDEX
+        self.states.check([config, *([index] if index.exists() else []), *self.files, *more])
 
     def entry(self, key: str) -> TensorEntry:
         """The entry of ``key``. Raises CheckpointError if the checkpoint lacks it."""

@@ -42,6 +42,8 @@ class Staging:
 
     def __init__(self, destination: Path | str) -> None:
         """Raises OutputError if no path can be made of ``destination``."""
+        if not str(destination).strip():
+            raise OutputError("the destination has an empty name: expected that of a directory")
         with writing(Path(destination)):
             self.destination = Path(destination).absolute()
             self.target = Path(os.path.realpath(self.destination))
@@ -65,10 +67,10 @@ class Staging:
         self.close()
 
     @property
-    def is_taken(self) -> bool:
-        """Whether the destination holds something that is not this run's."""
+    def is_published(self) -> bool:
+        """Whether a whole model is at the destination, this run's or another."""
         with writing(self.destination):
-            return self.target.is_dir() and any(self._strangers())
+            return (self.target / _LAST).exists()
 
     @property
     def nearest(self) -> Path:
@@ -114,9 +116,8 @@ class Staging:
 
     def check_new(self) -> None:
         """As ``check``, for a run that cannot be resumed."""
-        with writing(self.folder):
-            if self.folder.exists():
-                raise OutputError(f"{self.folder} is left from a run that did not finish: remove it first")
+        if self.is_begun:
+            raise OutputError(f"{self.folder} is left from a run that did not finish: remove it first")
         self.check(None, resume=False)
 
     def _check_names(self) -> None:
@@ -219,11 +220,17 @@ class Staging:
                 path.rename(self.target / path.name)
         sync_folder(self.target)
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a partial folder."""
+        with writing(self.folder):
+            return self.folder.exists()
+
     def discard(self) -> None:
         """Remove the partial folder and all that is in it. Raises OutputError."""
         self._close_journal()
-        if self.folder.exists():
-            with writing(self.folder):
+        with writing(self.folder):
+            if self.folder.exists():
                 self._journal_file.unlink(missing_ok=True)
                 for path in list(self.folder.iterdir()):
                     if path.is_dir():

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.config_groups import check_schemes, quantization_config
 from quant.checkpoint.journal import Journal, Sums
-from quant.checkpoint.sidecars import copy_sidecars, left_out, sidecar_bytes, write_config
+from quant.checkpoint.sidecars import copy_sidecars, left_out, sidecar_bytes, sidecars, write_config
 from quant.checkpoint.staging import Staging
 from quant.checkpoint.writer import OutputFiles, check_free
 from quant.convert.fidelity import Fidelity, RoleFidelity
@@ -36,7 +36,7 @@ from quant.rounding.rounding import Rounder, Rounding, make_rounder
 from quant.scheme import BF16, Scheme
 
 REPORT = "quantization_report.json"
-_STATE = "state of the source's files"
+STATE = "state of the source's files"
 _SLACK = 2**20
 _SYNC_BYTES = 256 * 2**20
 
@@ -44,7 +44,7 @@ _SYNC_BYTES = 256 * 2**20
 @dataclass(frozen=True)
 class ConversionReport:
     """What a conversion read, wrote and lost. ``seconds`` and ``bytes_read`` are this run's, without what it
-    resumed.
+    resumed. ``details`` is what else was put into the checkpoint's report.
     """
 
     path: Path
@@ -55,6 +55,7 @@ class ConversionReport:
     bits_per_weight: float
     roles: tuple[RoleFidelity, ...]
     notes: tuple[str, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def mb_per_s(self) -> float:
@@ -76,7 +77,7 @@ class ConversionReport:
 
 
 def convert(
-    source: Path | str,
+    source: Path | str | Checkpoint,
     destination: Path | str | Staging,
     schemes: Mapping[Role, Scheme],
     *,
@@ -87,8 +88,8 @@ def convert(
     rounder: Rounder | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
-    """Quantize the checkpoint in ``source`` by ``schemes`` (a role not named is kept) into ``destination``, a
-    path or the staging that the caller has claimed.
+    """Quantize the checkpoint ``source``, opened or not, by ``schemes`` (a role not named is kept) into
+    ``destination``, a path or the staging that the caller has claimed.
 
     With ``resume`` a run that was stopped is continued, and the result is the same to the byte. ``progress``
     is called with source bytes done, source bytes in all, and the tensor at hand. What is done is made safe
@@ -97,18 +98,16 @@ def convert(
     SchemeError, RecipeError or OutputError; the destination then is as it was.
     """
     started = time.monotonic()
-    checkpoint = open_source(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
     notes = check_schemes(checkpoint.shape, schemes)
     conversion = plan_conversion(checkpoint, schemes)
     rounder = rounder or make_rounder(rounding, checkpoint)
-    job = _job(checkpoint, schemes, rounder)
+    job = job_of(checkpoint, rounder.name, schemes)
     claimed = nullcontext(destination) if isinstance(destination, Staging) else Staging(destination)
     with claimed as staging:
         if not isinstance(destination, Staging):
-            if resume and is_made(staging, job):
-                staging.discard()
-                notes.append("the destination was already complete: nothing was left to do")
-                return _report(checkpoint, conversion, staging.destination, 0, started, (), notes)
+            if resume and (made := made_before(staging, job)):
+                return made
             staging.check(checkpoint.path, resume)
             staging.claim()
         check_space(checkpoint, conversion, staging)
@@ -128,10 +127,20 @@ def convert(
             journal.finish()
         fidelity = Fidelity.measure(conversion.parts, journal.done)
         staging.publish()
-    unused = left_out(checkpoint.path, {entry.file for entry in checkpoint.entries.values()})
+    unused = left_out(checkpoint.path, set(checkpoint.files))
     notes += [unused] if unused else []
     read = sum(part.nbytes for part in conversion.parts[resumed:])
-    return _report(checkpoint, conversion, staging.destination, read, started, fidelity.roles, notes)
+    return ConversionReport(
+        path=staging.destination,
+        source_bytes=conversion.source_bytes,
+        output_bytes=conversion.layout.nbytes,
+        bytes_read=read,
+        seconds=time.monotonic() - started,
+        bits_per_weight=_bits_per_weight(checkpoint, conversion),
+        roles=fidelity.roles,
+        notes=tuple(notes),
+        details=details or {},
+    )
 
 
 def open_source(path: Path | str) -> Checkpoint:
@@ -189,7 +198,9 @@ class _Run:
             self._make_safe()
 
     def _read(self, part: Part) -> Tensor:
-        return self._checkpoint.read(part.key, part.start, part.shape)
+        tensor = self._checkpoint.read(part.key, part.start, part.shape)
+        self._checkpoint.states.check([self._checkpoint.entry(part.key).file])
+        return tensor
 
     def _encode(self, part: Part, piece: Piece, tensor: Tensor) -> Encoded:
         name = f"{self._checkpoint.entry(part.key).file.name}: tensor {part.key}"
@@ -233,29 +244,36 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _job(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme], rounder: Rounder) -> dict[str, Any]:
-    """What two runs must share for one to continue the other."""
-    files = sorted({entry.file for entry in checkpoint.entries.values()})
-    stats = [(file.name, file.stat()) for file in files]
+def job_of(checkpoint: Checkpoint, rounding: str, schemes: Mapping[Role, Scheme] | None = None) -> dict[str, Any]:
+    """What two runs must share for one to continue the other; without ``schemes``, what is known before they are."""
+    recipe = {} if schemes is None else {"recipe": dict.fromkeys(QUANTIZABLE, str(BF16)) | described(schemes)}
     return {
         "format": "coldstream quantization 1",
-        "recipe": dict.fromkeys(QUANTIZABLE, str(BF16)) | described(schemes),
-        "rounding": rounder.name,
+        **recipe,
+        "rounding": rounding,
         "source": checkpoint.identity,
-        _STATE: [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        STATE: checkpoint.states.listed(checkpoint.files),
     }
 
 
-def is_made(staging: Staging, asked: Mapping[str, Any]) -> bool:
-    """Whether the destination already is the whole checkpoint that was asked for: its report says the same of
-    each key of ``asked`` that reports have, and every file is there in full."""
+def made_before(staging: Staging, job: Mapping[str, Any]) -> ConversionReport | None:
+    """What an earlier run for the same ``job`` reported, if it left the destination complete: every file is there
+    in full. What else it left is removed then. Raises OutputError if that cannot be."""
     try:
-        report = json.loads((staging.target / REPORT).read_text())
-        return all(report.get(key) == value for key, value in asked.items() if key != _STATE) and bool(
-            Checkpoint.open(staging.target).entries
-        )
+        found = json.loads((staging.target / REPORT).read_bytes())
+        same = all(found.get(key) == value for key, value in job.items() if key != STATE)
+        if not same or not Checkpoint.open(staging.target).entries:
+            return None
     except (OSError, ValueError, CheckpointError):
-        return False
+        return None
+    if staging.is_begun:
+        staging.claim()
+        staging.discard()
+    sizes = {key: found[key] for key in ("source_bytes", "output_bytes", "bits_per_weight")}
+    details = {key: found[key] for key in ("roles", "allocation") if key in found}
+    notes = ("the destination was already complete: nothing was left to do",)
+    nothing: dict[str, Any] = {"bytes_read": 0, "seconds": 0.0, "roles": (), "notes": notes}
+    return ConversionReport(staging.destination, **sizes, **nothing, details=details)
 
 
 def check_space(checkpoint: Checkpoint, conversion: Conversion, staging: Staging, beside: int = 0) -> None:
@@ -274,10 +292,11 @@ def _write_small_files(
 ) -> None:
     """Everything but the weights. Files of an earlier run that stopped here are written again, the same."""
     copy_sidecars(checkpoint.path, folder)
+    checkpoint.check_unchanged(*(checkpoint.path / path for path in sidecars(checkpoint.path) if not path.parent.name))
     index = json.dumps(conversion.layout.index(), indent=2).encode() + b"\n"
     write_file(folder / "model.safetensors.index.json", index)
     report = {
-        **{key: value for key, value in job.items() if key != _STATE},
+        **{key: value for key, value in job.items() if key != STATE},
         "source_bytes": conversion.source_bytes,
         "output_bytes": conversion.layout.nbytes,
         "bits_per_weight": _bits_per_weight(checkpoint, conversion),
@@ -291,24 +310,3 @@ def _write_small_files(
 def _bits_per_weight(checkpoint: Checkpoint, conversion: Conversion) -> float:
     weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     return round(conversion.layout.tensor_bytes * 8 / weights, 4)
-
-
-def _report(
-    checkpoint: Checkpoint,
-    conversion: Conversion,
-    path: Path,
-    bytes_read: int,
-    started: float,
-    roles: tuple[RoleFidelity, ...],
-    notes: list[str],
-) -> ConversionReport:
-    return ConversionReport(
-        path=path,
-        source_bytes=conversion.source_bytes,
-        output_bytes=conversion.layout.nbytes,
-        bytes_read=bytes_read,
-        seconds=time.monotonic() - started,
-        bits_per_weight=_bits_per_weight(checkpoint, conversion),
-        roles=roles,
-        notes=tuple(notes),
-    )

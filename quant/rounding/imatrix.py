@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from quant.checkpoint.tensor_file import save_tensors
 from quant.errors import InputError
 from quant.pack import Packed, dequantize, pack
 from quant.rounding.encode import Encoded, check_finite
@@ -27,6 +27,7 @@ from quant.rounding.scales import best_scales
 from quant.scheme import Scheme
 
 VERSION = "coldstream importance matrix 1"
+MARK = b"coldstream importance matrix"  # in the header of every file that is one
 _FRACTIONS = tuple(j / 32 for j in range(22, 35))
 _SWEEPS = 2
 _LEAST_REST = 0.05
@@ -62,7 +63,7 @@ class Imatrix:
     model: str
 
     def save(self, file: Path) -> None:
-        """Write a safetensors file: ``MODULE.square`` and, in bf16, ``MODULE.directions``."""
+        """Write a safetensors file: ``MODULE.square`` and, in bf16, ``MODULE.directions``. Raises OutputError."""
         first: dict[int, str] = {}  # Linears with the same input have the same moments
         for module, moments in self.moments.items():
             first.setdefault(id(moments), module)
@@ -70,7 +71,7 @@ class Imatrix:
         tensors |= {f"{name}.directions": self.moments[name].directions.bfloat16() for name in first.values()}
         same = {module: first[id(m)] for module, m in self.moments.items()}
         about = {"format": VERSION, "text": self.text, "model": self.model, "same": json.dumps(same)}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, file, about)
+        save_tensors(file, tensors, about)
 
     @classmethod
     def load(cls, file: Path, model: str) -> "Imatrix":
@@ -100,12 +101,17 @@ class Imatrix:
         return cls(moments, about["text"], model)
 
 
+def imatrix_name(text: str) -> str:
+    """What a report calls rounding by the importance matrix of ``text``."""
+    return f"imatrix {text}"
+
+
 class Weighted:
     """Rounds int4 by an importance matrix; ``other`` does the rest, at eight bits there is little to win."""
 
     def __init__(self, imatrix: Imatrix, other: Rounder) -> None:
         self.imatrix, self._other = imatrix, other
-        self.name = f"imatrix {imatrix.text}"
+        self.name = imatrix_name(imatrix.text)
 
     def encode(self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int) -> Encoded:
         """See ``Rounder``."""

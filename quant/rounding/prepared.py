@@ -11,6 +11,11 @@ from quant.rounding.rounding import Rounder
 from quant.scheme import Scheme
 
 
+def gptq_name(text: str, passes: int) -> str:
+    """What a report calls rounding by GPTQ on ``text``, tuned in so many passes."""
+    return f"gptq {text}" + (f", tuned in {passes} passes" if passes else "")
+
+
 class Prepared:
     """Serves what ``folder`` holds, and leaves the rest to ``other``. ``name`` says where the results are
     from."""
