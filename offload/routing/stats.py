@@ -8,7 +8,6 @@ Legend: L MoE layers, E experts, T tokens, k experts per token.
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from offload.routing.trace import PROFILE_VERSION, read_profile
 from quant.errors import ProfileError
 from quant.model.shape import ModelShape
+from quant.output_file import replace_file
 
 _BATCH = 256
 _REUSE_BINS = 17  # distances of 1, 2, 3-4, 5-8 … 2^15 tokens and more
@@ -147,10 +147,8 @@ class RoutingStats:
         }
 
     def save(self, path: Path) -> None:
-        """Write JSON to ``path``, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_json()))
-        os.replace(partial, path)
+        """Write JSON to ``path``, whole or not at all. Raises OutputError."""
+        replace_file(path, json.dumps(self.to_json()).encode())
 
     @classmethod
     def load(cls, path: Path, shape: ModelShape) -> "RoutingStats":

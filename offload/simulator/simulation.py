@@ -23,7 +23,7 @@ from offload.simulator.requests import Step, Tiers, drawn, replayed, shares, str
 from offload.simulator.workload import Rates, Work
 from offload.tiers import Key, Tier
 from quant.model.shape import ModelShape
-from quant.scheme import BF16, Scheme
+from quant.scheme import Scheme
 
 TOKENS = 64
 _WARMUP = 4  # tokens before the timed ones
@@ -118,7 +118,8 @@ class Simulation:
         """Decode ``tokens`` one by one. Experts are where ``trace`` finds them (``counts``, by layers as the
         trace counts them, seed the placement), or by the plan's hit rates without one."""
         steps = self.steps(tokens, trace, counts, policy)
-        rates, work = self._rates(), Work.of(self.footprint, self.plan.filled)
+        work = Work.of(self.footprint, self.plan.filled)
+        rates = Rates.of(self.machine, nf4=work.nf4)
         engine = Engine(rates.table())
         decoder = SimulatedDecode(engine, work, rates, self.part, AHEAD)
         warmup = min(_WARMUP, len(steps) - 1)
@@ -164,9 +165,10 @@ class Simulation:
     def prefill(self, tokens: int | None = None) -> SimulatedPhase:
         """A prompt of ``tokens``, by default as many as the plan predicts for."""
         plan, tokens = self.plan, tokens or self.plan.filled
-        rates, found = self._rates(), self._scan_shares()
+        work, found = Work.of(self.footprint, tokens), self._scan_shares()
+        rates = Rates.of(self.machine, nf4=work.nf4)
         engine = Engine(rates.table(), watching=True)
-        prompt = Prompt(engine, Work.of(self.footprint, tokens), rates, found, _WINDOW)
+        prompt = Prompt(engine, work, rates, found, _WINDOW)
         meter = _Meter(engine)
         for done in range(0, tokens, plan.prompt_chunk):
             step = min(plan.prompt_chunk, tokens - done)
@@ -180,9 +182,6 @@ class Simulation:
         held = min(1.0, vram + plan.ram_slots / plan.experts)
         hits = max(vram, scan_hits(held))
         return {"vram": vram, "ram": hits - vram, "disk": 1 - hits}
-
-    def _rates(self) -> Rates:
-        return Rates.of(self.machine, nf4=self.footprint.schemes.get("experts", BF16).kind == "nf4")
 
 
 class _Meter:

@@ -26,7 +26,6 @@ from offload.plan.cost_model import (
     prefetch_bytes,
 )
 from offload.plan.footprint import Footprint
-from quant.model.families import Role
 from quant.model.mixed_precision import scheme_of
 from quant.scheme import BF16
 
@@ -96,7 +95,6 @@ class Work:
             )
             for layer in range(shape.num_layers)
         )
-        role: Role = "experts"
         return cls(
             layers=layers,
             head=head,
@@ -106,7 +104,7 @@ class Work:
             experts=shape.num_experts,
             top_k=shape.top_k,
             attention_width=shape.num_heads * shape.head_dim,
-            nf4=schemes.get(role, BF16).kind == "nf4",
+            nf4=schemes.get("experts", BF16).kind == "nf4",
         )
 
     @property

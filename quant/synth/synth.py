@@ -97,8 +97,7 @@ def synthesize(
     notes = check_schemes(shape, schemes)
     if stores_fused_experts(shape, schemes):
         raise UsageError("synth has no fused bf16 experts: quantize the experts too, for example --experts int8")
-    plain = list(shape.plain_tensors())
-    stored = [StoredTensor(spec.key, "BF16", spec.shape) for spec in plain]
+    stored = [StoredTensor(spec.key, "BF16", spec.shape) for spec in shape.plain_tensors()]
     layout = lay_out_checkpoint(shape, schemes, stored)
     weights = _Weights(shape, schemes, Noise(seed), zipf)
     with Staging(destination) as staging:
@@ -108,7 +107,7 @@ def synthesize(
         files = OutputFiles(staging.model, layout)
         try:
             files.create()
-            _write(weights, plain, layout, files, progress)
+            _write(weights, layout, files, progress)
             write_tokenizer(staging.model, shape.vocab_size)
             index = json.dumps(layout.index(), indent=2).encode() + b"\n"
             write_file(staging.model / "model.safetensors.index.json", index)
@@ -119,19 +118,13 @@ def synthesize(
     return SynthReport(staging.destination, layout.nbytes, time.monotonic() - started, tuple(notes))
 
 
-def _write(
-    weights: "_Weights",
-    plain: list[TensorSpec],
-    layout: CheckpointLayout,
-    files: OutputFiles,
-    progress: Progress | None,
-) -> None:
+def _write(weights: "_Weights", layout: CheckpointLayout, files: OutputFiles, progress: Progress | None) -> None:
     """Write everything; while one file is being filled, the one before it is brought to the disk."""
     done, progress = 0, progress or nobody
     with ThreadPoolExecutor(1) as pool:
         syncing: Future[None] | None = None
         previous = ""
-        for key, pieces in weights.tensors(plain):
+        for key, pieces in weights.tensors():
             name, offset = layout.place(key)
             if name != previous and previous:
                 if syncing is not None:
@@ -159,9 +152,9 @@ class _Weights:
         self._constant = constant_for(shape.hidden_size) if zipf else 0.0
         self._biases = zipf_biases(shape.num_experts, shape.top_k, zipf) if zipf else None
 
-    def tensors(self, plain: list[TensorSpec]) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    def tensors(self) -> Iterator[tuple[str, Iterator[Tensor]]]:
         """(key, contents) of all tensors that are not constant, file by file."""
-        for spec in plain:
+        for spec in self._shape.plain_tensors():
             yield spec.key, self._plain(spec)
         for linear in self._shape.linears():
             yield from self._linear(linear)
@@ -213,7 +206,7 @@ class _Weights:
         if not scheme.is_packed:
             return self._normal(head, 1.0, row, count)
         width = head.in_features * scheme.bits // 8
-        octets = torch.cat(list(self._octets(head, scheme, row * width, count * width)))
+        octets = torch.cat(list(self._noise.octets(head.module, scheme.kind, row * width, count * width)))
         values = unpack(octets.view(torch.int32).reshape(count, -1), scheme.bits)
         return (values.float() / _SPREAD[scheme.kind]).bfloat16()
 
@@ -234,12 +227,13 @@ class _Weights:
         spared = is_output and self._constant != 0
         module = linear.module
         if scheme.is_packed:
-            yield f"{module}.weight_packed", self._octets(linear, scheme, 0, weights * scheme.bits // 8)
+            yield f"{module}.weight_packed", self._noise.octets(module, scheme.kind, 0, weights * scheme.bits // 8)
             count = weights // scheme.group_size
-            scales = self._scales(module, std / _SPREAD[scheme.kind], torch.bfloat16, count)
+            mean = std / _SPREAD[scheme.kind]
+            scales = self._noise.uniform(f"{module}.scale", 0.75 * mean, 1.25 * mean, torch.bfloat16, count)
             yield f"{module}.weight_scale", _zeroed(scales, columns // scheme.group_size if spared else 0)
         elif scheme.kind == "nf4":
-            yield f"{module}.weight", self._octets(linear, scheme, 0, weights // 2)
+            yield f"{module}.weight", self._noise.octets(module, scheme.kind, 0, weights // 2)
             count = weights // scheme.group_size
             # Scales of both signs: nf4's levels have no mean of zero, as those of int4 and int8 are made to.
             width = math.sqrt(3) * std / _SPREAD["nf4"]
@@ -248,12 +242,6 @@ class _Weights:
         else:
             values = self._noise.normal(f"{module}.weight", std, 0, weights)
             yield f"{module}.weight", _zeroed(values, columns if spared else 0)
-
-    def _octets(self, linear: LinearSpec, scheme: Scheme, start: int, count: int) -> Iterator[Tensor]:
-        return self._noise.octets(linear.module, scheme.kind, start, count)
-
-    def _scales(self, module: str, mean: float, dtype: torch.dtype, count: int) -> Iterator[Tensor]:
-        return self._noise.uniform(f"{module}.scale", 0.75 * mean, 1.25 * mean, dtype, count)
 
 
 def _zeroed(pieces: Iterator[Tensor], count: int) -> Iterator[Tensor]:

@@ -129,33 +129,17 @@ def launch_ring(
 
     (tokens, top_k), experts = asked.chosen.shape, asked.places.numel()
     coming = outlook if isinstance(outlook, Coming) else Coming(0, asked.scores, asked.places)
-    device.ring_kernel[(1,)](
-        x,
-        asked.chosen,
-        asked.scores,
-        asked.places,
-        asked.gpu_rows,
-        bell.control,
-        bell.request,
-        bell.scores,
-        bell.x,
-        bell.sequence,
-        coming.logits,
-        coming.places,
-        bell.hint,
-        coming.row,
-        row,
-        inter,
-        tokens,
-        top_k,
-        x.shape[1],
-        experts,
-        PAIRS=triton.next_power_of_2(tokens * top_k),
-        GUESS=0 if outlook is None else 1 if isinstance(outlook, Coming) else 2,
-        TOP_K=top_k,
-        WIDE=triton.next_power_of_2(experts),
-        **_options(),
-    )
+    tables = (asked.chosen, asked.scores, asked.places, asked.gpu_rows)
+    buffers = (bell.control, bell.request, bell.scores, bell.x, bell.sequence)
+    tensors = (x, *tables, *buffers, coming.logits, coming.places, bell.hint)
+    sizes = (inter, tokens, top_k, x.shape[1], experts)
+    constants = {
+        "PAIRS": triton.next_power_of_2(tokens * top_k),
+        "GUESS": 0 if outlook is None else 1 if isinstance(outlook, Coming) else 2,
+        "TOP_K": top_k,
+        "WIDE": triton.next_power_of_2(experts),
+    }
+    device.ring_kernel[(1,)](*tensors, coming.row, row, *sizes, **constants, **_options())
 
 
 def launch_answer(asked: ChosenExperts, inter: int, bell: BellBuffers, out: Tensor, patience: int) -> None:
@@ -167,9 +151,8 @@ def launch_answer(asked: ChosenExperts, inter: int, bell: BellBuffers, out: Tens
     (tokens, top_k), features = asked.chosen.shape, out.shape[1]
     tables, buffers = (asked.chosen, asked.places, asked.gpu_rows), (bell.control, bell.result, bell.sequence)
     pairs = triton.next_power_of_2(tokens * top_k)
-    device.answer_kernel[(1,)](
-        *tables, *buffers, out, inter, tokens, top_k, features, patience, PAIRS=pairs, **_options()
-    )
+    sizes = (inter, tokens, top_k, features, patience)
+    device.answer_kernel[(1,)](*tables, *buffers, out, *sizes, PAIRS=pairs, **_options())
 
 
 def _options() -> dict[str, Any]:

@@ -105,31 +105,15 @@ def launch_experts(x: Tensor, asked: ChosenExperts, layout: ExpertLayout, scratc
     tokens, top_k = asked.chosen.shape
     tables = (asked.chosen, asked.scores, asked.addresses, asked.places, asked.gpu_rows)
     common = {"TOP_K": top_k, "SCALES_INPUT": asked.scales_input, "ALIGNMENT": layout.alignment, **OPTIONS}
-    gate_up, down = layout.gate_up, layout.down
+    forms = [gemv.Rows(scheme.bits, scheme.group_size, ROWS, WORDS) for scheme in (layout.gate_up, layout.down)]
+    sizes = (layout.hidden, layout.inter, *layout.gate_up_row, *layout.offsets[:4])
     gemv.gate_up_kernel[(tokens * top_k, -(-layout.inter // ROWS))](
-        x,
-        *tables,
-        scratch.hidden,
-        layout.hidden,
-        layout.inter,
-        layout.hidden * gate_up.bits // 32,
-        layout.hidden // gate_up.group_size,
-        *layout.offsets[:4],
-        FORM=gemv.Rows(gate_up.bits, gate_up.group_size, ROWS, WORDS),
-        **common,
+        x, *tables, scratch.hidden, *sizes, FORM=forms[0], **common
     )
+    sizes = (layout.hidden, layout.inter, *layout.down_row, *layout.offsets[4:])
+    choices = triton.next_power_of_2(top_k)
     gemv.down_kernel[(tokens, -(-layout.hidden // ROWS))](
-        scratch.hidden,
-        *tables,
-        out,
-        layout.hidden,
-        layout.inter,
-        layout.inter * down.bits // 32,
-        layout.inter // down.group_size,
-        *layout.offsets[4:],
-        CHOICES=triton.next_power_of_2(top_k),
-        FORM=gemv.Rows(down.bits, down.group_size, ROWS, WORDS),
-        **common,
+        scratch.hidden, *tables, out, *sizes, CHOICES=choices, FORM=forms[1], **common
     )
 
 

@@ -101,34 +101,16 @@ def launch_append(
     h, g, d = shape.heads, shape.kv_heads, shape.head_dim
     query = torch.empty(1, h, 1, d, dtype=q.dtype, device=q.device)
     whole, turns = shape.qk_norm == "full_width", shape.rope != "none"
-    wide = [_power_of_two(heads * d) if whole else 1 for heads in (h, g)]
-    fused.append_kernel[(h + 2 * g,)](
-        q,
-        k,
-        v,
-        None if norms is None else norms.q,
-        None if norms is None else norms.k,
-        at.cosine if turns else None,
-        at.sine if turns else None,
-        at.temperature if shape.temperature_floor else None,
-        at.position,
-        query,
-        rows.keys,
-        rows.values,
-        rows.key_scale,
-        rows.value_scale,
-        h,
-        g,
-        rows.keys.shape[1],
-        shape.chunk,
-        2 * at.cosine.numel() if turns else 0,
-        shape.qk_eps,
-        HEAD=fused.HeadForm(d, _power_of_two(d), QK_NORMS[shape.qk_norm], ROPES[shape.rope], shape.l2_norm),
-        WIDE_Q=wide[0],
-        WIDE_K=wide[1],
-        num_warps=4 if whole else 1,
-        enable_fp_fusion=True,
-    )
+    weights = (None, None) if norms is None else (norms.q, norms.k)
+    angles = (at.cosine, at.sine) if turns else (None, None)
+    temperature = at.temperature if shape.temperature_floor else None
+    buffers = (rows.keys, rows.values, rows.key_scale, rows.value_scale)
+    tensors = (q, k, v, *weights, *angles, temperature, at.position, query, *buffers)
+    sizes = (h, g, rows.keys.shape[1], shape.chunk, 2 * at.cosine.numel() if turns else 0, shape.qk_eps)
+    form = fused.HeadForm(d, _power_of_two(d), QK_NORMS[shape.qk_norm], ROPES[shape.rope], shape.l2_norm)
+    wide_q, wide_k = (_power_of_two(heads * d) if whole else 1 for heads in (h, g))
+    options = {"num_warps": 4 if whole else 1, "enable_fp_fusion": True}
+    fused.append_kernel[(h + 2 * g,)](*tensors, *sizes, HEAD=form, WIDE_Q=wide_q, WIDE_K=wide_k, **options)
     return query
 
 

@@ -94,6 +94,16 @@ class ExpertLayout:
         return cls.from_offsets(hidden, inter, schemes, offsets, alignment), address
 
     @property
+    def gate_up_row(self) -> tuple[int, int]:
+        """Packed words and scales of a row of gate_proj or up_proj."""
+        return self.hidden * self.gate_up.bits // 32, self.hidden // self.gate_up.group_size
+
+    @property
+    def down_row(self) -> tuple[int, int]:
+        """Packed words and scales of a row of down_proj."""
+        return self.inter * self.down.bits // 32, self.inter // self.down.group_size
+
+    @property
     def nbytes(self) -> int:
         """Bytes from the address to the end of the last tensor."""
         return max(offset + count for offset, count, *_ in self._extents())

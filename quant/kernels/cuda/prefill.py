@@ -146,46 +146,22 @@ def launch_prefill(
         raise SchemeError(f"out is {out.dtype}: the CUDA kernels write bf16 (--exact runs on the CPU)")
     pairs, count = groups.order.shape[0], experts.shape[0]
     tiles = -(-pairs // _TOKENS) + min(count, pairs)
-    gate_up, down = layout.gate_up, layout.down
     hidden_width = scratch.hidden.shape[1]
     cut = (_ROWS, _TOKENS, _STAGES, runtime.operand())
+    forms = [gemm.Tile(scheme.bits, scheme.group_size, *cut) for scheme in (layout.gate_up, layout.down)]
     slots = max(_EXPERTS, triton.next_power_of_2(count))
     options = {"num_warps": _WARPS, "num_stages": _STAGES, "enable_fp_fusion": True}
     common = {"ALIGNMENT": layout.alignment, "EXPERTS": slots, **options}
+    tables = (experts, groups.starts, addresses)
+    sizes = (count, layout.inter, *layout.gate_up_row, scratch.tokens.shape[1], hidden_width, *layout.offsets[:4])
     gemm.gate_up_kernel[(tiles, -(-hidden_width // _ROWS))](
-        scratch.tokens,
-        experts,
-        groups.starts,
-        addresses,
-        scratch.hidden,
-        count,
-        layout.inter,
-        layout.hidden * gate_up.bits // 32,
-        layout.hidden // gate_up.group_size,
-        scratch.tokens.shape[1],
-        hidden_width,
-        *layout.offsets[:4],
-        DOWN_BITS=down.bits,
-        TILE=gemm.Tile(gate_up.bits, gate_up.group_size, *cut),
-        **common,
+        scratch.tokens, *tables, scratch.hidden, *sizes, DOWN_BITS=layout.down.bits, TILE=forms[0], **common
     )
+    sorted_pairs = (scratch.hidden, groups.order, groups.scores)
+    sizes = (count, layout.hidden, *layout.down_row, hidden_width, *layout.offsets[4:])
+    scaled = not groups.scales_input
     gemm.down_kernel[(tiles, -(-layout.hidden // _ROWS))](
-        scratch.hidden,
-        groups.order,
-        groups.scores,
-        experts,
-        groups.starts,
-        addresses,
-        out,
-        count,
-        layout.hidden,
-        layout.inter * down.bits // 32,
-        layout.inter // down.group_size,
-        hidden_width,
-        *layout.offsets[4:],
-        SCALES_OUTPUT=not groups.scales_input,
-        TILE=gemm.Tile(down.bits, down.group_size, *cut),
-        **common,
+        *sorted_pairs, *tables, out, *sizes, SCALES_OUTPUT=scaled, TILE=forms[1], **common
     )
 
 
