@@ -68,6 +68,8 @@ def load_recipe(name: str) -> Recipe:
         raise RecipeError(f"recipe {name} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {name} is no valid TOML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"recipe {name} has lists in lists without end: expected tables of plain values") from None
     return parse_recipe(Path(name).stem, data)
 
 

@@ -1,0 +1,165 @@
+"""One fuzzed case run in this process, and what is wrong with what came of it."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.errors import ColdstreamError
+from tests.commands import Finished, invoke
+from tests.fuzz.cases import Case, spoil
+from tests.fuzz.ground import keep_machine, place_machine
+
+SECONDS = 20.0
+GROWTH = 2 * 2**30
+_LARGEST_FILE = 2**30
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``kind``: ran, refused, or a fault (traceback, slow, memory, wrong); ``sign`` is the same for the same fault."""
+
+    kind: str
+    sign: str = ""
+    said: str = ""
+
+    @property
+    def is_fault(self) -> bool:
+        return self.kind not in ("ran", "refused")
+
+
+class _Stopped(BaseException):
+    """Out of every handler of errors."""
+
+
+def outcome(case: Case, ground: Path, folder: Path) -> Outcome:
+    """Run ``case`` on a copy of ``ground``, made at ``folder`` and removed again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ground, folder)
+    (folder / "here").mkdir()
+    keep_machine(folder)
+    for edit in case.edits:
+        spoil(folder, edit)
+    place_machine(folder)
+    words = [_found(word, folder) for word in case.words]
+    try:
+        with chdir(folder / "here"), _environment(folder), _limits() as stopped:
+            done = invoke(case.command, *words, "-q", "--json", stdin=case.stdin.encode("latin-1", "replace"))
+        if wrong := _wrong(case, done, folder):
+            return Outcome("wrong", wrong, done.stderr + done.stdout[-400:])
+        return Outcome("refused" if done.returncode else "ran", said=done.stderr)
+    except _Stopped:
+        return Outcome(stopped[0], f"{case.command} {_where()}", traceback.format_exc())
+    except Exception as error:  # noqa: BLE001  what a user would see as a traceback, whatever it is
+        return Outcome("traceback", f"{type(error).__name__} {_where()}", traceback.format_exc())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _found(word: str, folder: Path) -> str:
+    return str(folder / word[1:-1]) if word.startswith("{") and word.endswith("}") else word
+
+
+def _wrong(case: Case, done: Finished, folder: Path) -> str:
+    """What is not as it must be about the end of a command; empty if nothing is."""
+    if done.returncode not in (0, 1, 2):
+        return f"exit code {done.returncode}"
+    errors = [line for line in done.stderr.splitlines() if line.startswith(("coldstream: error: ", "Error: "))]
+    if done.returncode and len(errors) != 1 and case.command != "chat":  # which has one for every message
+        return f"{len(errors)} error lines"
+    if done.returncode == 0 and errors and case.command != "chat":
+        return "an error, and exit code 0"
+    if "Traceback (most" in done.stderr:
+        return "a traceback among what is said"
+    try:
+        json.loads(done.stdout.splitlines()[-1] if done.stdout else "null", parse_constant=_refuse)
+    except ValueError as error:
+        return f"document: {error}"
+    made = folder / "out"
+    if case.command in ("quantize", "synth") and done.returncode == 0 and made.exists():
+        try:
+            Checkpoint.open(made)
+        except ColdstreamError as error:
+            return f"made what cannot be opened: {error}"
+    return ""
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _where() -> str:
+    """The innermost places in this repository of the exception at hand."""
+    ours = [frame for frame in traceback.extract_tb(sys.exc_info()[2]) if _ours(frame.filename)]
+    return " < ".join(f"{Path(frame.filename).relative_to(_ROOT)}:{frame.name}" for frame in reversed(ours[-2:]))
+
+
+def _ours(file: str) -> bool:
+    return any(file.startswith(f"{_ROOT / room}/") for room in ("cli", "offload", "quant"))
+
+
+@contextmanager
+def _environment(folder: Path) -> Iterator[None]:
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    try:
+        yield
+    finally:
+        os.environ.pop("XDG_CACHE_HOME")
+        if before is not None:
+            os.environ["XDG_CACHE_HOME"] = before
+
+
+@contextmanager
+def _limits() -> Iterator[list[str]]:
+    """Stop what takes too long or too much memory, and say which in the list; no file becomes huge, and warnings are
+    nobody's business."""
+    stopped: list[str] = []
+    start, done = _resident(), threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not done.is_set():
+            stopped.append("memory" if number == signal.SIGUSR1 else "slow")
+            raise _Stopped
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            if _resident() > start + GROWTH:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                return
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGUSR1)}
+    handlers[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+    sizes = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, sizes[1]))
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield stopped
+    finally:
+        done.set()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        watcher.join()
+        resource.setrlimit(resource.RLIMIT_FSIZE, sizes)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
