@@ -42,10 +42,12 @@ class _Tensor(BaseModel):
 
 
 class _Index(BaseModel):
-    """``model.safetensors.index.json``: which shard holds each tensor."""
+    """``model.safetensors.index.json``: which shard holds each tensor. Transformers, which loads what is not an expert,
+    reads no index without ``metadata``."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     weight_map: Annotated[dict[str, _Shard], Field(min_length=1)]
+    metadata: dict[str, Any]
 
 
 _HEADER = TypeAdapter(dict[str, _Tensor])

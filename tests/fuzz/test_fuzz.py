@@ -1,6 +1,5 @@
 """Every case that was once a fault ends as it must, and so do some that are drawn, always the same ones."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -15,8 +14,8 @@ SEED, DRAWN = 20261129, 100
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield make_ground(tmp_path_factory.mktemp("fuzz") / "ground")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_ground(tmp_path_factory.mktemp("fuzz") / "ground")
 
 
 @pytest.mark.parametrize("file", CORPUS, ids=lambda file: file.stem)

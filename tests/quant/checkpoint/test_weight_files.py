@@ -57,9 +57,11 @@ def test_a_directory_without_them_says_what_is_there(tmp_path: Path) -> None:
         ({"weight_map": {"x": "../model.safetensors"}}, "weight_map.x is '../model.safetensors'"),
         ({"weight_map": {"x": "/etc/passwd"}}, "weight_map.x is '/etc/passwd'"),
         ({"weight_map": {"x": "a\x00.safetensors"}}, "weight_map.x is "),
-        ({"weight_map": {"x": "gone.safetensors"}}, "gone.safetensors is missing"),
-        ({"weight_map": {"y": "a.safetensors"}}, "says that a.safetensors holds y, but it does not"),
-        ({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}, "both hold x"),
+        ({"weight_map": {"x": "a.safetensors"}}, "has no 'metadata'"),
+        ({"weight_map": {"x": "a.safetensors"}, "metadata": True}, "metadata is True: expected"),
+        ({"weight_map": {"x": "gone.safetensors"}, "metadata": {}}, "gone.safetensors is missing"),
+        ({"weight_map": {"y": "a.safetensors"}, "metadata": {}}, "says that a.safetensors holds y, but it does not"),
+        ({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}, "metadata": {}}, "both hold x"),
     ],
 )
 def test_an_index_that_is_none_is_refused(tmp_path: Path, index: object, said: str) -> None:
