@@ -70,10 +70,12 @@ def sidecar_bytes(source: Path) -> int:
     return sum((source / path).stat().st_size for path in sidecars(source))
 
 
-def copy_sidecars(source: Path, destination: Path) -> None:
-    """Copy the sidecars of ``source``; links are followed. Raises OutputError, and CheckpointError if one cannot
-    be read."""
-    for path in sidecars(source):
+def copy_sidecars(source: Path, destination: Path, paths: Iterable[Path]) -> None:
+    """Copy the sidecars ``paths`` of ``source``; links are followed.
+
+    Raises OutputError, and CheckpointError if one cannot be read.
+    """
+    for path in paths:
         try:
             data = (source / path).read_bytes()
         except OSError as error:

@@ -111,6 +111,8 @@ def convert(
             staging.check(checkpoint.path, resume)
             staging.claim()
         check_space(checkpoint, conversion, staging)
+        about = {**job, **(details or {})}
+        small = _SmallFiles(checkpoint, conversion, schemes, about, list(sidecars(checkpoint.path)))
         journal = staging.open(job)
         resumed = len(journal.done)
         if not journal.complete:
@@ -118,7 +120,7 @@ def convert(
             try:
                 files.create()
                 _Run(checkpoint, conversion.parts, files, journal, sync_bytes, rounder).go(progress)
-                _write_small_files(checkpoint, conversion, schemes, staging.model, {**job, **(details or {})}, journal)
+                small.write(staging.model, journal.done)
             except NonFiniteError:  # weights that cannot be used: nothing to go on from
                 staging.discard()
                 raise
@@ -282,29 +284,33 @@ def check_space(checkpoint: Checkpoint, conversion: Conversion, staging: Staging
     check_free(staging.nearest, needed - staging.nbytes)
 
 
-def _write_small_files(
-    checkpoint: Checkpoint,
-    conversion: Conversion,
-    schemes: Mapping[Role, Scheme],
-    folder: Path,
-    job: dict[str, Any],
-    journal: Journal,
-) -> None:
-    """Everything but the weights. Files of an earlier run that stopped here are written again, the same."""
-    copy_sidecars(checkpoint.path, folder)
-    checkpoint.check_unchanged(*(checkpoint.path / path for path in sidecars(checkpoint.path) if not path.parent.name))
-    index = json.dumps(conversion.layout.index(), indent=2).encode() + b"\n"
-    write_file(folder / "model.safetensors.index.json", index)
-    report = {
-        **{key: value for key, value in job.items() if key != STATE},
-        "source_bytes": conversion.source_bytes,
-        "output_bytes": conversion.layout.nbytes,
-        "bits_per_weight": _bits_per_weight(checkpoint, conversion),
-        **Fidelity.measure(conversion.parts, journal.done).to_json(),
-    }
-    write_file(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
-    write_config(folder, checkpoint.config, quantization_config(checkpoint.shape, schemes))
-    sync_folder(folder)
+@dataclass(frozen=True)
+class _SmallFiles:
+    """Everything but the weights; ``about`` goes into the report, ``others`` are the source's sidecars."""
+
+    checkpoint: Checkpoint
+    conversion: Conversion
+    schemes: Mapping[Role, Scheme]
+    about: Mapping[str, Any]
+    others: list[Path]
+
+    def write(self, folder: Path, done: list[Sums]) -> None:
+        """Write them, those that an earlier run wrote again, and check that the source is what it was."""
+        checkpoint, conversion = self.checkpoint, self.conversion
+        copy_sidecars(checkpoint.path, folder, self.others)
+        checkpoint.check_unchanged(*(checkpoint.path / path for path in self.others if not path.parent.name))
+        index = json.dumps(conversion.layout.index(), indent=2).encode() + b"\n"
+        write_file(folder / "model.safetensors.index.json", index)
+        report = {
+            **{key: value for key, value in self.about.items() if key != STATE},
+            "source_bytes": conversion.source_bytes,
+            "output_bytes": conversion.layout.nbytes,
+            "bits_per_weight": _bits_per_weight(checkpoint, conversion),
+            **Fidelity.measure(conversion.parts, done).to_json(),
+        }
+        write_file(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
+        write_config(folder, checkpoint.config, quantization_config(checkpoint.shape, self.schemes))
+        sync_folder(folder)
 
 
 def _bits_per_weight(checkpoint: Checkpoint, conversion: Conversion) -> float:

@@ -3,8 +3,8 @@
     python -m tests.faults.trials SOURCE FOLDER --how kill --every 1 -- --experts int4
 
 Each trial runs `coldstream quantize SOURCE FOLDER/out …` in a fork of this process, with the N-th counted call
-disturbed as ``--how`` says, then the same with ``--resume``, and compares every file with those of a run that
-was left alone. ``--on source`` counts calls on the source instead. Prints one JSON document: how many calls
+disturbed as ``--how`` says, then the same with ``--resume``, twice, and compares every file with those of a run
+that was left alone. ``--on source`` counts calls on the source instead. Prints one JSON document: how many calls
 there were, how many trials were made, and those that did not end the same.
 """
 
@@ -177,11 +177,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--how", choices=HOWS, default="kill")
+    parser.add_argument("--how", choices=HOWS, nargs="+", default=["kill"], help="Several take turns.")
     parser.add_argument("--on", choices=("destination", "source"), default="destination")
     parser.add_argument("--every", type=int, default=1, help="Every so many calls.")
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--existing", action="store_true", help="The destination is an empty directory.")
+    parser.add_argument("--in-turn", action="store_true", help="It is, every other time.")
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
     asked, options = parser.parse_args(words[:split]), words[split + 1 :]
@@ -192,11 +193,11 @@ def main() -> None:
         whole = trials.go(folder / "out", how=(_COUNT, 0, False))
         expected = contents(folder / "out")
     failures, made, codes = [], 0, dict[int, int]()
-    for at in range(asked.first, whole.calls + 1, asked.every):
+    for turn, at in enumerate(range(asked.first, whole.calls + 1, asked.every)):
         with _fresh(trials.folder / "trial") as folder:
-            if asked.existing:
+            if asked.existing or (asked.in_turn and turn // len(asked.how) % 2):
                 (folder / "out").mkdir()
-            first = trials.go(folder / "out", how=HOWS[asked.how], at=at)
+            first = trials.go(folder / "out", how=HOWS[asked.how[turn % len(asked.how)]], at=at)
             second = trials.go(folder / "out", "--resume")
             third = trials.go(folder / "out", "--resume")
             made += 1
