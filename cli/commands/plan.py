@@ -3,6 +3,7 @@ torch."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,14 +86,14 @@ def _calibration(model: str, text: Path, shape: "ModelShape") -> dict[str, Any]:
     """Tokens of the text, and the bytes that calibrating on it takes. Without the model's tokenizer a token
     is taken for four bytes. Raises InputError for a text too short to calibrate on, as quantize does."""
     from cli.steps.texts import read_text
+    from offload.model.tokenizer_files import TOKENIZER, check_tokenizer_files, plain_tokenizer, tokenizers_errors
     from offload.plan.footprint import CALIBRATION_WINDOW, calibration_nbytes, check_calibration
 
-    words, counted = read_text(text), (Path(model) / "tokenizer.json").is_file()
+    words, counted = read_text(text), lexists(Path(model) / TOKENIZER)
     if counted:
-        from tokenizers import Tokenizer
-
-        tokenizer: Any = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-        tokens = len(tokenizer.encode(words).ids)
+        check_tokenizer_files(Path(model))
+        with tokenizers_errors("the text cannot be read"):
+            tokens = len(plain_tokenizer(Path(model)).encode(words).ids)
     else:
         tokens = len(words.encode()) // _BYTES_PER_TOKEN
     check_calibration(shape, tokens // CALIBRATION_WINDOW * CALIBRATION_WINDOW, counted=counted)

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from tokenizers import Regex, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
+from offload.model.tokenizer_files import tokenizers_errors
+
 # What ``clean_up_tokenization`` of transformers replaces, in its order.
 _CLEAN_UP = (
     (" .", "."),
@@ -47,18 +49,20 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Text that has become certain with ``token``."""
-        if self._window is not None:
-            return self._window.push(token)
-        text = self._backend.id_to_token(token)
-        if text is None or text in self._skipped:
-            return ""
-        return _run(self._stages, [text], last=False)
+        with tokenizers_errors("the answer cannot be shown as text"):
+            if self._window is not None:
+                return self._window.push(token)
+            text = self._backend.id_to_token(token)
+            if text is None or text in self._skipped:
+                return ""
+            return _run(self._stages, [text], last=False)
 
     def pending(self) -> str:
         """Text that is held back, as it would be if no more tokens came."""
-        if self._window is not None:
-            return self._window.pending()
-        return _run([copy(stage) for stage in self._stages], [], last=True)
+        with tokenizers_errors("the answer cannot be shown as text"):
+            if self._window is not None:
+                return self._window.pending()
+            return _run([copy(stage) for stage in self._stages], [], last=True)
 
 
 class _Stage(Protocol):

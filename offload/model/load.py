@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -133,6 +133,9 @@ def load_model(
         attn_implementation="sdpa",
         output_loading_info=True,
         local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        generation_config=GenerationConfig(),  # ours is read elsewhere, and checked
     )
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]

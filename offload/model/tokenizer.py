@@ -1,11 +1,15 @@
 """The model's own tokenizer, by transformers, and the one way from text to token ids."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from offload.model.chat_template import render_chat
+from offload.model.tokenizer_files import check_tokenizer_files, tokenizers_errors
 from quant.errors import CheckpointError, InputError, UsageError
+from quant.model.config import read_config
+from quant.model.families import family_of
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -15,8 +19,11 @@ def load_tokenizer(path: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    check_tokenizer_files(path)
+    config = _config(path)
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with tokenizers_errors(str(path)):
+            return AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, error) from None
     except Exception as error:
@@ -25,12 +32,29 @@ def load_tokenizer(path: Path) -> Any:
         raise _unreadable(path, error) from None
 
 
+def _config(path: Path) -> Any:
+    """A config of the model's kind with nothing of its own but what chooses a tokenizer: transformers would refuse
+    many a public config.json for keys that no tokenizer has anything to do with. None for a folder without one."""
+    from transformers import AutoConfig
+
+    if not os.path.lexists(path / "config.json"):
+        return None
+    said = read_config(path)
+    family_of(said.get("model_type"))  # refuses what transformers would raise KeyError for
+    made: Any = AutoConfig.for_model(said["model_type"])
+    made._name_or_path = str(path)
+    if isinstance(said.get("tokenizer_class"), str):
+        made.tokenizer_class = said["tokenizer_class"]
+    return made
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of ``text``, with the tokens around it that the tokenizer itself adds.
 
     A beginning of text that is spelled out is not put there twice. Raises InputError for what is no text.
     """
-    ids: list[int] = tokenizer(_checked(text), verbose=False).input_ids
+    with tokenizers_errors("the text cannot be read"):
+        ids: list[int] = tokenizer(_checked(text), verbose=False).input_ids
     bos = tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
@@ -44,7 +68,8 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[i
     if not tokenizer.chat_template:
         raise UsageError("this model has no chat template: use `coldstream generate` instead of chat")
     text = render_chat(tokenizer.get_chat_template(), messages, tokenizer.special_tokens_map)
-    ids: list[int] = tokenizer(_checked(text), add_special_tokens=False, verbose=False).input_ids
+    with tokenizers_errors("the conversation cannot be read"):
+        ids: list[int] = tokenizer(_checked(text), add_special_tokens=False, verbose=False).input_ids
     return ids
 
 

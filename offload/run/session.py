@@ -38,6 +38,8 @@ from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.identity import model_id
 from quant.checkpoint.inventory import schemes_of_tensors
 from quant.errors import BudgetError
+from quant.model.config import language_config
+from quant.model.generation_config import read_generation_config, token_ids
 from quant.model.hub import resolve_model
 from quant.model.recipe import load_recipe
 from quant.progress import Progress, nobody
@@ -188,9 +190,10 @@ class Session:
         return read
 
     def _eos(self) -> frozenset[int]:
-        found = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        found = found if found is not None else self.tokenizer.eos_token_id
-        return frozenset([found] if isinstance(found, int) else found or [])
+        """The tokens that end a text, by the first that names any: generation_config.json, config.json, tokenizer."""
+        said = language_config(self.checkpoint.config)[1].eos_token_id
+        ends = read_generation_config(self.checkpoint.path).ends or token_ids(said)
+        return ends or token_ids(self.tokenizer.eos_token_id)
 
     @property
     def cached_tokens(self) -> int:

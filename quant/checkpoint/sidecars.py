@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import CheckpointError
+from quant.input_file import kind_of, why_unreadable
 from quant.model.config import put_right
 from quant.output_file import write_file, writing
 from quant.sizes import format_size
@@ -57,12 +58,39 @@ def left_out(source: Path, weights: Iterable[Path]) -> str | None:
 
 def _belongs(path: Path) -> bool:
     name = path.name
-    if name.startswith(".") or name.endswith(_INDEX) or not path.is_file():
+    if name.startswith(".") or name.endswith(_INDEX):
         return False
-    size = path.stat().st_size
-    if name.endswith(_VOCABULARIES) or (name.startswith(_TOKENIZER) and name.endswith(_TEXTS)):
-        return size <= _VOCABULARY_BYTES
-    return (name.endswith(_TEXTS) or name.upper().startswith(_TERMS)) and size <= _TEXT_BYTES
+    limit = _VOCABULARY_BYTES if _is_tokenizer(name) else _TEXT_BYTES
+    described = _is_tokenizer(name) or name.endswith(_TEXTS) or name.upper().startswith(_TERMS)
+    return described and _is_file(path) and path.stat().st_size <= limit
+
+
+def _is_tokenizer(name: str) -> bool:
+    return name.endswith(_VOCABULARIES) or (name.startswith(_TOKENIZER) and name.endswith(_TEXTS))
+
+
+def _is_file(path: Path) -> bool:
+    """False for a directory. Raises CheckpointError for what should be a file and cannot be read as one, for
+    example a link of the Hub's cache to what was never downloaded."""
+    try:
+        kind = kind_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} {why_unreadable(path, error)}") from None
+    if kind not in (None, "a directory"):
+        raise CheckpointError(f"{path} is {kind}: expected a file")
+    return kind is None
+
+
+def tokenizer_files(folder: Path) -> Iterator[Path]:
+    """The files of the tokenizer and the chat templates in ``folder``. Raises CheckpointError, naming it, for one
+    that cannot be read as a file."""
+    try:
+        found = sorted(folder.iterdir())
+        inner = [path for name in _FOLDERS if (folder / name).is_dir() for path in sorted((folder / name).iterdir())]
+    except OSError as error:
+        raise CheckpointError(f"{folder} {why_unreadable(folder, error)}") from None
+    named = [path for path in found if _is_tokenizer(path.name) or path.name.startswith("chat_template")]
+    yield from (path for path in [*named, *inner] if _is_file(path))
 
 
 def sidecar_bytes(source: Path) -> int:
