@@ -21,6 +21,7 @@ from quant.model.shape import ModelShape
 from quant.output_file import replace_file
 
 _BATCH = 256
+_MOST_TOKENS = 2**40  # sums of counts stay whole numbers of 64 bits
 _REUSE_BINS = 17  # distances of 1, 2, 3-4, 5-8 … 2^15 tokens and more
 Ids = npt.NDArray[np.int64]
 
@@ -163,17 +164,22 @@ class RoutingStats:
             )
         try:
             return cls._from_json(data, shape)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
             raise ProfileError(f"{path} is a damaged routing profile: {error!r}") from None
 
     @classmethod
     def _from_json(cls, data: dict[str, Any], shape: ModelShape) -> "RoutingStats":
         stats = cls(data["model_id"], shape)
-        stats._tokens = int(data["tokens"])
+        tokens = data["tokens"]
+        if type(tokens) is not int or not 0 <= tokens < _MOST_TOKENS:
+            raise ValueError(f"tokens is {tokens!r}")
+        stats._tokens = tokens
         for name in ("counts", "reuse"):
-            value = np.array(data[name], np.int64)
+            value = np.array(data[name])
             if value.shape != getattr(stats, name).shape:
                 raise ValueError(f"{name} has shape {value.shape}")
+            if value.dtype != np.int64 or value.min() < 0 or value.max() >= _MOST_TOKENS:
+                raise ValueError(f"{name} has other values than whole numbers from 0 to {_MOST_TOKENS:,}")
             setattr(stats, f"_{name}", value)
         if data.get("trace"):
             stats.trace = [np.array(data["trace"], np.int64)]

@@ -3,17 +3,29 @@
 Legend: T tokens, L MoE layers, E experts per layer, k experts per token.
 """
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from offload.tiers import Key
 from quant.errors import ProfileError, UsageError
+from quant.input_file import read_object, validated
 
 PROFILE_VERSION = 1
+_MOST_BYTES = 2**30
+
+
+class _Head(BaseModel):
+    """What every routing profile says, whatever else is in it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    version: int
+    moe_layers: Annotated[list[int], Field(min_length=1)]
+    num_experts: Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -71,15 +83,8 @@ class Trace:
 
 def read_profile(path: Path) -> dict[str, Any]:
     """The JSON of a routing profile. Raises ProfileError if it cannot be read or is of another version."""
-    try:
-        data: dict[str, Any] = json.loads(path.read_text())
-        version, _, _ = data["version"], len(data["moe_layers"]), int(data["num_experts"])
-    except OSError as error:
-        raise ProfileError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ProfileError(
-            f"{path} is no routing profile: expected the JSON that `coldstream profile` writes"
-        ) from None
+    data = read_object(path, "the routing profile that `coldstream profile` writes", ProfileError, _MOST_BYTES)
+    version = validated(_Head, data, f"{path} is no routing profile", ProfileError).version
     if version != PROFILE_VERSION:
         raise ProfileError(f"{path} is a routing profile of version {version}: expected {PROFILE_VERSION}")
     return data

@@ -62,7 +62,9 @@ def outcome(case: Case, ground: Path, folder: Path) -> Outcome:
         return Outcome("refused" if done.returncode else "ran", said=done.stderr)
     except _Stopped:
         return Outcome(stopped[0], f"{case.command} {_where()}", traceback.format_exc())
-    except Exception as error:  # noqa: BLE001  what a user would see as a traceback, whatever it is
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  what a user would see as a traceback; a library's panic, too
         return Outcome("traceback", f"{type(error).__name__} {_where()}", traceback.format_exc())
     finally:
         shutil.rmtree(folder, ignore_errors=True)

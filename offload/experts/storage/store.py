@@ -16,6 +16,7 @@ from torch import Tensor
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
 from quant.checkpoint.inventory import find_weight
 from quant.checkpoint.weight_files import TensorEntry
+from quant.errors import CheckpointError
 from quant.linear import LinearWeight
 from quant.model.families import Projection
 from quant.model.tensors import LinearSpec
@@ -157,6 +158,12 @@ class ExpertStore:
     def _build(self, layer: int, expert: int) -> ExpertRecord:
         stored = self._stored(layer, expert)
         entries = {id(entry): entry for _, tensors in stored.values() for entry in tensors.values()}
+        for entry in entries.values():
+            if entry.offset % DTYPES[entry.dtype].itemsize:
+                raise CheckpointError(
+                    f"{entry.file}: tensor {entry.key} begins at byte {entry.offset:,}, which is no multiple of its "
+                    "values' size: experts are read in place; quantize this model, or save it anew"
+                )
         runs, positions = _runs(list(entries.values()))
         weights: dict[Projection, WeightPlace] = {}
         for name, (place, tensors) in stored.items():

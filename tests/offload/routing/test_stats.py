@@ -66,10 +66,20 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
         RoutingStats.load(tmp_path / "routing.json", other)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 1, "moe_layers": [0, 1, 2], "num_experts": 4}'])
-def test_a_damaged_profile_is_one_clear_line(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "cannot be read as JSON"),
+        ("{}", "is no routing profile"),
+        ("[]", "is no JSON object: expected the routing profile"),
+        ("[" * 2000, "nest"),
+        ('{"version": 1, "moe_layers": [0, 1, 2], "num_experts": 1e300}', "is no routing profile"),
+        ('{"version": 1, "moe_layers": [0, 1, 2], "num_experts": 4}', "is a damaged routing profile"),
+    ],
+)
+def test_a_damaged_profile_is_one_clear_line(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "routing.json").write_text(text)
-    with pytest.raises(ProfileError, match=r"routing.json is (no|a damaged) routing profile"):
+    with pytest.raises(ProfileError, match=f"routing.json.*{said}"):
         RoutingStats.load(tmp_path / "routing.json", SHAPE)
 
 
