@@ -1,18 +1,22 @@
 """A runnable model: transformers' architecture, our modules where the weights are.
 
 The model is built on the meta device, every Linear becomes one that keeps its stored form and every MoE block
-one that asks the expert cache; then ``from_pretrained`` loads what is left. Experts are never materialized by
-it. The seam is an ``HfQuantizer`` of our own, which transformers calls between building and loading.
+one that asks the expert cache; then ``from_pretrained`` places what is left. Experts are never seen by it. The
+seam is an ``HfQuantizer`` of our own, which transformers calls between building and loading.
+
+Weights are read here, not by transformers: it would open the files by name again, when they may be another
+model's, and map them, so that a file that is cut would kill the process.
 """
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -24,6 +28,7 @@ from offload.experts.storage.page_cache import forget_pages
 from offload.model.moe import ExpertRunner, RoutedExperts, RoutedLlama4Block
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
 from quant.checkpoint.inventory import find_weight
+from quant.checkpoint.weight_files import TensorEntry
 from quant.errors import CheckpointError
 from quant.linear import Compute, KeptEmbedding, QuantLinear
 from quant.model.config import language_config
@@ -107,6 +112,40 @@ def check_rope(config: PretrainedConfig, context: int) -> None:
         )
 
 
+class _Reading:
+    """Reads tensors for transformers, and keeps the first error: it would wrap it in its own words."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        self._read = read
+        self._error: CheckpointError | None = None
+
+    def tensor(self, key: str, entry: TensorEntry) -> Tensor:
+        """Tensor ``key``; of arbitrary values once something has failed."""
+        try:
+            if self._error is None:
+                return self._read(key)
+        except CheckpointError as error:
+            self._error = error
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+
+    def check(self) -> None:
+        """Raise what has failed."""
+        if self._error is not None:
+            raise self._error
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A tensor that is read when transformers asks for all of it, as it asks safetensors' slices."""
+
+    reading: _Reading
+    key: str
+    entry: TensorEntry
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.reading.tensor(self.key, self.entry)
+
+
 def load_model(
     checkpoint: Checkpoint,
     runner: ExpertRunner,
@@ -114,29 +153,33 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress = nobody,
+    read: Callable[[str], Tensor] | None = None,
 ) -> PreTrainedModel:
     """The causal language model of ``checkpoint`` with its dense weights on ``device``, experts left to
     ``runner``.
 
-    Activations are of ``dtype``; weights keep their stored form. Raises CheckpointError for a tensor that is
-    absent.
+    Activations are of ``dtype``; weights keep their stored form. ``read`` gives a tensor by its key, as
+    ``checkpoint.read`` does, which is taken otherwise. Raises CheckpointError for a tensor that is absent, and for
+    a file that is no longer the one whose header was read.
     """
     _register()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = text_config(checkpoint)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path,
+    reading = _Reading(read or checkpoint.read)
+    keys = [key for key, name in checkpoint.names.items() if name.role not in ("experts", "vision")]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loaded: Any = kind.from_pretrained(
+        None,
         config=config,
+        state_dict={key: _Unread(reading, key, checkpoint.entries[key]) for key in keys},
         dtype=dtype,
         quantization_config=SwapConfig(lambda built: swap_modules(built, checkpoint, runner, compute, dtype)),
         attn_implementation="sdpa",
         output_loading_info=True,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
         generation_config=GenerationConfig(),  # ours is read elsewhere, and checked
     )
+    reading.check()
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     if info["missing_keys"] or info["mismatched_keys"]:

@@ -11,6 +11,13 @@ from quant.errors import CheckpointError, InputError, UsageError
 from quant.model.config import read_config
 from quant.model.families import family_of
 
+_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
+
+
+def text_files(path: Path) -> list[Path]:
+    """The files in ``path`` that say how text becomes tokens, and which tokens end it."""
+    return [file for file in sorted(path.iterdir()) if file.name.startswith(_FILES) and file.is_file()]
+
 
 def load_tokenizer(path: Path) -> Any:
     """The model's tokenizer; Python code that lies beside it is never run.

@@ -96,13 +96,14 @@ class Layerwise:
     def __init__(self, checkpoint: Checkpoint, *, expert_slots: int | None = None, kv: Storage | None = None) -> None:
         self.checkpoint, self.shape, self.kv = checkpoint, checkpoint.shape, kv
         self.store = ExpertStore(checkpoint)
-        self.reader = Reader([entry.file for entry in checkpoint.entries.values()], direct=True)
+        self.reader = Reader(checkpoint.files, checkpoint.states, direct=True)
         slots = max(2, min(expert_slots or self.shape.num_experts, self.shape.num_experts))
         self.cache = ExpertCache(self.store, self.reader, LeastRecent(), ram_slots=slots)
         self.compute = Compute(native=True, exact=True)
         routing = RoutingLog("", self.shape)
         self.runner = LayerRunner(self.cache, routing, self.compute, self.shape.family.scales_input)
         self.model: Any = load_model(checkpoint, self.runner, self.compute, torch.float32, torch.device("cpu"))
+        checkpoint.check_unchanged()
         self.model.requires_grad_(False)
         self.layers = list(self.model.model.layers)
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}

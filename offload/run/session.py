@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from offload.decode.select import select_decoder
 from offload.experts.cache.expert_cache import ExpertCache
@@ -23,7 +24,7 @@ from offload.hardware.vram_limit import Allowance, VramMeter
 from offload.model.kv_cache import KVCache, Storage
 from offload.model.load import check_rope, load_model, move_to_arena, text_config
 from offload.model.moe import ExpertRunner
-from offload.model.tokenizer import encode, encode_chat, load_tokenizer
+from offload.model.tokenizer import encode, encode_chat, load_tokenizer, text_files
 from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
 from offload.records import RunOptions, Sampling, TokenRecord
 from offload.routing.eviction import make_policy
@@ -75,7 +76,8 @@ class Session:
         if run.routing is not None:
             run.routing.check(self.routing.model_id)
         self.reader = Reader(
-            [entry.file for entry in self.checkpoint.entries.values()],
+            self.checkpoint.files,
+            self.checkpoint.states,
             direct=not self.options.page_cache,
             page_cached=self.plan.ram_slots + self.plan.vram_slots >= store.count,
         )
@@ -85,9 +87,9 @@ class Session:
         runner = ExpertRunner(self.experts, self.routing, compute, self.shape.family.scales_input)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         check_rope(text_config(self.checkpoint), self.context)
-        self.model = load_model(self.checkpoint, runner, compute, dtype, device, loading)
+        self.model = load_model(self.checkpoint, runner, compute, dtype, device, loading, self._read_dense)
         self._dense: Arena | None = None
-        if device.type == "cpu" and not self._can_move_later():
+        if device.type == "cpu" and not isinstance(self.experts, MappedCache):
             self._dense = move_to_arena(self.model, loading)
         kv = KVCache(self.shape, self.context, _KV_STORAGE[self.plan.kv_bits])
         self.decoder, notes = select_decoder(
@@ -96,6 +98,7 @@ class Session:
         self.kernel = self.decoder.name
         self.notes = [*self.reader.notes, *(self.vram.allowance.notes if self.vram is not None else ()), *notes]
         self.tokenizer = load_tokenizer(self.checkpoint.path)
+        self.checkpoint.check_unchanged(*text_files(self.checkpoint.path))
         self.generator = Generator(
             self.decoder,
             self.tokenizer,
@@ -155,15 +158,13 @@ class Session:
         self.ledger.add("vram", "experts", self.plan.vram_slots * self.store.slot_bytes)
         self.ledger.add("disk", "experts", self.store.nbytes)
 
-    def _can_move_later(self) -> bool:
-        """Whether the files that the dense weights are mapped from will stay as they are."""
-        names, cache = self.checkpoint.names, self.experts
-        if not isinstance(cache, MappedCache) or cache.files is None:
-            return False
-        dense = {
-            self.checkpoint.entries[key].file for key, name in names.items() if name.role not in ("experts", "vision")
-        }
-        return all(cache.files.protect(file) for file in dense)
+    def _read_dense(self, key: str) -> Tensor:
+        """Tensor ``key`` for the model. Where experts are mapped at first, matrices are, too, and move with them;
+        a vector may be a buffer, which never moves."""
+        entry, cache = self.checkpoint.entries[key], self.experts
+        files = cache.files if isinstance(cache, MappedCache) and self.device.type == "cpu" else None
+        mapped = files.tensor(entry) if files is not None and len(entry.shape) > 1 else None
+        return self.checkpoint.read(key) if mapped is None else mapped
 
     def _finish_load(self) -> None:
         """Move the dense weights to where they are read fastest, and begin to fill the experts' slots. Both
@@ -171,6 +172,8 @@ class Session:
         started = time.perf_counter()
         if self.device.type == "cpu" and self._dense is None:
             self._dense = move_to_arena(self.model)
+            for file in self.checkpoint.files:
+                self.reader.check(file)
             self.decoder.weights_moved()
         if self.plan.fills:
             self.experts.fill()

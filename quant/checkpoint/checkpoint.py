@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from quant.checkpoint.file_states import FileStates
 from quant.checkpoint.headers import CheckpointHeaders, read_headers
 from quant.checkpoint.inventory import check_tensors
 from quant.errors import CheckpointError
@@ -61,7 +62,7 @@ class Checkpoint(CheckpointHeaders):
     def read(self, key: str, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         """A copy of tensor ``key``, or of ``shape`` elements of it that begin ``start`` bytes in.
 
-        Raises CheckpointError if the tensor is absent or the file shrank.
+        Raises CheckpointError if the tensor is absent, or its file is no longer the one that was opened.
         """
         entry = self.entry(key)
         dtype = DTYPES[entry.dtype]
@@ -69,7 +70,7 @@ class Checkpoint(CheckpointHeaders):
         tensor = torch.empty(wanted, dtype=dtype)
         if tensor.numel():
             array: Any = tensor.view(-1).view(torch.uint8).numpy()
-            read_into(entry.file, entry.offset + start, memoryview(array))
+            read_into(entry.file, entry.offset + start, memoryview(array), self.states)
         return tensor
 
     def expert(self, layer: int, expert: int) -> dict[Projection, WeightView]:
@@ -95,15 +96,21 @@ class Checkpoint(CheckpointHeaders):
         return self.read(key, expert * (entry.nbytes // entry.shape[0]), entry.shape[1:])
 
 
-def read_into(file: Path, offset: int, buffer: memoryview) -> None:
-    """Fill ``buffer`` from ``file`` at ``offset`` through the page cache. Raises CheckpointError if short."""
+def read_into(file: Path, offset: int, buffer: memoryview, states: FileStates) -> None:
+    """Fill ``buffer`` from ``file`` at ``offset`` through the page cache.
+
+    Raises CheckpointError if the file is short, or not in its state of ``states`` once it has been read: what was
+    read may then be another model's.
+    """
     try:
         with opened(file) as descriptor:
             done = 0
             while done < len(buffer):
                 count = os.preadv(descriptor, [buffer[done:]], offset + done)
                 if count == 0:
+                    states.check_open(file, descriptor)
                     raise CheckpointError(f"{file} ends at byte {offset + done:,}: it shrank since it was opened")
                 done += count
+            states.check_open(file, descriptor)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read at byte {offset:,}: {error.strerror}") from None

@@ -37,12 +37,19 @@ class FileStates:
     def check(self, files: Iterable[Path]) -> None:
         """Raise CheckpointError, naming the first, if one of ``files`` is in another state now."""
         for file in files:
-            before, now = self._states.get(file), _state(file)
-            if before != now:
-                raise CheckpointError(
-                    f"{file} {_what(before, now)} while it was read: what was made of it would be of two models; "
-                    "start again when nothing writes there any more"
-                )
+            self._compare(file, _state(file))
+
+    def check_open(self, file: Path, descriptor: int) -> None:
+        """Raise CheckpointError if what is open as ``descriptor`` is not ``file`` in the state it was in."""
+        self._compare(file, _numbers(os.fstat(descriptor)))
+
+    def _compare(self, file: Path, now: State | str) -> None:
+        before = self._states.get(file)
+        if before != now:
+            raise CheckpointError(
+                f"{file} {_what(before, now)} while it was read: what was made of it would be of two models; "
+                "start again when nothing writes there any more"
+            )
 
     def listed(self, files: Iterable[Path]) -> list[list[object]]:
         """Name, size and time of change of each of ``files``: the same for the same files on another day."""
@@ -51,9 +58,12 @@ class FileStates:
 
 def _state(file: Path) -> State | str:
     try:
-        found = os.stat(file)
+        return _numbers(os.stat(file))
     except OSError as error:
         return error.strerror or str(error)
+
+
+def _numbers(found: os.stat_result) -> State:
     return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino
 
 

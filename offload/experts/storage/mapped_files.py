@@ -22,7 +22,9 @@ from torch import Tensor
 
 from offload.experts.storage.page_cache import PageCacheView
 from offload.experts.storage.reader import Reader
-from offload.experts.storage.store import ExpertRecord
+from offload.experts.storage.store import PAGE, ExpertRecord
+from quant.checkpoint.checkpoint import DTYPES
+from quant.checkpoint.weight_files import TensorEntry
 from quant.errors import CheckpointError
 
 _POPULATE_READ = 22  # MADV_POPULATE_READ: map all pages of a range at once
@@ -50,13 +52,20 @@ class MappedFiles:
             return None
         return lease.map(run.offset, run.needed)
 
-    def protect(self, file: Path) -> bool:
-        """Keep ``file``, which others than this have mapped, from being cut; False if it cannot be leased."""
-        return self._lease(file) is not None
+    def tensor(self, entry: TensorEntry) -> Tensor | None:
+        """A whole tensor in the page cache; None if it is not all there, or its file cannot be leased."""
+        lease, start = self._lease(entry.file), entry.offset // PAGE * PAGE
+        if lease is None or not lease.view.holds(start, entry.offset + entry.nbytes - start):
+            return None
+        dtype = DTYPES[entry.dtype]
+        if entry.offset % dtype.itemsize:  # no element would lie where the CPU wants it
+            return None
+        self._reader.check(entry.file)
+        return lease.map(entry.offset, entry.nbytes).view(dtype).view(entry.shape)
 
     def _lease(self, file: Path) -> "_Lease | None":
         if file not in self._files:
-            self._files[file] = _Lease.of(file)
+            self._files[file] = _Lease.of(file, self._reader)
         return self._files[file]
 
     def unmap(self, record: ExpertRecord) -> None:
@@ -85,8 +94,9 @@ class _Lease:
             self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
 
     @classmethod
-    def of(cls, file: Path) -> "_Lease | None":
-        """A lease on ``file``; None if the system knows none or does not grant it."""
+    def of(cls, file: Path, reader: Reader) -> "_Lease | None":
+        """A lease on the file that ``reader`` reads as ``file``; None if that was replaced, or the system knows
+        no leases or does not grant it."""
         if not hasattr(fcntl, "F_SETLEASE"):
             return None
         try:
@@ -94,6 +104,9 @@ class _Lease:
         except OSError:
             return None
         try:
+            if not reader.is_same(file, descriptor):
+                os.close(descriptor)
+                return None
             # A writer waits, and this process gets a signal that is ignored by default.
             fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
             fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)

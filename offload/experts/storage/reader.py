@@ -16,6 +16,7 @@ from pathlib import Path
 
 from offload.experts.storage.page_cache import PageCacheView
 from offload.experts.storage.store import PAGE, ByteRange, ExpertRecord
+from quant.checkpoint.file_states import FileStates
 from quant.errors import CheckpointError
 
 PIECE = 4 * 2**20
@@ -57,10 +58,19 @@ class Reader:
     """A pool of reading threads. ``direct`` bypasses the page cache; with ``page_cached``, pages that are in it
     already are copied from there, which makes a second start as quick as memory. A run that keeps reading
     goes without: its speed must not depend on memory beyond its budget.
+
+    Each file is opened once: one that is replaced meanwhile goes on being read as it was. Raises CheckpointError
+    for one that cannot be opened, or is no longer in its state of ``states``, in which its header was read.
     """
 
     def __init__(
-        self, files: Sequence[Path], *, threads: int = 4, direct: bool = True, page_cached: bool = False
+        self,
+        files: Sequence[Path],
+        states: FileStates | None = None,
+        *,
+        threads: int = 4,
+        direct: bool = True,
+        page_cached: bool = False,
     ) -> None:
         self.notes: list[str] = []
         self.direct, self.page_cached = direct, page_cached
@@ -73,21 +83,24 @@ class Reader:
         self._ready = threading.Condition()
         self._closed = False
         for file in sorted(set(files)):
-            self._open(file)
+            self._open(file, states)
         self._threads = [threading.Thread(target=self._work, name=f"reader-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path, states: FileStates | None) -> None:
         try:
             self._plain[file] = os.open(file, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{file} cannot be opened: {error.strerror}") from None
         self._stamp[file] = self._state(file)
+        if states is not None:
+            states.check_open(file, self._plain[file])
         if not self.direct:
             return
         try:
-            self._direct[file] = os.open(file, os.O_RDONLY | os.O_DIRECT)
+            # The same file, whatever has its name by now.
+            self._direct[file] = os.open(f"/proc/self/fd/{self._plain[file]}", os.O_RDONLY | os.O_DIRECT)
             self._views[file] = PageCacheView(file, self._plain[file])
         except OSError:
             self.direct = False
@@ -153,6 +166,10 @@ class Reader:
         if self._state(file) != self._stamp[file]:
             raise CheckpointError(f"{file} was changed while the model ran: start again once it is whole")
 
+    def is_same(self, file: Path, descriptor: int) -> bool:
+        """Whether ``descriptor`` is of the file that this reads as ``file``."""
+        return os.path.sameopenfile(descriptor, self._plain[file])
+
     def _state(self, file: Path) -> tuple[int, int]:
         """What changes when a file is written to: its size and time of change. Asked of the open file, so one
         that is replaced as a whole does no harm."""
@@ -202,3 +219,4 @@ class Reader:
             done += count if not direct or done + count >= wanted else count // PAGE * PAGE
             if count < PAGE and direct and done < wanted:
                 raise CheckpointError(f"{run.file} gave {count} bytes at byte {offset + done:,}: a short disk read")
+        self.check(run.file)
