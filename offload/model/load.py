@@ -191,7 +191,7 @@ def load_model(
     return model
 
 
-def _move(model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
+def _move(model: PreTrainedModel, device: torch.device, progress: Progress = nobody) -> None:
     """Move all weights to ``device`` but the embeddings, of which a token reads one row; they stay on the
     host unless they are the output head, too."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
