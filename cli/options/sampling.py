@@ -48,15 +48,14 @@ class AskedSampling:
 
         Raises CheckpointError for a generation_config.json that is not as it must be.
         """
-        from offload.model.generation_config import recommended_sampling
+        from quant.model.generation_config import read_generation_config
 
-        recommended = recommended_sampling(model)
-        sampling = Sampling(**{"max_tokens": max_tokens, **recommended, **self.asked})
+        sampling = Sampling(**{"max_tokens": max_tokens, **read_generation_config(model).sampling, **self.asked})
         return sampling, f"sampling: {self._told(sampling)}"
 
     def _told(self, sampling: Sampling) -> str:
         """The settings in force, and whose they are."""
-        from offload.model.generation_config import FILE
+        from quant.model.generation_config import FILE
 
         greedy = sampling.temperature == 0
         names = ("repetition_penalty",) if greedy else _TOLD

@@ -25,7 +25,9 @@ def load_tokenizer(path: Path) -> Any:
     Raises CheckpointError if it cannot be read, or is nothing without that code.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # what it warns of names what it found, as it is
     check_tokenizer_files(path)
     config = _config(path)
     try:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from quant.input_file import read_object, validated
 
+FILE = "generation_config.json"
 _TokenId = Annotated[int, Field(ge=-1, le=2**31)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -20,15 +21,34 @@ class GenerationConfig(BaseModel):
     eos_token_id: _TokenId | list[_TokenId] | None = None
     do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None  # 0 and -1: all
     top_p: _Share | None = None
     min_p: _Share | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
 
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that end a text."""
         return token_ids(self.eos_token_id)
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """How tokens should be drawn: temperature and filters by name, without those that change nothing.
+
+        As in transformers, they hold where ``do_sample`` is true, and text is greedy otherwise.
+        """
+        found: dict[str, float] = {}
+        if self.do_sample:
+            found["temperature"] = 1.0 if self.temperature is None else self.temperature
+            if self.top_k is not None and self.top_k > 0:
+                found["top_k"] = self.top_k
+            if self.top_p is not None and 0 < self.top_p < 1:
+                found["top_p"] = self.top_p
+            if self.min_p:
+                found["min_p"] = self.min_p
+        if self.repetition_penalty not in (None, 1.0):
+            found["repetition_penalty"] = self.repetition_penalty
+        return found
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
@@ -36,7 +56,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
 
     Raises CheckpointError if it cannot be read or a value is none that can be meant.
     """
-    file = folder / "generation_config.json"
+    file = folder / FILE
     if not os.path.lexists(file):
         return GenerationConfig()
     found: GenerationConfig = validated(GenerationConfig, read_object(file, "a generation config"), str(file))

@@ -31,6 +31,7 @@ def test_a_text_begins_as_the_tokenizer_begins_one() -> None:
 def test_it_is_as_transformers_reads_the_files(tmp_path: Path, adds: bool, setting: bool | None) -> None:
     made = byte_level(EVERY_BYTE, bos_token=BEGIN)
     (with_bos(made, BEGIN) if adds else made).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     config = tmp_path / "tokenizer_config.json"
     values = json.loads(config.read_text()) | ({} if setting is None else {"add_bos_token": setting})
     config.write_text(json.dumps(values))
@@ -103,3 +104,17 @@ def test_a_broken_tokenizer_is_one_line(tiny: Callable[..., Path], tmp_path: Pat
     with pytest.raises(CheckpointError, match="no tokenizer that transformers can load") as error:
         load_tokenizer(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "TokenizersBackend", None])
+def test_a_config_that_transformers_itself_refuses_does_not_matter(
+    tiny: Callable[..., Path], tmp_path: Path, kind: str | None
+) -> None:
+    folder = shutil.copytree(tiny("llama4_text"), tmp_path / "model")
+    for name, key, value in (
+        ("config.json", "attn_temperature_tuning", 4),
+        ("tokenizer_config.json", "tokenizer_class", kind),
+    ):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, key: value}))
+    assert encode(load_tokenizer(folder), "Hi") == encode(load_tokenizer(tiny("llama4_text")), "Hi")
