@@ -8,7 +8,8 @@ Legend: T tokens, N out features, K in features.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,8 +57,6 @@ class LinearWeight:
     out_features: int
     in_features: int
     transposed: bool = False
-    _descriptor: list[native.Weight | None] = field(default_factory=list, compare=False, repr=False)
-    _nf4: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def plain(cls, weight: Tensor) -> "LinearWeight":
@@ -78,19 +77,14 @@ class LinearWeight:
         weight = self.tensors["weight"]
         return (weight.t() if self.transposed else weight).to(dtype)
 
-    def descriptor(self) -> native.Weight | None:
-        """The native kernels' descriptor, or None where they do not know the form."""
-        if not self._descriptor:
-            self._descriptor.append(self._describe())
-        return self._descriptor[0]
-
+    @cached_property
     def nf4_state(self) -> Any:
         """bitsandbytes' description of an nf4 weight, read once: reading it waits for the device."""
-        if not self._nf4:
-            self._nf4.append(nf4_state(self.tensors))
-        return self._nf4[0]
+        return nf4_state(self.tensors)
 
-    def _describe(self) -> native.Weight | None:
+    @cached_property
+    def descriptor(self) -> native.Weight | None:
+        """The native kernels' descriptor, or None where they do not know the form."""
         if self.scheme.is_packed:
             packed = self.packed
             return native.Weight.from_tensors(self.scheme.kind, packed.packed, packed.scale)
@@ -110,7 +104,7 @@ def matmul(x: Tensor, weight: LinearWeight, compute: Compute) -> Tensor:
     if compute.triton and not compute.exact and x.is_cuda and weight.scheme.kind != "bf16":
         return _matmul_cuda(x, weight)
     if compute.native and x.dtype == torch.float32:
-        descriptor = weight.descriptor()
+        descriptor = weight.descriptor
         if descriptor is not None:
             y = native.linear(x.reshape(-1, weight.in_features), descriptor, exact=compute.exact)
             return y.view(*x.shape[:-1], weight.out_features)
@@ -119,7 +113,7 @@ def matmul(x: Tensor, weight: LinearWeight, compute: Compute) -> Tensor:
 
 def _matmul_cuda(x: Tensor, weight: LinearWeight) -> Tensor:
     if weight.scheme.kind == "nf4":
-        return matmul_nf4(x, weight.tensors["weight"], weight.nf4_state())
+        return matmul_nf4(x, weight.tensors["weight"], weight.nf4_state)
     y = cuda_linear(x.reshape(-1, weight.in_features), weight.packed)
     return y.view(*x.shape[:-1], weight.out_features)
 

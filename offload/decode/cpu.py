@@ -170,7 +170,7 @@ class NativeDecoder(Decoder):
     def _head(self) -> Head | None:
         if not isinstance(self.lm_head, QuantLinear) or self.lm_head.bias is not None:
             return None
-        weight = self.lm_head.stored.descriptor()  # None for f16, which torch multiplies
+        weight = self.lm_head.stored.descriptor  # None for f16, which torch multiplies
         return None if weight is None else Head(self.norm.weight.data, norm_eps(self.norm), weight)
 
 
@@ -197,6 +197,6 @@ def _gated(module: Any) -> GatedMlp:
 
 
 def _weight(linear: QuantLinear) -> Weight:
-    descriptor = linear.stored.descriptor()
+    descriptor = linear.stored.descriptor
     assert descriptor is not None, "every Linear that is loaded is in a form that the native kernels read"
     return descriptor

@@ -78,7 +78,7 @@ class NativeMoe:
 
 def gated(weights: ExpertWeights) -> GatedMlp:
     """The native descriptors of a resident expert."""
-    parts = [w.descriptor() for w in (weights.gate_proj, weights.up_proj, weights.down_proj)]
+    parts = [w.descriptor for w in (weights.gate_proj, weights.up_proj, weights.down_proj)]
     assert all(part is not None for part in parts)
     return GatedMlp(*parts)  # type: ignore[arg-type]
 
@@ -108,4 +108,4 @@ class BlockTable:
 
 def is_native(weights: ExpertWeights) -> bool:
     """Whether the native block can run experts stored like these."""
-    return all(w.descriptor() is not None for w in (weights.gate_proj, weights.up_proj, weights.down_proj))
+    return all(w.descriptor is not None for w in (weights.gate_proj, weights.up_proj, weights.down_proj))

@@ -237,12 +237,8 @@ class Layerwise:
                 layer.forward = forward
         return noted
 
-    def close(self) -> None:
-        """Stop reading and close the files."""
-        self.reader.close()
-
     def __enter__(self) -> "Layerwise":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.reader.close()

@@ -7,24 +7,7 @@ machine's measured ones, reduced by the same constants as in ``offload/plan/cost
 from dataclasses import dataclass, replace
 
 from offload.hardware.probe import Machine
-from offload.plan.cost_model import (
-    BELL_S,
-    CACHED_GB_S_PER_CORE,
-    CPU_LAYER_S,
-    EXPOSED,
-    GPU_LAYER_S,
-    GPU_STEP_S,
-    NF4_GB_S_PER_CORE,
-    OF_DISK,
-    OF_GEMM,
-    OF_GPU_COMPUTE,
-    OF_PCIE,
-    OF_RAM,
-    OF_VRAM,
-    STEP_S,
-    dimm_rate,
-    prefetch_bytes,
-)
+from offload.plan import cost_model as cost
 from offload.plan.footprint import Footprint
 from quant.model.mixed_precision import scheme_of
 from quant.scheme import BF16
@@ -141,28 +124,28 @@ class Rates:
     def of(cls, machine: Machine, *, nf4: bool = False) -> "Rates":
         """Of ``machine``."""
         rates = cls(
-            dimm=machine.ram_gb_s * 1e9 * OF_RAM,
-            cpu=machine.ram_gb_s * 1e9 * OF_RAM,
+            dimm=machine.ram_gb_s * 1e9 * cost.OF_RAM,
+            cpu=machine.ram_gb_s * 1e9 * cost.OF_RAM,
             cpu_ops=machine.int8_gops * 1e9,
-            disk=machine.disk_gb_s * 1e9 * OF_DISK,
-            layer=CPU_LAYER_S,
-            step=STEP_S,
-            nf4=NF4_GB_S_PER_CORE * machine.cores * 1e9 if nf4 else 0.0,
+            disk=machine.disk_gb_s * 1e9 * cost.OF_DISK,
+            layer=cost.CPU_LAYER_S,
+            step=cost.STEP_S,
+            nf4=cost.NF4_GB_S_PER_CORE * machine.cores * 1e9 if nf4 else 0.0,
         )
         if machine.gpu is None:
             return rates
         gpu = machine.gpu
         return replace(
             rates,
-            dimm=dimm_rate(machine),
-            layer=GPU_LAYER_S,
-            step=GPU_STEP_S,
-            ring=BELL_S,
-            vram=gpu.vram_gb_s * 1e9 * OF_VRAM,
-            pcie=gpu.h2d_gb_s * 1e9 * OF_PCIE,
-            gpu=gpu.bf16_tflops * 1e12 * OF_GPU_COMPUTE,
-            prefetch_bytes=0 if nf4 else prefetch_bytes(machine),
-            cached=CACHED_GB_S_PER_CORE * machine.cores * 1e9,
+            dimm=cost.dimm_rate(machine),
+            layer=cost.GPU_LAYER_S,
+            step=cost.GPU_STEP_S,
+            ring=cost.BELL_S,
+            vram=gpu.vram_gb_s * 1e9 * cost.OF_VRAM,
+            pcie=gpu.h2d_gb_s * 1e9 * cost.OF_PCIE,
+            gpu=gpu.bf16_tflops * 1e12 * cost.OF_GPU_COMPUTE,
+            prefetch_bytes=0 if nf4 else cost.prefetch_bytes(machine),
+            cached=cost.CACHED_GB_S_PER_CORE * machine.cores * 1e9,
         )
 
     def table(self) -> dict[str, float]:
@@ -174,12 +157,12 @@ class Rates:
             "cpu": self.cpu,
             "disk": self.disk,
             "gpu": self.gpu,
-            "cpu compute": self.cpu_ops * OF_GEMM,
+            "cpu compute": self.cpu_ops * cost.OF_GEMM,
         }
         return {name: rate for name, rate in named.items() if rate}
 
     def cpu_read(self, nbytes: float, weights: float) -> float:
         """The most bytes per second at which CPU kernels get through ``nbytes`` of ``weights`` for one
         token."""
-        seconds = nbytes / self.cpu + EXPOSED * 2 * weights / self.cpu_ops
+        seconds = nbytes / self.cpu + cost.EXPOSED * 2 * weights / self.cpu_ops
         return nbytes / (seconds + (nbytes / self.nf4 if self.nf4 else 0.0))

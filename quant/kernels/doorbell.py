@@ -164,13 +164,12 @@ class HostBell:
         self._features = samples[0].gate_proj.out_features
         self._stored = (_CBellLayer * layers)()
         for stored, sample in zip(self._stored, samples, strict=True):
-            parts = (sample.gate_proj, sample.up_proj, sample.down_proj)
-            if any(part.kind not in ("int4", "int8") for part in parts):
-                kinds = ", ".join(part.kind for part in parts)
+            if any(weight.kind not in ("int4", "int8") for weight in sample.weights):
+                kinds = ", ".join(weight.kind for weight in sample.weights)
                 raise SchemeError(f"experts in {kinds}: the doorbell serves int4 and int8")
             if (sample.gate_proj.out_features, sample.gate_proj.in_features) != (self._features, hidden):
                 raise SchemeError(f"experts of {sample.shapes}: expected hidden size {hidden} in every layer")
-            stored.gate, stored.up, stored.down = (part.native for part in parts)
+            stored.gate, stored.up, stored.down = sample.native
             stored.offsets[:] = offsets(sample)
         shared = {name: getattr(buffers, name) for name in ("control", "request", "scores", "x", "result", "hint")}
         tensors = addresses(**shared, addresses=self.table, prefetched=self._prefetched)

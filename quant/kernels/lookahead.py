@@ -67,11 +67,6 @@ class Lookahead:
         self.native.routers, self.native.slots = Weight.from_tensors("f32", self._routers).native, slots
         self.native.layers, self.native.experts, self.native.top_k = self.layers, self.experts, top_k
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the routers' copy."""
-        return self._routers.nbytes
-
     def guess(self, kind: int, here: int, x: Tensor) -> list[tuple[int, int]]:
         """(layer, expert) that the layers after ``here`` (-1: from the first on) will probably want for one
         token's x ``[1, H]``, nearest first, as far as guesses of this ``kind`` are trusted."""

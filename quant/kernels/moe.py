@@ -49,21 +49,29 @@ class GatedMlp:
             )
 
     @property
+    def weights(self) -> tuple[Weight, Weight, Weight]:
+        """gate_proj, up_proj and down_proj."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
+    @property
+    def native(self) -> tuple[CWeight, ...]:
+        """The structures of the three weights."""
+        return tuple(weight.native for weight in self.weights)
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """The shapes of the three weights: what experts of one block have in common."""
-        return tuple((w.out_features, w.in_features) for w in (self.gate_proj, self.up_proj, self.down_proj))
+        return tuple((w.out_features, w.in_features) for w in self.weights)
 
     @property
     def pointers(self) -> list[int]:
         """Six addresses: packed words and scales of gate_proj, up_proj and down_proj."""
-        weights = (self.gate_proj, self.up_proj, self.down_proj)
-        return [pointer for w in weights for pointer in (w.packed_ptr, w.scale_ptr)]
+        return [pointer for w in self.weights for pointer in (w.packed_ptr, w.scale_ptr)]
 
     @cached_property
     def entry(self) -> list[int]:
         """A row of ``MoeBlock.table`` but for its state: the addresses, and how each weight is packed."""
-        natives = [w.native for w in (self.gate_proj, self.up_proj, self.down_proj)]
-        return [*self.pointers, *(n.kind | n.group << 32 for n in natives)]
+        return [*self.pointers, *(n.kind | n.group << 32 for n in self.native)]
 
 
 class _CJob(ctypes.Structure):
@@ -103,9 +111,7 @@ def _job(job: Job, x: Tensor, kept: list[Tensor]) -> _CJob:
             raise SchemeError(f"a job of {count} tokens has {factor.numel()} factors: expected one per token")
         kept.append(factor)
         factors.append(factor.data_ptr())
-    expert = job.expert
-    weights = (expert.gate_proj.native, expert.up_proj.native, expert.down_proj.native)
-    return _CJob(*weights, None if tokens is None else tokens.data_ptr(), count, *factors)
+    return _CJob(*job.expert.native, None if tokens is None else tokens.data_ptr(), count, *factors)
 
 
 def mlp(jobs: Sequence[Job], x: Tensor, out: Tensor | None = None, *, exact: bool = False) -> Tensor:
@@ -199,8 +205,7 @@ class MoeBlock:
         block.router, block.table = router.native, self.table.data_ptr()
         if shared is not None:
             block.shared = 1
-            block.shared_gate, block.shared_up = shared.gate_proj.native, shared.up_proj.native
-            block.shared_down = shared.down_proj.native
+            block.shared_gate, block.shared_up, block.shared_down = shared.native
             if shared_router is not None:
                 block.shared_router = shared_router.native
         self.native = block
@@ -217,8 +222,7 @@ class MoeBlock:
             if weights.gate_proj.in_features != self.router.in_features:
                 raise SchemeError(f"an expert of hidden size {weights.gate_proj.in_features}, not the router's")
             self._shapes = weights.shapes
-            self.native.gate, self.native.up = weights.gate_proj.native, weights.up_proj.native
-            self.native.down = weights.down_proj.native
+            self.native.gate, self.native.up, self.native.down = weights.native
         if weights.shapes != self._shapes:
             raise SchemeError(f"expert {expert} is of shapes {weights.shapes}: expected {self._shapes} as the others")
         self._resident[expert] = weights

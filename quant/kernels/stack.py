@@ -26,8 +26,7 @@ class DenseBlock:
         block = CMoeBlock(eps=eps, shared=1)
         block.norm = self.norm.data_ptr()
         block.router.k = mlp.gate_proj.in_features
-        block.shared_gate, block.shared_up = mlp.gate_proj.native, mlp.up_proj.native
-        block.shared_down = mlp.down_proj.native
+        block.shared_gate, block.shared_up, block.shared_down = mlp.native
         self.native = block
 
 

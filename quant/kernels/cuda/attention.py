@@ -36,11 +36,6 @@ class AttentionScratch:
             parts *= 2
         return cls(torch.zeros(heads, parts, head_dim, device=device), torch.zeros(heads, parts, 2, device=device))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self.sums.nbytes + self.bounds.nbytes
-
 
 @dataclass(frozen=True)
 class KvRows:

@@ -57,11 +57,6 @@ class DecodeScratch:
             )
         return cls(torch.zeros(pairs, layout.inter, dtype=torch.bfloat16, device=device))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self.hidden.nbytes
-
 
 def moe_decode(x: Tensor, asked: ChosenExperts, layout: ExpertLayout, scratch: DecodeScratch, out: Tensor) -> None:
     """Add to ``out`` f32 ``[T, H]`` what this card computes of the experts that x bf16 ``[T, H]`` (the reference also

@@ -64,11 +64,6 @@ class PrefillScratch:
         made = [torch.zeros(pairs, width, dtype=torch.bfloat16, device=device) for width in widths]
         return cls(*made)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self.tokens.nbytes + self.hidden.nbytes
-
 
 def arrange_tokens(x: Tensor, groups: TokenGroups, layout: ExpertLayout, scratch: PrefillScratch) -> None:
     """Put x ``[T, H]`` into ``scratch``, a row per pair, sorted; times its score where scores scale inputs.

@@ -83,7 +83,7 @@ def test_bitsandbytes_multiplies_nf4_weights_as_they_dequantize(shape: tuple[int
     tensors = quantize_nf4((torch.randn(256, 256, generator=generator) / 16).bfloat16())
     weight = LinearWeight(Scheme("nf4"), tensors, 256, 256)
     x = torch.randn(shape, generator=generator).bfloat16()
-    ours = matmul_nf4(x, tensors["weight"], weight.nf4_state())
+    ours = matmul_nf4(x, tensors["weight"], weight.nf4_state)
     assert_near(ours, torch.nn.functional.linear(x.float(), weight.dense(torch.float32)), 2e-2)
 
 
