@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from quant.kernels import native
 from quant.kernels.cuda.linear import linear as cuda_linear
+from quant.kernels.weight import NativeKind
 from quant.pack import Packed, dequantize, dequantize_nf4, matmul_nf4, nf4_state
 from quant.scheme import BF16, Scheme
+
+_PLAIN: Mapping[torch.dtype, NativeKind] = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,8 @@ class LinearWeight:
         weight = self.tensors["weight"]
         if self.scheme.kind != "bf16" or self.transposed or not weight.is_contiguous():
             return None
-        if weight.dtype == torch.bfloat16:
-            return native.Weight.from_tensors("bf16", weight)
-        return native.Weight.from_tensors("f32", weight) if weight.dtype == torch.float32 else None
+        kind = _PLAIN.get(weight.dtype)
+        return None if kind is None else native.Weight.from_tensors(kind, weight)
 
 
 def matmul(x: Tensor, weight: LinearWeight, compute: Compute) -> Tensor:

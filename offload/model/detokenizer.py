@@ -192,7 +192,8 @@ class _StrippedStart:
 class _Window:
     """For a tokenizer of another make: the last few tokens are decoded again with each new one.
 
-    Exact where a token changes only the text of its neighbours, as in all that transformers brings.
+    Exact only as far as a later token changes nothing but an unfinished character: no text can be known to be
+    certain where nothing is known of how it is made.
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:

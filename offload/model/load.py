@@ -264,8 +264,13 @@ def _stored(checkpoint: Checkpoint, spec: LinearSpec | None) -> tuple[Scheme, to
     scheme, entries = find_weight(checkpoint, spec)
     if scheme.kind == "nf4":
         raise CheckpointError(f"{checkpoint.path}: {spec.module} is nf4: only experts are run in nf4")
-    return scheme, DTYPES[entries["weight"].dtype] if "weight" in entries else torch.bfloat16
+    return scheme, _kept(entries["weight"].dtype) if "weight" in entries else torch.bfloat16
 
 
 def _stored_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
-    return DTYPES[checkpoint.entry(key).dtype]
+    return _kept(checkpoint.entry(key).dtype)
+
+
+def _kept(dtype: str) -> torch.dtype:
+    """What a dense weight stored in ``dtype`` is in memory: the same, but f32 for f64, in which nothing computes."""
+    return torch.float32 if dtype == "F64" else DTYPES[dtype]

@@ -52,6 +52,9 @@ def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str
     if isinstance(schemes, MixedPrecision):
         _check_fusable(shape, schemes)
         notes += _unlike_experts(shape, schemes)
+    unrun = [ROLE_NAMES[role] for role, scheme in used.items() if scheme.kind == "nf4" and role != "experts"]
+    if unrun:
+        notes.append(f"{', '.join(unrun)} in nf4: bitsandbytes reads that, but coldstream runs experts only in nf4")
     if shape.tie_word_embeddings and schemes.get("lm_head", BF16) != BF16:
         notes.append("lm_head is tied to the embeddings, which are kept as they are: its scheme is not used")
     return notes

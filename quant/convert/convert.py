@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.checkpoint.checkpoint import Checkpoint
+from quant.checkpoint.checkpoint import DTYPES, Checkpoint
 from quant.checkpoint.config_groups import check_schemes, quantization_config
 from quant.checkpoint.journal import Journal, Sums
 from quant.checkpoint.sidecars import copy_sidecars, left_out, sidecar_bytes, sidecars, write_config
@@ -129,6 +129,11 @@ def convert(
             journal.finish()
         fidelity = Fidelity.measure(conversion.parts, journal.done)
         staging.publish()
+    if conversion.rounded:
+        count = len(conversion.rounded)
+        notes.append(
+            f"{count} tensors that are kept are f64 in the source: stored as f32, because nothing here computes in f64"
+        )
     unused = left_out(checkpoint.path, set(checkpoint.files))
     notes += [unused] if unused else []
     read = sum(part.nbytes for part in conversion.parts[resumed:])
@@ -208,6 +213,8 @@ class _Run:
         name = f"{self._checkpoint.entry(part.key).file.name}: tensor {part.key}"
         if piece.role == "experts":
             name += f", expert {piece.expert}"
+        if piece.scheme == BF16:
+            tensor = tensor.to(DTYPES[piece.dtype])
         if "" in piece.places:
             check_finite(tensor, name)
             return Encoded({"": tensor})

@@ -31,13 +31,14 @@ class Piece:
 
     ``half`` says which half of a fused gate_up_proj it is. ``places`` gives, per stored suffix, the file and
     the byte where these rows begin. ``role`` and ``scheme`` are BF16 and any role for what is carried
-    through.
+    through, in ``dtype``.
     """
 
     target: str
     role: Role
     scheme: Scheme
     places: Mapping[str, tuple[str, int]]
+    dtype: str
     half: Literal["", "first", "second"] = ""
     expert: int | None = None
 
@@ -58,10 +59,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The layout of the output and the parts that fill it."""
+    """The layout of the output and the parts that fill it; ``rounded`` are the tensors that are kept, but in a
+    narrower dtype."""
 
     layout: CheckpointLayout
     parts: tuple[Part, ...]
+    rounded: tuple[str, ...] = ()
 
     @property
     def source_bytes(self) -> int:
@@ -78,15 +81,25 @@ def plan_conversion(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> C
     linears = {entry.key for entry in sources.values()}
     linears.update(key for layer in shape.moe_layers for key in _expert_keys(checkpoint, layer))
     plain = [entry for key, entry in checkpoint.entries.items() if key not in linears]
-    dtypes = {module: entry.dtype for module, entry in sources.items()}
+    fused = stores_fused_experts(shape, schemes)
+    dtypes = {module: _kept_dtype(entry.dtype) for module, entry in sources.items()}
     for layer in shape.moe_layers:
-        dtypes.update(_expert_dtypes(checkpoint, layer))
-    stored = [StoredTensor(checkpoint.canonical(entry.key), entry.dtype, entry.shape) for entry in plain]
-    layout = lay_out_checkpoint(shape, schemes, stored, dtypes, stores_fused_experts(shape, schemes))
-    parts = list(_dense_parts(checkpoint, layout, schemes, sources, plain))
+        found = {module: _kept_dtype(dtype) for module, dtype in _expert_dtypes(checkpoint, layer)}
+        if fused and len(set(found.values())) > 1:  # what becomes one tensor is of one dtype, which holds them all
+            found = dict.fromkeys(found, "F32")
+        dtypes.update(found)
+    stored = [StoredTensor(checkpoint.canonical(one.key), _kept_dtype(one.dtype), one.shape) for one in plain]
+    layout = lay_out_checkpoint(shape, schemes, stored, dtypes, fused)
+    parts = list(_dense_parts(checkpoint, layout, schemes, sources, plain, dtypes))
     for layer in shape.moe_layers:
-        parts.extend(_expert_parts(checkpoint, layout, schemes, layer))
-    return Conversion(layout, tuple(parts))
+        parts.extend(_expert_parts(checkpoint, layout, schemes, layer, dtypes))
+    kept = {part.key for part in parts if any(piece.scheme == BF16 for piece in part.pieces)}
+    return Conversion(layout, tuple(parts), tuple(key for key in kept if checkpoint.entry(key).dtype == "F64"))
+
+
+def _kept_dtype(dtype: str) -> str:
+    """What a tensor of ``dtype`` is stored in if it is kept: the same, but f32 for f64, in which nothing computes."""
+    return "F32" if dtype == "F64" else dtype
 
 
 def _expert_keys(checkpoint: Checkpoint, layer: int) -> Iterator[str]:
@@ -115,35 +128,43 @@ def _dense_parts(
     schemes: Mapping[Role, Scheme],
     sources: Mapping[str, TensorEntry],
     plain: list[TensorEntry],
+    dtypes: Mapping[str, str],
 ) -> Iterator[Part]:
     for linear in checkpoint.shape.dense_linears():
         scheme = scheme_of(schemes, linear)
-        yield from _row_parts(checkpoint, layout, sources[linear.module], linear, scheme)
+        yield from _row_parts(checkpoint, layout, sources[linear.module], linear, scheme, dtypes[linear.module])
     for entry in plain:
         key = checkpoint.canonical(entry.key)
         whole = 1 if not entry.shape else entry.shape[0]
         row_bytes = entry.nbytes // max(whole, 1)
+        dtype = _kept_dtype(entry.dtype)
+        stored_bytes = row_bytes // ITEMSIZE[entry.dtype] * ITEMSIZE[dtype]
         for row, rows in _blocks(whole, row_bytes):
             file, offset = layout.place(key)
-            piece = Piece(key, checkpoint.names[entry.key].role, BF16, {"": (file, offset + row * row_bytes)})
+            places = {"": (file, offset + row * stored_bytes)}
+            piece = Piece(key, checkpoint.names[entry.key].role, BF16, places, dtype)
             dims = (rows, *entry.shape[1:]) if entry.shape else ()
             yield Part(entry.key, row * row_bytes, dims, rows * row_bytes, False, (piece,))
 
 
 def _row_parts(
-    checkpoint: Checkpoint, layout: CheckpointLayout, entry: TensorEntry, linear: LinearSpec, scheme: Scheme
+    checkpoint: Checkpoint, layout: CheckpointLayout, entry: TensorEntry, linear: LinearSpec, scheme: Scheme, dtype: str
 ) -> Iterator[Part]:
     """Blocks of rows of one Linear that is a tensor of its own."""
     count, columns = entry.shape
     row_bytes = columns * ITEMSIZE[entry.dtype]
     for row, rows in _blocks(count, row_bytes):
-        places = _places(checkpoint, layout, linear, scheme, row, entry.dtype)
-        piece = Piece(linear.module, linear.role, scheme, places, "", linear.expert)
+        places = _places(checkpoint, layout, linear, scheme, row, dtype)
+        piece = Piece(linear.module, linear.role, scheme, places, dtype, "", linear.expert)
         yield Part(entry.key, row * row_bytes, (rows, columns), rows * row_bytes, False, (piece,))
 
 
 def _expert_parts(
-    checkpoint: Checkpoint, layout: CheckpointLayout, schemes: Mapping[Role, Scheme], layer: int
+    checkpoint: Checkpoint,
+    layout: CheckpointLayout,
+    schemes: Mapping[Role, Scheme],
+    layer: int,
+    dtypes: Mapping[str, str],
 ) -> Iterator[Part]:
     shape, base = checkpoint.shape, checkpoint.fused_experts(layer)
     for expert in range(shape.num_experts):
@@ -151,17 +172,17 @@ def _expert_parts(
         if base is None:
             for linear in linears:
                 entry = checkpoint.find(f"{linear.module}.weight")
-                yield from _row_parts(checkpoint, layout, entry, linear, scheme_of(schemes, linear))
+                scheme, dtype = scheme_of(schemes, linear), dtypes[linear.module]
+                yield from _row_parts(checkpoint, layout, entry, linear, scheme, dtype)
             continue
         pieces: dict[str, Piece] = {}
         for projection, linear in zip(PROJECTIONS, linears, strict=True):
             half: Literal["", "first", "second"] = (
                 "" if projection == "down_proj" else "first" if projection == "gate_proj" else "second"
             )
-            source = checkpoint.entry(base + ("down_proj" if not half else "gate_up_proj"))
-            scheme = scheme_of(schemes, linear)
-            places = _places(checkpoint, layout, linear, scheme, 0, source.dtype)
-            pieces[projection] = Piece(linear.module, "experts", scheme, places, half, expert)
+            scheme, dtype = scheme_of(schemes, linear), dtypes[linear.module]
+            places = _places(checkpoint, layout, linear, scheme, 0, dtype)
+            pieces[projection] = Piece(linear.module, "experts", scheme, places, dtype, half, expert)
         for name, cut in (("gate_up_proj", PROJECTIONS[:2]), ("down_proj", PROJECTIONS[2:])):
             entry = checkpoint.entry(base + name)
             size = entry.nbytes // shape.num_experts

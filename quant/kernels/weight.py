@@ -14,10 +14,10 @@ from quant.errors import SchemeError
 from quant.kernels.library import I32, I64, Pointer, fields
 from quant.scheme import GROUP_SIZES, Kind
 
-NativeKind = Kind | Literal["f32"]  # of which nf4 is refused
-_CODES: dict[NativeKind, int] = {"int4": 0, "int8": 1, "bf16": 2, "f32": 3}
+NativeKind = Kind | Literal["f32", "f16"]  # of which nf4 is refused
+_CODES: dict[NativeKind, int] = {"int4": 0, "int8": 1, "bf16": 2, "f32": 3, "f16": 4}
 _PER_WORD: dict[NativeKind, int] = {"int4": 8, "int8": 4}
-_PLAIN: dict[NativeKind, torch.dtype] = {"bf16": torch.bfloat16, "f32": torch.float32}
+_PLAIN: dict[NativeKind, torch.dtype] = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}
 
 
 class CWeight(ctypes.Structure):
@@ -29,7 +29,7 @@ class CWeight(ctypes.Structure):
 @dataclass(frozen=True)
 class Weight:
     """One Linear's weight by address: packed int32 words ``[N, K/8]`` or ``[N, K/4]`` and bf16 scales
-    ``[N, G]``, or plain bf16 or f32 rows ``[N, K]`` with ``scale_ptr`` 0 and ``group_size`` 0.
+    ``[N, G]``, or plain bf16, f16 or f32 rows ``[N, K]`` with ``scale_ptr`` 0 and ``group_size`` 0.
 
     Addresses need 4-byte alignment (scales: 2). Whoever makes a Weight keeps the memory alive while it is
     used; ``owner`` is a place to hold on to it.
@@ -69,7 +69,7 @@ class Weight:
     @classmethod
     def from_tensors(cls, kind: NativeKind, packed: Tensor, scale: Tensor | None = None) -> Self:
         """The weight that lies in ``packed`` int32 and ``scale`` bf16 ``[N, G]``, or in the plain matrix
-        ``packed`` (bf16 or f32); the tensors are kept alive. Raises SchemeError if they do not fit ``kind``.
+        ``packed`` (bf16, f16 or f32); the tensors are kept alive. Raises SchemeError if they do not fit ``kind``.
         """
         expected = (torch.int32, torch.bfloat16) if kind in _PER_WORD else (_PLAIN.get(kind), None)
         found = (packed.dtype, None if scale is None else scale.dtype)

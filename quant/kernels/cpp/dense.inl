@@ -18,8 +18,8 @@ INLINE vi nibbles(const uint8_t* from) {
 static void widen_row(const Weight& w, int64_t row, int64_t first, int64_t count, float* to) {
   if (w.kind == kF32) {
     __builtin_memcpy(to, w.packed + row * w.stride() + first * 4, size_t(count) * 4);
-  } else if (w.kind == kBf16) {
-    widen_run(w.packed + row * w.stride(), kSourceBf16, first, int(count), to);
+  } else if (!w.is_packed()) {
+    widen_run(w.packed + row * w.stride(), w.kind == kF16 ? kSourceF16 : kSourceBf16, first, int(count), to);
   } else {
     const uint16_t* scale = w.scale + row * w.scale_stride();
     const uint8_t* from = w.packed + row * w.stride() + w.bytes(first);
@@ -58,7 +58,7 @@ INLINE void add_products(const Element* row, const float* x, int64_t ldx, int64_
   }
 }
 
-// A few tokens: plain rows straight from memory, packed ones through a buffer.
+// A few tokens: plain rows straight from memory, packed ones and f16 through a buffer.
 template <int kTokens>
 static void dense_rows(const Weight& w, int64_t row0, int64_t row1, const float* x, int64_t ldx, float* y,
                        int64_t ldy) {

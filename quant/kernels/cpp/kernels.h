@@ -8,13 +8,13 @@
 
 namespace coldstream {
 
-enum Kind : int32_t { kInt4 = 0, kInt8 = 1, kBf16 = 2, kF32 = 3 };
+enum Kind : int32_t { kInt4 = 0, kInt8 = 1, kBf16 = 2, kF32 = 3, kF16 = 4 };
 enum SourceType : int32_t { kSourceBf16 = 0, kSourceF16 = 1, kSourceF32 = 2 };
 
 // Status codes of the C functions; Python turns them into one-line errors.
 enum Status : int32_t { kOk = 0, kBadArgument = -1, kNoMemory = -2, kUnsupported = -3 };
 
-// A weight where it lies: packed int32 words and bf16 scales, or plain bf16/f32 rows. Nothing is owned. A part of a
+// A weight where it lies: packed int32 words and bf16 scales, or plain bf16/f16/f32 rows. Nothing is owned. A part of a
 // wider weight's columns (whole groups) is a weight whose rows lie `pitch` columns apart.
 struct Weight {
   int32_t kind;
@@ -27,7 +27,7 @@ struct Weight {
   bool is_packed() const { return kind == kInt4 || kind == kInt8; }
   int64_t groups() const { return k / group; }
   int64_t bytes(int64_t columns) const {
-    return kind == kInt4 ? columns / 2 : kind == kInt8 ? columns : kind == kBf16 ? columns * 2 : columns * 4;
+    return kind == kInt4 ? columns / 2 : kind == kInt8 ? columns : kind == kF32 ? columns * 4 : columns * 2;
   }
   int64_t row_bytes() const { return bytes(k); }
   int64_t stride() const { return bytes(pitch ? pitch : k); }      // bytes from one row to the next

@@ -6,8 +6,10 @@
 import os
 import random
 import time
+from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from offload.model.detokenizer import Detokenizer
 from tests.tokenizers import KINDS, byte_characters, byte_level, metaspace_bytes
@@ -51,6 +53,24 @@ def test_a_character_comes_out_with_the_token_that_makes_it_certain() -> None:
     ids = tokenizer.convert_tokens_to_ids(["<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "▁the"])
     stream = Detokenizer(tokenizer)
     assert [stream.push(token) for token in ids] == ["", "", "", "", "😀 the"]
+
+
+class OwnDecoder(PreTrainedTokenizerFast):
+    """A tokenizer class that decodes in a way of its own."""
+
+    def _decode(self, *args: Any, **kwargs: Any) -> str:
+        return super()._decode(*args, **kwargs).replace("e", "E")
+
+
+def test_a_tokenizer_that_decodes_in_its_own_way_streams_too() -> None:
+    tokenizer = OwnDecoder(tokenizer_object=byte_level().backend_tokenizer)
+    chance = random.Random(7)
+    for _ in range(50):
+        ids = some_ids(len(tokenizer), chance)
+        stream = Detokenizer(tokenizer)
+        assert "".join(map(stream.push, ids)) + stream.pending() == tokenizer.decode(ids, skip_special_tokens=True)
+    stream = Detokenizer(tokenizer)
+    assert stream.push(tokenizer.convert_tokens_to_ids("Ġthe")) == " thE"
 
 
 def test_a_token_costs_the_same_late_in_a_text_as_early() -> None:

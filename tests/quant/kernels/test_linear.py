@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from quant.errors import SchemeError
 from quant.kernels import native
 from quant.kernels.native import Weight
+from quant.kernels.weight import NativeKind
 from quant.pack import Packed, dequantize, pack, quantize
 from quant.scheme import GROUP_SIZES, Kind, Scheme
 
@@ -106,12 +107,16 @@ def test_integer_parts_are_exact(isa: str, kind: Kind, tokens: int) -> None:
         assert torch.equal(native.linear(x, weight), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["bf16", "f16", "f32"])
 @pytest.mark.parametrize("columns", [1, 7, 64, 100, 2500])
-def test_plain_weights_of_any_width_are_multiplied_exactly(isa: str, dtype: torch.dtype, columns: int) -> None:
+def test_plain_weights_of_any_width_are_multiplied_exactly(isa: str, kind: NativeKind, columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[kind]
     plain = torch.randn(37, columns, generator=generator).to(dtype)
-    weight = Weight.from_tensors("bf16" if dtype is torch.bfloat16 else "f32", plain)
+    if kind == "f16":
+        plain[0] = 2.0**-24  # the smallest there is, a subnormal
+        plain[1] = 65504.0  # and the largest
+    weight = Weight.from_tensors(kind, plain)
     for tokens in (1, 2, 3, 4, 9, 17, 40):
         x = torch.randn(tokens, columns, generator=generator)
         assert error(native.linear(x, weight), x, plain.double()) < 1e-6
