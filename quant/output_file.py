@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from quant.errors import OutputError
+from quant.errors import OutputError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDIES = {
@@ -110,6 +110,21 @@ def _move(draft: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def check_name(path: Path, option: str) -> Path:
+    """Where a file that ``option`` names would lie. Raises OutputError now, not after the work, if nothing can lie
+    there, and UsageError for ``-``."""
+    if str(path) == "-":
+        raise UsageError(
+            f"{option} -: expected the name of a file; stdout is for the answer, or the document of --json"
+        )
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise OutputError(f"{option} {path}: found a directory: expected the name of a file in it")
+    if not target.parent.is_dir():
+        raise OutputError(f"{option} {path}: found no directory {target.parent}; make it first")
+    return target
+
+
 def check_output(path: Path | None, option: str, mark: bytes) -> None:
     """Raise OutputError now, not after the work, if what ``option`` names cannot be written.
 
@@ -119,11 +134,7 @@ def check_output(path: Path | None, option: str, mark: bytes) -> None:
     if path is None:
         return
     with writing(path, resumable=False):
-        target = Path(os.path.realpath(path))
-        if target.is_dir():
-            raise OutputError(f"{option} {path}: found a directory: expected the name of a file in it")
-        if not target.parent.is_dir():
-            raise OutputError(f"{option} {path}: found no directory {target.parent}; make it first")
+        target = check_name(path, option)
         if target.exists() and not target.is_file():
             _check_device(target)
             return

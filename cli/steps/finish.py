@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.terminal.console import Console
-from quant.errors import OutputError, UsageError
+from quant.output_file import check_name
 
 if TYPE_CHECKING:  # it imports torch
     from offload.run.report import RunReport
@@ -32,11 +32,5 @@ def command_line() -> str:
 
 def check_page(page: Path | None, option: str = "--report") -> None:
     """Raise OutputError now, not after the run, if what ``option`` names cannot become a file."""
-    if page is not None and str(page) == "-":
-        raise UsageError(
-            f"{option} -: expected the name of a file; stdout is for the answer, or the document of --json"
-        )
-    if page is not None and not page.resolve().parent.is_dir():
-        raise OutputError(f"{option} {page}: found no directory {page.resolve().parent}; make it first")
-    if page is not None and page.is_dir():
-        raise OutputError(f"{option} {page}: found a directory: expected the name of a file in it")
+    if page is not None:
+        check_name(page, option)
