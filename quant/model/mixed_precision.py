@@ -13,10 +13,12 @@ from quant.scheme import BF16, Scheme
 
 
 class MixedPrecision(Mapping[Role, Scheme]):
-    """``modules`` gives every Linear's scheme by checkpoint module; ``commonest`` each role's."""
+    """``modules`` gives the scheme of every quantized Linear by checkpoint module (what stays in bf16 is not among
+    them: it must not become a group of the config); ``commonest`` each role's."""
 
     def __init__(self, modules: Mapping[str, Scheme], commonest: Mapping[Role, Scheme]) -> None:
-        self.modules, self._commonest = dict(modules), dict(commonest)
+        self.modules = {module: scheme for module, scheme in modules.items() if scheme != BF16}
+        self._commonest = dict(commonest)
 
     @classmethod
     def of(cls, chosen: Iterable[tuple[LinearSpec, Scheme]]) -> "MixedPrecision":
