@@ -21,8 +21,8 @@ from quant.errors import ProfileError, UsageError
 if TYPE_CHECKING:
     from cli.steps.find_values import Values
     from quant.checkpoint.checkpoint import Checkpoint
-    from quant.checkpoint.staging import Staging
     from quant.convert.convert import ConversionReport
+    from quant.destination.staging import Staging
     from quant.model.families import Role
     from quant.scheme import Scheme
 
@@ -64,7 +64,7 @@ def quantize(
     with seldom_collecting():
         from quant.convert.convert import convert, job_of, made_before, open_source
     from quant.checkpoint.config_groups import check_schemes
-    from quant.checkpoint.staging import Staging
+    from quant.destination.staging import Staging
     from quant.model.hub import resolve_model
     from quant.rounding.imatrix import MARK
 
@@ -137,9 +137,9 @@ def _described(goal: Goal, roles: "list[Role]", fixed: "Mapping[Role, Scheme]", 
 def _check_space(staging: "Staging", values: "Values", schemes: "Mapping[Role, Scheme]", roles: "list[Role]") -> None:
     """Refuse a file system that lacks room for the result, or for what a calibration keeps until then."""
     from quant.allocation.units import units_of
-    from quant.checkpoint.writer import check_free
     from quant.convert.convert import check_space
     from quant.convert.parts import plan_conversion
+    from quant.destination.writer import check_free
 
     shape = values.checkpoint.shape
     beside = 0

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
 
-from quant.checkpoint.sidecars import tokenizer_files
+from quant.destination.sidecars import tokenizer_files
 from quant.errors import CheckpointError
 from quant.input_file import read_bytes, read_object, validated
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
 from quant.checkpoint.config_groups import check_schemes, quantization_config
-from quant.checkpoint.journal import Journal, Sums
-from quant.checkpoint.sidecars import copy_sidecars, left_out, sidecar_bytes, sidecars, write_config
-from quant.checkpoint.staging import Staging
-from quant.checkpoint.writer import OutputFiles, check_free
 from quant.convert.fidelity import Fidelity, RoleFidelity
 from quant.convert.parts import Conversion, Part, Piece, plan_conversion
+from quant.destination.journal import Journal, Sums
+from quant.destination.sidecars import copy_sidecars, left_out, sidecar_bytes, sidecars, write_config
+from quant.destination.staging import Staging
+from quant.destination.writer import OutputFiles, check_free
 from quant.errors import CheckpointError, NonFiniteError
 from quant.model.families import QUANTIZABLE, Role
 from quant.model.mixed_precision import described

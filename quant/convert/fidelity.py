@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from quant.checkpoint.journal import Sums
 from quant.convert.parts import Part
+from quant.destination.journal import Sums
 from quant.model.families import Role
 from quant.scheme import Scheme
 

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from quant.checkpoint.config_groups import check_schemes, quantization_config, stores_fused_experts
 from quant.checkpoint.layout import CheckpointLayout, StoredTensor, lay_out_checkpoint
-from quant.checkpoint.sidecars import write_config
-from quant.checkpoint.staging import Staging
-from quant.checkpoint.writer import OutputFiles, check_free
+from quant.destination.sidecars import write_config
+from quant.destination.staging import Staging
+from quant.destination.writer import OutputFiles, check_free
 from quant.errors import UsageError
 from quant.model.families import Role
 from quant.model.shape import ModelShape

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from quant.checkpoint.staging import Staging
 from quant.convert.convert import convert
+from quant.destination.staging import Staging
 from quant.errors import OutputError
 from quant.model.families import Role
 from quant.scheme import Scheme

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from quant.checkpoint.journal import Journal
+from quant.destination.journal import Journal
 from quant.errors import OutputError
 from quant.output_file import sync_folder, writing
 
