@@ -9,7 +9,7 @@ model's, and map them, so that a file that is cut would kill the process.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,11 @@ from quant.linear import Compute, KeptEmbedding, QuantLinear
 from quant.model.config import language_config
 from quant.model.tensors import LinearSpec
 from quant.progress import Progress, nobody
+from quant.rounding.encode import check_finite
 from quant.scheme import BF16, Scheme
 
 _METHOD = "coldstream"
+_SMALL = (".bias", ".weight_scale")
 _LINE = 64  # bytes of a cache line: what a weight's first byte is aligned to
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -115,15 +117,18 @@ def check_rope(config: PretrainedConfig, context: int) -> None:
 class _Reading:
     """Reads tensors for transformers, and keeps the first error: it would wrap it in its own words."""
 
-    def __init__(self, read: Callable[[str], Tensor]) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[str], Tensor], checked: Collection[str]) -> None:
+        self._read, self._checked = read, checked  # those must be finite
         self._error: CheckpointError | None = None
 
     def tensor(self, key: str, entry: TensorEntry) -> Tensor:
         """Tensor ``key``; of arbitrary values once something has failed."""
         try:
             if self._error is None:
-                return self._read(key)
+                tensor = self._read(key)
+                if key in self._checked:
+                    check_finite(tensor, f"tensor {key}")
+                return tensor
         except CheckpointError as error:
             self._error = error
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
@@ -160,14 +165,16 @@ def load_model(
 
     Activations are of ``dtype``; weights keep their stored form. ``read`` gives a tensor by its key, as
     ``checkpoint.read`` does, which is taken otherwise. Raises CheckpointError for a tensor that is absent, and for
-    a file that is no longer the one whose header was read.
+    a file that is no longer the one whose header was read; NonFiniteError for a norm, router, bias or scale that
+    holds NaN or Inf (looking at every weight would take as long as loading).
     """
     _register()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = text_config(checkpoint)
-    reading = _Reading(read or checkpoint.read)
     keys = [key for key, name in checkpoint.names.items() if name.role not in ("experts", "vision")]
+    small = {key for key in keys if checkpoint.names[key].role in ("norm", "router") or key.endswith(_SMALL)}
+    reading = _Reading(read or checkpoint.read, small)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     loaded: Any = kind.from_pretrained(
         None,

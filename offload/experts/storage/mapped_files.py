@@ -16,10 +16,12 @@ import os
 import signal
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from offload.experts.storage.finite import check_scales
 from offload.experts.storage.page_cache import PageCacheView
 from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import PAGE, ExpertRecord
@@ -39,8 +41,8 @@ class MappedFiles:
 
     def map(self, record: ExpertRecord) -> Tensor | None:
         """The image of ``record``'s slot in the page cache, uint8; None if it is not all there in one piece,
-        or its file cannot be leased."""
-        if len(record.runs) != 1:
+        or its file cannot be leased. Raises NonFiniteError for scales that are no numbers."""
+        if len(record.runs) != 1 or not record.runs[0].is_direct:
             return None
         run = record.runs[0]
         lease = self._lease(run.file)
@@ -50,7 +52,10 @@ class MappedFiles:
             self._reader.check(run.file)
         except CheckpointError:  # the read that follows says so
             return None
-        return lease.map(run.offset, run.needed)
+        image = lease.map(run.offset, run.needed)
+        pages: Any = image.numpy()
+        check_scales(record.scales, memoryview(pages))
+        return image
 
     def tensor(self, entry: TensorEntry) -> Tensor | None:
         """A whole tensor in the page cache; None if it is not all there, or its file cannot be leased."""

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
+from offload.experts.storage.finite import ScalePlace, check_scales
 from offload.experts.storage.page_cache import PageCacheView
 from offload.experts.storage.store import PAGE, ByteRange, ExpertRecord
 from quant.checkpoint.file_states import FileStates
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, NonFiniteError
 
 PIECE = 4 * 2**20
 
@@ -41,6 +42,7 @@ class ReadRequest:
     buffer: memoryview
     priority: Priority
     nbytes: int
+    scales: Sequence[ScalePlace] = ()  # to be looked at once they are there
     then: Callable[[bool], None] | None = None
     remaining: int = 0
     next_piece: int = 0
@@ -78,6 +80,7 @@ class Reader:
         self._direct: dict[Path, int] = {}
         self._views: dict[Path, PageCacheView] = {}
         self._stamp: dict[Path, tuple[int, int]] = {}
+        self._finite: set[tuple[Path, int]] = set()  # where the records begin whose scales were found to be numbers
         self._heap: list[tuple[int, int, int, ReadRequest]] = []
         self._order = itertools.count()
         self._ready = threading.Condition()
@@ -123,7 +126,9 @@ class Reader:
         pieces = [
             (run, start, min(start + PIECE, run.length)) for run in record.runs for start in range(0, run.length, PIECE)
         ]
-        request = ReadRequest(pieces, buffer, priority, record.nbytes, then, remaining=len(pieces))
+        first = (record.runs[0].file, record.runs[0].offset)
+        scales = () if first in self._finite else record.scales
+        request = ReadRequest(pieces, buffer, priority, record.nbytes, scales, then, remaining=len(pieces))
         with self._ready:
             heapq.heappush(self._heap, (priority, order, next(self._order), request))
             self._ready.notify_all()
@@ -189,10 +194,22 @@ class Reader:
             with self._ready:
                 request.error = request.error or error
                 request.remaining -= 1
-                if request.remaining == 0:
-                    if request.then is not None:
-                        request.then(request.error is None)
-                    request.done.set()
+                last = request.remaining == 0
+            if last:
+                self._finish(request)
+
+    def _finish(self, request: ReadRequest) -> None:
+        """All that was asked for has been read, or could not be."""
+        if request.error is None and request.scales:
+            try:
+                check_scales(request.scales, request.buffer)
+                self._finite.add((request.pieces[0][0].file, request.pieces[0][0].offset))
+            except NonFiniteError as error:
+                request.error = error
+        with self._ready:
+            if request.then is not None:
+                request.then(request.error is None)
+            request.done.set()
 
     def _take(self) -> tuple[ReadRequest, tuple[ByteRange, int, int]] | None:
         with self._ready:
@@ -209,7 +226,9 @@ class Reader:
     def _read(self, run: ByteRange, start: int, buffer: memoryview) -> None:
         offset, done, wanted = run.offset + start, 0, min(len(buffer), run.needed - start)
         self.check(run.file)
-        direct = self.direct and not (self.page_cached and self._views[run.file].holds(offset, wanted))
+        direct = self.direct and run.is_direct
+        if direct and self.page_cached:
+            direct = not self._views[run.file].holds(offset, wanted)
         descriptor = (self._direct if direct else self._plain)[run.file]
         while done < wanted:
             count = os.preadv(descriptor, [buffer[done:]], offset + done)

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from offload.experts.storage.finite import ScalePlace
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
-from quant.checkpoint.inventory import find_weight
+from quant.checkpoint.inventory import NF4_STATE, find_weight
+from quant.checkpoint.layout import ITEMSIZE
+from quant.checkpoint.nf4_state import check_nf4_state
 from quant.checkpoint.weight_files import TensorEntry
-from quant.errors import CheckpointError
 from quant.linear import LinearWeight
 from quant.model.families import Projection
 from quant.model.tensors import LinearSpec
@@ -25,19 +27,26 @@ from quant.scheme import Scheme
 PAGE = 4096
 Layout = tuple[tuple[str, str, int, str, tuple[int, ...]], ...]
 _JOIN_GAP = 64 * 1024
+_SCALES = ("weight_scale", "weight.absmax", "weight.quant_map")
 
 
 @dataclass(frozen=True)
 class ByteRange:
     """One contiguous read: ``length`` bytes at ``offset`` of ``file`` go to ``position`` of the slot. All
     three are multiples of the page size, so the read satisfies direct I/O; ``needed`` is where the expert's
-    last byte ends (the file may end before ``length`` does)."""
+    last byte ends (the file may end before ``length`` does). A tensor that begins in the file where none can be
+    used has a range of its own, whose ``offset`` is that place."""
 
     file: Path
     offset: int
     length: int
     position: int
     needed: int
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether direct I/O can read it."""
+        return self.offset % PAGE == 0
 
 
 @dataclass(frozen=True)
@@ -74,11 +83,13 @@ class WeightPlace:
 
 @dataclass(frozen=True)
 class ExpertRecord:
-    """One expert as it lies on disk and in a slot. ``nbytes`` counts what a forward pass reads of it."""
+    """One expert as it lies on disk and in a slot. ``nbytes`` counts what a forward pass reads of it; ``scales``
+    are what must be numbers for it to be one."""
 
     runs: tuple[ByteRange, ...]
     weights: Mapping[Projection, WeightPlace]
     nbytes: int
+    scales: tuple[ScalePlace, ...] = ()
 
     @cached_property
     def slot_bytes(self) -> int:
@@ -151,6 +162,11 @@ class ExpertStore:
         return sizes.pop() if len(sizes) == 1 else None
 
     @cached_property
+    def is_direct(self) -> bool:
+        """Whether direct I/O can read every expert."""
+        return all(run.is_direct for key in self.experts() for run in self.record(*key).runs)
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all experts."""
         return sum(self.record(*key).nbytes for key in self.experts())
@@ -158,12 +174,6 @@ class ExpertStore:
     def _build(self, layer: int, expert: int) -> ExpertRecord:
         stored = self._stored(layer, expert)
         entries = {id(entry): entry for _, tensors in stored.values() for entry in tensors.values()}
-        for entry in entries.values():
-            if entry.offset % DTYPES[entry.dtype].itemsize:
-                raise CheckpointError(
-                    f"{entry.file}: tensor {entry.key} begins at byte {entry.offset:,}, which is no multiple of its "
-                    "values' size: experts are read in place; quantize this model, or save it anew"
-                )
         runs, positions = _runs(list(entries.values()))
         weights: dict[Projection, WeightPlace] = {}
         for name, (place, tensors) in stored.items():
@@ -171,7 +181,13 @@ class ExpertStore:
                 key: TensorPlace(positions[id(entry)], entry.dtype, entry.shape) for key, entry in tensors.items()
             }
             weights[name] = replace(place, tensors=places)
-        return ExpertRecord(runs, weights, sum(entry.nbytes for entry in entries.values()))
+        scales = tuple(
+            ScalePlace(entry.key, positions[id(entry)], entry.nbytes, entry.dtype)
+            for _, tensors in stored.values()
+            for suffix, entry in tensors.items()
+            if suffix in _SCALES
+        )
+        return ExpertRecord(runs, weights, sum(entry.nbytes for entry in entries.values()), scales)
 
     def _stored(self, layer: int, expert: int) -> "dict[Projection, _Stored]":
         shape, entries = self.shape, self.checkpoint.entries
@@ -183,6 +199,8 @@ class ExpertStore:
         for spec in shape.expert_linears(layer, expert):
             scheme, tensors = find_weight(self.checkpoint, spec)
             assert spec.projection is not None
+            if scheme.kind == "nf4":
+                check_nf4_state(self.checkpoint, tensors[NF4_STATE], _dims(spec))
             found[spec.projection] = WeightPlace(scheme, _dims(spec)), tensors
         return found
 
@@ -216,11 +234,11 @@ def _slice(entry: TensorEntry, index: int) -> TensorEntry:
 
 
 def _runs(entries: list[TensorEntry]) -> tuple[tuple[ByteRange, ...], dict[int, int]]:
-    """Page-aligned reads that cover ``entries``, and the slot position of each by ``id``."""
+    """Reads that cover ``entries``, and the slot position of each by ``id``."""
     groups: list[list[TensorEntry]] = []
     for entry in sorted(entries, key=lambda e: (e.file, e.offset)):
         near = groups and groups[-1][0].file == entry.file and entry.offset - _end(groups[-1]) <= _JOIN_GAP
-        if near:
+        if near and _is_aligned(entry) and _is_aligned(groups[-1][0]):
             groups[-1].append(entry)
         else:
             groups.append([entry])
@@ -228,12 +246,17 @@ def _runs(entries: list[TensorEntry]) -> tuple[tuple[ByteRange, ...], dict[int, 
     positions: dict[int, int] = {}
     slot = 0
     for group in groups:
-        start = group[0].offset // PAGE * PAGE
+        start = group[0].offset // PAGE * PAGE if _is_aligned(group[0]) else group[0].offset
         needed = _end(group) - start
         runs.append(ByteRange(group[0].file, start, -(-needed // PAGE) * PAGE, slot, needed))
         positions |= {id(entry): slot + entry.offset - start for entry in group}
         slot += runs[-1].length
     return tuple(runs), positions
+
+
+def _is_aligned(entry: TensorEntry) -> bool:
+    """Whether the tensor can be used at its place in a page. The format lets data begin anywhere."""
+    return entry.offset % ITEMSIZE[entry.dtype] == 0
 
 
 def _end(group: list[TensorEntry]) -> int:
