@@ -95,6 +95,12 @@ class Sampling:
     """How the next token is chosen. ``temperature`` 0 is greedy; None switches a filter off. The text ends
     before any of ``stop``, and at the model's end-of-text token unless ``ignore_eos``.
 
+    ``repetition_penalty`` divides the logits of what prompt and answer have; ``frequency_penalty`` is taken off
+    those of the answer's tokens once for each time they came, ``presence_penalty`` once. ``logit_bias`` adds to the
+    logits of tokens. ``grammar`` is one of llguidance: tokens that would break it are never chosen, and the text may
+    end only where it is complete. With ``logprobs`` records carry log probabilities, those of so many of the likeliest
+    tokens among them. ``special_tokens`` shows special tokens in the text.
+
     Raises UsageError for a value that cannot be.
     """
 
@@ -104,15 +110,28 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: Converted[str | Iterable[str], tuple[str, ...]] = Converted(_stops, ())
     ignore_eos: bool = False
+    grammar: str | None = None
+    logprobs: int | None = None
+    special_tokens: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high, expected) in _SAMPLING_RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # NaN, too
                 raise UsageError(f"{name} is {value}: expected {expected}")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not -100 <= bias <= 100:
+                raise UsageError(
+                    f"logit_bias of token {token} is {bias}: expected a number from -100 to 100 for a token's id"
+                )
+        if self.grammar is not None and self.ignore_eos:
+            raise UsageError("grammar and ignore_eos contradict each other: a text ends where its grammar does")
 
 
 _SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
@@ -122,8 +141,20 @@ _SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
     "top_p": (math.ulp(0.0), 1, "a number above 0, at most 1"),
     "min_p": (0, 1, "a number from 0 to 1"),
     "repetition_penalty": (0.01, 100, "a number from 0.01 to 100, 1 for none"),
+    "presence_penalty": (-2, 2, "a number from -2 to 2"),
+    "frequency_penalty": (-2, 2, "a number from -2 to 2"),
+    "logprobs": (0, 20, "a whole number from 0 to 20"),
     "seed": (0, 2**64 - 1, "a whole number from 0 to 18446744073709551615 (64 bits)"),
 }
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """How likely the model itself took a token for, whatever the sampling made of that: natural logarithms of
+    probabilities. ``top`` are the likeliest tokens and theirs, the likeliest first."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +166,7 @@ class TokenRecord:
     ``bytes_read`` the bytes the step read from each tier: dense weights, experts and KV cache from "ram" (or
     "vram"), expert fetches from "disk". ``text`` is what became printable. ``finish`` is set on the last
     record: "eos" and "stop" for a token or a text that ends it, "length" after ``max_tokens``, "context" when
-    the KV cache is full before that.
+    the KV cache is full before that. ``stop`` is the stop string that was met.
     """
 
     phase: Literal["prefill", "decode"]
@@ -148,6 +179,8 @@ class TokenRecord:
     rss_bytes: int = 0
     vram_bytes: int = 0
     finish: Finish = ""
+    stop: str = ""
+    logprobs: Logprobs | None = None
 
     @property
     def hits(self) -> int:

@@ -10,6 +10,7 @@ caller does with them take their time while the step runs. A step that nobody co
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from offload.hardware.vram_limit import VramMeter
 from offload.model.kv_cache import KVCache
 from offload.model.tokenizer import check_ids
 from offload.records import Finish, Sampling, TokenRecord
+from offload.run.grammar import Grammars
 from offload.run.sampling import Sampler, TextStream
 from offload.tiers import Tier
 from quant.errors import BudgetError, UsageError
@@ -57,6 +59,7 @@ class Generator:
         self.decoder, self.tokenizer, self.cache, self.experts = decoder, tokenizer, cache, experts
         self.dense_bytes, self.prompt_chunk, self.eos, self.home = dense_bytes, prompt_chunk, eos, home
         self._vocab_size, self._vram = vocab_size, vram
+        self.grammars = Grammars(tokenizer, vocab_size, eos)
         self._after_first, self._begun = after_first, False
         self.tokens: list[int] = []  # what the cache holds
         self.runs: deque[list[TokenRecord]] = deque(maxlen=_KEPT_RUNS)
@@ -92,7 +95,8 @@ class Generator:
 
     def _steps(self, context: list[int], sampling: Sampling, room: int, turn: int) -> Iterator[TokenRecord]:
         self.finish_load()
-        sampler, text = Sampler(sampling), TextStream(self.tokenizer, sampling.stop)
+        sampler = Sampler(sampling, self.grammars)
+        text = TextStream(self.tokenizer, sampling.stop, special_tokens=sampling.special_tokens)
         run: list[TokenRecord] = []
         self.runs.append(run)
         steps = min(sampling.max_tokens, room)
@@ -114,6 +118,8 @@ class Generator:
             seconds = (known if launched else time.perf_counter()) - started
             phase: Phase = "decode" if step else "prefill"
             record = self._record(phase, token, new, len(step_ids), seconds, finish, counters)
+            if sampler.logprobs is not None or stopped:
+                record = replace(record, logprobs=sampler.logprobs, stop=text.met)
             run.append(record)
             given = time.perf_counter()
             yield record

@@ -8,29 +8,48 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from offload.model.detokenizer import Detokenizer
-from offload.records import Sampling
-from quant.errors import CheckpointError
+from offload.records import Logprobs, Sampling
+from offload.run.grammar import Grammars, Matcher
+from quant.errors import CheckpointError, UsageError
 
 _LEAST = 1e-30  # temperature: below, single precision knows no difference
 
 
 class Sampler:
-    """Picks tokens by one run's settings; its random numbers depend on ``seed`` only."""
+    """Picks tokens by one run's settings; its random numbers depend on ``seed`` only.
 
-    def __init__(self, sampling: Sampling) -> None:
+    ``logprobs`` are those of the latest token, if they were asked for. ``grammars`` reads the settings' grammar;
+    raises UsageError where there is none to read it, InputError for a grammar that it cannot read.
+    """
+
+    def __init__(self, sampling: Sampling, grammars: Grammars | None = None) -> None:
         self.greedy = sampling.temperature == 0
+        self.logprobs: Logprobs | None = None
+        self._top = sampling.logprobs
+        self._matcher = None if sampling.grammar is None else _read(sampling.grammar, grammars)
         self.processors = LogitsProcessorList()
         if sampling.repetition_penalty is not None:
             self.processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self.processors.append(AnswerPenalty(sampling.presence_penalty or 0.0, sampling.frequency_penalty or 0.0))
+        bias: list[list[list[int] | float]] = [
+            [[token], float(value)] for token, value in sampling.logit_bias.items() if value
+        ]
+        if bias:
+            self.processors.append(SequenceBiasLogitsProcessor(bias))
+        if self._matcher is not None:
+            self.processors.append(self._matcher.mask)
         if not self.greedy:
             self.processors.append(_from_best)
             self.processors.append(TemperatureLogitsWarper(max(float(sampling.temperature), _LEAST)))
@@ -51,7 +70,7 @@ class Sampler:
 
         Raises CheckpointError if the model's logits are no numbers.
         """
-        scores = logits.detach().float().cpu()[None]
+        own = scores = logits.detach().float().cpu()[None]
         if self.processors:
             scores = self.processors(
                 cast(torch.LongTensor, torch.tensor([list(context)])), cast(torch.FloatTensor, scores)
@@ -59,10 +78,44 @@ class Sampler:
         best = int(scores[0].argmax())  # NaN counts as the greatest
         if not math.isfinite(scores[0, best]):
             raise CheckpointError("the model's logits are not numbers (NaN or infinite): its weights are broken")
-        if self.greedy:
-            return best
-        probabilities = torch.softmax(scores[0], -1)
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        token = best
+        if not self.greedy:
+            probabilities = torch.softmax(scores[0], -1)
+            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
+        if self._matcher is not None:
+            self._matcher.push(token)
+        if self._top is not None:
+            self.logprobs = _logprobs(own[0], token, self._top)
+        return token
+
+
+class AnswerPenalty(LogitsProcessor):
+    """OpenAI's penalties, which transformers has none of: a token that the answer has ``count`` times loses
+    ``count × frequency + presence`` of its logit. What comes before the first call is the prompt."""
+
+    def __init__(self, presence: float, frequency: float) -> None:
+        self.presence, self.frequency = presence, frequency
+        self._prompt: int | None = None
+
+    def __call__(self, ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """``scores`` ``[1, vocab]`` after ``ids`` ``[1, T]``, penalized."""
+        if self._prompt is None:
+            self._prompt = ids.shape[1]
+        counts = torch.bincount(ids[0, self._prompt :], minlength=scores.shape[1]).to(scores.dtype)
+        return cast(torch.FloatTensor, scores - self.frequency * counts - self.presence * (counts > 0))
+
+
+def _read(grammar: str, grammars: Grammars | None) -> Matcher:
+    if grammars is None:
+        raise UsageError("a grammar needs the model's tokenizer: generate by a session")
+    return grammars.matcher(grammar)
+
+
+def _logprobs(logits: Tensor, token: int, count: int) -> Logprobs:
+    """Of ``token`` and the ``count`` likeliest, from ``logits`` ``[vocab]``."""
+    every = torch.log_softmax(logits, -1)
+    values, ids = every.topk(min(count, len(every)))
+    return Logprobs(float(every[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def _from_best(ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -73,16 +126,18 @@ def _from_best(ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatT
 class TextStream:
     """Text of tokens as they come, up to a stop string. The beginning of one is held back.
 
-    A special token has no text; where a stop string names one, the token takes part in the search as a mark.
+    A special token has no text unless ``special_tokens``; where a stop string names one, the token takes part in
+    the search as a mark. ``met`` is the stop string that ended the text.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(self, tokenizer: Any, stop: Sequence[str], *, special_tokens: bool = False) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=not special_tokens)
         stop = [text for text in stop if text]
-        self._marks = _marks(tokenizer, stop)
-        self._stop = set(stop)
+        self.met = ""
+        self._marks = {} if special_tokens else _marks(tokenizer, stop)
+        self._stop = {text: text for text in stop}  # as it is met: as it was given
         for content, mark in sorted(self._marks.values(), key=lambda pair: -len(pair[0])):
-            self._stop |= {text.replace(content, mark) for text in self._stop}
+            self._stop |= {text.replace(content, mark): given for text, given in self._stop.items()}
         self._text = ""  # certain and not given out, with marks
 
     def push(self, token: int) -> tuple[str, bool]:
@@ -92,9 +147,10 @@ class TextStream:
             return new, False
         _, mark = self._marks.get(token, ("", ""))
         seen = self._text + new + self._detokenizer.pending() + mark
-        met = min((at for at in map(seen.find, self._stop) if at >= 0), default=None)
-        if met is not None:
-            return self._shown(seen[:met]), True
+        at, met = min(((at, text) for text in self._stop if (at := seen.find(text)) >= 0), default=(-1, ""))
+        if met:
+            self.met = self._stop[met]
+            return self._shown(seen[:at]), True
         self._text += new + mark
         end = len(self._text) - self._held()
         given, self._text = self._text[:end], self._text[end:]

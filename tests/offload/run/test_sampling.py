@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from offload.records import Sampling
-from offload.run.sampling import Sampler, TextStream
+from offload.run.sampling import AnswerPenalty, Sampler, TextStream
 from quant.errors import CheckpointError, UsageError
 from tests.tokenizers import KINDS, SPECIAL, byte_level, metaspace_bytes
 
@@ -158,3 +158,46 @@ def test_a_byte_token_stops_at_once() -> None:
     tokenizer = metaspace_bytes()
     ids = tokenizer.convert_tokens_to_ids(["▁the", "<0x0A>", "<0x0A>", "▁the"])
     assert streamed(tokenizer, ids, ["\n\n"]) == ("the", 2)
+
+
+def test_answer_penalties_take_off_what_openai_documents() -> None:
+    """https://platform.openai.com/docs/guides/text-generation: mu[j] - c[j] * frequency - (c[j] > 0) * presence."""
+    penalty = AnswerPenalty(presence=0.5, frequency=0.25)
+    scores = torch.zeros(1, 6)
+    assert torch.equal(penalty(torch.tensor([[3, 4]]), scores), scores), "a prompt is not penalized"
+    found = penalty(torch.tensor([[3, 4, 1, 1, 2]]), scores)
+    assert found[0].tolist() == [0, -1.0, -0.75, 0, 0, 0]
+
+
+def test_penalties_and_biases_change_what_is_chosen() -> None:
+    logits = torch.tensor([0.0, 1.0, 1.4, 0.5])
+    sampler = Sampler(Sampling(presence_penalty=0.3, frequency_penalty=0.2))
+    context, chosen = [2], []
+    for _ in range(4):
+        chosen.append(sampler.pick(logits, context))
+        context.append(chosen[-1])
+    assert chosen == [2, 1, 2, 2]
+    assert Sampler(Sampling(logit_bias={3: 2.0, 0: -100.0})).pick(logits, [0]) == 3
+    assert Sampler(Sampling(logit_bias={2: -100.0})).pick(logits, [0]) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logprobs_are_the_models_own_whatever_sampling_does(temperature: float) -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 3
+    sampler = Sampler(Sampling(temperature=temperature, top_k=3, logit_bias={7: 100.0}, logprobs=5, seed=1))
+    token = sampler.pick(logits, [1])
+    own = torch.log_softmax(logits, -1)
+    assert token == 7 and sampler.logprobs is not None
+    assert sampler.logprobs.chosen == pytest.approx(float(own[7]))
+    assert [token for token, _ in sampler.logprobs.top] == own.argsort(descending=True)[:5].tolist()
+    assert [value for _, value in sampler.logprobs.top] == pytest.approx(own.sort(descending=True).values[:5].tolist())
+
+
+def test_special_tokens_are_shown_where_that_is_asked_for() -> None:
+    tokenizer = byte_level()
+    ids = [tokenizer.convert_tokens_to_ids(word) for word in ("Ġthe", "<|im_end|>", "Ġone", "<|eot|>", "Ġthe")]
+    stream = TextStream(tokenizer, ["<|eot|>"], special_tokens=True)
+    assert [stream.push(token) for token in ids[:4]][-1] == ("", True)
+    assert stream.met == "<|eot|>"
+    stream = TextStream(tokenizer, [], special_tokens=True)
+    assert "".join(stream.push(token)[0] for token in ids) + stream.finish() == " the<|im_end|> one<|eot|> the"
