@@ -53,6 +53,7 @@ class NativeDecoder(Decoder):
         *,
         guess_tokens: bool = True,
     ) -> None:
+        super().__init__()
         self.model, self.shape, self.experts, self.routing = model, shape, experts, routing
         self.name, self.exact, self._guess_tokens = compute.name, compute.exact, guess_tokens
         self.embedding, self.norm, self.lm_head = model.model.embed_tokens, model.model.norm, model.lm_head
@@ -118,6 +119,7 @@ class NativeDecoder(Decoder):
         """x ``[T, H]`` through all layers, two calls each."""
         cosine, sine = self.angles.span(position, x.shape[0])
         for attention, run_mlp, layer in zip(self.attentions, self.mlps, cache.kept, strict=True):
+            self.check_wanted()
             parts = []
             for first, count, buffers in layer.spans(x.shape[0], self.shape.num_kv_heads, self.shape.head_dim):
                 span = slice(first, first + count)
@@ -140,6 +142,7 @@ class NativeDecoder(Decoder):
         (cosine, sine), attended = self.angles.at(position), 0
         self.stack.begin(x, position, cosine, sine, self.exact, self.lookahead)
         while (stop := self.stack.go()) is not None:
+            self.check_wanted()
             for layer in cache.kept[attended : stop.attended]:
                 layer.advance(1)
             attended = stop.attended

@@ -1,11 +1,16 @@
 """Decoder: what runs a model's steps. ``cpu`` runs a token as one native call, ``gpu`` as one CUDA graph, and
 ``plain`` everything through transformers' own modules."""
 
+import threading
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from offload.model.kv_cache import KVCache
+
+
+class StepAbandoned(Exception):
+    """A step was broken off because nobody wants it any more."""
 
 
 class Decoder:
@@ -16,6 +21,23 @@ class Decoder:
     """
 
     name: str  # what a report calls it
+
+    def __init__(self) -> None:
+        self._abandoned = threading.Event()
+
+    def abandon(self) -> None:
+        """Break off the ``forward`` that is under way, at its next layer: it raises StepAbandoned, and so do later
+        ones until ``resume``. Callable from any thread."""
+        self._abandoned.set()
+
+    def resume(self) -> None:
+        """Steps are wanted again."""
+        self._abandoned.clear()
+
+    def check_wanted(self) -> None:
+        """Between two layers: raise StepAbandoned if ``abandon`` was called."""
+        if self._abandoned.is_set():
+            raise StepAbandoned
 
     def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
         """Append ``ids`` to ``cache`` and return the logits ``[keep, V]`` of the last ``keep`` tokens; those of

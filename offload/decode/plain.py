@@ -16,7 +16,10 @@ class PlainDecoder(Decoder):
     """transformers' ``model`` on ``device``, its experts in ``experts``."""
 
     def __init__(self, model: Any, experts: ExpertCache, device: torch.device, name: str) -> None:
+        super().__init__()
         self.model, self.experts, self.device, self.name = model, experts, device, name
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(lambda *call: self.check_wanted())
 
     def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
         """See Decoder."""

@@ -7,6 +7,7 @@ A decoder that can begins a token's step as soon as the token is known: its reco
 caller does with them take their time while the step runs. A step that nobody comes back for is dropped.
 """
 
+import collections.abc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -71,8 +72,8 @@ class Generator:
         self.cache.reset()  # type: ignore[no-untyped-call]
         self.tokens = []
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[TokenRecord]:
-        """Yield the prefill's record and then one per decoded token.
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> int:
+        """How many tokens may follow ``prompt``.
 
         Raises UsageError for an empty prompt, CheckpointError for a token that the model does not know and
         BudgetError for a prompt that does not fit the planned context.
@@ -86,6 +87,11 @@ class Generator:
                 f"the prompt has {len(prompt):,} tokens and the KV cache is planned for "
                 f"{self.cache.context:,}: {self.cache.remedy(len(prompt) + 1, len(prompt) + sampling.max_tokens)}"
             )
+        return room
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> collections.abc.Generator[TokenRecord, None, None]:
+        """Yield the prefill's record and then one per decoded token; raises what ``check`` does."""
+        room = self.check(prompt, sampling)
         turn = self._take_turn()
         try:
             yield from self._steps(list(prompt), sampling, room, turn)

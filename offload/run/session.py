@@ -32,8 +32,10 @@ from offload.routing.frequency import ExpertFrequency
 from offload.routing.stats import RoutingStats
 from offload.run.collect import account
 from offload.run.device import choose_compute, choose_device
+from offload.run.engine import Engine
 from offload.run.generate import Generator
 from offload.run.report import RunReport
+from offload.run.stream import Stream
 from offload.tiers import Key, Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.identity import model_id
@@ -112,6 +114,7 @@ class Session:
             vram=self.vram,
             after_first=self._finish_load,
         )
+        self._engine = Engine(self.generator)
         if run.routing is not None and self.plan.fills and not self.experts.holds_all:
             self.experts.fill()
         self.load_seconds = time.perf_counter() - started
@@ -201,7 +204,7 @@ class Session:
     @property
     def cached_tokens(self) -> int:
         """Tokens that the KV cache holds."""
-        return len(self.generator.tokens)
+        return self._engine.call(lambda: len(self.generator.tokens))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, as the tokenizer itself begins and ends one. Raises InputError for no text."""
@@ -211,17 +214,27 @@ class Session:
         """Token ids of a conversation, up to where the assistant answers: see ``tokenizer.encode_chat``."""
         return encode_chat(self.tokenizer, messages)
 
+    def submit(self, prompt: str | Sequence[int], sampling: Sampling | None = None, **asked: Any) -> Stream:
+        """Queue ``prompt``, a text or its token ids, and return at once: the stream gives a record for each token
+        that follows, as it comes. Callable from any thread.
+
+        ``asked`` are fields of Sampling, over those of ``sampling``. What the KV cache holds of the prompt from
+        prompts before is not run again. Raises UsageError for an empty prompt and BudgetError for one that does
+        not fit the context; the stream raises CheckpointError if the disk fails and MachineError if the GPU does.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._engine.submit(ids, replace(sampling or Sampling(), **asked))
+
     def generate(
         self, prompt: str | Sequence[int], sampling: Sampling | None = None, **asked: Any
     ) -> Iterator[TokenRecord]:
-        """Run ``prompt``, a text or its token ids, and yield a record for each token that follows, as it comes.
-
-        ``asked`` are fields of Sampling, over those of ``sampling``. What the KV cache holds of the prompt from
-        calls before is not run again. Raises UsageError for an empty prompt, BudgetError for one that does not
-        fit the context, CheckpointError if the disk fails and MachineError if the GPU does.
-        """
-        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        return self.generator.generate(ids, replace(sampling or Sampling(), **asked))
+        """The records of ``submit``, which is called with the first one asked for; the sequence ends when the
+        iterator is closed or let go of."""
+        stream = self.submit(prompt, sampling, **asked)
+        try:
+            yield from stream
+        finally:
+            stream.cancel()
 
     def chat(
         self, messages: Sequence[dict[str, str]], sampling: Sampling | None = None, **asked: Any
@@ -235,14 +248,18 @@ class Session:
     def report(self, *, command: str = "session", warmup: int = 1) -> RunReport:
         """What the latest runs did, at most 16 of them: speeds, memory by tier and role, expert hits, beside
         what was predicted. The first ``warmup`` decode steps, which meet cold caches, do not count as speed."""
-        return account(self, list(self.generator.runs), command=command, warmup=warmup)
+        runs = self._engine.call(lambda: [list(run) for run in self.generator.runs])
+        return account(self, runs, command=command, warmup=warmup)
 
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
         """See ``Generator.prefill``."""
-        return self.generator.prefill(prompt)
+        return self._engine.call(lambda: self.generator.prefill(prompt))
 
     def finish_filling(self) -> None:
         """Wait until every expert that has a slot is in it. Raises CheckpointError if the disk fails."""
+        self._engine.call(self._fill)
+
+    def _fill(self) -> None:
         self.generator.finish_load(now=True)
         self.decoder.synchronize()
         self.experts.fill()
@@ -250,15 +267,19 @@ class Session:
 
     def reset(self) -> None:
         """Forget the conversation; the experts stay where they are."""
-        self.generator.reset()
+        self._engine.call(self.generator.reset)
 
     def expert_tiers(self) -> dict[Key, Tier]:
         """Where each expert is now."""
+        return self._engine.call(self._tiers)
+
+    def _tiers(self) -> dict[Key, Tier]:
         self.decoder.synchronize()
         return {key: self.experts.tier_of(key) for key in self.store.experts()}
 
     def close(self) -> None:
-        """Stop reading and close the files."""
+        """End every sequence, stop reading and close the files."""
+        self._engine.close()
         self.decoder.close()
         self.reader.close()
         self.experts.close()

@@ -37,7 +37,9 @@ def model(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def opened(model: Path) -> Iterator[Session]:
     with sessions.session(model, OPTIONS, ram_slots=6, vram_slots=8, fills=False) as s:
-        list(s.generate(PROMPT[:4], Sampling(max_tokens=2)))  # the first token is followed by what was put off
+        list(
+            s.generator.generate(PROMPT[:4], Sampling(max_tokens=2))
+        )  # the first token is followed by what was put off
         yield s
 
 
@@ -91,7 +93,7 @@ def under_way(session: Session) -> bool:
 def test_tokens_are_those_of_steps_that_are_awaited_one_by_one(session: Session, sampling: Sampling) -> None:
     alone = one_by_one(session, sampling)
     tokens, begun = [], []
-    for record in session.generate(PROMPT, sampling):
+    for record in session.generator.generate(PROMPT, sampling):
         tokens.append(record.token_id)
         begun.append(under_way(session))
     assert tokens == alone
@@ -101,7 +103,7 @@ def test_tokens_are_those_of_steps_that_are_awaited_one_by_one(session: Session,
 
 def test_every_token_is_counted_once_by_its_own_record(session: Session) -> None:
     before, layers = session.routing.tokens, len(session.shape.moe_layers)
-    records = list(session.generate(PROMPT, GREEDY))
+    records = list(session.generator.generate(PROMPT, GREEDY))
     assert [record.hits + record.misses for record in records[1:]] == [layers] * (TOKENS - 1)
     assert session.routing.tokens == before + len(PROMPT) + TOKENS - 1
 
@@ -124,13 +126,13 @@ def test_however_a_text_ends_no_step_is_left_and_the_next_turn_goes_on_from_it(
         sampling, many = Sampling(max_tokens=1000, ignore_eos=True), 70 - len(PROMPT)
     try:
         if how in ("closed", "left"):
-            running = session.generate(PROMPT, sampling)
+            running = session.generator.generate(PROMPT, sampling)
             taken, many = [next(running), next(running), next(running)], 3
             assert under_way(session)
             if how == "closed":
                 running.close()  # type: ignore[attr-defined]
         else:
-            taken = list(session.generate(PROMPT, sampling))
+            taken = list(session.generator.generate(PROMPT, sampling))
             assert taken[-1].finish == how
     finally:
         generator.eos = frozenset()
@@ -139,7 +141,7 @@ def test_however_a_text_ends_no_step_is_left_and_the_next_turn_goes_on_from_it(
     if how != "left":
         at_rest(session, len(PROMPT) + many - 1)
     again = [*PROMPT, *expected[:2]]
-    turn = list(session.generate(again, Sampling(max_tokens=3, ignore_eos=True)))
+    turn = list(session.generator.generate(again, Sampling(max_tokens=3, ignore_eos=True)))
     assert [record.token_id for record in turn] == expected[2:5]
     at_rest(session, len(again) + 2)
     if how == "left":
@@ -168,14 +170,14 @@ def test_an_error_is_raised_once_where_its_own_token_is_asked_for(
         return work(*args)
 
     monkeypatch.setattr(*broken, fail)
-    running = session.generate(PROMPT, GREEDY)
+    running = session.generator.generate(PROMPT, GREEDY)
     seen = [next(running).token_id for _ in range(3)]
     with pytest.raises(CheckpointError, match="it is gone"):
         next(running)
     monkeypatch.undo()
     assert calls == 1 and seen == expected[:3], "records of the tokens before are not lost"
     at_rest(session, len(PROMPT) + 2)
-    turn = session.generate([*PROMPT, *expected[:3]], Sampling(max_tokens=3, ignore_eos=True))
+    turn = session.generator.generate([*PROMPT, *expected[:3]], Sampling(max_tokens=3, ignore_eos=True))
     assert [record.token_id for record in turn] == expected[3:6]
 
 
@@ -183,7 +185,7 @@ def test_without_memory_a_step_that_was_under_way_is_tried_again_with_fewer_slot
     model: Path, expected: list[int]
 ) -> None:
     with sessions.session(model, OPTIONS, ram_slots=6, vram_slots=16, fills=False) as s:
-        list(s.generate(PROMPT[:4], Sampling(max_tokens=2)))
+        list(s.generator.generate(PROMPT[:4], Sampling(max_tokens=2)))
         s.reset()
         decoder: Any = s.decoder
         head, failed = decoder.step._lm_head, []
@@ -195,7 +197,7 @@ def test_without_memory_a_step_that_was_under_way_is_tried_again_with_fewer_slot
             return head(h)
 
         decoder.step._lm_head = fail
-        assert [record.token_id for record in s.generate(PROMPT, GREEDY)] == expected
+        assert [record.token_id for record in s.generator.generate(PROMPT, GREEDY)] == expected
         assert failed == [16, 14]
 
 
@@ -204,7 +206,7 @@ def test_a_slow_caller_neither_keeps_a_step_waiting_nor_is_counted_as_its_time(
 ) -> None:
     decoder, tokens, seconds = decoder_of(session), [], []
     slept = 0.0
-    for index, record in enumerate(session.generate(PROMPT, GREEDY)):
+    for index, record in enumerate(session.generator.generate(PROMPT, GREEDY)):
         tokens.append(record.token_id)
         seconds.append(record.seconds)
         if index == 3:
@@ -222,7 +224,7 @@ def test_a_slow_caller_neither_keeps_a_step_waiting_nor_is_counted_as_its_time(
 
 def test_where_experts_are_can_be_asked_between_records(session: Session, expected: list[int]) -> None:
     tokens = []
-    for record in session.generate(PROMPT, GREEDY):
+    for record in session.generator.generate(PROMPT, GREEDY):
         tokens.append(record.token_id)
         assert len(session.expert_tiers()) == session.store.count
     assert tokens == expected
@@ -236,7 +238,7 @@ def test_ctrl_c_while_a_step_is_begun_ends_it(
     def interrupt(embedding: torch.Tensor) -> None:
         raise KeyboardInterrupt
 
-    running = session.generate(PROMPT, GREEDY)
+    running = session.generator.generate(PROMPT, GREEDY)
     next(running)
     monkeypatch.setattr(decoder.worker, "look_ahead", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -244,5 +246,5 @@ def test_ctrl_c_while_a_step_is_begun_ends_it(
     monkeypatch.undo()
     at_rest(session, len(PROMPT) + 1)
     # The next step follows at once, without a prompt between that would put the cache in order.
-    turn = session.generate([*PROMPT, *expected[:2]], Sampling(max_tokens=2, ignore_eos=True))
+    turn = session.generator.generate([*PROMPT, *expected[:2]], Sampling(max_tokens=2, ignore_eos=True))
     assert [record.token_id for record in turn] == expected[2:4]
