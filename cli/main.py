@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module, metadata
 from typing import Annotated, Any, NoReturn
@@ -21,6 +21,7 @@ from cli.terminal import interrupt
 from cli.terminal.console import Console
 from cli.terminal.visible import visible
 from quant.errors import ColdstreamError, MachineError
+from quant.output_file import check_stdout
 
 COMMANDS: dict[str, str] = {
     "quantize": "Quantize a Hugging Face checkpoint; resumable.",
@@ -151,8 +152,10 @@ def _say_and_fail(kind: str, message: str, code: int, json: bool) -> NoReturn:
 
 
 def _fail(kind: str, message: str, code: int, json: bool) -> NoReturn:
-    with suppress(OSError):  # where stdout cannot be written, the line on stderr is all there is
+    try:
         Console(json=json).result({"error": {"kind": kind, "message": message, "exit_code": code}})
+    except OSError:  # where stdout cannot be written, the line on stderr is all there is
+        _drop_output()
     raise SystemExit(code) from None
 
 
@@ -194,6 +197,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         with one_line_errors(json=bool(kwargs.get("json"))):
             if sys.platform != "linux":
                 raise MachineError(f"coldstream runs on Linux and in WSL2, found {sys.platform}: run it there")
+            if kwargs.get("json"):
+                check_stdout()
             command(*args, **kwargs)
             sys.stdout.flush()
 

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from quant.errors import OutputError
+from quant.output_file import save_output
 
 PAGES = "coldstream.pages"
+PAGE_MARK = b'<meta name="generator" content="Coldstream">'  # in the head of every page
+JSON_MARK = b'{"schema_version"'  # begins every JSON document
 _HALF = re.compile("[\ud800-\udfff]")  # of a character: a byte that is no UTF-8, in a path
 SCHEMA_VERSION = 1  # of every document; counted up when a key goes or changes its meaning (docs/json.md)
 
@@ -29,11 +32,12 @@ class Document(Protocol):
 def save(document: Document, kind: str, path: str | Path) -> None:
     """Write ``document``, a report of ``kind``, to ``path``: JSON if it ends in .json, a page if in .html.
 
-    Raises OutputError for another ending, for a page that nothing installed renders, and if the file cannot be
-    written.
+    An earlier report there is replaced. Raises OutputError for another ending, for a page that nothing installed
+    renders, for a file there that is something else, and if the file cannot be written.
     """
     path = Path(path)
     if path.suffix == ".json":
+        mark = JSON_MARK
         text = to_json({"schema_version": SCHEMA_VERSION, **document.to_json()}) + "\n"
     elif path.suffix == ".html":
         from importlib.metadata import entry_points  # takes longer to import than all of --help else
@@ -41,13 +45,10 @@ def save(document: Document, kind: str, path: str | Path) -> None:
         renderers = list(entry_points(group=PAGES, name=kind))
         if not renderers:
             raise OutputError(f"{path}: found nothing that makes pages: install Coldstream with pip, or name a .json")
-        text = renderers[0].load()(document)
+        mark, text = PAGE_MARK, renderers[0].load()(document)
     else:
         raise OutputError(f"{path} ends in {path.suffix or 'nothing'}: expected .html or .json")
-    try:
-        path.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+    save_output(path, text.encode("utf-8", "replace"), mark)
 
 
 def to_json(document: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Files that are written: whole or not at all, each failure one line that says what to do.
 
 A file that a command was asked for is checked before the work (``check_output``) and appears by a rename when
-it is whole (``replacing``), so that a run that fails leaves what was there. Only what Coldstream wrote itself is
-ever replaced.
+it is whole (``replacing``), so that a run that fails leaves what was there. Only a file of the kind that is about
+to be written is ever replaced; its beginning says what it is.
 """
 
 import errno
@@ -23,6 +23,7 @@ _REMEDIES = {
     errno.EBUSY: "something else uses it, or it is a mount point",
 }
 _NOT_REPLACED = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
+_STDOUT = 1
 _HEAD = 2**16  # bytes of a file in which it says what it is
 
 
@@ -43,7 +44,12 @@ def writing(path: Path, *, resumable: bool = True) -> Iterator[None]:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file and wait until it is on disk. Raises OutputError."""
-    with writing(path), path.open("wb") as stream:
+    with writing(path):
+        _fill(path, data)
+
+
+def _fill(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
@@ -69,20 +75,21 @@ def replace_file(path: Path, data: bytes) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to; when all went well it becomes ``path``, else it is removed.
 
-    A device or a pipe is written as it is. Raises OutputError.
+    A device is written as it is. Raises OutputError.
     """
     with writing(path, resumable=False):
-        target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
-            yield target
+        if _is_device(path):
+            yield path
             return
+        target = Path(os.path.realpath(path))
         draft = _draft(target)
         try:
             yield draft
             _move(draft, target)
         finally:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
+            if draft != target:
+                with suppress(OSError):
+                    draft.unlink(missing_ok=True)
 
 
 def _draft(target: Path) -> Path:
@@ -106,66 +113,85 @@ def _move(draft: Path, target: Path) -> None:
     if draft != target:
         with suppress(FileNotFoundError):
             draft.chmod(stat.S_IMODE(target.stat().st_mode))
-        draft.replace(target)
+        try:
+            draft.replace(target)
+        except OSError as error:
+            if error.errno not in _NOT_REPLACED or not target.is_file():
+                raise
+            _fill(target, draft.read_bytes())  # a mount point, as a container has it for one file
     sync_folder(target.parent)
 
 
-def check_name(path: Path, option: str) -> Path:
-    """Where a file that ``option`` names would lie. Raises OutputError now, not after the work, if nothing can lie
-    there, and UsageError for ``-``."""
-    if str(path) == "-":
-        raise UsageError(
-            f"{option} -: expected the name of a file; stdout is for the answer, or the document of --json"
-        )
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise OutputError(f"{option} {path}: found a directory: expected the name of a file in it")
-    if not target.parent.is_dir():
-        raise OutputError(f"{option} {path}: found no directory {target.parent}; make it first")
-    return target
-
-
 def check_output(path: Path | None, option: str, mark: bytes) -> None:
-    """Raise OutputError now, not after the work, if what ``option`` names cannot be written.
+    """Raise OutputError now, not after the work, if what ``option`` names cannot be written; UsageError for ``-``.
 
-    A file that is there is replaced only if its beginning holds ``mark``, which says that Coldstream wrote it
-    (or if it is empty); everything else is somebody's.
+    A file that is there is replaced only if its beginning holds ``mark``, which says that it is of the kind to be
+    written (or if it is empty); everything else is somebody's.
     """
     if path is None:
         return
+    named = f"{option} {path}".strip()
+    if str(path) == "-":
+        raise UsageError(f"{named}: expected the name of a file; stdout is for the answer, or the document of --json")
     with writing(path, resumable=False):
-        target = check_name(path, option)
-        if target.exists() and not target.is_file():
-            _check_device(target)
+        if _is_device(path):
+            _check_device(path)
             return
-        if target.exists():
+        target, state = Path(os.path.realpath(path)), _state(path)
+        if state is not None and stat.S_ISDIR(state.st_mode):
+            raise OutputError(f"{named}: found a directory: expected the name of a file in it")
+        if state is not None and not stat.S_ISREG(state.st_mode):
+            raise OutputError(f"{named}: found a pipe or a device: expected the name of a file")
+        if not target.parent.is_dir():
+            raise OutputError(f"{named}: found no directory {target.parent}; make it first")
+        if state is not None:
             with target.open("rb") as stream:
                 head = stream.read(_HEAD)
             if head and mark not in head:
                 raise OutputError(
-                    f"{option} {path}: found a file that is not of this kind: choose another name, or remove it first"
+                    f"{named}: found a file that is not of this kind: choose another name, or remove it first"
                 )
             os.close(os.open(target, os.O_WRONLY))
-        elif not os.statvfs(target.parent).f_bavail:
+        if not os.statvfs(target.parent).f_bavail:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         draft = _draft(target)
         if draft != target:
             draft.unlink()
 
 
-def check_stream(descriptor: int, name: str) -> None:
-    """Raise OutputError if nothing can be written to an open ``descriptor``: a full device, a full disk."""
-    with writing(Path(name), resumable=False):
-        os.write(descriptor, b"")
-        if stat.S_ISREG(os.fstat(descriptor).st_mode) and not os.fstatvfs(descriptor).f_bavail:
+def save_output(path: Path, data: bytes, mark: bytes) -> None:
+    """Write ``data`` to ``path`` by the rule of ``check_output``, whole or not at all. Raises OutputError."""
+    check_output(path, "", mark)
+    replace_file(path, data)
+
+
+def check_stdout() -> None:
+    """Raise OutputError now, not after the work, if nothing can be written to stdout: a full device or disk."""
+    with writing(Path("stdout"), resumable=False):
+        os.write(_STDOUT, b"")
+        if stat.S_ISREG(os.fstat(_STDOUT).st_mode) and not os.fstatvfs(_STDOUT).f_bavail:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _check_device(target: Path) -> None:
-    """Writing nothing to a full device fails; a pipe that nobody reads yet is left alone."""
-    if not stat.S_ISCHR(target.stat().st_mode):
-        return
-    descriptor = os.open(target, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+def _state(path: Path) -> os.stat_result | None:
+    """What lies at ``path``, links followed; None if nothing does. Raises OSError for what can be no path."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # a NUL byte, or half of a character
+        raise OSError(errno.EINVAL, "it is no name that a file can have") from error
+
+
+def _is_device(path: Path) -> bool:
+    """Whether ``path`` is one that characters can be written to, as a terminal is."""
+    state = _state(path)
+    return state is not None and stat.S_ISCHR(state.st_mode)
+
+
+def _check_device(path: Path) -> None:
+    """Writing nothing to a full device fails."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         os.write(descriptor, b"")
     finally:

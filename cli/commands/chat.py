@@ -38,7 +38,9 @@ def chat(
     from cli.steps.messages import Messages
     from cli.steps.open_model import find_model, open_session
     from quant.errors import CheckpointError
+    from quant.output_file import check_stdout
 
+    check_stdout()
     check_page(report)
     path = find_model(model)
     sampling.of(path, max_tokens=1)  # a broken generation_config.json is said before the model is loaded

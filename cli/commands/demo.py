@@ -29,7 +29,7 @@ PROFILE_TOKENS = 8192
 CONTEXT = 1024
 CHUNK = 64
 RECIPE = "demo"
-MADE = ("model", "routing.json", "run.html")
+MODEL, PROFILE, PAGE = "model", "routing.json", "run.html"
 
 
 @takes_console
@@ -42,27 +42,44 @@ def demo(console: Console, keep: Keep = Path("coldstream-demo")) -> None:
     with seldom_collecting():
         import torch  # noqa: F401  (before there is a folder to tidy up: Ctrl-C ends an import on the spot)
 
-    from quant.errors import OutputError
-
     started = time.perf_counter()
     with ExitStack() as stack:
-        if keep.exists() and not keep.is_dir():
-            raise OutputError(f"{keep} is a file: name a new directory for --keep")
-        if keep.is_dir() and any(entry.name not in MADE for entry in keep.iterdir()):
-            raise OutputError(f"{keep} is not empty, and not an earlier demo's: name a new directory for --keep")
-        keep.mkdir(parents=True, exist_ok=True)
-        for name in MADE:
-            rmtree(keep / name) if (keep / name).is_dir() else (keep / name).unlink(missing_ok=True)
+        _clear(keep)
         source = stack.enter_context(as_file(files("recipes").joinpath("demo")))
         document = Demo(source, keep, console).run()
     seconds = time.perf_counter() - started
     console.say(
         f"\nDone in {seconds:.0f} s. Next:\n"
-        f"   open {keep / 'run.html'} in a browser: where every byte was, and what a token's time went to\n"
-        f"   coldstream chat {keep / 'model'}\n"
+        f"   open {keep / PAGE} in a browser: where every byte was, and what a token's time went to\n"
+        f"   coldstream chat {keep / MODEL}\n"
         "   coldstream plan scout    what a model of 109 billion weights would need on this machine"
     )
     console.result({**document, "seconds": seconds, "kept": keep})
+
+
+def _clear(keep: Path) -> None:
+    """Make ``keep`` an empty directory that can be written. Raises OutputError if it has what no demo made."""
+    from offload.documents import PAGE_MARK
+    from offload.routing.trace import PROFILE_MARK
+    from quant.convert.convert import REPORT
+    from quant.errors import OutputError
+    from quant.output_file import check_output, writing
+
+    if keep.exists() and not keep.is_dir():
+        raise OutputError(f"{keep} is a file: name a new directory for --keep")
+    with writing(keep, resumable=False):
+        keep.mkdir(parents=True, exist_ok=True)
+        made = {MODEL: REPORT, f"{MODEL}.partial": "lock"}  # a file in each that shows whose it is
+        for entry in keep.iterdir():
+            ours = entry.name in made and (entry / made[entry.name]).is_file()
+            if not ours and entry.name not in (PROFILE, PAGE):
+                raise OutputError(f"{keep} is not empty, and not an earlier demo's: name a new directory for --keep")
+        for name, mark in ((PROFILE, PROFILE_MARK), (PAGE, PAGE_MARK)):
+            check_output(keep / name, "--keep", mark)
+            (keep / name).unlink(missing_ok=True)
+        for name in made:
+            if (keep / name).exists():
+                rmtree(keep / name)
 
 
 class Demo:
@@ -70,7 +87,7 @@ class Demo:
 
     def __init__(self, source: Path, folder: Path, console: Console) -> None:
         self.source, self.folder, self.console = source, folder, console
-        self.model, self.routing, self.page = folder / "model", folder / "routing.json", folder / "run.html"
+        self.model, self.routing, self.page = folder / MODEL, folder / PROFILE, folder / PAGE
         self.step = 0
         self.options = RunOptions(context=CONTEXT, prompt_chunk=CHUNK, routing=self.routing, device="cpu")
 

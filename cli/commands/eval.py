@@ -70,13 +70,13 @@ def eval(
     beyond = _beyond(path, context)
     show(found, console)
     console.notes(beyond)
+    console.result({**found.to_json(), **({"notes": beyond} if beyond else {})})
     if report is not None:
         from cli.html.document import save
         from cli.html.evaluation import render_evaluation
 
         save(render_evaluation(found, command_line=command_line(), notes=beyond), report)
         console.step(f"report page written to {report}")
-    console.result({**found.to_json(), **({"notes": beyond} if beyond else {})})
 
 
 def _beyond(path: Path, context: int) -> list[str]:

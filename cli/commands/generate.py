@@ -44,7 +44,9 @@ def generate(
     from cli.steps.finish import check_page, command_line, finish
     from cli.steps.open_model import find_model, open_session
     from cli.steps.texts import read_text
+    from quant.output_file import check_stdout
 
+    check_stdout()
     check_page(report)
     path = find_model(model)
     settings, told = sampling.of(path, max_tokens=MAX_TOKENS)

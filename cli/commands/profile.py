@@ -43,11 +43,12 @@ def profile(
 
     The profile seeds placement in later runs (--routing) and is refused by any other model.
     """
-    from cli.steps.finish import check_page
     from cli.steps.open_model import find_model, open_session
     from cli.steps.texts import read_text
+    from offload.routing.trace import PROFILE_MARK
+    from quant.output_file import check_output
 
-    check_page(out, "--out")
+    check_output(out, "--out", PROFILE_MARK)
     path = find_model(model)
     from offload.routing.stats import RoutingStats
 

@@ -81,6 +81,17 @@ def simulate(
         console.say()
         console.rows([*rows(setup, decode, prefill), *caution(setup.machine)])
         console.notes(notes)
+    console.result(
+        {
+            **document(setup, decode, prefill),
+            "model": model,
+            "stored": stored,
+            "trace": trace,
+            "notes": notes,
+            "machine": setup.machine.to_json(),
+            "plan": setup.plan.to_json(),
+        }
+    )
     if report is not None:
         write_replay(
             setup,
@@ -94,17 +105,6 @@ def simulate(
             notes=notes,
         )
         console.step(f"page written to {report}")
-    console.result(
-        {
-            **document(setup, decode, prefill),
-            "model": model,
-            "stored": stored,
-            "trace": trace,
-            "notes": notes,
-            "machine": setup.machine.to_json(),
-            "plan": setup.plan.to_json(),
-        }
-    )
 
 
 def _routing(name: str, shape: "ModelShape", tokens: int) -> "tuple[Trace, dict[Key, float], int]":

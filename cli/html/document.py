@@ -12,8 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from offload.documents import SCHEMA_VERSION, to_json
-from quant.errors import OutputError
+from offload.documents import PAGE_MARK, SCHEMA_VERSION, to_json
+from quant.output_file import save_output
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _SCRIPTS = ("page.js", "heat_map.js", "compare.js")
@@ -25,11 +25,8 @@ Compared = tuple[str, str, str, Better]  # what it is called, its path in the JS
 
 
 def save(page: str, path: Path) -> None:
-    """Write a page's text to ``path``. Raises OutputError if that cannot be."""
-    try:
-        path.write_text(page, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}; name another --report file") from None
+    """Write a page's text to ``path``, where nothing or an earlier page is. Raises OutputError if that cannot be."""
+    save_output(path, page.encode("utf-8", "replace"), PAGE_MARK)
 
 
 def document(
@@ -54,7 +51,7 @@ def document(
         + _data("compared", compared)
     )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>{PAGE_MARK.decode()}'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'

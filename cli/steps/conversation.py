@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from cli.steps.messages import Messages
 from cli.steps.texts import read_text
 from cli.terminal.console import Console
-from offload.documents import to_json
+from offload.documents import SCHEMA_VERSION, to_json
 from offload.records import Sampling, TokenRecord
-from quant.errors import BudgetError, ColdstreamError, OutputError, UsageError
+from quant.errors import BudgetError, ColdstreamError, UsageError
+from quant.output_file import save_output
 
 if TYPE_CHECKING:
     from offload.run.session import Session
@@ -28,6 +29,7 @@ HELP = """\
 /save FILE         write the conversation as JSON
 /quit              end (Ctrl-D too); Ctrl-C stops an answer
 \"\"\"                begins and ends a message of several lines; what is pasted is one message"""
+_MARK = b'"command": "chat", "messages"'  # in the beginning of every conversation that was saved
 _FILE = re.compile(r"""(?:"(?P<double>[^"]+)"|'(?P<single>[^']+)'|(?P<bare>\S+))\s*(?P<text>.*)""", re.DOTALL)
 
 
@@ -221,8 +223,6 @@ def _speed(records: list[TokenRecord]) -> str:
 
 
 def save(messages: list[dict[str, str]], path: Path) -> None:
-    """Write the conversation as JSON. Raises OutputError."""
-    try:
-        path.write_text(to_json({"messages": messages}) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}; name another file") from None
+    """Write the conversation as JSON, over an earlier one if need be. Raises OutputError."""
+    document = {"schema_version": SCHEMA_VERSION, "command": "chat", "messages": messages}
+    save_output(path, f"{to_json(document)}\n".encode(), _MARK)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offload.routing.trace import PROFILE_VERSION, read_profile
+from offload.routing.trace import PROFILE_MARK, PROFILE_VERSION, read_profile
 from quant.errors import ProfileError
 from quant.model.shape import ModelShape
-from quant.output_file import replace_file
+from quant.output_file import save_output
 
 _BATCH = 256
 _MOST_TOKENS = 2**40  # sums of counts stay whole numbers of 64 bits
@@ -148,8 +148,9 @@ class RoutingStats:
         }
 
     def save(self, path: Path) -> None:
-        """Write JSON to ``path``, whole or not at all. Raises OutputError."""
-        replace_file(path, json.dumps(self.to_json()).encode())
+        """Write JSON to ``path``, whole or not at all; an earlier profile there is replaced, nothing else. Raises
+        OutputError."""
+        save_output(path, json.dumps(self.to_json()).encode(), PROFILE_MARK)
 
     @classmethod
     def load(cls, path: Path, shape: ModelShape) -> "RoutingStats":

@@ -16,6 +16,7 @@ from quant.errors import ProfileError, UsageError
 from quant.input_file import read_object, validated
 
 PROFILE_VERSION = 1
+PROFILE_MARK = b'"moe_layers"'  # near the beginning of every routing profile
 _MOST_BYTES = 2**30
 
 

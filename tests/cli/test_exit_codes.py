@@ -5,6 +5,7 @@ new option cannot be forgotten.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def cases() -> Iterator[tuple[str, list[str], int]]:
                 yield command, [*words, option, "ABSENT"], 1
             elif name in WRITTEN:
                 yield command, [*words, option, "ABSENT/file"], 1
-                yield command, [*words, option, "FOLDER"], 1
+                for taken in ("FOLDER", "PIPE", "FOREIGN", "/dev/full", "n" * 256):
+                    yield command, [*words, option, taken], 1
                 yield command, [*words, option, "-"], 2
             elif name not in FREE:  # names, choices, numbers and sizes: no such thing exists
                 yield command, [*words, option, "nonsense"], 2
@@ -98,11 +100,14 @@ def there(demo_model: Path, model: Path, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("places")
     text = folder / "text.txt"
     text.write_text("import os\n" * 40)
+    os.mkfifo(folder / "pipe")
     return {
         "SRC": str(demo_model),
         "MODEL": str(model),
         "TEXT": str(text),
         "FOLDER": str(folder),
+        "PIPE": str(folder / "pipe"),
+        "FOREIGN": str(text),
         "ABSENT": str(folder / "absent"),
         "ABSENT/file": str(folder / "absent" / "file"),
         "ABSENT.toml": str(folder / "absent.toml"),

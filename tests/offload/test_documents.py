@@ -24,7 +24,7 @@ def test_a_report_is_saved_as_json_and_as_a_page(tmp_path: Path) -> None:
     [
         ("run.txt", "run", r"expected \.html or \.json"),
         ("run", "run", "ends in nothing"),
-        ("missing/run.json", "run", "cannot be written: No such file"),
+        ("missing/run.json", "run", "found no directory"),
         ("run.html", "a kind that nobody renders", "nothing that makes pages"),
     ],
 )

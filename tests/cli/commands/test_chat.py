@@ -66,6 +66,17 @@ def test_questions_from_a_pipe_are_answered_on_stdout_and_the_report_follows(mod
     assert "decode" not in done.stdout
 
 
+def test_save_replaces_an_earlier_conversation_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    saved, foreign = tmp_path / "conversation.json", tmp_path / "training.json"
+    foreign.write_text('{"messages": [{"role": "user", "content": "years of work"}]}')
+    places = (saved, foreign, tmp_path, tmp_path / "no" / "x", "/dev/full", "a\0b", saved)
+    talk = "".join(f"/save {place}\n" for place in places)
+    done = invoke("chat", model, "--max-tokens", "2", stdin=f"{talk}{QUESTION}\n/save {saved}\n")
+    assert done.stderr.count("coldstream: error: ") == len(places) - 2, done.stderr
+    assert len(json.loads(saved.read_text())["messages"]) == 2, "and the chat went on"
+    assert "years of work" in foreign.read_text()
+
+
 def test_json_ends_with_the_whole_conversation_and_the_report(model: Path) -> None:
     done = invoke("chat", model, "--json", "--max-tokens", "8", "--system", "Be brief.", stdin=QUESTION + "\n")
     assert done.returncode == 0, done.stderr

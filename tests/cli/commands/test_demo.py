@@ -4,6 +4,8 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.commands import coldstream, invoke
 
 
@@ -32,9 +34,11 @@ def test_the_demos_json_has_the_result_of_every_step_and_a_second_demo_replaces_
     assert document["generate"]["decode"]["tokens_per_s"] > 0
 
 
-def test_a_folder_with_something_in_it_is_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
+@pytest.mark.parametrize("name", ["thesis.txt", "model/thesis.txt", "run.html", "routing.json", "model.partial/thesis"])
+def test_a_folder_with_something_in_it_is_not_touched(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("years of work")
     done = invoke("demo", "--keep", tmp_path)
     assert done.returncode == 1
-    assert "not empty" in done.stderr
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+    assert "not empty" in done.stderr or "not of this kind" in done.stderr
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / name]

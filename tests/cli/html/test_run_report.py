@@ -180,9 +180,18 @@ def test_thousands_of_tokens_and_experts_are_drawn_within_few_shapes() -> None:
     assert outline(page).tags.count("path") < 100
 
 
-def test_a_page_that_cannot_be_written_is_a_users_error(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written"):
+def test_a_page_replaces_an_earlier_page_and_nothing_else(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="found no directory"):
         write_page(report(tokens=5), tmp_path / "no" / "such" / "folder.html")
+    page = tmp_path / "run.html"
+    page.write_text("<!doctype html><title>My thesis</title>")
+    with pytest.raises(OutputError, match="not of this kind"):
+        write_page(report(tokens=5), page)
+    page.unlink()
+    write_page(report(tokens=5), page)
+    first = page.read_text()
+    write_page(report(tokens=6), page)
+    assert page.read_text() != first
 
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
