@@ -34,6 +34,11 @@ _CALIBRATED = (
     " Calibrated weights lie further off: they make up for errors in their inputs, and so bring outputs nearer."
 )
 
+_NO_TEXT = (
+    "a text is measured by running SRC, which is quantized itself: give --calibrate and --imatrix a source whose "
+    "weights are in floating point"
+)
+
 
 @takes_console
 @takes_schemes
@@ -62,11 +67,13 @@ def quantize(
     from quant.output_file import check_output
 
     with seldom_collecting():
-        from quant.convert.convert import convert, job_of, made_before, open_source
+        from quant.convert.convert import convert, job_of, made_before
     from quant.checkpoint.config_groups import check_schemes
     from quant.destination.staging import Staging
     from quant.model.hub import resolve_model
     from quant.rounding.imatrix import MARK
+    from quant.sources.checkpoint import SourceCheckpoint
+    from quant.sources.open import open_source
 
     if routing is not None and goal is None:
         raise UsageError(
@@ -76,6 +83,10 @@ def quantize(
     schemes: Mapping[Role, Scheme] = {} if goal is not None else stored.schemes()
     path = resolve_model(source)
     checkpoint = open_source(path)
+    if isinstance(checkpoint, SourceCheckpoint):
+        console.step(f"{path} has {checkpoint.forms}")
+        if asked.text is not None:
+            raise UsageError(_NO_TEXT)
     roles: list[Role] = []
     fixed: Mapping[Role, Scheme] = {}
     if goal is None:

@@ -122,7 +122,7 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
     if method not in _METHODS:
         raise CheckpointError(
             f"this checkpoint is quantized by {short(method)}: expected compressed-tensors (int4, int8) or "
-            "bitsandbytes (nf4); quantize the original with `coldstream quantize`"
+            "bitsandbytes (nf4) to run; `coldstream quantize` makes that of many other forms"
         )
     if method == "bitsandbytes":
         return _Nf4(validated(_Bitsandbytes, found, name))

@@ -65,6 +65,16 @@ class TensorEntry:
     offset: int
     nbytes: int
 
+    @property
+    def kept_dtype(self) -> str:
+        """What it is stored in where a conversion keeps it: the same, but f32 for f64, in which nothing computes."""
+        return "F32" if self.dtype == "F64" else self.dtype
+
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes that reading it takes from files."""
+        return self.nbytes
+
 
 def model_entries(path: Path) -> dict[str, TensorEntry]:
     """Every tensor of the model in directory ``path``, by key.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
 from quant.checkpoint.config_groups import check_schemes, quantization_config
+from quant.checkpoint.layout import ITEMSIZE
 from quant.convert.fidelity import Fidelity, RoleFidelity
 from quant.convert.parts import Conversion, Part, Piece, plan_conversion
 from quant.destination.journal import Journal, Sums
@@ -34,6 +35,8 @@ from quant.progress import Progress, nobody
 from quant.rounding.encode import Encoded, check_finite
 from quant.rounding.rounding import Rounder, Rounding, make_rounder
 from quant.scheme import BF16, Scheme
+from quant.sources.checkpoint import SourceCheckpoint
+from quant.sources.open import open_source
 
 REPORT = "quantization_report.json"
 STATE = "state of the source's files"
@@ -134,6 +137,8 @@ def convert(
         notes.append(
             f"{count} tensors that are kept are f64 in the source: stored as f32, because nothing here computes in f64"
         )
+    if isinstance(checkpoint, SourceCheckpoint):
+        notes += [f"made from {checkpoint.forms}, not from the original weights"]
     unused = left_out(checkpoint.path, set(checkpoint.files))
     notes += [unused] if unused else []
     read = sum(part.nbytes for part in conversion.parts[resumed:])
@@ -148,14 +153,6 @@ def convert(
         notes=tuple(notes),
         details=details or {},
     )
-
-
-def open_source(path: Path | str) -> Checkpoint:
-    """The checkpoint in ``path``. Raises CheckpointError if it cannot be read, or is already quantized."""
-    checkpoint = Checkpoint.open(path)
-    if checkpoint.is_quantized:
-        raise CheckpointError(f"{path} is already quantized: start from the original bf16 checkpoint")
-    return checkpoint
 
 
 class _Run:
@@ -243,9 +240,10 @@ class _Run:
 
 def _first_row(part: Part, checkpoint: Checkpoint, piece: Piece) -> int:
     """Which row of its Linear the block that ``part`` reads begins with."""
-    if piece.half or len(checkpoint.entry(part.key).shape) != 2:
+    entry = checkpoint.entry(part.key)
+    if piece.half or len(entry.shape) != 2:
         return 0  # one whole expert of a fused tensor
-    return part.start * part.shape[0] // part.nbytes
+    return part.start // (entry.shape[1] * ITEMSIZE[entry.dtype])
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -46,7 +46,7 @@ class Piece:
 @dataclass(frozen=True)
 class Part:
     """One read: ``shape`` elements of source tensor ``key`` from ``start`` bytes in; ``transposed`` if ``[K,
-    N]``.
+    N]``. ``nbytes`` is what it takes from the source's files.
     """
 
     key: str
@@ -82,24 +82,19 @@ def plan_conversion(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> C
     linears.update(key for layer in shape.moe_layers for key in _expert_keys(checkpoint, layer))
     plain = [entry for key, entry in checkpoint.entries.items() if key not in linears]
     fused = stores_fused_experts(shape, schemes)
-    dtypes = {module: _kept_dtype(entry.dtype) for module, entry in sources.items()}
+    dtypes = {module: entry.kept_dtype for module, entry in sources.items()}
     for layer in shape.moe_layers:
-        found = {module: _kept_dtype(dtype) for module, dtype in _expert_dtypes(checkpoint, layer)}
+        found = dict(_expert_dtypes(checkpoint, layer))
         if fused and len(set(found.values())) > 1:  # what becomes one tensor is of one dtype, which holds them all
             found = dict.fromkeys(found, "F32")
         dtypes.update(found)
-    stored = [StoredTensor(checkpoint.canonical(one.key), _kept_dtype(one.dtype), one.shape) for one in plain]
+    stored = [StoredTensor(checkpoint.canonical(one.key), one.kept_dtype, one.shape) for one in plain]
     layout = lay_out_checkpoint(shape, schemes, stored, dtypes, fused)
     parts = list(_dense_parts(checkpoint, layout, schemes, sources, plain, dtypes))
     for layer in shape.moe_layers:
         parts.extend(_expert_parts(checkpoint, layout, schemes, layer, dtypes))
     kept = {part.key for part in parts if any(piece.scheme == BF16 for piece in part.pieces)}
     return Conversion(layout, tuple(parts), tuple(key for key in kept if checkpoint.entry(key).dtype == "F64"))
-
-
-def _kept_dtype(dtype: str) -> str:
-    """What a tensor of ``dtype`` is stored in if it is kept: the same, but f32 for f64, in which nothing computes."""
-    return "F32" if dtype == "F64" else dtype
 
 
 def _expert_keys(checkpoint: Checkpoint, layer: int) -> Iterator[str]:
@@ -119,7 +114,7 @@ def _expert_dtypes(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[str, st
         for linear in checkpoint.shape.expert_linears(layer, expert):
             fused = "down_proj" if linear.projection == "down_proj" else "gate_up_proj"
             key = f"{linear.module}.weight" if base is None else base + fused
-            yield linear.module, checkpoint.find(key).dtype
+            yield linear.module, checkpoint.find(key).kept_dtype
 
 
 def _dense_parts(
@@ -137,14 +132,19 @@ def _dense_parts(
         key = checkpoint.canonical(entry.key)
         whole = 1 if not entry.shape else entry.shape[0]
         row_bytes = entry.nbytes // max(whole, 1)
-        dtype = _kept_dtype(entry.dtype)
+        dtype = entry.kept_dtype
         stored_bytes = row_bytes // ITEMSIZE[entry.dtype] * ITEMSIZE[dtype]
         for row, rows in _blocks(whole, row_bytes):
             file, offset = layout.place(key)
             places = {"": (file, offset + row * stored_bytes)}
             piece = Piece(key, checkpoint.names[entry.key].role, BF16, places, dtype)
             dims = (rows, *entry.shape[1:]) if entry.shape else ()
-            yield Part(entry.key, row * row_bytes, dims, rows * row_bytes, False, (piece,))
+            yield Part(entry.key, row * row_bytes, dims, _file_nbytes(entry, row, rows, whole), False, (piece,))
+
+
+def _file_nbytes(entry: TensorEntry, row: int, rows: int, count: int) -> int:
+    """Bytes of files that ``rows`` of ``count`` rows from ``row`` on take; those of all rows add up to the whole."""
+    return entry.file_nbytes * (row + rows) // max(count, 1) - entry.file_nbytes * row // max(count, 1)
 
 
 def _row_parts(
@@ -156,7 +156,8 @@ def _row_parts(
     for row, rows in _blocks(count, row_bytes):
         places = _places(checkpoint, layout, linear, scheme, row, dtype)
         piece = Piece(linear.module, linear.role, scheme, places, dtype, "", linear.expert)
-        yield Part(entry.key, row * row_bytes, (rows, columns), rows * row_bytes, False, (piece,))
+        nbytes = _file_nbytes(entry, row, rows, count)
+        yield Part(entry.key, row * row_bytes, (rows, columns), nbytes, False, (piece,))
 
 
 def _expert_parts(
@@ -190,7 +191,7 @@ def _expert_parts(
                 entry.key,
                 expert * size,
                 entry.shape[1:],
-                size,
+                _file_nbytes(entry, expert, 1, shape.num_experts),
                 shape.family.fused_transposed,
                 tuple(pieces[projection] for projection in cut),
             )

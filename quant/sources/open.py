@@ -1,0 +1,44 @@
+"""Opening a source of a conversion, in whichever form its weights are."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from quant.checkpoint.checkpoint import Checkpoint
+from quant.checkpoint.headers import read_headers
+from quant.checkpoint.inventory import check_tensors
+from quant.model.config import quantization_of
+from quant.sources.checkpoint import SourceCheckpoint
+from quant.sources.float8 import float8_weights
+from quant.sources.integers import integer_weights
+from quant.sources.settings import CompressedTensors, FineGrainedFloat8, Settings, read_settings
+from quant.sources.weight import SourceWeight
+
+_SCALES = ("_scale",)
+_INVERSE = ("_scale_inv",)
+
+
+def open_source(path: Path | str) -> Checkpoint:
+    """The checkpoint in ``path`` with all weights in floating point: as they are, or those that its quantized weights
+    stand for.
+
+    Raises CheckpointError if it cannot be read, a tensor is missing, unfit or unexplained, or its form is not known.
+    """
+    raw = Checkpoint(*read_headers(path))
+    found = quantization_of(raw.config)
+    if found is None:
+        check_tensors(raw)
+        return raw
+    method, settings = read_settings(found)
+    return SourceCheckpoint(raw, _weights(raw, method, settings))
+
+
+def _weights(raw: Checkpoint, method: str, settings: Settings) -> Iterator[SourceWeight]:
+    if isinstance(settings, CompressedTensors):
+        settings.check()
+        yield from float8_weights(raw, _SCALES, settings.blocks)
+        yield from integer_weights(raw, settings.is_symmetric)
+    elif isinstance(settings, FineGrainedFloat8):
+        size = settings.weight_block_size
+        yield from float8_weights(raw, _INVERSE, [(size[0], size[1])] if size else [])
+    elif method == "fbgemm_fp8":
+        yield from float8_weights(raw, _SCALES)
