@@ -55,6 +55,16 @@ def _fill(path: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Wait until what ``path`` holds is on disk. Raises OutputError."""
+    with writing(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def sync_folder(path: Path) -> None:
     """Wait until the names in ``path`` are on disk. Raises OutputError."""
     with writing(path):
@@ -105,11 +115,7 @@ def _draft(target: Path) -> Path:
 
 
 def _move(draft: Path, target: Path) -> None:
-    descriptor = os.open(draft, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(draft)
     if draft != target:
         with suppress(FileNotFoundError):
             draft.chmod(stat.S_IMODE(target.stat().st_mode))

@@ -67,15 +67,15 @@ def eval(
             kv=kv,
             progress=told,
         )
-    beyond = _beyond(path, context)
+    notes = [*found.notes, *_beyond(path, context)]
     show(found, console)
-    console.notes(beyond)
-    console.result({**found.to_json(), **({"notes": beyond} if beyond else {})})
+    console.notes(notes)
+    console.result({**found.to_json(), **({"notes": notes} if notes else {})})
     if report is not None:
         from cli.html.document import save
         from cli.html.evaluation import render_evaluation
 
-        save(render_evaluation(found, command_line=command_line(), notes=beyond), report)
+        save(render_evaluation(found, command_line=command_line(), notes=notes), report)
         console.step(f"report page written to {report}")
 
 

@@ -14,7 +14,8 @@ from offload.model.kv_cache import Storage
 from offload.model.tokenizer import load_tokenizer
 from offload.quality.divergence import Divergence, TokenMeasures
 from offload.quality.layerwise import Layerwise
-from offload.quality.reference import Reference, reference_of
+from offload.quality.reference import Reference, finite_log_probs
+from offload.quality.reference_cache import reference_of
 from offload.quality.windows import Windows, tokenizer_identity
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError
@@ -27,7 +28,7 @@ from quant.progress import Progress, nobody
 class Evaluation:
     """One evaluation. ``floor`` is the reference's divergence from itself in bf16; ``router_agreement`` gives
     per MoE layer the share of expert choices that the two models have in common; ``kv`` is how keys and
-    values were stored (None: not at all, whole windows at once)."""
+    values were stored (None: not at all, whole windows at once), ``notes`` what has to be said about it."""
 
     model: Path
     reference: Path
@@ -38,6 +39,7 @@ class Evaluation:
     router_agreement: Mapping[int, float]
     kv: Storage | None
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -50,6 +52,7 @@ class Evaluation:
             "floor": dict(self.floor),
             "router_agreement": {str(layer): share for layer, share in self.router_agreement.items()},
             "seconds": self.seconds,
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -73,7 +76,8 @@ def evaluate(
 
     Both are directories or Hub ids; a window is ``length`` tokens, and ``windows`` None runs all of them. The
     reference's predictions are kept in ``cache`` (None: the user's cache folder). Raises
-    CheckpointError if the two are not of one architecture and vocabulary, UsageError if the text is too short.
+    CheckpointError if the two are not of one architecture and vocabulary, or one of them changes meanwhile or
+    predicts no numbers, InputError if the text is too short, OutputError if ``cache`` cannot be written.
     """
     started = time.perf_counter()
     model, reference = resolve_model(model), resolve_model(reference)
@@ -86,17 +90,19 @@ def evaluate(
         parts = []
         for window in range(len(cut.ids)):
             progress(window, len(cut.ids), "comparing, window by window")
-            parts.append(kept.window(window).measure(walk.log_probs(hidden[window]), cut.ids[window, 1:]))
+            parts.append(kept.window(window).measure(finite_log_probs(walk, hidden[window]), cut.ids[window, 1:]))
+    ours.check_unchanged()
     return Evaluation(
         model=model,
         reference=reference,
         windows=len(cut.ids),
         window_tokens=length,
         divergence=Divergence.of(TokenMeasures.joined(parts), length),
-        floor=kept.floor,
+        floor=kept.about.floor,
         router_agreement=agreement,
         kv=kv,
         seconds=time.perf_counter() - started,
+        notes=kept.notes,
     )
 
 

@@ -1,4 +1,4 @@
-"""A reference model's predictions for a text, computed once and kept on disk, compactly.
+"""A reference model's predictions for a text, in files, compactly.
 
 Per token: log-probabilities as 16-bit steps down from the largest (``top - step * code``, where ``step``
 spans the token's own range: an error of some 2e-4 without a bias, where float16 would err by 4e-3). A
@@ -10,28 +10,30 @@ Legend: B windows, T tokens of a window, V vocabulary, S stored entries per toke
 token.
 """
 
-import hashlib
-import json
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
 from offload.quality.divergence import Divergence, TokenMeasures
 from offload.quality.layerwise import Layerwise
 from offload.quality.windows import Windows
-from quant.checkpoint.checkpoint import Checkpoint
-from quant.errors import OutputError
-from quant.progress import Progress, nobody
+from quant.errors import NonFiniteError, OutputError
+from quant.input_file import validated
+from quant.kept_file import file_sum, keep, kept
+from quant.model.shape import ModelShape
+from quant.output_file import sync_file, writing
+from quant.progress import Progress
 
-VERSION = 2
+VERSION: Literal[3] = 3
 MAX_STORED = 16384
 _LEVELS = 65535
+_FILES = ("codes", "span", "true", "ids")
 
 
 @dataclass(frozen=True)
@@ -66,77 +68,86 @@ class Forecast:
         return TokenMeasures(*(column.double().numpy() for column in columns))
 
 
-class Reference:
-    """The predictions in one folder. ``open`` or ``make`` it through ``reference_of``."""
+class About(BaseModel):
+    """What a reference says of itself: ``identity`` of model and text, tokens of a window, windows, entries stored
+    per token and whether those are a part of the vocabulary, and the SHA-256 of each file.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.about: dict[str, Any] = json.loads((folder / "about.json").read_text())
+    ``floor`` is the reference against itself with hidden states rounded to bf16 after every layer.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    version: Literal[3] = VERSION
+    identity: str
+    length: PositiveInt
+    windows: PositiveInt
+    stored: PositiveInt
+    partial: bool
+    floor: dict[str, Any]
+    files: dict[str, str]
+
+
+class Reference:
+    """The predictions in one folder, which ``offload.quality.reference_cache`` finds or makes. ``notes`` are what
+    has to be said about it."""
+
+    def __init__(self, folder: Path, about: About, notes: tuple[str, ...] = ()) -> None:
+        self.folder, self.about, self.notes = folder, about, notes
+
+    @classmethod
+    def open(cls, folder: Path, identity: str, notes: tuple[str, ...] = ()) -> Self:
+        """The reference in ``folder``. Raises OutputError if it is another's or not as it was written."""
+        about: About = validated(About, kept(folder / "about.json"), f"{folder / 'about.json'}", OutputError)
+        if about.identity != identity or set(about.files) != set(_names(about.partial)):
+            raise OutputError(f"{folder} holds predictions of another model or text")
+        for name, expected in about.files.items():
+            if file_sum(folder / name) != expected:
+                raise OutputError(f"{folder / name} is not as it was written: its checksum is another")
+        return cls(folder, about, notes)
 
     @cached_property
     def routes(self) -> Tensor:
         """int64 ``[L, B·T, k]``: the experts of each token, sorted."""
         return torch.from_numpy(np.load(self.folder / "routes.npy").astype(np.int64))
 
-    @property
-    def floor(self) -> dict[str, Any]:
-        """The reference against itself with hidden states rounded to bf16 after every layer."""
-        floor: dict[str, Any] = self.about["floor"]
-        return floor
-
     def window(self, index: int) -> Forecast:
-        """The forecast of window ``index``."""
-        length, stored = self.about["length"], self.about["stored"]
-        rows = slice(index * length, (index + 1) * length)
-        codes = self._file("codes", np.uint16, stored)[rows]
-        span = torch.from_numpy(self._file("span", np.float32, 3)[rows].copy())
-        true = torch.from_numpy(self._file("true", np.float32, 1)[rows].copy()).squeeze(1)[:-1]
-        values = span[:, :1] - span[:, 1:2] * torch.from_numpy(codes.astype(np.float32))
-        if not self.about["partial"]:
+        """The forecast of window ``index``. Raises OutputError if it cannot be read."""
+        stored = self.about.stored
+        codes = self._rows("codes", np.uint16, stored, index)
+        span = self._rows("span", np.float32, 3, index)
+        true = self._rows("true", np.float32, 1, index).squeeze(1)[:-1]
+        values = span[:, :1] - span[:, 1:2] * codes.float()
+        if not self.about.partial:
             return Forecast(torch.log_softmax(values, -1), None, None, true)
-        ids = torch.from_numpy(self._file("ids", np.int32, stored)[rows].astype(np.int64))
+        ids = self._rows("ids", np.int32, stored, index).long()
         return Forecast(values, ids, span[:, 2], true)
 
-    def _file(self, name: str, dtype: Any, width: int) -> Any:
-        return np.memmap(self.folder / f"{name}.bin", dtype, "r").reshape(-1, width)
+    def _rows(self, name: str, dtype: Any, width: int, index: int) -> Tensor:
+        """A window's rows ``[T, width]`` of a file, read and not mapped: a mapped file that somebody cuts ends the
+        process."""
+        file, count = self.folder / f"{name}.bin", self.about.length * width
+        with writing(file, resumable=False):
+            found: Any = np.fromfile(file, dtype, count, offset=index * count * np.dtype(dtype).itemsize)
+        if len(found) < count:
+            raise OutputError(f"{file} was cut while it was read: run again")
+        return torch.from_numpy(found.astype(np.int32) if dtype is np.uint16 else found).view(-1, width)
 
 
-def reference_of(
-    checkpoint: Checkpoint,
-    windows: Windows,
-    cache: Path,
-    *,
-    expert_slots: int | None = None,
-    progress: Progress = nobody,
-) -> Reference:
-    """The kept predictions of ``checkpoint`` for ``windows``, made now if ``cache`` does not have them.
+def _names(partial: bool) -> list[str]:
+    return [f"{name}.bin" for name in _FILES[: 4 if partial else 3]] + ["routes.npy"]
 
-    They are found by the identity of checkpoint, files and text. Raises OutputError if ``cache`` cannot
-    be written.
+
+def reference_nbytes(shape: ModelShape, tokens: int) -> int:
+    """Bytes on disk of the predictions for so many ``tokens``."""
+    stored = min(shape.vocab_size, MAX_STORED)
+    entry = 2 if stored == shape.vocab_size else 2 + 4
+    return tokens * (stored * entry + 4 * 4 + 2 * len(shape.moe_layers) * shape.top_k)
+
+
+def make_reference(walk: Layerwise, windows: Windows, folder: Path, identity: str, progress: Progress) -> None:
+    """Compute what the model of ``walk`` predicts for ``windows`` and write it into the empty ``folder``.
+
+    Raises NonFiniteError if the model predicts no numbers, OSError or OutputError if a file cannot be written.
     """
-    folder = cache / _identity(checkpoint, windows)
-    if (folder / "about.json").is_file():
-        return Reference(folder)
-    draft = folder.with_suffix(".partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
-        with Layerwise(checkpoint, expert_slots=expert_slots) as walk:
-            _make(walk, windows, draft, progress)
-        draft.rename(folder)
-    except OSError as error:
-        raise OutputError(f"{cache} cannot keep the reference's predictions: {error.strerror}") from None
-    return Reference(folder)
-
-
-def _identity(checkpoint: Checkpoint, windows: Windows) -> str:
-    files = sorted({entry.file for entry in checkpoint.entries.values()})
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    text = f"{VERSION} {checkpoint.identity} {states} {windows.identity}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _make(walk: Layerwise, windows: Windows, folder: Path, progress: Progress) -> None:
     ids, shape = windows.ids, walk.shape
     count, length = ids.shape
     hidden = walk.embed(ids)
@@ -152,25 +163,38 @@ def _make(walk: Layerwise, windows: Windows, folder: Path, progress: Progress) -
     np.save(folder / "routes.npy", torch.stack(routes).numpy().astype(np.int16))
     stored = min(shape.vocab_size, MAX_STORED)
     partial = stored < shape.vocab_size
-    about: dict[str, Any] = {"length": length, "windows": count, "stored": stored, "partial": partial}
     with _Writer(folder, stored, partial) as writer:
         for window in range(count):
             progress(window, count, "reference, window by window")
-            writer.add(walk.log_probs(hidden[window]), ids[window])
-    (folder / "about.json").write_text(json.dumps(about))
-    made, parts = Reference(folder), []
+            writer.add(finite_log_probs(walk, hidden[window]), ids[window])
+    about = About(identity=identity, length=length, windows=count, stored=stored, partial=partial, floor={}, files={})
+    made, parts = Reference(folder, about), []
     for window in range(count):
         progress(window, count, "reference, its own noise")
         parts.append(made.window(window).measure(walk.log_probs(noisy[window]), ids[window, 1:]))
-    about["floor"] = Divergence.of(TokenMeasures.joined(parts), length).to_json()
-    (folder / "about.json").write_text(json.dumps(about))
+    about.floor = Divergence.of(TokenMeasures.joined(parts), length).to_json()
+    for name in _names(partial):
+        sync_file(folder / name)
+        about.files[name] = file_sum(folder / name)
+    keep(folder / "about.json", about.model_dump())
+
+
+def finite_log_probs(walk: Layerwise, hidden: Tensor) -> Tensor:
+    """``[T, V]``: what ``walk`` predicts from ``hidden`` ``[T, H]``. Raises NonFiniteError if that is no number."""
+    found = walk.log_probs(hidden)
+    if not found.isfinite().all():
+        raise NonFiniteError(
+            f"{walk.checkpoint.path} predicts NaN or infinity for this text: expected a model that gives numbers; "
+            "download or quantize it again"
+        )
+    return found
 
 
 class _Writer:
     """Appends tokens to the files of a reference."""
 
     def __init__(self, folder: Path, stored: int, partial: bool) -> None:
-        names = ("codes", "span", "true", "ids") if partial else ("codes", "span", "true")
+        names = _FILES if partial else _FILES[:3]
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in names}
         self._stored, self._partial = stored, partial
 

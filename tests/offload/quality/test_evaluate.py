@@ -1,11 +1,13 @@
 """Evaluation against stock transformers, and against what the numbers must be where they are known."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from offload.model.kv_cache import Storage
@@ -15,7 +17,7 @@ from offload.quality.evaluate import evaluate
 from offload.quality.layerwise import Layerwise
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
-from quant.errors import CheckpointError, InputError
+from quant.errors import CheckpointError, InputError, NonFiniteError
 from quant.scheme import Scheme
 from tests.checkpoints import FAMILIES
 
@@ -83,18 +85,6 @@ def _log_probs(path: Path, windows: int, length: int) -> torch.Tensor:
         return torch.stack([walk.log_probs(window) for window in hidden])
 
 
-def test_the_reference_is_computed_once(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, quantized = pair
-    first = evaluate(quantized, source, TEXT, cache=tmp_path, windows=2, length=64)
-    monkeypatch.setattr(reference, "_make", None)  # calling it again would fail
-    again = evaluate(quantized, source, TEXT, cache=tmp_path, windows=2, length=64)
-    assert again.divergence == first.divergence
-    with pytest.raises(TypeError):  # another text is another reference
-        evaluate(quantized, source, "x" + TEXT, cache=tmp_path, windows=2, length=64)
-
-
 def test_of_a_large_vocabulary_the_head_is_kept_and_kl_is_a_lower_bound(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +95,18 @@ def test_of_a_large_vocabulary_the_head_is_kept_and_kl_is_a_lower_bound(
     assert 0.5 * whole.kl_mean < part.kl_mean <= whole.kl_mean * 1.001
     assert part.same_top == pytest.approx(whole.same_top, abs=0.02)
     assert part.perplexity == whole.perplexity
+
+
+def test_a_model_that_predicts_no_numbers_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    spoiled = tmp_path / "model"
+    shutil.copytree(pair[0], spoiled)
+    tensors = load_file(spoiled / "model.safetensors")
+    tensors["lm_head.weight"][3, 5] = torch.nan
+    save_file(tensors, spoiled / "model.safetensors", {"format": "pt"})
+    for model, beside in ((spoiled, pair[0]), (pair[0], spoiled)):
+        with pytest.raises(NonFiniteError, match="predicts NaN or infinity"):
+            evaluate(model, beside, TEXT, cache=tmp_path / "cache", windows=2, length=64)
+    assert not list((tmp_path / "cache").glob("*.partial"))
 
 
 def test_an_int8_cache_is_measured_by_the_same_ruler(pair: tuple[Path, Path], tmp_path: Path) -> None:
