@@ -1,5 +1,6 @@
 """``coldstream eval``: what quantization cost a model, on a text."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -133,9 +134,8 @@ def show(found: "Evaluation", console: Console) -> None:
     console.step(f"done in {found.seconds:.1f} s")
 
 
-def histogram(counts: "dict[str, int] | object", width: int = 50) -> str:
+def histogram(counts: Mapping[str, int], width: int = 50) -> str:
     """A bar per half decade of KL divergence."""
-    assert isinstance(counts, dict)
     most = max(counts.values()) or 1
     lines = ["Tokens by KL divergence (nats, from):"]
     for edge, count in counts.items():

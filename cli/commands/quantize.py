@@ -61,7 +61,7 @@ def quantize(
     --calibrate or --imatrix, else judged by its weights. DST appears when it is complete; what is under way
     lies in DST.partial, or in DST/.partial where DST is there already.
     """
-    from cli.steps.choose_bits import Evidence, Work, allocate_bits, open_roles
+    from cli.steps.choose_bits import BitChoice, open_roles
     from cli.steps.find_values import Values
     from cli.terminal.words import schemes_line
     from quant.output_file import check_output
@@ -110,9 +110,9 @@ def quantize(
         plain = values.rounder(console)
         chosen: dict[str, Any] = {}
         if goal is not None:
-            evidence = Evidence(plain, values.windows, values.imatrix, routing)
-            work = Work(staging.work, job, resume)
-            schemes, allocation = allocate_bits(checkpoint, goal, roles, fixed, evidence, work, console)
+            evidence = (plain, values.windows, values.imatrix, routing)
+            choice = BitChoice(checkpoint, goal, fixed, *evidence, staging.work, job, resume, console)
+            schemes, allocation = choice.make(roles)
             chosen = {"allocation": allocation.to_json()}
             console.notes(check_schemes(checkpoint.shape, schemes))
         named = schemes_line(schemes, checkpoint.shape)

@@ -55,7 +55,8 @@ def simulate(
 
     The first half of the trace is what a profile would have known of the routing, the second is replayed.
     """
-    from cli.html.simulated_run import write_replay
+    from cli.html.document import save
+    from cli.html.simulated_run import render_replay
     from cli.steps.finish import check_page, command_line
     from cli.steps.plan_run import plan_run, stored_as
     from cli.terminal.plan_table import caution, machine_line
@@ -93,17 +94,17 @@ def simulate(
         }
     )
     if report is not None:
-        write_replay(
+        page = render_replay(
             setup,
             decode,
             prefill,
             f"{model} on {setup.machine.name}",
-            report,
             command_line=command_line(),
             about={"Stored as": stored, "Routing": trace},
             doubts=[said for _, said in caution(setup.machine)],
             notes=notes,
         )
+        save(page, report)
         console.step(f"page written to {report}")
 
 

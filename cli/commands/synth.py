@@ -83,18 +83,7 @@ def synth(
                 f"{folder} is a shape, and no destination was given: coldstream synth {folder} DST (or "
                 f"./{folder} for a folder of that name)"
             )
-        config = llama4_config(
-            hidden=hidden,
-            layers=layers,
-            experts=experts_per_layer,
-            top_k=top_k,
-            intermediate=intermediate,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            vocab=vocab,
-            moe_every=dense_every,
-        )
+        config = llama4_config(**numbers)
     else:
         usual = signature(synth).parameters
         given = [f"--{key.replace('_', '-')}" for key, value in numbers.items() if value != usual[key].default]

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from cli.terminal.words import sentence
 from offload.documents import PAGE_MARK, SCHEMA_VERSION, to_json
 from quant.output_file import save_output
 
@@ -97,7 +98,7 @@ def figures(cards: Sequence[tuple[str, str, str, str]], doubtful: Sequence[str] 
 
 def banners(doubts: Sequence[str]) -> str:
     """What makes a page's figures unreliable, each in a line that stands out."""
-    return "".join(f'<p class="doubt banner">{text(doubt[:1].upper() + doubt[1:])}.</p>' for doubt in doubts)
+    return "".join(f'<p class="doubt banner">{text(sentence(doubt))}.</p>' for doubt in doubts)
 
 
 def facts(rows: Mapping[str, str]) -> str:
@@ -112,7 +113,7 @@ def facts(rows: Mapping[str, str]) -> str:
 
 def none(said: str) -> str:
     """A sentence that stands where there is nothing to show."""
-    return f'<p class="quiet">{text(said[:1].upper() + said[1:])}.</p>'
+    return f'<p class="quiet">{text(sentence(said))}.</p>'
 
 
 def notes_list(notes: Sequence[str]) -> str:

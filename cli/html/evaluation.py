@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cli.html import svg_plots
 from cli.html.document import Compared, document, facts, figures, notes_list, section, text
 from cli.html.request import command
-from cli.html.svg_plots import Tick, nice_ticks
+from cli.html.svg_plots import Tick, value_ticks
 from cli.terminal.words import number
 
 if TYPE_CHECKING:  # these import torch
@@ -102,14 +102,9 @@ def _spread(found: "Evaluation", readouts: dict[str, list[str]]) -> str:
     ours = _bars(counts, top, narrow=True)
     drawing = f'<g class="other"><path class="range" d="{_bars(noise, top)}"/></g>'
     drawing += f'<g class="plain"><path class="solid" d="{ours}"/></g>'
-    places = [((index + 0.5) / len(edges), edge) for index, edge in enumerate(edges) if edge[0] == "1"]
-    figure = svg_plots.plot(
-        "spread",
-        drawing,
-        label="Share of tokens by KL divergence, model and noise floor",
-        x=[(place, edge) for place, edge in places],
-        y=_percents(top),
-    )
+    label = "Share of tokens by KL divergence, model and noise floor"
+    x = [((index + 0.5) / len(edges), edge) for index, edge in enumerate(edges) if edge[0] == "1"]
+    figure = svg_plots.plot("spread", drawing, label=label, x=x, y=value_ticks(top, " %", 100))
     return section(
         "How divergence spreads over tokens", figure + _LEGEND, note="Share of tokens by KL divergence in nats."
     )
@@ -131,12 +126,8 @@ def _positions(found: "Evaluation", readouts: dict[str, list[str]]) -> str:
         f"Tokens {start + 1:,} to {end:,}: {_short(value)} nats"
         for (start, end), value in zip(spans, values, strict=True)
     ]
-    top = 1.15 * max(max(values), 1e-12)
-    drawing = f'<g class="plain"><path class="solid" d="{_bars(values, top)}"/></g>'
     x: list[Tick] = [(0.0, "1"), (0.5, f"{length // 2:,}"), (1.0, f"{length:,}")]
-    figure = svg_plots.plot(
-        "position", drawing, label="Mean KL divergence by position in the window", x=x, y=_values(top)
-    )
+    figure = _kl_plot("position", values, "position in the window", x)
     return section("Where in the window", figure, note="Mean KL divergence in nats, by the token’s position.")
 
 
@@ -147,13 +138,9 @@ def _confidence(buckets: "Sequence[Bucket]", readouts: dict[str, list[str]]) -> 
         f"{_short(bucket.kl_mean)} nats, same top token {100 * bucket.same_top:.1f} %"
         for bucket in buckets
     ]
-    top = 1.15 * max(max(values), 1e-12)
-    drawing = f'<g class="plain"><path class="solid" d="{_bars(values, top)}"/></g>'
     x = [(index / len(buckets), f"{bucket.low:g}") for index, bucket in enumerate(buckets)]
     x += [(1.0, f"{bucket.high:g}") for bucket in buckets[-1:]]
-    figure = svg_plots.plot(
-        "confidence", drawing, label="Mean KL divergence by the reference’s confidence", x=x, y=_values(top)
-    )
+    figure = _kl_plot("confidence", values, "the reference’s confidence", x)
     note = "Mean KL divergence in nats, by the probability of the reference’s most likely token."
     return section("By how sure the reference was", figure, note=note)
 
@@ -231,12 +218,11 @@ def _bars(values: Sequence[float], top: float, *, narrow: bool = False) -> str:
     return svg_plots.bars([0.0] * len(values), values, top, narrow=narrow)
 
 
-def _percents(top: float) -> list[Tick]:
-    return [(value / top, f"{100 * value:g} %") for value in nice_ticks(top)]
-
-
-def _values(top: float) -> list[Tick]:
-    return [(value / top, f"{value:g}") for value in nice_ticks(top)]
+def _kl_plot(name: str, values: Sequence[float], by: str, x: Sequence[Tick]) -> str:
+    """A bar per value of mean KL divergence."""
+    top = 1.15 * max(max(values), 1e-12)
+    drawing = f'<g class="plain"><path class="solid" d="{_bars(values, top)}"/></g>'
+    return svg_plots.plot(name, drawing, label=f"Mean KL divergence by {by}", x=x, y=value_ticks(top))
 
 
 def _interval(edges: Sequence[str], index: int) -> str:

@@ -1,15 +1,14 @@
 """The page of a simulated run: what was planned, what a token waits for, and what every resource does meanwhile."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from cli.html import svg_plots
-from cli.html.document import Compared, banners, document, facts, figures, none, notes_list, save, section, text
+from cli.html.document import Compared, banners, document, facts, figures, none, notes_list, section, text
 from cli.html.request import command
-from cli.html.svg_plots import Bins, nice_ticks
+from cli.html.svg_plots import Bins, nice_ticks, value_ticks
 from cli.terminal.replay_tables import RESOURCES, causes
 from cli.terminal.replay_tables import document as plain_data
-from cli.terminal.words import number, percent, size
+from cli.terminal.words import number, percent, sentence, size
 from offload.simulator.engine import Span
 from offload.simulator.simulation import SimulatedPhase, Simulation
 
@@ -45,25 +44,6 @@ COMPARED: tuple[Compared, ...] = (
     ("Decode limited by", "decode.limited_by", "", ""),
     ("Prefill limited by", "prefill.limited_by", "", ""),
 )
-
-
-def write_replay(
-    setup: Simulation,
-    decode: SimulatedPhase,
-    prefill: SimulatedPhase,
-    title: str,
-    path: Path,
-    *,
-    command_line: str = "",
-    about: Mapping[str, str] | None = None,
-    doubts: Sequence[str] = (),
-    notes: Sequence[str] = (),
-) -> None:
-    """Write the page to ``path``; see ``render_replay``. Raises OutputError if that cannot be."""
-    said = render_replay(
-        setup, decode, prefill, title, command_line=command_line, about=about, doubts=doubts, notes=notes
-    )
-    save(said, path)
 
 
 def render_replay(
@@ -149,7 +129,7 @@ def _kind(span: Span) -> str:
 
 
 def _label(lane: str) -> str:
-    return RESOURCES[lane][:1].upper() + RESOURCES[lane][1:]
+    return sentence(RESOURCES[lane])
 
 
 def _at(spans: Sequence[Span], present: Sequence[str], when: float) -> str:
@@ -245,5 +225,4 @@ def _tokens(decode: SimulatedPhase, readouts: dict[str, list[str]]) -> str:
     top = 1.15 * max(middles)
     drawing = f'<g class="plain"><path class="line" d="{svg_plots.line(middles, top)}"/></g>'
     readouts["tokens"] = [f"Token {s + 1:,}: {number(v)} ms" for (s, _), v in zip(bins.spans, middles, strict=True)]
-    y = [(value / top, f"{value:g}") for value in nice_ticks(top)]
-    return svg_plots.plot("tokens", drawing, label="ms per token", x=bins.ticks(), y=y, css="low")
+    return svg_plots.plot("tokens", drawing, label="ms per token", x=bins.ticks(), y=value_ticks(top), css="low")

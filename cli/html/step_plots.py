@@ -4,9 +4,8 @@ import statistics
 from collections.abc import Sequence
 
 from cli.html import svg_plots
-from cli.html.svg_plots import Bins, nice_ticks
-from cli.terminal import words
-from cli.terminal.words import TIER_NAMES, number, size
+from cli.html.svg_plots import Bins, nice_ticks, value_ticks
+from cli.terminal.words import TIER_NAMES, limit_name, number, percent, size
 from offload.records import TokenRecord
 from offload.run.report import RunReport
 from offload.run.speed import percentile
@@ -33,17 +32,16 @@ def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
     tags = svg_plots.tag(median, top, f"median {number(median)} ms")
     if floor:
         drawing += svg_plots.level(floor, top, "floor")
-        tags += svg_plots.tag(floor, top, f"{words.limit_name(report.limited_by)} floor {number(floor)} ms", left=True)
+        tags += svg_plots.tag(floor, top, f"{limit_name(report.limited_by)} floor {number(floor)} ms", left=True)
     readouts["time"] = [
         f"{_span('Token', span)}: {number(statistics.median(g))} ms"
         + (f", from {number(g[0])} to {number(g[-1])}" if len(g) > 1 else "")
         for span, g in zip(bins.spans, groups, strict=True)
     ]
     above = sum(time > top for time in times)
-    cut = f" {above:,} slower steps are cut off, the slowest took {number(times_max(times))} ms." if above else ""
+    cut = f" {above:,} slower steps are cut off, the slowest took {number(max(times))} ms." if above else ""
     label = f"Time per decoded token over {len(times):,} tokens: median {number(median)} ms."
-    y = [(value / top, f"{value:g}") for value in nice_ticks(top)]
-    figure = svg_plots.plot("time", drawing, label=label, x=bins.ticks(), y=y, tags=tags)
+    figure = svg_plots.plot("time", drawing, label=label, x=bins.ticks(), y=value_ticks(top), tags=tags)
     legend = "Line: median of the tokens drawn together; band: fastest to slowest of them." if len(times) > 240 else ""
     return f'<h3>Time per token in ms, over the decoded tokens</h3>{figure}<p class="quiet">{legend}{cut}</p>'
 
@@ -53,11 +51,6 @@ def times_top(times: Sequence[float]) -> float:
     ordered = sorted(times)
     high, median = percentile(ordered, 0.99) or 0.0, percentile(ordered, 0.5) or 0.0
     return max(1.3 * high, 1.5 * median)
-
-
-def times_max(times: Sequence[float]) -> float:
-    """The slowest step."""
-    return max(times)
 
 
 def memory_plot(
@@ -123,7 +116,7 @@ def requests_plot(records: Sequence[TokenRecord], readouts: dict[str, list[str]]
     total = sum(sums)
     legend = "".join(
         f'<li><span class="swatch {tier}"></span>{TIER_NAMES[tier]}{"" if tier == "disk" else " (hit)"}: '
-        f"{words.percent(sum(count[tier] for count in counts) / total)}</li>"
+        f"{percent(sum(count[tier] for count in counts) / total)}</li>"
         for tier in present
     )
     title = "<h3>Expert requests by where the expert was, over the steps</h3>"

@@ -43,6 +43,11 @@ def nice_ticks(top: float, about: int = 4) -> list[float]:
     return [step * index for index in range(int(top / step + 1e-9) + 1)]
 
 
+def value_ticks(top: float, unit: str = "", scale: float = 1) -> list[Tick]:
+    """Round values up to ``top`` on the axis of a plot that ends there, each times ``scale`` in ``unit``."""
+    return [(value / top, f"{scale * value:g}{unit}") for value in nice_ticks(top)]
+
+
 def bars(lows: Sequence[float], highs: Sequence[float], top: float, *, narrow: bool = False) -> str:
     """Path of one bar per bin from ``lows`` to ``highs`` (values, ``top`` is the upper edge).
 

@@ -1,6 +1,6 @@
 """Bits by what they are worth: what is measured for it, and what was chosen."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,167 +47,145 @@ def open_roles(asked: AskedSchemes, *, measured: bool) -> "tuple[list[Role], dic
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What bits can be judged by: a text, an importance matrix of one, a routing profile, or nothing."""
+class BitChoice:
+    """What bits are chosen by: a ``goal``, the schemes of roles that are ``fixed``, and evidence: a text's
+    ``windows``, the ``imatrix`` of one, a ``routing`` profile, or weights alone.
 
+    ``rounder`` rounds what is tried. What was measured and chosen for ``job`` is kept in ``folder``, and taken from
+    there to ``resume``.
+    """
+
+    checkpoint: "Checkpoint"
+    goal: Goal
+    fixed: "Mapping[Role, Scheme]"
     rounder: "Rounder"
-    windows: "Windows | None" = None
-    imatrix: "Imatrix | None" = None
-    routing: Path | None = None
-
-
-@dataclass(frozen=True)
-class Work:
-    """Where a run keeps what it has measured and chosen, for what ``job``, and whether to go on from there."""
-
+    windows: "Windows | None"
+    imatrix: "Imatrix | None"
+    routing: Path | None
     folder: Path
     job: "Mapping[str, Any]"
     resume: bool
+    console: Console
 
+    def make(self, roles: "list[Role]") -> "tuple[MixedPrecision, Allocation]":
+        """Measure, choose for ``roles``, and show the table; or what a stopped run has chosen for the same."""
+        from cli.terminal.allocation_table import allocation_table
+        from quant.allocation.allocator import split_roles
+        from quant.allocation.findings import kept_allocation
 
-def allocate_bits(
-    checkpoint: "Checkpoint",
-    goal: Goal,
-    roles: "list[Role]",
-    fixed: "Mapping[Role, Scheme]",
-    evidence: Evidence,
-    work: "Work",
-    console: Console,
-) -> "tuple[MixedPrecision, Allocation]":
-    """Measure, choose, and show the table; or what a stopped run has measured and chosen for the same."""
-    from cli.terminal.allocation_table import allocation_table
-    from quant.allocation.allocator import split_roles
-    from quant.allocation.findings import kept_allocation
-
-    units, kept = split_roles(checkpoint, roles, fixed, goal.per_expert)
-    found = kept_allocation(work.folder / "allocation.json", work.job, units) if work.resume else None
-    allocation = found or _chosen(checkpoint, goal, units, kept, evidence, work, console)
-    console.step(f"bits chosen by {allocation.how}:")
-    if not console.json:
-        console.show(allocation_table(allocation))
-    console.step(
-        f"{allocation.bits:.3f} bits per quantized weight, {format_size(allocation.nbytes)}; expected loss "
-        f"{allocation.loss:.4g}, of {sum(c.options[0].loss for c in allocation.choices):.4g} with the fewest bits"
-    )
-    console.say(_head(allocation, fixed, checkpoint))
-    _note(console, checkpoint, goal, allocation, kept)
-    return allocation.mixture(kept), allocation
-
-
-def _chosen(
-    checkpoint: "Checkpoint",
-    goal: Goal,
-    units: "list[Unit]",
-    kept: "list[tuple[Unit, Scheme]]",
-    evidence: Evidence,
-    work: "Work",
-    console: Console,
-) -> "Allocation":
-    """The choice by what is measured now, kept for a run that is resumed."""
-    from quant.allocation.allocator import Allocator
-    from quant.allocation.findings import keep_allocation
-
-    choices, how = _choices(checkpoint, units, evidence, work, console)
-    checkpoint.check_unchanged()
-    allocator = Allocator(checkpoint, choices, kept, how, uneven=goal.per_expert)
-    if goal.bits is not None:
-        allocation = allocator.by_bits(goal.bits)
-    elif goal.size is not None:
-        allocation = allocator.by_size(goal.size)
-    else:
-        fitting = _Fitting(checkpoint, goal, console)
-        allocation = allocator.by_fit(fitting)
-        console.step(fitting.said(allocation.mixture(kept)))
-    keep_allocation(work.folder / "allocation.json", work.job, allocation)
-    return allocation
-
-
-def _head(allocation: "Allocation", fixed: "Mapping[Role, Scheme]", checkpoint: "Checkpoint") -> str:
-    """Whether the LM head takes part in the mean, and how to have it otherwise."""
-    chosen = [option for unit, option in allocation.chosen if unit.role == "lm_head"]
-    if chosen:
-        nbytes = sum(option.nbytes for option in chosen)
-        return (
-            f"The LM head takes part: {nbytes / allocation.nbytes:.1%} of this size; --lm-head bf16 (or int8)"
-            " leaves it out of the mean."
-        )
-    if checkpoint.shape.tie_word_embeddings:
-        return "The LM head is the embeddings, which stay as they are: it is not in the mean."
-    stays = str(fixed["lm_head"]) if "lm_head" in fixed else "as it is in SRC"
-    return f"The LM head is not in the mean: it stays {stays}; --lm-head auto lets it take part."
-
-
-def _note(
-    console: Console, checkpoint: "Checkpoint", goal: Goal, allocation: "Allocation", kept: "list[tuple[Unit, Scheme]]"
-) -> None:
-    """What a choice costs a run, and what it could not use."""
-    mixture, shape = allocation.mixture(kept), checkpoint.shape
-    mean = shape.experts_nbytes(mixture) / max(shape.num_experts * len(shape.moe_layers), 1)
-    largest = shape.largest_expert(mixture)
-    if goal.per_expert and largest > mean * 1.01:
-        console.notes(
-            [
-                f"experts take up to {format_size(largest)}, {format_size(mean)} in the mean: a run needs "
-                f"memory as if all were the largest ({largest / mean - 1:.0%} more), and computes experts "
-                "stored unlike most of their layer in calls of their own"
-            ]
-        )
-    if goal.bits is not None and not goal.per_expert and allocation.bits < 0.97 * goal.bits < 8:
-        console.notes(
-            [
-                f"{goal.bits:g} bits are not used up: all experts have one width, because memory has to have "
-                "room for the largest; --per-expert lifts that"
-            ]
-        )
-
-
-def _choices(
-    checkpoint: "Checkpoint", units: "list[Unit]", evidence: Evidence, work: "Work", console: Console
-) -> "tuple[list[Choices], str]":
-    from quant.allocation.estimate import estimates
-
-    if evidence.windows is None:
-        what = "outputs" if evidence.imatrix else "weights"
-        known = "a routing profile" if evidence.routing else "all experts used alike"
-        how = f"relative error of {what}, equal errors taken for equal harm, {known}"
-        shares = _shares(evidence.routing, checkpoint)
-        return estimates(checkpoint, units, evidence.rounder, evidence.imatrix, shares), how
-    from offload.quality.sensitivity import sample_tokens, sensitivities, stream_bytes
-    from quant.allocation.findings import keep_losses, kept_losses
-
-    file = work.folder / "sensitivity.json"
-    job = {
-        "source": checkpoint.identity,
-        "state": checkpoint.states.listed(checkpoint.files),
-        "text": evidence.windows.identity,
-        "rounding": evidence.rounder.name,
-        "units": [unit.name for unit in units],
-    }
-    tokens = min(evidence.windows.tokens, sample_tokens(checkpoint, units))
-    how = f"divergence on {tokens:,} tokens of the text, each part rounded alone"
-    found = kept_losses(file, job, units) if work.resume else None
-    if found is None:
+        console = self.console
+        units, kept = split_roles(self.checkpoint, roles, self.fixed, self.goal.per_expert)
+        found = kept_allocation(self.folder / "allocation.json", self.job, units) if self.resume else None
+        allocation = found or self._chosen(units, kept)
+        mixture = allocation.mixture(kept)
+        console.step(f"bits chosen by {allocation.how}:")
+        if not console.json:
+            console.show(allocation_table(allocation))
         console.step(
-            f"measuring what bits are worth on {tokens:,} tokens; takes one layer's experts and "
-            f"{format_size(stream_bytes(checkpoint, units, tokens))} of memory beside the dense weights"
+            f"{allocation.bits:.3f} bits per quantized weight, {format_size(allocation.nbytes)}; expected loss "
+            f"{allocation.loss:.4g}, of {sum(c.options[0].loss for c in allocation.choices):.4g} with the fewest bits"
         )
-        with progress_bar(console, "measuring", "layers") as show:
-            found = sensitivities(checkpoint, units, evidence.windows.ids, evidence.rounder, show)
-        keep_losses(file, job, found)
-    return found, how
+        console.say(self._head(allocation))
+        console.notes(self._notes(allocation, mixture))
+        return mixture, allocation
 
+    def _chosen(self, units: "list[Unit]", kept: "list[tuple[Unit, Scheme]]") -> "Allocation":
+        """The choice by what is measured now, kept for a run that is resumed."""
+        from quant.allocation.allocator import Allocator
+        from quant.allocation.findings import keep_allocation
 
-def _shares(routing: Path | None, checkpoint: "Checkpoint") -> dict[tuple[int, int], float] | None:
-    if routing is None:
-        return None
-    from offload.routing.stats import RoutingStats
+        goal = self.goal
+        choices, how = self._choices(units)
+        self.checkpoint.check_unchanged()
+        allocator = Allocator(self.checkpoint, choices, kept, how, uneven=goal.per_expert)
+        if goal.bits is not None:
+            allocation = allocator.by_bits(goal.bits)
+        elif goal.size is not None:
+            allocation = allocator.by_size(goal.size)
+        else:
+            fitting = _Fitting(self.checkpoint, goal, self.console)
+            allocation = allocator.by_fit(fitting)
+            self.console.step(fitting.said(allocation.mixture(kept)))
+        keep_allocation(self.folder / "allocation.json", self.job, allocation)
+        return allocation
 
-    stats = RoutingStats.load(routing, checkpoint.shape)
-    return {
-        (layer, expert): int(count) / max(int(counts.sum()), 1)
-        for layer, counts in zip(stats.moe_layers, stats.counts, strict=True)
-        for expert, count in enumerate(counts)
-    }
+    def _head(self, allocation: "Allocation") -> str:
+        """Whether the LM head takes part in the mean, and how to have it otherwise."""
+        chosen = [option for unit, option in allocation.chosen if unit.role == "lm_head"]
+        if chosen:
+            nbytes = sum(option.nbytes for option in chosen)
+            return (
+                f"The LM head takes part: {nbytes / allocation.nbytes:.1%} of this size; --lm-head bf16 (or int8)"
+                " leaves it out of the mean."
+            )
+        if self.checkpoint.shape.tie_word_embeddings:
+            return "The LM head is the embeddings, which stay as they are: it is not in the mean."
+        stays = str(self.fixed["lm_head"]) if "lm_head" in self.fixed else "as it is in SRC"
+        return f"The LM head is not in the mean: it stays {stays}; --lm-head auto lets it take part."
+
+    def _notes(self, allocation: "Allocation", mixture: "MixedPrecision") -> Iterator[str]:
+        """What a choice costs a run, and what it could not use."""
+        shape, goal = self.checkpoint.shape, self.goal
+        mean = shape.experts_nbytes(mixture) / max(shape.num_experts * len(shape.moe_layers), 1)
+        largest = shape.largest_expert(mixture)
+        if goal.per_expert and largest > mean * 1.01:
+            yield (
+                f"experts take up to {format_size(largest)}, {format_size(mean)} in the mean: a run needs memory as if "
+                f"all were the largest ({largest / mean - 1:.0%} more), and computes experts stored unlike most of "
+                "their layer in calls of their own"
+            )
+        if goal.bits is not None and not goal.per_expert and allocation.bits < 0.97 * goal.bits < 8:
+            yield (
+                f"{goal.bits:g} bits are not used up: all experts have one width, because memory has to have room for "
+                "the largest; --per-expert lifts that"
+            )
+
+    def _choices(self, units: "list[Unit]") -> "tuple[list[Choices], str]":
+        """Each unit's schemes with what they lose, and how that is known."""
+        from quant.allocation.estimate import estimates
+
+        checkpoint, windows = self.checkpoint, self.windows
+        if windows is None:
+            what = "outputs" if self.imatrix else "weights"
+            known = "a routing profile" if self.routing else "all experts used alike"
+            how = f"relative error of {what}, equal errors taken for equal harm, {known}"
+            return estimates(checkpoint, units, self.rounder, self.imatrix, self._shares()), how
+        from offload.quality.sensitivity import sample_tokens, sensitivities, stream_bytes
+        from quant.allocation.findings import keep_losses, kept_losses
+
+        file = self.folder / "sensitivity.json"
+        job = {
+            "source": checkpoint.identity,
+            "state": checkpoint.states.listed(checkpoint.files),
+            "text": windows.identity,
+            "rounding": self.rounder.name,
+            "units": [unit.name for unit in units],
+        }
+        tokens = min(windows.tokens, sample_tokens(checkpoint, units))
+        how = f"divergence on {tokens:,} tokens of the text, each part rounded alone"
+        found = kept_losses(file, job, units) if self.resume else None
+        if found is None:
+            self.console.step(
+                f"measuring what bits are worth on {tokens:,} tokens; takes one layer's experts and "
+                f"{format_size(stream_bytes(checkpoint, units, tokens))} of memory beside the dense weights"
+            )
+            with progress_bar(self.console, "measuring", "layers") as show:
+                found = sensitivities(checkpoint, units, windows.ids, self.rounder, show)
+            keep_losses(file, job, found)
+        return found, how
+
+    def _shares(self) -> dict[tuple[int, int], float] | None:
+        """The part of its layer's requests that goes to each (layer, expert), if that is known."""
+        if self.routing is None:
+            return None
+        from offload.routing.stats import RoutingStats
+
+        stats = RoutingStats.load(self.routing, self.checkpoint.shape)
+        return {
+            (layer, expert): int(count) / max(int(counts.sum()), 1)
+            for layer, counts in zip(stats.moe_layers, stats.counts, strict=True)
+            for expert, count in enumerate(counts)
+        }
 
 
 class _Fitting:

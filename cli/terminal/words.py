@@ -45,8 +45,8 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """``value`` to ``digits`` significant digits, thousands separated; a dash for None."""
+def number(value: float | None) -> str:
+    """``value`` to three significant digits, thousands separated; a dash for None."""
     if value is None:
         return "–"
     if value == 0:
@@ -54,7 +54,7 @@ def number(value: float | None, digits: int = 3) -> str:
     if abs(value) < 0.1:
         return f"{value:.2g}"
     whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    places = max(digits - max(whole, 1), 0)
+    places = max(3 - max(whole, 1), 0)
     return f"{value:,.{places}f}"
 
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 from offload.hardware import system as host
 from offload.hardware.disk import disk_rate
 from offload.hardware.gpu import Gpu, measure_gpu
+from quant.errors import OutputError
+from quant.output_file import replace_file
 
 VERSION = 4
 _READ_BYTES = 2**30  # caches of a server keep a visible part of less
@@ -318,10 +321,6 @@ def _read(file: Path) -> Machine | None:
 
 def _write(file: Path, machine: Machine) -> None:
     """Keep ``machine``, whole or not at all; a home that cannot be written only means measuring again."""
-    try:
+    with suppress(OSError, OutputError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(machine.to_json()))
-        os.replace(partial, file)
-    except OSError:
-        return
+        replace_file(file, json.dumps(machine.to_json()).encode())

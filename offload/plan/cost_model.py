@@ -193,10 +193,6 @@ class MissSplit:
     pcie_gb_s: float
     gb_s: float
 
-    def rows(self, inter: int, group: int) -> int:
-        """Intermediate rows for the GPU: whole groups of the down projection."""
-        return rows_of(self.gpu_part, inter, group)
-
 
 def rows_of(part: float, inter: int, group: int) -> int:
     """``part`` of ``inter`` rows, in whole groups."""

@@ -36,6 +36,9 @@ from quant.sizes import as_bytes, format_size
 __all__ = ["Plan", "PlanRow", "make_plan"]
 
 _NOTICEABLE = 0.001
+# What a document has as it is.
+_RUN = ("context", "kv_bits", "prompt_chunk", "filled")
+_SLOTS = ("slot_bytes", "experts", "vram_slots", "ram_slots", "vram_reserve")
 
 
 @dataclass(frozen=True)
@@ -120,15 +123,7 @@ class Plan:
             "total_bytes": {tier: self.total(tier) for tier in TIERS},
             "machine": self.machine,
             "budgets": {"vram": self.vram, "ram": self.ram},
-            "context": self.context,
-            "kv_bits": self.kv_bits,
-            "prompt_chunk": self.prompt_chunk,
-            "filled": self.filled,
-            "slot_bytes": self.slot_bytes,
-            "experts": self.experts,
-            "vram_slots": self.vram_slots,
-            "ram_slots": self.ram_slots,
-            "vram_reserve": self.vram_reserve,
+            **{name: getattr(self, name) for name in (*_RUN, *_SLOTS)},
             "pinned": [list(key) for key in self.vram_seeds],
             "hit_rates": dict(self.hit_rates),
             "routing_known": self.routing_known,

@@ -115,7 +115,11 @@ def planned_run(
     """
     subject = model if isinstance(model, PlannedModel) else planned_model(model, recipe)
     options, shape = (options or RunOptions()).over(subject.recipe), subject.shape
-    routing = None if options.routing is None else _profile(options.routing, shape)
+    routing = None
+    if options.routing is not None:
+        from offload.routing.stats import RoutingStats
+
+        routing = RoutingStats.load(options.routing, shape)
     if not isinstance(machine, Machine):
         machine = planned_machine("" if isinstance(model, PlannedModel) else model, machine, ram=options.ram, say=say)
     if options.prefetch_bytes is not None:
@@ -137,9 +141,3 @@ def planned_run(
     if options.device == "cpu" and options.vram:
         plan = replace(plan, notes=(*plan.notes, "--vram has no meaning here: the run is on the CPU"))
     return PlannedRun(subject, options, machine, plan, routing)
-
-
-def _profile(path: Path, shape: ModelShape) -> "RoutingStats":
-    from offload.routing.stats import RoutingStats
-
-    return RoutingStats.load(path, shape)

@@ -15,6 +15,7 @@ from offload.tiers import Key
 
 HALF_LIFE = 64.0
 MARGIN = 1.5
+LIKELY = 0.9
 Mask = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -80,12 +81,12 @@ class ExpertFrequency:
         low, high = self.score(cold), self.score(hot)
         return high > MARGIN * low and high - low > 1
 
-    def likely(self, layer: int, tokens: int, chance: float = 0.9) -> list[int]:
-        """The experts of ``layer`` that a step of ``tokens`` tokens asks for with at least ``chance``, one
+    def likely(self, layer: int, tokens: int) -> list[int]:
+        """The experts of ``layer`` that a step of ``tokens`` tokens asks for with a chance of LIKELY, one
         request per token supposed and every expert once more than it was seen."""
         row = self._scores[self._row[layer]] + 1
         used = 1 - (1 - row / row.sum()) ** tokens
-        return [int(expert) for expert in np.argsort(-row, kind="stable") if used[expert] >= chance]
+        return [int(expert) for expert in np.argsort(-row, kind="stable") if used[expert] >= LIKELY]
 
     def _first(self, values: npt.NDArray[np.float64]) -> Key | None:
         # Column by column, so that equals are spread over the layers.

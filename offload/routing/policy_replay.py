@@ -8,6 +8,7 @@ disk; of what a layer needs, residents are served first, and those in flight do 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from offload.routing.eviction import POLICIES, Policy, make_policy
 from offload.routing.trace import Trace
@@ -36,29 +37,17 @@ class PolicyHitRates:
         return sum(bound - rate for bound, rate in pairs) / len(self.slots)
 
 
-def replay_policies(
-    trace: Trace,
-    slots: Sequence[int],
-    policies: Sequence[str] = POLICIES,
-    chunk: int = 1,
-    progress: Callable[[str], None] | None = None,
-) -> PolicyHitRates:
+def replay_policies(trace: Trace, slots: Sequence[int], *, chunk: int = 1) -> PolicyHitRates:
     """Replay the second half of ``trace`` with each number of ``slots``; policies that want a profile get
     that of the first half. At least one slot more than a token's experts in a layer is used.
     """
     learned, judged = trace.halves()
     counts = learned.counts()
     rates: dict[str, tuple[float, ...]] = {}
-    for name in policies:
-        if progress:
-            progress(name)
-        rates[name] = tuple(replay(judged, count, _maker(name, counts), chunk) for count in slots)
+    for name in POLICIES:
+        rates[name] = tuple(replay(judged, count, partial(make_policy, name, counts), chunk) for count in slots)
     rates[CLAIRVOYANT] = tuple(clairvoyant(judged, count, chunk) for count in slots)
     return PolicyHitRates(trace, tuple(slots), rates)
-
-
-def _maker(name: str, counts: Mapping[Key, float]) -> Callable[[], Policy]:
-    return lambda: make_policy(name, counts)
 
 
 def replay(trace: Trace, slots: int, policy: Callable[[], Policy], chunk: int = 1) -> float:

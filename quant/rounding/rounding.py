@@ -4,7 +4,7 @@ A conversion asks its rounder for every block of rows. The rounder's name goes i
 report: a run is only ever continued by the same.
 """
 
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from quant.rounding.synthetic_inputs import SyntheticInputs
 from quant.scheme import Scheme
 
 Rounding = Literal["search", "rtn"]
-ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 
 class Rounder(Protocol):

@@ -33,23 +33,23 @@ def llama4_config(
     *,
     hidden: int,
     layers: int,
-    experts: int,
+    experts_per_layer: int,
     top_k: int,
     intermediate: int,
     heads: int,
     kv_heads: int,
     head_dim: int,
     vocab: int,
-    moe_every: int = 1,
+    dense_every: int = 1,
 ) -> dict[str, Any]:
-    """A text-only Llama 4 of these dimensions; every ``moe_every``-th layer routes, the others are dense."""
+    """A text-only Llama 4 of these dimensions; every ``dense_every``-th layer routes, the others are dense."""
     return {
         "model_type": "llama4_text",
         "hidden_size": hidden,
         "num_hidden_layers": layers,
-        "num_local_experts": experts,
+        "num_local_experts": experts_per_layer,
         "num_experts_per_tok": top_k,
-        "interleave_moe_layer_step": moe_every,
+        "interleave_moe_layer_step": dense_every,
         "intermediate_size": intermediate,
         "intermediate_size_mlp": 2 * intermediate,
         "num_attention_heads": heads,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from offload.hardware.probe import Machine
-from offload.plan.cost_model import FORESEEN, OF_PCIE, OF_VRAM, dimm_rate, miss_split, with_prefetch_bytes
+from offload.plan.cost_model import FORESEEN, OF_PCIE, OF_VRAM, dimm_rate, miss_split, rows_of, with_prefetch_bytes
 from offload.plan.footprint import Footprint
 from offload.plan.plan import Plan, make_plan
 from offload.routing.eviction import make_policy
@@ -185,7 +185,7 @@ def test_a_split_is_taken_only_where_the_memory_has_more_than_the_cpu_takes() ->
     split = miss_split(roomy, expert, weights)
     assert 0.1 < split.gpu_part < 0.4 and split.gb_s > 1.2 * split.cpu_gb_s
     assert split.gb_s * 1e9 <= dimm_rate(roomy) * (1 + 1e-9)
-    assert split.rows(8192, 128) % 128 == 0 and 0 < split.rows(8192, 128) < 8192
+    assert rows_of(split.gpu_part, 8192, 128) % 128 == 0 and 0 < rows_of(split.gpu_part, 8192, 128) < 8192
     slow_cpu = replace(DESKTOP, int8_gops=10)
     assert miss_split(slow_cpu, expert, weights).gpu_part > 0.5
 

@@ -21,14 +21,14 @@ INT4: dict[Role, Scheme] = {"experts": Scheme("int4")}
 NUMBERS = {
     "hidden": 128,
     "layers": 2,
-    "experts": 2,
+    "experts_per_layer": 2,
     "top_k": 1,
     "intermediate": 128,
     "heads": 2,
     "kv_heads": 1,
     "head_dim": 64,
     "vocab": 256,
-    "moe_every": 1,
+    "dense_every": 1,
 }
 
 

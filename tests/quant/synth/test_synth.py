@@ -28,7 +28,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     numbers = {
         "hidden": 256,
         "layers": 4,
-        "experts": 8,
+        "experts_per_layer": 8,
         "top_k": 1,
         "intermediate": 256,
         "heads": 4,
@@ -116,7 +116,7 @@ def test_other_families_are_synthesized_from_their_configs(tiny: Any, tmp_path: 
 
 
 def test_tied_embeddings_and_dense_roles_are_synthesized(tmp_path: Path) -> None:
-    config = tiny_config(moe_every=2) | {"tie_word_embeddings": True}
+    config = tiny_config(dense_every=2) | {"tie_word_embeddings": True}
     report = synthesize(config, tmp_path / "out", {"experts": Scheme("int4"), "lm_head": Scheme("int8")})
     assert report.notes
     with torch.no_grad():
