@@ -22,13 +22,15 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     special_tokens: Mapping[str, Any],
     tools: Sequence[Mapping[str, Any]] | None = None,
+    switches: Mapping[str, Any] | None = None,
 ) -> str:
-    """``messages`` as ``template`` puts them, up to where the assistant answers.
+    """``messages`` as ``template`` puts them, up to where the assistant answers; ``switches`` are values of its own,
+    such as ``enable_thinking``.
 
     Raises CheckpointError if the template refuses them, is broken, or takes more than 5 s, 512 MiB or some
     sixteen times the characters of the conversation.
     """
-    values = {**special_tokens, "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
+    values = {**(switches or {}), **special_tokens, "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
     size = len(json.dumps(values))
     asked = {
         "template": template,

@@ -68,15 +68,21 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Token ids of a conversation, by the model's chat template, up to where the assistant answers.
+def encode_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    switches: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a conversation, by the model's chat template, up to where the assistant answers. ``tools`` are
+    those that it may call, ``switches`` values of the template's own, such as ``enable_thinking``.
 
     The template has all special tokens that there are. Raises UsageError if the model has no template,
     CheckpointError if it refuses the conversation or is broken, InputError for what is no text.
     """
     if not tokenizer.chat_template:
         raise UsageError("this model has no chat template: use `coldstream generate` instead of chat")
-    text = render_chat(tokenizer.get_chat_template(), messages, tokenizer.special_tokens_map)
+    text = render_chat(tokenizer.get_chat_template(), messages, tokenizer.special_tokens_map, tools, switches)
     with tokenizers_errors("the conversation cannot be read"):
         ids: list[int] = tokenizer(_checked(text), add_special_tokens=False, verbose=False).input_ids
     return ids

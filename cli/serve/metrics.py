@@ -1,0 +1,85 @@
+"""What the server counts, as Prometheus reads it."""
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
+from offload.records import TokenRecord
+from offload.tiers import TIERS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cli.serve.service import Service
+
+_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Counters of one server, and gauges of ``service`` as it is when it is asked."""
+
+    def __init__(self, service: "Service") -> None:
+        self._service = service
+        self.registry = CollectorRegistry()
+        self._requests = self._counter("answers_started", "Answers begun or queued")
+        self._finished = self._counter("answers_finished", "Answers by why they ended", "reason")
+        self._refused = self._counter("requests_refused", "Requests that met a full queue")
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens computed")
+        self._cached = self._counter("cached_prompt_tokens", "Prompt tokens that the KV cache held")
+        self._generated = self._counter("generated_tokens", "Tokens generated")
+        self._experts = self._counter("expert_requests", "Experts asked for, by the tier that held them", "tier")
+        self._bytes = self._counter("read_bytes", "Bytes that steps read, by tier", "tier")
+        self._first = self._histogram("time_to_first_token_seconds", "From a request's start to its first token")
+        self._step = self._histogram("step_seconds", "Time of one decode step")
+        self.registry.register(self)  # type: ignore[arg-type]
+
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(f"coldstream_{name}", about, labels, registry=self.registry)
+
+    def _histogram(self, name: str, about: str) -> Histogram:
+        return Histogram(f"coldstream_{name}", about, registry=self.registry, buckets=_SECONDS)
+
+    def collect(self) -> "Iterator[GaugeMetricFamily]":
+        """The gauges."""
+        active, parallel = len(self._service.slots), self._service.limits.parallel
+        for name, about, value in (
+            ("sequences_running", "Answers that are generated now", min(active, parallel)),
+            ("sequences_waiting", "Answers that wait for their turn", max(0, active - parallel)),
+            ("context_tokens", "Tokens that prompt and answer may have together", self._service.context),
+        ):
+            yield GaugeMetricFamily(f"coldstream_{name}", about, value=value)
+
+    def text(self) -> bytes:
+        """The exposition."""
+        return generate_latest(self.registry)
+
+    def started(self, answers: int) -> None:
+        """``answers`` were queued."""
+        self._requests.inc(answers)
+
+    def refused(self) -> None:
+        """A request found the queue full."""
+        self._refused.inc()
+
+    def finished(self, reason: str) -> None:
+        """An answer has ended."""
+        self._finished.labels(reason).inc()
+
+    def prefilled(self, record: TokenRecord, cached: int, waited: float) -> None:
+        """An answer has its first token, ``waited`` seconds after it was asked for."""
+        self._prompt.inc(record.tokens_in)
+        self._cached.inc(cached)
+        self._first.observe(waited)
+        self._count(record)
+
+    def decoded(self, record: TokenRecord) -> None:
+        """One more token."""
+        self._step.observe(record.seconds)
+        self._count(record)
+
+    def _count(self, record: TokenRecord) -> None:
+        self._generated.inc()
+        for tier in TIERS:
+            self._experts.labels(tier).inc(record.by_tier.get(tier, 0))
+            self._bytes.labels(tier).inc(record.bytes_read.get(tier, 0))

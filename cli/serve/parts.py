@@ -1,0 +1,81 @@
+"""Parts of an answer: what is said, what is thought before, and which tools are called."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool that the model calls: its name, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Text that goes on, or a whole call."""
+
+    kind: Literal["text", "reasoning", "call"]
+    text: str = ""
+    call: ToolCall | None = None
+
+
+class Parser(Protocol):
+    """Takes the text of one answer apart as it comes. ``reasoning``: whether it is in the midst of thoughts."""
+
+    reasoning: bool
+
+    def feed(self, text: str) -> Sequence[Part]:
+        """What has become certain with ``text``."""
+
+    def finish(self) -> Sequence[Part]:
+        """What was held back, when no more comes."""
+
+
+class PlainParser:
+    """An answer that is text and nothing else."""
+
+    reasoning = False
+
+    def feed(self, text: str) -> Sequence[Part]:
+        """See Parser."""
+        return (Part("text", text),) if text else ()
+
+    def finish(self) -> Sequence[Part]:
+        """See Parser."""
+        return ()
+
+
+class Splitter:
+    """Text as it comes, cut at markers; the beginning of one is held back until it is certain."""
+
+    def __init__(self, markers: Sequence[str]) -> None:
+        self._markers = [marker for marker in markers if marker]
+        self._held = ""
+
+    def feed(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Pieces, and whether each is a marker."""
+        text = self._held + text
+        while True:
+            found = [(at, -len(marker), marker) for marker in self._markers if (at := text.find(marker)) >= 0]
+            if not found:
+                break
+            at, _, marker = min(found)
+            if at:
+                yield text[:at], False
+            yield marker, True
+            text = text[at + len(marker) :]
+        starts = (
+            size for marker in self._markers for size in range(1, len(marker)) if text.endswith(marker[:size])
+        )
+        end = len(text) - max(starts, default=0)
+        self._held = text[end:]
+        if end:
+            yield text[:end], False
+
+    def finish(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return held
