@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "plan": "Where every byte goes, how fast it runs, what limits it.",
     "generate": "Continue a prompt, streaming; ends with the run report.",
     "chat": "Talk with a model; the KV cache is kept across turns.",
+    "serve": "Serve a model to OpenAI, Anthropic and browser clients.",
     "eval": "What quantizing cost: perplexity, KL to the original.",
     "bench": "Prefill and decode, beside the floor of the hardware.",
     "synth": "Write a random quantized checkpoint in any shape.",

@@ -143,6 +143,15 @@ DOCUMENTS: dict[str, Schema] = {
         *(key for key in REPORT if key not in ("command", "notes")),
         "finish_reason",
     ),
+    "serve": record(
+        "When it has ended.",
+        command=text(),
+        model=text("as clients call it"),
+        answers=count("begun or queued"),
+        prompt_tokens=count("computed"),
+        cached_tokens=count("that the KV cache held"),
+        generated_tokens=count(),
+    ),
     "bench": record(
         **REPORT,
         prompt_tokens=count("of each prompt"),

@@ -53,7 +53,7 @@ def _answered(endpoint: Endpoint) -> Endpoint:
             return Response(status_code=499)
         except (ServeError, ColdstreamError) as error:
             return error_response(request.url.path, as_serve_error(error))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - one request that fails ends no other
             _log.exception("%s failed", request.url.path)
             return error_response(request.url.path, as_serve_error(error))
 

@@ -3,12 +3,12 @@
 import secrets
 import time
 from collections.abc import AsyncGenerator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from cli.serve.body import Body, EventStream, event, read, unless_gone
 from cli.serve.conversation import Conversation, Format, prepare, text_of
@@ -228,8 +228,7 @@ async def _completion(service: Service, answers: Answers, head: dict[str, Any]) 
             else:
                 message["content"] = (message["content"] or "") + part.text
         if (found := logprobs_of(service, step.record)) is not None:
-            choice["logprobs"] = choice["logprobs"] or {"content": []}
-            choice["logprobs"]["content"].append(found)
+            choice["logprobs"] = {"content": [*(choice["logprobs"] or {"content": []})["content"], found]}
         if step.finish:
             choice["finish_reason"] = finish_reason(step)
     return {
@@ -320,4 +319,3 @@ def logprobs_of(service: Service, record: TokenRecord) -> ChosenLogprob | None:
 def _token_logprob(service: Service, token: int, value: float) -> TokenLogprob:
     text = service.session.tokenizer.decode([token])
     return {"token": text, "logprob": value, "bytes": None if "\ufffd" in text else list(text.encode())}
-

@@ -83,7 +83,8 @@ class Guard:
         kind, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
         # Every key is compared, each in the same time whatever is given: how long it takes tells nothing.
-        if not any([hmac.compare_digest(given.encode(), known) for known in self._keys]):
+        matches = [hmac.compare_digest(given.encode(), known) for known in self._keys]
+        if not any(matches):
             return ServeError(401, "the API key is missing or wrong: expected Authorization: Bearer KEY, or X-Api-Key")
         return None
 

@@ -1,6 +1,6 @@
 """What the server counts, as Prometheus reads it."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -8,19 +8,15 @@ from prometheus_client.core import GaugeMetricFamily
 from offload.records import TokenRecord
 from offload.tiers import TIERS
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from cli.serve.service import Service
-
+Gauges = Callable[[], Iterable[tuple[str, str, float]]]
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Counters of one server, and gauges of ``service`` as it is when it is asked."""
+    """Counters of one server, and ``gauges`` (name, meaning, value) as they are when it is asked."""
 
-    def __init__(self, service: "Service") -> None:
-        self._service = service
+    def __init__(self, gauges: Gauges) -> None:
+        self._gauges = gauges
         self.registry = CollectorRegistry()
         self._requests = self._counter("answers_started", "Answers begun or queued")
         self._finished = self._counter("answers_finished", "Answers by why they ended", "reason")
@@ -32,7 +28,7 @@ class Metrics:
         self._bytes = self._counter("read_bytes", "Bytes that steps read, by tier", "tier")
         self._first = self._histogram("time_to_first_token_seconds", "From a request's start to its first token")
         self._step = self._histogram("step_seconds", "Time of one decode step")
-        self.registry.register(self)  # type: ignore[arg-type]
+        self.registry.register(self)
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f"coldstream_{name}", about, labels, registry=self.registry)
@@ -40,19 +36,25 @@ class Metrics:
     def _histogram(self, name: str, about: str) -> Histogram:
         return Histogram(f"coldstream_{name}", about, registry=self.registry, buckets=_SECONDS)
 
-    def collect(self) -> "Iterator[GaugeMetricFamily]":
+    def collect(self) -> Iterator[GaugeMetricFamily]:
         """The gauges."""
-        active, parallel = len(self._service.slots), self._service.limits.parallel
-        for name, about, value in (
-            ("sequences_running", "Answers that are generated now", min(active, parallel)),
-            ("sequences_waiting", "Answers that wait for their turn", max(0, active - parallel)),
-            ("context_tokens", "Tokens that prompt and answer may have together", self._service.context),
-        ):
+        for name, about, value in self._gauges():
             yield GaugeMetricFamily(f"coldstream_{name}", about, value=value)
 
     def text(self) -> bytes:
         """The exposition."""
         return generate_latest(self.registry)
+
+    def totals(self) -> dict[str, int]:
+        """Answers and tokens so far."""
+        values = {sample.name: sample.value for metric in self.registry.collect() for sample in metric.samples}
+        names = {
+            "answers": "answers_started",
+            "prompt_tokens": "prompt_tokens",
+            "cached_tokens": "cached_prompt_tokens",
+        }
+        names["generated_tokens"] = "generated_tokens"
+        return {name: int(values[f"coldstream_{counter}_total"]) for name, counter in names.items()}
 
     def started(self, answers: int) -> None:
         """``answers`` were queued."""

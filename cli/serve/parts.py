@@ -67,9 +67,7 @@ class Splitter:
                 yield text[:at], False
             yield marker, True
             text = text[at + len(marker) :]
-        starts = (
-            size for marker in self._markers for size in range(1, len(marker)) if text.endswith(marker[:size])
-        )
+        starts = (size for marker in self._markers for size in range(1, len(marker)) if text.endswith(marker[:size]))
         end = len(text) - max(starts, default=0)
         self._held = text[end:]
         if end:

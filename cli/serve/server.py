@@ -23,8 +23,12 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
     except (OSError, UnicodeError) as error:
         said = getattr(error, "strerror", None) or str(error)
         raise MachineError(f"cannot serve at {host}:{port}: {said}; give another --host or --port") from None

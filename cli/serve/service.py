@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.serve.errors import ServeError, as_serve_error
 from cli.serve.metrics import Metrics
-from cli.serve.parts import Part, Parser
+from cli.serve.parts import Parser, Part
 from offload.records import Sampling, TokenRecord
 
 if TYPE_CHECKING:  # they import torch
@@ -172,16 +172,25 @@ class Answers:
 class Service:
     """What the dialects share: the model, its name, its defaults, and how much clients may ask for."""
 
-    def __init__(self, session: "Session", name: str, defaults: Mapping[str, Any], limits: Limits) -> None:
-        self.session, self.name, self.defaults, self.limits = session, name, dict(defaults), limits
+    def __init__(self, session: "Session", name: str, defaults: Sampling, limits: Limits) -> None:
+        self.session, self.name, self.defaults, self.limits = session, name, defaults, limits
         self.slots: dict[int, Slot] = {}
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self.gauges)
         self.started = int(time.time())
 
     @property
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self.session.context
+
+    def gauges(self) -> list[tuple[str, str, float]]:
+        """What is so now, for Metrics."""
+        active, parallel = len(self.slots), self.limits.parallel
+        return [
+            ("sequences_running", "Answers that are generated now", min(active, parallel)),
+            ("sequences_waiting", "Answers that wait for their turn", max(0, active - parallel)),
+            ("context_tokens", "Tokens that prompt and answer may have together", self.context),
+        ]
 
     def sampling(self, asked: Mapping[str, Any]) -> Sampling:
         """The settings of a request: what it asks, over the server's defaults. None asks for nothing, 0 and -1 switch
@@ -192,7 +201,7 @@ class Service:
         bias = given.get("logit_bias", {})
         if any(token >= self.session.shape.vocab_size for token in bias):
             raise ServeError(400, f"logit_bias names a token beyond {self.session.shape.vocab_size - 1:,}")
-        return Sampling(**{"max_tokens": self.context, **self.defaults, **given})
+        return replace(self.defaults, **given)
 
     async def start(self, request: Request) -> Answers:
         """Queue ``request``. Raises ServeError: 429 where too many wait, 400 for what cannot be answered."""

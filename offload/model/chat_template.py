@@ -30,7 +30,14 @@ def render_chat(
     Raises CheckpointError if the template refuses them, is broken, or takes more than 5 s, 512 MiB or some
     sixteen times the characters of the conversation.
     """
-    values = {**(switches or {}), **special_tokens, "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
+    values = {
+        **(switches or {}),
+        **special_tokens,
+        "messages": messages,
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": True,
+    }
     size = len(json.dumps(values))
     asked = {
         "template": template,

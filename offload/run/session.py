@@ -1,7 +1,7 @@
 """Session: a loaded model with its plan, caches and counts, ready to generate. What the commands talk to."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,9 +210,14 @@ class Session:
         """Token ids of ``text``, as the tokenizer itself begins and ends one. Raises InputError for no text."""
         return encode(self.tokenizer, text)
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        switches: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant answers: see ``tokenizer.encode_chat``."""
-        return encode_chat(self.tokenizer, messages)
+        return encode_chat(self.tokenizer, messages, tools, switches)
 
     def submit(self, prompt: str | Sequence[int], sampling: Sampling | None = None, **asked: Any) -> Stream:
         """Queue ``prompt``, a text or its token ids, and return at once: the stream gives a record for each token

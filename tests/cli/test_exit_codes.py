@@ -23,6 +23,7 @@ VALID: dict[str, list[str]] = {
     "plan": ["MODEL"],
     "generate": ["MODEL", "Hi", "-n", "2"],
     "chat": ["MODEL"],
+    "serve": ["MODEL", "--port", "1", "--host", "203.0.113.1", "--unprotected"],  # an address that is not here
     "eval": ["MODEL", "--reference", "SRC", "--text", "TEXT"],
     "bench": ["MODEL"],
     "synth": ["mini-scout", "DST"],
@@ -37,6 +38,7 @@ ARGUMENTS = {  # positions in VALID of what must be there
     "plan": [0],
     "generate": [0],
     "chat": [0],
+    "serve": [0],
     "eval": [0, 2],
     "bench": [0],
     "synth": [0],
@@ -49,6 +51,7 @@ NAMES = {"recipe", "policy", "gpu", "fit", "experts", "shared_expert", "dense_ml
 FILES = {"text", "calibrate", "imatrix", "routing", "merge", "reference", "model", "trace"}
 WRITTEN = {"report", "out", "save_imatrix"}
 FREE = {"prompt", "system", "stop", "cache", "keep", "source", "destination", "shape", "directory", "trace"}
+FREE |= {"host", "api_key", "allow_host", "allow_origin", "name"}
 BESIDE = {("quantize", "save_imatrix"): ["--imatrix", "TEXT"], ("quantize", "routing"): ["--target-bits", "6"]}
 
 
