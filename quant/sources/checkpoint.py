@@ -26,7 +26,10 @@ from quant.sources.weight import SourceWeight
 
 # Of activations and of a quantized KV cache: no part of any weight.
 _OF_ACTIVATIONS = re.compile(r"\.(input|output|activation|k|v|q|prob_output)_(global_)?(scale|zero_point)(_ub)?$")
-_PARTS = re.compile(r"(\.weight_(scale|scale_inv|zero_point|g_idx|packed|shape)|_scale_inv|_blocks|_scales)$")
+_PARTS = re.compile(
+    r"(\.weight_(scale|scale_inv|zero_point|g_idx|packed|shape|format)|\.weight\..+|_scale_inv|_blocks|_scales"
+    r"|\.(qweight|qzeros|scales|g_idx|SCB))$"
+)
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 

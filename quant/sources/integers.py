@@ -20,7 +20,7 @@ from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.weight_files import TensorEntry
 from quant.errors import CheckpointError
 from quant.pack import unpack
-from quant.sources.weight import Integers, SourceWeight, beside, expect
+from quant.sources.weight import Integers, SourceWeight, beside, checked_order, expect, scaled
 
 _SCALE_DTYPES = ("BF16", "F16", "F32")
 _BITS = (4, 8)
@@ -49,15 +49,9 @@ class IntegerWeight(SourceWeight):
     def rows(self, start: int, stop: int) -> Tensor:
         """See ``SourceWeight``."""
         made = self.integers(start, stop)
-        values, scale = made.values.float(), made.scale.float()
         zero = None if self.zero is None else self._zeros(start, stop)
-        if self.order is not None:
-            order = self._order(scale.shape[1])
-            shifted = values if zero is None else values.sub_(zero[:, order])
-            return shifted.mul_(scale[:, order])
-        groups = values.view(len(values), scale.shape[1], -1)
-        shifted = groups if zero is None else groups.sub_(zero[..., None])
-        return shifted.mul_(scale[..., None]).view_as(values)
+        order = None if self.order is None else checked_order(self.raw, self.order, made.scale.shape[1])
+        return scaled(made.values, made.scale, zero, order)
 
     def _values(self, start: int, stop: int) -> Tensor:
         stored = self.stored_rows(self.values, start, stop)
@@ -72,19 +66,9 @@ class IntegerWeight(SourceWeight):
     def _zeros(self, start: int, stop: int) -> Tensor:
         assert self.zero is not None
         if self.zero.dtype == "I8":
-            return self._by_row(self.zero, start, stop).float()
+            return self._by_row(self.zero, start, stop)
         packed = self.raw.read(self.zero.key)  # [N·b/32, G]: a column's words follow one another
-        return unpack(packed.t().contiguous(), self.width).t()[start:stop].float()
-
-    def _order(self, groups: int) -> Tensor:
-        assert self.order is not None
-        order = self.raw.read(self.order.key).long()
-        if int(order.min()) < 0 or int(order.max()) >= groups:
-            raise CheckpointError(
-                f"{self.order.file}: tensor {self.order.key} names groups {int(order.min())} to {int(order.max())}: "
-                f"expected 0 to {groups - 1}"
-            )
-        return order
+        return unpack(packed.t().contiguous(), self.width).t()[start:stop]
 
 
 def integer_weights(raw: Checkpoint, is_symmetric: IsSymmetric) -> Iterator[IntegerWeight]:

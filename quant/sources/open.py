@@ -7,10 +7,13 @@ from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.headers import read_headers
 from quant.checkpoint.inventory import check_tensors
 from quant.model.config import quantization_of
+from quant.sources.bitsandbytes import bitsandbytes_weights
 from quant.sources.checkpoint import SourceCheckpoint
 from quant.sources.float8 import float8_weights
+from quant.sources.gptq import transposed_weights
 from quant.sources.integers import integer_weights
-from quant.sources.settings import CompressedTensors, FineGrainedFloat8, Settings, read_settings
+from quant.sources.mxfp4 import mxfp4_weights
+from quant.sources.settings import Awq, CompressedTensors, FineGrainedFloat8, Gptq, Settings, read_settings
 from quant.sources.weight import SourceWeight
 
 _SCALES = ("_scale",)
@@ -40,5 +43,11 @@ def _weights(raw: Checkpoint, method: str, settings: Settings) -> Iterator[Sourc
     elif isinstance(settings, FineGrainedFloat8):
         size = settings.weight_block_size
         yield from float8_weights(raw, _INVERSE, [(size[0], size[1])] if size else [])
+    elif isinstance(settings, Gptq | Awq):
+        yield from transposed_weights(raw, settings)
     elif method == "fbgemm_fp8":
         yield from float8_weights(raw, _SCALES)
+    elif method == "mxfp4":
+        yield from mxfp4_weights(raw)
+    else:
+        yield from bitsandbytes_weights(raw)

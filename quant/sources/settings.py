@@ -107,22 +107,19 @@ class Awq(_Record):
     version: str = "gemm"
 
 
-class BitsAndBytes(_Record):
-    """bitsandbytes' 4 or 8 bits."""
-
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-
-
 class Plain(_Record):
     """A method of which the tensors say everything."""
 
 
-Settings = CompressedTensors | FineGrainedFloat8 | Gptq | Awq | BitsAndBytes | Plain
+Settings = CompressedTensors | FineGrainedFloat8 | Gptq | Awq | Plain
 _METHODS: Mapping[str, type[Settings]] = {
     "compressed-tensors": CompressedTensors,
     "fp8": FineGrainedFloat8,
     "fbgemm_fp8": Plain,
+    "mxfp4": Plain,
+    "gptq": Gptq,
+    "awq": Awq,
+    "bitsandbytes": Plain,
 }
 
 

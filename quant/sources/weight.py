@@ -98,3 +98,26 @@ def beside(raw: Checkpoint, owner: TensorEntry, key: str, what: str) -> TensorEn
     if found is None:
         raise CheckpointError(f"{owner.file}: tensor {owner.key} has no {what}: expected {key} beside it")
     return found
+
+
+def scaled(values: Tensor, scale: Tensor, zero: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+    """(values - zero) · scale as f32 ``[R, K]``: ``values`` int8 ``[R, K]``, ``scale`` and ``zero`` ``[R, G]``,
+    ``order`` the group of each column where they do not follow one another."""
+    dense, factors = values.float(), scale.float()
+    if order is not None:
+        shifted = dense if zero is None else dense.sub_(zero.float()[:, order])
+        return shifted.mul_(factors[:, order])
+    groups = dense.view(len(dense), scale.shape[1], -1)
+    shifted = groups if zero is None else groups.sub_(zero.float()[..., None])
+    return shifted.mul_(factors[..., None]).view_as(dense)
+
+
+def checked_order(raw: Checkpoint, entry: TensorEntry, groups: int) -> Tensor:
+    """The group of each column, from ``entry``. Raises CheckpointError if there are not that many groups."""
+    order = raw.read(entry.key).long()
+    if int(order.min()) < 0 or int(order.max()) >= groups:
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.key} names groups {int(order.min())} to {int(order.max())}: expected 0 to "
+            f"{groups - 1}"
+        )
+    return order
