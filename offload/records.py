@@ -60,7 +60,7 @@ class RunOptions:
     decodes on a GPU without a wait for the host in every layer; two things beside it are unproven,
     no run on a card has shown their worth: up to ``prefetch_bytes`` of a coming miss are read into the CPU's
     caches (None: half of their size, 0: none), and with ``regain`` VRAM that was given up for another program
-    is taken again once that has left it.
+    is taken again once that has left it. ``images`` keeps room to look at pictures, if the model can.
     """
 
     vram: Converted[int | str | None, int | None] = Converted(_bytes, None)
@@ -77,6 +77,7 @@ class RunOptions:
     graph: bool = True
     prefetch_bytes: Converted[int | str | None, int | None] = Converted(_bytes, None)
     regain: bool = False
+    images: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (("kv", self.kv, (None, *_KV)), ("device", self.device, _DEVICES)):

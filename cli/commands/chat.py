@@ -1,5 +1,6 @@
 """``coldstream chat``: a conversation on the terminal, its KV cache kept from turn to turn."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -17,6 +18,8 @@ System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", callback=typed_text, help="What the model is told first.")
 ]
 
+NoImages = Annotated[bool, typer.Option("--no-images", help="Keep no memory free to look at images with (/image).")]
+
 
 @takes_console
 @takes_run_options
@@ -27,6 +30,7 @@ def chat(
     run: RunOptions,
     console: Console,
     system: System = None,
+    no_images: NoImages = False,
     report: Report = None,
 ) -> None:
     """Talk with MODEL. Answers go to stdout as they come; /help lists the commands.
@@ -48,7 +52,7 @@ def chat(
         from offload.run.collect import account
         from offload.run.report import Message
 
-    with open_session(path, run, console) as session:
+    with open_session(path, replace(run, images=not no_images), console) as session:
         interrupt.keep_session()
         settings, told = sampling.of(path, max_tokens=session.context)
         console.step(told)
@@ -68,7 +72,7 @@ def chat(
                 conversation.runs,
                 command="chat",
                 command_line=command_line(),
-                messages=[Message(**message) for message in conversation.messages],
+                messages=[Message(message["role"], message["content"]) for message in conversation.messages],
                 warmup=1,
             )
             extra = {"messages": conversation.messages, "finish_reason": conversation.finish_reason}

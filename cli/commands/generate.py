@@ -20,6 +20,10 @@ MAX_TOKENS = 256
 Prompt = Annotated[
     str, typer.Argument(metavar="PROMPT", callback=typed_text, help="The text to continue; - reads it from stdin.")
 ]
+Image = Annotated[
+    list[Path] | None,
+    typer.Option("--image", metavar="FILE", help="An image, where PROMPT says <|image|> or before it; again for more."),
+]
 Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")]
 
@@ -33,6 +37,7 @@ def generate(
     sampling: AskedSampling,
     run: RunOptions,
     console: Console,
+    image: Image = None,
     chat: Chat = False,
     ignore_eos: IgnoreEos = False,
     report: Report = None,
@@ -42,6 +47,7 @@ def generate(
     Ctrl-C ends the text: the report is made of what there is, and the exit code is 130.
     """
     from cli.steps.finish import check_page, command_line, finish
+    from cli.steps.messages import with_parts
     from cli.steps.open_model import find_model, open_session
     from cli.steps.texts import read_text
     from quant.output_file import check_stdout
@@ -55,8 +61,10 @@ def generate(
         from offload.run.report import Message
 
     text = read_text(Path("-")) if prompt == "-" else prompt
-    with open_session(path, run, console) as session:
-        ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
+    pictures = [str(file) for file in image or ()]
+    with open_session(path, replace(run, images=bool(pictures)), console) as session:
+        question = {"role": "user", "content": text, "images": pictures}
+        ids = session.encode_chat(with_parts([question])) if chat else session.encode(text, pictures)
         console.step(told)
         records: list[TokenRecord] = []
         with interrupt.Stop() as stop, suppress(KeyboardInterrupt):

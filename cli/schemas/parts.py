@@ -3,7 +3,7 @@
 Units: bytes; GB/s of 10^9 bytes; seconds, or milliseconds where a name says ms; shares from 0 to 1.
 """
 
-from cli.schemas.types import Schema, by, count, flag, many, maybe, number, one_of, record, text, typed
+from cli.schemas.types import Schema, by, count, flag, many, maybe, number, one_of, record, text, typed, without
 
 TIERS = "tier (vram, ram, disk)"
 NOTES = many(text(), "what has to be said about it, a sentence each")
@@ -97,7 +97,15 @@ REPLAY = record(
     ms_per_token=number(),
     limited_by=LIMIT,
 )
-MESSAGE = record("a turn", role=one_of("who speaks", "system", "user", "assistant"), content=text())
+MESSAGE = without(
+    record(
+        "a turn",
+        role=one_of("who speaks", "system", "user", "assistant"),
+        content=text(),
+        images=many(text("a path"), "images that come before the text"),
+    ),
+    "images",
+)
 REQUESTS = {
     "hits": count("requests that found the expert in VRAM or RAM"),
     "misses": count("requests that had to read the disk"),

@@ -8,13 +8,14 @@ import re
 from bisect import bisect_left
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cli.steps.messages import Messages
+from cli.steps.messages import Messages, with_parts
 from cli.steps.texts import read_text
 from cli.terminal.console import Console
 from offload.documents import SCHEMA_VERSION, to_json
 from offload.records import Sampling, TokenRecord
+from offload.vision.image_file import open_image
 from quant.errors import BudgetError, ColdstreamError, UsageError
 from quant.output_file import save_output
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /file PATH [TEXT]  say what is in the file, and TEXT after it
+/image PATH [TEXT] show it an image, and say TEXT about it; without TEXT, the next message is about it
 /reset             forget the conversation
 /system TEXT       tell the model TEXT first, and begin anew; without TEXT, tell it nothing
 /stats             the run so far: speed, memory, expert hits
@@ -50,7 +52,9 @@ class Conversation:
     def begin(self, system: str | None) -> None:
         """Start anew; ``system`` is what the model is told first."""
         self.system = system
-        self.messages = self._first = [{"role": "system", "content": system}] if system else []
+        self._first: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        self.messages = self._first
+        self._shown: list[str] = []  # paths of images for the next message
         self._dropped = 0  # turns that the model no longer sees
         self.session.reset()
 
@@ -79,7 +83,9 @@ class Conversation:
 
         Raises BudgetError if the text does not fit the context, CheckpointError if the chat template refuses it.
         """
-        question = {"role": "user", "content": text}
+        question: dict[str, Any] = {"role": "user", "content": text}
+        if self._shown:
+            question["images"] = self._shown
         ids = self._fitted(question)
         if ids is None:
             return
@@ -93,6 +99,7 @@ class Conversation:
             stopped = True
         self.console.write("\n")
         if records:
+            self._shown = []
             self.runs.append(records)
             reply = "".join(record.text for record in records)
             self.messages = [*self.messages, question, {"role": "assistant", "content": reply}]
@@ -108,23 +115,23 @@ class Conversation:
         if records and not self.console.quiet:
             self.console.say(f"({_speed(records)})")
 
-    def _turns(self) -> list[list[dict[str, str]]]:
+    def _turns(self) -> list[list[dict[str, Any]]]:
         """The messages after the first, cut before each of the user's."""
-        turns: list[list[dict[str, str]]] = []
+        turns: list[list[dict[str, Any]]] = []
         for message in self.messages[len(self._first) :]:
             if message["role"] == "user" or not turns:
                 turns.append([])
             turns[-1].append(message)
         return turns
 
-    def _fitted(self, question: dict[str, str]) -> list[int] | None:
+    def _fitted(self, question: dict[str, Any]) -> list[int] | None:
         """Token ids of what the model is told: without the oldest turns if it would not fit. None if the user
         would rather not."""
         turns, context = self._turns(), self.session.context
 
         def tell(dropped: int) -> list[int]:
             seen = [message for turn in turns[dropped:] for message in turn]
-            return self.session.encode_chat([*self._first, *seen, question])
+            return self.session.encode_chat(with_parts([*self._first, *seen, question]))
 
         ids = tell(self._dropped)
         if context - len(ids) >= min(context // 8, 256) or self._dropped == len(turns):
@@ -166,6 +173,16 @@ class Conversation:
                 self.answer(self._file(rest))
             case "/file":
                 raise UsageError("/file needs a path: /file PATH, and what you want to say about it")
+            case "/image" if rest:
+                path, text = _path_and_text(rest)
+                open_image(path)  # said now, not with the next message
+                self._shown = [*self._shown, str(path)]
+                if text:
+                    self.answer(text)
+                else:
+                    self.console.say(f"({path} is shown with the next message)")
+            case "/image":
+                raise UsageError("/image needs a path: /image PATH, and what you want to say about it")
             case "/reset":
                 self.begin(self.system)
                 self.console.say("(the conversation is forgotten)")
@@ -184,12 +201,7 @@ class Conversation:
 
     def _file(self, rest: str) -> str:
         """The text of the file that ``rest`` begins with, which may be quoted, and what follows it there."""
-        path, text = Path(rest).expanduser(), ""
-        found = _FILE.fullmatch(rest)
-        with suppress(OSError):  # a name that is too long
-            if found is not None and not path.exists():
-                path = Path(found["double"] or found["single"] or found["bare"]).expanduser()
-                text = found["text"]
+        path, text = _path_and_text(rest)
         content = read_text(path)
         self.console.say(f"({path}: {len(content):,} characters)")
         return f"{content.rstrip()}\n\n{text}" if text else content
@@ -207,6 +219,17 @@ class Conversation:
         self.console.say(f"  {'context':<10}{cached:,} of {context:,} tokens")
 
 
+def _path_and_text(rest: str) -> tuple[Path, str]:
+    """The path that ``rest`` begins with, which may be quoted, and what follows it."""
+    path, text = Path(rest).expanduser(), ""
+    found = _FILE.fullmatch(rest)
+    with suppress(OSError):  # a name that is too long
+        if found is not None and not path.exists():
+            path = Path(found["double"] or found["single"] or found["bare"]).expanduser()
+            text = found["text"]
+    return path, text
+
+
 def _speed(records: list[TokenRecord]) -> str:
     """``84 tokens, 12.3 tokens/s, 96 % expert hits``: of what came after the prompt."""
     from cli.terminal.words import number, percent
@@ -222,7 +245,7 @@ def _speed(records: list[TokenRecord]) -> str:
     return ", ".join(said)
 
 
-def save(messages: list[dict[str, str]], path: Path) -> None:
+def save(messages: list[dict[str, Any]], path: Path) -> None:
     """Write the conversation as JSON, over an earlier one if need be. Raises OutputError."""
     document = {"schema_version": SCHEMA_VERSION, "command": "chat", "messages": messages}
     save_output(path, f"{to_json(document)}\n".encode(), _MARK)

@@ -6,11 +6,11 @@ outlives the chat. Everywhere, what stands between two lines of three quotes is 
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cli.steps.texts import decoded
 from cli.terminal.visible import visible
@@ -79,6 +79,17 @@ class Messages:
         if len(data) == _MOST_BYTES:
             raise InputError(f"a line of stdin has {_MOST_BYTES >> 20} MiB and more: expected a message on each")
         return decoded(data, "a message").rstrip("\n") if data else None
+
+
+def with_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """``messages`` as a session takes them: of one with ``images``, paths, these are parts before its text."""
+    return [{"role": message["role"], "content": _content(message)} for message in messages]
+
+
+def _content(message: Mapping[str, Any]) -> str | list[dict[str, str]]:
+    text: str = message["content"]
+    shown = [{"type": "image", "image": path} for path in message.get("images", ())]
+    return [*shown, {"type": "text", "text": text}] if shown else text
 
 
 def _can_edit() -> bool:

@@ -56,7 +56,7 @@ class NativeDecoder(Decoder):
         super().__init__()
         self.model, self.shape, self.experts, self.routing = model, shape, experts, routing
         self.name, self.exact, self._guess_tokens = compute.name, compute.exact, guess_tokens
-        self.embedding, self.norm, self.lm_head = model.model.embed_tokens, model.model.norm, model.lm_head
+        self.norm, self.lm_head = model.model.norm, model.lm_head
         self.angles = RotaryAngles(model.model.rotary_emb)
         self.weights_moved()
 
@@ -97,7 +97,7 @@ class NativeDecoder(Decoder):
         self._moe_layers = list(self.moes)
         self._attached: KVCache | None = None
         experts.watch(BlockTable(self.moes))
-        rows = self.embedding.weight.data
+        rows = self.model.get_input_embeddings().weight.data
         readable = rows.dtype in (torch.bfloat16, torch.float32) and self.stack.token_logits is not None
         if self.lookahead is not None and readable and self._guess_tokens:
             self.stack.guess_tokens(rows, -(-len(parts) // _LAST))
@@ -105,7 +105,7 @@ class NativeDecoder(Decoder):
     def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
         """See Decoder."""
         position = cache.get_seq_length()
-        x: Tensor = self.embedding(torch.tensor(ids))
+        x: Tensor = self.model.get_input_embeddings()(torch.tensor(ids))  # images may have changed it
         if len(ids) == 1:
             x = self._step(x, position, cache)
             if self.stack.token_logits is not None:

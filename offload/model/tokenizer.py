@@ -62,9 +62,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
     A beginning of text that is spelled out is not put there twice. Raises InputError for what is no text.
     """
-    with tokenizers_errors("the text cannot be read"):
-        ids: list[int] = tokenizer(_checked(text), verbose=False).input_ids
-    bos = tokenizer.bos_token_id
+    ids, bos = encode_text(tokenizer, text), tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
@@ -80,11 +78,25 @@ def encode_chat(
     The template has all special tokens that there are. Raises UsageError if the model has no template,
     CheckpointError if it refuses the conversation or is broken, InputError for what is no text.
     """
+    return encode_text(tokenizer, chat_text(tokenizer, messages, tools, switches), False)
+
+
+def chat_text(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    switches: Mapping[str, Any] | None = None,
+) -> str:
+    """A conversation as the model's chat template puts it; see ``encode_chat``."""
     if not tokenizer.chat_template:
         raise UsageError("this model has no chat template: use `coldstream generate` instead of chat")
-    text = render_chat(tokenizer.get_chat_template(), messages, tokenizer.special_tokens_map, tools, switches)
-    with tokenizers_errors("the conversation cannot be read"):
-        ids: list[int] = tokenizer(_checked(text), add_special_tokens=False, verbose=False).input_ids
+    return render_chat(tokenizer.get_chat_template(), messages, tokenizer.special_tokens_map, tools, switches)
+
+
+def encode_text(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of ``text``. Raises InputError for what is no text, CheckpointError if the tokenizer fails at it."""
+    with tokenizers_errors("the text cannot be read"):
+        ids: list[int] = tokenizer(_checked(text), add_special_tokens=add_special_tokens, verbose=False).input_ids
     return ids
 
 

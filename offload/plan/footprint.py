@@ -21,6 +21,9 @@ PAGE = 4096
 # What allocators, threads and the reader keep.
 SLACK = 48 * MIB
 CALIBRATION_WINDOW = 512  # tokens of a text that are run as one
+IMAGE_TILES = 136  # of one prompt: eight pictures of sixteen tiles and the whole, or as many small ones
+ROW_TILES = 17  # of one picture
+TILES_AT_ONCE = 4
 MIN_EXPERT_TOKENS = 64  # that an expert must see on average
 
 
@@ -29,7 +32,7 @@ class Footprint:
     """What a model in ``schemes`` takes for ``context`` tokens of KV cache in ``kv_bits`` (8, 16 or 32).
 
     ``slot_bytes`` is what one expert takes in an arena: whole pages, as direct I/O wants them, and where
-    experts differ as many as the largest needs.
+    experts differ as many as the largest needs. With ``images`` there is room to look at pictures.
     """
 
     shape: ModelShape
@@ -37,6 +40,7 @@ class Footprint:
     context: int
     kv_bits: int
     slot_bytes: int = 0
+    images: bool = False
 
     def __post_init__(self) -> None:
         if not self.slot_bytes:
@@ -91,6 +95,26 @@ class Footprint:
         logits = 2 * shape.vocab_size * 4
         plain = (t.elements for t in shape.plain_tensors() if t.role != "embeddings")
         return states + attention + logits + (0 if on_gpu else 4 * sum(plain)) + SLACK
+
+    def image_workspace(self, *, on_gpu: bool) -> int:
+        """Bytes that looking at pictures takes at most, 0 for a run of text: pixels of ``IMAGE_TILES`` tiles in bf16
+        and the rows that two large pictures become; and while one is encoded, the activations of
+        ``TILES_AT_ONCE`` tiles and one of the tower's Linears, as stored and as computed with.
+        """
+        tower = self.shape.vision_tower
+        if not self.images or tower is None:
+            return 0
+        size, width = 2 if on_gpu else 4, tower.hidden_size
+        tokens = (tower.image_size // tower.patch_size) ** 2 + 1
+        pixels = tower.num_channels * tower.image_size**2
+        row = max(self.shape.hidden_size, tower.vision_output_dim)
+        states = (
+            tokens * (10 * width + 3 * tower.intermediate_size) + tokens**2 * tower.num_attention_heads + 2 * pixels
+        )
+        linears = (width * tower.intermediate_size, tower.intermediate_size * tower.projector_input_dim)
+        largest = max(*linears, tower.projector_output_dim**2, tower.vision_output_dim * self.shape.hidden_size)
+        kept = IMAGE_TILES * pixels * 2 + 2 * ROW_TILES * tokens * row * size // 4
+        return TILES_AT_ONCE * states * size + largest * (2 + size) + kept + SLACK // 4
 
     def load(self, *, filled: int, vram_hits: float, hits: float, resident: float) -> Workload:
         """What a token reads with ``filled`` tokens in the KV cache; see Workload for the shares."""

@@ -114,6 +114,7 @@ class Fitter:
             rows.append(PlanRow(role, tier, nbytes))
         rows.append(PlanRow("kv_cache", self.home, footprint.kv_cache))
         rows.append(PlanRow("scratch", self.home, footprint.scratch(chunk, on_gpu=self.on_gpu)))
+        rows.append(PlanRow("images", self.home, footprint.image_workspace(on_gpu=self.on_gpu)))
         rows.append(PlanRow("framework", "ram", FRAMEWORK_RAM))
         if self.on_gpu:
             rows.append(PlanRow("framework", "vram", FRAMEWORK_VRAM))

@@ -136,6 +136,7 @@ def planned_run(
         prompt_chunk=options.prompt_chunk,
         slot_bytes=slot_bytes,
         filled=prompt or 512,
+        images=options.images and shape.is_multimodal,
         cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
     )
     if options.device == "cpu" and options.vram:

@@ -1,11 +1,15 @@
 """Where a run computes, and with which kernels."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from offload.hardware.ledger import forget_peak
+from offload.hardware.probe import Machine, probe
 from offload.records import RunOptions
-from quant.errors import MachineError
+from quant.errors import BudgetError, MachineError
 from quant.kernels import native
 from quant.linear import Compute
 
@@ -46,3 +50,22 @@ def _leave_a_core() -> None:
     threads = native.threads()
     if threads > 2 and threads >= len(os.sched_getaffinity(0)):
         native.set_threads(threads - 1)
+
+
+def measured_machine(directory: Path, options: RunOptions, device: torch.device, say: Callable[[str], None]) -> Machine:
+    """This machine, by its figures that are kept or measured now, ``directory`` telling which disk.
+
+    Measuring takes memory that the run does not: peaks count from here. Raises BudgetError if the GPU has too little.
+    """
+    try:
+        machine = probe(directory, say=say)
+    except torch.OutOfMemoryError:
+        raise BudgetError(
+            "the GPU's memory, or the budget of it, is too little to measure the GPU with: run `coldstream probe` "
+            "first, which keeps what it finds"
+        ) from None
+    forget_peak()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return machine

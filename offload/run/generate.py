@@ -38,8 +38,9 @@ class Generator:
     """Runs one sequence through a model by ``decoder``. ``dense_bytes`` is what every forward pass reads besides
     experts from ``home``, where dense weights and KV cache are.
 
-    ``after_first`` is called once, when the first token has been given out and another is asked for: it does
-    what would only delay that token. ``runs`` are the records of the latest calls.
+    ``known_ids`` tells below which number token ids are known: images add to them. ``after_first`` is called
+    once, when the first token has been given out and another is asked for: it does what would only delay that
+    token. ``runs`` are the records of the latest calls.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Generator:
         dense_bytes: int,
         prompt_chunk: int,
         vocab_size: int,
+        known_ids: Callable[[], int],
         eos: frozenset[int],
         home: Tier,
         vram: VramMeter | None = None,
@@ -59,7 +61,7 @@ class Generator:
     ) -> None:
         self.decoder, self.tokenizer, self.cache, self.experts = decoder, tokenizer, cache, experts
         self.dense_bytes, self.prompt_chunk, self.eos, self.home = dense_bytes, prompt_chunk, eos, home
-        self._vocab_size, self._vram = vocab_size, vram
+        self._known_ids, self._vram = known_ids, vram
         self.grammars = Grammars(tokenizer, vocab_size, eos)
         self._after_first, self._begun = after_first, False
         self.tokens: list[int] = []  # what the cache holds
@@ -80,7 +82,7 @@ class Generator:
         """
         if not prompt:
             raise UsageError("the prompt is empty: expected at least one token")
-        check_ids(prompt, self._vocab_size)
+        check_ids(prompt, self._known_ids())
         room = self.cache.context - len(prompt)
         if room < 1:
             raise BudgetError(
@@ -143,7 +145,7 @@ class Generator:
 
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
         """Run ``prompt`` through the model without choosing a token; the record's ``token_id`` is -1."""
-        check_ids(prompt, self._vocab_size)
+        check_ids(prompt, self._known_ids())
         self._take_turn()
         self.finish_load()
         started = time.perf_counter()

@@ -72,9 +72,8 @@ class Sampler:
         """
         own = scores = logits.detach().float().cpu()[None]
         if self.processors:
-            scores = self.processors(
-                cast(torch.LongTensor, torch.tensor([list(context)])), cast(torch.FloatTensor, scores)
-            )
+            seen = [token for token in context if token < scores.shape[1]]  # a row of an image is no token of a text
+            scores = self.processors(cast(torch.LongTensor, torch.tensor([seen])), cast(torch.FloatTensor, scores))
         best = int(scores[0].argmax())  # NaN counts as the greatest
         if not math.isfinite(scores[0, best]):
             raise CheckpointError("the model's logits are not numbers (NaN or infinite): its weights are broken")

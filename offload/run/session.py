@@ -18,8 +18,7 @@ from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore
 from offload.experts.storage.transfer import CudaTransfer, Transfer
 from offload.hardware.cuda_driver import gpu_errors
-from offload.hardware.ledger import MemoryLedger, forget_peak, resident_bytes
-from offload.hardware.probe import Machine, probe
+from offload.hardware.ledger import MemoryLedger, resident_bytes
 from offload.hardware.vram_limit import Allowance, VramMeter
 from offload.model.kv_cache import KVCache, Storage
 from offload.model.load import check_rope, load_model, move_to_arena, text_config
@@ -31,16 +30,18 @@ from offload.routing.eviction import make_policy
 from offload.routing.frequency import ExpertFrequency
 from offload.routing.stats import RoutingStats
 from offload.run.collect import account
-from offload.run.device import choose_compute, choose_device
+from offload.run.device import choose_compute, choose_device, measured_machine
 from offload.run.engine import Engine
 from offload.run.generate import Generator
 from offload.run.report import RunReport
 from offload.run.stream import Stream
 from offload.tiers import Key, Tier
+from offload.vision.image_file import ImageSource
+from offload.vision.images import Images, Message, has_images
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.identity import model_id
 from quant.checkpoint.inventory import schemes_of_tensors
-from quant.errors import BudgetError
+from quant.errors import BudgetError, UsageError
 from quant.model.config import language_config
 from quant.model.generation_config import read_generation_config, token_ids
 from quant.model.hub import resolve_model
@@ -100,6 +101,8 @@ class Session:
         self.kernel = self.decoder.name
         self.notes = [*self.reader.notes, *(self.vram.allowance.notes if self.vram is not None else ()), *notes]
         self.tokenizer = load_tokenizer(self.checkpoint.path)
+        self._dtype = dtype
+        self._images: Images | None = None
         self.checkpoint.check_unchanged(*text_files(self.checkpoint.path))
         self.generator = Generator(
             self.decoder,
@@ -109,6 +112,7 @@ class Session:
             dense_bytes=self._enter_dense(),
             prompt_chunk=self.plan.prompt_chunk,
             vocab_size=self.shape.vocab_size,
+            known_ids=lambda: self.shape.vocab_size if self._images is None else self._images.tokens.end,
             eos=self._eos(),
             home="vram" if device.type == "cuda" else "ram",
             vram=self.vram,
@@ -142,7 +146,7 @@ class Session:
         device = choose_device(options)
         # Before anything else is on the GPU: then the driver's figures tell what CUDA itself takes.
         allowance = Allowance.claim(device, options.vram) if device.type == "cuda" else None
-        machine = _measured(store.checkpoint.path, options, device, say)
+        machine = measured_machine(store.checkpoint.path, options, device, say)
         planned = PlannedModel(store.shape, schemes_of_tensors(store.checkpoint), "as stored")
         options = replace(options, device="cpu" if allowance is None else "cuda")
         if allowance is not None:
@@ -206,18 +210,35 @@ class Session:
         """Tokens that the KV cache holds."""
         return self._engine.call(lambda: len(self.generator.tokens))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, as the tokenizer itself begins and ends one. Raises InputError for no text."""
-        return encode(self.tokenizer, text)
+    def encode(self, text: str, images: Sequence[ImageSource] = ()) -> list[int]:
+        """Token ids of ``text``, as the tokenizer itself begins and ends one, and of ``images`` (paths, bytes of files
+        or Pillow's), which stand where the text says ``<|image|>``, or before it.
+
+        Raises InputError for no text, and what is no image; UsageError where no images can be looked at.
+        """
+        return self._looking().encode(text, images) if images else encode(self.tokenizer, text)
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         switches: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, up to where the assistant answers: see ``tokenizer.encode_chat``."""
+        """Token ids of a conversation, up to where the assistant answers: see ``tokenizer.encode_chat``, and for
+        images in it ``Images.encode_chat``."""
+        if has_images(messages):
+            return self._looking().encode_chat(messages, tools, switches)
         return encode_chat(self.tokenizer, messages, tools, switches)
+
+    def _looking(self) -> Images:
+        """What looks at images, made when the first comes."""
+        if not self.shape.is_multimodal:
+            raise UsageError("images were given, and this model reads text only: it has no vision tower")
+        if not self.options.images:
+            raise UsageError("images were given, and this run kept no room for them: open the session with images=True")
+        if self._images is None:
+            self._images = Images(self.checkpoint, self.model, self.tokenizer, self.device, self._dtype)
+        return self._images
 
     def submit(self, prompt: str | Sequence[int], sampling: Sampling | None = None, **asked: Any) -> Stream:
         """Queue ``prompt``, a text or its token ids, and return at once: the stream gives a record for each token
@@ -242,9 +263,10 @@ class Session:
             stream.cancel()
 
     def chat(
-        self, messages: Sequence[dict[str, str]], sampling: Sampling | None = None, **asked: Any
+        self, messages: Sequence[Message], sampling: Sampling | None = None, **asked: Any
     ) -> Iterator[TokenRecord]:
-        """The assistant's answer to ``messages``, each with a ``role`` and a ``content``; see ``generate``.
+        """The assistant's answer to ``messages``, each with a ``role`` and a ``content``; see ``generate``, and
+        ``encode_chat`` for contents with images.
 
         Raises UsageError if the model has no chat template, too.
         """
@@ -294,22 +316,6 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _measured(directory: Path, options: RunOptions, device: torch.device, say: Say) -> Machine:
-    """This machine. Measuring takes memory that the run does not: peaks count from here."""
-    try:
-        machine = probe(directory, say=say)
-    except torch.OutOfMemoryError:
-        raise BudgetError(
-            "the GPU's memory, or the budget of it, is too little to measure the GPU with: run `coldstream probe` "
-            "first, which keeps what it finds"
-        ) from None
-    forget_peak()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    return machine
 
 
 def _expert_cache(store: ExpertStore, reader: Reader, run: PlannedRun, device: torch.device) -> ExpertCache:

@@ -58,6 +58,7 @@ class ModelShape:
     head_norms: tuple[int, int] = (0, 0)
     vision_weights: int = 0
     attention_bias: bool = False
+    vision_tower: VisionConfig | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -247,6 +248,7 @@ def _of_record(family: Family, model_type: str, text: TextConfig, vision: Vision
         head_norms=norms,
         vision_weights=_vision_weights(vision, hidden),
         attention_bias=text.attention_bias and not isinstance(text, MixtralText),
+        vision_tower=vision,
     )
 
 

@@ -259,6 +259,7 @@ class VisionConfig(_Record):
 
     hidden_size: _Width = 768
     num_hidden_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)] = 34
+    num_attention_heads: Annotated[int, Field(ge=1, le=2**10)] = 16
     num_channels: Annotated[int, Field(ge=1, le=64)] = 3
     intermediate_size: _Width = 5632
     vision_output_dim: _Width = 7680

@@ -1,0 +1,70 @@
+"""Images from the command line: ``generate --image`` and ``/image`` in a chat."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quant.convert.quantize import quantize
+from tests import images
+from tests.commands import invoke
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("seeing")
+    quantize(images.make_model(folder / "source"), folder / "int4", experts="int4-g32")
+    return folder / "int4"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    files = [tmp_path / "a picture.png", tmp_path / "other.jpg"]
+    for seed, file in enumerate(files):
+        images.picture(40 + 30 * seed, 30, seed=seed).save(file)
+    return files
+
+
+def test_generate_puts_images_before_the_prompt_or_where_it_says(seeing: Path, pictures: list[Path]) -> None:
+    words = [word for file in pictures for word in ("--image", file)]
+    before, placed = (
+        json.loads(invoke("generate", seeing, prompt, *words, "-n", "3", "--ignore-eos", "--json").stdout)
+        for prompt in ("what?", "<|image|><|image|>what?")
+    )
+    assert before["text"] == placed["text"] and before["prompt_tokens"] == placed["prompt_tokens"] > 40
+    alone = json.loads(invoke("generate", seeing, "what?", "-n", "3", "--ignore-eos", "--json").stdout)
+    assert alone["prompt_tokens"] < 10
+    chat = json.loads(invoke("generate", seeing, "what?", *words, "--chat", "-n", "3", "--json").stdout)
+    assert chat["prompt_tokens"] > before["prompt_tokens"]
+
+
+def test_a_chat_is_shown_images_and_saves_where_they_were(seeing: Path, pictures: list[Path], tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    talk = f"/image '{pictures[0]}' what is this?\n/image {pictures[1]}\nand this?\n"
+    talk += f"/save {saved}\n/image\n/image none.png\n"
+    done = invoke("chat", seeing, "-n", "3", stdin=talk)
+    asked = [m for m in json.loads(saved.read_text())["messages"] if m["role"] == "user"]
+    assert asked == [
+        {"role": "user", "content": "what is this?", "images": [str(pictures[0])]},
+        {"role": "user", "content": "and this?", "images": [str(pictures[1])]},
+    ]
+    assert "is shown with the next message" in done.stderr
+    assert "/image needs a path" in done.stderr and "none.png is missing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "prompt", "said"),
+    [(b"no image", "x", "is no image that can be read"), (None, "<|image|> <|image|>", "2 places for images")],
+)
+def test_what_cannot_be_shown_is_one_line(
+    content: bytes | None, prompt: str, said: str, seeing: Path, pictures: list[Path]
+) -> None:
+    if content is not None:
+        pictures[0].write_bytes(content)
+    done = invoke("generate", seeing, prompt, "--image", pictures[0], "-n", "1")
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_model_of_text_says_that_it_cannot_look(model: Path, pictures: list[Path]) -> None:
+    done = invoke("generate", model, "x", "--image", pictures[0], "-n", "1")
+    assert done.returncode != 0 and "reads text only" in done.stderr
