@@ -1,22 +1,25 @@
 """OpenAI's /v1/chat/completions."""
 
+import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from typing_extensions import TypedDict
 
 from cli.serve.body import Body, EventStream, event, read, unless_gone
-from cli.serve.conversation import Conversation, Format, prepare, text_of
+from cli.serve.conversation import Conversation, Format, Tool, prepare, text_of
 from cli.serve.errors import ServeError, error_document
+from cli.serve.parts import Part
 from cli.serve.service import Answers, Service, Step, Usage
 from offload.records import TokenRecord
 
 PATH = "/v1/chat/completions"
+Document = dict[str, Any]
 
 
 class StreamOptions(BaseModel):
@@ -39,6 +42,38 @@ class ResponseFormat(BaseModel):
 
     type: Format = "text"
     json_schema: JsonSchema | None = None
+
+
+class Function(BaseModel):
+    """A tool."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+    def tool(self) -> Tool:
+        """As a conversation has it."""
+        return Tool(self.name, self.description or "", self.parameters or {"type": "object", "properties": {}})
+
+
+class FunctionTool(BaseModel):
+    """One of ``tools``."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    """``tool_choice.function``."""
+
+    name: str
+
+
+class ToolChoice(BaseModel):
+    """``tool_choice``, where it names a tool."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class SamplingBody(Body):
@@ -78,111 +113,11 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=256)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-
-
-class TokenLogprob(TypedDict):
-    """A token and its logarithmic probability; ``bytes`` is null where it is no whole characters."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class ChosenLogprob(TokenLogprob):
-    """With the likeliest tokens in its place."""
-
-    top_logprobs: list[TokenLogprob]
-
-
-class Logprobs(TypedDict):
-    """Of an answer's text."""
-
-    content: list[ChosenLogprob]
-
-
-class Message(TypedDict):
-    """An answer."""
-
-    role: Literal["assistant"]
-    content: str | None
-    reasoning_content: NotRequired[str]
-
-
-class Delta(TypedDict):
-    """What is new of an answer."""
-
-    role: NotRequired[Literal["assistant"]]
-    content: NotRequired[str]
-    reasoning_content: NotRequired[str]
-
-
-FinishReason = Literal["stop", "length", "tool_calls"]
-
-
-class Choice(TypedDict):
-    """One of n answers."""
-
-    index: int
-    message: Message
-    logprobs: Logprobs | None
-    finish_reason: FinishReason
-
-
-class ChunkChoice(TypedDict):
-    """What is new of one of n answers."""
-
-    index: int
-    delta: Delta
-    logprobs: Logprobs | None
-    finish_reason: FinishReason | None
-
-
-class CachedTokens(TypedDict):
-    """Of the prompt."""
-
-    cached_tokens: int
-
-
-class ReasoningTokens(TypedDict):
-    """Of the answers."""
-
-    reasoning_tokens: int
-
-
-class UsageDocument(TypedDict):
-    """Tokens of a request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: CachedTokens
-    completion_tokens_details: ReasoningTokens
-
-
-class ChatCompletion(TypedDict):
-    """All answers."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: UsageDocument
-    timings: dict[str, float]
-
-
-class ChatCompletionChunk(TypedDict):
-    """An event of a stream; ``choices`` is empty in the one that carries the usage."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: NotRequired[UsageDocument | None]
-    timings: NotRequired[dict[str, float]]
 
 
 async def chat_completions(request: HttpRequest) -> Response:
@@ -193,13 +128,16 @@ async def chat_completions(request: HttpRequest) -> Response:
     if body.max_completion_tokens is not None:
         asked["max_tokens"] = body.max_completion_tokens
     wanted = body.response_format or ResponseFormat()
+    choice = body.tool_choice or "auto"
+    switches = {**({"reasoning_effort": body.reasoning_effort} if body.reasoning_effort else {})}
     conversation = Conversation(
         [_message(message, place) for place, message in enumerate(body.messages)],
+        [tool.function.tool() for tool in body.tools or ()],
+        choice if isinstance(choice, str) else choice.function.name,
+        body.parallel_tool_calls is not False,
         wanted.type,
         wanted.json_schema.schema_ if wanted.json_schema is not None else None,
-        {"reasoning_effort": body.reasoning_effort, **(body.chat_template_kwargs or {})}
-        if body.reasoning_effort
-        else body.chat_template_kwargs or {},
+        {**switches, **(body.chat_template_kwargs or {})},
     )
     prepared = await prepare(service, conversation, service.sampling(asked), body.n or 1)
     answers = await service.start(prepared)
@@ -214,71 +152,75 @@ async def chat_completions(request: HttpRequest) -> Response:
     return JSONResponse(whole, headers=body.ignored)
 
 
-async def _completion(service: Service, answers: Answers, head: dict[str, Any]) -> ChatCompletion:
-    choices: list[Choice] = [
-        {"index": place, "message": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": "stop"}
-        for place in range(answers.request.choices)
+async def _completion(service: Service, answers: Answers, head: Document) -> Document:
+    messages: list[Document] = [{"role": "assistant", "content": ""} for _ in range(answers.request.choices)]
+    choices: list[Document] = [
+        {"index": place, "message": message, "logprobs": None} for place, message in enumerate(messages)
     ]
     async for step in answers.steps():
-        choice = choices[step.choice]
-        message = choice["message"]
+        message = messages[step.choice]
         for part in step.parts:
-            if part.kind == "reasoning":
-                message["reasoning_content"] = message.get("reasoning_content", "") + part.text
+            if part.call is not None:
+                function = {"name": part.call.name, "arguments": part.call.arguments}
+                message.setdefault("tool_calls", []).append({"id": call_id(), "type": "function", "function": function})
             else:
-                message["content"] = (message["content"] or "") + part.text
+                name = "reasoning_content" if part.kind == "reasoning" else "content"
+                message[name] = message.get(name, "") + part.text
         if (found := logprobs_of(service, step.record)) is not None:
-            choice["logprobs"] = {"content": [*(choice["logprobs"] or {"content": []})["content"], found]}
+            choices[step.choice]["logprobs"] = choices[step.choice]["logprobs"] or {"content": []}
+            choices[step.choice]["logprobs"]["content"].append(found)
         if step.finish:
-            choice["finish_reason"] = finish_reason(step)
-    return {
-        **head,  # type: ignore[typeddict-item]
-        "object": "chat.completion",
-        "choices": choices,
-        "usage": usage_document(answers.usage),
-        "timings": answers.usage.timings(),
-    }
+            called = "tool_calls" in message
+            choices[step.choice]["finish_reason"] = finish_reason(step, called=called)
+            message["content"] = message["content"] or (None if called else "")
+    usage = {"usage": usage_document(answers.usage), "timings": answers.usage.timings()}
+    return {**head, "object": "chat.completion", "choices": choices, **usage}
 
 
-async def _chunks(
-    service: Service, answers: Answers, head: dict[str, Any], include_usage: bool
-) -> AsyncGenerator[str, None]:
+async def _chunks(service: Service, answers: Answers, head: Document, include_usage: bool) -> AsyncGenerator[str, None]:
     none = {"usage": None} if include_usage else {}
 
-    def chunk(choices: list[ChunkChoice], **more: Any) -> str:
-        return event({**head, "object": "chat.completion.chunk", "choices": choices, **none, **more})
+    def chunk(index: int, delta: Document, logprobs: Document | None = None, finish: str | None = None) -> Document:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return {**head, "object": "chat.completion.chunk", "choices": [choice], **none}
 
     for place in range(answers.request.choices):
-        first: Delta = {"role": "assistant", "content": ""}
-        yield chunk([{"index": place, "delta": first, "logprobs": None, "finish_reason": None}])
+        yield event(chunk(place, {"role": "assistant", "content": ""}))
+    calls: Counter[int] = Counter()  # by answer
     try:
         async for step in answers.steps():
             found = logprobs_of(service, step.record)
-            logprobs: Logprobs | None = None if found is None else {"content": [found]}
-            deltas = [_delta(part.kind, part.text) for part in step.parts] or ([Delta()] if found else [])
-            for delta in deltas:
-                yield chunk([{"index": step.choice, "delta": delta, "logprobs": logprobs, "finish_reason": None}])
+            logprobs = None if found is None else {"content": [found]}
+            deltas = [delta for part in step.parts for delta in _deltas(part, calls, step.choice)]
+            for delta in deltas or ([{}] if found else []):
+                yield event(chunk(step.choice, delta, logprobs))
                 logprobs = None
             if step.finish:
-                last = not answers.open
-                timings = {"timings": answers.usage.timings()} if last else {}
-                end: ChunkChoice = {
-                    "index": step.choice,
-                    "delta": {},
-                    "logprobs": None,
-                    "finish_reason": finish_reason(step),
-                }
-                yield chunk([end], **timings)
+                end = chunk(step.choice, {}, finish=finish_reason(step, called=calls[step.choice] > 0))
+                yield event(end if answers.open else {**end, "timings": answers.usage.timings()})
     except ServeError as error:
         yield event(error_document(PATH, error))
         return
     if include_usage:
-        yield chunk([], usage=usage_document(answers.usage))
+        yield event({**chunk(0, {}), "choices": [], "usage": usage_document(answers.usage)})
     yield event("[DONE]")
 
 
-def _delta(kind: str, text: str) -> Delta:
-    return {"reasoning_content": text} if kind == "reasoning" else {"content": text}
+def _deltas(part: Part, calls: Counter[int], choice: int) -> list[Document]:
+    """What ``part`` adds to answer ``choice``; a call comes with its name first and its arguments then."""
+    if part.call is None:
+        return [{"reasoning_content" if part.kind == "reasoning" else "content": part.text}]
+    index, calls[choice] = calls[choice], calls[choice] + 1
+    named = {"name": part.call.name, "arguments": ""}
+    return [
+        {"tool_calls": [{"index": index, "id": call_id(), "type": "function", "function": named}]},
+        {"tool_calls": [{"index": index, "function": {"arguments": part.call.arguments}}]},
+    ]
+
+
+def call_id() -> str:
+    """An id of a call: nine letters and digits, which is what Mistral's templates insist on."""
+    return secrets.token_hex(5)[:9]
 
 
 def _message(message: dict[str, Any], place: int) -> dict[str, Any]:
@@ -287,17 +229,33 @@ def _message(message: dict[str, Any], place: int) -> dict[str, Any]:
     if role not in ("system", "developer", "user", "assistant", "tool"):
         raise ServeError(400, f"{where} has the role {role!r}: expected system, user, assistant or tool", param=where)
     kept = {"role": "system" if role == "developer" else role, "content": text_of(message.get("content"), where)}
-    if isinstance(message.get("reasoning_content"), str):
-        kept["reasoning_content"] = message["reasoning_content"]
+    kept |= {name: said for name in _KEPT if isinstance(said := message.get(name), str)}
+    if calls := message.get("tool_calls"):
+        kept["tool_calls"] = [_called(call, f"{where}.tool_calls") for call in calls]
     return kept
 
 
-def finish_reason(step: Step) -> FinishReason:
+_KEPT = ("reasoning_content", "tool_call_id", "name")
+
+
+def _called(call: Any, where: str) -> dict[str, Any]:
+    try:
+        function = call["function"]
+        arguments = json.loads(function.get("arguments") or "{}")
+        named = {"name": str(function["name"]), "arguments": arguments}
+        return {"id": str(call.get("id", "")), "type": "function", "function": named}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        raise ServeError(400, f"{where} is no call: expected a name and arguments as JSON text", param=where) from None
+
+
+def finish_reason(step: Step, *, called: bool = False) -> str:
     """Why an answer ended, as OpenAI says it."""
-    return "stop" if step.finish in ("eos", "stop") else "length"
+    if step.finish not in ("eos", "stop"):
+        return "length"
+    return "tool_calls" if called else "stop"
 
 
-def usage_document(usage: Usage) -> UsageDocument:
+def usage_document(usage: Usage) -> Document:
     """As OpenAI counts."""
     return {
         "prompt_tokens": usage.prompt,
@@ -308,14 +266,15 @@ def usage_document(usage: Usage) -> UsageDocument:
     }
 
 
-def logprobs_of(service: Service, record: TokenRecord) -> ChosenLogprob | None:
+def logprobs_of(service: Service, record: TokenRecord) -> Document | None:
     """The log probabilities of a token; None where they were not asked for."""
     if record.logprobs is None:
         return None
-    chosen = _token_logprob(service, record.token_id, record.logprobs.chosen)
-    return {**chosen, "top_logprobs": [_token_logprob(service, token, value) for token, value in record.logprobs.top]}
+    chosen = _logprob(service, record.token_id, record.logprobs.chosen)
+    return {**chosen, "top_logprobs": [_logprob(service, token, value) for token, value in record.logprobs.top]}
 
 
-def _token_logprob(service: Service, token: int, value: float) -> TokenLogprob:
+def _logprob(service: Service, token: int, value: float) -> Document:
+    """``bytes`` is null where a token is no whole characters."""
     text = service.session.tokenizer.decode([token])
     return {"token": text, "logprob": value, "bytes": None if "\ufffd" in text else list(text.encode())}

@@ -34,20 +34,6 @@ class Parser(Protocol):
         """What was held back, when no more comes."""
 
 
-class PlainParser:
-    """An answer that is text and nothing else."""
-
-    reasoning = False
-
-    def feed(self, text: str) -> Sequence[Part]:
-        """See Parser."""
-        return (Part("text", text),) if text else ()
-
-    def finish(self) -> Sequence[Part]:
-        """See Parser."""
-        return ()
-
-
 class Splitter:
     """Text as it comes, cut at markers; the beginning of one is held back until it is certain."""
 

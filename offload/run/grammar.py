@@ -13,7 +13,9 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from quant.errors import InputError
 
-ANY_JSON = {"type": "object"}
+ANY_JSON: Mapping[str, Any] = {"type": "object"}
+# A model that has lost its way would otherwise write blanks for ever, all of them valid.
+_BLANKS = {"x-guidance": {"whitespace_pattern": r"[ \n\r\t]{1,16}"}}
 
 
 class Grammars:
@@ -68,13 +70,19 @@ class Matcher:
             raise InputError(f"the text cannot go on by its grammar: {_line(self._matcher.get_error())}")
 
 
-def json_grammar(schema: Mapping[str, Any] | None = None) -> str:
-    """The grammar of JSON texts that ``schema`` allows; None: of any object. Raises InputError for what is no schema
-    or has a keyword that cannot be kept to."""
-    try:
-        grammar: str = LLMatcher.grammar_from_json_schema(json.dumps(ANY_JSON if schema is None else schema))
-    except ValueError as error:
-        raise InputError(f"the JSON schema cannot be read: {_line(str(error))}") from None
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """The grammar of JSON texts that ``schema`` allows, as Sampling takes it; whether it can be kept to shows later."""
+    return lark_grammar(f"start: value\n{json_rule('value', schema)}")
+
+
+def json_rule(name: str, schema: Mapping[str, Any]) -> str:
+    """Rule ``name`` of a grammar: JSON texts that ``schema`` allows."""
+    return f"{name}: %json {json.dumps({**_BLANKS, **schema})}"
+
+
+def lark_grammar(text: str) -> str:
+    """A grammar in llguidance's dialect of Lark, as Sampling takes it; whether it can be read shows later."""
+    grammar: str = LLMatcher.grammar_from_lark(text)
     return grammar
 
 

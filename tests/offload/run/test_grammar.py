@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from offload.records import Sampling
-from offload.run.grammar import Grammars, json_grammar
+from offload.run.grammar import ANY_JSON, Grammars, json_grammar, lark_grammar
 from offload.run.sampling import Sampler
 from quant.errors import InputError, UsageError
 
@@ -91,8 +91,8 @@ def test_every_finished_answer_is_valid_by_its_schema(tokenizer: Any, grammars: 
     assert finished > 150
 
 
-def test_without_a_schema_any_object_is_allowed_and_nothing_else(tokenizer: Any, grammars: Grammars) -> None:
-    found = [written(tokenizer, grammars, json_grammar(), seed, most=80, favour='"}') for seed in range(10)]
+def test_any_object_is_an_object_and_nothing_else(tokenizer: Any, grammars: Grammars) -> None:
+    found = [written(tokenizer, grammars, json_grammar(ANY_JSON), seed, most=80, favour='"}') for seed in range(10)]
     done = [json.loads(text) for text in found if text is not None]
     assert len(done) > 5 and all(isinstance(value, dict) for value in done)
 
@@ -115,8 +115,19 @@ def test_a_schema_that_cannot_be_kept_to_is_refused(grammars: Grammars, schema: 
         grammars.matcher(json_grammar(schema))
 
 
+def test_blanks_come_to_an_end(tokenizer: Any, grammars: Grammars) -> None:
+    text = written(tokenizer, grammars, json_grammar({"type": "array", "maxItems": 0}), 0, most=40, favour=" \n")
+    assert text is not None and json.loads(text) == []
+
+
+def test_a_special_token_is_named_by_its_number(tokenizer: Any, grammars: Grammars) -> None:
+    eot = tokenizer.convert_tokens_to_ids("<|header_start|>")
+    sampler = Sampler(Sampling(grammar=lark_grammar(f'start: <[{eot}]> "x"')), grammars)
+    assert sampler.pick(torch.randn(4096), [0]) == eot
+
+
 def test_a_grammar_contradicts_going_on_after_the_end() -> None:
     with pytest.raises(UsageError, match="contradict"):
-        Sampling(grammar=json_grammar(), ignore_eos=True)
+        Sampling(grammar=json_grammar(ANY_JSON), ignore_eos=True)
     with pytest.raises(UsageError, match="session"):
-        Sampler(Sampling(grammar=json_grammar()))
+        Sampler(Sampling(grammar=json_grammar(ANY_JSON)))

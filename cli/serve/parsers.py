@@ -1,0 +1,138 @@
+"""Parsers: the text of an answer, taken apart as it comes.
+
+Special tokens stand in the text as they are written. Those that mark no part have no meaning here and are dropped.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cli.serve.parts import Part, Splitter
+from cli.serve.tool_formats import BROKEN, HARMONY, ToolFormat
+
+Schemas = Mapping[str, Any]  # of the arguments, by tool
+
+
+class MarkedParser:
+    """Thoughts between two marks, calls between two others, and text.
+
+    ``think`` are the marks of thoughts (None: the model has none), ``opened`` whether the prompt ends in the first.
+    Without ``tools`` calls are text; ``dropped`` are the special tokens of no meaning.
+    """
+
+    def __init__(
+        self,
+        *,
+        think: tuple[str, str] | None = None,
+        opened: bool = False,
+        calls: ToolFormat | None = None,
+        tools: Schemas | None = None,
+        dropped: Sequence[str] = (),
+    ) -> None:
+        self.reasoning = opened
+        self._think, self._calls, self._tools = think or ("", ""), calls, tools or {}
+        known = [*self._think, *((calls.begin, calls.end) if calls else ())]
+        self._known = set(filter(None, known))
+        self._splitter = Splitter([*self._known, *dropped])
+        self._call: str | None = None  # what has come of a call
+        self._bare = calls is not None and calls.bare
+        self._begun = not (think or self._bare)  # whether anything but blanks has come since the last mark
+
+    def feed(self, text: str) -> list[Part]:
+        """See Parser."""
+        return [part for piece, is_mark in self._splitter.feed(text) for part in self._take(piece, is_mark)]
+
+    def finish(self) -> list[Part]:
+        """See Parser."""
+        return [*self._take(self._splitter.finish(), False), *self._close()]
+
+    def _take(self, piece: str, is_mark: bool) -> list[Part]:
+        if is_mark:
+            return self._mark(piece) if piece in self._known else []
+        if self._call is not None:
+            self._call += piece
+            return []
+        if not self._begun:
+            piece = piece.lstrip()
+            if self._bare and not self.reasoning and piece[:1] in ("{", "["):
+                self._call = piece
+                return []
+        if not piece:
+            return []
+        self._begun = True
+        self._bare = self._bare and self.reasoning
+        return [Part("reasoning" if self.reasoning else "text", piece)]
+
+    def _mark(self, mark: str) -> list[Part]:
+        calls = self._calls
+        if mark in self._think:
+            parts, self.reasoning, self._begun = self._close(), mark == self._think[0], False
+            return parts
+        if calls is not None and mark == calls.begin:
+            parts, self._call = self._close(), ""
+            return parts
+        return self._close() if self._call is not None else []
+
+    def _close(self) -> list[Part]:
+        """The calls that have come; as text, where they are none."""
+        text, self._call, self._begun = self._call, None, False
+        if text is None or self._calls is None:
+            return []
+        try:
+            return [Part("call", call=call) for call in self._calls.parse(text, self._tools)]
+        except BROKEN:
+            self._begun = True
+            return [Part("text", text)] if text else []
+
+
+class HarmonyParser:
+    """gpt-oss: messages with headers, whose channel says what they are."""
+
+    _MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|constrain|>")
+
+    def __init__(self, dropped: Sequence[str] = (), tools: Schemas | None = None) -> None:
+        self.reasoning = False
+        self._splitter = Splitter([*self._MARKS, *dropped])
+        self._header: str | None = ""  # None: within a message
+        self._call: str | None = None
+        self._tools = tools or {}
+
+    def feed(self, text: str) -> list[Part]:
+        """See Parser."""
+        return [part for piece, is_mark in self._splitter.feed(text) for part in self._take(piece, is_mark)]
+
+    def finish(self) -> list[Part]:
+        """See Parser."""
+        parts = self._take(self._splitter.finish(), False)
+        if self._header and "<|channel|>" not in self._header:  # no message was begun: it is an answer all the same
+            parts.append(Part("text", self._header))
+        return [*parts, *self._close()]
+
+    def _take(self, piece: str, is_mark: bool) -> list[Part]:
+        if piece in ("<|end|>", "<|call|>", "<|return|>", "<|start|>"):
+            parts, self._header = self._close(), ""
+            return parts
+        if self._header is not None:
+            if piece != "<|message|>":
+                self._header += piece
+                return []
+            to = re.search(r"to=(?:functions\.)?([^\s<]+)", self._header)
+            self._call = f"{to[1]}\n" if to else None
+            self.reasoning = to is None and "<|channel|>analysis" in self._header
+            self._header = None
+            return []
+        if is_mark or not piece:
+            return []
+        if self._call is not None:
+            self._call += piece
+            return []
+        return [Part("reasoning" if self.reasoning else "text", piece)]
+
+    def _close(self) -> list[Part]:
+        text, self._call, self.reasoning = self._call, None, False
+        if text is None:
+            return []
+        try:
+            return [Part("call", call=call) for call in HARMONY.parse(text, self._tools)]
+        except BROKEN:
+            return [Part("text", text)]
