@@ -16,7 +16,8 @@ _SUM = "sha256"
 
 def keep(path: Path, data: Mapping[str, Any]) -> None:
     """Make ``data``, finite plain values, the contents of ``path``. Raises OutputError."""
-    replace_file(path, json.dumps({**data, _SUM: _sum_of(data)}).encode())
+    plain = json.loads(json.dumps(data, allow_nan=False))  # keys are text, tuples lists
+    replace_file(path, json.dumps({**plain, _SUM: _sum_of(plain)}).encode())
 
 
 def kept(path: Path) -> dict[str, Any]:

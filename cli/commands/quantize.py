@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from quant.model.families import Role
     from quant.scheme import Scheme
 
+_OUTPUTS = ("calibrated", "alone")
 _MEASURED = (
-    "Error and SQNR compare the stored weights with those of SRC; what that does to the model's answers, "
+    "Relative error and SQNR compare the stored weights with those of SRC; what that does to the model's answers, "
     "`coldstream eval` tells."
 )
 _CALIBRATED = (
-    " Calibrated weights lie further off: they make up for errors in their inputs, and so bring outputs nearer."
+    "Output error is how far the products of these weights with the text's inputs are off, beside how far the best "
+    "scales without the text would be. For it the weights themselves lie further off. "
 )
 
 _NO_TEXT = (
@@ -121,12 +123,13 @@ def quantize(
         rounder = plain
         if asked.calibrate is not None:
             rounder = values.calibrated(schemes, plain, staging.work, resume, console)
+            chosen["output_errors"] = values.output_errors
         with progress_bar(console, "quantizing", "bytes") as show:
             report = convert(
                 checkpoint, staging, schemes, resume=resume, progress=show, rounder=rounder, details=chosen | aim
             )
     console.notes(report.notes)
-    _show(console, report, asked.calibrate is not None)
+    _show(console, report, values.output_errors)
     console.result(report.to_json() | chosen)
 
 
@@ -166,14 +169,15 @@ def _check_space(staging: "Staging", values: "Values", schemes: "Mapping[Role, S
         check_space(values.checkpoint, conversion, staging, beside + (conversion.layout.nbytes if beside else 0))
 
 
-def _show(console: Console, report: "ConversionReport", calibrated: bool) -> None:
+def _show(console: Console, report: "ConversionReport", outputs: "Mapping[Role, Mapping[str, float]]") -> None:
     from rich.table import Table
 
     from cli.terminal.words import role_name
     from quant.sizes import format_size
 
     table = Table(box=None, pad_edge=False)
-    for name in ("weights of", "scheme", "tensors", "relative error", "SQNR", "worst"):
+    beside = ("output error", "without the text") if outputs else ()
+    for name in ("weights of", "scheme", "tensors", *beside, "relative error", "SQNR", "worst"):
         left = name in ("weights of", "scheme")
         table.add_column(name, justify="left" if left else "right", overflow="fold")
     for role in report.roles:
@@ -181,6 +185,7 @@ def _show(console: Console, report: "ConversionReport", calibrated: bool) -> Non
             role_name(role.role),
             role.scheme,
             f"{role.tensors:,}",
+            *(f"{outputs[role.role][key]:.2%}" if role.role in outputs else "" for key in _OUTPUTS[: len(beside)]),
             f"{role.relative_error:.2%}",
             _decibels(role.sqnr_db),
             _decibels(role.worst.sqnr_db),
@@ -189,7 +194,7 @@ def _show(console: Console, report: "ConversionReport", calibrated: bool) -> Non
         console.show(table)
         for role in report.roles:
             console.say(f"worst of the {role_name(role.role)}: {role.worst.module}")
-        console.prose(_MEASURED + (_CALIBRATED if calibrated else ""))
+        console.prose((_CALIBRATED if outputs else "") + _MEASURED)
     console.step(
         f"{format_size(report.source_bytes)} became {format_size(report.output_bytes)} in "
         f"{report.seconds:.1f} s, {report.mb_per_s:,.0f} MB/s, {report.bits_per_weight:.2f} bits per weight "

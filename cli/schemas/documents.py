@@ -55,6 +55,14 @@ ALLOCATION = record(
         "what was chosen",
     ),
 )
+OUTPUT_ERRORS = by(
+    "role",
+    record(
+        calibrated=number("of its outputs on the text, relative"),
+        alone=number("the same, had each weight been rounded for itself"),
+    ),
+    "what rounding does to outputs, with --calibrate",
+)
 PROFILED: dict[str, Schema] = {
     "out": text("the profile's file"),
     "model_id": text(),
@@ -116,7 +124,9 @@ FILES = record(
 )
 
 DOCUMENTS: dict[str, Schema] = {
-    "quantize": without(record(**QUANTIZED, allocation=ALLOCATION), "allocation"),
+    "quantize": without(
+        record(**QUANTIZED, allocation=ALLOCATION, output_errors=OUTPUT_ERRORS), "allocation", "output_errors"
+    ),
     "profile": record(**PROFILED),
     "plan": without(
         record(

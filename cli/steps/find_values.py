@@ -1,7 +1,7 @@
 """How `quantize` finds values: what its options name is read at once, and measured or calibrated when it is time."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ class Values:
     asked: AskedRounding
     windows: "Windows | None"
     imatrix: "Imatrix | None"
+    output_errors: "Mapping[Role, Mapping[str, float]]" = field(default_factory=dict)  # by role, of a calibration
 
     @classmethod
     def read(cls, checkpoint: "Checkpoint", asked: AskedRounding) -> "Values":
@@ -100,6 +101,7 @@ class Values:
             )
         console.step(f"calibrated {self.checkpoint.shape.num_layers} layers")
         console.notes(seen.notes())
+        self.output_errors = seen.output_errors()
         return Prepared(folder, self.name, other)
 
 

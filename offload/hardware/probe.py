@@ -7,6 +7,7 @@ itself, and kept per machine and disk: measuring takes seconds, and a run should
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -16,10 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from offload.hardware import system as host
 from offload.hardware.disk import disk_rate
 from offload.hardware.gpu import Gpu, measure_gpu
 from quant.errors import OutputError
+from quant.input_file import read_object
 from quant.output_file import replace_file
 
 VERSION = 4
@@ -104,16 +108,16 @@ class Machine:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Machine":
-        """The machine that ``to_json`` wrote. Raises ValueError, KeyError or TypeError if it is anything
-        else.
-        """
-        if data["version"] != VERSION:
-            raise ValueError(f"version {data['version']}")
-        values = {field.name: data[field.name] for field in dataclasses.fields(cls)}
-        gpu = None if values["gpu"] is None else Gpu(**values["gpu"])
-        machine = cls(**{**values, "gpu": gpu, "notes": tuple(values["notes"])})
-        if not all(rate > 0 for rate in (machine.ram_gb_s, machine.disk_gb_s, machine.int8_gops)):
-            raise ValueError("a rate that is not positive")
+        """The machine that ``to_json`` wrote. Raises ValueError if it is anything else."""
+        if data.get("version") != VERSION:
+            raise ValueError(f"version {data.get('version')}")
+        machine = TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
+        found = [machine.cores, machine.ram_bytes, machine.ram_gb_s, machine.disk_gb_s, machine.int8_gops]
+        if machine.gpu is not None:
+            given = dataclasses.asdict(machine.gpu).values()
+            found += [value for value in given if isinstance(value, int | float)]
+        if not all(0 < value < math.inf for value in found):
+            raise ValueError("a size or rate that is not positive and finite")
         return machine
 
 
@@ -314,8 +318,8 @@ def _cache_file(directory: Path) -> Path:
 def _read(file: Path) -> Machine | None:
     """What was measured before; None if it was not, or cannot be read any more."""
     try:
-        return Machine.from_json(json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Machine.from_json(read_object(file, "what was measured", OutputError))
+    except (OutputError, ValueError):
         return None
 
 

@@ -35,15 +35,17 @@ from quant.linear import Compute, LinearWeight, QuantLinear
 from quant.model.families import PROJECTIONS, Projection, Role
 from quant.model.mixed_precision import described, scheme_of
 from quant.model.tensors import LinearSpec
-from quant.pack import Packed, dequantize
+from quant.pack import Packed, dequantize, quantize
 from quant.progress import Progress, nobody
-from quant.rounding.gptq import DAMPING, gptq
+from quant.rounding.gptq import DAMPING, Rounded, gptq
 from quant.rounding.learned_rounding import TrainableWeight
+from quant.rounding.search import search
 from quant.scheme import BF16, Scheme
 
 PULL = 0.8  # how far a weight moves towards making up for its inputs' errors
 _SAMPLE = 1024  # tokens that stand for all of a layer
 _BATCH = 4
+_ROWS = 64  # of a Linear, whose outputs tell what rounding did to all
 
 
 def calibrate(
@@ -190,6 +192,7 @@ class _LayerRounding:
         done = gptq(weight, scheme, hessian, hessian + PULL * (cross - hessian))
         if done.damping > DAMPING:
             self.seen.damped[spec.module] = done.damping
+        self.seen.add_outputs(spec.role, _output_squares(weight, done, hessian))
         tensors = {"weight_packed": done.packed.packed, "weight_scale": done.packed.scale}
         self.results.update({f"{spec.module}.{suffix}": tensor for suffix, tensor in tensors.items()})
         sums = torch.tensor([done.squared_sum, done.squared_error], dtype=torch.float64)
@@ -275,6 +278,20 @@ class _LayerRounding:
         if len(plain) < 8 * len(own.hessian):  # enough of its own otherwise: computing more would be for nothing
             own = own.blended(middles(*sample))
         return ExpertWeights(gate, up, self._round(specs["down_proj"], dense["down_proj"], own))
+
+
+def _output_squares(weight: Tensor, done: Rounded, hessian: Tensor) -> tuple[float, float, float]:
+    """Of a sample of rows, squares summed over the text: of the outputs aimed at, which make up for what the layers
+    before changed; of how far from those ``done`` is; and of how far the best scales without the text would be."""
+    rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long()
+    plain, target, scheme = weight[rows].float(), done.target[rows], done.packed.scheme
+    chosen = Packed(scheme, done.packed.packed[rows], done.packed.scale[rows])
+    alone = search(plain, scheme) if scheme.kind == "int4" else quantize(plain, scheme)
+
+    def square(rows: Tensor) -> float:
+        return max(float(((rows @ hessian) * rows).sum(dtype=torch.float64)), 0.0)
+
+    return square(target), square(dequantize(chosen) - target), square(dequantize(alone) - target)
 
 
 def _between(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:

@@ -10,13 +10,15 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
 
-from offload.routing.trace import PROFILE_MARK, PROFILE_VERSION, read_profile
+from offload.routing.trace import PROFILE_MARK, PROFILE_VERSION, checked_steps, read_profile
 from quant.errors import ProfileError
+from quant.input_file import validated
 from quant.model.shape import ModelShape
 from quant.output_file import save_output
 
@@ -24,6 +26,20 @@ _BATCH = 256
 _MOST_TOKENS = 2**40  # sums of counts stay whole numbers of 64 bits
 _REUSE_BINS = 17  # distances of 1, 2, 3-4, 5-8 … 2^15 tokens and more
 Ids = npt.NDArray[np.int64]
+
+
+_Count = Annotated[int, Field(ge=0, lt=_MOST_TOKENS)]
+
+
+class _Counted(BaseModel):
+    """What a routing profile counts."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    model_id: str
+    top_k: int
+    tokens: _Count
+    counts: list[list[_Count]]
+    reuse: list[list[_Count]]
 
 
 @dataclass(frozen=True)
@@ -163,25 +179,19 @@ class RoutingStats:
                 f"{path} is of a model with {len(layers)} MoE layers of {experts} experts: expected "
                 f"{len(shape.moe_layers)} of {shape.num_experts}"
             )
-        try:
-            return cls._from_json(data, shape)
-        except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-            raise ProfileError(f"{path} is a damaged routing profile: {error!r}") from None
-
-    @classmethod
-    def _from_json(cls, data: dict[str, Any], shape: ModelShape) -> "RoutingStats":
-        stats = cls(data["model_id"], shape)
-        tokens = data["tokens"]
-        if type(tokens) is not int or not 0 <= tokens < _MOST_TOKENS:
-            raise ValueError(f"tokens is {tokens!r}")
-        stats._tokens = tokens
+        found: _Counted = validated(_Counted, data, f"{path} is a damaged routing profile", ProfileError)
+        stats = cls(found.model_id, shape)
+        if found.top_k != shape.top_k:
+            raise ProfileError(
+                f"{path} is of a model that takes {found.top_k} experts per token, this one {shape.top_k}"
+            )
+        stats._tokens = found.tokens
         for name in ("counts", "reuse"):
-            value = np.array(data[name])
-            if value.shape != getattr(stats, name).shape:
-                raise ValueError(f"{name} has shape {value.shape}")
-            if value.dtype != np.int64 or value.min() < 0 or value.max() >= _MOST_TOKENS:
-                raise ValueError(f"{name} has other values than whole numbers from 0 to {_MOST_TOKENS:,}")
-            setattr(stats, f"_{name}", value)
+            rows, columns = getattr(stats, name).shape
+            given: list[list[int]] = getattr(found, name)
+            if len(given) != rows or any(len(row) != columns for row in given):
+                raise ProfileError(f"{path} is a damaged routing profile: {name} is not {rows} rows of {columns}")
+            setattr(stats, f"_{name}", np.array(given, np.int64))
         if data.get("trace"):
-            stats.trace = [np.array(data["trace"], np.int64)]
+            stats.trace = [np.array(checked_steps(data, path), np.int64)]
         return stats

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from offload.tiers import Key
 from quant.errors import ProfileError, UsageError
@@ -27,6 +27,11 @@ class _Head(BaseModel):
     version: int
     moe_layers: Annotated[list[int], Field(min_length=1)]
     num_experts: Annotated[int, Field(ge=1)]
+
+
+_STEPS: TypeAdapter[list[list[list[int]]]] = TypeAdapter(
+    Annotated[list[list[list[Annotated[int, Field(ge=0)]]]], Field(min_length=1)], config=ConfigDict(strict=True)
+)
 
 
 @dataclass(frozen=True)
@@ -97,19 +102,29 @@ def load_trace(path: Path) -> Trace:
     Raises ProfileError if the file is unreadable or holds none.
     """
     data = read_profile(path)
-    experts, layers, steps = int(data["num_experts"]), len(data["moe_layers"]), data.get("trace")
-    if not steps:
+    if not data.get("trace"):
         raise ProfileError(f"{path} holds counts but no trace: record it with `coldstream profile MODEL --trace`")
-    whole = isinstance(steps, list) and all(
-        isinstance(step, list)
-        and len(step) == layers
-        and all(isinstance(ids, list) and len(ids) == len(steps[0][0]) for ids in step)
-        and all(isinstance(e, int) and 0 <= e < experts for ids in step for e in ids)
-        for step in steps
-    )
-    if not whole or len(steps) < 2:
-        raise ProfileError(f"{path} holds a damaged trace: expected two tokens or more of {layers} layers of experts")
-    return Trace(path.name, experts, steps)
+    steps = checked_steps(data, path)
+    if len(steps) < 2:
+        raise ProfileError(f"{path} holds a damaged trace: one token, expected two or more")
+    return Trace(path.name, int(data["num_experts"]), steps)
+
+
+def checked_steps(data: dict[str, Any], path: Path) -> list[list[list[int]]]:
+    """``Trace.steps`` of the profile ``data``. Raises ProfileError if they are not as many experts of each layer for
+    every token, each once."""
+    said = f"{path} holds a damaged trace"
+    steps: list[list[list[int]]] = validated(_STEPS, data["trace"], said, ProfileError)
+    layers, experts = len(data["moe_layers"]), data["num_experts"]
+    top_k = len(steps[0][0]) if steps[0] else 0
+    if not 1 <= top_k <= experts:
+        raise ProfileError(f"{said}: {top_k} experts per token of {experts}")
+    for token, step in enumerate(steps):
+        if len(step) != layers or any(len(ids) != top_k or len(set(ids)) != top_k for ids in step):
+            raise ProfileError(f"{said}: expected {top_k} experts in each of {layers} layers, token {token} has others")
+        if any(expert >= experts for ids in step for expert in ids):
+            raise ProfileError(f"{said}: token {token} asks for an expert beyond the {experts} there are")
+    return steps
 
 
 @dataclass(frozen=True)

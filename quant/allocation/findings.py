@@ -8,7 +8,9 @@ from typing import Any
 
 from quant.allocation.allocate import Allocation, Choices, Option
 from quant.allocation.units import Unit
-from quant.output_file import replace_file, writing
+from quant.errors import OutputError
+from quant.kept_file import keep, kept
+from quant.output_file import writing
 from quant.scheme import Scheme
 
 Job = Mapping[str, Any]
@@ -42,13 +44,13 @@ def kept_allocation(file: Path, job: Job, units: Sequence[Unit]) -> Allocation |
 def _keep(file: Path, found: Mapping[str, Any]) -> None:
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, json.dumps(found).encode())
+    keep(file, found)
 
 
 def _kept(file: Path, job: Job, units: Sequence[Unit]) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        found = kept(file)
+    except OutputError:  # not there, or spoiled: measured again
         return None
     same = found.get("job") == json.loads(json.dumps(job))
     return found if same and len(found["losses"]) == len(units) else None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, FiniteFloat, NonNegativeInt
 from torch import Tensor
 
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
@@ -28,6 +29,7 @@ from quant.destination.sidecars import copy_sidecars, left_out, sidecar_bytes, s
 from quant.destination.staging import Staging
 from quant.destination.writer import OutputFiles, check_free
 from quant.errors import CheckpointError, NonFiniteError
+from quant.input_file import read_object, validated
 from quant.model.families import QUANTIZABLE, Role
 from quant.model.mixed_precision import described
 from quant.output_file import sync_folder, write_file
@@ -42,6 +44,14 @@ REPORT = "quantization_report.json"
 STATE = "state of the source's files"
 _SLACK = 2**20
 _SYNC_BYTES = 256 * 2**20
+
+
+class _Sizes(BaseModel):
+    """What the report of a complete checkpoint says at the least."""
+
+    source_bytes: NonNegativeInt
+    output_bytes: NonNegativeInt
+    bits_per_weight: FiniteFloat
 
 
 @dataclass(frozen=True)
@@ -267,17 +277,19 @@ def made_before(staging: Staging, job: Mapping[str, Any]) -> ConversionReport | 
     """What an earlier run for the same ``job`` reported, if it left the destination complete: every file is there
     in full. What else it left is removed then. Raises OutputError if that cannot be."""
     try:
-        found = json.loads((staging.target / REPORT).read_bytes())
+        found = read_object(staging.target / REPORT, "the report of a conversion")
+        validated(_Sizes, found, REPORT)
         same = all(found.get(key) == value for key, value in job.items() if key != STATE)
         if not same or not Checkpoint.open(staging.target).entries:
             return None
-    except (OSError, ValueError, CheckpointError):
+    except CheckpointError:
         return None
     if staging.is_begun:
         staging.claim()
         staging.discard()
     sizes = {key: found[key] for key in ("source_bytes", "output_bytes", "bits_per_weight")}
-    details = {key: found[key] for key in ("roles", "allocation") if key in found}
+    kept = ("roles", "allocation", "output_errors")
+    details: dict[str, Any] = {key: found[key] for key in kept if key in found}
     notes = ("the destination was already complete: nothing was left to do",)
     nothing: dict[str, Any] = {"bytes_read": 0, "seconds": 0.0, "roles": (), "notes": notes}
     return ConversionReport(staging.destination, **sizes, **nothing, details=details)

@@ -25,11 +25,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from quant.errors import RecipeError, SchemeError, UsageError
+from quant.input_file import read_bytes, short
 from quant.model.families import QUANTIZABLE, Role
 from quant.scheme import Scheme
 from quant.sizes import parse_size
 
 _TOP = ("description", "weights", "run")
+_MOST_BYTES = 2**20
+_MOST = 2**40  # of a count
 RUN_DEFAULTS = ("vram", "ram", "context", "kv", "prompt_chunk")
 
 
@@ -63,9 +66,8 @@ def load_recipe(name: str) -> Recipe:
             raise UsageError(f"no recipe is called {name!r}: expected {', '.join(recipe_names())}, or a .toml file")
         source = files("recipes").joinpath(f"{name}.toml")
     try:
-        data = tomllib.loads(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"recipe {name} cannot be read: {error.strerror}") from None
+        content = read_bytes(source, RecipeError, _MOST_BYTES) if isinstance(source, Path) else source.read_bytes()
+        data = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {name} is no valid TOML: {error}") from None
     except RecursionError:
@@ -80,8 +82,8 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
     _known(name, "weights.", weights, ("group_size", *QUANTIZABLE))
     _known(name, "run.", run, RUN_DEFAULTS)
     group_size = weights.get("group_size", 128)
-    if not isinstance(group_size, int):
-        raise RecipeError(f"recipe {name}: weights.group_size is {group_size!r}: expected a whole number")
+    if type(group_size) is not int or not 1 <= group_size <= _MOST:
+        raise RecipeError(f"recipe {name}: weights.group_size is {short(group_size)}: expected a whole number")
     schemes: dict[Role, Scheme] = {}
     for role in QUANTIZABLE:
         if role in weights:
@@ -91,10 +93,13 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
                 raise RecipeError(f"recipe {name}: weights.{role}: {error}") from None
     kv = run.get("kv")
     if kv not in (None, "bf16", "int8"):
-        raise RecipeError(f"recipe {name}: run.kv is {kv!r}: expected 'bf16' or 'int8'")
+        raise RecipeError(f"recipe {name}: run.kv is {short(kv)}: expected 'bf16' or 'int8'")
+    description = data.get("description", "")
+    if not isinstance(description, str):
+        raise RecipeError(f"recipe {name}: description is {short(description)}: expected text")
     return Recipe(
         name=name,
-        description=str(data.get("description", "")),
+        description=description,
         schemes=schemes,
         vram=_size(name, run, "vram"),
         ram=_size(name, run, "ram"),
@@ -113,7 +118,7 @@ def _known(name: str, prefix: str, data: Mapping[str, Any], allowed: tuple[str, 
 def _table(name: str, data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = data.get(key, {})
     if not isinstance(value, dict):
-        raise RecipeError(f"recipe {name}: {key} is {value!r}: expected a table")
+        raise RecipeError(f"recipe {name}: {key} is {short(value)}: expected a table")
     return value
 
 
@@ -128,6 +133,8 @@ def _size(name: str, run: Mapping[str, Any], key: str) -> int | None:
 
 def _count(name: str, run: Mapping[str, Any], key: str) -> int | None:
     value = run.get(key)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise RecipeError(f"recipe {name}: run.{key} is {value!r}: expected a whole number above 0")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST):
+        raise RecipeError(
+            f"recipe {name}: run.{key} is {short(value)}: expected a whole number above 0, at most {_MOST:,}"
+        )
     return value

@@ -31,9 +31,11 @@ _FRACTIONS = tuple(j / 32 for j in range(21, 36))
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight in stored form; ``damping`` is what H needed to be positive definite, of its mean diagonal."""
+    """A weight in stored form, and the ``target`` f32 ``[N, K]`` that it was moved to before it was rounded;
+    ``damping`` is what H needed to be positive definite, of its mean diagonal."""
 
     packed: Packed
+    target: Tensor
     damping: float
     squared_sum: float
     squared_error: float
@@ -66,7 +68,7 @@ def gptq(
     dense = values * scale.float().repeat_interleave(scheme.group_size, 1)
     packed = Packed(scheme, pack(values.to(torch.int8), scheme.bits), scale.to(torch.bfloat16))
     error = float((dense - weight).square().sum(dtype=torch.float64))
-    return Rounded(packed, used, float(weight.square().sum(dtype=torch.float64)), error)
+    return Rounded(packed, target, used, float(weight.square().sum(dtype=torch.float64)), error)
 
 
 def _factor(hessian: Tensor, mean: float, damping: float) -> tuple[Tensor, Tensor, float]:

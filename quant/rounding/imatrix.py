@@ -13,13 +13,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from quant.checkpoint.tensor_file import save_tensors
-from quant.errors import InputError
+from quant.checkpoint.weight_files import read_header
+from quant.errors import CheckpointError, InputError
+from quant.input_file import parse_json, validated
 from quant.pack import Packed, dequantize, pack
 from quant.rounding.encode import Encoded, check_finite
 from quant.rounding.rounding import Rounder
@@ -31,7 +36,17 @@ MARK = b"coldstream importance matrix"  # in the header of every file that is on
 _FRACTIONS = tuple(j / 32 for j in range(22, 35))
 _SWEEPS = 2
 _LEAST_REST = 0.05
+_SAME = TypeAdapter(Annotated[dict[str, str], Field(min_length=1)], config=ConfigDict(strict=True))
 _ROWS = 2**22  # weights that are rounded at once
+
+
+class _About(BaseModel):
+    """What the header of a file says beside its tensors; ``same`` is JSON, for each Linear the one whose moments it
+    shares."""
+
+    text: str
+    model: str
+    same: str
 
 
 @dataclass(frozen=True)
@@ -80,25 +95,51 @@ class Imatrix:
         Raises InputError if it is no importance matrix, or another model's.
         """
         try:
-            with safe_open(file, "pt") as opened:
-                about = opened.metadata() or {}
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+            entries, written = read_header(file)
+        except CheckpointError as error:
             raise InputError(f"{file} cannot be read as an importance matrix: {error}") from None
-        if about.get("format") != VERSION:
+        if written.get("format") != VERSION:
             raise InputError(f"{file} is no importance matrix: expected what --save-imatrix writes, or a text")
-        if about["model"] != model:
+        about: _About = validated(_About, written, f"{file} is no importance matrix: it", InputError)
+        if about.model != model:
             raise InputError(
-                f"{file} is the importance matrix of another model ({about['model']}, this one is {model}): "
+                f"{file} is the importance matrix of another model ({about.model}, this one is {model}): "
                 "measure this model's with --imatrix TEXT"
             )
-        same: dict[str, str] = json.loads(about["same"])
-        stored = {
-            name: ChannelMoments(tensors[f"{name}.square"], tensors[f"{name}.directions"].float())
-            for name in set(same.values())
-        }
+        same: dict[str, str] = validated(
+            _SAME, parse_json(about.same.encode(), f"{file}: its list of Linears", InputError), str(file), InputError
+        )
+        tensors = _loaded(file)
+        stored = {name: _moments(tensors, name, file) for name in sorted(set(same.values()))}
+        if len(tensors) != 2 * len(stored) or len(entries) != len(tensors):
+            raise InputError(f"{file} is a damaged importance matrix: it holds tensors that no Linear has")
         moments = {module: stored[name] for module, name in same.items()}
-        return cls(moments, about["text"], model)
+        return cls(moments, about.text, model)
+
+
+def _loaded(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read as an importance matrix: {error}") from None
+
+
+def _moments(tensors: Mapping[str, Tensor], name: str, file: Path) -> ChannelMoments:
+    """Those of one Linear. Raises InputError if they are not there or cannot be moments of anything."""
+    square, directions = (tensors.get(f"{name}.{part}") for part in ("square", "directions"))
+    if (
+        square is None
+        or directions is None
+        or (square.dtype, directions.dtype) != (torch.float32, torch.bfloat16)
+        or (square.ndim, directions.ndim) != (1, 2)
+        or not 0 < square.shape[0] == directions.shape[1] >= directions.shape[0]
+    ):
+        raise InputError(
+            f"{file} is a damaged importance matrix: it lacks what {name} takes in, or has it in another form"
+        )
+    if not (square.isfinite().all() and (square >= 0).all() and directions.isfinite().all()):
+        raise InputError(f"{file} is a damaged importance matrix: {name} has NaN, infinity or a negative mean square")
+    return ChannelMoments(square, directions.float())
 
 
 def imatrix_name(text: str) -> str:
@@ -120,6 +161,11 @@ class Weighted:
             return self._other.encode(weight, scheme, label, transposed, module, row)
         check_finite(weight, label)
         dense = (weight.t() if transposed else weight).float()
+        if len(moments.square) != dense.shape[1]:
+            raise InputError(
+                f"the importance matrix has {len(moments.square):,} channels for {label}, which has "
+                f"{dense.shape[1]:,}: measure this model's with --imatrix TEXT"
+            )
         step = max(1, _ROWS // dense.shape[1])
         done = [round_weighted(block.contiguous(), scheme, moments) for block in dense.split(step)]
         packed = torch.cat([one.packed for one in done])

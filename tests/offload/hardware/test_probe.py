@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from offload.hardware import probe as probing
 from offload.hardware import system as host
 from offload.hardware.disk import disk_rate
 from offload.hardware.gpu import Gpu
@@ -60,9 +61,28 @@ def test_probe_measures_once_and_then_answers_at_once(tmp_path: Path, cache: Pat
 
 def test_unreadable_or_foreign_measurements_are_not_believed() -> None:
     good = MACHINE.to_json()
-    for bad in ({**good, "version": 99}, {**good, "disk_gb_s": 0}, {key: good[key] for key in ("version", "cpu")}):
-        with pytest.raises((ValueError, KeyError, TypeError)):
+    wrong = {"version": 99, "disk_gb_s": 0, "ram_gb_s": float("nan"), "int8_gops": float("inf"), "cores": 2.5}
+    wrong |= {"ram_bytes": "64GiB", "notes": "a note", "gpu": [], "quiet": None, "measured_at": {}, "name": 7}
+    torn = [{key: good[key] for key in ("version", "cpu")}, {}, {**good, "gpu": {**good["gpu"], "vram_gb_s": -1.0}}]
+    for bad in [{**good, key: value} for key, value in wrong.items()] + torn:
+        with pytest.raises(ValueError, match=r"version|validation error|not positive"):
             Machine.from_json(bad)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"[" * 10**6, b"{" + b" " * 2**20, b'{"version": NaN}'])
+def test_whatever_lies_in_place_of_a_measurement_is_measured_again(
+    content: bytes, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "_measure", lambda *_: dataclasses.replace(MACHINE, measured=True, gpu=None))
+    probe(tmp_path)
+    [kept] = cache.iterdir()
+    whole = json.loads(kept.read_text())
+    kept.write_bytes(content)
+    assert probe(tmp_path).cpu == MACHINE.cpu
+    assert json.loads(kept.read_text()).keys() == whole.keys()
+    kept.unlink()
+    os.mkfifo(kept)
+    assert probe(tmp_path).cpu == MACHINE.cpu
 
 
 def test_a_measurement_beside_others_work_is_repeated_later_and_only_gets_better(tmp_path: Path, cache: Path) -> None:

@@ -54,6 +54,9 @@ def test_every_family_calibrates_into_a_checkpoint_nearer_to_its_source(
     calibrated = finish(source, tmp_path / "work", tmp_path / "gptq")
     convert(source, tmp_path / "rtn", SCHEMES, rounding="rtn")
     assert divergence(source, calibrated) < 0.9 * divergence(source, tmp_path / "rtn")
+    errors = seen.output_errors()
+    assert set(errors) == {spec.role for spec in Checkpoint.open(source).shape.linears() if spec.role in SCHEMES}
+    assert all(0 < error["calibrated"] < error["alone"] < 0.5 for error in errors.values()), errors
     assert seen.tokens == 40 * 64 and "the least used expert saw" in seen.notes()[0]
     report = json.loads((calibrated / REPORT).read_text())
     assert report["rounding"] == "gptq test"

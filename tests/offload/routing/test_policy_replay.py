@@ -92,7 +92,28 @@ def test_a_profile_without_a_trace_says_how_to_record_one(tmp_path: Path) -> Non
     assert load_trace(file).keys[:5] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
 
 
-@pytest.mark.parametrize("steps", [[[[0], [9]], [[1], [2]]], [[[0]], [[1]]], [[0, 1], [1, 2]], [[[0], [1]]], 7])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [[[0], [9]], [[1], [2]]],
+        [[[0], [-1]], [[1], [2]]],
+        [[[0], [True]], [[1], [2]]],
+        [[[0], [1.0]], [[1], [2]]],
+        [[[0], [10**30]], [[1], [2]]],
+        [[[0], None], [[1], [2]]],
+        [[[0, 0], [1, 2]], [[1, 2], [1, 2]]],
+        [[[0, 1], [1]], [[1, 2], [1, 2]]],
+        [[[], []], [[], []]],
+        [[], []],
+        [[[0, 1, 2, 3, 0], [0, 1, 2, 3, 0]]] * 2,
+        [[[0]], [[1]]],
+        [[0, 1], [1, 2]],
+        [[[0], [1]]],
+        {"0": [[0], [1]]},
+        "trace",
+        7,
+    ],
+)
 def test_a_damaged_trace_is_refused(tmp_path: Path, steps: object) -> None:
     file = tmp_path / "routing.json"
     file.write_text(json.dumps({"version": 1, "moe_layers": [1, 3], "num_experts": 4, "trace": steps}))

@@ -83,6 +83,20 @@ def test_a_damaged_profile_is_one_clear_line(tmp_path: Path, text: str, said: st
         RoutingStats.load(tmp_path / "routing.json", SHAPE)
 
 
+WRONG = [None, True, -1, 2**41, 1.5, "7", [], {}, [[1.0] * 4] * 3, [[-1] * 4] * 3, [[1] * 3] * 3, [[1] * 4] * 2]
+
+
+@pytest.mark.parametrize("key", ["model_id", "top_k", "tokens", "counts", "reuse"])
+@pytest.mark.parametrize("value", WRONG, ids=str)
+def test_no_value_of_another_kind_is_taken_for_a_count(tmp_path: Path, key: str, value: object) -> None:
+    document = _recorded([[[[0, 1]], [[1, 2]], [[3, 0]]]]).to_json()
+    if (key, value) == ("model_id", "7"):
+        return
+    (tmp_path / "routing.json").write_text(json.dumps(document | {key: value}))
+    with pytest.raises(ProfileError, match=r"routing.json is (a damaged routing profile|of a model that takes)"):
+        RoutingStats.load(tmp_path / "routing.json", SHAPE)
+
+
 def test_a_newer_version_is_refused_by_number(tmp_path: Path) -> None:
     (tmp_path / "routing.json").write_text('{"version": 2, "moe_layers": [0], "num_experts": 4}')
     with pytest.raises(ProfileError, match="version 2: expected 1"):

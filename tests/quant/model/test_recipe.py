@@ -1,5 +1,7 @@
 """Recipes say what they mean, and a key that means nothing is an error."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,32 @@ def test_shapes_have_the_announced_number_of_weights() -> None:
         totals[name] = round(sum(shape.role_nbytes({}).values()) / 2e9)
     assert (totals["scout"], totals["maverick"], totals["mini-scout"]) == (109, 402, 7)
     assert 2000 <= totals["behemoth"] <= 2200
+
+
+def _pipe(file: Path) -> None:
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize(
+    ("lay", "said"),
+    [
+        (Path.mkdir, "is a directory: expected a file"),
+        (_pipe, "is a named pipe: expected a file"),
+        (lambda file: file.symlink_to(file.name + ".gone"), "is a link to"),
+        (lambda file: file.write_bytes(b"\xff\xfe"), "no valid TOML"),
+        (lambda file: file.write_bytes(b"#" * (2**20 + 1)), "expected at most 1,048,576"),
+        (lambda file: file.write_text("[run]\ncontext = 99999999999999999999"), "run.context is 99999999999999999999"),
+        (lambda file: file.write_text("[run]\nprompt_chunk = nan"), "run.prompt_chunk is nan"),
+        (lambda file: file.write_text("[run]\nvram = inf"), "run.vram"),
+        (lambda file: file.write_text("[run]\nram = [1]"), "run.ram"),
+        (lambda file: file.write_text("[weights]\ngroup_size = true"), "weights.group_size is True"),
+        (lambda file: file.write_text("[weights]\nexperts = {}"), "weights.experts"),
+        (lambda file: file.write_text("weights = 3"), "weights is 3"),
+        (lambda file: file.write_text("description = 3"), "description is 3"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_line(lay: Callable[[Path], object], said: str, tmp_path: Path) -> None:
+    lay(tmp_path / "my.toml")
+    with pytest.raises(RecipeError, match=said) as refusal:
+        load_recipe(str(tmp_path / "my.toml"))
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
