@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels import native
-from quant.kernels.cuda.linear import linear as cuda_linear
+from quant.kernels.cuda.linear import cuda_linear
 from quant.kernels.weight import NativeKind
 from quant.pack import Packed, dequantize, dequantize_nf4, matmul_nf4, nf4_state
 from quant.scheme import BF16, Scheme

@@ -48,7 +48,7 @@ class Packed:
         return {"weight_packed": self.packed, "weight_scale": self.scale, "weight_shape": shape}
 
 
-def quantize(weight: Tensor, scheme: Scheme) -> Packed:
+def quantize_absmax(weight: Tensor, scheme: Scheme) -> Packed:
     """Round ``weight`` ``[N, K]`` (any float dtype) to ``scheme``, int4 or int8.
 
     Raises SchemeError if the groups do not divide K or the weight has NaN or Inf.

@@ -37,7 +37,7 @@ def chat(
 
     Ctrl-C stops an answer and keeps the session; Ctrl-D or /quit ends it with the run report.
     """
-    from cli.steps.conversation import Conversation
+    from cli.steps.chat_loop import ChatLoop
     from cli.steps.finish import check_page, command_line, finish
     from cli.steps.messages import Messages
     from cli.steps.open_model import find_model, open_session
@@ -57,7 +57,7 @@ def chat(
         settings, told = sampling.of(path, max_tokens=session.context)
         console.step(told)
         messages = Messages(aside=console.json)
-        conversation = Conversation(session, settings, console, messages)
+        conversation = ChatLoop(session, settings, console, messages)
         conversation.begin(system)
         try:  # what is wrong with the template is said before the first question
             session.encode_chat([*conversation.messages, {"role": "user", "content": "?"}])

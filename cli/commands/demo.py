@@ -124,7 +124,7 @@ class Demo:
 
     def profile(self) -> dict[str, Any]:
         """Run text the model was trained on, and keep which experts it asked for."""
-        from cli.commands.profile import document, heat_map, run_text
+        from cli.commands.profile import heat_map, profile_document, run_text
         from cli.steps.open_model import open_session
         from cli.steps.texts import read_text
         from cli.terminal.words import percent
@@ -146,7 +146,7 @@ class Demo:
             f"{percent(quarter)} of the requests\n"
         )
         self.console.say(heat_map(stats))
-        return document(stats, self.routing, stats.tokens, seconds)
+        return profile_document(stats, self.routing, stats.tokens, seconds)
 
     def plan(self) -> dict[str, Any]:
         """Where every byte of the coming run goes, with RAM for about half of the experts."""

@@ -69,14 +69,14 @@ def eval(
             progress=told,
         )
     notes = [*found.notes, *_beyond(path, context)]
-    show(found, console)
+    show_evaluation(found, console)
     console.notes(notes)
     console.result({**found.to_json(), **({"notes": notes} if notes else {})})
     if report is not None:
-        from cli.html.document import save
+        from cli.html.document import save_page
         from cli.html.evaluation import render_evaluation
 
-        save(render_evaluation(found, command_line=command_line(), notes=notes), report)
+        save_page(render_evaluation(found, command_line=command_line(), notes=notes), report)
         console.step(f"report page written to {report}")
 
 
@@ -89,7 +89,7 @@ def _beyond(path: Path, context: int) -> list[str]:
     return list(beyond(ModelShape.from_config(resolve_config(str(path))), context))
 
 
-def show(found: "Evaluation", console: Console) -> None:
+def show_evaluation(found: "Evaluation", console: Console) -> None:
     """The numbers as tables, and how KL divergence spreads over tokens as bars."""
     from rich.table import Table
 

@@ -67,7 +67,7 @@ def generate(
         ids = session.encode_chat(with_parts([question])) if chat else session.encode(text, pictures)
         console.step(told)
         records: list[TokenRecord] = []
-        with interrupt.Stop() as stop, suppress(KeyboardInterrupt):
+        with interrupt.StopRequest() as stop, suppress(KeyboardInterrupt):
             for record in session.generate(ids, replace(settings, ignore_eos=ignore_eos)):
                 records.append(record)
                 console.write(record.text)

@@ -28,12 +28,12 @@ def probe(console: Console, directory: Directory = Path(), refresh: Refresh = Fa
     if not directory.is_dir():
         raise InputError(f"{directory} is no directory: name the one that the model lies in, or none")
     machine = measure(directory, refresh=refresh, say=console.step)
-    show(machine, console)
+    show_machine(machine, console)
     console.notes(machine.notes)
     console.result(machine.to_json())
 
 
-def show(machine: "Machine", console: Console) -> None:
+def show_machine(machine: "Machine", console: Console) -> None:
     """The machine as a table of memories: what holds how much, and how fast it is read."""
     from rich.table import Table
 

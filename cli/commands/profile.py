@@ -65,9 +65,9 @@ def profile(
             stats.merge(other)
         stats.save(out)
         console.say()
-        show(stats, console)
+        show_routing(stats, console)
         console.step(f"{seen:,} tokens in {seconds:.1f} s; profile of {stats.tokens:,} tokens written to {out}")
-        console.result(document(stats, out, seen, seconds))
+        console.result(profile_document(stats, out, seen, seconds))
 
 
 def run_text(session: "Session", text: str, limit: int | None, console: Console) -> float:
@@ -91,7 +91,7 @@ def run_text(session: "Session", text: str, limit: int | None, console: Console)
     return time.perf_counter() - started
 
 
-def document(stats: "RoutingStats", out: Path, seen: int, seconds: float) -> dict[str, object]:
+def profile_document(stats: "RoutingStats", out: Path, seen: int, seconds: float) -> dict[str, object]:
     """What ``--json`` prints."""
     return {
         "out": out,
@@ -106,7 +106,7 @@ def document(stats: "RoutingStats", out: Path, seen: int, seconds: float) -> dic
     }
 
 
-def show(stats: "RoutingStats", console: Console) -> None:
+def show_routing(stats: "RoutingStats", console: Console) -> None:
     """Skew by layer as a table, and use as a heat map of layers by experts."""
     import math
 

@@ -55,12 +55,12 @@ def simulate(
 
     The first half of the trace is what a profile would have known of the routing, the second is replayed.
     """
-    from cli.html.document import save
+    from cli.html.document import save_page
     from cli.html.simulated_run import render_replay
     from cli.steps.finish import check_page, command_line
     from cli.steps.plan_run import plan_run, stored_as
     from cli.terminal.plan_table import caution, machine_line
-    from cli.terminal.replay_tables import document, resources_table, rows, waits_table
+    from cli.terminal.replay_tables import replay_document, resources_table, rows, waits_table
     from offload.simulator.simulation import Simulation
 
     check_page(report)
@@ -84,7 +84,7 @@ def simulate(
         console.notes(notes)
     console.result(
         {
-            **document(setup, decode, prefill),
+            **replay_document(setup, decode, prefill),
             "model": model,
             "stored": stored,
             "trace": trace,
@@ -104,7 +104,7 @@ def simulate(
             doubts=[said for _, said in caution(setup.machine)],
             notes=notes,
         )
-        save(page, report)
+        save_page(page, report)
         console.step(f"page written to {report}")
 
 

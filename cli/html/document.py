@@ -25,7 +25,7 @@ Better = Literal["more", "less", ""]
 Compared = tuple[str, str, str, Better]  # what it is called, its path in the JSON, its unit, which side is better
 
 
-def save(page: str, path: Path) -> None:
+def save_page(page: str, path: Path) -> None:
     """Write a page's text to ``path``, where nothing or an earlier page is. Raises OutputError if that cannot be."""
     save_output(path, page.encode("utf-8", "replace"), PAGE_MARK)
 

@@ -40,7 +40,7 @@ def render_evaluation(found: "Evaluation", *, command_line: str = "", notes: Seq
     )
     title = f"{found.model.name}: quality beside {found.reference.name}"
     return document(
-        title, _head(found), "".join(sections), report=found.to_json(), readouts=readouts, compared=COMPARED
+        title, _head(found), "".join(sections), report=found.to_json(), readouts=readouts, compared=_COMPARED
     )
 
 
@@ -176,7 +176,7 @@ def nice_below(share: float) -> float:
     return max(step for step in steps if step == 0 or step < share)
 
 
-COMPARED: tuple[Compared, ...] = (
+_COMPARED: tuple[Compared, ...] = (
     ("KL divergence, mean", "kl_mean", "", "less"),
     ("KL divergence, 99 %", "kl_p99", "", "less"),
     ("Perplexity", "perplexity", "", "less"),

@@ -4,7 +4,7 @@ the bytes are, and how it went step by step."""
 from pathlib import Path
 
 from cli.html.byte_roles import memory_section
-from cli.html.document import Compared, banners, document, facts, figures, none, notes_list, save, section, text
+from cli.html.document import Compared, banners, document, facts, figures, none, notes_list, save_page, section, text
 from cli.html.heat_map import experts_section
 from cli.html.request import request_section
 from cli.html.step_plots import memory_plot, requests_plot, time_plot
@@ -13,7 +13,7 @@ from cli.terminal import words
 from cli.terminal.words import number, percent, size
 from offload.run.report import RunReport
 
-COMPARED: tuple[Compared, ...] = (
+_COMPARED: tuple[Compared, ...] = (
     ("Decode", "decode.tokens_per_s", "tokens/s", "more"),
     ("Time per token, median", "decode.ms_per_token_p50", "ms", "less"),
     ("Time per token, 9 of 10", "decode.ms_per_token_p90", "ms", "less"),
@@ -42,7 +42,7 @@ COMPARED: tuple[Compared, ...] = (
 
 def write_page(report: RunReport, path: Path) -> None:
     """Write the page to ``path``. Raises OutputError if that cannot be."""
-    save(render_page(report), path)
+    save_page(render_page(report), path)
 
 
 def render_page(report: RunReport) -> str:
@@ -60,7 +60,7 @@ def render_page(report: RunReport) -> str:
         )
     )
     title = f"{report.subject.model}: Coldstream run report"
-    return document(title, _head(report), body, report=report.to_json(), readouts=readouts, compared=COMPARED)
+    return document(title, _head(report), body, report=report.to_json(), readouts=readouts, compared=_COMPARED)
 
 
 def _head(report: RunReport) -> str:

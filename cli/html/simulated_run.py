@@ -6,10 +6,9 @@ from cli.html import svg_plots
 from cli.html.document import Compared, banners, document, facts, figures, none, notes_list, section, text
 from cli.html.request import command
 from cli.html.svg_plots import Bins, nice_ticks, value_ticks
-from cli.terminal.replay_tables import RESOURCES, causes
-from cli.terminal.replay_tables import document as plain_data
+from cli.terminal.replay_tables import RESOURCES, causes, replay_document
 from cli.terminal.words import number, percent, sentence, size
-from offload.simulator.engine import Span
+from offload.simulator.event_engine import Span
 from offload.simulator.simulation import SimulatedPhase, Simulation
 
 # From the fastest memory down to the slowest, the processors beside the memory that feeds them.
@@ -29,7 +28,7 @@ _WORK = {
 _BESIDE = {"read": "disk", "copy": "pcie"}
 _SAME = {"experts": "expert", "in place": "expert", "dense": "shared", "swap": "copy"}
 
-COMPARED: tuple[Compared, ...] = (
+_COMPARED: tuple[Compared, ...] = (
     ("Decode", "decode.tokens_per_s", "tokens/s", "more"),
     ("Time per token", "decode.ms_per_token", "ms", "less"),
     ("Prefill", "prefill.tokens_per_s", "tokens/s", "more"),
@@ -84,8 +83,8 @@ def render_replay(
         + "</div>"
         + (section("Notes", notes_list(notes)) if notes else "")
     )
-    report = plain_data(setup, decode, prefill)
-    return document(title, head, body, report=report, readouts=readouts, compared=COMPARED)
+    report = replay_document(setup, decode, prefill)
+    return document(title, head, body, report=report, readouts=readouts, compared=_COMPARED)
 
 
 def lanes(name: str, spans: Sequence[Span], readouts: dict[str, list[str]]) -> str:

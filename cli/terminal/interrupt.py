@@ -27,14 +27,14 @@ def keep_session() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class Stop:
+class StopRequest:
     """While it is entered, the first Ctrl-C is an exception, and ``asked`` says so to whoever did not see it;
     the next one ends the process at once."""
 
     def __init__(self) -> None:
         self.asked = False
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "StopRequest":
         self._before = signal.signal(signal.SIGINT, self._first)
         return self
 

@@ -90,7 +90,7 @@ def rows(setup: Simulation, decode: SimulatedPhase, prefill: SimulatedPhase) -> 
     return found
 
 
-def document(setup: Simulation, decode: SimulatedPhase, prefill: SimulatedPhase) -> dict[str, Any]:
+def replay_document(setup: Simulation, decode: SimulatedPhase, prefill: SimulatedPhase) -> dict[str, Any]:
     """What ``--json`` prints of it."""
     return {
         "decode": decode.to_json(),

@@ -33,7 +33,7 @@ from quant.kernels.weight import Weight
 from quant.linear import Compute, QuantLinear
 from quant.model.shape import ModelShape
 
-Mlp = Callable[[Tensor], Tensor]
+_Mlp = Callable[[Tensor], Tensor]
 _LAST = 4  # the last quarter of the layers guesses the next token while it waits
 
 
@@ -79,7 +79,7 @@ class NativeDecoder(Decoder):
             self.lookahead = Lookahead(routers, [part.mlp_norm for part in routed], shape.top_k)
         self.attentions = [_attention(part) for part in parts]
         self.moes: dict[int, NativeMoe] = {}
-        self.mlps: list[Mlp] = []
+        self.mlps: list[_Mlp] = []
         blocks: list[MoeBlock | DenseBlock] = []
         for index, part in enumerate(parts):
             if part.router is not None:
@@ -190,7 +190,7 @@ def _moe_block(part: LayerParts, router: Tensor) -> MoeBlock:
     return MoeBlock(weight, part.top_k, part.router_kind, shared, None, part.mlp_norm, part.eps)
 
 
-def _dense_mlp(part: LayerParts, gated: GatedMlp, exact: bool) -> Mlp:
+def _dense_mlp(part: LayerParts, gated: GatedMlp, exact: bool) -> _Mlp:
     job, norm = Job(gated), part.mlp_norm
     return lambda x: mlp([job], rms_norm(x, norm.shape, norm, part.eps), x.clone(), exact=exact)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from offload.decode.gpu_step import DecodeStep
-from offload.decode.host_worker import HostWorker, Ids
+from offload.decode.host_worker import HostWorker
 from offload.decode.in_flight import InFlightStep
 from offload.decode.plain import PlainDecoder
 from offload.decode.runner import GraphThread, StepThread
@@ -26,6 +26,7 @@ from offload.experts.storage.store import ExpertStore
 from offload.model.kv_cache import KVCache
 from offload.model.layer_parts import all_layer_parts, norm_eps
 from offload.model.rotary import RotaryAngles
+from offload.routing.frequency import Ids
 from offload.routing.stats import RoutingStats
 from quant.errors import ColdstreamError, SchemeError
 from quant.kernels import native

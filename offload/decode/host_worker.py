@@ -6,19 +6,16 @@ waits for the answer, and what the coming layers will want is read behind it.
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from offload.decode.native_moe import gated
 from offload.experts.cache.tiered_cache import TieredCache
 from offload.model.fused_linear import LEAST_WEIGHT
+from offload.routing.frequency import Ids
 from offload.tiers import Key
 from quant.kernels.doorbell import BellBuffers, HostBell, first_byte
 from quant.kernels.lookahead import FROM_EMBEDDING, FROM_PARTIAL, Lookahead
-
-Ids = npt.NDArray[np.int64]
 
 
 class HostWorker:

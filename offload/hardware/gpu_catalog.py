@@ -9,13 +9,12 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from offload.hardware.framework import FRAMEWORK_RAM
+from offload.hardware.framework import FRAMEWORK_RAM, GIB
 from offload.hardware.gpu import Gpu
 from offload.hardware.probe import Machine
 from quant.errors import UsageError
 from quant.sizes import parse_size
 
-GIB = 2**30
 RAM_GB_S = 70.0  # DDR5-5600, two channels: 89.6 by arithmetic, and what reading reaches of it
 DISK_GB_S = 6.5
 RAM_BYTES = 64 * GIB

@@ -26,7 +26,7 @@ from quant.errors import OutputError
 from quant.input_file import read_object
 from quant.output_file import replace_file
 
-VERSION = 4
+_VERSION = 4
 _READ_BYTES = 2**30  # caches of a server keep a visible part of less
 _GEMM = (256, 2048, 4096)  # tokens, out and in features: a prompt chunk against one projection
 _GEMM_RUNS = 8
@@ -99,7 +99,7 @@ class Machine:
     def to_json(self) -> dict[str, Any]:
         """The fields as plain data, with ``pcie_gb_s`` and ``vram_gb_s`` at top level."""
         return {
-            "version": VERSION,
+            "version": _VERSION,
             **dataclasses.asdict(self),
             "notes": list(self.notes),
             "pcie_gb_s": self.pcie_gb_s,
@@ -109,7 +109,7 @@ class Machine:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Machine":
         """The machine that ``to_json`` wrote. Raises ValueError if it is anything else."""
-        if data.get("version") != VERSION:
+        if data.get("version") != _VERSION:
             raise ValueError(f"version {data.get('version')}")
         machine = TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
         found = [machine.cores, machine.ram_bytes, machine.ram_gb_s, machine.disk_gb_s, machine.int8_gops]

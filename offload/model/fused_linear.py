@@ -42,7 +42,7 @@ def _parameters(linear: QuantLinear) -> tuple[tuple[str, torch.dtype], ...]:
 def add_product(linear: Any, x: Tensor, out: Tensor) -> None:
     """out f32 ``[T, N]`` += ``linear`` (x ``[T, K]``), in one kernel where the weight is packed."""
     if type(linear) is QuantLinear and linear.scheme.is_packed and linear.bias is None:
-        kernels.linear(x, linear.stored.packed, out)
+        kernels.cuda_linear(x, linear.stored.packed, out)
     else:
         out.add_(linear(x))
 

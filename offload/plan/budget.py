@@ -8,12 +8,11 @@ name.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from offload.hardware.framework import FRAMEWORK_RAM
+from offload.hardware.framework import FRAMEWORK_RAM, GIB
 from offload.hardware.probe import Machine
 from offload.tiers import Tier
 from quant.sizes import format_size
 
-GIB = 2**30
 _VRAM_PART = 0.95  # where nothing was asked: the desktop and the driver have the rest
 _SAME = 0.98  # asked for all there is, give or take what the vendor rounds
 

@@ -12,12 +12,12 @@ from functools import cached_property
 
 from offload.hardware.framework import MIB
 from offload.plan.cost_model import Workload
+from quant.checkpoint.layout import PAGE
 from quant.errors import InputError
 from quant.model.families import Role
 from quant.model.shape import ModelShape
 from quant.scheme import BF16, Scheme
 
-PAGE = 4096
 # What allocators, threads and the reader keep.
 SLACK = 48 * MIB
 CALIBRATION_WINDOW = 512  # tokens of a text that are run as one

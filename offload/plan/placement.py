@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from offload.hardware.framework import FRAMEWORK_RAM, FRAMEWORK_VRAM
-from offload.plan.budget import GIB, Budget
+from offload.hardware.framework import FRAMEWORK_RAM, FRAMEWORK_VRAM, GIB, MIB
+from offload.plan.budget import Budget
 from offload.plan.footprint import Footprint, slot_bytes_of
 from offload.tiers import Tier, role_name
 from quant.errors import BudgetError
@@ -193,6 +193,6 @@ def vram_reserve(vram_slots: int, experts: int) -> int:
 
 
 def _rounded_up(nbytes: int) -> str:
-    unit, name = (GIB, "GiB") if nbytes >= GIB else (2**20, "MiB")
+    unit, name = (GIB, "GiB") if nbytes >= GIB else (MIB, "MiB")
     tenths = -(-nbytes * 10 // unit)
     return f"{tenths / 10:.1f}{name}"

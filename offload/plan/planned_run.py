@@ -4,13 +4,13 @@ Every command and Session decide a run here, so that what is planned, simulated,
 Needs no torch, and of a model only its config.json.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.hardware.gpu_catalog import described_machine
-from offload.hardware.probe import Machine, probe
+from offload.hardware.probe import Machine, Say, probe
 from offload.plan.cost_model import with_prefetch_bytes
 from offload.plan.plan import Plan, make_plan
 from offload.records import RunOptions
@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # imports numpy, which a plan without a profile does without
     from offload.routing.stats import RoutingStats
 
 _DEFAULT_RECIPE = "fast"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

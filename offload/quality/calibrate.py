@@ -35,7 +35,7 @@ from quant.linear import Compute, LinearWeight, QuantLinear
 from quant.model.families import PROJECTIONS, Projection, Role
 from quant.model.mixed_precision import described, scheme_of
 from quant.model.tensors import LinearSpec
-from quant.pack import Packed, dequantize, quantize
+from quant.pack import Packed, dequantize, quantize_absmax
 from quant.progress import Progress, nobody
 from quant.rounding.gptq import DAMPING, Rounded, gptq
 from quant.rounding.learned_rounding import TrainableWeight
@@ -286,7 +286,7 @@ def _output_squares(weight: Tensor, done: Rounded, hessian: Tensor) -> tuple[flo
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long()
     plain, target, scheme = weight[rows].float(), done.target[rows], done.packed.scheme
     chosen = Packed(scheme, done.packed.packed[rows], done.packed.scale[rows])
-    alone = search(plain, scheme) if scheme.kind == "int4" else quantize(plain, scheme)
+    alone = search(plain, scheme) if scheme.kind == "int4" else quantize_absmax(plain, scheme)
 
     def square(rows: Tensor) -> float:
         return max(float(((rows @ hessian) * rows).sum(dtype=torch.float64)), 0.0)

@@ -24,7 +24,8 @@ from offload.model.load import load_model, runtime_name
 from offload.model.moe import ExpertRunner, expert_mlp
 from offload.model.tokenizer import check_ids
 from offload.routing.eviction import LeastRecent
-from offload.routing.stats import Ids, RoutingStats
+from offload.routing.frequency import Ids
+from offload.routing.stats import RoutingStats
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.linear import Compute, QuantLinear
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from offload.routing.frequency import Ids
 from offload.routing.trace import PROFILE_MARK, PROFILE_VERSION, checked_steps, read_profile
 from quant.errors import ProfileError
 from quant.input_file import validated
@@ -25,7 +25,6 @@ from quant.output_file import save_output
 _BATCH = 256
 _MOST_TOKENS = 2**40  # sums of counts stay whole numbers of 64 bits
 _REUSE_BINS = 17  # distances of 1, 2, 3-4, 5-8 … 2^15 tokens and more
-Ids = npt.NDArray[np.int64]
 
 
 _Count = Annotated[int, Field(ge=0, lt=_MOST_TOKENS)]

@@ -1,7 +1,7 @@
 """Session: a loaded model with its plan, caches and counts, ready to generate. What the commands talk to."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from offload.experts.storage.store import ExpertStore
 from offload.experts.storage.transfer import CudaTransfer, Transfer
 from offload.hardware.cuda_driver import gpu_errors
 from offload.hardware.ledger import MemoryLedger, resident_bytes
+from offload.hardware.probe import Say
 from offload.hardware.vram_limit import Allowance, VramMeter
 from offload.model.kv_cache import KVCache, Storage
 from offload.model.load import check_rope, load_model, move_to_arena, text_config
@@ -48,7 +49,6 @@ from quant.model.hub import resolve_model
 from quant.model.recipe import load_recipe
 from quant.progress import Progress, nobody
 
-Say = Callable[[str], None]
 _KV_STORAGE: dict[int, Storage] = {8: "int8", 16: "bf16", 32: "plain"}  # by bits of a value
 
 

@@ -1,4 +1,4 @@
-"""The decoding of one token after another, as processes that an Engine runs.
+"""The decoding of one token after another, as processes that an EventEngine runs.
 
 Beside a GPU the step is one stream of kernels. Where a layer's expert is not in VRAM the doorbell rings,
 the host's workers compute their part of it from RAM (fetching it from disk first, if need be) while the GPU
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from offload.plan.cost_model import FORESEEN
-from offload.simulator.engine import Engine, Event, Line, Process
-from offload.simulator.requests import Step
+from offload.simulator.event_engine import Event, EventEngine, Line, Process
+from offload.simulator.requests import TokenRequests
 from offload.simulator.workload import LayerWork, Rates, Work
 from offload.tiers import Tier
 
@@ -33,7 +33,7 @@ class SimulatedDecode:
     """Runs ``steps`` through ``work`` on ``rates``. ``gpu_part`` of a missed expert is read by the GPU in
     place; ``ahead`` layers are guessed while one waits for the disk (0: none)."""
 
-    engine: Engine
+    engine: EventEngine
     work: Work
     rates: Rates
     gpu_part: float = 0.0
@@ -48,7 +48,7 @@ class SimulatedDecode:
         self._seen: set[int] = set()  # layers that were guessed for this token
         self._idle = math.inf  # since when the host could read ahead for the coming layer
 
-    def token(self, step: Step) -> Process:
+    def token(self, step: TokenRequests) -> Process:
         """One decode step."""
         self._coming, self._seen, self._idle = {}, set(), math.inf
         routed = iter(enumerate(step.tiers))
@@ -70,7 +70,7 @@ class SimulatedDecode:
         for _ in range(step.refills):
             self._read(2)
 
-    def _beside_gpu(self, layer: LayerWork, tiers: Sequence[Tier], step: Step, index: int) -> Process:
+    def _beside_gpu(self, layer: LayerWork, tiers: Sequence[Tier], step: TokenRequests, index: int) -> Process:
         engine, expert = self.engine, self.work.expert
         yield engine.flow("attention", layer.attention + layer.kv, "vram")
         shared_out = [tier for tier in tiers if tier == "ram"]
@@ -96,7 +96,9 @@ class SimulatedDecode:
         rate = self.rates.cpu_read(nbytes, nbytes * self.work.expert_weights / self.work.expert)
         return FORESEEN * max(0.0, min(idle * rate, self.rates.prefetch_bytes, nbytes))
 
-    def _host(self, nbytes: float, prefetched: float, on_disk: Sequence[int], step: Step, index: int) -> Process:
+    def _host(
+        self, nbytes: float, prefetched: float, on_disk: Sequence[int], step: TokenRequests, index: int
+    ) -> Process:
         """The host's part of a layer: woken by the doorbell, it answers when ``nbytes``, ``prefetched`` of them
         in its caches, and the experts that it has read from disk are computed."""
         work = self.work
@@ -116,7 +118,7 @@ class SimulatedDecode:
         self._idle = self.engine.now
         yield self.engine.pause(self.rates.ring / 2, "doorbell")
 
-    def _on_cpu(self, layer: LayerWork, tiers: Sequence[Tier], step: Step, index: int) -> Process:
+    def _on_cpu(self, layer: LayerWork, tiers: Sequence[Tier], step: TokenRequests, index: int) -> Process:
         work = self.work
         yield self._cpu("attention", layer.attention + layer.kv, layer.attention_weights)
         on_disk = [place for place, tier in enumerate(tiers) if tier == "disk"]
@@ -131,7 +133,7 @@ class SimulatedDecode:
             yield event
             yield self._cpu("expert", work.expert, work.expert_weights)
 
-    def _guess(self, step: Step, index: int) -> None:
+    def _guess(self, step: TokenRequests, index: int) -> None:
         """Begin to read what the layers after ``index`` will probably ask for."""
         for coming in range(index + 1, min(index + 1 + self.ahead, len(step.tiers))):
             if coming in self._seen:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from offload.simulator.engine import Engine, Event, Line, Process
+from offload.simulator.event_engine import Event, EventEngine, Line, Process
 from offload.simulator.workload import LayerWork, Rates, Work
 from offload.tiers import TIERS, Tier
 
@@ -20,7 +20,7 @@ _READ_AHEAD = 8  # experts on their way from disk
 class Prompt:
     """Runs prompts through ``work`` on ``rates``; ``shares`` of the experts are in each tier."""
 
-    engine: Engine
+    engine: EventEngine
     work: Work
     rates: Rates
     shares: Mapping[Tier, float]

@@ -16,7 +16,7 @@ _GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)
-class Step:
+class TokenRequests:
     """One token: ``tiers[l]`` of the experts that it asks the l-th MoE layer for, ``swaps`` the experts that
     are copied to VRAM after it, ``refills`` those that are read into host slots for what left VRAM."""
 
@@ -25,7 +25,7 @@ class Step:
     refills: int = 0
 
 
-def drawn(shares: Mapping[Tier, float], layers: int, top_k: int, steps: int) -> list[Step]:
+def drawn(shares: Mapping[Tier, float], layers: int, top_k: int, steps: int) -> list[TokenRequests]:
     """Steps whose requests fall on the tiers by ``shares``, spread as evenly as can be."""
     edges = [(tier, sum(shares.get(t, 0.0) for t in TIERS[: index + 1])) for index, tier in enumerate(TIERS)]
     numbers = _spread()
@@ -34,7 +34,7 @@ def drawn(shares: Mapping[Tier, float], layers: int, top_k: int, steps: int) -> 
         place = next(numbers)
         return next((tier for tier, edge in edges if place < edge), edges[-1][0])
 
-    return [Step(tuple(tuple(tier() for _ in range(top_k)) for _ in range(layers))) for _ in range(steps)]
+    return [TokenRequests(tuple(tuple(tier() for _ in range(top_k)) for _ in range(layers))) for _ in range(steps)]
 
 
 def _spread() -> Iterator[float]:
@@ -77,7 +77,7 @@ class Tiers:
             balanced = requests * self.half_life / 0.693 / total
             self._scores = {key: count * balanced for key, count in self.counts.items()}
 
-    def step(self, token: Sequence[Sequence[int]]) -> Step:
+    def step(self, token: Sequence[Sequence[int]]) -> TokenRequests:
         """Serve one token, and move what should be."""
         self._unit *= 2 ** (1 / self.half_life)
         tiers: list[tuple[Tier, ...]] = []
@@ -96,7 +96,7 @@ class Tiers:
                 found.append(tier)
             tiers.append(tuple(found))
         swaps = self._swap(missed)
-        return Step(tuple(tiers), swaps, swaps if self._refills else 0)
+        return TokenRequests(tuple(tiers), swaps, swaps if self._refills else 0)
 
     def _in_ram(self, key: Key) -> bool:
         return self._keeps_all or key in self.ram
@@ -127,12 +127,12 @@ class Tiers:
         return done
 
 
-def replayed(tiers: Tiers, steps: int | None = None) -> list[Step]:
+def replayed(tiers: Tiers, steps: int | None = None) -> list[TokenRequests]:
     """The steps of ``tiers``' trace, or its first ``steps``."""
     return [tiers.step(token) for token in tiers.trace.steps[:steps]]
 
 
-def shares(steps: Sequence[Step]) -> dict[Tier, float]:
+def shares(steps: Sequence[TokenRequests]) -> dict[Tier, float]:
     """Share of requests by tier."""
     found = dict.fromkeys(TIERS, 0)
     for step in steps:

@@ -17,9 +17,9 @@ from offload.plan.plan import Plan
 from offload.routing.eviction import make_policy
 from offload.routing.trace import Trace
 from offload.simulator.decode import AHEAD, SimulatedDecode
-from offload.simulator.engine import Engine, Process, Span
+from offload.simulator.event_engine import EventEngine, Process, Span
 from offload.simulator.prefill import Prompt
-from offload.simulator.requests import Step, Tiers, drawn, replayed, shares, stretched
+from offload.simulator.requests import Tiers, TokenRequests, drawn, replayed, shares, stretched
 from offload.simulator.workload import Rates, Work
 from offload.tiers import Key, Tier
 from quant.model.shape import ModelShape
@@ -120,7 +120,7 @@ class Simulation:
         steps = self.steps(tokens, trace, counts, policy)
         work = Work.of(self.footprint, self.plan.filled)
         rates = Rates.of(self.machine, nf4=work.nf4)
-        engine = Engine(rates.table())
+        engine = EventEngine(rates.table())
         decoder = SimulatedDecode(engine, work, rates, self.part, AHEAD)
         warmup = min(_WARMUP, len(steps) - 1)
         meter = _Meter(engine)
@@ -146,7 +146,7 @@ class Simulation:
         trace: Trace | None = None,
         counts: Mapping[Key, float] | None = None,
         policy: str | None = None,
-    ) -> list[Step]:
+    ) -> list[TokenRequests]:
         """Where each of ``tokens`` (and a few before them) finds its experts."""
         shape, plan = self.footprint.shape, self.plan
         layers, wanted = len(shape.moe_layers), tokens + _WARMUP
@@ -167,7 +167,7 @@ class Simulation:
         plan, tokens = self.plan, tokens or self.plan.filled
         work, found = Work.of(self.footprint, tokens), self._scan_shares()
         rates = Rates.of(self.machine, nf4=work.nf4)
-        engine = Engine(rates.table(), watching=True)
+        engine = EventEngine(rates.table(), watching=True)
         prompt = Prompt(engine, work, rates, found, _WINDOW)
         meter = _Meter(engine)
         for done in range(0, tokens, plan.prompt_chunk):
@@ -187,7 +187,7 @@ class Simulation:
 class _Meter:
     """Plays processes one after another; what ``engine`` does meanwhile is counted."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EventEngine) -> None:
         self._engine, self._since, self._before = engine, engine.now, dict(engine.moved)
         self._waited: dict[str, float] = {}
 
@@ -213,7 +213,7 @@ class _Meter:
         )
 
 
-def _typical(steps: Sequence[Step]) -> int:
+def _typical(steps: Sequence[TokenRequests]) -> int:
     """The step that finds in VRAM, and off it, about as much as most do."""
     found = [sum(tiers.count("vram") * 100 + tiers.count("ram") for tiers in step.tiers) for step in steps]
     middle = sorted(found)[len(found) // 2]

@@ -149,7 +149,7 @@ class Rates:
         )
 
     def table(self) -> dict[str, float]:
-        """The resources of an Engine; what is not there is left out."""
+        """The resources of an EventEngine; what is not there is left out."""
         named = {
             "vram": self.vram,
             "pcie": self.pcie,

@@ -13,27 +13,27 @@ from quant.kept_file import keep, kept
 from quant.output_file import writing
 from quant.scheme import Scheme
 
-Job = Mapping[str, Any]
+_Job = Mapping[str, Any]
 
 
-def keep_losses(file: Path, job: Job, choices: Sequence[Choices]) -> None:
+def keep_losses(file: Path, job: _Job, choices: Sequence[Choices]) -> None:
     """Write what was measured for ``job``. Raises OutputError."""
     _keep(file, {"job": job, "losses": _losses(choices)})
 
 
-def kept_losses(file: Path, job: Job, units: Sequence[Unit]) -> list[Choices] | None:
+def kept_losses(file: Path, job: _Job, units: Sequence[Unit]) -> list[Choices] | None:
     """What ``keep_losses`` wrote for the same ``job``; None if there is nothing of it."""
     found = _kept(file, job, units)
     return None if found is None else _choices(found["losses"], units)
 
 
-def keep_allocation(file: Path, job: Job, allocation: Allocation) -> None:
+def keep_allocation(file: Path, job: _Job, allocation: Allocation) -> None:
     """Write what was chosen for ``job``. Raises OutputError."""
     picked = {"picked": allocation.picked, "how": allocation.how}
     _keep(file, {"job": job, "losses": _losses(allocation.choices), **picked})
 
 
-def kept_allocation(file: Path, job: Job, units: Sequence[Unit]) -> Allocation | None:
+def kept_allocation(file: Path, job: _Job, units: Sequence[Unit]) -> Allocation | None:
     """What ``keep_allocation`` wrote for the same ``job``; None if there is nothing of it."""
     found = _kept(file, job, units)
     if found is None:
@@ -47,7 +47,7 @@ def _keep(file: Path, found: Mapping[str, Any]) -> None:
     keep(file, found)
 
 
-def _kept(file: Path, job: Job, units: Sequence[Unit]) -> dict[str, Any] | None:
+def _kept(file: Path, job: _Job, units: Sequence[Unit]) -> dict[str, Any] | None:
     try:
         found = kept(file)
     except OutputError:  # not there, or spoiled: measured again

@@ -28,8 +28,8 @@ _COUNTS = 4  # of ``Prefetched``
 # Microseconds that the kernels' threads look for work after a request beside a GPU: longer than between two
 # tokens. On a CPU the step itself needs their cores.
 _AWAKE = 3000
-State = Literal["idle", "missing", "stopped"]
-_STATES: tuple[State, ...] = ("idle", "missing", "stopped")
+BellState = Literal["idle", "missing", "stopped"]
+_STATES: tuple[BellState, ...] = ("idle", "missing", "stopped")
 
 
 def store_release(control: Tensor, word: int, value: int) -> None:
@@ -178,7 +178,7 @@ class HostBell:
         bell.scales_input, bell.exact, bell.keep_awake = scales_input, exact, _AWAKE if buffers.sequence.is_cuda else 0
         bell.guesses, bell.prefetch_bytes, bell.gpu_rows = buffers.hint.numel(), prefetch_bytes, gpu_rows
 
-    def serve(self, microseconds: int) -> State:
+    def serve(self, microseconds: int) -> BellState:
         """Compute and answer what is asked for that long. "missing" leaves a request open that names an
         expert which is not in the table; "stopped" says that the stop word is set.
 

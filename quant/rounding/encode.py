@@ -33,7 +33,7 @@ class Encoded:
     squared_error: float = 0.0
 
 
-def encode(
+def encode_weight(
     weight: Tensor,
     scheme: Scheme,
     name: str,
@@ -60,7 +60,7 @@ def encode(
 
 
 def encode_by(weight: Tensor, scheme: Scheme, name: str, transposed: bool, curvature: Curvature) -> Encoded:
-    """As ``encode`` for int4 (its scales searched) and int8, values rounded with feedback by ``curvature``,
+    """As ``encode_weight`` for int4 (its scales searched) and int8, values rounded with feedback by ``curvature``,
     some rows at a time."""
     dense = weight.t() if transposed else weight
     check_finite(dense, name)

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from quant.checkpoint.checkpoint import Checkpoint
-from quant.rounding.encode import Encoded, encode, encode_by
+from quant.rounding.encode import Encoded, encode_by, encode_weight
 from quant.rounding.inputs import InputMeans
 from quant.rounding.synthetic_inputs import SyntheticInputs
 from quant.scheme import Scheme
@@ -34,7 +34,7 @@ class Nearest:
 
     def encode(self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int) -> Encoded:
         """See ``Rounder``."""
-        return encode(weight, scheme, label, transposed)
+        return encode_weight(weight, scheme, label, transposed)
 
 
 class Search:
@@ -55,8 +55,8 @@ class Search:
         if curvature is not None:
             return encode_by(weight, scheme, label, transposed, curvature)
         if scheme.kind != "int4":
-            return encode(weight, scheme, label, transposed)
-        return encode(weight, scheme, label, transposed, search=True, means=self._means.of(module))
+            return encode_weight(weight, scheme, label, transposed)
+        return encode_weight(weight, scheme, label, transposed, search=True, means=self._means.of(module))
 
     def unimagined(self) -> "Search":
         """The same with dense Linears rounded as experts are, for comparing errors of weights: feedback makes those

@@ -16,7 +16,7 @@ from quant.input_file import short, validated
 _NAME = "config.json: quantization_config"
 _INTEGER_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
 _FLOAT_FORMATS = ("float-quantized", "naive-quantized")
-Block = Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=2, max_length=2)]
+_Block = Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=2, max_length=2)]
 
 
 class _Record(BaseModel):
@@ -29,7 +29,7 @@ class _Weights(_Record):
     symmetric: bool = True
     strategy: str | None = None
     group_size: int | None = None
-    block_structure: Block | None = None
+    block_structure: _Block | None = None
 
 
 class _Group(_Record):
@@ -88,7 +88,7 @@ def _check_format(weights: _Weights, name: str | None) -> None:
 class FineGrainedFloat8(_Record):
     """DeepSeek's fp8."""
 
-    weight_block_size: Block | None = None
+    weight_block_size: _Block | None = None
 
 
 class Gptq(_Record):

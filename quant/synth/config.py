@@ -13,7 +13,7 @@ _ARCHITECTURES = {
 }
 
 
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def untrained_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the language model alone, ready for random weights: no vision tower, no end-of-text
     token.
     """

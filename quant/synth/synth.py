@@ -36,7 +36,7 @@ from quant.output_file import write_file
 from quant.pack import unpack
 from quant.progress import Progress, nobody
 from quant.scheme import BF16, Scheme
-from quant.synth.config import text_config
+from quant.synth.config import untrained_config
 from quant.synth.noise import Noise
 from quant.synth.skew import constant_for, router_rows, zipf_biases
 from quant.synth.tokenizer import MIN_VOCAB, write_tokenizer
@@ -88,7 +88,7 @@ def synthesize(
     in all, and the file at hand. Raises UsageError, RecipeError, SchemeError or OutputError.
     """
     started = time.monotonic()
-    config = text_config(config)
+    config = untrained_config(config)
     shape = ModelShape.from_config(config)
     if shape.vocab_size < MIN_VOCAB:
         raise UsageError(f"a vocabulary of {shape.vocab_size} cannot hold every byte: use {MIN_VOCAB} or more")

@@ -19,7 +19,7 @@ from quant.kernels.cuda.attention import AttentionScratch, KvRows, decode_attent
 from quant.kernels.cuda.experts import HOST, VRAM, ChosenExperts, DecodeScratch, moe_decode
 from quant.kernels.cuda.fused import rms_norm
 from quant.kernels.cuda.layout import ExpertLayout
-from quant.kernels.cuda.linear import linear
+from quant.kernels.cuda.linear import cuda_linear
 from quant.kernels.cuda.prefill import PrefillScratch, arrange_tokens, combine, group_tokens, moe_prefill
 from quant.pack import Packed
 from quant.scheme import Scheme
@@ -137,7 +137,7 @@ class Bench:
 
         def step() -> None:
             for weight in weights:
-                linear(x, weight)
+                cuda_linear(x, weight)
 
         return self._read(nbytes * count, self._seconds(step), self.vram_gb_s, count)
 

@@ -35,7 +35,7 @@ from offload.quality.windows import Windows
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.inventory import find_weight
 from quant.model.families import Role
-from quant.pack import Packed, dequantize, dequantize_nf4, quantize, quantize_nf4
+from quant.pack import Packed, dequantize, dequantize_nf4, quantize_absmax, quantize_nf4
 from quant.rounding.rounding import Search
 from quant.scheme import Scheme
 
@@ -119,7 +119,7 @@ def searched(scheme: Scheme) -> Method:
 
 def nearest(scheme: Scheme) -> Method:
     """To nearest by absmax."""
-    return lambda module, weight: dequantize(quantize(weight, scheme))
+    return lambda module, weight: dequantize(quantize_absmax(weight, scheme))
 
 
 def calibrated(schemes: Mapping[Role, Scheme], text: str = "calibration.txt", passes: int = 0) -> Method:

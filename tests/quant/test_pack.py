@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant.errors import SchemeError
-from quant.pack import Packed, dequantize, dequantize_nf4, pack, quantize, quantize_nf4, unpack
+from quant.pack import Packed, dequantize, dequantize_nf4, pack, quantize_absmax, quantize_nf4, unpack
 from quant.scheme import Kind, Scheme
 
 KINDS: list[Kind] = ["int4", "int8"]
@@ -47,14 +47,14 @@ def test_scales_are_compressed_tensors_scales(kind: Kind) -> None:
     groups = weight.reshape(16, 2, 128)
     arguments = QuantizationArgs(num_bits=4 if kind == "int4" else 8, strategy="group", group_size=128)
     scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
-    assert torch.equal(quantize(weight, Scheme(kind)).scale, scale.bfloat16()) and not zero.any()
+    assert torch.equal(quantize_absmax(weight, Scheme(kind)).scale, scale.bfloat16()) and not zero.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_no_value_is_further_from_its_weight_than_half_a_step(kind: Kind, group: int) -> None:
     weight = random_weight(32, 512)
-    packed = quantize(weight, Scheme(kind, group))
+    packed = quantize_absmax(weight, Scheme(kind, group))
     error = (dequantize(packed) - weight).abs().reshape(32, -1, group)
     # The largest of a group may be clipped: 7.5 steps are rounded to 7 or -8; the scale itself is rounded to
     # bf16.
@@ -64,8 +64,8 @@ def test_no_value_is_further_from_its_weight_than_half_a_step(kind: Kind, group:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantizing_what_was_dequantized_changes_little(kind: Kind) -> None:
-    once = dequantize(quantize(random_weight(8, 256), Scheme(kind)))
-    twice = dequantize(quantize(once, Scheme(kind)))
+    once = dequantize(quantize_absmax(random_weight(8, 256), Scheme(kind)))
+    twice = dequantize(quantize_absmax(once, Scheme(kind)))
     assert (twice - once).norm() / once.norm() < {"int4": 0.08, "int8": 0.01}[kind]
 
 
@@ -73,7 +73,7 @@ def test_quantizing_what_was_dequantized_changes_little(kind: Kind) -> None:
 def test_a_group_of_zeros_and_one_of_denormals_come_back_as_zeros(kind: Kind) -> None:
     weight = torch.zeros(2, 256)
     weight[1, :128] = 1e-44
-    packed = quantize(weight, Scheme(kind))
+    packed = quantize_absmax(weight, Scheme(kind))
     assert torch.isfinite(packed.scale).all() and (packed.scale > 0).all()
     assert not dequantize(packed).any()
 
@@ -83,11 +83,11 @@ def test_nan_and_inf_are_refused(value: float) -> None:
     weight = random_weight(2, 128)
     weight[1, 77] = value
     with pytest.raises(SchemeError, match="NaN or Inf"):
-        quantize(weight, Scheme("int4"))
+        quantize_absmax(weight, Scheme("int4"))
 
 
 def test_shapes_follow_from_the_tensors() -> None:
-    packed = quantize(random_weight(6, 256), Scheme("int4", 64))
+    packed = quantize_absmax(random_weight(6, 256), Scheme("int4", 64))
     assert (packed.out_features, packed.in_features) == (6, 256)
     tensors = packed.tensors()
     assert tensors["weight_packed"].shape == (6, 32) and tensors["weight_scale"].shape == (6, 4)

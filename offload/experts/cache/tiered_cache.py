@@ -16,7 +16,7 @@ from offload.experts.cache.device_tier import DeviceTier
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.cache.promotion import Promotion
 from offload.experts.cache.regain import Regain
-from offload.experts.cache.staging import Staging
+from offload.experts.cache.staging_slots import StagingSlots
 from offload.experts.storage.reader import Priority, Reader
 from offload.experts.storage.store import ExpertStore, ExpertWeights
 from offload.experts.storage.transfer import Transfer
@@ -56,7 +56,7 @@ class TieredCache(ExpertCache):
         super().__init__(store, reader, policy, ram_slots=ram_slots, frequency=frequency, transfer=transfer)
         self.vram = DeviceTier(transfer, store, vram_slots, self, frequency)
         self.promotion = Promotion(self.vram, self)
-        self.staging = Staging(self.vram, self)
+        self.staging = StagingSlots(self.vram, self)
         self.regain = Regain(self.vram) if regain else None
         self.host_addresses = torch.zeros(len(layers), experts, dtype=torch.int64)
         self._host_addresses = self.host_addresses.numpy()  # the same memory: see AddressTable

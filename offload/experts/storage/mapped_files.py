@@ -24,8 +24,9 @@ from torch import Tensor
 from offload.experts.storage.finite import check_scales
 from offload.experts.storage.page_cache import PageCacheView
 from offload.experts.storage.reader import Reader
-from offload.experts.storage.store import PAGE, ExpertRecord
+from offload.experts.storage.store import ExpertRecord
 from quant.checkpoint.checkpoint import DTYPES
+from quant.checkpoint.layout import PAGE
 from quant.checkpoint.weight_files import TensorEntry
 from quant.errors import CheckpointError
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-_PAGE = 4096
+from quant.checkpoint.layout import PAGE
 
 
 def forget_pages(tensor: Tensor) -> None:
     """Let the pages that ``tensor``, never to be read again, fills as a whole no longer count as resident."""
-    first = -(-tensor.data_ptr() // _PAGE) * _PAGE
-    length = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE - first
+    first = -(-tensor.data_ptr() // PAGE) * PAGE
+    length = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE - first
     if length > 0 and tensor.device.type == "cpu":
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
@@ -44,7 +44,7 @@ class PageCacheView:
         length = min(length, self._size - offset)
         if self._map is None or length <= 0:
             return False
-        vector = np.empty(-(-length // _PAGE), np.uint8)
+        vector = np.empty(-(-length // PAGE), np.uint8)
         if self._mincore(self._address + offset, length, vector.ctypes.data) != 0:
             return False
         return bool((vector & 1).all())

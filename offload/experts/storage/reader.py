@@ -16,11 +16,11 @@ from pathlib import Path
 
 from offload.experts.storage.finite import ScalePlace, check_scales
 from offload.experts.storage.page_cache import PageCacheView
-from offload.experts.storage.store import PAGE, ByteRange, ExpertRecord
+from offload.experts.storage.store import ByteRange, ExpertRecord
+from offload.hardware.disk import PIECE
 from quant.checkpoint.file_states import FileStates
+from quant.checkpoint.layout import PAGE
 from quant.errors import CheckpointError, NonFiniteError
-
-PIECE = 4 * 2**20
 
 
 class Priority(IntEnum):

@@ -16,7 +16,7 @@ from torch import Tensor
 from offload.experts.storage.finite import ScalePlace
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
 from quant.checkpoint.inventory import NF4_STATE, find_weight
-from quant.checkpoint.layout import ITEMSIZE
+from quant.checkpoint.layout import ITEMSIZE, PAGE
 from quant.checkpoint.nf4_state import check_nf4_state
 from quant.checkpoint.weight_files import TensorEntry
 from quant.linear import LinearWeight
@@ -24,7 +24,6 @@ from quant.model.families import Projection
 from quant.model.tensors import LinearSpec
 from quant.scheme import Scheme
 
-PAGE = 4096
 Layout = tuple[tuple[str, str, int, str, tuple[int, ...]], ...]
 _JOIN_GAP = 64 * 1024
 _SCALES = ("weight_scale", "weight.absmax", "weight.quant_map")

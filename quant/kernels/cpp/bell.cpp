@@ -12,14 +12,6 @@ namespace coldstream {
 
 namespace {
 
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 int32_t load(const Bell& bell, int64_t word) { return __atomic_load_n(bell.control + word, __ATOMIC_ACQUIRE); }
 
 const BellLayer& asked(const Bell& bell) { return bell.stored[bell.request[0]]; }
@@ -92,13 +84,13 @@ COLDSTREAM_API int32_t cs_bell_serve(const coldstream::Bell* bell, int64_t micro
       }
       const int32_t rung = load(*bell, kRung);
       if (rung == load(*bell, kAnswered)) {
-        if (bell->warm_bytes && warm(*bell)) continue;
+        if (bell->prefetch_bytes && prefetch(*bell)) continue;
         for (int i = 0; i < 16; ++i) relax();
         if (std::chrono::steady_clock::now() >= deadline) return;
         continue;
       }
       if ((bad = !valid(*bell))) return;
-      if (bell->warm_bytes) count_foreseen(*bell);
+      if (bell->prefetch_bytes) count_foreseen(*bell);
       clear(*bell);
       if (!add(*bell, -1, 0)) {
         *state = kMissing;

@@ -34,16 +34,16 @@ struct Bell {
   // at will: it is advice.
   const int32_t* hint;
   int64_t guesses;
-  int64_t warm_bytes;  // per hint, 0: none
-  int64_t share;       // from which intermediate feature on an expert is the host's, most likely
-  int64_t* warmed;     // [kKept + guesses], the host's own: the words below, then the hint that was last followed
+  int64_t prefetch_bytes;  // per hint, 0: none
+  int64_t gpu_rows;        // from which intermediate feature on an expert is the host's, most likely
+  int64_t* prefetched;     // [kKept + guesses], the host's own: the words below, then the hint that was last followed
 };
 
-enum Warmed : int64_t { kHints = 0, kBytes = 1, kAsked = 2, kForeseen = 3, kKept = 4 };
+enum Prefetched : int64_t { kHints = 0, kBytes = 1, kAsked = 2, kForeseen = 3, kKept = 4 };
 
 // While nothing is asked: follows a hint that is new, until the doorbell rings or another hint comes. False if there
 // was nothing to do.
-bool warm(const Bell& bell);
+bool prefetch(const Bell& bell);
 
 // An expert of one layer that lies at `base`: its weights from intermediate feature `first` on.
 struct Part {

@@ -6,6 +6,15 @@
 
 namespace coldstream {
 
+// A moment of a loop that waits for memory to change.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 using Task = void (*)(void* context, int64_t task, int worker);
 
 int thread_count();

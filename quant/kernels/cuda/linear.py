@@ -18,7 +18,7 @@ _BLOCK = 128  # features: a step of the tensor-core kernels takes 16 words, 128 
 _TILES = ((16, 32, 16, 2, 5), (1 << 40, 128, 64, 8, 3))
 
 
-def linear(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
+def cuda_linear(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
     """x ``[T, K]`` times ``weight`` ``[N, K]`` → ``[T, N]``.
 
     The result has x's dtype; or it is added to ``out``, f32 ``[T, N]``, which is returned. x is bf16 (the
@@ -29,13 +29,13 @@ def linear(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
 
 
 def linear_reference(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
-    """``linear`` in torch, in f32 on the dequantized weight."""
+    """``cuda_linear`` in torch, in f32 on the dequantized weight."""
     y = torch.nn.functional.linear(x.float(), dequantize(weight, torch.float32))
     return y.to(x.dtype) if out is None else out.add_(y)
 
 
 def launch_linear(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
-    """``linear`` by Triton kernels."""
+    """``cuda_linear`` by Triton kernels."""
     if x.dtype != torch.bfloat16:
         raise SchemeError(f"activations are {x.dtype}: the CUDA kernels take bf16 (--exact runs on the CPU)")
     tokens, features = x.shape
@@ -49,7 +49,7 @@ def launch_linear(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tenso
 
         form = gemv.Rows(bits, group, ROWS, WORDS)
         grid = (-(-rows // ROWS),)
-        gemv.linear_kernel[grid](x, packed, scale, y, rows, row_words, groups, ADD=adds, FORM=form, **OPTIONS)
+        gemv.gemv_kernel[grid](x, packed, scale, y, rows, row_words, groups, ADD=adds, FORM=form, **OPTIONS)
         return y
     from quant.kernels.cuda.device import gemm
 
@@ -59,7 +59,7 @@ def launch_linear(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tenso
     arrange(x, None, None, arranged, bits, 1)
     tile = gemm.Tile(bits, group, tile_rows, tile_tokens, stages, runtime.operand())
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    gemm.linear_kernel[(-(-tokens // tile_tokens), -(-rows // tile_rows))](
+    gemm.gemm_kernel[(-(-tokens // tile_tokens), -(-rows // tile_rows))](
         arranged, packed, scale, y, tokens, rows, row_words, groups, width, ADD=adds, TILE=tile, **options
     )
     return y

@@ -149,13 +149,13 @@ def launch_prefill(
     common = {"ALIGNMENT": layout.alignment, "EXPERTS": slots, **options}
     tables = (experts, groups.starts, addresses)
     sizes = (count, layout.inter, *layout.gate_up_row, scratch.tokens.shape[1], hidden_width, *layout.offsets[:4])
-    gemm.gate_up_kernel[(tiles, -(-hidden_width // _ROWS))](
+    gemm.grouped_gate_up_kernel[(tiles, -(-hidden_width // _ROWS))](
         scratch.tokens, *tables, scratch.hidden, *sizes, DOWN_BITS=layout.down.bits, TILE=forms[0], **common
     )
     sorted_pairs = (scratch.hidden, groups.order, groups.scores)
     sizes = (count, layout.hidden, *layout.down_row, hidden_width, *layout.offsets[4:])
     scaled = not groups.scales_input
-    gemm.down_kernel[(tiles, -(-layout.hidden // _ROWS))](
+    gemm.grouped_down_kernel[(tiles, -(-layout.hidden // _ROWS))](
         *sorted_pairs, *tables, out, *sizes, SCALES_OUTPUT=scaled, TILE=forms[1], **common
     )
 

@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 from offload.decode.gpu_step import _Gated
 from quant.kernels.cuda.experts import DecodeScratch
 from quant.linear import Compute, QuantLinear
-from quant.pack import quantize
+from quant.pack import quantize_absmax
 from quant.scheme import Scheme
 
 INT4, INT8, BF16 = Scheme("int4"), Scheme("int8"), Scheme("bf16")
@@ -18,7 +18,7 @@ def _linear(rows: int, columns: int, scheme: Scheme) -> QuantLinear:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) / columns**0.5
     linear = QuantLinear(rows, columns, scheme, Compute())
     if scheme.is_packed:
-        stored = quantize(weight, scheme)
+        stored = quantize_absmax(weight, scheme)
         linear.weight_packed.data, linear.weight_scale.data = stored.packed, stored.scale
     else:
         linear.weight.data = weight.bfloat16()

@@ -6,7 +6,7 @@ from torch import nn
 
 from offload.model.fused_linear import add_product, join, routers_with_next
 from quant.linear import Compute, QuantLinear
-from quant.pack import quantize
+from quant.pack import quantize_absmax
 from quant.scheme import Scheme
 
 
@@ -15,7 +15,7 @@ def made(rows: int, scheme: Scheme, *, bias: bool = False, features: int = 128) 
     linear = QuantLinear(rows, features, scheme, Compute(), bias=bias)
     weight = torch.randn(rows, features, generator=generator)
     if scheme.is_packed:
-        packed = quantize(weight, scheme)
+        packed = quantize_absmax(weight, scheme)
         linear.weight_packed.data, linear.weight_scale.data = packed.packed, packed.scale
     else:
         linear.weight.data = weight.bfloat16()

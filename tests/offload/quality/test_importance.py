@@ -11,7 +11,7 @@ from offload.quality.importance import measure_importance
 from offload.quality.windows import Windows
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import InputError
-from quant.pack import dequantize, quantize
+from quant.pack import dequantize, quantize_absmax
 from quant.rounding.imatrix import ChannelMoments, Imatrix, Weighted, round_weighted
 from quant.rounding.rounding import Nearest
 from quant.rounding.search import search
@@ -88,4 +88,4 @@ def test_blocks_of_rows_and_transposed_sources_give_the_same(measured: Imatrix) 
     assert torch.equal(whole.tensors["weight_packed"], turned.tensors["weight_packed"])
     assert torch.equal(whole.tensors["weight_packed"][32:], below.tensors["weight_packed"])
     int8 = rounder.encode(weight, Scheme("int8"), "w", False, module, 0)
-    assert torch.equal(int8.tensors["weight_packed"], quantize(weight, Scheme("int8")).packed)
+    assert torch.equal(int8.tensors["weight_packed"], quantize_absmax(weight, Scheme("int8")).packed)

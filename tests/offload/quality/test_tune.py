@@ -17,7 +17,7 @@ from offload.quality.windows import Windows
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import OutputError, UsageError
 from quant.model.families import Role
-from quant.pack import dequantize, quantize, unpack
+from quant.pack import dequantize, quantize_absmax, unpack
 from quant.rounding.learned_rounding import TrainableWeight
 from quant.scheme import Scheme
 
@@ -26,12 +26,12 @@ INT4 = Scheme("int4", 32)
 
 def made(rows: int = 48, columns: int = 64, seed: int = 0) -> tuple[torch.Tensor, TrainableWeight]:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    return weight, TrainableWeight(quantize(weight, INT4), weight)
+    return weight, TrainableWeight(quantize_absmax(weight, INT4), weight)
 
 
 def test_a_latent_begins_as_what_was_stored_and_stores_what_it_multiplies_by() -> None:
     weight, latent = made()
-    stored = quantize(weight, INT4)
+    stored = quantize_absmax(weight, INT4)
     assert torch.equal(latent.packed().packed, stored.packed)
     assert torch.equal(latent.packed().scale, stored.scale)
     with torch.no_grad():

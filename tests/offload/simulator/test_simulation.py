@@ -12,7 +12,7 @@ from offload.plan.footprint import Footprint
 from offload.plan.plan import Plan, make_plan
 from offload.routing.eviction import make_policy
 from offload.routing.trace import Synthetic, Trace
-from offload.simulator.requests import Step, Tiers, drawn, replayed, shares, stretched
+from offload.simulator.requests import Tiers, TokenRequests, drawn, replayed, shares, stretched
 from offload.simulator.simulation import SimulatedPhase, Simulation
 from offload.simulator.workload import Rates, Work
 from offload.tiers import Tier
@@ -290,4 +290,4 @@ def test_a_plan_without_a_gpu_is_replayed_without_one() -> None:
 
 
 def test_an_empty_step_still_takes_its_fixed_price() -> None:
-    assert drawn({"ram": 1.0}, 2, 1, 1) == [Step((("ram",), ("ram",)))]
+    assert drawn({"ram": 1.0}, 2, 1, 1) == [TokenRequests((("ram",), ("ram",)))]

@@ -15,7 +15,7 @@ from quant.model.known_shapes import load_shape
 from quant.model.shape import ModelShape
 from quant.model.tensors import LinearSpec
 from quant.scheme import Scheme
-from quant.synth.config import text_config
+from quant.synth.config import untrained_config
 
 Tiny = Callable[..., Path]
 INT4: dict[Role, Scheme] = {"experts": Scheme("int4")}
@@ -56,7 +56,7 @@ def test_the_tensors_of_one_expert_lie_side_by_side_in_order(tiny: Tiny, tmp_pat
 
 
 def test_scouts_experts_begin_on_pages() -> None:
-    shape = ModelShape.from_config(text_config(load_shape("scout")))
+    shape = ModelShape.from_config(untrained_config(load_shape("scout")))
     assert shape.expert_nbytes(Scheme("int4")) % PAGE == 0
     layout = lay_out_checkpoint(shape, INT4, [StoredTensor(s.key, "BF16", s.shape) for s in shape.plain_tensors()])
     assert len(layout.files) == 49

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import REPORT, ConversionReport, convert
-from quant.pack import dequantize, dequantize_nf4, quantize, quantize_nf4
+from quant.pack import dequantize, dequantize_nf4, quantize_absmax, quantize_nf4
 from quant.rounding.inputs import InputMeans
 from quant.rounding.rounding import Rounding
 from quant.rounding.search import search
@@ -114,7 +114,7 @@ def test_every_expert_is_the_reference_quantization_of_its_source(
                 mean = means.of(linear.module)
                 assert (mean is None) == (linear.projection == "down_proj"), "down_proj follows no norm"
                 searched = rounding == "search"
-                expected = search(dense, Scheme("int4"), mean) if searched else quantize(dense, Scheme("int4"))
+                expected = search(dense, Scheme("int4"), mean) if searched else quantize_absmax(dense, Scheme("int4"))
                 found = packed.pop(linear.module)
                 assert torch.equal(found.packed, expected.packed) and torch.equal(found.scale, expected.scale)
     assert not packed
@@ -171,7 +171,7 @@ def test_f32_and_f16_sources_are_quantized_too(tmp_path: Path) -> None:
         run(source, tmp_path / f"{name}-out", MIXED)
         weight = load_file(source / "model.safetensors")["lm_head.weight"]
         assert torch.equal(
-            packed_weights(tmp_path / f"{name}-out")["lm_head"].packed, quantize(weight, Scheme("int8")).packed
+            packed_weights(tmp_path / f"{name}-out")["lm_head"].packed, quantize_absmax(weight, Scheme("int8")).packed
         )
 
 

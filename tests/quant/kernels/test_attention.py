@@ -15,7 +15,7 @@ from quant.errors import SchemeError
 from quant.kernels import native
 from quant.kernels.attention import Attention, AttentionShape, KvBuffers
 from quant.kernels.native import Weight
-from quant.pack import dequantize, quantize
+from quant.pack import dequantize, quantize_absmax
 from quant.scheme import Scheme
 
 H, HEADS, KV, D = 128, 4, 2, 32
@@ -34,7 +34,7 @@ def randomize(module: Any) -> None:
 
 def int4(linear: Any) -> Weight:
     """A Linear's weight in int4; the Linear is left with what that dequantizes to."""
-    stored = quantize(linear.weight.detach(), Scheme("int4", 64))
+    stored = quantize_absmax(linear.weight.detach(), Scheme("int4", 64))
     with torch.no_grad():
         linear.weight.copy_(dequantize(stored))
     return Weight.from_tensors("int4", stored.packed, stored.scale)

@@ -11,7 +11,7 @@ from quant.errors import MachineError, SchemeError
 from quant.kernels.doorbell import ANSWERED, RUNG, BellBuffers, HostBell, Prefetched, load_acquire, store_release
 from quant.kernels.moe import GatedMlp
 from quant.kernels.native import Weight
-from quant.pack import dequantize, quantize
+from quant.pack import dequantize, quantize_absmax
 from quant.scheme import Scheme
 
 H, INNER, E, LAYERS = 128, 512, 4, 2
@@ -28,7 +28,7 @@ class Experts:
         self.dense: list[list[torch.Tensor]] = []
         for _ in range(LAYERS * E):
             stored = [
-                quantize(torch.randn(shape, generator=generator) / shape[1] ** 0.5, scheme)
+                quantize_absmax(torch.randn(shape, generator=generator) / shape[1] ** 0.5, scheme)
                 for shape in ((INNER, H), (INNER, H), (H, INNER))
             ]
             tensors = [tensor for part in stored for tensor in (part.packed, part.scale)]

@@ -9,7 +9,7 @@ from quant.errors import SchemeError
 from quant.kernels import native
 from quant.kernels.native import Weight
 from quant.kernels.weight import NativeKind
-from quant.pack import Packed, dequantize, pack, quantize
+from quant.pack import Packed, dequantize, pack, quantize_absmax
 from quant.scheme import GROUP_SIZES, Kind, Scheme
 
 
@@ -49,7 +49,7 @@ def check_random_product(
     weight *= torch.exp(torch.randn(rows, 1, generator=generator) * spread)
     x = torch.randn(tokens, groups * group_size, generator=generator) + 0.5
     x *= torch.exp(torch.randn(tokens, 1, generator=generator) * spread)
-    packed = quantize(weight, Scheme(kind, group_size))
+    packed = quantize_absmax(weight, Scheme(kind, group_size))
     dense = dequantize(packed).double()
     seen = rounded(x, group_size)
     assert error(native.linear(x, weight_of(packed)), seen, dense) < 2e-6
@@ -123,7 +123,7 @@ def test_plain_weights_of_any_width_are_multiplied_exactly(isa: str, kind: Nativ
 
 
 def test_extreme_activations_neither_overflow_nor_vanish(isa: str) -> None:
-    packed = quantize(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), Scheme("int4", 128))
+    packed = quantize_absmax(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), Scheme("int4", 128))
     dense = dequantize(packed).double()
     for factor in (1e30, 1e-20):
         x = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)) * factor
@@ -134,7 +134,7 @@ def test_extreme_activations_neither_overflow_nor_vanish(isa: str) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_a_value_that_is_not_finite_surfaces_as_nan(isa: str, tokens: int) -> None:
-    packed = quantize(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), Scheme("int4", 128))
+    packed = quantize_absmax(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), Scheme("int4", 128))
     x = torch.ones(tokens, 256)
     x[0, 3] = float("inf")
     y = native.linear(x, weight_of(packed))
@@ -143,7 +143,7 @@ def test_a_value_that_is_not_finite_surfaces_as_nan(isa: str, tokens: int) -> No
 
 
 def test_weights_at_any_word_boundary_and_strided_inputs_are_read_in_place() -> None:
-    packed = quantize(torch.randn(40, 128, generator=torch.Generator().manual_seed(0)), Scheme("int4", 64))
+    packed = quantize_absmax(torch.randn(40, 128, generator=torch.Generator().manual_seed(0)), Scheme("int4", 64))
     store = torch.zeros(packed.packed.numel() + 3, dtype=torch.int32)
     store[3:] = packed.packed.flatten()
     moved = Weight("int4", 64, 40, 128, store.data_ptr() + 12, packed.scale.data_ptr(), (store, packed.scale))
@@ -155,7 +155,7 @@ def test_weights_at_any_word_boundary_and_strided_inputs_are_read_in_place() -> 
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
-    packed = quantize(torch.randn(300, 512, generator=torch.Generator().manual_seed(0)), Scheme("int4", 128))
+    packed = quantize_absmax(torch.randn(300, 512, generator=torch.Generator().manual_seed(0)), Scheme("int4", 128))
     usual = native.threads()
     x = torch.randn(11, 512, generator=torch.Generator().manual_seed(1))
     one: torch.Tensor | None = None
@@ -171,7 +171,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused_before_any_byte_is_read() -> None:
-    packed = quantize(torch.ones(4, 128), Scheme("int4", 128))
+    packed = quantize_absmax(torch.ones(4, 128), Scheme("int4", 128))
     with pytest.raises(SchemeError, match=r"expected \[tokens, 128\]"):
         native.linear(torch.ones(1, 64), weight_of(packed))
     with pytest.raises(SchemeError, match="is no int4 weight"):

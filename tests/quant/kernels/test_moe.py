@@ -13,7 +13,7 @@ from quant.errors import SchemeError
 from quant.kernels import native
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, RouterKind
 from quant.kernels.native import Weight
-from quant.pack import dequantize, quantize
+from quant.pack import dequantize, quantize_absmax
 from quant.scheme import Scheme
 
 H, INNER, E = 128, 256, 6
@@ -25,7 +25,7 @@ def generator(seed: int) -> torch.Generator:
 
 def packed(weight: torch.Tensor) -> tuple[Weight, torch.Tensor]:
     """The weight in int4 and what it dequantizes to."""
-    stored = quantize(weight, Scheme("int4", 64))
+    stored = quantize_absmax(weight, Scheme("int4", 64))
     return Weight.from_tensors("int4", stored.packed, stored.scale), dequantize(stored)
 
 

@@ -12,14 +12,14 @@ import torch
 from quant.errors import MachineError
 from quant.kernels import library, native
 from quant.kernels.native import Weight
-from quant.pack import quantize
+from quant.pack import quantize_absmax
 from quant.scheme import Scheme
 
 ROOT = Path(__file__).parents[3]
 
 
 def weight(seed: int) -> Weight:
-    stored = quantize(torch.randn(200, 256, generator=torch.Generator().manual_seed(seed)), Scheme("int4", 64))
+    stored = quantize_absmax(torch.randn(200, 256, generator=torch.Generator().manual_seed(seed)), Scheme("int4", 64))
     return Weight.from_tensors("int4", stored.packed, stored.scale)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.kernels import native
-from quant.pack import dequantize, quantize
+from quant.pack import dequantize, quantize_absmax
 from quant.rounding.curvature import BLOCK, Curvature, round_by
 from quant.rounding.feedback import round_with_feedback
 from quant.scheme import Scheme
@@ -41,7 +41,7 @@ def test_the_kernel_rounds_as_the_reference_does(isa: str, scheme: str, rows: in
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     weight[0, :32] = 0
     parsed, by = Scheme.parse(scheme), curvature(columns)
-    scale = quantize(weight, parsed).scale
+    scale = quantize_absmax(weight, parsed).scale
     native.set_isa(isa)
     try:
         found = round_with_feedback(weight, scale, parsed, by)
@@ -54,7 +54,7 @@ def test_the_kernel_rounds_as_the_reference_does(isa: str, scheme: str, rows: in
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4")])
 def test_outputs_of_inputs_like_the_sample_are_kept_better(scheme: Scheme) -> None:
     weight = torch.randn(96, 384, generator=torch.Generator().manual_seed(1))
-    plain = quantize(weight, scheme)
+    plain = quantize_absmax(weight, scheme)
     values = round_with_feedback(weight, plain.scale, scheme, curvature(384))
     dense = values * plain.scale.float().repeat_interleave(scheme.group_size, 1)
     x = inputs(384)
@@ -63,7 +63,7 @@ def test_outputs_of_inputs_like_the_sample_are_kept_better(scheme: Scheme) -> No
 
 def test_strong_damping_is_rounding_to_nearest() -> None:
     weight = torch.randn(64, 384, generator=torch.Generator().manual_seed(1))
-    plain = quantize(weight, Scheme("int8"))
+    plain = quantize_absmax(weight, Scheme("int8"))
     values = round_with_feedback(weight, plain.scale, Scheme("int8"), curvature(384, damping=1e9))
     dense = values * plain.scale.float().repeat_interleave(128, 1)
     assert torch.equal(dense, dequantize(plain))
@@ -72,7 +72,7 @@ def test_strong_damping_is_rounding_to_nearest() -> None:
 def test_rows_do_not_depend_on_each_other() -> None:
     weight = torch.randn(200, 256, generator=torch.Generator().manual_seed(2))
     scheme, by = Scheme("int8"), curvature(256)
-    scale = quantize(weight, scheme).scale
+    scale = quantize_absmax(weight, scheme).scale
     whole = round_with_feedback(weight, scale, scheme, by)
     part = round_with_feedback(weight[37:120], scale[37:120], scheme, by)
     assert torch.equal(whole[37:120], part)
@@ -87,10 +87,11 @@ def test_inputs_that_say_nothing_give_no_curvature() -> None:
 
 def test_tensors_that_do_not_belong_together_are_refused() -> None:
     weight, scheme = torch.ones(4, 256), Scheme("int8")
-    scale = quantize(weight, scheme).scale
+    scale = quantize_absmax(weight, scheme).scale
     with pytest.raises(SchemeError, match="a curvature of 128 columns"):
         round_with_feedback(weight, scale, scheme, curvature(128))
     with pytest.raises(SchemeError, match="expected f32"):
         round_with_feedback(weight.bfloat16(), scale, scheme, curvature(256))
+    eight = quantize_absmax(weight, Scheme("int8", 64)).scale
     with pytest.raises(SchemeError, match="expected int4 or int8"):
-        round_with_feedback(weight, quantize(weight, Scheme("int8", 64)).scale, Scheme("nf4", 64), curvature(256))
+        round_with_feedback(weight, eight, Scheme("nf4", 64), curvature(256))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.pack import dequantize, quantize
+from quant.pack import dequantize, quantize_absmax
 from quant.rounding.gptq import DAMPING, Rounded, gptq
 from quant.scheme import Scheme
 
@@ -31,7 +31,7 @@ def product_error(rounded: Rounded, x: Tensor) -> float:
 @pytest.mark.parametrize("text", ["int4-g128", "int4-g32", "int8-g128"])
 def test_the_product_is_kept_better_than_by_rounding_to_nearest(text: str) -> None:
     x, scheme = correlated(), Scheme.parse(text)
-    nearest = dequantize(quantize(weight(), scheme))
+    nearest = dequantize(quantize_absmax(weight(), scheme))
     plain = float((x @ (nearest - weight()).t()).square().mean())
     rounded = gptq(weight(), scheme, x.t() @ x / len(x))
     assert product_error(rounded, x) < 0.5 * plain

@@ -14,7 +14,7 @@ from quant.errors import OutputError, SchemeError, UsageError
 from quant.model.families import QUANTIZABLE, Role
 from quant.model.known_shapes import load_shape
 from quant.scheme import Scheme
-from quant.synth.config import llama4_config, text_config
+from quant.synth.config import llama4_config, untrained_config
 from quant.synth.noise import Noise
 from quant.synth.skew import zipf_biases, zipf_shares
 from quant.synth.synth import synthesize
@@ -150,7 +150,7 @@ def test_a_tokenizer_of_the_models_size_encodes_any_text(tmp_path: Path) -> None
 
 
 def test_a_multimodal_shape_becomes_its_language_model() -> None:
-    config = text_config(load_shape("scout"))
+    config = untrained_config(load_shape("scout"))
     assert config["model_type"] == "llama4_text" and config["eos_token_id"] is None
     assert config["architectures"] == ["Llama4ForCausalLM"] and "vision_config" not in config
 
@@ -184,7 +184,7 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is negative"):
         synthesize(tiny_config(), tmp_path / "out", FAST, zipf=-1)
     with pytest.raises(OutputError, match="free, but the output needs"):
-        synthesize(text_config(load_shape("behemoth")), tmp_path / "out", FAST)
+        synthesize(untrained_config(load_shape("behemoth")), tmp_path / "out", FAST)
     assert not list(tmp_path.iterdir())
 
 

@@ -16,7 +16,7 @@ from quant.kernels import doorbell
 RUNG, ANSWERED = tl.constexpr(doorbell.RUNG), tl.constexpr(doorbell.ANSWERED)
 STOP, LOST = tl.constexpr(doorbell.STOP), tl.constexpr(doorbell.LOST)
 HEADER = tl.constexpr(doorbell.HEADER)
-BLOCK = tl.constexpr(4096)
+COPIED = tl.constexpr(4096)
 
 
 @triton.jit
@@ -115,8 +115,8 @@ def ring_kernel(
         tl.store(request, layer)
         tl.store(request + 1, tokens)
         tl.store(request + 2, top_k)
-        for start in range(0, tokens * features, BLOCK):
-            index = start + tl.arange(0, BLOCK)
+        for start in range(0, tokens * features, COPIED):
+            index = start + tl.arange(0, COPIED)
             live = index < tokens * features
             tl.store(host_x + index, tl.load(x + index, mask=live, other=0.0).to(tl.float32), mask=live)
         number = tl.load(sequence) + 1
@@ -166,8 +166,8 @@ def answer_kernel(
                 looks = tl.where(_observe(control + STOP, NATIVE) != 0, patience, looks)
         # No barrier from here on: warps whose patience ran out at that very moment go another way.
         if seen == number:
-            for start in range(0, tokens * features, BLOCK):
-                index = start + tl.arange(0, BLOCK)
+            for start in range(0, tokens * features, COPIED):
+                index = start + tl.arange(0, COPIED)
                 live = index < tokens * features
                 more = tl.load(result + index, mask=live, other=0.0)
                 tl.store(out + index, tl.load(out + index, mask=live, other=0.0) + more, mask=live)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from quant.kernels.cuda.device.words import matrix, weight
 
-WORDS = tl.constexpr(16)
+STEP_WORDS = tl.constexpr(16)
 
 
 class Tile(NamedTuple):
@@ -38,9 +38,9 @@ class Tile(NamedTuple):
 def source_feature(position, BITS: tl.constexpr):
     """Which feature lies at ``position`` of an arranged row."""
     PER_WORD: tl.constexpr = 32 // BITS
-    BLOCK: tl.constexpr = WORDS * PER_WORD
+    BLOCK: tl.constexpr = STEP_WORDS * PER_WORD
     within = position % BLOCK
-    return position - within + (within % WORDS) * PER_WORD + within // WORDS
+    return position - within + (within % STEP_WORDS) * PER_WORD + within // STEP_WORDS
 
 
 @triton.jit
@@ -73,16 +73,16 @@ def tile_product(packed, scale, x, rows, tokens, live_tokens, row_words, groups,
     PER_WORD: tl.constexpr = 32 // BITS
     GROUP_WORDS: tl.constexpr = TILE.group // PER_WORD
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    lane = tl.arange(0, WORDS)
+    lane = tl.arange(0, STEP_WORDS)
     row_places = packed + rows[:, None] * row_words
     token_places = x + tokens[None, :] * width + lane[:, None]
-    for start in tl.range(0, row_words, WORDS, num_stages=TILE.stages):
+    for start in tl.range(0, row_words, STEP_WORDS, num_stages=TILE.stages):
         word = start + lane
         values = tl.load(row_places + word[None, :], mask=(word < row_words)[None, :], other=0)
-        if GROUP_WORDS >= WORDS:
+        if GROUP_WORDS >= STEP_WORDS:
             part = tl.zeros((ROWS, TOKENS), tl.float32)
             for i in tl.static_range(PER_WORD):
-                four = tl.load(token_places + start * PER_WORD + i * WORDS, mask=live_tokens[None, :], other=0.0)
+                four = tl.load(token_places + start * PER_WORD + i * STEP_WORDS, mask=live_tokens[None, :], other=0.0)
                 part = tl.dot(weight(values, i, BITS).to(OPERAND), four.to(OPERAND), part)
             scales = tl.load(scale + rows * groups + start // GROUP_WORDS).to(tl.float32)
             total += part * scales[:, None]
@@ -90,13 +90,13 @@ def tile_product(packed, scale, x, rows, tokens, live_tokens, row_words, groups,
             places = scale + rows[:, None] * groups + (word // GROUP_WORDS)[None, :]
             scales = tl.load(places, mask=(word < row_words)[None, :], other=0.0).to(tl.float32)
             for i in tl.static_range(PER_WORD):
-                four = tl.load(token_places + start * PER_WORD + i * WORDS, mask=live_tokens[None, :], other=0.0)
+                four = tl.load(token_places + start * PER_WORD + i * STEP_WORDS, mask=live_tokens[None, :], other=0.0)
                 total = tl.dot((weight(values, i, BITS) * scales).to(OPERAND), four.to(OPERAND), total)
     return total
 
 
 @triton.jit(do_not_specialize=["count"])
-def linear_kernel(
+def gemm_kernel(
     x, packed, scale, out, count, features, row_words, groups, width, ADD: tl.constexpr, TILE: tl.constexpr
 ):
     """out[t, n] = Σ W[n, k]·x[t, k]; with ADD, f32 out is added to."""
@@ -129,7 +129,7 @@ def _expert_tile(experts, starts, count, tile, TOKENS: tl.constexpr, EXPERTS: tl
 
 
 @triton.jit(do_not_specialize=["count"])
-def gate_up_kernel(
+def grouped_gate_up_kernel(
     x,
     experts,
     starts,
@@ -174,7 +174,7 @@ def gate_up_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def down_kernel(
+def grouped_down_kernel(
     hidden,
     order,
     scores,

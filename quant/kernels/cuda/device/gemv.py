@@ -68,7 +68,7 @@ def row_dots(packed, scale, x, rows, used, row_words, groups, FORM: tl.constexpr
 
 
 @triton.jit
-def linear_kernel(x, packed, scale, out, features, row_words, groups, ADD: tl.constexpr, FORM: tl.constexpr):
+def gemv_kernel(x, packed, scale, out, features, row_words, groups, ADD: tl.constexpr, FORM: tl.constexpr):
     """out[n] = Σ W[n, k]·x[k] for one token; with ADD, f32 out[n] is added to."""
     row = tl.program_id(0).to(tl.int64) * FORM.rows + tl.arange(0, FORM.rows)
     row_words = tl.multiple_of(row_words, 4)

@@ -4,7 +4,7 @@ import pytest
 
 from offload.experts.storage import arena
 from offload.experts.storage.arena import Arena
-from offload.experts.storage.store import PAGE
+from quant.checkpoint.layout import PAGE
 from tests.offload.lagging import LaggingTransfer
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from offload.experts.storage.arena import Arena
 from offload.experts.storage.reader import Priority, Reader
-from offload.experts.storage.store import PAGE, ByteRange, ExpertRecord
+from offload.experts.storage.store import ByteRange, ExpertRecord
+from quant.checkpoint.layout import PAGE
 from quant.errors import CheckpointError, MachineError
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.cuda.layout import ExpertLayout
-from quant.pack import Packed, dequantize, quantize
+from quant.pack import Packed, dequantize, quantize_absmax
 from quant.scheme import Scheme
 
 KEYS = [
@@ -18,7 +18,7 @@ def packed(rows: int, columns: int, scheme: Scheme, generator: torch.Generator) 
     """A random weight with outliers, a third of its scales negative and some of them zero."""
     weight = torch.randn(rows, columns, generator=generator) / columns**0.5
     weight[torch.rand(rows, columns, generator=generator) < 0.01] *= 20
-    made = quantize(weight, scheme)
+    made = quantize_absmax(weight, scheme)
     chance = torch.rand(made.scale.shape, generator=generator)
     scale = torch.where(chance < 0.3, -made.scale, torch.where(chance > 0.97, 0.0, made.scale))
     return Packed(scheme, made.packed, scale.bfloat16())

@@ -52,7 +52,7 @@ def test_tensors_on_the_cpu_get_the_reference() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = packed(24, 64, Scheme("int4", 32), generator)
     x = torch.randn(2, 64, generator=generator)
-    y = linear.linear(x, weight)
+    y = linear.cuda_linear(x, weight)
     stored = LinearWeight(weight.scheme, weight.tensors(), 24, 64)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, matmul(x, stored, Compute()))
@@ -96,10 +96,10 @@ def test_what_does_not_fit_is_refused() -> None:
     weight = packed(24, 64, Scheme("int4", 32), torch.Generator().manual_seed(0))
     x = torch.zeros(1, 64)
     with pytest.raises(SchemeError, match=r"expected \[T, 64\]"):
-        linear.linear(x[:, :32], weight)
+        linear.cuda_linear(x[:, :32], weight)
     with pytest.raises(SchemeError, match="expected int4-g64 weights"):
-        linear.linear(x, Packed(Scheme("int4", 64), weight.packed, weight.scale))
+        linear.cuda_linear(x, Packed(Scheme("int4", 64), weight.packed, weight.scale))
     with pytest.raises(SchemeError, match="expected f32"):
-        linear.linear(x, weight, torch.zeros(1, 24).bfloat16())
+        linear.cuda_linear(x, weight, torch.zeros(1, 24).bfloat16())
     with pytest.raises(SchemeError, match="take bf16"):
         linear.launch_linear(x, weight)

@@ -17,7 +17,7 @@ int32_t advice(const Bell& bell, int64_t index) { return __atomic_load_n(bell.hi
 
 bool changed(const Bell& bell) {
   for (int64_t i = 0; i < bell.guesses; ++i)
-    if (advice(bell, i) != bell.warmed[kKept + i]) return true;
+    if (advice(bell, i) != bell.prefetched[kKept + i]) return true;
   return false;
 }
 
@@ -46,30 +46,30 @@ Part part_of(const BellLayer& stored, int64_t base, int64_t first) {
           cut(stored.down, base, stored.offsets + 4, 0, first)};
 }
 
-bool warm(const Bell& bell) {
+bool prefetch(const Bell& bell) {
   if (!changed(bell)) return false;
   std::vector<Product> first, then;
   for (int64_t i = 0; i < bell.guesses; ++i) {
     const int64_t word = advice(bell, i), index = word - 1;
-    bell.warmed[kKept + i] = word;
+    bell.prefetched[kKept + i] = word;
     if (index < 0 || index >= bell.layers * bell.experts) continue;
     // Once: whoever owns the table may take the expert out meanwhile. Its slot stays memory of ours.
     const int64_t base = __atomic_load_n(bell.addresses + index, __ATOMIC_RELAXED);
     if (!base) continue;
     const BellLayer& stored = bell.stored[index / bell.experts];
-    if (bell.share >= stored.gate.n) continue;
-    const Part part = part_of(stored, base, bell.share);
+    if (bell.gpu_rows >= stored.gate.n) continue;
+    const Part part = part_of(stored, base, bell.gpu_rows);
     for (const Weight& weight : {part.gate, part.up}) first.push_back({weight, nullptr, 0, 1, nullptr, 0, {}});
     then.push_back({part.down, nullptr, 0, 1, nullptr, 0, {}});
   }
   if (first.empty()) return false;
   const bool exact = bell.exact != 0;
-  int64_t bytes = touch(first.data(), int(first.size()), exact, bell.warm_bytes, wanted_elsewhere, &bell);
-  const int64_t left = bell.warm_bytes - bytes;
+  int64_t bytes = touch(first.data(), int(first.size()), exact, bell.prefetch_bytes, wanted_elsewhere, &bell);
+  const int64_t left = bell.prefetch_bytes - bytes;
   if (left >= kWorthARound && !wanted_elsewhere(&bell))
     bytes += touch(then.data(), int(then.size()), exact, left, wanted_elsewhere, &bell);
-  bell.warmed[kHints] += 1;
-  bell.warmed[kBytes] += bytes;
+  bell.prefetched[kHints] += 1;
+  bell.prefetched[kBytes] += bytes;
   return true;
 }
 
@@ -80,9 +80,9 @@ void count_foreseen(const Bell& bell) {
     if (request[4 + pairs + pair] >= bell.stored[layer].gate.n) continue;
     const int64_t word = 1 + layer * bell.experts + request[4 + pair];
     bool foreseen = false;
-    for (int64_t i = 0; i < bell.guesses; ++i) foreseen |= bell.warmed[kKept + i] == word;
-    bell.warmed[kAsked] += 1;
-    bell.warmed[kForeseen] += foreseen;
+    for (int64_t i = 0; i < bell.guesses; ++i) foreseen |= bell.prefetched[kKept + i] == word;
+    bell.prefetched[kAsked] += 1;
+    bell.prefetched[kForeseen] += foreseen;
   }
 }
 

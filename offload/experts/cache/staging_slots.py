@@ -1,4 +1,4 @@
-"""Staging: experts that pass through slots of the device, each copied once and used while the next arrive.
+"""StagingSlots: experts that pass through slots of the device, each copied once and used while the next arrive.
 
 The copies run beside the compute: one into a staging slot waits, by event, for the compute that used the slot
 last, and the compute for the copy. The host queues both ahead and waits for the disk alone.
@@ -26,7 +26,7 @@ class _Copy:
     free: Any
 
 
-class Staging:
+class StagingSlots:
     """Slots that ``tier`` can spare while a prompt is computed, for experts that come from ``host``."""
 
     def __init__(self, tier: DeviceTier, host: HostSource) -> None:

@@ -35,7 +35,7 @@ _MARK = b'"command": "chat", "messages"'  # in the beginning of every conversati
 _FILE = re.compile(r"""(?:"(?P<double>[^"]+)"|'(?P<single>[^']+)'|(?P<bare>\S+))\s*(?P<text>.*)""", re.DOTALL)
 
 
-class Conversation:
+class ChatLoop:
     """The messages so far and the records of every answer."""
 
     def __init__(self, session: "Session", sampling: Sampling, console: Console, messages: Messages) -> None:
@@ -192,7 +192,7 @@ class Conversation:
             case "/stats":
                 self.stats()
             case "/save" if rest:
-                save(self.messages, Path(rest).expanduser())
+                save_conversation(self.messages, Path(rest).expanduser())
                 self.console.say(f"({len(self.messages)} messages written to {rest})")
             case "/save":
                 raise UsageError("/save needs a file: /save FILE")
@@ -245,7 +245,7 @@ def _speed(records: list[TokenRecord]) -> str:
     return ", ".join(said)
 
 
-def save(messages: list[dict[str, Any]], path: Path) -> None:
+def save_conversation(messages: list[dict[str, Any]], path: Path) -> None:
     """Write the conversation as JSON, over an earlier one if need be. Raises OutputError."""
     document = {"schema_version": SCHEMA_VERSION, "command": "chat", "messages": messages}
     save_output(path, f"{to_json(document)}\n".encode(), _MARK)

@@ -98,7 +98,7 @@ class Running(Event):
 
 
 @dataclass
-class Engine:
+class EventEngine:
     """Runs processes over resources of ``rates`` (units per second each).
 
     ``moved`` counts what has passed each resource. ``spans`` lists flows by each of their resources while
@@ -239,7 +239,7 @@ def share(flows: Sequence[Flow], rates: Mapping[str, float]) -> None:
 class Line:
     """One server that takes requests one at a time, the most urgent first: a disk."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EventEngine) -> None:
         self._engine = engine
         self._waiting: list[tuple[int, int, Callable[[], Event], Event]] = []
         self._order = itertools.count()

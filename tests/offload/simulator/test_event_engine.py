@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from offload.simulator.engine import Engine, Flow, Line, Process, share
+from offload.simulator.event_engine import EventEngine, Flow, Line, Process, share
 
 
-def ended(engine: Engine, *flows: tuple[float, tuple[str, ...], float]) -> list[float]:
+def ended(engine: EventEngine, *flows: tuple[float, tuple[str, ...], float]) -> list[float]:
     """When each of (amount, resources, cap) ends, all begun now."""
     events = [engine.flow("x", amount, *through, cap=cap) for amount, through, cap in flows]
     engine.run(engine.join(*events))
@@ -18,18 +18,18 @@ NO_CAP = float("inf")
 
 
 def test_one_flow_takes_amount_over_rate_of_its_narrowest_resource() -> None:
-    assert ended(Engine({"ram": 10.0, "pcie": 4.0}), (20.0, ("pcie", "ram"), NO_CAP)) == [5.0]
-    assert ended(Engine({"ram": 10.0}), (20.0, ("ram",), 2.0)) == [10.0]
+    assert ended(EventEngine({"ram": 10.0, "pcie": 4.0}), (20.0, ("pcie", "ram"), NO_CAP)) == [5.0]
+    assert ended(EventEngine({"ram": 10.0}), (20.0, ("ram",), 2.0)) == [10.0]
 
 
 def test_flows_share_a_resource_and_the_last_has_it_alone() -> None:
     # 5 each of 10 until the smaller is through at 2, then 10 for the 10 that are left.
-    assert ended(Engine({"ram": 10.0}), (10.0, ("ram",), NO_CAP), (20.0, ("ram",), NO_CAP)) == [2.0, 3.0]
+    assert ended(EventEngine({"ram": 10.0}), (10.0, ("ram",), NO_CAP), (20.0, ("ram",), NO_CAP)) == [2.0, 3.0]
 
 
 def test_what_one_cannot_take_the_other_gets() -> None:
     # The bus takes its 2 of 10, the other flow the remaining 8.
-    engine = Engine({"ram": 10.0, "pcie": 2.0})
+    engine = EventEngine({"ram": 10.0, "pcie": 2.0})
     assert ended(engine, (10.0, ("pcie", "ram"), NO_CAP), (40.0, ("ram",), NO_CAP)) == [5.0, 5.0]
 
 
@@ -51,7 +51,7 @@ def test_rates_are_max_min_fair_on_random_networks() -> None:
 
 
 def test_a_process_waits_for_one_thing_after_another_and_knows_for_what() -> None:
-    engine = Engine({"vram": 10.0, "ram": 1.0})
+    engine = EventEngine({"vram": 10.0, "ram": 1.0})
 
     def expert() -> Process:
         yield engine.pause(1.0, "doorbell")
@@ -69,7 +69,7 @@ def test_a_process_waits_for_one_thing_after_another_and_knows_for_what() -> Non
 
 
 def test_every_second_of_a_process_has_a_cause() -> None:
-    dice, engine = random.Random(1), Engine({"a": 3.0, "b": 2.0})
+    dice, engine = random.Random(1), EventEngine({"a": 3.0, "b": 2.0})
 
     def part() -> Process:
         for _ in range(3):
@@ -87,7 +87,7 @@ def test_every_second_of_a_process_has_a_cause() -> None:
 
 
 def test_no_byte_is_lost_and_no_resource_gives_more_than_it_has() -> None:
-    dice, engine = random.Random(2), Engine({"a": 3.0, "b": 2.0})
+    dice, engine = random.Random(2), EventEngine({"a": 3.0, "b": 2.0})
     amounts = [dice.uniform(0, 5) for _ in range(30)]
     engine.run(engine.join(*(engine.flow("x", amount, "a", "b") for amount in amounts)))
     for name, rate in engine.rates.items():
@@ -96,7 +96,7 @@ def test_no_byte_is_lost_and_no_resource_gives_more_than_it_has() -> None:
 
 
 def test_a_line_serves_the_most_urgent_first_and_one_at_a_time() -> None:
-    engine = Engine({"disk": 1.0})
+    engine = EventEngine({"disk": 1.0})
     line = Line(engine)
     order: list[str] = []
 
