@@ -173,8 +173,8 @@ class Generator:
     def finish_load(self, *, now: bool = False) -> None:
         """Do what was put off until after the first token, if that has been or ``now``."""
         if self._after_first is not None and (self._begun or now):
-            after_first, self._after_first = self._after_first, None
-            after_first()
+            self._after_first()
+            self._after_first = None
 
     def _unseen(self, prompt: list[int]) -> list[int]:
         """The part of ``prompt`` that the cache does not hold, at least its last token; the rest is kept."""
@@ -205,6 +205,7 @@ class Generator:
         try:
             with torch.inference_mode():
                 logits = self.decoder.forward(ids, self.cache)[-1]
+            self.experts.check_files()
         except BaseException:  # KeyboardInterrupt too: some layers have seen the tokens, others not
             self.tokens = self.tokens[: self.cache.rewind(before)]
             raise

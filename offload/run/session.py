@@ -177,8 +177,9 @@ class Session:
         """Move the dense weights to where they are read fastest, and begin to fill the experts' slots. Both
         take memory that is new to the process, whose first use is slow, so a first token comes before."""
         started = time.perf_counter()
-        if self.device.type == "cpu" and self._dense is None:
-            self._dense = move_to_arena(self.model)
+        if self.device.type == "cpu" and isinstance(self.experts, MappedCache):
+            if self._dense is None:
+                self._dense = move_to_arena(self.model)
             for file in self.checkpoint.files:
                 self.reader.check(file)
             self.decoder.weights_moved()

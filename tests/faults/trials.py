@@ -4,8 +4,9 @@
 
 Each trial runs `coldstream quantize SOURCE FOLDER/out …` in a fork of this process, with the N-th counted call
 disturbed as ``--how`` says, then the same with ``--resume``, twice, and compares every file with those of a run
-that was left alone. ``--on source`` counts calls on the source instead. Prints one JSON document: how many calls
-there were, how many trials were made, and those that did not end the same.
+that was left alone. What the first run left is resumed once: a later trial that leaves the same names and bytes is
+not resumed again. ``--on source`` counts calls on the source instead. Prints one JSON document: how many calls
+there were, how many trials were made, how many different things they left, and those that did not end the same.
 """
 
 import argparse
@@ -74,6 +75,13 @@ def contents(folder: Path) -> dict[str, str]:
     """A hash of each file under ``folder``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _state(folder: Path) -> frozenset[tuple[str, str]]:
+    """All that a resuming run can see of ``folder``: names, modes and bytes."""
+    found = contents(folder)
+    paths = {str(path.relative_to(folder)): oct(path.lstat().st_mode) for path in folder.rglob("*")}
+    return frozenset((name, mode + found.get(name, "")) for name, mode in paths.items())
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--how", choices=HOWS, nargs="+", default=["kill"], help="Several take turns.")
+    parser.add_argument("--each", action="store_true", help="They do not: each call is disturbed in each of the ways.")
     parser.add_argument("--on", choices=("destination", "source"), default="destination")
     parser.add_argument("--every", type=int, default=1, help="Every so many calls.")
     parser.add_argument("--first", type=int, default=1)
@@ -192,26 +201,34 @@ def main() -> None:
     with _fresh(trials.folder / "whole") as folder:
         whole = trials.go(folder / "out", how=(_COUNT, 0, False))
         expected = contents(folder / "out")
-    failures, made, codes = [], 0, dict[int, int]()
-    for turn, at in enumerate(range(asked.first, whole.calls + 1, asked.every)):
+    failures, made, codes, ended_well = [], 0, dict[int, int](), set[frozenset[tuple[str, str]]]()
+    at_each = range(asked.first, whole.calls + 1, asked.every)
+    rounds = len(asked.how) if asked.each else 1
+    for turn, at in enumerate(at for at in at_each for _ in range(rounds)):
         with _fresh(trials.folder / "trial") as folder:
             if asked.existing or (asked.in_turn and turn // len(asked.how) % 2):
                 (folder / "out").mkdir()
             first = trials.go(folder / "out", how=HOWS[asked.how[turn % len(asked.how)]], at=at)
-            second = trials.go(folder / "out", "--resume")
-            third = trials.go(folder / "out", "--resume")
             made += 1
             codes[first.code] = codes.get(first.code, 0) + 1
+            left_behind = _state(folder)
+            if first.is_clean and left_behind in ended_well:
+                continue
+            second = trials.go(folder / "out", "--resume")
+            third = trials.go(folder / "out", "--resume")
             found = contents(folder)
             same = {name.removeprefix("out/"): value for name, value in found.items()} == expected
             said = "already complete" in third.said
-            if not (first.is_clean and second.code == 0 and third.code == 0 and same and said):
+            if first.is_clean and second.code == 0 and third.code == 0 and same and said:
+                ended_well.add(left_behind)
+            else:
                 left = sorted(set(found) ^ {f"out/{name}" for name in expected})
                 said_each = [ended.said[-600:] for ended in (first, second, third)]
                 ended = [first.code, second.code, third.code]
                 failures.append({"at": at, "codes": ended, "same": same, "differing": left[:5], "said": said_each})
                 print(json.dumps(failures[-1]), file=sys.stderr, flush=True)
-    print(json.dumps({"calls": whole.calls, "code": whole.code, "trials": made, "codes": codes, "failures": failures}))
+    told = {"calls": whole.calls, "code": whole.code, "trials": made, "codes": codes, "resumed": len(ended_well)}
+    print(json.dumps(told | {"failures": failures}))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,10 @@ class ExpertCache:
         self._views: dict[tuple[int, Layout], ExpertWeights] = {}
         self.watcher: Watcher | None = None
 
+    def check_files(self) -> None:
+        """After a step, before its token is believed: raise CheckpointError if a file changed that experts were used
+        from in place. What is in a slot was checked as it was read."""
+
     def take_counters(self) -> Counters:
         """The counts since the last call."""
         counters, self.counters = self.counters, Counters()

@@ -39,6 +39,11 @@ class MappedCache(ExpertCache):
         if not self.mapped:
             self.close()
 
+    def check_files(self) -> None:
+        """See ``ExpertCache.check_files``."""
+        if self.files is not None:
+            self.files.check()
+
     def close(self) -> None:
         """Map nothing more, and let others write to the files."""
         if self.files is not None:

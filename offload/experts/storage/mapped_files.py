@@ -5,9 +5,10 @@ copied: memory that is new to the process must be cleared and, in a virtual mach
 takes several times as long as reading what is there. Mapped pages are small and slow to read for long, so
 every expert is copied to the arena all the same, and used in the page cache until then.
 
-The process would be killed if a file that it has mapped were cut. A read lease (``fcntl(2)``) keeps others from
-opening the file for writing or cutting it until its last expert has moved; where the system grants none, nothing
-is mapped.
+A read lease (``fcntl(2)``) keeps others from opening the file for writing or cutting it until its last expert has
+moved; where the system grants none, nothing is mapped. The system lets a writer wait for some time only (45 s, by
+default): so each step ends with a look at whether the files changed under it, and pages that a file has lost meanwhile
+read as zeros (``quant/kernels/cpp/guard.cpp``) where they would otherwise end the process.
 """
 
 import fcntl
@@ -28,7 +29,8 @@ from offload.experts.storage.store import ExpertRecord
 from quant.checkpoint.checkpoint import DTYPES
 from quant.checkpoint.layout import PAGE
 from quant.checkpoint.weight_files import TensorEntry
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, MachineError
+from quant.kernels.library import call
 
 _POPULATE_READ = 22  # MADV_POPULATE_READ: map all pages of a range at once
 
@@ -81,6 +83,12 @@ class MappedFiles:
         if lease is not None:
             lease.unmap(run.offset, run.needed)
 
+    def check(self) -> None:
+        """Raise CheckpointError if a file of which something was mapped has changed since it was opened."""
+        for file, lease in self._files.items():
+            if lease is not None:
+                self._reader.check(file)
+
     def close(self) -> None:
         """Give all leases back; nothing that was mapped may be used afterwards."""
         for lease in self._files.values():
@@ -98,6 +106,7 @@ class _Lease:
         with warnings.catch_warnings():  # that a tensor over these pages must not be written to: it never is
             warnings.simplefilter("ignore", UserWarning)
             self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
+        call("guard", self._memory, len(self._map))
 
     @classmethod
     def of(cls, file: Path, reader: Reader) -> "_Lease | None":
@@ -117,7 +126,7 @@ class _Lease:
             fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
             fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
             return cls(descriptor, PageCacheView(file, descriptor))
-        except (OSError, ValueError):
+        except (OSError, ValueError, MachineError):
             os.close(descriptor)
             return None
 
@@ -135,6 +144,7 @@ class _Lease:
             return  # older kernels: pages are mapped one by one as they are used
 
     def close(self) -> None:
+        call("unguard", self._memory)
         # Closing alone would not end it: the mappings have descriptors of their own.
         fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         os.close(self._descriptor)

@@ -4,6 +4,7 @@ file. Never a text of both, never a signal.
 ``COLDSTREAM_MOMENTS=200`` tries that many random moments.
 """
 
+import fcntl
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from offload.experts.storage.mapped_files import MappedFiles
 from offload.experts.storage.reader import Reader
 from offload.records import RunOptions, Sampling
 from offload.run import session as session_module
@@ -28,6 +30,7 @@ PROMPT = list(range(5, 60))
 TOKENS = 6
 MOMENTS = int(os.environ.get("COLDSTREAM_MOMENTS", "8"))
 PLACES = {"all in ram": {"ram_slots": 64}, "three slots": {"ram_slots": 3, "fills": False}}
+LEASE = getattr(fcntl, "F_SETLEASE", None)
 Change = Callable[[Path, Path], None]
 
 
@@ -70,6 +73,17 @@ CHANGES: dict[str, Change] = {
     "overwritten": _overwrite,
     "truncated": _truncate,
 }
+
+
+@pytest.fixture
+def expired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases are granted and hold nobody: as the system leaves them once a writer has waited long enough."""
+    _expire(monkeypatch)
+
+
+def _expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fcntl.fcntl
+    monkeypatch.setattr(fcntl, "fcntl", lambda file, what, *more: None if what == LEASE else real(file, what, *more))
 
 
 def _shards(model: Path) -> list[Path]:
@@ -161,6 +175,20 @@ def test_a_text_is_of_one_model_or_there_is_one_line(
     assert said in texts or (str(said).startswith(str(model)) and "\n" not in str(said))
 
 
+@pytest.mark.usefixtures("expired")
+@pytest.mark.parametrize("moment", ["before the first token", "amid its experts", "as weights move"])
+@pytest.mark.parametrize("kind", ["overwritten", "truncated"])
+def test_who_writes_to_mapped_files_costs_a_run_one_line_each_time_it_is_asked(
+    kind: str, moment: str, model: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name, call = (MappedFiles, "map", 2) if moment == "amid its experts" else HOOKS[moment]
+    _before(owner, name, monkeypatch, lambda: CHANGES[kind](model, models[1]), call)
+    with sessions.session(model, RunOptions(context=100, exact=True), **PLACES["all in ram"]) as session:
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="was changed while the model ran"):
+                list(session.generate(PROMPT, Sampling(max_tokens=TOKENS, ignore_eos=True)))
+
+
 def test_a_run_goes_on_with_the_model_it_began_with_where_files_are_replaced(
     model: Path, models: tuple[Path, Path], texts: list[list[int]]
 ) -> None:
@@ -178,16 +206,19 @@ def test_a_tensor_is_not_read_from_another_file_than_its_header(
         checkpoint.read(entry.key)
 
 
-def _serve() -> None:
+def _serve(leases: str) -> None:
     """Say, for every model named on stdin, its text, or the one line that there is instead."""
+    if leases == "expired":
+        _expire(pytest.MonkeyPatch())
     for line in sys.stdin:
         print("loading", flush=True)
         print(_text_or_line(Path(line.strip()), "all in ram"), flush=True)
 
 
-def test_random_moments(models: tuple[Path, Path], texts: list[list[int]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("leases", ["granted", "expired"])
+def test_random_moments(leases: str, models: tuple[Path, Path], texts: list[list[int]], tmp_path: Path) -> None:
     rng = random.Random(0)
-    command = [sys.executable, "-c", "from tests.offload.run import test_changing_files as t; t._serve()"]
+    command = [sys.executable, "-c", f"from tests.offload.run import test_changing_files as t; t._serve({leases!r})"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None
         assert child.stdout is not None
