@@ -10,11 +10,14 @@ from hashlib import sha256
 from pathlib import Path
 from random import Random
 
+import torch
+
 from tests import conftest  # noqa: F401  no network, Triton's interpreter
 from tests.fuzz.cases import BASES, Case, draw
 from tests.fuzz.ground import make_ground
 from tests.fuzz.outcome import Outcome, outcome
 
+_KINDS = ("ran", "refused", "traceback", "wrong", "different", "slow", "memory")
 CORPUS = Path(__file__).parent / "corpus"
 
 
@@ -41,7 +44,9 @@ def main() -> int:
     asked = parser.parse_args()
     commands = tuple(asked.only.split(","))
     faulthandler.enable()
+    torch.set_num_threads(1)  # tiny models are no work for more
     counts: Counter[str] = Counter()
+    judged: Counter[str] = Counter()
     per_command: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()
     with tempfile.TemporaryDirectory(prefix="coldstream-fuzz-") as temporary:
@@ -53,6 +58,7 @@ def main() -> int:
             last.write_text(str(case))
             found = outcome(case, ground, folder)
             counts[found.kind] += 1
+            judged[found.judged] += found.kind == "ran"
             per_command[case.command] += 1
             if found.is_fault and (found.kind, found.sign) not in seen:
                 seen.add((found.kind, found.sign))
@@ -64,8 +70,9 @@ def main() -> int:
                 said = found.said.strip().splitlines()
                 print(f"{file.name}: {found.sign}\n    {said[-1][:300] if said else ''}", flush=True)
         last.unlink()
-    told = ", ".join(f"{counts[kind]} {kind}" for kind in ("ran", "refused", "traceback", "wrong", "slow", "memory"))
+    told = ", ".join(f"{counts[kind]} {kind}" for kind in _KINDS)
     print(f"seed {asked.seed}: {counts.total()} inputs: {told}; {len(seen)} faults")
+    print("answers held against " + ", ".join(f"{name} {count}" for name, count in judged.most_common()))
     print(", ".join(f"{name} {count}" for name, count in per_command.most_common()))
     return 1 if seen else 0
 

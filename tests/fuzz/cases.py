@@ -17,7 +17,7 @@ from tests import hostile
 Edit = list[Any]  # [file, kind, …], see `spoil`
 
 # What each command is run with; a {name} is a file of the ground, {out} a path where nothing is yet.
-_RUN = ("--device", "cpu", "--context", "64", "--ram", "1GiB")
+_RUN = ("--device", "cpu", "--context", "64", "--ram", "1GiB", "--exact")
 BASES: dict[str, tuple[tuple[str, ...], ...]] = {
     "plan": (
         ("{source}", "--recipe", "{recipe.toml}"),
@@ -41,11 +41,13 @@ BASES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "generate": (
         ("{stored}", "prompt", "-n", "2", *_RUN),
-        ("{stored}", "-", "-n", "2", "--chat", "--routing", "{routing.json}", *_RUN),
-        ("{qwen}", "prompt", "-n", "2", *_RUN),
-        ("{mixtral}", "prompt", "-n", "2", "--chat", *_RUN),
+        ("{stored}", "-", "-n", "2", "--seed", "7", "--chat", "--routing", "{routing.json}", *_RUN),
+        ("{stored}", "prompt", "-n", "4", "--temperature", "0", *_RUN),
+        ("{qwen}", "prompt", "-n", "4", "--temperature", "0", *_RUN),
+        ("{vision}", "prompt", "-n", "3", "--temperature", "0", *_RUN),
+        ("{mixtral}", "prompt", "-n", "4", "--temperature", "0", "--chat", *_RUN),
     ),
-    "chat": (("{stored}", "-n", "2", *_RUN),),
+    "chat": (("{stored}", "-n", "2", "--seed", "7", *_RUN),),
     "profile": (
         ("{stored}", "--text", "{text.txt}", "--tokens", "8", "--out", "{out}", "--merge", "{routing.json}", *_RUN),
     ),
@@ -63,7 +65,7 @@ BASES: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
     ),
 }
-_SHARE = {"plan": 12, "simulate": 3, "rank-policies": 3, "quantize": 5, "generate": 6, "chat": 2, "profile": 2}
+_SHARE = {"plan": 12, "simulate": 3, "rank-policies": 3, "quantize": 5, "generate": 9, "chat": 2, "profile": 2}
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _NOT_ASKED = {"--help", "--refresh", "--tune", "--verbose", "--repeat"}  # long work, or none
 _MUCH_WORK = {"--tokens", "--prompt", "--max-tokens", "--windows", "--sizes", "--threads"}

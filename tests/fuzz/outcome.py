@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -9,31 +10,48 @@ import sys
 import threading
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import ColdstreamError
 from tests.commands import Finished, invoke
-from tests.fuzz.cases import Case, spoil
+from tests.fuzz.cases import BASES, Case, spoil
 from tests.fuzz.ground import keep_machine, place_machine
+from tests.fuzz.stock import (
+    Answer,
+    StockRefusesError,
+    conversion_differs,
+    greedy_text,
+    logits_differ,
+    planned_differs,
+    prompt_ids,
+    recorded,
+    stock_model,
+)
 
 SECONDS = 20.0
 GROWTH = 2 * 2**30
 _LARGEST_FILE = 2**30
+_MODELS = ("{source}", "{stored}", "{vision}", "{qwen}", "{mixtral}")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``kind``: ran, refused, or a fault (traceback, slow, memory, wrong); ``sign`` is the same for the same fault."""
+    """``kind``: ran, refused, or a fault (traceback, slow, memory, wrong, different); ``sign`` is the same for the same
+    fault. ``judged`` is what an answer was held against: stock, clean (transformers does not take the input, and the
+    answer is the one of the input as it was), or nothing."""
 
     kind: str
     sign: str = ""
     said: str = ""
+    judged: str = ""
 
     @property
     def is_fault(self) -> bool:
@@ -45,7 +63,11 @@ class _Stopped(BaseException):
 
 
 def outcome(case: Case, ground: Path, folder: Path) -> Outcome:
-    """Run ``case`` on a copy of ``ground``, made at ``folder`` and removed again."""
+    """Run ``case`` on a copy of ``ground``, made at ``folder`` and removed again, and judge what comes of it."""
+    return _outcome(case, ground, folder)[0]
+
+
+def _outcome(case: Case, ground: Path, folder: Path, *, judged: bool = True) -> tuple[Outcome, Answer]:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ground, folder)
     (folder / "here").mkdir()
@@ -55,17 +77,19 @@ def outcome(case: Case, ground: Path, folder: Path) -> Outcome:
     place_machine(folder)
     words = [_found(word, folder) for word in case.words]
     try:
-        with chdir(folder / "here"), _environment(folder), _limits() as stopped:
+        with chdir(folder / "here"), _environment(folder), recorded() as answer, _limits() as stopped:
             done = invoke(case.command, *words, "-q", "--json", stdin=case.stdin.encode("latin-1", "replace"))
         if wrong := _wrong(case, done, folder):
-            return Outcome("wrong", wrong, done.stderr + done.stdout[-400:])
-        return Outcome("refused" if done.returncode else "ran", said=done.stderr)
+            return Outcome("wrong", wrong, done.stderr + done.stdout[-400:]), answer
+        if done.returncode or not judged:
+            return Outcome("refused" if done.returncode else "ran", said=done.stderr), answer
+        return _judged(case, done, answer, ground, folder), answer
     except _Stopped:
-        return Outcome(stopped[0], f"{case.command} {_where()}", traceback.format_exc())
+        return Outcome(stopped[0], f"{case.command} {_where()}", traceback.format_exc()), Answer()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  what a user would see as a traceback; a library's panic, too
-        return Outcome("traceback", f"{type(error).__name__} {_where()}", traceback.format_exc())
+        return Outcome("traceback", f"{type(error).__name__} {_where()}", traceback.format_exc()), Answer()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -96,6 +120,68 @@ def _wrong(case: Case, done: Finished, folder: Path) -> str:
         except ColdstreamError as error:
             return f"made what cannot be opened: {error}"
     return ""
+
+
+def _judged(case: Case, done: Finished, answer: Answer, ground: Path, folder: Path) -> Outcome:
+    """The answer of ``case`` beside that of stock transformers, or of the case without its edits."""
+    try:
+        with _environment(folder), _limits():
+            different = _differs_from_stock(case, done, answer, folder)
+    except (StockRefusesError, _Stopped) as refused:
+        if not case.edits:
+            return Outcome("ran", judged="nothing", said=f"stock: {refused}")
+        clean = _clean_answer(replace(case, edits=()), ground, folder.with_name("clean"))
+        if clean is None or not (answer.steps or clean.steps):
+            return Outcome("ran", judged="nothing", said=f"stock: {refused}")
+        if answer.equals(clean):
+            return Outcome("ran", judged="clean")
+        return Outcome(
+            "different", f"{case.command} from the clean answer", f"transformers does not take it: {refused}"
+        )
+    if different is None:
+        return Outcome("ran", judged="nothing")
+    sign = re.sub(r"[0-9.e+-]+", "#", different)
+    return Outcome("different", f"{case.command} {sign}", different) if different else Outcome("ran", judged="stock")
+
+
+def _differs_from_stock(case: Case, done: Finished, answer: Answer, folder: Path) -> str | None:
+    """How; empty if it does not, None if there is nothing to compare. Raises StockRefusesError."""
+    name = case.words[0] if case.words else ""
+    model = folder / name[1:-1]
+    usual = case.words in BASES[case.command]
+    if name not in _MODELS:
+        return None
+    if case.command == "quantize" and (folder / "out" / "config.json").is_file():
+        return conversion_differs(model, folder / "out")
+    if case.command == "plan" and usual:
+        tiers = json.loads(done.stdout.splitlines()[-1])["bytes"].values()
+        return planned_differs(model, dict(sum(map(Counter, tiers), Counter())))
+    if not answer.steps or answer.rounded or "--exact" not in case.words:
+        return None
+    if not all(bool(logits.isfinite().all()) for _, logits in answer.steps):
+        return "logits that are no numbers"
+    stock = stock_model(model)
+    if different := logits_differ(answer, stock):
+        return different
+    if case.command != "generate" or not usual:
+        return ""
+    document = json.loads(done.stdout.splitlines()[-1])
+    text = case.stdin if case.words[1] == "-" else case.words[1]
+    expected = prompt_ids(model, text, "--chat" in case.words)
+    ids = list(answer.sequences[0][: document["prompt_tokens"]])
+    if ids != expected:
+        return f"prompt {ids[:20]} for transformers' {expected[:20]}"
+    if "--temperature" not in case.words:
+        return ""
+    continued = greedy_text(model, stock, ids, int(case.words[case.words.index("-n") + 1]))
+    return "" if document["text"] == continued else f"text {document['text']!r} for transformers' {continued!r}"
+
+
+@cache
+def _clean_answer(case: Case, ground: Path, folder: Path) -> Answer | None:
+    """What ``case`` computes on the ground as it is; None if it is refused."""
+    found, answer = _outcome(case, ground, folder, judged=False)
+    return answer if found.kind == "ran" else None
 
 
 def _refuse(constant: str) -> None:
