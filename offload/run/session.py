@@ -43,6 +43,7 @@ from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.identity import model_id
 from quant.checkpoint.inventory import schemes_of_tensors
 from quant.errors import BudgetError, UsageError
+from quant.kernels import native
 from quant.model.config import language_config
 from quant.model.generation_config import read_generation_config, token_ids
 from quant.model.hub import resolve_model
@@ -100,6 +101,8 @@ class Session:
         )
         self.kernel = self.decoder.name
         self.notes = [*self.reader.notes, *(self.vram.allowance.notes if self.vram is not None else ()), *notes]
+        if thread_note := native.thread_note():
+            self.notes.append(thread_note)
         self.tokenizer = load_tokenizer(self.checkpoint.path)
         self._dtype = dtype
         self._images: Images | None = None

@@ -17,7 +17,11 @@ from torch import Tensor
 from quant.errors import MachineError
 from quant.kernels.cores import granted
 
-_MESSAGES = {-1: "bad argument", -2: "no memory for scratch buffers", -3: "not supported by this processor"}
+_MESSAGES = {
+    -1: "bad argument",
+    -2: "no memory is left (free some, or raise the limit: ulimit -v)",
+    -3: "not supported by this processor",
+}
 
 # C types of the fields of structures.
 Pointer, I32, I64, F32, F64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_double
@@ -61,9 +65,15 @@ def library() -> ctypes.CDLL:
     if forced:
         choose_isa(loaded, forced)
     most = granted()
-    if most is not None and most < loaded.cs_threads():
+    if most is not None and most < counted(loaded.cs_threads()):
         check(loaded.cs_set_threads(most), "set_threads")
     return loaded
+
+
+def counted(threads: int) -> int:
+    """What ``cs_threads`` said. Raises MachineError if there was no memory to start any."""
+    check(min(threads, 0), "threads")
+    return threads
 
 
 def choose_isa(loaded: ctypes.CDLL, name: str) -> None:

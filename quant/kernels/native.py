@@ -6,7 +6,7 @@ the interpreter lock during a call; two calls at once wait for each other.
 
 from quant.errors import MachineError
 from quant.kernels.attention import Attention, AttentionShape, KvBuffers
-from quant.kernels.library import F64, I32, I64, call, choose_isa, library, usable_isas
+from quant.kernels.library import F64, I32, I64, call, choose_isa, counted, library, usable_isas
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, MoeResult, mlp
 from quant.kernels.product import linear
 from quant.kernels.weight import Weight
@@ -27,6 +27,7 @@ __all__ = [
     "read_bandwidth",
     "set_isa",
     "set_threads",
+    "thread_note",
     "threads",
 ]
 
@@ -55,8 +56,18 @@ def set_threads(count: int) -> None:
 
 
 def threads() -> int:
-    """Threads that a native call uses, the caller included."""
-    return int(library().cs_threads())
+    """Threads that a native call uses, the caller included: fewer than wanted where the system starts no more."""
+    return counted(int(library().cs_threads()))
+
+
+def thread_note() -> str:
+    """What a user should know of the threads: that the system refused some; empty if it did not."""
+    started = threads()
+    wanted = int(library().cs_threads_wanted())
+    if started >= wanted:
+        return ""
+    limits = "a limit on processes (ulimit -u) or on memory (ulimit -v)"
+    return f"{started} of {wanted} threads compute: the system starts no more of them, by {limits}"
 
 
 def read_bandwidth(nbytes: int = 1 << 30, seconds: float = 1.0) -> float:

@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "product.h"
 
 // Best GB/s over repeated reads of a buffer of `nbytes`, every thread reading its own chunks.
 COLDSTREAM_API double cs_read_bandwidth(int64_t nbytes, double seconds) {
@@ -19,7 +20,13 @@ COLDSTREAM_API double cs_read_bandwidth(int64_t nbytes, double seconds) {
   madvise(map, size, MADV_HUGEPAGE);
 #endif
   char* base = static_cast<char*>(map);
-  parallel(chunks, [&](int64_t chunk, int) { std::memset(base + chunk * kChunk, int(chunk) | 1, kChunk); });
+  const int32_t written = guarded([&] {
+    parallel(chunks, [&](int64_t chunk, int) { std::memset(base + chunk * kChunk, int(chunk) | 1, kChunk); });
+  });
+  if (written != kOk) {
+    munmap(map, size);
+    return -1.0;
+  }
   std::atomic<uint64_t> checksum{0};
   double best = 0, spent = 0;
   while (spent < seconds || best == 0) {

@@ -9,12 +9,15 @@
 #include <condition_variable>
 #include <cstdio>
 #include <mutex>
+#include <new>
 #include <set>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 #include "kernels.h"
+#include "product.h"
 
 namespace coldstream {
 namespace {
@@ -55,8 +58,14 @@ int physical_cores() {
 // round when the tasks are gone and waits only for those inside, never for a worker that is still asleep.
 class Pool {
  public:
+  // With fewer threads than that where the system starts no more: the caller alone computes the same.
   explicit Pool(int threads) : ranges_(size_t(threads)) {
-    for (int worker = 1; worker < threads; ++worker) threads_.emplace_back([this, worker] { work(worker); });
+    threads_.reserve(size_t(threads));
+    try {
+      for (int worker = 1; worker < threads; ++worker) threads_.emplace_back([this, worker] { work(worker); });
+    } catch (const std::system_error&) {  // no thread
+    } catch (const std::bad_alloc&) {     // no memory for one
+    }
   }
 
   ~Pool() {
@@ -198,11 +207,23 @@ COLDSTREAM_API int32_t cs_set_threads(int32_t threads) {
   using namespace coldstream;
   if (threads < 1 || threads > 1024) return kBadArgument;
   std::lock_guard<std::mutex> lock(pool_mutex);
-  if (pool && pool->size() == threads) return kOk;
+  if (pool && wanted_threads == threads) return kOk;
   delete pool;
   pool = nullptr;
   wanted_threads = threads;
   return kOk;
 }
 
-COLDSTREAM_API int32_t cs_threads() { return coldstream::thread_count(); }
+// How many there are, or a negative status; and how many there should be.
+COLDSTREAM_API int32_t cs_threads() {
+  using namespace coldstream;
+  int32_t count = 0;
+  const int32_t status = guarded([&] { count = thread_count(); });
+  return status ? status : count;
+}
+
+COLDSTREAM_API int32_t cs_threads_wanted() {
+  using namespace coldstream;
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  return wanted_threads;
+}
