@@ -37,8 +37,7 @@ class Watcher(Protocol):
     """Is told what each host slot holds: native code can then find experts, and wait for them, without asking."""
 
     def coming(self, key: Key, weights: ExpertWeights) -> None:
-        """``key``'s bytes will be read to where ``weights`` view them, which stay valid until it is
-        evicted."""
+        """``key``'s bytes will be read to where ``weights`` view them, valid until it is evicted."""
 
     def arrived(self, key: Key, whole: bool) -> None:
         """``key``'s bytes are all there, or could not be read. Called by a reading thread."""
@@ -75,8 +74,7 @@ class ExpertCache:
         self.watcher: Watcher | None = None
 
     def check_files(self) -> None:
-        """After a step, before its token is believed: raise CheckpointError if a file changed that experts were used
-        from in place. What is in a slot was checked as it was read."""
+        """After a step: raise CheckpointError if a file changed that experts were used from in place."""
 
     def take_counters(self) -> Counters:
         """The counts since the last call."""
