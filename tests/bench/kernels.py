@@ -86,6 +86,29 @@ def decode_gemv(kind: Kind, tokens: int, rounds: int) -> dict[str, float]:
     return streamed(bytes_of(weight), lambda: native.linear(x, weight, out=out), rounds)
 
 
+def in_cache(kind: Kind, tokens: int, rounds: int) -> dict[str, float]:
+    """GB/s of weights that one core gets through when they lie in its second-level cache: what arithmetic allows.
+
+    Processor time, so that other programs matter little; the difference of two sizes, so that calling costs nothing.
+    """
+    sizes = 512 // (1 if kind == "int4" else 2), 128 // (1 if kind == "int4" else 2)
+    weights = Weights(2**21)
+    x, used = torch.randn(tokens, HIDDEN), native.threads()
+    pairs = [(weights.take(kind, n, HIDDEN), torch.empty(tokens, n)) for n in sizes]
+    took = [float("inf")] * len(pairs)
+    native.set_threads(1)
+    try:
+        for _ in range(40 * rounds):
+            for index, (weight, out) in enumerate(pairs):
+                start = time.thread_time()
+                for _ in range(4):
+                    native.linear(x, weight, out=out)
+                took[index] = min(took[index], (time.thread_time() - start) / 4)
+    finally:
+        native.set_threads(used)
+    return {"gb_per_s_of_one_core": (bytes_of(pairs[0][0]) - bytes_of(pairs[1][0])) / (took[0] - took[1]) / 1e9}
+
+
 def decode_layers(rounds: int, context: int = 512, layers: int = 8) -> dict[str, float]:
     """Attention and MoE blocks of some mini-scout layers, one token, two experts of each layer in use."""
     weights = Weights(layers * 60 * 2**20)
@@ -148,7 +171,15 @@ def main() -> None:
         "floor": lambda: {"gb_per_s": native.read_bandwidth(1 << 29, 1.0)},
         "decode int4 g128, 1 token": lambda: decode_gemv("int4", 1, rounds),
         "decode int8 g128, 1 token": lambda: decode_gemv("int8", 1, rounds),
-        "decode int4 g128, 4 tokens": lambda: decode_gemv("int4", 4, rounds),
+        **{
+            f"decode {kind} g128, {tokens} tokens": lambda kind=kind, tokens=tokens: decode_gemv(kind, tokens, rounds)
+            for kind, tokens in (("int4", 2), ("int4", 4), ("int4", 8), ("int8", 4))
+        },
+        **{
+            f"from cache {kind} g128, {tokens} tokens": lambda kind=kind, tokens=tokens: in_cache(kind, tokens, rounds)
+            for kind in ("int4", "int8")
+            for tokens in (1, 2, 4, 8)
+        },
         "decode layers, mini-scout": lambda: decode_layers(rounds),
         "prefill int4 2048→4096, 512 tokens": lambda: prefill("int4", 4096, 2048, 512, rounds),
         "prefill int4 4096→2048, 512 tokens": lambda: prefill("int4", 2048, 4096, 512, rounds),

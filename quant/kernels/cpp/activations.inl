@@ -6,12 +6,13 @@
 constexpr float kNothing = 1e-30f;  // an absmax below this is zero: its scale would lose its bits
 
 static void quantize_activations(const float* x, int64_t k, int32_t kind, int32_t group, int8_t* q, float* scale,
-                                 int32_t* total, float* fix) {
-  const float offset = kind == kInt4 ? 8.0f : float(kOffset8);
+                                 int32_t* total) {
   const int64_t groups = k / group, padded = round_up(k, 128);
   alignas(64) uint8_t bytes[256];
+  const int64_t rest = round_up(groups, kGroupRun) - groups;
+  __builtin_memset(scale + groups, 0, size_t(rest) * 4);
+  __builtin_memset(total + groups, 0, size_t(rest) * 4);
   if (padded != k) __builtin_memset(q + padded - 128, 0, 128);
-  for (int i = 0; i < 4; ++i) scale[groups + i] = 0.0f;  // a row's last vector may reach past its last group
   for (int64_t g = 0; g < groups; ++g) {
     const float* from = x + g * group;
     vi top{};
@@ -42,6 +43,5 @@ static void quantize_activations(const float* x, int64_t k, int32_t kind, int32_
     for (int i = 0; i < kLanes; ++i) sum_of_group += sums[i];
     scale[g] = finite ? (some ? absmax / 127.0f : 0.0f) : __builtin_nanf("");
     total[g] = sum_of_group;
-    fix[g] = offset * float(sum_of_group) * scale[g];
   }
 }

@@ -44,18 +44,15 @@ static void unpack_panel(const Weight& w, int64_t row0, int count, uint8_t* pane
       scales[g * kPanelRows + row] = row < count ? bf16_to_float(w.scale[(row0 + row) * scale_stride + g]) : 0.0f;
 }
 
-INLINE vb splat_word(const int8_t* four) {
-  int32_t word;
-  __builtin_memcpy(&word, four, 4);
-  return (vb)splat(word);
-}
-
 template <int kBits, int kTokens>
 static void tile(const Weight& w, const uint8_t* panel, const float* scales, const Activations& a, int count,
                  float* y, int64_t ldy) {
   constexpr int kOffset = kBits == 4 ? 8 : kOffset8;
   const int64_t groups = w.groups();
-  vf acc[kTokens][kVectors] = {};
+  constexpr int kSpan = kBytes * 8 / kBits;
+  const int spans = w.group < kSpan ? kSpan / w.group : 1;  // groups in one vector of packed bytes
+  RunSums<kTokens * kVectors> sums;
+  vf acc[kTokens * kVectors] = {};
   for (int64_t g = 0; g < groups; ++g) {
     vi dot[kTokens][kVectors];
     for (int t = 0; t < kTokens; ++t)
@@ -87,15 +84,21 @@ static void tile(const Weight& w, const uint8_t* panel, const float* scales, con
     for (int v = 0; v < kVectors; ++v) {
       const vf ws = load<vf>(scales + g * kPanelRows + v * kLanes);
       for (int t = 0; t < kTokens; ++t)
-        acc[t][v] += to_float(dot[t][v]) * (ws * splat(a.scale[t * a.g_stride + g]));
+        acc[t * kVectors + v] += to_float(dot[t][v]) * (ws * splat(a.scale[t * a.g_stride + g]));
+    }
+    if ((g + 1) % spans == 0 || g + 1 == groups) {
+      sums.add(acc);
+      for (vf& value : acc) value = vf{};
     }
   }
+  sums.finish();
   for (int t = 0; t < kTokens; ++t) {
+    const vf* of_token = sums.total + t * kVectors;
     if (count == kPanelRows) {
-      for (int v = 0; v < kVectors; ++v) store(y + t * ldy + v * kLanes, acc[t][v]);
+      for (int v = 0; v < kVectors; ++v) store(y + t * ldy + v * kLanes, of_token[v]);
     } else {
       float row[kPanelRows];
-      for (int v = 0; v < kVectors; ++v) store(row + v * kLanes, acc[t][v]);
+      for (int v = 0; v < kVectors; ++v) store(row + v * kLanes, of_token[v]);
       for (int i = 0; i < count; ++i) y[t * ldy + i] = row[i];
     }
   }

@@ -1,103 +1,306 @@
-// Rows of a packed weight against a few tokens: every weight byte is read once, in the order it lies.
+// Rows of a packed weight against up to kGemvTokens tokens: every weight byte is read once and unpacked once.
 //
-// A vector of packed bytes holds whole groups or lies within one. Its integer dot products are scaled lane by
-// lane; the offset of the stored values (q + 8, q + 128) is taken out at the end of the row through `fix`.
+// Within a group the products are whole numbers, which come out the same in any order. A step is a vector of packed
+// bytes, or the group that is longer; groups of one step follow each other, and steps are added up as RunSums adds up
+// vectors. Everything here and gemm keep to this order, so a row of y has the same bits for any number of tokens.
+//   across, one token: a row's products lie across vectors; those of kLanes steps are folded into one, a lane for each.
+//   down, more tokens: kLanes words of kLanes rows are transposed in registers, a lane for each row: nothing is folded.
 
 constexpr int64_t kAhead = 8192;  // bytes of prefetch distance: measured best from 1 to 16 KiB
+constexpr int64_t kAheadInt4 = 16384, kAheadInt8 = 2048;  // for the second-level cache, likewise
+constexpr int64_t kBlockAhead = 2048;  // and past the end of a block of rows, which is read column by column
+constexpr int kScaleRun = 2 * kLanes;  // groups whose scales are transposed at a time
 
-// Scales of the kGroups groups in one vector, each in the lanes that hold its products.
-template <int kGroups>
-INLINE vf weight_scales(const uint16_t* scale, vi lanes) {
-  if (kGroups == 1) return splat(bf16_to_float(*scale));
-  uint64_t four = 0;
-  __builtin_memcpy(&four, scale, size_t(2 * kGroups));
-  return pick_bf16(four, lanes);
+// kLanes rows of a weight; results of lanes before `skip` are somebody else's.
+struct RowBlock {
+  const uint8_t* packed;
+  const uint16_t* scale;
+  int64_t stride, scale_stride, bytes, groups;
+  int skip, count;
+  int64_t row;  // of lane 0
+
+  // What comes next in memory, for the second-level cache; of a part of a wider weight, nothing new.
+  const uint8_t* ahead() const { return stride == bytes ? packed + stride * kLanes + kBlockAhead : packed; }
+};
+
+// The compiler must not keep a pointer of its own for each of a block's rows.
+#define OPAQUE(pointer) asm("" : "+r"(pointer))
+
+// The rows as blocks. The last one begins earlier, among rows that are done already; a weight of fewer rows than
+// lanes goes row by row, each in all lanes.
+template <class Body>
+INLINE void each_block(const Weight& w, int64_t row0, int64_t row1, Body&& body) {
+  for (int64_t row = row0; row < row1;) {
+    const bool whole = row1 >= kLanes;
+    const int64_t first = !whole ? row : row + kLanes <= row1 ? row : row1 - kLanes;
+    const RowBlock block{w.packed + first * w.stride(),
+                         w.scale + first * w.scale_stride(),
+                         whole ? w.stride() : 0,
+                         whole ? w.scale_stride() : 0,
+                         w.row_bytes(),
+                         w.groups(),
+                         int(row - first),
+                         whole ? kLanes : 1,
+                         first};
+    body(block);
+    row = first + block.count;
+  }
 }
 
-template <int kGroups>
-INLINE vf token_scales(const float* scale, vi lanes) {
-  return kGroups == 1 ? splat(*scale) : pick_float(scale, lanes);
+// scales[i] = the rows' scales of group `first + i`.
+INLINE void transpose_scales(const RowBlock& block, int64_t first, int count, float (&scales)[kScaleRun][kLanes]) {
+  vi m[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const uint16_t* from = block.scale + i * block.scale_stride + first;
+    m[i] = count == kScaleRun ? load<vi>(from) : (vi)load_part(from, count * 2);
+  }
+  transpose(m);
+  for (int i = 0; i < kLanes; ++i) {
+    store(scales[2 * i], m[i] << 16);
+    store(scales[2 * i + 1], (vu)m[i] & 0xffff0000u);
+  }
+}
+
+INLINE void store_lanes(const RowBlock& block, vf value, float* y) {
+  if (block.skip == 0 && block.count == kLanes) {
+    store(y + block.row, value);
+  } else {
+    for (int i = block.skip; i < block.count; ++i) y[block.row + i] = value[i];
+  }
+}
+
+// How a group lies in vectors of packed bytes: several of them in one, or one in several.
+template <int kBits, int kGroup>
+struct Form {
+  static constexpr int kOffset = kBits == 4 ? 8 : kOffset8;
+  static constexpr int kBytesOfGroup = kGroup * kBits / 8;
+  static constexpr int kSpans = kBytes > kBytesOfGroup ? kBytes / kBytesOfGroup : 1;
+  static constexpr int kParts = kBytesOfGroup > kBytes ? kBytesOfGroup / kBytes : 1;
+  static constexpr int kStep = kParts * kBytes;
+  // The largest sum in a lane before lanes are added up; in 16 bits adding is cheaper.
+  static constexpr int kLargest = kBits == 4 ? kParts * 8 * 15 * 127 : 1 << 20;
+  static constexpr bool kSmall = kLargest < 1 << 15, kSmallPairs = kLargest < 1 << 14;
+};
+
+// Where the activations of packed byte `byte` lie; those of the high nibbles follow 64 further on.
+template <int kBits>
+INLINE int64_t activation_of(int64_t byte) {
+  return kBits == 4 ? byte / 64 * 128 + byte % 64 : byte;
+}
+
+INLINE vb splat_word(const int8_t* four) {
+  int32_t word;
+  __builtin_memcpy(&word, four, 4);
+  return (vb)splat(word);
+}
+
+INLINE vb low_nibbles(vb packed) { return packed & 0x0f; }
+INLINE vb high_nibbles(vb packed) { return (vb)((vu)packed >> 4) & 0x0f; }
+
+// Sums of the step at `byte` of a row over what shares a lane; `count` of its bytes are left.
+template <int kBits, int kParts>
+INLINE vi step_dots(const uint8_t* from, int64_t count, const int8_t* q, int64_t byte) {
+  vi dots{};
+  for (int p = 0; p < kParts; ++p) {
+    const vb packed = count < kBytes ? load_part(from + byte, count) : load<vb>(from + byte + p * kBytes);
+    const int8_t* x = q + activation_of<kBits>(byte + p * kBytes);
+    if constexpr (kBits == 4) {
+      dots = dot4(dots, low_nibbles(packed), load<vb>(x));
+      dots = dot4(dots, high_nibbles(packed), load<vb>(x + 64));
+    } else {
+      dots = dot8(dots, packed, load<vb>(x));
+    }
+  }
+  return dots;
+}
+
+// Four steps: lane 4 i + j is what step j has in lanes 4 i to 4 i + 3.
+template <int kBits, int kGroup>
+INLINE vi four_steps(const uint8_t* from, const int8_t* q, int64_t byte) {
+  using F = Form<kBits, kGroup>;
+  auto pair = [&](int64_t at) __attribute__((always_inline)) {
+    return add_pairs<F::kSmall>(step_dots<kBits, F::kParts>(from, kBytes, q, at),
+                                step_dots<kBits, F::kParts>(from, kBytes, q, at + F::kStep));
+  };
+  const vi first = pair(byte);
+  return add_pairs<F::kSmallPairs>(first, pair(byte + 2 * F::kStep));
+}
+
+// The same where the row ends: `bytes` are left.
+template <int kBits, int kGroup>
+static vi last_steps(const uint8_t* from, const int8_t* q, int64_t byte, int64_t bytes) {
+  using F = Form<kBits, kGroup>;
+  vi dots[4] = {};
+  for (int i = 0; i < 4 && i * F::kStep < bytes; ++i)
+    dots[i] = step_dots<kBits, F::kParts>(from, bytes - i * F::kStep, q, byte + i * F::kStep);
+  return add_pairs<false>(add_pairs<false>(dots[0], dots[1]), add_pairs<false>(dots[2], dots[3]));
+}
+
+// One token against rows one after the other, in the order in which they lie, which hardware prefetches best.
+template <int kBits, int kGroup>
+static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activations& a, float* y) {
+  using F = Form<kBits, kGroup>;
+  constexpr int kRun = kLanes * F::kSpans;  // groups of kLanes steps
+  constexpr int64_t kHere = kBits == 4 ? kAheadInt4 : kAheadInt8, kFour = 4 * F::kStep;
+  const int64_t groups = w.groups(), bytes = w.row_bytes();
+  for (int64_t row = row0; row < row1; ++row) {
+    const uint8_t* from = w.packed + row * w.stride();
+    const uint16_t* scale = w.scale + row * w.scale_stride();
+    float total = 0;
+    auto finish = [&](const vi (&quads)[kLanes / 4], int64_t g, const uint16_t* its_scale)
+                      __attribute__((always_inline)) {
+      vi dots[F::kSpans], sums;
+      vf weights[F::kSpans], factors, acc{};
+      join_quads(quads, dots);
+      scales_by_step<F::kSpans>(its_scale, weights);
+      for (int s = 0; s < F::kSpans; ++s) {
+        by_step<F::kSpans>(a.sum + g, s, sums);
+        by_step<F::kSpans>(a.scale + g, s, factors);
+        acc += to_float(dots[s] - F::kOffset * sums) * (weights[s] * factors);
+      }
+      total += sum_neighbours(acc);
+    };
+    auto prefetch = [&](int64_t byte) __attribute__((always_inline)) {
+      for (int line = 0; line < kFour; line += 64) __builtin_prefetch(from + byte + line + kHere, 0, 2);
+    };
+    int64_t g = 0, byte = 0;
+    for (; g + kRun <= groups; g += kRun) {
+      vi quads[kLanes / 4];
+#pragma GCC unroll 1  // loads at few places, a row's stride apart: processors prefetch by place
+      for (int i = 0; i < kLanes / 4; ++i, byte += kFour) {
+        prefetch(byte);
+        quads[i] = four_steps<kBits, kGroup>(from, a.q, byte);
+      }
+      finish(quads, g, scale + g);
+    }
+    if (g < groups) {
+      vi quads[kLanes / 4] = {};
+      for (int i = 0; byte < bytes; ++i, byte += kFour) {
+        prefetch(byte);
+        quads[i] = byte + kFour <= bytes ? four_steps<kBits, kGroup>(from, a.q, byte)
+                                         : last_steps<kBits, kGroup>(from, a.q, byte, bytes - byte);
+      }
+      uint16_t some[kRun] = {};
+      __builtin_memcpy(some, scale + g, size_t(groups - g) * 2);
+      finish(quads, g, some);
+    }
+    y[row] = total;
+  }
+}
+
+// kTokens tokens, whose sums stay in registers while words of a block of rows come by, transposed.
+template <int kBits, int kGroup, int kTokens>
+static void gemv_down(const RowBlock& block, const Activations& a, float* y, int64_t ldy, const uint8_t* ahead) {
+  using F = Form<kBits, kGroup>;
+  constexpr int kQuartersOfGroup = F::kBytesOfGroup / 16, kQuarters = kBytes / 16;
+  constexpr int kRun = kQuarters < kQuartersOfGroup ? kQuarters : kQuartersOfGroup;  // of one group in one vector
+  alignas(64) float scales[kScaleRun][kLanes];
+  const uint8_t* from = block.packed;
+  vf acc[kTokens];
+  RunSums<kTokens> sums;
+  vi dot[kTokens], more[kTokens];  // two sums, whose additions need not wait for each other
+  vi quarters[kQuarters][4];
+  auto read = [&](int64_t count) __attribute__((always_inline)) {
+    vi rows[kLanes];
+    const uint8_t* row = from;
+    for (int i = 0; i < kLanes; ++i, row += block.stride) {
+      if (i % 4 == 0) OPAQUE(row);
+      if (i % (64 / kBytes) == 0) __builtin_prefetch(ahead + i * kBytes, 0, 2);
+      rows[i] = count < kBytes ? (vi)load_part(row, count) : load<vi>(row);
+    }
+    ahead += kLanes * kBytes;
+    part_rows(rows, quarters);
+  };
+  auto add = [&](int quarter) __attribute__((always_inline)) {
+    const int8_t* q = a.q + activation_of<kBits>(from - block.packed + quarter * 16);
+#pragma GCC unroll 4
+    for (int s = 0; s < kRun; ++s) {
+      vi words[4];
+      for (int i = 0; i < 4; ++i) words[i] = quarters[quarter + s][i];
+      transpose_four(words);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i, q += 4) {
+        const vb packed = (vb)words[i];
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+          const int8_t* x = q + t * a.q_stride;
+          if constexpr (kBits == 4) {
+            dot[t] = dot4(dot[t], low_nibbles(packed), splat_word(x));
+            more[t] = dot4(more[t], high_nibbles(packed), splat_word(x + 64));
+          } else {
+            vi& to = i % 2 ? more[t] : dot[t];
+            to = dot8(to, packed, splat_word(x));
+          }
+        }
+      }
+    }
+  };
+  auto begin = [&](int64_t g) __attribute__((always_inline)) {
+    for (int t = 0; t < kTokens; ++t) dot[t] = splat(-F::kOffset * a.sum[t * a.g_stride + g]);
+    for (int t = 0; t < kTokens; ++t) more[t] = vi{};
+  };
+  auto finish = [&](int64_t g, const float* scale) __attribute__((always_inline)) {
+    const vf ws = load<vf>(scale);
+    for (int t = 0; t < kTokens; ++t)
+      acc[t] += to_float(dot[t] + more[t]) * (ws * splat(a.scale[t * a.g_stride + g]));
+  };
+  for (int64_t g0 = 0; g0 < block.groups; g0 += kScaleRun) {
+    const int run = int(block.groups - g0 < kScaleRun ? block.groups - g0 : kScaleRun);
+    transpose_scales(block, g0, run, scales);
+    for (int first = 0; first < run; first += F::kSpans) {
+      const int here = run - first < F::kSpans ? run - first : F::kSpans;
+      for (int t = 0; t < kTokens; ++t) acc[t] = vf{};
+      if constexpr (F::kSpans == 1) {
+        begin(g0 + first);
+        for (int p = 0; p < F::kParts; ++p, from += kBytes) {
+          read(kBytes);
+          add(0);
+        }
+        finish(g0 + first, scales[first]);
+      } else {
+        read(here * F::kBytesOfGroup);
+#pragma GCC unroll 4
+        for (int s = 0; s < F::kSpans; ++s) {
+          if (s >= here) break;
+          begin(g0 + first + s);
+          add(s * kRun);
+          finish(g0 + first + s, scales[first + s]);
+        }
+        from += kBytes;
+      }
+      sums.add(acc);
+    }
+  }
+  sums.finish();
+  for (int t = 0; t < kTokens; ++t) store_lanes(block, sums.total[t], y + t * ldy);
+}
+
+template <int kBits, int kGroup, int kTokens>
+static void gemv_some(const Weight& w, int64_t row0, int64_t row1, const Activations& a, int tokens, float* y,
+                      int64_t ldy) {
+  if constexpr (kTokens == 1) {
+    gemv_across<kBits, kGroup>(w, row0, row1, a, y);
+  } else {
+    if (tokens < kTokens) return gemv_some<kBits, kGroup, kTokens - 1>(w, row0, row1, a, tokens, y, ldy);
+    each_block(w, row0, row1, [&](const RowBlock& block) {
+      gemv_down<kBits, kGroup, kTokens>(block, a, y, ldy, block.ahead());
+    });
+  }
 }
 
 template <int kBits>
-INLINE vi dot_vector(vb weight, const int8_t* q, int64_t byte) {
-  if constexpr (kBits == 4) {
-    q += byte / 64 * 128 + byte % 64;
-    vb high = (vb)((vu)weight >> 4);
-    return dot4(dot4(vi{}, weight & 0x0f, load<vb>(q)), high & 0x0f, load<vb>(q + 64));
-  } else {
-    return dot8(vi{}, weight, load<vb>(q + byte));
-  }
-}
-
-template <int kBits, int kGroups, int kTokens>
-static void gemv_rows(const Weight& w, int64_t row0, int64_t row1, const Activations& a, float* y, int64_t ldy) {
-  constexpr int kPerByte = 8 / kBits;
-  const int64_t bytes = w.row_bytes(), groups = w.groups(), full = bytes / kBytes * kBytes;
-  const int64_t group_bytes = w.group / kPerByte;
-  const int64_t stride = w.stride(), scale_stride = w.scale_stride();
-  const int shift = __builtin_ctzll(uint64_t(group_bytes));
-  vi lanes{};
-  for (int i = 0; i < kLanes; ++i) lanes[i] = int32_t(i * 4 / group_bytes);
-  for (int64_t row = row0; row < row1; ++row) {
-    const uint8_t* from = w.packed + row * stride;
-    const uint16_t* scale = w.scale + row * scale_stride;
-    vf acc[kTokens] = {};
-    auto step = [&](vb weight, const uint16_t* its_scale, int64_t byte) __attribute__((always_inline)) {
-      const int64_t g = byte >> shift;
-      const vf ws = weight_scales<kGroups>(its_scale, lanes);
-      for (int t = 0; t < kTokens; ++t) {
-        vi dot = dot_vector<kBits>(weight, a.q + t * a.q_stride, byte);
-        acc[t] += to_float(dot) * (ws * token_scales<kGroups>(a.scale + t * a.g_stride + g, lanes));
-      }
-    };
-    for (int64_t byte = 0; byte < full; byte += kBytes) {
-      if (kBytes == 64 || byte % 64 == 0) __builtin_prefetch(from + byte + kAhead);
-      step(load<vb>(from + byte), scale + (byte >> shift), byte);
-    }
-    if (full < bytes) {
-      const int64_t g = full >> shift;
-      uint8_t rest[kBytes] = {};
-      uint16_t rest_scale[4] = {};
-      __builtin_memcpy(rest, from + full, size_t(bytes - full));
-      for (int64_t i = g; i < groups; ++i) rest_scale[i - g] = scale[i];
-      step(load<vb>(rest), rest_scale, full);
-    }
-    for (int t = 0; t < kTokens; ++t) {
-      float extra = 0;
-      if (kBits == 4 || kOffset8) {
-        const float* fix = a.fix + t * a.g_stride;
-        int64_t g = 0;
-        for (; g + kLanes <= groups; g += kLanes) acc[t] -= widen(load<vhalf>(scale + g)) * load<vf>(fix + g);
-        for (; g < groups; ++g) extra += bf16_to_float(scale[g]) * fix[g];
-      }
-      y[t * ldy + row] = sum(acc[t]) - extra;
-    }
-  }
-}
-
-template <int kBits, int kGroups>
-static void gemv_tokens(const Weight& w, int64_t row0, int64_t row1, const Activations& a, int tokens, float* y,
+static void gemv_groups(const Weight& w, int64_t row0, int64_t row1, const Activations& a, int tokens, float* y,
                         int64_t ldy) {
-  switch (tokens) {
-    case 1: return gemv_rows<kBits, kGroups, 1>(w, row0, row1, a, y, ldy);
-    case 2: return gemv_rows<kBits, kGroups, 2>(w, row0, row1, a, y, ldy);
-    case 3: return gemv_rows<kBits, kGroups, 3>(w, row0, row1, a, y, ldy);
-    default: return gemv_rows<kBits, kGroups, 4>(w, row0, row1, a, y, ldy);
+  switch (w.group) {
+    case 32: return gemv_some<kBits, 32, kGemvTokens>(w, row0, row1, a, tokens, y, ldy);
+    case 64: return gemv_some<kBits, 64, kGemvTokens>(w, row0, row1, a, tokens, y, ldy);
+    case 128: return gemv_some<kBits, 128, kGemvTokens>(w, row0, row1, a, tokens, y, ldy);
+    default: return gemv_some<kBits, 256, kGemvTokens>(w, row0, row1, a, tokens, y, ldy);
   }
 }
 
 static void gemv(const Weight& w, int64_t row0, int64_t row1, const Activations& a, int tokens, float* y,
                  int64_t ldy) {
-  if (w.kind == kInt4) {
-    const int spans = 2 * kBytes / w.group;  // groups in one vector
-    if constexpr (kBytes >= 64)
-      if (spans == 4) return gemv_tokens<4, 4>(w, row0, row1, a, tokens, y, ldy);
-    if constexpr (kBytes >= 32)
-      if (spans == 2) return gemv_tokens<4, 2>(w, row0, row1, a, tokens, y, ldy);
-    return gemv_tokens<4, 1>(w, row0, row1, a, tokens, y, ldy);
-  }
-  if constexpr (kBytes >= 64)
-    if (w.group == 32) return gemv_tokens<8, 2>(w, row0, row1, a, tokens, y, ldy);
-  gemv_tokens<8, 1>(w, row0, row1, a, tokens, y, ldy);
+  if (w.kind == kInt4) gemv_groups<4>(w, row0, row1, a, tokens, y, ldy);
+  else gemv_groups<8>(w, row0, row1, a, tokens, y, ldy);
 }

@@ -14,38 +14,90 @@ constexpr int kVectors = 2, kTileTokens = 6, kOffset8 = 128;
 INLINE vi dot4(vi acc, vb weight, vb x) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weight, (__m512i)x); }
 INLINE vi dot8(vi acc, vb weight, vb x) { return dot4(acc, weight, x); }
 
-// Lane i of the result is element lanes[i] of four floats, or of four bf16.
-INLINE vf pick(__m128 four, vi lanes) {
-  return (vf)_mm512_permutexvar_ps((__m512i)lanes, _mm512_broadcast_f32x4(four));
-}
-INLINE vf pick_float(const float* four, vi lanes) { return pick(_mm_loadu_ps(four), lanes); }
-INLINE vf pick_bf16(uint64_t four, vi lanes) {
-  __m128i wide = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(int64_t(four))), 16);
-  return pick(_mm_castsi128_ps(wide), lanes);
+// Sums of neighbours as phaddd orders them: in every 128 bits two of a's, then two of b's.
+template <bool kSmall>
+INLINE vi add_pairs(vi a, vi b) {
+  if constexpr (kSmall)  // what fits into 16 bits
+    return (vi)_mm512_madd_epi16(_mm512_packs_epi32((__m512i)a, (__m512i)b), _mm512_set1_epi16(1));
+  const __m512 first = (__m512)a, second = (__m512)b;
+  return (vi)_mm512_shuffle_ps(first, second, 0x88) + (vi)_mm512_shuffle_ps(first, second, 0xdd);
 }
 
-INLINE void transpose(vi (&m)[kLanes]) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32((__m512i)m[i], (__m512i)m[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32((__m512i)m[i], (__m512i)m[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
+// quads[i] holds rows 4 i to 4 i + 3 in each of its quarters: a quarter each for kSpans groups, in order.
+INLINE void join_quads(const vi (&quads)[4], vi (&dots)[4]) {
+  const __m512i *q = (const __m512i*)quads;
+  const __m512i a = _mm512_shuffle_i32x4(q[0], q[1], 0x44), b = _mm512_shuffle_i32x4(q[2], q[3], 0x44);
+  const __m512i c = _mm512_shuffle_i32x4(q[0], q[1], 0xee), d = _mm512_shuffle_i32x4(q[2], q[3], 0xee);
+  dots[0] = (vi)_mm512_shuffle_i32x4(a, b, 0x88);
+  dots[1] = (vi)_mm512_shuffle_i32x4(a, b, 0xdd);
+  dots[2] = (vi)_mm512_shuffle_i32x4(c, d, 0x88);
+  dots[3] = (vi)_mm512_shuffle_i32x4(c, d, 0xdd);
+}
+INLINE vi add_halves(vi a, vi b) {
+  return (vi)_mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0x88) +
+         (vi)_mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0xdd);
+}
+INLINE void join_quads(const vi (&quads)[4], vi (&dots)[2]) {
+  const __m512i a = (__m512i)add_halves(quads[0], quads[1]), b = (__m512i)add_halves(quads[2], quads[3]);
+  dots[0] = (vi)_mm512_shuffle_i32x4(a, b, 0x88);
+  dots[1] = (vi)_mm512_shuffle_i32x4(a, b, 0xdd);
+}
+INLINE void join_quads(const vi (&quads)[4], vi (&dots)[1]) {
+  dots[0] = add_halves(add_halves(quads[0], quads[1]), add_halves(quads[2], quads[3]));
+}
+
+// quarters[s][i]: quarter s of rows i, i + 4, i + 8 and i + 12.
+INLINE void part_rows(const vi (&rows)[16], vi (&quarters)[4][4]) {
   for (int i = 0; i < 4; ++i) {
-    __m512i even0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88), odd0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-    __m512i even1 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-    __m512i odd1 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-    m[i] = (vi)_mm512_shuffle_i32x4(even0, even1, 0x88);
-    m[i + 8] = (vi)_mm512_shuffle_i32x4(even0, even1, 0xdd);
-    m[i + 4] = (vi)_mm512_shuffle_i32x4(odd0, odd1, 0x88);
-    m[i + 12] = (vi)_mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+    const __m512i a = _mm512_shuffle_i32x4((__m512i)rows[i], (__m512i)rows[i + 4], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4((__m512i)rows[i + 8], (__m512i)rows[i + 12], 0x44);
+    const __m512i c = _mm512_shuffle_i32x4((__m512i)rows[i], (__m512i)rows[i + 4], 0xee);
+    const __m512i d = _mm512_shuffle_i32x4((__m512i)rows[i + 8], (__m512i)rows[i + 12], 0xee);
+    quarters[0][i] = (vi)_mm512_shuffle_i32x4(a, b, 0x88);
+    quarters[1][i] = (vi)_mm512_shuffle_i32x4(a, b, 0xdd);
+    quarters[2][i] = (vi)_mm512_shuffle_i32x4(c, d, 0x88);
+    quarters[3][i] = (vi)_mm512_shuffle_i32x4(c, d, 0xdd);
   }
 }
+
+// Four rows of four words to four words of four rows, within every 128 bits.
+INLINE void transpose_four(vi (&m)[4]) {
+  const __m512i a = _mm512_unpacklo_epi32((__m512i)m[0], (__m512i)m[1]);
+  const __m512i b = _mm512_unpackhi_epi32((__m512i)m[0], (__m512i)m[1]);
+  const __m512i c = _mm512_unpacklo_epi32((__m512i)m[2], (__m512i)m[3]);
+  const __m512i d = _mm512_unpackhi_epi32((__m512i)m[2], (__m512i)m[3]);
+  m[0] = (vi)_mm512_unpacklo_epi64(a, c);
+  m[1] = (vi)_mm512_unpackhi_epi64(a, c);
+  m[2] = (vi)_mm512_unpacklo_epi64(b, d);
+  m[3] = (vi)_mm512_unpackhi_epi64(b, d);
+}
+
+INLINE float sum_neighbours(vf value) {
+  __m512 sum = (__m512)value;
+  sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xb1));
+  sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4e));
+  sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0xb1));
+  return _mm512_cvtss_f32(_mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0x4e)));
+}
+
+// Word `part` of each of 16 adjacent pairs or fours of words.
+template <int kSpans>
+INLINE vi every(const char* from, int part) {
+  const __m512i pairs = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  if constexpr (kSpans == 2)
+    return (vi)_mm512_permutex2var_epi32(_mm512_loadu_si512(from), _mm512_add_epi32(pairs, _mm512_set1_epi32(part)),
+                                         _mm512_loadu_si512(from + 64));
+  else
+    return (vi)_mm512_permutex2var_epi32((__m512i)every<2>(from, part % 2),
+                                         _mm512_add_epi32(pairs, _mm512_set1_epi32(part / 2)),
+                                         (__m512i)every<2>(from + 128, part % 2));
+}
+
+INLINE vb load_part(const void* from, int64_t count) {
+  return (vb)_mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - count), from);
+}
+
+#include "lanes.inl"
 #include "kernels.inl"
 }  // namespace coldstream::avx512
 TARGET_END

@@ -18,6 +18,12 @@ constexpr int kVectors = 4, kTileTokens = 4, kOffset8 = 0;
 INLINE vi dot4(vi acc, vb weight, vb x) { return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)weight, (int8x16_t)x); }
 INLINE vi dot8(vi acc, vb weight, vb x) { return dot4(acc, weight ^ 0x80, x); }
 
+// Sums of neighbours: two of a's, then two of b's.
+template <bool kSmall>
+INLINE vi add_pairs(vi a, vi b) {
+  return (vi)vpaddq_s32((int32x4_t)a, (int32x4_t)b);
+}
+
 #include "narrow.inl"
 #include "kernels.inl"
 }  // namespace coldstream::neon

@@ -15,6 +15,12 @@ INLINE vi dot4(vi acc, vb weight, vb x) {
 
 INLINE vi dot8(vi acc, vb weight, vb x) { return dot4(acc, weight ^ 0x80, x); }
 
+// Sums of neighbours: two of a's, then two of b's.
+template <bool kSmall>
+INLINE vi add_pairs(vi a, vi b) {
+  return vi{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
+}
+
 #include "narrow.inl"
 #include "kernels.inl"
 }  // namespace coldstream::portable

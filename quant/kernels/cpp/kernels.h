@@ -67,9 +67,8 @@ struct FeedbackJob {
 // ones (the order in which masking and shifting 64 packed bytes yields them), in int8 layout as they come.
 struct Activations {
   const int8_t* q;       // [T, q_stride], zero-padded to a multiple of 128
-  const float* scale;    // [T, g_stride], padded by 16
-  const int32_t* sum;    // [T, g_stride]: sum of q over the group
-  const float* fix;      // [T, g_stride]: offset * sum * scale, what the stored offset adds to the dot
+  const float* scale;    // [T, g_stride], zeros past the last group
+  const int32_t* sum;    // [T, g_stride]: sum of q over the group; zeros past the last
   int64_t q_stride, g_stride;
 };
 
@@ -97,20 +96,22 @@ struct AttendTask {
   float *out, *top, *total;  // [rows, head_dim], [rows], [rows]
 };
 
-constexpr int kGemvTokens = 4;  // more are cheaper through a panel
+constexpr int64_t kGroupRun = 64;  // groups that a kernel may look at together
+constexpr int kGemvTokens = 8;   // more are cheaper through a panel
 
 struct Kernels {
   const char* name;
-  int gemm_rows;  // rows of one GEMM panel
+  int gemv_rows, gemm_rows;  // rows of one block, of one panel
   void (*quantize_rows)(const QuantizeJob&, int64_t row0, int64_t row1, QuantizeStats*);
   void (*quantize_columns)(const QuantizeJob&, int64_t column0, int64_t column1, int64_t group0, int64_t group1,
                            QuantizeStats*);
   void (*round_with_feedback)(const FeedbackJob&, int64_t row0, int64_t row1);
   // x f32 [K] to one row of Activations, for weights of this kind and group.
   void (*quantize_activations)(const float* x, int64_t k, int32_t kind, int32_t group, int8_t* q, float* scale,
-                               int32_t* sum, float* fix);
+                               int32_t* sum);
   // y[t, row] for rows of a packed weight: gemv streams each row once for 1 to kGemvTokens tokens; gemm takes any
-  // number of tokens and rows of one panel, which it unpacks into `panel` (gemm_panel_bytes of it).
+  // number of tokens and unpacks gemm_rows rows at a time into `panel`. Both give a row of x the same bits, whatever
+  // other rows are in the call.
   void (*gemv)(const Weight&, int64_t row0, int64_t row1, const Activations&, int tokens, float* y, int64_t ldy);
   void (*gemm)(const Weight&, int64_t row0, int64_t row1, const Activations&, int tokens, float* y, int64_t ldy,
                uint8_t* panel);

@@ -9,6 +9,6 @@
 #include "attend.inl"
 
 static constexpr Kernels table(const char* name) {
-  return Kernels{name, kPanelRows, quantize_rows, quantize_columns, round_with_feedback,
+  return Kernels{name, kLanes, kPanelRows, quantize_rows, quantize_columns, round_with_feedback,
                  quantize_activations, gemv, gemm, dense, silu_multiply, rms_norm, add_scaled, attend, checksum};
 }

@@ -25,7 +25,7 @@ int64_t rows_per_task(const Product& product, int64_t all_bytes, int threads) {
   const int64_t share = all_bytes / (threads * 8);
   const int64_t bytes = std::clamp<int64_t>(share, 16 << 10, 64 << 10);
   const int64_t rows = std::max<int64_t>(bytes / std::max<int64_t>(product.weight.row_bytes(), 1), 4);
-  return (rows + 3) / 4 * 4;
+  return round_up(rows, kernels().gemv_rows);
 }
 
 // One product's rows, cut into tasks.
@@ -106,7 +106,6 @@ void quantize_inputs(Product* products, int count, Scratch& scratch) {
     int8_t* q;
     float* scale;
     int32_t* sum;
-    float* fix;
     int64_t first_task;
   };
   std::vector<Input> inputs;
@@ -123,11 +122,11 @@ void quantize_inputs(Product* products, int count, Scratch& scratch) {
       product.quantized = same->quantized;
       continue;
     }
-    const int64_t q_stride = round_up(w.k, 128), g_stride = round_up(w.groups() + 16, 16);
+    const int64_t q_stride = round_up(w.k, 128), g_stride = round_up(w.groups(), kGroupRun);
     Input input{&product, scratch.take<int8_t>(product.tokens * q_stride),
                 scratch.take<float>(product.tokens * g_stride), scratch.take<int32_t>(product.tokens * g_stride),
-                scratch.take<float>(product.tokens * g_stride), tasks};
-    product.quantized = Activations{input.q, input.scale, input.sum, input.fix, q_stride, g_stride};
+                tasks};
+    product.quantized = Activations{input.q, input.scale, input.sum, q_stride, g_stride};
     inputs.push_back(input);
     tasks += product.tokens;
     values += product.tokens * w.k;
@@ -142,7 +141,7 @@ void quantize_inputs(Product* products, int count, Scratch& scratch) {
     const Activations& rows = product.quantized;
     table.quantize_activations(product.x + t * product.ldx, product.weight.k, product.weight.kind,
                                product.weight.group, input.q + t * rows.q_stride, input.scale + t * rows.g_stride,
-                               input.sum + t * rows.g_stride, input.fix + t * rows.g_stride);
+                               input.sum + t * rows.g_stride);
   };
   if (values < (64 << 10)) {  // a few microseconds of work: waking the others costs more
     for (int64_t task = 0; task < tasks; ++task) one(task, 0);

@@ -1,29 +1,60 @@
 // What 256-bit vectors need beyond vector.inl, shared by avx2 and avxvnni.
 
-// Lane i of the result is element lanes[i] of four floats, or of four bf16.
-INLINE vf pick(__m128 four, vi lanes) {
-  return (vf)_mm256_permutevar8x32_ps(_mm256_set_m128(four, four), (__m256i)lanes);
-}
-INLINE vf pick_float(const float* four, vi lanes) { return pick(_mm_loadu_ps(four), lanes); }
-INLINE vf pick_bf16(uint64_t four, vi lanes) {
-  __m128i wide = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(int64_t(four))), 16);
-  return pick(_mm_castsi128_ps(wide), lanes);
+// Sums of neighbours as phaddd orders them: in every 128 bits two of a's, then two of b's.
+template <bool kSmall>
+INLINE vi add_pairs(vi a, vi b) {
+  if constexpr (kSmall)  // what fits into 16 bits
+    return (vi)_mm256_madd_epi16(_mm256_packs_epi32((__m256i)a, (__m256i)b), _mm256_set1_epi16(1));
+  return (vi)_mm256_hadd_epi32((__m256i)a, (__m256i)b);
 }
 
-INLINE void transpose(vi (&m)[kLanes]) {
-  __m256i a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_epi32((__m256i)m[i], (__m256i)m[i + 1]);
-    a[i + 1] = _mm256_unpackhi_epi32((__m256i)m[i], (__m256i)m[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
+// quads[i] holds rows 4 i to 4 i + 3 in each of its halves: a half each for kSpans groups, in order.
+INLINE void join_quads(const vi (&quads)[2], vi (&dots)[2]) {
+  dots[0] = (vi)_mm256_permute2x128_si256((__m256i)quads[0], (__m256i)quads[1], 0x20);
+  dots[1] = (vi)_mm256_permute2x128_si256((__m256i)quads[0], (__m256i)quads[1], 0x31);
+}
+INLINE void join_quads(const vi (&quads)[2], vi (&dots)[1]) {
+  vi halves[2];
+  join_quads(quads, halves);
+  dots[0] = halves[0] + halves[1];
+}
+
+// quarters[s][i]: half s of rows i and i + 4.
+INLINE void part_rows(const vi (&rows)[8], vi (&halves)[2][4]) {
   for (int i = 0; i < 4; ++i) {
-    m[i] = (vi)_mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
-    m[i + 4] = (vi)_mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+    halves[0][i] = (vi)_mm256_permute2x128_si256((__m256i)rows[i], (__m256i)rows[i + 4], 0x20);
+    halves[1][i] = (vi)_mm256_permute2x128_si256((__m256i)rows[i], (__m256i)rows[i + 4], 0x31);
   }
 }
+
+// Four rows of four words to four words of four rows, within every 128 bits.
+INLINE void transpose_four(vi (&m)[4]) {
+  const __m256i a = _mm256_unpacklo_epi32((__m256i)m[0], (__m256i)m[1]);
+  const __m256i b = _mm256_unpackhi_epi32((__m256i)m[0], (__m256i)m[1]);
+  const __m256i c = _mm256_unpacklo_epi32((__m256i)m[2], (__m256i)m[3]);
+  const __m256i d = _mm256_unpackhi_epi32((__m256i)m[2], (__m256i)m[3]);
+  m[0] = (vi)_mm256_unpacklo_epi64(a, c);
+  m[1] = (vi)_mm256_unpackhi_epi64(a, c);
+  m[2] = (vi)_mm256_unpacklo_epi64(b, d);
+  m[3] = (vi)_mm256_unpackhi_epi64(b, d);
+}
+
+INLINE float sum_neighbours(vf value) {
+  __m256 sum = (__m256)value;
+  sum = _mm256_add_ps(sum, _mm256_permute_ps(sum, 0xb1));
+  sum = _mm256_add_ps(sum, _mm256_permute_ps(sum, 0x4e));
+  return _mm_cvtss_f32(_mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1)));
+}
+
+// Word `part` of each of 8 adjacent pairs of words.
+template <int kSpans>
+INLINE vi every(const char* from, int part) {
+  static_assert(kSpans == 2);
+  const __m256 a = (__m256)load<vi>(from), b = (__m256)load<vi>(from + 32);
+  const __m256 some = part ? _mm256_shuffle_ps(a, b, 0xdd) : _mm256_shuffle_ps(a, b, 0x88);
+  return (vi)_mm256_permute4x64_epi64((__m256i)some, 0xd8);
+}
+
+INLINE vb load_part(const void* from, int64_t count) { return copy_part(from, count); }
+
+#include "lanes.inl"

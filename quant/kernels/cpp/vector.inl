@@ -9,6 +9,7 @@ typedef uint8_t vb __attribute__((vector_size(kBytes)));
 typedef uint16_t vhalf __attribute__((vector_size(kBytes / 2)));
 typedef uint8_t vquarter __attribute__((vector_size(kBytes / 4)));
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 template <class V>
 INLINE V load(const void* from) {
@@ -22,7 +23,7 @@ INLINE void store(void* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-INLINE vf splat(float value) { return vf{} + value; }
+INLINE vf splat(float value) { return value - vf{}; }  // + would turn -0 into 0, which costs an addition
 INLINE vi splat(int32_t value) { return vi{} + value; }
 INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
@@ -49,6 +50,13 @@ INLINE int32_t largest(vi value) {
   int32_t best = lanes[0];
   for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
   return best;
+}
+
+// `count` bytes and zeros after them.
+INLINE vb copy_part(const void* from, int64_t count) {
+  uint8_t some[kBytes] = {};
+  __builtin_memcpy(some, from, size_t(count));
+  return load<vb>(some);
 }
 
 // Reads every byte and nothing else: four independent sums hide the latency of adding.

@@ -107,6 +107,32 @@ def test_integer_parts_are_exact(isa: str, kind: Kind, tokens: int) -> None:
         assert torch.equal(native.linear(x, weight), expected)
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize(("rows", "groups"), [(37, 5), (5, 3), (64, 16), (48, 41)])
+def test_a_token_gets_the_same_bits_in_any_company(
+    isa: str, kind: Kind, group_size: int, rows: int, groups: int
+) -> None:
+    """One token, a few and many go through three kernels; a row of y must not show which."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = weight_of(quantize(torch.randn(rows, groups * group_size, generator=generator), Scheme(kind, group_size)))
+    x = torch.randn(40, groups * group_size, generator=generator)
+    whole = native.linear(x, weight)
+    for tokens in (*range(1, 18), 24):
+        assert torch.equal(native.linear(x[:tokens], weight), whole[:tokens]), tokens
+        assert torch.equal(native.linear(x[-tokens:], weight), whole[-tokens:]), tokens
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f32"])
+def test_a_few_tokens_get_the_same_bits_from_plain_weights(isa: str, kind: NativeKind) -> None:
+    generator = torch.Generator().manual_seed(2)
+    plain = torch.randn(37, 300, generator=generator).to(torch.bfloat16 if kind == "bf16" else torch.float32)
+    weight, x = Weight.from_tensors(kind, plain), torch.randn(16, 300, generator=generator)
+    whole = native.linear(x, weight)
+    for tokens in range(1, 16):
+        assert torch.equal(native.linear(x[:tokens], weight), whole[:tokens]), tokens
+
+
 @pytest.mark.parametrize("kind", ["bf16", "f16", "f32"])
 @pytest.mark.parametrize("columns", [1, 7, 64, 100, 2500])
 def test_plain_weights_of_any_width_are_multiplied_exactly(isa: str, kind: NativeKind, columns: int) -> None:
