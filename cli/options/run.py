@@ -8,6 +8,7 @@ import typer
 from cli.options.groups import complete, expands
 from offload.records import RunOptions
 from offload.routing.eviction import DEFAULT_POLICY, POLICIES, check_policy
+from quant.errors import ProfileError
 from quant.model.known_shapes import shape_names
 from quant.model.recipe import load_recipe, recipe_names
 from quant.sizes import parse_size
@@ -89,10 +90,13 @@ PromptChunk = Annotated[
 def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
     """RunOptions of what was asked on the command line, over what ``recipe`` says.
 
-    Raises RecipeError, and UsageError for names that nobody knows: before the machine is measured and a model
-    loaded for nothing.
+    Raises RecipeError, UsageError for names that nobody knows, and ProfileError if ``routing`` is no file: before the
+    machine is measured and a model loaded for nothing.
     """
-    check_policy(asked.get("policy"), seeded=asked.get("routing") is not None)
+    routing: Path | None = asked.get("routing")
+    check_policy(asked.get("policy"), seeded=routing is not None)
+    if routing is not None and not routing.is_file():
+        raise ProfileError(f"{routing} is no file: expected a profile that `coldstream profile` wrote")
     graph = not asked.pop("no_graph", False)
     given = {name: value for name, value in asked.items() if value is not None}
     return RunOptions(graph=graph, **given).over(load_recipe(recipe) if recipe else None)

@@ -7,7 +7,6 @@ from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from cli.terminal.progress import progress_bar
 from offload.records import RunOptions
-from quant.errors import ProfileError
 
 if TYPE_CHECKING:  # it imports torch
     from offload.run.session import Session
@@ -22,8 +21,6 @@ def find_model(model: str) -> Path:
 
 def open_session(path: Path, run: RunOptions, console: Console) -> "Session":
     """The session of the model in ``path``, its notes said. Raises ColdstreamError."""
-    if run.routing is not None and not run.routing.is_file():
-        raise ProfileError(f"{run.routing} is no file: expected a profile that `coldstream profile` wrote")
     with seldom_collecting():
         from offload.run.session import Session
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from cli.options.run import Model, run_options, takes_run_options
 from cli.options.sampling import AskedSampling, takes_sampling
 from offload.records import RunOptions, Sampling
-from quant.errors import UsageError
+from quant.errors import ProfileError, UsageError
 
 
 def parse(*words: str) -> tuple[str, RunOptions, Sampling]:
@@ -32,7 +32,9 @@ def test_what_is_left_out_is_what_run_options_say_themselves() -> None:
     assert parse("m") == ("m", RunOptions(), Sampling())
 
 
-def test_every_option_reaches_the_run() -> None:
+def test_every_option_reaches_the_run(tmp_path: Path) -> None:
+    profile = tmp_path / "r.json"
+    profile.touch()
     _, run, _ = parse(
         "m",
         "--vram",
@@ -44,7 +46,7 @@ def test_every_option_reaches_the_run() -> None:
         "--kv",
         "int8",
         "--routing",
-        "r.json",
+        str(profile),
         "--policy",
         "lru",
         "--device",
@@ -66,7 +68,7 @@ def test_every_option_reaches_the_run() -> None:
         kv="int8",
         device="cpu",
         policy="lru",
-        routing=Path("r.json"),
+        routing=profile,
         prompt_chunk=7,
         exact=True,
         page_cache=True,
@@ -140,3 +142,8 @@ def test_a_recipe_gives_what_is_left_out_and_the_command_line_wins(tmp_path: Pat
 def test_a_policy_that_cannot_be_is_refused_before_anything_is_loaded(policy: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         run_options(policy=policy)
+
+
+def test_a_profile_that_is_not_there_is_a_failure_before_anything_is_loaded() -> None:
+    with pytest.raises(ProfileError, match="is no file: expected a profile"):
+        run_options(routing=Path("absent.json"))
