@@ -155,10 +155,12 @@ class Demo:
         from offload.hardware.probe import probe
         from offload.plan.planned_run import PlannedModel, planned_run
         from quant.checkpoint.checkpoint import Checkpoint
-        from quant.checkpoint.inventory import schemes_of_tensors
+        from quant.checkpoint.inventory import schemes_of_tensors, wider_bytes
 
         checkpoint = Checkpoint.open(self.model)
-        model = PlannedModel(checkpoint.shape, schemes_of_tensors(checkpoint), "as stored")
+        model = PlannedModel(
+            checkpoint.shape, schemes_of_tensors(checkpoint), "as stored", wider=wider_bytes(checkpoint)
+        )
         fitted = partial(planned_run, model, machine=probe(self.model), slot_bytes=ExpertStore(checkpoint).slot_bytes)
         roomy = fitted(self.options).plan
         some = roomy.experts * 7 // 16

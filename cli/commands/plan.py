@@ -119,7 +119,7 @@ def _show_calibration(console: Console, found: Mapping[str, Any]) -> None:
 
 def file_bytes(model: "PlannedModel") -> dict[str, int | None]:
     """Bytes of the quantized checkpoint, and of the bf16 one that it is made from (None where nothing is)."""
-    stored = sum(model.shape.role_nbytes(model.schemes).values())
+    stored = model.file_nbytes
     source = None if model.origin.startswith("as stored") else sum(model.shape.role_nbytes({}).values())
     return {"source": source, "stored": stored, "converting": None if source is None else source + stored}
 

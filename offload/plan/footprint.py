@@ -7,7 +7,7 @@ Legend: T tokens of a prompt chunk, H hidden, I intermediate.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from offload.hardware.framework import MIB
@@ -32,7 +32,8 @@ class Footprint:
     """What a model in ``schemes`` takes for ``context`` tokens of KV cache in ``kv_bits`` (8, 16 or 32).
 
     ``slot_bytes`` is what one expert takes in an arena: whole pages, as direct I/O wants them, and where
-    experts differ as many as the largest needs. With ``images`` there is room to look at pictures.
+    experts differ as many as the largest needs. With ``images`` there is room to look at pictures. ``wider`` is
+    what the weights of a role that are not quantized take beyond two bytes each, where they are kept in f32.
     """
 
     shape: ModelShape
@@ -41,15 +42,22 @@ class Footprint:
     kv_bits: int
     slot_bytes: int = 0
     images: bool = False
+    wider: Mapping[Role, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.slot_bytes:
-            object.__setattr__(self, "slot_bytes", slot_bytes_of(self.shape.largest_expert(self.schemes)))
+            object.__setattr__(
+                self, "slot_bytes", slot_bytes_of(self.shape.largest_expert(self.schemes) + self._wider_expert)
+            )
 
     @cached_property
     def expert_bytes(self) -> int:
         """Bytes of one expert that a forward pass reads; of the mean one where they differ."""
-        return self.shape.experts_nbytes(self.schemes) // max(self.experts, 1)
+        return self.shape.experts_nbytes(self.schemes) // max(self.experts, 1) + self._wider_expert
+
+    @property
+    def _wider_expert(self) -> int:
+        return self.wider.get("experts", 0) // max(self.experts, 1)
 
     @property
     def experts(self) -> int:
@@ -63,7 +71,7 @@ class Footprint:
     @cached_property
     def _roles(self) -> dict[Role, int]:
         sizes = self.shape.role_nbytes(self.schemes)
-        return {role: size for role, size in sizes.items() if role != "experts"}
+        return {role: size + self.wider.get(role, 0) for role, size in sizes.items() if role != "experts"}
 
     @property
     def kv_cache(self) -> int:

@@ -149,21 +149,22 @@ def make_plan(
     filled: int = 512,
     cold: ColdPath = "split",
     images: bool = False,
+    wider: Mapping[Role, int] | None = None,
 ) -> Plan:
     """The plan of a run of ``shape`` in ``schemes`` on ``machine``.
 
     ``vram`` and ``ram`` are budgets in bytes or as people write them ("64GiB"), None for what the machine has;
     ``vram`` 0 leaves the GPU alone.
     ``kv_bits`` is 8, 16 or 32 (exact runs). ``slot_bytes`` is what an expert takes in memory, by default its
-    size in whole pages. ``images`` keeps room to look at pictures. ``cold`` says how experts outside VRAM are
-    computed beside a GPU, see ColdPath.
+    size in whole pages. ``wider`` is what weights kept in f32 take beyond two bytes each, by role. ``images``
+    keeps room to look at pictures. ``cold`` says how experts outside VRAM are computed beside a GPU, see ColdPath.
     Raises BudgetError, with the nearest thing that fits, for what does not.
     """
     vram, ram = (None if asked is None else as_bytes(asked) for asked in (vram, ram))
     if vram == 0:
         machine = replace(machine, gpu=None)
     budget = Budget.of(machine, vram, ram)
-    footprint = Footprint(shape, schemes, context, kv_bits, slot_bytes or 0, images)
+    footprint = Footprint(shape, schemes, context, kv_bits, slot_bytes or 0, images, wider or {})
     planner = _Planner(
         fitter=Fitter(footprint, machine.gpu is not None, prompt_chunk),
         machine=machine,

@@ -1,11 +1,11 @@
 """A planned run: what a model is stored as, the options under a recipe's defaults, the machine, and the plan.
 
 Every command and Session decide a run here, so that what is planned, simulated, fitted and run is one thing.
-Needs no torch, and of a model only its config.json.
+Needs no torch, and of a model only its config.json, and its files' headers where it has any.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from offload.hardware.probe import Machine, Say, probe
 from offload.plan.cost_model import with_prefetch_bytes
 from offload.plan.plan import Plan, make_plan
 from offload.records import RunOptions
+from quant.checkpoint.inventory import open_headers, schemes_of_tensors, wider_bytes
 from quant.checkpoint.stored import stored_schemes
 from quant.model.families import Role
 from quant.model.hub import resolve_config
@@ -31,12 +32,19 @@ _DEFAULT_RECIPE = "fast"
 @dataclass(frozen=True)
 class PlannedModel:
     """A model and what its weights are stored as, or will be. ``origin`` says in words how that is known;
-    ``recipe`` is the one whose defaults hold for a run of it, if any."""
+    ``recipe`` is the one whose defaults hold for a run of it, if any; ``wider`` what weights that are kept in f32 take
+    beyond two bytes each, by role, where the tensors are there to tell."""
 
     shape: ModelShape
     schemes: Mapping[Role, Scheme]
     origin: str
     recipe: Recipe | None = None
+    wider: Mapping[Role, int] = field(default_factory=dict)
+
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes of its tensors on disk."""
+        return sum(self.shape.role_nbytes(self.schemes).values()) + sum(self.wider.values())
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,8 @@ def planned_model(
     """``model`` (a directory, a config.json, a shape's name or a Hub id) in ``schemes`` over those of
     ``recipe``; without either as it is stored, or for a bare config by the recipe of its name, else ``fast``.
 
-    Of a Hub id only the config is fetched. Raises CheckpointError, UsageError and RecipeError.
+    Of a directory with weights the headers are read, and what a run would refuse is refused. Of a Hub id only the
+    config is fetched. Raises CheckpointError, UsageError and RecipeError.
     """
     name = str(model)
     config = resolve_config(name)
@@ -68,10 +77,14 @@ def planned_model(
         over = {**named.schemes, **(schemes or {})} if named else schemes or {}
         return PlannedModel(shape, over, origin, named)
     stored = stored_schemes(config, shape)
+    if next(Path(name).glob("*.safetensors*"), None) is not None:  # what is there counts, as in a run
+        headers = open_headers(Path(name))
+        wider = wider_bytes(headers)
+        if stored is not None:
+            return PlannedModel(shape, schemes_of_tensors(headers), "as stored", wider=wider)
+        return PlannedModel(shape, {}, "as stored; --recipe plans it quantized", wider=wider)
     if stored is not None:
         return PlannedModel(shape, stored, "as stored")
-    if next(Path(name).glob("*.safetensors"), None) is not None:
-        return PlannedModel(shape, {}, "as stored; --recipe plans it quantized")
     default = load_recipe(name if name in shape_names() and name in recipe_names() else _DEFAULT_RECIPE)
     return PlannedModel(shape, default.schemes, f"recipe {default.name}", default)
 
@@ -136,6 +149,7 @@ def planned_run(
         slot_bytes=slot_bytes,
         filled=prompt or 512,
         images=options.images and shape.is_multimodal,
+        wider=subject.wider,
         cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
     )
     if options.device == "cpu" and options.vram:

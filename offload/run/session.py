@@ -41,7 +41,7 @@ from offload.vision.image_file import ImageSource
 from offload.vision.images import Images, Message, has_images
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.identity import model_id
-from quant.checkpoint.inventory import schemes_of_tensors
+from quant.checkpoint.inventory import schemes_of_tensors, wider_bytes
 from quant.errors import BudgetError, UsageError
 from quant.kernels import native
 from quant.model.config import language_config
@@ -100,7 +100,8 @@ class Session:
             self.model, self.plan, self.experts, kv, self.routing, compute, device, graph=self.options.graph
         )
         self.kernel = self.decoder.name
-        self.notes = [*self.reader.notes, *(self.vram.allowance.notes if self.vram is not None else ()), *notes]
+        said = [*self.reader.notes, *(store.notes if self.reader.direct else ())]
+        self.notes = [*said, *(self.vram.allowance.notes if self.vram is not None else ()), *notes]
         if thread_note := native.thread_note():
             self.notes.append(thread_note)
         self.tokenizer = load_tokenizer(self.checkpoint.path)
@@ -150,7 +151,8 @@ class Session:
         # Before anything else is on the GPU: then the driver's figures tell what CUDA itself takes.
         allowance = Allowance.claim(device, options.vram) if device.type == "cuda" else None
         machine = measured_machine(store.checkpoint.path, options, device, say)
-        planned = PlannedModel(store.shape, schemes_of_tensors(store.checkpoint), "as stored")
+        stored = schemes_of_tensors(store.checkpoint)
+        planned = PlannedModel(store.shape, stored, "as stored", wider=wider_bytes(store.checkpoint))
         options = replace(options, device="cpu" if allowance is None else "cuda")
         if allowance is not None:
             options = replace(options, vram=allowance.planned)

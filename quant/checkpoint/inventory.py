@@ -10,6 +10,7 @@ packed ``weight_packed``, ``weight_scale`` and ``weight_shape``; nf4 ``weight``,
 ``weight.quant_map`` and ``weight.quant_state.bitsandbytes__nf4``.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -241,3 +242,15 @@ def _listed(schemes: frozenset[Scheme]) -> str:
 def schemes_of_tensors(checkpoint: CheckpointHeaders) -> Mapping[Role, Scheme]:
     """The scheme of each role, read off the tensors; a MixedPrecision where a role has several."""
     return joined((linear, scheme) for linear, (scheme, _) in _linears(checkpoint))
+
+
+def wider_bytes(checkpoint: CheckpointHeaders) -> dict[Role, int]:
+    """By role, what dense weights take in memory beyond two bytes each: those stored in f32, or in f64, which is kept
+    as f32. The vision tower is always kept in two."""
+    wider: dict[Role, int] = {}
+    for key, entry in checkpoint.entries.items():
+        name = checkpoint.names[key]
+        is_weight = not name.suffix.startswith(("weight.", "weight_")) and not _WITHOUT_MEANING.search(key)
+        if entry.kept_dtype == "F32" and is_weight and name.role != "vision":
+            wider[name.role] = wider.get(name.role, 0) + 2 * math.prod(entry.shape)
+    return wider

@@ -23,6 +23,7 @@ from quant.linear import LinearWeight
 from quant.model.families import Projection
 from quant.model.tensors import LinearSpec
 from quant.scheme import Scheme
+from quant.sizes import format_size
 
 Layout = tuple[tuple[str, str, int, str, tuple[int, ...]], ...]
 _JOIN_GAP = 64 * 1024
@@ -161,9 +162,16 @@ class ExpertStore:
         return sizes.pop() if len(sizes) == 1 else None
 
     @cached_property
-    def is_direct(self) -> bool:
-        """Whether direct I/O can read every expert."""
-        return all(run.is_direct for key in self.experts() for run in self.record(*key).runs)
+    def notes(self) -> list[str]:
+        """What has to be said of where the experts lie in their files, for a run that would read them directly."""
+        buffered = sum(run.needed for key in self.experts() for run in self.record(*key).runs if not run.is_direct)
+        if not buffered:
+            return []
+        return [
+            f"{format_size(buffered)} of experts begin in their files where direct I/O cannot read them: they are read "
+            "through the page cache, which copies every byte once more and takes memory beyond --ram; what `coldstream "
+            "quantize` writes has no such places"
+        ]
 
     @cached_property
     def nbytes(self) -> int:

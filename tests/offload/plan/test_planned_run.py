@@ -1,6 +1,8 @@
 """One function decides a run for every caller: what was asked wins, then the recipe, then what fits."""
 
+import json
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,9 +10,12 @@ from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from offload.experts.storage.store import ExpertStore
 from offload.plan.planned_run import PlannedModel, planned_machine, planned_model, planned_run
 from offload.records import RunOptions, Sampling
+from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError, UsageError
 from quant.model.known_shapes import load_shape
 from quant.model.recipe import load_recipe
@@ -48,6 +53,48 @@ def test_schemes_by_hand_lie_over_those_of_the_recipe() -> None:
     found = planned_model("scout", "fast", {"lm_head": Scheme("bf16")})
     assert found.schemes == {**load_recipe("fast").schemes, "lm_head": Scheme("bf16")}
     assert found.recipe == load_recipe("fast")
+
+
+def test_a_directory_is_planned_by_the_tensors_that_are_there(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    narrow, wide = tiny("qwen3_moe"), tmp_path / "f32"
+    shutil.copytree(narrow, wide)
+    tensors = {key: tensor.float() for key, tensor in load_file(narrow / "model.safetensors").items()}
+    save_file(tensors, wide / "model.safetensors", {"format": "pt"})
+    two, four = (planned_run(str(path), RunOptions(ram=4 * GIB), machine=machine()) for path in (narrow, wide))
+    entries, names = Checkpoint.open(wide).entries, Checkpoint.open(wide).names
+    for role in ("attention", "lm_head", "embeddings", "router"):
+        there = sum(entry.nbytes for key, entry in entries.items() if names[key].role == role)
+        assert four.plan.total("ram", role) == there == 2 * two.plan.total("ram", role), role
+    beyond = ExpertStore(Checkpoint.open(wide)).slot_bytes - four.plan.slot_bytes
+    assert beyond in (0, 4096), "a page where experts do not begin on one"
+    assert four.model.file_nbytes == sum(entry.nbytes for entry in entries.values())
+
+
+@pytest.mark.parametrize("spoil", ["cut", "lacking", "misshapen", "shards missing", "another name"])
+def test_what_a_run_would_refuse_is_not_planned(spoil: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("qwen3_moe"), folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("q_proj.weight"))
+    match spoil:
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-10])
+        case "lacking":
+            save_file({name: tensor for name, tensor in tensors.items() if name != key}, file)
+        case "misshapen":
+            save_file(tensors | {key: tensors[key][:-1].clone()}, file)
+        case "shards missing":
+            file.unlink()
+            index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        case _:
+            file.rename(folder / "consolidated.safetensors")
+    with pytest.raises(CheckpointError) as planned:
+        planned_model(folder)
+    with pytest.raises(CheckpointError) as opened:
+        Checkpoint.open(folder)
+    assert str(planned.value) == str(opened.value)
 
 
 def test_a_name_that_is_nothing_is_refused() -> None:

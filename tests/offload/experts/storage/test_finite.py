@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from offload.experts.storage.finite import is_finite
 from offload.records import RunOptions, Sampling
+from offload.run.session import Session
 from quant.convert.convert import convert
 from quant.errors import CheckpointError, NonFiniteError
 from quant.scheme import Scheme
@@ -115,6 +116,23 @@ def test_data_may_begin_anywhere(tiny: Callable[..., Path], tmp_path: Path, fami
         hostile.write_safetensors(file, header, body, padding=padding)
     for split in SPLITS.values():
         assert run(tmp_path / "model", **split) == expected
+
+
+@pytest.mark.parametrize(("beyond", "told"), [(0, 0), (4, 0), (1, 1), (2, 1)])
+def test_what_direct_io_cannot_read_is_said_once_with_its_price(
+    tiny: Callable[..., Path], tmp_path: Path, beyond: int, told: int
+) -> None:
+    """``beyond`` is where in a page the data begins; packed values are words of four bytes."""
+    convert(tiny("olmoe"), tmp_path / "model", {"experts": Scheme("int4")})
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        header, body = hostile.read_safetensors(file)
+        hostile.write_safetensors(file, header, body)
+        start = file.stat().st_size - len(body)
+        hostile.write_safetensors(file, header, body, padding=(beyond - start) % 4096)
+    with Session.open(tmp_path / "model", device="cpu") as session:
+        notes = [note for note in session.notes if "direct I/O cannot read" in note]
+    assert len(notes) == told
+    assert all("KiB of experts" in note and "memory beyond --ram" in note for note in notes)
 
 
 def test_a_dense_checkpoint_may_begin_anywhere(tiny: Callable[..., Path], tmp_path: Path) -> None:
