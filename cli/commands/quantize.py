@@ -172,7 +172,7 @@ def _check_space(staging: "Staging", values: "Values", schemes: "Mapping[Role, S
 def _show(console: Console, report: "ConversionReport", outputs: "Mapping[Role, Mapping[str, float]]") -> None:
     from rich.table import Table
 
-    from cli.terminal.words import role_name
+    from offload.tiers import role_name
     from quant.sizes import format_size
 
     table = Table(box=None, pad_edge=False)

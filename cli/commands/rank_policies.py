@@ -1,7 +1,7 @@
 """``coldstream rank-policies``: what each cache policy would have hit on recorded or made-up routing. No
 torch."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +10,13 @@ import typer
 from cli.options.output import takes_console
 from cli.options.run import WITH_CONFIG, Ram, Recipe
 from cli.terminal.console import Console
+from offload.routing.eviction import DEFAULT_POLICY
+from offload.routing.policy_replay import CLAIRVOYANT, PolicyHitRates, replay_policies, sizes_of
+from offload.routing.trace import RULES, Synthetic, Trace, load_trace
+from quant.errors import ProfileError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from offload.routing.policy_replay import PolicyHitRates
-    from offload.routing.trace import Trace
 
 TraceName = Annotated[
     str, typer.Argument(metavar="TRACE", help="A file of `profile --trace`, or uniform, zipf, recency, drift: made up.")
@@ -53,24 +54,22 @@ def rank_policies(
     The first half of the trace is what a profile would have known, the second is replayed. --model adds the
     predicted decode speeds on this machine, --ram the cache size that this budget makes.
     """
-    from offload.routing import policy_replay as replay
-    from quant.errors import UsageError
-
     for option, value in (("--ram", ram), ("--recipe", recipe)):
         if value is not None and model is None:
             raise UsageError(f"{option} says nothing without a model: name it with --model")
     target = _Target(model, recipe, console) if model else None
     found = _trace(trace, target, tokens)
-    slots = replay.sizes(found, sizes)
+    slots = sizes_of(found, sizes)
     budget = target.slots(ram) if target and ram is not None else None
     if budget is not None:
         slots = sorted({*slots, budget})
     console.step(f"replaying {len(found.steps) // 2:,} tokens of {found.layers} layers of {found.num_experts}")
-    done = replay.replay_policies(found, slots, chunk=chunk)
+    done = replay_policies(found, slots, chunk=chunk)
     speeds = target.speeds(done) if target and chunk == 1 else {}
+    ranking = _Ranking(done, target, speeds, budget)
     if not console.json:
-        _show(console, done, target, speeds, budget)
-    console.result(_document(done, target, speeds, budget, chunk))
+        ranking.show(console)
+    console.result({**ranking.document(), "chunk": chunk})
 
 
 class _Target:
@@ -92,7 +91,7 @@ class _Target:
 
         return planned_run(self.model, RunOptions(vram=0, ram=ram), machine=self.machine).plan.ram_slots
 
-    def speeds(self, done: "PolicyHitRates") -> dict[str, list[float]]:
+    def speeds(self, done: PolicyHitRates) -> dict[str, list[float]]:
         """Predicted decode tokens/s by policy and size."""
         from offload.plan.cost_model import decode
 
@@ -108,10 +107,7 @@ class _Target:
         }
 
 
-def _trace(name: str, target: _Target | None, tokens: int | None) -> "Trace":
-    from offload.routing.trace import RULES, Synthetic, load_trace
-    from quant.errors import ProfileError
-
+def _trace(name: str, target: _Target | None, tokens: int | None) -> Trace:
     shape = target.footprint.shape if target else None
     if name in RULES:
         made = Synthetic(name)
@@ -131,85 +127,74 @@ def _trace(name: str, target: _Target | None, tokens: int | None) -> "Trace":
     return found.head(tokens or most)
 
 
-def _show(
-    console: Console, done: "PolicyHitRates", target: _Target | None, speeds: dict[str, list[float]], budget: int | None
-) -> None:
-    from cli.terminal.line_plots import curves
-    from offload.routing.eviction import DEFAULT_POLICY
-    from offload.routing.policy_replay import CLAIRVOYANT
+@dataclass(frozen=True)
+class _Ranking:
+    """Hit rates, and with a model the speeds that they make and the slots that its budget does."""
 
-    total = len(done.trace.keys)
-    console.say(f"Hit rate on {done.trace.name}, by policy and slots:")
-    side_by_side = max(1, (console.width - _NAMES) // _CELL)
-    for start in range(0, len(done.slots), side_by_side):
-        columns = range(start, min(start + side_by_side, len(done.slots)))
-        console.show(_table(done, columns, target, speeds, budget))
-    if budget is not None:
-        console.prose("→ is what --ram holds beside the rest of the model")
-    console.say("\nHit rate over the share of experts that have a slot:")
-    console.say(curves([count / total for count in done.slots], done.hit_rates, width=min(64, console.width - 12)))
-    ranked = sorted((name for name in done.hit_rates if name != CLAIRVOYANT), key=done.regret)
-    listed = ", ".join(f"{name} {100 * done.regret(name):.1f}" for name in ranked)
-    console.say()
-    console.prose(f"Points below the clairvoyant bound, on average: {listed}. The default is {DEFAULT_POLICY}.")
+    done: PolicyHitRates
+    target: _Target | None
+    speeds: dict[str, list[float]]
+    budget: int | None
 
+    @property
+    def names(self) -> list[str]:
+        """The policies, best first, without the bound."""
+        return sorted((name for name in self.done.hit_rates if name != CLAIRVOYANT), key=self.done.regret)
 
-def _table(
-    done: "PolicyHitRates", columns: range, target: _Target | None, speeds: dict[str, list[float]], budget: int | None
-) -> "Table":
-    """Policies down, cache sizes across: narrow enough for any terminal."""
-    from rich.table import Table
+    def show(self, console: Console) -> None:
+        """Tables as wide as the terminal, a plot, and how far each policy is from the best possible."""
+        from cli.terminal.line_plots import curves
 
-    from cli.terminal.words import number, percent, size
-    from offload.routing.eviction import DEFAULT_POLICY
-    from offload.routing.policy_replay import CLAIRVOYANT
+        done, total = self.done, len(self.done.trace.keys)
+        console.say(f"Hit rate on {done.trace.name}, by policy and slots:")
+        side_by_side = max(1, (console.width - _NAMES) // _CELL)
+        for start in range(0, len(done.slots), side_by_side):
+            console.show(self._table(range(start, min(start + side_by_side, len(done.slots)))))
+        if self.budget is not None:
+            console.prose("→ is what --ram holds beside the rest of the model")
+        console.say("\nHit rate over the share of experts that have a slot:")
+        console.say(curves([count / total for count in done.slots], done.hit_rates, width=min(64, console.width - 12)))
+        listed = ", ".join(f"{name} {100 * done.regret(name):.1f}" for name in self.names)
+        console.say()
+        console.prose(f"Points below the clairvoyant bound, on average: {listed}. The default is {DEFAULT_POLICY}.")
 
-    total = len(done.trace.keys)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("slots", no_wrap=True)
-    for index in columns:
-        count = done.slots[index]
-        table.add_column(f"{'→ ' if count == budget else ''}{count:,}", justify="right", no_wrap=True)
-    counts = [done.slots[index] for index in columns]
-    table.add_row("of all experts", *(percent(count / total) for count in counts))
-    if target:
-        table.add_row("RAM", *(size(count * target.footprint.slot_bytes) for count in counts))
-    table.add_section()
-    for name, rates in done.hit_rates.items():
-        cells = [f"{100 * rates[index]:.1f} %" for index in columns]
-        marked = [
-            f"[bold]{cell}[/bold]" if name == done.best(index) else cell
-            for index, cell in zip(columns, cells, strict=True)
-        ]
-        table.add_row("bound" if name == CLAIRVOYANT else name, *marked)
-    for name in (DEFAULT_POLICY, CLAIRVOYANT) if speeds else ():
-        shown = "bound" if name == CLAIRVOYANT else name
-        table.add_row(f"tokens/s, {shown}", *(number(speeds[name][index]) for index in columns))
-    return table
+    def _table(self, columns: range) -> "Table":
+        """Policies down, cache sizes across."""
+        from rich.table import Table
 
+        from cli.terminal.words import number, percent, size
 
-def _document(
-    done: "PolicyHitRates", target: _Target | None, speeds: dict[str, list[float]], budget: int | None, chunk: int
-) -> dict[str, object]:
-    from offload.routing.eviction import DEFAULT_POLICY
-    from offload.routing.policy_replay import CLAIRVOYANT
+        done, total = self.done, len(self.done.trace.keys)
+        counts = [done.slots[index] for index in columns]
+        table = Table(box=None, pad_edge=False)
+        table.add_column("slots", no_wrap=True)
+        for count in counts:
+            table.add_column(f"{'→ ' if count == self.budget else ''}{count:,}", justify="right", no_wrap=True)
+        table.add_row("of all experts", *(percent(count / total) for count in counts))
+        if self.target:
+            table.add_row("RAM", *(size(count * self.target.footprint.slot_bytes) for count in counts))
+        table.add_section()
+        for name, rates in done.hit_rates.items():
+            cells = [f"{100 * rates[index]:.1f} %" for index in columns]
+            best = [name == done.best(index) for index in columns]
+            marked = [f"[bold]{cell}[/bold]" if first else cell for cell, first in zip(cells, best, strict=True)]
+            table.add_row("bound" if name == CLAIRVOYANT else name, *marked)
+        for name, shown in ((DEFAULT_POLICY, DEFAULT_POLICY), (CLAIRVOYANT, "bound")) if self.speeds else ():
+            table.add_row(f"tokens/s, {shown}", *(number(self.speeds[name][index]) for index in columns))
+        return table
 
-    names = [name for name in done.hit_rates if name != CLAIRVOYANT]
-    return {
-        "trace": {
-            "name": done.trace.name,
-            "tokens": len(done.trace.steps),
-            "layers": done.trace.layers,
-            "num_experts": done.trace.num_experts,
-            "top_k": done.trace.top_k,
-        },
-        "chunk": chunk,
-        "slots": done.slots,
-        "slot_bytes": target.footprint.slot_bytes if target else None,
-        "slots_of_ram": budget,
-        "hit_rates": done.hit_rates,
-        "tokens_per_s": speeds,
-        "regret": {name: done.regret(name) for name in names},
-        "best": min(names, key=done.regret),
-        "default": DEFAULT_POLICY,
-    }
+    def document(self) -> dict[str, object]:
+        """What ``--json`` prints of it."""
+        done, trace = self.done, self.done.trace
+        kept = {name: getattr(trace, name) for name in ("name", "layers", "num_experts", "top_k")}
+        return {
+            "trace": kept | {"tokens": len(trace.steps)},
+            "slots": done.slots,
+            "slot_bytes": self.target.footprint.slot_bytes if self.target else None,
+            "slots_of_ram": self.budget,
+            "hit_rates": done.hit_rates,
+            "tokens_per_s": self.speeds,
+            "regret": {name: done.regret(name) for name in self.names},
+            "best": self.names[0],
+            "default": DEFAULT_POLICY,
+        }

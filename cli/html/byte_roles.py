@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from cli.html.document import section, text
-from cli.terminal.words import TIER_NAMES, percent, role_name, sentence, size
+from cli.terminal.words import TIER_NAMES, percent, sentence, size
 from offload.run.report import Memory, RunReport
-from offload.tiers import TIERS, Tier
+from offload.tiers import TIERS, Tier, role_name
 
 COLOURS = 6  # one of them for all that is folded together
 _NAMES: dict[Tier, str] = {**TIER_NAMES, "disk": "Files"}

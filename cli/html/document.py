@@ -116,10 +116,10 @@ def none(said: str) -> str:
     return f'<p class="quiet">{text(sentence(said))}.</p>'
 
 
-def notes_list(notes: Sequence[str]) -> str:
-    """Each note a line."""
+def notes_section(notes: Sequence[str]) -> str:
+    """A card with a line for each note."""
     listed = "".join(f"<li>{text(note)}</li>" for note in notes)
-    return f'<ul class="notes">{listed}</ul>' if listed else none("nothing out of the ordinary")
+    return section("Notes", f'<ul class="notes">{listed}</ul>' if listed else none("nothing out of the ordinary"))
 
 
 def _data(name: str, value: object) -> str:

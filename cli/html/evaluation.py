@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cli.html import svg_plots
-from cli.html.document import Compared, document, facts, figures, notes_list, section, text
+from cli.html.document import Compared, document, facts, figures, notes_section, section, text
 from cli.html.request import command
 from cli.html.svg_plots import Tick, value_ticks
 from cli.terminal.words import number
@@ -36,7 +36,7 @@ def render_evaluation(found: "Evaluation", *, command_line: str = "", notes: Seq
         f'<div class="pair">{_confidence(found.divergence.buckets, readouts)}'
         f"{_routing(found.router_agreement, readouts)}</div>",
         _numbers(found),
-        section("Notes", notes_list(notes)) if notes else "",
+        notes_section(notes) if notes else "",
     )
     title = f"{found.model.name}: quality beside {found.reference.name}"
     return document(

@@ -4,8 +4,9 @@ was asked and answered."""
 from collections.abc import Sequence
 
 from cli.html.document import facts, section, text
-from cli.terminal.words import number, role_name, size
+from cli.terminal.words import number, size
 from offload.run.report import Message, RunReport
+from offload.tiers import role_name
 
 _SPEAKERS = {"user": "Prompt", "assistant": "Answer", "system": "System prompt"}
 

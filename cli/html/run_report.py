@@ -4,7 +4,7 @@ the bytes are, and how it went step by step."""
 from pathlib import Path
 
 from cli.html.byte_roles import memory_section
-from cli.html.document import Compared, banners, document, facts, figures, none, notes_list, save_page, section, text
+from cli.html.document import Compared, banners, document, facts, figures, none, notes_section, save_page, section, text
 from cli.html.heat_map import experts_section
 from cli.html.request import request_section
 from cli.html.step_plots import memory_plot, requests_plot, time_plot
@@ -56,7 +56,7 @@ def render_page(report: RunReport) -> str:
             f'<div class="pair">{memory_section(report)}{speed_section(report)}</div>',
             _steps(report, readouts),
             experts_section(report.expert_map),
-            f'<div class="pair">{_notes(report)}{_environment(report)}</div>',
+            f'<div class="pair">{notes_section(report.notes)}{_environment(report)}</div>',
         )
     )
     title = f"{report.subject.model}: Coldstream run report"
@@ -109,10 +109,6 @@ def _steps(report: RunReport, readouts: dict[str, list[str]]) -> str:
     drawn = "".join(part for part in parts if part)
     hint = "Point at a plot, or focus it and use the arrow keys, to read its values." if drawn else ""
     return section("Over the run", drawn or none("no step was recorded"), note=hint)
-
-
-def _notes(report: RunReport) -> str:
-    return section("Notes", notes_list(report.notes))
 
 
 def _environment(report: RunReport) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from cli.html import svg_plots
-from cli.html.document import Compared, banners, document, facts, figures, none, notes_list, section, text
+from cli.html.document import Compared, banners, document, facts, figures, none, notes_section, section, text
 from cli.html.request import command
 from cli.html.svg_plots import Bins, nice_ticks, value_ticks
 from cli.terminal.replay_tables import RESOURCES, causes, replay_document
@@ -81,7 +81,7 @@ def render_replay(
         + f'<div class="pair">{_resources(decode)}'
         + section("Token by token", _tokens(decode, readouts), note="Time per token in ms, over the decoded tokens.")
         + "</div>"
-        + (section("Notes", notes_list(notes)) if notes else "")
+        + (notes_section(notes) if notes else "")
     )
     report = replay_document(setup, decode, prefill)
     return document(title, head, body, report=report, readouts=readouts, compared=_COMPARED)

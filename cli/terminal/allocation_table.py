@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from cli.terminal.words import role_name
+from offload.tiers import role_name
 
 if TYPE_CHECKING:
     from rich.table import Table

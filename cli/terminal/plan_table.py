@@ -3,10 +3,10 @@ buys."""
 
 from typing import TYPE_CHECKING
 
-from cli.terminal.words import TIER_NAMES, limit_name, number, percent, role_name, size
+from cli.terminal.words import TIER_NAMES, limit_name, number, percent, size
 from offload.hardware.probe import Machine
 from offload.plan.plan import Plan
-from offload.tiers import TIERS, Tier
+from offload.tiers import TIERS, Tier, role_name
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Mapping
 
-from cli.terminal.words import TIER_NAMES, bandwidth_share, deviation, limit_name, number, percent, role_name, size
+from cli.terminal.words import TIER_NAMES, bandwidth_share, deviation, limit_name, number, percent, size
 from offload.run.report import RunReport
-from offload.tiers import TIERS
+from offload.tiers import TIERS, role_name
 
 INDENT = "  "
 _ROLES = 4  # of a tier, the largest

@@ -9,21 +9,6 @@ from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 from quant.sizes import format_size
 
-__all__ = [
-    "TIER_NAMES",
-    "bandwidth_share",
-    "deviation",
-    "floor_share",
-    "is_far_off",
-    "limit_name",
-    "number",
-    "percent",
-    "role_name",
-    "schemes_line",
-    "sentence",
-    "size",
-    "verdict",
-]
 TIER_NAMES: dict[Tier, str] = {"vram": "VRAM", "ram": "RAM", "disk": "Disk"}
 _LIMITS = {
     "vram bandwidth": "VRAM bandwidth",

@@ -214,13 +214,10 @@ def miss_split(machine: Machine, expert: int, expert_weights: int, shared: int =
     alone, dimm = _rate(machine.gpu.h2d_gb_s, OF_PCIE), dimm_rate(machine)
     pcie = min(alone, max(dimm - cpu, dimm / 2))
     beside = min(cpu, dimm - pcie)
-    if beside + pcie <= cpu * _WORTH:
-        return MissSplit(0.0, cpu / 1e9, alone / 1e9, cpu / 1e9)
     head_start = BELL_S - ahead - shared / _rate(machine.gpu.vram_gb_s, OF_VRAM)
     # expert · part / pcie = head_start + expert · (1 - part) / beside
-    part = (head_start + expert / beside) / (expert / beside + expert / pcie)
-    part = min(1.0, part)
-    if part <= 0:
+    part = min(1.0, (head_start + expert / beside) / (expert / beside + expert / pcie))
+    if beside + pcie <= cpu * _WORTH or part <= 0:
         return MissSplit(0.0, cpu / 1e9, alone / 1e9, cpu / 1e9)
     return MissSplit(part, cpu / 1e9, alone / 1e9, min(beside / max(1 - part, 1e-9), pcie / part) / 1e9)
 

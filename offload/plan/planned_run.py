@@ -115,7 +115,6 @@ def planned_run(
     machine: Machine | str | None = None,
     slot_bytes: int | None = None,
     prompt: int | None = None,
-    say: Say | None = None,
 ) -> PlannedRun:
     """Decide a run of ``model`` (as planned_model takes it, in the schemes of ``recipe``; or what that
     returned) on ``machine``: a desktop with the card of that name, or by default this one.
@@ -133,7 +132,7 @@ def planned_run(
 
         routing = RoutingStats.load(options.routing, shape)
     if not isinstance(machine, Machine):
-        machine = planned_machine("" if isinstance(model, PlannedModel) else model, machine, ram=options.ram, say=say)
+        machine = planned_machine("" if isinstance(model, PlannedModel) else model, machine, ram=options.ram)
     if options.prefetch_bytes is not None:
         machine = with_prefetch_bytes(machine, options.prefetch_bytes)
     plan = make_plan(

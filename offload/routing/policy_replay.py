@@ -118,7 +118,7 @@ def _window(trace: Trace, slots: int) -> int:
     return max(1, min(_IN_FLIGHT, _enough(trace, slots) - 1))
 
 
-def sizes(trace: Trace, steps: int = 8) -> list[int]:
+def sizes_of(trace: Trace, steps: int = 8) -> list[int]:
     """Numbers of slots from a few to all but a few, evenly spread."""
     total = trace.layers * trace.num_experts
     found = {max(trace.top_k + 1, round(total * step / steps)) for step in range(1, steps)}

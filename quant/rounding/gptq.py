@@ -41,9 +41,7 @@ class Rounded:
     squared_error: float
 
 
-def gptq(
-    weight: Tensor, scheme: Scheme, hessian: Tensor, cross: Tensor | None = None, *, damping: float = DAMPING
-) -> Rounded:
+def gptq(weight: Tensor, scheme: Scheme, hessian: Tensor, cross: Tensor | None = None) -> Rounded:
     """Quantize ``weight`` ``[N, K]`` given ``hessian`` f32 ``[K, K]`` (and ``cross``, alike).
 
     Raises CheckpointError if the Hessian holds NaN or Inf, or stays indefinite under any damping.
@@ -57,7 +55,7 @@ def gptq(
         raise CheckpointError("a Hessian holds NaN or Inf: the model's activations overflow on this text")
     if mean <= 0:  # no input was ever other than zero: nothing to weigh errors by
         hessian, mean, cross = torch.eye(columns), 1.0, None
-    damped, factor, used = _factor(hessian, mean, damping)
+    damped, factor, used = _factor(hessian, mean)
     target = weight
     if cross is not None:
         target = weight + weight @ ((cross - hessian) @ torch.cholesky_inverse(torch.linalg.cholesky(damped)))
@@ -71,9 +69,9 @@ def gptq(
     return Rounded(packed, target, used, float(weight.square().sum(dtype=torch.float64)), error)
 
 
-def _factor(hessian: Tensor, mean: float, damping: float) -> tuple[Tensor, Tensor, float]:
+def _factor(hessian: Tensor, mean: float) -> tuple[Tensor, Tensor, float]:
     """H damped, the upper Cholesky factor of its inverse in act-order, and the damping that it took."""
-    order = torch.argsort(torch.diagonal(hessian), descending=True)
+    order, damping = torch.argsort(torch.diagonal(hessian), descending=True), DAMPING
     while damping <= MAX_DAMPING:
         damped = hessian + damping * mean * torch.eye(len(hessian))
         lower, info = torch.linalg.cholesky_ex(damped[order][:, order])

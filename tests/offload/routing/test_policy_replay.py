@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from offload.routing.eviction import POLICIES, make_policy
-from offload.routing.policy_replay import CLAIRVOYANT, clairvoyant, replay, replay_policies, sizes
+from offload.routing.policy_replay import CLAIRVOYANT, clairvoyant, replay, replay_policies, sizes_of
 from offload.routing.trace import RULES, Synthetic, Trace, load_trace
 from quant.errors import ProfileError, UsageError
 
@@ -43,7 +43,7 @@ def test_clairvoyant_is_the_best_of_all_possible_evictions(slots: int) -> None:
 @pytest.mark.parametrize(("rule", "chunk"), list(itertools.product(RULES, [1, 16])))
 def test_no_policy_beats_the_clairvoyant_and_more_slots_help_it(rule: str, chunk: int) -> None:
     made = Synthetic(rule, layers=3, num_experts=8, tokens=240).trace()
-    found = replay_policies(made, sizes(made, 4), chunk=chunk)
+    found = replay_policies(made, sizes_of(made, 4), chunk=chunk)
     bound = found.hit_rates[CLAIRVOYANT]
     assert list(bound) == sorted(bound)
     for policy in POLICIES:
