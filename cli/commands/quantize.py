@@ -54,6 +54,12 @@ def quantize(
     asked: AskedRounding,
     console: Console,
     routing: Routing = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizer", metavar="DIR", help="Where the tokenizer and config.json are that a GGUF file lacks."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
 ) -> None:
     """Quantize the checkpoint SRC into the new directory DST, by a recipe, by hand or within a size.
@@ -75,7 +81,7 @@ def quantize(
     from quant.model.hub import resolve_model
     from quant.rounding.imatrix import MARK
     from quant.sources.checkpoint import SourceCheckpoint
-    from quant.sources.open import open_source
+    from quant.sources.open import is_gguf, open_source
 
     if routing is not None and goal is None:
         raise UsageError(
@@ -83,8 +89,8 @@ def quantize(
         )
     check_output(asked.save_imatrix, "--save-imatrix", MARK)
     schemes: Mapping[Role, Scheme] = {} if goal is not None else stored.schemes()
-    path = resolve_model(source)
-    checkpoint = open_source(path)
+    path = Path(source) if is_gguf(source) else resolve_model(source)
+    checkpoint = open_source(path, tokenizer)
     if isinstance(checkpoint, SourceCheckpoint):
         console.step(f"{path} has {checkpoint.forms}")
         if asked.text is not None:

@@ -59,6 +59,11 @@ class Checkpoint(CheckpointHeaders):
         check_tensors(made)
         return made
 
+    @property
+    def sidecar_folder(self) -> Path:
+        """Where the files are that travel with the weights: tokenizer, templates, terms."""
+        return self.path
+
     def read(self, key: str, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         """A copy of tensor ``key``, or of ``shape`` elements of it that begin ``start`` bytes in.
 

@@ -125,7 +125,7 @@ def convert(
             staging.claim()
         check_space(checkpoint, conversion, staging)
         about = {**job, **(details or {})}
-        small = _SmallFiles(checkpoint, conversion, schemes, about, list(sidecars(checkpoint.path)))
+        small = _SmallFiles(checkpoint, conversion, schemes, about, list(sidecars(checkpoint.sidecar_folder)))
         journal = staging.open(job)
         resumed = len(journal.done)
         if not journal.complete:
@@ -297,7 +297,7 @@ def made_before(staging: Staging, job: Mapping[str, Any]) -> ConversionReport | 
 
 def check_space(checkpoint: Checkpoint, conversion: Conversion, staging: Staging, beside: int = 0) -> None:
     """Raise OutputError if the destination's file system lacks room for the output and ``beside`` more bytes."""
-    needed = conversion.layout.nbytes + sidecar_bytes(checkpoint.path) + _SLACK + beside
+    needed = conversion.layout.nbytes + sidecar_bytes(checkpoint.sidecar_folder) + _SLACK + beside
     check_free(staging.nearest, needed - staging.nbytes)
 
 
@@ -314,7 +314,7 @@ class _SmallFiles:
     def write(self, folder: Path, done: list[Sums]) -> None:
         """Write them, those that an earlier run wrote again, and check that the source is what it was."""
         checkpoint, conversion = self.checkpoint, self.conversion
-        copy_sidecars(checkpoint.path, folder, self.others)
+        copy_sidecars(checkpoint.sidecar_folder, folder, self.others)
         checkpoint.check_unchanged(*(checkpoint.path / path for path in self.others if not path.parent.name))
         index = json.dumps(conversion.layout.index(), indent=2).encode() + b"\n"
         write_file(folder / "model.safetensors.index.json", index)

@@ -11,6 +11,7 @@ from quant.model.recipe import Recipe, load_recipe
 from quant.progress import Progress, nobody
 from quant.rounding.rounding import Rounder, Rounding
 from quant.scheme import Scheme
+from quant.sources.open import is_gguf
 
 GROUP_SIZE = 128
 
@@ -30,7 +31,7 @@ def quantize(
     resume: bool = False,
     progress: Progress = nobody,
 ) -> ConversionReport:
-    """Quantize the checkpoint ``source`` (a directory or a Hub id) into the new directory ``destination``.
+    """Quantize the checkpoint ``source`` (a directory, a GGUF file or a Hub id) into the new directory ``destination``.
 
     Each role is stored as it is named, "int4", "int4-g32", "int8", "nf4", "bf16" or a Scheme, else as the
     ``recipe`` says, else as it is. ``group_size`` holds for names that do not give one. ``rounding``,
@@ -52,4 +53,11 @@ def quantize(
     if not schemes:
         raise UsageError("nothing to do: expected a recipe or the scheme of a role, for example experts='int4'")
     how = {"rounding": rounding} if isinstance(rounding, str) else {"rounder": rounding}
-    return convert(resolve_model(source), destination, schemes, resume=resume, progress=progress, **how)
+    return convert(
+        Path(source) if is_gguf(source) else resolve_model(source),
+        destination,
+        schemes,
+        resume=resume,
+        progress=progress,
+        **how,
+    )

@@ -37,7 +37,9 @@ def sidecars(source: Path) -> Iterator[Path]:
 
 def left_out(source: Path, weights: Iterable[Path]) -> str | None:
     """A note on what is in ``source`` and does not travel, ``weights`` and hidden files apart; None if
-    nothing is."""
+    nothing is, or ``source`` is a file by itself."""
+    if not source.is_dir():
+        return None
     known = {source / "config.json", *(source / path for path in sidecars(source)), *weights}
     named: dict[str, tuple[int, int]] = {}
     for path in sorted(source.rglob("*")):

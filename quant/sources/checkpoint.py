@@ -111,7 +111,7 @@ class SourceCheckpoint(Checkpoint):
 def _entry(weight: SourceWeight, kept: str) -> SourceEntry:
     first = weight.parts[0]
     nbytes = weight.weights * ITEMSIZE["F32"]
-    return SourceEntry(weight.key, first.file, "F32", weight.shape, first.offset, nbytes, weight, kept)
+    return SourceEntry(weight.key, first.file, "F32", weight.shape, first.offset, nbytes, weight, weight.kept or kept)
 
 
 def _dtype(config: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.headers import read_headers
 from quant.checkpoint.inventory import check_tensors
+from quant.errors import UsageError
 from quant.model.config import quantization_of
 from quant.sources.bitsandbytes import bitsandbytes_weights
 from quant.sources.checkpoint import SourceCheckpoint
@@ -20,12 +21,18 @@ _SCALES = ("_scale",)
 _INVERSE = ("_scale_inv",)
 
 
-def open_source(path: Path | str) -> Checkpoint:
-    """The checkpoint in ``path`` with all weights in floating point: as they are, or those that its quantized weights
-    stand for.
+def open_source(path: Path | str, tokenizer: Path | None = None) -> Checkpoint:
+    """The checkpoint in ``path``, a model directory or the first GGUF file, with all weights in floating point: as they
+    are, or those that its quantized weights stand for. ``tokenizer`` is a directory that has what a GGUF file lacks.
 
     Raises CheckpointError if it cannot be read, a tensor is missing, unfit or unexplained, or its form is not known.
     """
+    if is_gguf(path):
+        from quant.sources.gguf_checkpoint import GgufCheckpoint
+
+        return GgufCheckpoint.open_file(Path(path), tokenizer)
+    if tokenizer is not None:
+        raise UsageError("--tokenizer is for a GGUF file: a model directory has its own")
     raw = Checkpoint(*read_headers(path))
     found = quantization_of(raw.config)
     if found is None:
@@ -51,3 +58,8 @@ def _weights(raw: Checkpoint, method: str, settings: Settings) -> Iterator[Sourc
         yield from mxfp4_weights(raw)
     else:
         yield from bitsandbytes_weights(raw)
+
+
+def is_gguf(path: Path | str) -> bool:
+    """Whether ``path`` is a GGUF file, by its name."""
+    return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()

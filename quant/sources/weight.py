@@ -50,6 +50,11 @@ class SourceWeight(ABC):
         """Rows ``[start, stop)`` as f32 ``[R, K]``; rows of all experts count on. Raises CheckpointError."""
 
     @property
+    def kept(self) -> str:
+        """The dtype that it is stored in where it is kept; empty where the model's will do."""
+        return ""
+
+    @property
     def bits(self) -> int:
         """Bits of the symmetric integers that ``integers`` gives; 0 where the weight is none."""
         return 0
