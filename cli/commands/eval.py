@@ -93,7 +93,9 @@ def show_evaluation(found: "Evaluation", console: Console) -> None:
     """The numbers as tables, and how KL divergence spreads over tokens as bars."""
     from rich.table import Table
 
-    ours, floor = found.divergence, found.floor
+    from cli.terminal.words import divergence_rows
+
+    ours = found.divergence
     console.say()
     table = Table(
         title=f"{found.model} beside {found.reference}: {found.windows} x {found.window_tokens} tokens",
@@ -103,22 +105,9 @@ def show_evaluation(found: "Evaluation", console: Console) -> None:
         table.add_column(name, justify="left" if not name else "right")
     reference = ours.reference_perplexity
     table.add_row("reference perplexity", f"{reference.value:.3f} ± {reference.error:.3f}", "")
-    rows = [
-        ("perplexity", f"{ours.perplexity.value:.3f} ± {ours.perplexity.error:.3f}", f"{floor['perplexity']:.3f}"),
-        ("ln(perplexity ratio)", f"{ours.log_ratio:+.4f} ± {ours.log_ratio_error:.4f}", f"{floor['log_ratio']:+.4f}"),
-        ("KL mean", f"{ours.kl_mean:.5f} ± {ours.kl_error:.5f}", f"{floor['kl_mean']:.5f}"),
-    ]
-    rows += [
-        (f"KL {name}", f"{getattr(ours, key):.5f}", f"{floor[key]:.5f}")
-        for name, key in (("median", "kl_median"), ("90 %", "kl_p90"), ("99 %", "kl_p99"), ("max", "kl_max"))
-    ]
-    top = f"{ours.same_top:.2%} ± {ours.same_top_error:.2%}"
-    rows += [
-        ("same top token", top, f"{floor['same_top']:.2%}"),
-        ("true token's p, mean change", f"{ours.delta_p_mean:+.3%}", f"{floor['delta_p_mean']:+.3%}"),
-        ("true token's p, RMS change", f"{ours.delta_p_rms:.3%}", f"{floor['delta_p_rms']:.3%}"),
-    ]
-    for row in rows:
+    perplexity = f"{ours.perplexity.value:.3f} ± {ours.perplexity.error:.3f}"
+    table.add_row("perplexity", perplexity, f"{found.floor['perplexity']:.3f}")
+    for row in divergence_rows(found):
         table.add_row(*row)
     console.show(table)
     buckets = Table(title="By how sure the reference was", title_justify="left")

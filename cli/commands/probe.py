@@ -35,16 +35,12 @@ def probe(console: Console, directory: Directory = Path(), refresh: Refresh = Fa
 
 def show_machine(machine: "Machine", console: Console) -> None:
     """The machine as a table of memories: what holds how much, and how fast it is read."""
-    from rich.table import Table
-
+    from cli.terminal.plain_table import plain_table
     from cli.terminal.words import number, size
 
     cores = f"{machine.cores} core{'s' if machine.cores != 1 else ''}"
     console.say(f"{machine.cpu}, {cores}, {machine.isa}: {number(machine.int8_gops)} Gop/s in int8")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("memory")
-    table.add_column("size", justify="right")
-    table.add_column("read", justify="right")
+    table = plain_table("memory", "size", "read")
     table.add_column("")
     gpu = machine.gpu
     if gpu:

@@ -176,16 +176,13 @@ def _check_space(staging: "Staging", values: "Values", schemes: "Mapping[Role, S
 
 
 def _show(console: Console, report: "ConversionReport", outputs: "Mapping[Role, Mapping[str, float]]") -> None:
-    from rich.table import Table
-
+    from cli.terminal.plain_table import plain_table
     from offload.tiers import role_name
     from quant.sizes import format_size
 
-    table = Table(box=None, pad_edge=False)
     beside = ("output error", "without the text") if outputs else ()
-    for name in ("weights of", "scheme", "tensors", *beside, "relative error", "SQNR", "worst"):
-        left = name in ("weights of", "scheme")
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    headings = ("weights of", "scheme", "tensors", *beside, "relative error", "SQNR", "worst")
+    table = plain_table(*headings, words=2)
     for role in report.roles:
         table.add_row(
             role_name(role.role),

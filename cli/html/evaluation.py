@@ -12,7 +12,7 @@ from cli.html import svg_plots
 from cli.html.document import Compared, document, facts, figures, notes_section, section, text
 from cli.html.request import command
 from cli.html.svg_plots import Tick, value_ticks
-from cli.terminal.words import number
+from cli.terminal.words import divergence_rows, number
 
 if TYPE_CHECKING:  # these import torch
     from offload.quality.divergence import Bucket
@@ -191,22 +191,12 @@ _COMPARED: tuple[Compared, ...] = (
     ("KV cache", "kv", "", ""),
 )
 _DOTS = 64  # layers that can be told apart as dots
-_KL = {"mean": "kl_mean", "median": "kl_median", "90 %": "kl_p90", "99 %": "kl_p99", "max": "kl_max"}
 
 
 def _numbers(found: "Evaluation") -> str:
-    ours, floor = found.divergence, found.floor
-    error = ours.log_ratio_error
-    rows = [
-        ("ln(perplexity ratio)", f"{ours.log_ratio:+.5f} ± {error:.5f}", f"{floor['log_ratio']:+.5f}"),
-        *((f"KL {name}", f"{getattr(ours, key):.6f}", f"{floor[key]:.6f}") for name, key in _KL.items()),
-        ("same top token", f"{ours.same_top:.3%} ± {ours.same_top_error:.3%}", f"{floor['same_top']:.3%}"),
-        ("true token’s p, mean change", f"{ours.delta_p_mean:+.4%}", f"{floor['delta_p_mean']:+.4%}"),
-        ("true token’s p, RMS change", f"{ours.delta_p_rms:.4%}", f"{floor['delta_p_rms']:.4%}"),
-    ]
     cells = "".join(
         f'<tr><th scope="row">{name}</th><td class="number">{value}</td><td class="number">{noise}</td></tr>'
-        for name, value, noise in rows
+        for name, value, noise in divergence_rows(found)
     )
     return (
         '<section><h2>The numbers</h2><table class="wraps"><thead><tr><th></th><th class="number">model</th>'

@@ -7,13 +7,13 @@ import statistics
 
 from cli.html import svg_plots
 from cli.html.document import section
-from cli.terminal.words import TIER_NAMES, percent
+from cli.terminal.words import PLACES, TIER_NAMES, percent
 from offload.run.report import ExpertMap
 from offload.tiers import TIERS, Tier
 
 STEPS = 5  # shades of use
 _HEIGHT = 420  # pixels that the layers share, a cell being 8 to 22 high
-_PLACES = {"vram": "in VRAM", "ram": "in RAM", "disk": "on disk only"}
+_PLACES = {**PLACES, "disk": "on disk only"}
 
 _CHOICES = """<div class="choices" hidden>
 <fieldset><legend>Experts</legend>

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from cli.terminal.plain_table import plain_table
 from offload.tiers import role_name
 
 if TYPE_CHECKING:
@@ -13,11 +14,7 @@ if TYPE_CHECKING:
 
 def allocation_table(allocation: "Allocation") -> "Table":
     """Roles down; bits, share of the size, which layers have what, and the loss that is expected."""
-    from rich.table import Table
-
-    shown = Table(box=None, pad_edge=False)
-    for name in ("weights of", "bits", "share", "least bits' loss", "loss"):
-        shown.add_column(name, justify="left" if name == "weights of" else "right")
+    shown = plain_table("weights of", "bits", "share", "least bits' loss", "loss")
     shown.add_column("layers", overflow="fold")
     rows: dict[tuple[str, str], list[int]] = {}
     for index, choice in enumerate(allocation.choices):

@@ -3,7 +3,8 @@ buys."""
 
 from typing import TYPE_CHECKING
 
-from cli.terminal.words import TIER_NAMES, limit_name, number, percent, size
+from cli.terminal.plain_table import plain_table
+from cli.terminal.words import PLACES, TIER_NAMES, limit_name, number, percent, size
 from offload.hardware.probe import Machine
 from offload.plan.plan import Plan
 from offload.tiers import TIERS, Tier, role_name
@@ -30,7 +31,6 @@ _ORDER = (
     "vision",
 )
 _COLUMNS: dict[Tier, str] = {**TIER_NAMES, "disk": "only on disk"}
-_PLACES: dict[Tier, str] = {"vram": "in VRAM", "ram": "in RAM", "disk": "on disk"}
 _UNKNOWN = "uniform routing assumed"
 
 
@@ -54,14 +54,8 @@ def caution(machine: Machine) -> list[Row]:
 
 def byte_table(plan: Plan) -> "Table":
     """Roles down, tiers across, every byte once."""
-    from rich.table import Table
-
     tiers = [tier for tier in TIERS if plan.total(tier)]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for tier in tiers:
-        table.add_column(_COLUMNS[tier], justify="right")
-    table.add_column("share", justify="right")
+    table = plain_table("", *(_COLUMNS[tier] for tier in tiers), "share")
     whole = sum(plan.total(tier) for tier in tiers)
     for role in sorted({row.role for row in plan.rows}, key=_ORDER.index):
         sizes = {tier: plan.total(tier, role) for tier in tiers}
@@ -107,7 +101,7 @@ def _served(plan: Plan, tier: Tier) -> str:
         "disk": max(0, plan.experts - hot - plan.ram_slots),
     }[tier]
     share = percent(plan.hit_rates[tier])
-    return f"{placed:,} of {plan.experts:,} {_PLACES[tier]} for {share} of requests"
+    return f"{placed:,} of {plan.experts:,} {PLACES[tier]} for {share} of requests"
 
 
 def advice(plan: Plan) -> list[Row]:

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from cli.terminal.words import limit_name, number, percent, size
+from cli.terminal.plain_table import plain_table
+from cli.terminal.words import PLACES, limit_name, number, percent, size
 from offload.simulator.simulation import SimulatedPhase, Simulation
 from offload.tiers import TIERS
 
@@ -28,7 +29,6 @@ RESOURCES = {
     "gpu": "GPU arithmetic",
     "cpu compute": "CPU arithmetic",
 }
-_PLACES = {"vram": "in VRAM", "ram": "in RAM", "disk": "on disk"}
 
 
 def causes(setup: Simulation) -> dict[str, str]:
@@ -38,12 +38,7 @@ def causes(setup: Simulation) -> dict[str, str]:
 
 def waits_table(setup: Simulation, decode: SimulatedPhase) -> "Table":
     """What a decoded token waited for, longest first."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("a token waits for")
-    table.add_column("ms", justify="right")
-    table.add_column("share", justify="right")
+    table = plain_table("a token waits for", "ms", "share")
     names = causes(setup)
     for cause, seconds in sorted(decode.waited.items(), key=lambda item: -item[1]):
         share = percent(seconds * decode.tokens_per_s)
@@ -55,11 +50,7 @@ def waits_table(setup: Simulation, decode: SimulatedPhase) -> "Table":
 
 def resources_table(decode: SimulatedPhase) -> "Table":
     """What passed each resource per token, and the part of what it could have given."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("resource", "per token", "of its rate"):
-        table.add_column(heading, justify="left" if heading == "resource" else "right")
+    table = plain_table("resource", "per token", "of its rate")
     for name, amount in decode.moved.items():
         if amount and "arithmetic" not in RESOURCES[name]:
             table.add_row(RESOURCES[name], size(round(amount)), percent(decode.used[name]))
@@ -68,7 +59,7 @@ def resources_table(decode: SimulatedPhase) -> "Table":
 
 def rows(setup: Simulation, decode: SimulatedPhase, prefill: SimulatedPhase) -> list[tuple[str, str]]:
     """The sentences beside the tables."""
-    served = ", ".join(f"{percent(decode.hit_rates[tier])} {_PLACES[tier]}" for tier in TIERS if decode.hit_rates[tier])
+    served = ", ".join(f"{percent(decode.hit_rates[tier])} {PLACES[tier]}" for tier in TIERS if decode.hit_rates[tier])
     planned = setup.plan.predicted_tokens_per_s
     found = [
         (

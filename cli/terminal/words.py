@@ -1,6 +1,7 @@
 """How a report's facts are said, the same on the terminal and on the page."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from offload.run.report import RunReport
 from offload.tiers import Tier, role_name
@@ -9,7 +10,13 @@ from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 from quant.sizes import format_size
 
+if TYPE_CHECKING:  # it imports torch
+    from offload.quality.evaluate import Evaluation
+
 TIER_NAMES: dict[Tier, str] = {"vram": "VRAM", "ram": "RAM", "disk": "Disk"}
+PLACES: dict[Tier, str] = {"vram": "in VRAM", "ram": "in RAM", "disk": "on disk"}
+_KL = {"median": "kl_median", "90 %": "kl_p90", "99 %": "kl_p99", "max": "kl_max"}
+size = format_size
 _LIMITS = {
     "vram bandwidth": "VRAM bandwidth",
     "ram bandwidth": "RAM bandwidth",
@@ -64,9 +71,18 @@ def is_far_off(predicted: float, measured: float) -> bool:
     return not 0.75 < measured / predicted < 1.35
 
 
-def size(count: int) -> str:
-    """Bytes with a binary unit."""
-    return format_size(count)
+def divergence_rows(found: "Evaluation") -> list[tuple[str, str, str]]:
+    """An evaluation's figures: what each is called, the model's, and the noise floor's."""
+    ours, floor = found.divergence, found.floor
+    ratio = f"{ours.log_ratio:+.5f} ± {ours.log_ratio_error:.5f}"
+    return [
+        ("ln(perplexity ratio)", ratio, f"{floor['log_ratio']:+.5f}"),
+        ("KL mean", f"{ours.kl_mean:.6f} ± {ours.kl_error:.6f}", f"{floor['kl_mean']:.6f}"),
+        *((f"KL {name}", f"{getattr(ours, key):.6f}", f"{floor[key]:.6f}") for name, key in _KL.items()),
+        ("same top token", f"{ours.same_top:.3%} ± {ours.same_top_error:.3%}", f"{floor['same_top']:.3%}"),
+        ("true token’s p, mean change", f"{ours.delta_p_mean:+.4%}", f"{floor['delta_p_mean']:+.4%}"),
+        ("true token’s p, RMS change", f"{ours.delta_p_rms:.4%}", f"{floor['delta_p_rms']:.4%}"),
+    ]
 
 
 def floor_share(report: RunReport) -> str:
