@@ -4,6 +4,8 @@ import re
 
 from quant.errors import UsageError
 
+KV_PAGE_TOKENS = 128  # tokens of one page of the KV cache: what attention looks at in one block
+
 _UNITS = {
     "": 1,
     "b": 1,

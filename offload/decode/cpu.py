@@ -21,8 +21,9 @@ from offload.decode.native_moe import BlockTable, NativeMoe, is_native
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.reader import Priority
 from offload.experts.storage.store import ExpertStore
-from offload.model.kv_cache import KVCache
+from offload.model.kv_cache import SequenceCache
 from offload.model.layer_parts import LayerParts, all_layer_parts, norm_eps
+from offload.model.paged_cache import PagedCache
 from offload.model.rotary import RotaryAngles
 from offload.routing.stats import RoutingStats
 from quant.kernels.attention import Attention
@@ -95,15 +96,15 @@ class NativeDecoder(Decoder):
                 blocks.append(DenseBlock(gated, part.mlp_norm, part.eps))
         self.stack = Stack(self.attentions, blocks, 2 * self.angles.at(0)[0].numel(), self._head())
         self._moe_layers = list(self.moes)
-        self._attached: KVCache | None = None
         experts.watch(BlockTable(self.moes))
         rows = self.model.get_input_embeddings().weight.data
         readable = rows.dtype in (torch.bfloat16, torch.float32) and self.stack.token_logits is not None
         if self.lookahead is not None and readable and self._guess_tokens:
             self.stack.guess_tokens(rows, -(-len(parts) // _LAST))
 
-    def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
-        """See Decoder."""
+    def forward(self, ids: Sequence[int], cache: SequenceCache, *, keep: int = 1) -> Tensor:
+        """See Decoder. The native kernels read keys and values in pages."""
+        assert isinstance(cache, PagedCache)
         position = cache.get_seq_length()
         x: Tensor = self.model.get_input_embeddings()(torch.tensor(ids))  # images may have changed it
         if len(ids) == 1:
@@ -115,40 +116,30 @@ class NativeDecoder(Decoder):
         logits: Tensor = self.lm_head(self.norm(x[-keep:]))
         return logits
 
-    def _prefill(self, x: Tensor, position: int, cache: KVCache) -> Tensor:
+    def _prefill(self, x: Tensor, position: int, cache: PagedCache) -> Tensor:
         """x ``[T, H]`` through all layers, two calls each."""
         cosine, sine = self.angles.span(position, x.shape[0])
-        for attention, run_mlp, layer in zip(self.attentions, self.mlps, cache.kept, strict=True):
+        pages = cache.pool.pages
+        for attention, run_mlp, layer in zip(self.attentions, self.mlps, cache.paged, strict=True):
             self.check_wanted()
             parts = []
-            for first, count, buffers in layer.spans(x.shape[0], self.shape.num_kv_heads, self.shape.head_dim):
+            for first, count in layer.spans(x.shape[0]):
                 span = slice(first, first + count)
-                parts.append(
-                    attention.run(x[span], position + first, buffers, cosine[span], sine[span], exact=self.exact)
-                )
+                angles = (cosine[span], sine[span])
+                parts.append(attention.run(x[span], position + first, pages, layer.table, *angles, exact=self.exact))
             x = run_mlp(parts[0] if len(parts) == 1 else torch.cat(parts))
         return x
 
-    def _step(self, x: Tensor, position: int, cache: KVCache) -> Tensor:
+    def _step(self, x: Tensor, position: int, cache: PagedCache) -> Tensor:
         """x ``[1, H]`` through all layers, in one call if every expert is resident."""
-        cache.kept[0].check(1)
-        if self._attached is not cache:
-            buffers = [layer.buffers(self.shape.num_kv_heads, self.shape.head_dim) for layer in cache.kept]
-            self.stack.attach(buffers, position)
-            self._attached = cache
-        for index in self.shape.chunked_layers:
-            self.stack.move(index, cache.kept[index].start)
+        cache.reserve(1)
         self.experts.reap()
-        (cosine, sine), attended = self.angles.at(position), 0
-        self.stack.begin(x, position, cosine, sine, self.exact, self.lookahead)
+        angles = self.angles.at(position)
+        self.stack.begin(x, position, cache.pool.pages, cache.tables, *angles, self.exact, self.lookahead)
         while (stop := self.stack.go()) is not None:
             self.check_wanted()
-            for layer in cache.kept[attended : stop.attended]:
-                layer.advance(1)
-            attended = stop.attended
             self._supply(stop)
-        for layer in cache.kept[attended:]:
-            layer.advance(1)
+        cache.advance(1)
         self._note()
         return x
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from offload.model.kv_cache import KVCache
+from offload.model.kv_cache import KVCache, SequenceCache
 
 
 class StepAbandoned(Exception):
@@ -21,6 +21,7 @@ class Decoder:
     """
 
     name: str  # what a report calls it
+    bound: KVCache | None = None  # the one cache that its steps can use, if they are bound to one
 
     def __init__(self) -> None:
         self._abandoned = threading.Event()
@@ -39,7 +40,7 @@ class Decoder:
         if self._abandoned.is_set():
             raise StepAbandoned
 
-    def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
+    def forward(self, ids: Sequence[int], cache: SequenceCache, *, keep: int = 1) -> Tensor:
         """Append ``ids`` to ``cache`` and return the logits ``[keep, V]`` of the last ``keep`` tokens; those of
         a single token are valid until the next step begins.
 

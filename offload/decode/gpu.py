@@ -23,7 +23,7 @@ from offload.decode.runner import GraphThread, StepThread
 from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.layout import layer_layout
 from offload.experts.storage.store import ExpertStore
-from offload.model.kv_cache import KVCache
+from offload.model.kv_cache import KVCache, SequenceCache
 from offload.model.layer_parts import all_layer_parts, norm_eps
 from offload.model.rotary import RotaryAngles
 from offload.routing.frequency import Ids
@@ -64,6 +64,7 @@ class GraphDecoder(PlainDecoder):
             prefetch_bytes = 0  # the CPU computes nothing
         super().__init__(model, cache, device, _name(device, prefetch_bytes))
         self.shape, self.cache, self.kv, self.routing = shape, cache, kv, routing
+        self.bound = kv
         self.prefetch_bytes = prefetch_bytes
         layouts = [layer_layout(cache.store, layer) for layer in shape.moe_layers]
         parts = all_layer_parts(model, shape)
@@ -109,7 +110,7 @@ class GraphDecoder(PlainDecoder):
         self._unlearned: Ids | None = None
         self._uncounted: Ids | None = None
 
-    def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
+    def forward(self, ids: Sequence[int], cache: SequenceCache, *, keep: int = 1) -> Tensor:
         """See Decoder. A prompt goes through the model's own modules."""
         assert cache is self.kv, "the step is bound to one KV cache"
         if len(ids) == 1:
@@ -232,7 +233,7 @@ def _name(device: torch.device, prefetch_bytes: int) -> str:
 
 def kv_rows(kv: KVCache, layer: int, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> KvRows:
     """The buffers of ``layer``, made now: a graph keeps their addresses."""
-    keys, values = kv.kept[layer].key_buffer, kv.kept[layer].value_buffer
+    keys, values = kv.pieces[layer].key_buffer, kv.pieces[layer].value_buffer
     size = (shape.num_kv_heads, shape.head_dim, dtype, device)
     return KvRows(keys.allocate(*size), values.allocate(*size), keys.scale, values.scale)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offload.decode.decoder import Decoder
 from offload.experts.cache.expert_cache import ExpertCache
-from offload.model.kv_cache import KVCache
+from offload.model.kv_cache import SequenceCache
 
 
 class PlainDecoder(Decoder):
@@ -21,7 +21,7 @@ class PlainDecoder(Decoder):
         for layer in model.model.layers:
             layer.register_forward_pre_hook(lambda *call: self.check_wanted())
 
-    def forward(self, ids: Sequence[int], cache: KVCache, *, keep: int = 1) -> Tensor:
+    def forward(self, ids: Sequence[int], cache: SequenceCache, *, keep: int = 1) -> Tensor:
         """See Decoder."""
         inputs = torch.tensor([list(ids)], device=self.device)
         logits: Tensor = self.model(

@@ -1,16 +1,17 @@
-"""The KV cache: what attention may still look at, and no more.
+"""The KV cache of one sequence: what attention may still look at, and no more.
 
 A full layer keeps every token. A chunked layer (Llama 4) attends within chunks of ``attention_chunk_size``
 tokens, so it keeps the current chunk only: that is what makes long contexts fit. transformers' own chunked
 cache keeps a sliding window instead, and its quantized caches reject such layers.
 
-Buffers are allocated once for the planned context; pages that no token has reached cost nothing. Values are
-stored as bf16, int8 (one f32 scale per token and head) or as they come.
+A layer's keys and values lie in one piece here, allocated once for the planned context: a CUDA graph keeps their
+addresses. Where several sequences share the memory they lie in pages (``paged_cache.py``). Values are stored as
+bf16, int8 (one f32 scale per token and head) or as they come.
 
 Legend: B = 1 sequence, h KV heads, T tokens, d head_dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from quant.errors import BudgetError
-from quant.kernels.attention import KvBuffers
 from quant.model.shape import ModelShape
 
 Storage = Literal["bf16", "int8", "plain"]
@@ -66,25 +66,81 @@ class KVBuffer:
         return sum(t.nbytes for t in (self.data, self.scale) if t is not None)
 
 
-class KVLayer(CacheLayerMixin):
-    """One layer's keys and values. ``chunk`` 0 keeps every token up to ``context``, otherwise the current
-    chunk."""
+class CachedLayer(CacheLayerMixin):
+    """What one layer keeps: every token up to ``context`` with ``chunk`` 0, else those of the current chunk."""
 
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, context: int, chunk: int, storage: Storage) -> None:
+    def __init__(self, context: int, chunk: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.context, self.chunk = context, chunk
-        capacity = min(chunk, context) if chunk else context
-        self.key_buffer, self.value_buffer = KVBuffer(capacity, storage), KVBuffer(capacity, storage)
         self.seen = 0  # tokens of the sequence so far
         self.start = 0  # position of the first token kept
         self.is_sliding = bool(chunk)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Buffers are made at the first write."""
+        """Memory is taken at the first write."""
+
+    def chunk_at(self, position: int) -> int:
+        """Where the chunk of ``position`` begins."""
+        return position // self.chunk * self.chunk if self.chunk else 0
+
+    def advance(self, tokens: int) -> None:
+        """``tokens`` more, within one chunk, have been appended."""
+        self.seen += tokens
+        self.start = self.chunk_at(self.seen)
+
+    def check(self, tokens: int) -> None:
+        """Raise BudgetError if ``tokens`` more do not fit the planned context."""
+        if self.seen + tokens > self.context:
+            end = self.seen + tokens
+            raise BudgetError(
+                f"the KV cache is planned for {self.context:,} tokens: start again with --context {2 * end}"
+            )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys that ``update`` will return for ``query_length`` new tokens, position of the first)."""
+        return self.seen - self.start + query_length, self.start
+
+    def get_seq_length(self) -> int:
+        """Tokens of the sequence so far."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """Tokens the layer can follow."""
+        return self.context
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that a token takes."""
+        raise NotImplementedError
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of the tokens kept."""
+        return (self.seen - self.start) * self.token_nbytes
+
+    def rewind(self, length: int) -> bool:
+        """Forget all tokens from ``length`` on; False if tokens before ``length`` are no longer kept."""
+        if length < self.start:
+            return False
+        self.seen = length
+        return True
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.seen = self.start = 0
+
+
+class KVLayer(CachedLayer):
+    """One layer's keys and values in one piece."""
+
+    def __init__(self, context: int, chunk: int, storage: Storage) -> None:
+        super().__init__(context, chunk)
+        capacity = min(chunk, context) if chunk else context
+        self.key_buffer, self.value_buffer = KVBuffer(capacity, storage), KVBuffer(capacity, storage)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[1, h, T, d]`` and return all keys and values that the new tokens may attend to.
@@ -93,9 +149,9 @@ class KVLayer(CacheLayerMixin):
         """
         tokens = key_states.shape[2]
         kept, end = self.seen - self.start, self.seen + tokens
-        self._check(end)
+        self.check(tokens)
         self.seen = end
-        first = (end // self.chunk) * self.chunk if self.chunk else 0  # where the next token's chunk begins
+        first = self.chunk_at(end)  # where the next token's chunk begins
         if first <= self.start:
             self.key_buffer.write(key_states, kept)
             self.value_buffer.write(value_states, kept)
@@ -114,89 +170,23 @@ class KVLayer(CacheLayerMixin):
         self.start = first
         return keys, values
 
-    def spans(self, tokens: int, kv_heads: int, head_dim: int) -> Iterator[tuple[int, int, KvBuffers]]:
-        """Where the native attention may append ``tokens`` new tokens: (first, count, buffers) for each part
-        that stays within one chunk. A part counts as seen once the next is asked for.
-
-        Raises BudgetError if the planned context is exceeded.
-        """
-        self.check(tokens)
-        done = 0
-        while done < tokens:
-            room = self.start + self.chunk - self.seen if self.chunk else tokens
-            count = min(tokens - done, room)
-            yield done, count, self.buffers(kv_heads, head_dim)
-            done += count
-            self.advance(count)
-
-    def buffers(self, kv_heads: int, head_dim: int) -> KvBuffers:
-        """The buffers for the native attention, row 0 at ``start``."""
-        cpu = torch.device("cpu")
-        keys = self.key_buffer.allocate(kv_heads, head_dim, torch.float32, cpu)
-        values = self.value_buffer.allocate(kv_heads, head_dim, torch.float32, cpu)
-        return KvBuffers(keys, values, self.start, self.key_buffer.scale, self.value_buffer.scale)
-
-    def advance(self, tokens: int) -> None:
-        """``tokens`` more, within one chunk, have been appended to the buffers."""
-        self.seen += tokens
-        if self.chunk and self.seen == self.start + self.chunk:
-            self.start = self.seen
-
-    def check(self, tokens: int) -> None:
-        """Raise BudgetError if ``tokens`` more do not fit the planned context."""
-        self._check(self.seen + tokens)
-
-    def _check(self, end: int) -> None:
-        if end > self.context:
-            raise BudgetError(
-                f"the KV cache is planned for {self.context:,} tokens: start again with --context {2 * end}"
-            )
-
     @staticmethod
     def _joined(buffer: KVBuffer, states: Tensor, kept: int) -> Tensor:
         return torch.cat((buffer.read(kept, states.dtype), states), 2) if kept else states
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys that ``update`` will return for ``query_length`` new tokens, position of the first)."""
-        return self.seen - self.start + query_length, self.start
-
-    def get_seq_length(self) -> int:
-        """Tokens of the sequence so far."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        """Tokens the layer can follow."""
-        return self.context
-
     @property
-    def kept_nbytes(self) -> int:
-        """Bytes of the tokens kept."""
-        kept = self.seen - self.start
-        return (self.key_buffer.nbytes + self.value_buffer.nbytes) * kept // self.key_buffer.capacity
-
-    def rewind(self, length: int) -> bool:
-        """Forget all tokens from ``length`` on; False if tokens before ``length`` are no longer kept."""
-        if length < self.start:
-            return False
-        self.seen = length
-        return True
-
-    def reset(self) -> None:
-        """Forget everything; the buffers stay."""
-        self.seen = self.start = 0
+    def token_nbytes(self) -> int:
+        """See CachedLayer."""
+        return (self.key_buffer.nbytes + self.value_buffer.nbytes) // self.key_buffer.capacity
 
 
-class KVCache(Cache):
-    """The KV cache of one sequence over all layers of a model."""
+class SequenceCache(Cache):
+    """The KV cache of one sequence over all layers of a model, which are ``kept``; ``limit`` is what the model was made
+    for, 0 if that is not known."""
 
-    def __init__(self, shape: ModelShape, context: int, storage: Storage) -> None:
-        chunk = shape.attention_chunk_size
-        self.kept = [
-            KVLayer(context, chunk if layer in shape.chunked_layers else 0, storage)
-            for layer in range(shape.num_layers)
-        ]
-        super().__init__(layers=list(self.kept))
-        self.context, self.limit = context, shape.max_position_embeddings
+    def __init__(self, kept: Sequence[CachedLayer], context: int, limit: int) -> None:
+        super().__init__(layers=list(kept))
+        self.kept, self.context, self.limit = kept, context, limit
 
     def remedy(self, needed: int, wanted: int) -> str:
         """What to do where ``needed`` tokens, at best ``wanted``, do not fit: nothing beyond what the model reads."""
@@ -219,7 +209,20 @@ class KVCache(Cache):
         """Bytes that one decode step reads of what is kept."""
         return sum(layer.kept_nbytes for layer in self.kept)
 
+
+class KVCache(SequenceCache):
+    """The one sequence of a model that keeps its keys and values in one piece."""
+
+    def __init__(self, shape: ModelShape, context: int, storage: Storage) -> None:
+        chunk = shape.attention_chunk_size
+        layers = [
+            KVLayer(context, chunk if layer in shape.chunked_layers else 0, storage)
+            for layer in range(shape.num_layers)
+        ]
+        super().__init__(layers, context, shape.max_position_embeddings)
+        self.pieces = layers
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in self.kept)
+        return sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in self.pieces)

@@ -17,6 +17,7 @@ from quant.errors import InputError
 from quant.model.families import Role
 from quant.model.shape import ModelShape
 from quant.scheme import BF16, Scheme
+from quant.sizes import KV_PAGE_TOKENS
 
 # What allocators, threads and the reader keep.
 SLACK = 48 * MIB
@@ -75,13 +76,17 @@ class Footprint:
 
     @property
     def kv_cache(self) -> int:
-        """Bytes of the KV cache at the full context."""
-        return self.kv_at(self.context)
+        """Bytes of the KV cache at the full context, in whole pages."""
+        per_page = KV_PAGE_TOKENS * 2 * self.shape.num_kv_heads * self.shape.head_dim
+        return int(self.shape.kv_pages(self.context) * per_page * self._kv_bytes_per_value)
 
     def kv_at(self, tokens: int) -> int:
         """Bytes of the KV cache once ``tokens`` are in it; int8 keeps one f32 scale per token and head."""
-        per_value = self.kv_bits / 8 + (4 / self.shape.head_dim if self.kv_bits == 8 else 0)
-        return self.shape.kv_nbytes(tokens, per_value)
+        return self.shape.kv_nbytes(tokens, self._kv_bytes_per_value)
+
+    @property
+    def _kv_bytes_per_value(self) -> float:
+        return self.kv_bits / 8 + (4 / self.shape.head_dim if self.kv_bits == 8 else 0)
 
     def scratch(self, chunk: int, *, on_gpu: bool) -> int:
         """Bytes of activations while ``chunk`` tokens run beside a full cache; f32 on the CPU, bf16 on a GPU.

@@ -22,7 +22,7 @@ from offload.experts.cache.expert_cache import Counters, ExpertCache
 from offload.experts.cache.oom import retry_with_less_vram
 from offload.hardware.ledger import resident_bytes
 from offload.hardware.vram_limit import VramMeter
-from offload.model.kv_cache import KVCache
+from offload.model.kv_cache import SequenceCache
 from offload.model.tokenizer import check_ids
 from offload.records import Finish, Sampling, TokenRecord
 from offload.run.grammar import Grammars
@@ -47,7 +47,7 @@ class Generator:
         self,
         decoder: Decoder,
         tokenizer: Any,
-        cache: KVCache,
+        cache: SequenceCache,
         experts: ExpertCache,
         *,
         dense_bytes: int,

@@ -24,6 +24,7 @@ from offload.hardware.vram_limit import Allowance, VramMeter
 from offload.model.kv_cache import KVCache, Storage
 from offload.model.load import check_rope, load_model, move_to_arena, text_config
 from offload.model.moe import ExpertRunner
+from offload.model.paged_cache import PagePool
 from offload.model.tokenizer import encode, encode_chat, load_tokenizer, text_files
 from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
 from offload.records import RunOptions, Sampling, TokenRecord
@@ -95,7 +96,9 @@ class Session:
         self._dense: Arena | None = None
         if device.type == "cpu" and not isinstance(self.experts, MappedCache):
             self._dense = move_to_arena(self.model, loading)
-        kv = KVCache(self.shape, self.context, _KV_STORAGE[self.plan.kv_bits])
+        storage = _KV_STORAGE[self.plan.kv_bits]
+        self.kv_pool = PagePool(self.shape, self.context, storage, device, dtype)
+        kv = KVCache(self.shape, self.context, storage)
         self.decoder, notes = select_decoder(
             self.model, self.plan, self.experts, kv, self.routing, compute, device, graph=self.options.graph
         )
@@ -111,7 +114,7 @@ class Session:
         self.generator = Generator(
             self.decoder,
             self.tokenizer,
-            kv,
+            self.kv_pool.sequence() if self.decoder.bound is None else self.decoder.bound,
             self.experts,
             dense_bytes=self._enter_dense(),
             prompt_chunk=self.plan.prompt_chunk,
@@ -202,7 +205,7 @@ class Session:
             nbytes = self.checkpoint.entries[key].nbytes
             self.ledger.add("ram" if name.role == "embeddings" else home, name.role, nbytes)
             read += 0 if name.role == "embeddings" and not self.shape.tie_word_embeddings else nbytes
-        self.ledger.add(home, "kv_cache", self.shape.kv_nbytes(self.context, 4 if self.options.exact else 2))
+        self.ledger.add(home, "kv_cache", self.kv_pool.nbytes)
         return read
 
     def _eos(self) -> frozenset[int]:

@@ -3,11 +3,12 @@
 Legend: T tokens, H hidden, h query heads, g KV heads, d head_dim.
 
 Families differ in a handful of switches, all of ``AttentionShape``. Positions count from the start of the
-sequence; the caller owns the KV buffers and says which position their first row holds.
+sequence; the caller owns the pages of keys and values and says which of them the sequence's tokens are in.
 """
 
 import ctypes
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from quant.errors import SchemeError
 from quant.kernels.library import F32, I32, I64, Pointer, addresses, call, fields
 from quant.kernels.rows import float_rows, output_rows
 from quant.kernels.weight import CWeight, Weight
+from quant.sizes import KV_PAGE_TOKENS as PAGE_TOKENS
 
 RopeKind = Literal["none", "interleaved", "halves"]
 QkNorm = Literal["none", "per_head", "full_width"]
@@ -61,16 +63,56 @@ class AttentionShape:
             )
 
 
+class CKvPool(ctypes.Structure):
+    """``coldstream::KvPool`` of kernels.h."""
+
+    _fields_ = fields((Pointer, "keys values key_scale value_scale"), (I32, "storage"))
+
+
 @dataclass(frozen=True)
-class KvBuffers:
-    """Keys and values of one layer, ``[g, capacity, d]`` f32, bf16 or int8 (then with f32 scales
-    ``[g, capacity, 1]``); row 0 is the token at ``first_position``."""
+class KvPages:
+    """Keys and values in pages ``[P, g, PAGE_TOKENS, d]``, f32, bf16 or int8 (then with f32 scales
+    ``[P, g, PAGE_TOKENS]``). A page holds what one layer keeps of PAGE_TOKENS tokens of a sequence; entry i of a
+    table int32 names the page of tokens i · PAGE_TOKENS and after.
+
+    Raises SchemeError for tensors that do not fit together.
+    """
 
     keys: Tensor
     values: Tensor
-    first_position: int = 0
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        keys, values, scales = self.keys, self.values, (self.key_scale, self.value_scale)
+        if keys.shape != values.shape or keys.dim() != 4 or keys.shape[2] != PAGE_TOKENS:
+            raise SchemeError(f"KV pages {tuple(keys.shape)}: expected [P, g, {PAGE_TOKENS}, d], keys and values alike")
+        if keys.dtype != values.dtype or keys.dtype not in _STORAGES:
+            raise SchemeError(f"KV pages in {keys.dtype} and {values.dtype}: expected f32, bf16 or int8")
+        if keys.dtype == torch.int8 and any(s is None or s.shape != keys.shape[:3] for s in scales):
+            raise SchemeError("int8 KV pages need f32 scales, one per head and token")
+        if any(t is not None and not t.is_contiguous() for t in (keys, values, *scales)):
+            raise SchemeError("KV pages must be contiguous")
+
+    @classmethod
+    def allocate(cls, pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> "KvPages":
+        """``pages`` pages; memory that no token has reached costs nothing on a CPU."""
+        shape = (pages, kv_heads, PAGE_TOKENS)
+        keys, values = (torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in range(2))
+        if dtype != torch.int8:
+            return cls(keys, values)
+        return cls(keys, values, *(torch.empty(shape, device=device) for _ in range(2)))
+
+    @cached_property
+    def native(self) -> CKvPool:
+        """The pages for native calls."""
+        tensors = addresses(**{name: getattr(self, name) for name in ("keys", "values", "key_scale", "value_scale")})
+        return CKvPool(**tensors, storage=_STORAGES[self.keys.dtype])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(t.nbytes for t in (self.keys, self.values, self.key_scale, self.value_scale) if t is not None)
 
 
 class CAttention(ctypes.Structure):
@@ -85,14 +127,6 @@ class CAttention(ctypes.Structure):
         (I64, "chunk window"),
         (CWeight, "q k v o"),
         (Pointer, "q_bias k_bias v_bias o_bias"),
-    )
-
-
-class CKvCache(ctypes.Structure):
-    """``coldstream::KvCache`` of kernels.h."""
-
-    _fields_ = fields(
-        (Pointer, "keys values key_scale value_scale"), (I64, "head_stride capacity first_position"), (I32, "storage")
     )
 
 
@@ -139,17 +173,19 @@ class Attention:
         self,
         x: Tensor,
         position: int,
-        cache: KvBuffers,
+        pages: KvPages,
+        table: Tensor,
         cosine: Tensor | None = None,
         sine: Tensor | None = None,
         *,
         exact: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
-        """x ``[T, H]`` at positions ``position`` … → f32 ``[T, H]``; appends T rows to the KV buffers.
+        """x ``[T, H]`` at positions ``position`` … → f32 ``[T, H]``; keys and values go to the
+        pages that ``table`` int32 names, which hold those of the tokens before.
 
         ``cosine`` and ``sine`` f32 ``[T, r/2]`` are RoPE's factors for these positions; the first r channels
-        of a head are rotated. Raises SchemeError if the buffers have no room or something does not fit.
+        of a head are rotated. Raises SchemeError if a page is missing or something does not fit.
         """
         x = float_rows(x, self.hidden, "x")
         tokens = x.shape[0]
@@ -164,28 +200,39 @@ class Attention:
                 raise SchemeError(f"RoPE rotates {rotary} of {self.shape.head_dim} channels")
         self.native.rope_dim = rotary
         angles = (cosine, sine) if rotary else (None, None)
-        rows = self.rows(cache, position, tokens)
-        call("attention", self.native, x, x.stride(0), tokens, position, *angles, rows, out, out.stride(0), exact)
+        table = self.check_pages(pages, table, position, tokens)
+        call(
+            "attention",
+            self.native,
+            x,
+            x.stride(0),
+            tokens,
+            position,
+            *angles,
+            pages.native,
+            table,
+            out,
+            out.stride(0),
+            exact,
+        )
         return out
 
-    def rows(self, cache: KvBuffers, position: int, tokens: int) -> CKvCache:
-        """``cache`` for the native call; raises SchemeError if it has no place for ``tokens`` at ``position``."""
-        keys, values, shape = cache.keys, cache.values, self.shape
-        first, capacity = cache.first_position, keys.shape[1]
-        if keys.shape != values.shape or keys.shape[0] != shape.kv_heads or keys.shape[2] != shape.head_dim:
-            raise SchemeError(f"KV buffers {tuple(keys.shape)}: expected [{shape.kv_heads}, …, {shape.head_dim}]")
-        if not first <= position <= first + capacity - tokens:
+    def check_pages(self, pages: KvPages, table: Tensor, position: int, tokens: int) -> Tensor:
+        """``table`` for native calls. Raises SchemeError if it names no page for one of ``tokens`` at ``position``,
+        or for what they look at."""
+        shape = self.shape
+        if (pages.keys.shape[1], pages.keys.shape[3]) != (shape.kv_heads, shape.head_dim):
             raise SchemeError(
-                f"tokens {position} to {position + tokens - 1} have no place in KV buffers for {first} to "
-                f"{first + capacity - 1}"
+                f"KV pages {tuple(pages.keys.shape)}: expected [P, {shape.kv_heads}, {PAGE_TOKENS}, {shape.head_dim}]"
             )
-        scales = [cache.key_scale, cache.value_scale]
-        if keys.dtype != values.dtype or keys.dtype not in _STORAGES:
-            raise SchemeError(f"KV buffers in {keys.dtype} and {values.dtype}: expected f32, bf16 or int8")
-        if keys.dtype == torch.int8 and any(s is None or s.numel() != keys.shape[0] * capacity for s in scales):
-            raise SchemeError("int8 KV buffers need f32 scales, one per head and row")
-        if any(t is not None and not t.is_contiguous() for t in (keys, values, *scales)):
-            raise SchemeError("KV buffers must be contiguous")
-        tensors = addresses(keys=keys, values=values, key_scale=cache.key_scale, value_scale=cache.value_scale)
-        numbers = {"head_stride": capacity * shape.head_dim, "capacity": capacity, "first_position": first}
-        return CKvCache(**tensors, **numbers, storage=_STORAGES[keys.dtype])
+        first = position // shape.chunk * shape.chunk if shape.chunk else 0
+        if shape.window:
+            first = max(first, position - shape.window + 1)
+        used = table[first // PAGE_TOKENS : -(-(position + tokens) // PAGE_TOKENS)].tolist()
+        if len(used) * PAGE_TOKENS < position + tokens - first // PAGE_TOKENS * PAGE_TOKENS or not all(
+            0 <= page < len(pages.keys) for page in used
+        ):
+            raise SchemeError(
+                f"tokens {position} to {position + tokens - 1} have no place in {len(pages.keys)} KV pages"
+            )
+        return table if table.dtype == torch.int32 and table.is_contiguous() else table.int().contiguous()

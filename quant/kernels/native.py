@@ -5,7 +5,7 @@ the interpreter lock during a call; two calls at once wait for each other.
 """
 
 from quant.errors import MachineError
-from quant.kernels.attention import Attention, AttentionShape, KvBuffers
+from quant.kernels.attention import Attention, AttentionShape, KvPages
 from quant.kernels.library import F64, I32, I64, call, choose_isa, counted, library, usable_isas
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, MoeResult, mlp
 from quant.kernels.product import linear
@@ -16,7 +16,7 @@ __all__ = [
     "AttentionShape",
     "GatedMlp",
     "Job",
-    "KvBuffers",
+    "KvPages",
     "MoeBlock",
     "MoeResult",
     "Weight",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
-from quant.kernels.attention import Attention, CAttention, CKvCache, KvBuffers
+from quant.kernels.attention import Attention, CAttention, CKvPool, KvPages
 from quant.kernels.library import F32, F64, I32, I64, Pointer, addresses, call, fields
 from quant.kernels.lookahead import DEPTH, CLookahead, Lookahead
 from quant.kernels.moe import CMoeBlock, CRouting, GatedMlp, MoeBlock
@@ -34,7 +34,6 @@ class _CLayer(ctypes.Structure):
     _fields_ = fields(
         (ctypes.POINTER(CAttention), "attention"),
         (ctypes.POINTER(CMoeBlock), "moe"),
-        (CKvCache, "cache"),
         (CRouting, "routing"),
         (I64, "moe_index"),
     )
@@ -43,7 +42,9 @@ class _CLayer(ctypes.Structure):
 class _CRun(ctypes.Structure):
     _fields_ = fields(
         (Pointer, "x cosine sine"),
-        (I64, "position count layer"),
+        (ctypes.POINTER(CKvPool), "pool"),
+        (Pointer, "pages"),
+        (I64, "blocks position count layer"),
         (I32, "stage exact reason wanted_count"),
         (Pointer, "wanted layer_of"),
         (ctypes.POINTER(CLookahead), "lookahead"),
@@ -140,7 +141,6 @@ class Stack:
             found = {name: getattr(self, name)[index] for name in ("normed", "logits", "chosen", "weights")}
             layer.routing = CRouting(**addresses(**found))
             layer.moe_index = moe_layers.index(index) if index in moe_layers else -1
-        self._kept: list[KvBuffers] = []
         self.token_logits: Tensor | None = None
         if head is not None:
             self.head, self._norm, self._normed = head, head.norm.float().contiguous(), torch.empty(hidden)
@@ -148,23 +148,25 @@ class Stack:
             self._run.norm, self._run.eps, self._run.head = (self._norm.data_ptr(), head.eps, head.weight.native)
             self._run.normed, self._run.logits = self._normed.data_ptr(), self.token_logits.data_ptr()
 
-    def attach(self, caches: Sequence[KvBuffers], position: int) -> None:
-        """Use these KV buffers, one per layer, for the token at ``position``. Raises SchemeError if one is
-        full."""
-        self._kept = list(caches)
-        for layer, attention, cache in zip(self._layers, self.attentions, caches, strict=True):
-            layer.cache = attention.rows(cache, position, 1)
-
-    def move(self, layer: int, first_position: int) -> None:
-        """Row 0 of ``layer``'s buffers now holds the token at ``first_position``."""
-        self._layers[layer].cache.first_position = first_position
-
     def begin(
-        self, x: Tensor, position: int, cosine: Tensor, sine: Tensor, exact: bool, lookahead: Lookahead | None = None
+        self,
+        x: Tensor,
+        position: int,
+        pages: KvPages,
+        tables: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        exact: bool,
+        lookahead: Lookahead | None = None,
     ) -> None:
-        """Start a token: x f32 ``[H]`` (contiguous) is worked on in place; cosine and sine f32 ``[r/2]``."""
+        """Start a token: x f32 ``[H]`` (contiguous) is worked on in place; cosine and sine f32 ``[r/2]``.
+
+        ``tables`` int32 ``[layers, blocks]`` name for each layer the sequence's ``pages``, that of the new token
+        among them.
+        """
         run = self._run
-        self._held = (x, cosine, sine)
+        self._held = (x, cosine, sine, pages, tables)
+        run.pool, run.pages, run.blocks = ctypes.pointer(pages.native), tables.data_ptr(), tables.shape[1]
         run.x, run.cosine, run.sine = x.data_ptr(), cosine.data_ptr(), sine.data_ptr()
         run.position, run.layer, run.exact = position, 0, int(exact)
         run.stage = _LAYER if lookahead is None else _TOKEN

@@ -22,6 +22,7 @@ from quant.model.text_config import (
     VisionConfig,
 )
 from quant.scheme import BF16, Scheme
+from quant.sizes import KV_PAGE_TOKENS
 
 _CONTEXT = 4096
 
@@ -115,6 +116,14 @@ class ModelShape:
         for layer in range(self.num_layers):
             chunked = layer in self.chunked_layers
             yield layer, min(context, self.attention_chunk_size) if chunked else context
+
+    def kv_pages(self, context: int) -> int:
+        """Pages that the KV cache of ``context`` tokens takes: a chunk that begins within one needs one more."""
+        pages = 0
+        for _, tokens in self.kv_layers(context):
+            astride = tokens < context and self.attention_chunk_size % KV_PAGE_TOKENS > 0
+            pages += min(-(-tokens // KV_PAGE_TOKENS) + astride, -(-context // KV_PAGE_TOKENS))
+        return pages
 
     def kv_nbytes(self, context: int, bytes_per_value: float = 2) -> int:
         """Bytes of the KV cache for ``context`` tokens of one sequence."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import native
-from quant.kernels.native import Attention, AttentionShape, GatedMlp, KvBuffers, MoeBlock, Weight
+from quant.kernels.native import Attention, AttentionShape, GatedMlp, KvPages, MoeBlock, Weight
 from quant.kernels.quantize import quantize_pack
 from quant.scheme import Kind
 
@@ -117,7 +117,8 @@ def decode_layers(rounds: int, context: int = 512, layers: int = 8) -> dict[str,
         pair = (weights.take("int4", INNER, HIDDEN), weights.take("int4", INNER, HIDDEN))
         return GatedMlp(*pair, weights.take("int4", HIDDEN, INNER))
 
-    blocks: list[tuple[Attention, KvBuffers, MoeBlock]] = []
+    blocks: list[tuple[Attention, KvPages, MoeBlock]] = []
+    table = torch.arange(-(-(context + 1) // 128), dtype=torch.int32)
     for _ in range(layers):
         shape = AttentionShape(16, 4, 128, "interleaved", l2_norm=True)
         q, k, v, o = (weights.take("int4", n, 2048) for n in (2048, 512, 512, HIDDEN))
@@ -127,8 +128,8 @@ def decode_layers(rounds: int, context: int = 512, layers: int = 8) -> dict[str,
         experts = [expert(), expert()]
         for e in range(EXPERTS):
             moe.set_expert(e, experts[e % 2])
-        keys, values = (torch.randn(4, context + 1, 128).bfloat16() for _ in range(2))
-        blocks.append((attention, KvBuffers(keys, values), moe))
+        keys, values = (torch.randn(len(table), 4, 128, 128).bfloat16() for _ in range(2))
+        blocks.append((attention, KvPages(keys, values), moe))
     one = bytes_of(weights.take("int4", INNER, HIDDEN))
     attended = 2 * (2048 * HIDDEN + 512 * HIDDEN) * 66 // 128
     angles = torch.randn(1, 64), torch.randn(1, 64)
@@ -136,7 +137,7 @@ def decode_layers(rounds: int, context: int = 512, layers: int = 8) -> dict[str,
     def step() -> None:
         x = torch.randn(1, HIDDEN)
         for attention, cache, moe in blocks:
-            result = moe.run(attention.run(x, context, cache, *angles))
+            result = moe.run(attention.run(x, context, cache, table, *angles))
             assert result.out is not None
             x = result.out
 

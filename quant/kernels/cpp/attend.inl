@@ -2,35 +2,50 @@
 // values (the online softmax). Both products are the dense tile: keys transposed so that a lane is a key, values
 // as they lie so that a lane is a channel.
 
-constexpr int kKeyBlock = 128;
+constexpr int kKeyBlock = kPageTokens;
 
-static void widen_cached(const KvCache& cache, bool values, int64_t head, int64_t row, int64_t width, float* to) {
-  const int64_t element = head * cache.head_stride + row * width;
-  const void* from = values ? cache.values : cache.keys;
-  const int64_t size = cache.storage == kCacheF32 ? 4 : cache.storage == kCacheBf16 ? 2 : 1;
-  for (int64_t byte = 0; byte < width * size; byte += 64)  // the same row of the next block
-    __builtin_prefetch(static_cast<const char*>(from) + (element + kKeyBlock * width) * size + byte);
-  if (cache.storage == kCacheF32) {
-    __builtin_memcpy(to, static_cast<const float*>(from) + element, size_t(width) * 4);
-  } else if (cache.storage == kCacheBf16) {
-    widen_run(from, kSourceBf16, element, int(width), to);
+// One head's keys or values of one page. `next` is the page after it, or the same again.
+struct CachedPage {
+  const char *rows, *next;
+  const float* scale;
+  int32_t storage;
+};
+
+static CachedPage cached_page(const AttendTask& a, bool values, int64_t block) {
+  const KvPool& pool = *a.pool;
+  const int64_t size = pool.storage == kCacheF32 ? 4 : pool.storage == kCacheBf16 ? 2 : 1;
+  const int64_t next = (block + 1) * kPageTokens < a.last ? block + 1 : block;
+  const char* base = static_cast<const char*>(values ? pool.values : pool.keys);
+  auto head = [&](int64_t which) { return (int64_t(a.pages[which]) * a.kv_heads + a.kv_head) * kPageTokens; };
+  const float* scales = values ? pool.value_scale : pool.key_scale;
+  return {base + head(block) * a.head_dim * size, base + head(next) * a.head_dim * size,
+          scales ? scales + head(block) : nullptr, pool.storage};
+}
+
+static void widen_cached(const CachedPage& page, int64_t row, int64_t width, float* to) {
+  const int64_t size = page.storage == kCacheF32 ? 4 : page.storage == kCacheBf16 ? 2 : 1;
+  for (int64_t byte = 0; byte < width * size; byte += 64) __builtin_prefetch(page.next + row * width * size + byte);
+  if (page.storage == kCacheF32) {
+    __builtin_memcpy(to, page.rows + row * width * 4, size_t(width) * 4);
+  } else if (page.storage == kCacheBf16) {
+    widen_run(page.rows, kSourceBf16, row * width, int(width), to);
   } else {
-    const float* scales = values ? cache.value_scale : cache.key_scale;
-    const float scale = scales[head * cache.capacity + row];
-    const int8_t* bytes = static_cast<const int8_t*>(from) + element;
+    const int8_t* bytes = reinterpret_cast<const int8_t*>(page.rows) + row * width;
+    const float scale = page.scale[row];
     for (int64_t i = 0; i < width; ++i) to[i] = float(bytes[i]) * scale;
   }
 }
 
-// scores[r][key] for keys [first, first + count) of the cache.
-static void score_block(const AttendTask& a, int64_t first, int count, float* scores, float (*panel)[kPanelRows]) {
+// scores[r][key] for the first `count` keys of a page.
+static void score_block(const AttendTask& a, const CachedPage& page, int count, float* scores,
+                        float (*panel)[kPanelRows]) {
   const int64_t width = a.head_dim, padded = round_up(width, kLanes);
   alignas(64) float rows[kLanes][256];
   for (int start = 0; start < count; start += kPanelRows) {
     for (int v = 0; v < kVectors; ++v) {
       for (int i = 0; i < kLanes; ++i) {
         const int key = start + v * kLanes + i;
-        if (key < count) widen_cached(*a.cache, false, a.kv_head, first + key, width, rows[i]);
+        if (key < count) widen_cached(page, key, width, rows[i]);
         else __builtin_memset(rows[i], 0, size_t(width) * 4);
         for (int64_t d = width; d < padded; ++d) rows[i][d] = 0.0f;
       }
@@ -84,17 +99,19 @@ static void attend(const AttendTask& a) {
   }
   __builtin_memset(a.out, 0, size_t(a.rows * width) * 4);
   if (width % kPanelRows) __builtin_memset(values, 0, sizeof values);
-  for (int64_t first = a.first; first < a.last; first += kKeyBlock) {
+  for (int64_t block = a.first / kKeyBlock; block * kKeyBlock < a.last; ++block) {
+    const int64_t first = block * kKeyBlock;
     const int count = int(a.last - first < kKeyBlock ? a.last - first : kKeyBlock);
-    score_block(a, first, count, scores[0], panel);
+    score_block(a, cached_page(a, false, block), count, scores[0], panel);
     for (int r = 0; r < a.rows; ++r) weigh_row(a, r, first, count, scores[r]);
+    const CachedPage page = cached_page(a, true, block);
     const float* from = values[0];
     int64_t stride = 256;
-    if (a.cache->storage == kCacheF32 && width % kPanelRows == 0) {
-      from = static_cast<const float*>(a.cache->values) + a.kv_head * a.cache->head_stride + first * width;
+    if (page.storage == kCacheF32 && width % kPanelRows == 0) {
+      from = reinterpret_cast<const float*>(page.rows);
       stride = width;
     } else {
-      for (int key = 0; key < count; ++key) widen_cached(*a.cache, true, a.kv_head, first + key, width, values[key]);
+      for (int key = 0; key < count; ++key) widen_cached(page, key, width, values[key]);
     }
     for (int64_t d = 0; d < width; d += kPanelRows) {
       const int here = int(width - d < kPanelRows ? width - d : kPanelRows);

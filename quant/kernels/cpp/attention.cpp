@@ -7,10 +7,13 @@
 namespace coldstream {
 namespace {
 
+constexpr int64_t kRunTokens = 512;  // keys of one run: its sums are merged with others' in order, whoever made them
+
 struct Step {
   const AttentionBlock& block;
-  const KvCache& cache;
-  int64_t tokens, position;
+  const KvPool& pool;
+  const KvSegment* segments;
+  int64_t count, tokens;       // segments, and rows of all of them
   const float *cosine, *sine;  // [T, rope_dim / 2]
   float *q, *k, *v;            // [T, heads * head_dim] and [T, kv_heads * head_dim]
 };
@@ -32,7 +35,8 @@ void rotate(float* head, const float* cosine, const float* sine, int rope, int w
 }
 
 // Norms, RoPE and temperature of one token's q or k, in place.
-void finish_heads(const Step& step, int64_t t, float* row, int heads, const float* weight, bool query) {
+void finish_heads(const Step& step, int64_t t, int64_t position, float* row, int heads, const float* weight,
+                  bool query) {
   const AttentionBlock& b = step.block;
   const Kernels& table = kernels();
   const int64_t width = b.head_dim;
@@ -41,8 +45,8 @@ void finish_heads(const Step& step, int64_t t, float* row, int heads, const floa
   if (query) {
     factor = b.scaling;
     if (b.temperature_floor > 0) {
-      const float position = float(step.position + t);
-      factor *= std::log1p(std::floor((position + 1.0f) / b.temperature_floor)) * b.temperature_scale + 1.0f;
+      const float seen = float(position) + 1.0f;
+      factor *= std::log1p(std::floor(seen / b.temperature_floor)) * b.temperature_scale + 1.0f;
     }
   }
   for (int h = 0; h < heads; ++h) {
@@ -65,13 +69,13 @@ uint16_t to_bf16(float value) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-void store_head(const KvCache& cache, bool values, int64_t head, int64_t row, const float* from, int64_t width) {
-  void* base = values ? cache.values : cache.keys;
-  const int64_t element = head * cache.head_stride + row * width;
-  if (cache.storage == kCacheF32) {
-    std::memcpy(static_cast<float*>(base) + element, from, size_t(width) * 4);
-  } else if (cache.storage == kCacheBf16) {
-    uint16_t* to = static_cast<uint16_t*>(base) + element;
+// One head of a token's keys or values, into `row`, counted over all pages and heads.
+void store_head(const KvPool& pool, bool values, int64_t row, const float* from, int64_t width) {
+  void* base = values ? pool.values : pool.keys;
+  if (pool.storage == kCacheF32) {
+    std::memcpy(static_cast<float*>(base) + row * width, from, size_t(width) * 4);
+  } else if (pool.storage == kCacheBf16) {
+    uint16_t* to = static_cast<uint16_t*>(base) + row * width;
     for (int64_t i = 0; i < width; ++i) to[i] = to_bf16(from[i]);
   } else {
     float absmax = 1e-12f;
@@ -81,101 +85,177 @@ void store_head(const KvCache& cache, bool values, int64_t head, int64_t row, co
       finite &= std::isfinite(from[i]);
     }
     const float scale = absmax / 127.0f;
-    int8_t* to = static_cast<int8_t*>(base) + element;
+    int8_t* to = static_cast<int8_t*>(base) + row * width;
     for (int64_t i = 0; i < width; ++i) to[i] = finite ? int8_t(std::nearbyint(from[i] / scale)) : int8_t(1);
-    float* scales = values ? cache.value_scale : cache.key_scale;
-    scales[head * cache.capacity + row] = finite ? scale : NAN;
+    (values ? pool.value_scale : pool.key_scale)[row] = finite ? scale : NAN;
   }
 }
 
-void finish_token(const Step& step, int64_t t) {
+// `t` counts the rows of all segments.
+void finish_token(const Step& step, const KvSegment& segment, int64_t t, int64_t position) {
   const AttentionBlock& b = step.block;
-  const int64_t width = b.head_dim, row = step.position + t - step.cache.first_position;
+  const int64_t width = b.head_dim, page = segment.pages[position / kPageTokens];
   float* k = step.k + t * b.kv_heads * width;
-  finish_heads(step, t, step.q + t * b.heads * width, b.heads, b.q_norm, true);
-  finish_heads(step, t, k, b.kv_heads, b.k_norm, false);
+  finish_heads(step, t, position, step.q + t * b.heads * width, b.heads, b.q_norm, true);
+  finish_heads(step, t, position, k, b.kv_heads, b.k_norm, false);
   for (int h = 0; h < b.kv_heads; ++h) {
-    store_head(step.cache, false, h, row, k + h * width, width);
-    store_head(step.cache, true, h, row, step.v + (t * b.kv_heads + h) * width, width);
+    const int64_t row = (page * b.kv_heads + h) * kPageTokens + position % kPageTokens;
+    store_head(step.pool, false, row, k + h * width, width);
+    store_head(step.pool, true, row, step.v + (t * b.kv_heads + h) * width, width);
   }
 }
 
-// softmax(q kᵀ) v into `out` [T, heads * head_dim]: tasks of a KV head, a few tokens and a run of keys.
-void attend_all(const Step& step, float* out, Scratch& scratch) {
-  const AttentionBlock& b = step.block;
-  const Kernels& table = kernels();
-  const int64_t width = b.head_dim, group = b.heads / b.kv_heads, wide = std::min<int64_t>(group, kAttendRows);
-  const int64_t token_step = kAttendRows / wide, token_blocks = (step.tokens + token_step - 1) / token_step;
-  const int64_t slices = (group + wide - 1) / wide;  // of a group with more heads than one task has rows
-  const int64_t units = token_blocks * b.kv_heads * slices;
-  const int64_t keys = step.position + step.tokens - step.cache.first_position;
-  const int64_t runs = std::clamp<int64_t>(4 * thread_count() / units, 1, (keys + 255) / 256);
-  const int64_t run = round_up((keys + runs - 1) / runs, 128);
+// Sums of some rows over some keys.
+struct Part {
+  float *out, *top, *total;  // [rows, head_dim], [rows], [rows]
+};
 
-  struct Part {
-    float *q, *out, *top, *total;
-  };
-  const int64_t tasks = units * runs, part_floats = kAttendRows * (2 * width + 2);
-  float* buffers = scratch.take<float>(tasks * part_floats);
-  auto part_of = [&](int64_t task) {
-    float* base = buffers + task * part_floats;
-    float* after = base + 2 * kAttendRows * width;
-    return Part{base, base + kAttendRows * width, after, after + kAttendRows};
-  };
-  auto head_row = [&](int64_t unit, int64_t r, float* base) {
-    const int64_t slice = unit % slices, head = unit / slices % b.kv_heads, block = unit / slices / b.kv_heads;
-    const int64_t t = block * token_step + r / wide, h = head * group + slice * wide + r % wide;
-    return base + (t * b.heads + h) * width;
-  };
-  auto rows_of = [&](int64_t unit) {
-    const int64_t slice = unit % slices, block = unit / slices / b.kv_heads;
-    const int64_t last_heads = std::min(wide, group - slice * wide);
-    return std::pair(std::min(token_step, step.tokens - block * token_step), last_heads);
-  };
-  parallel(tasks, [&](int64_t task, int) {
-    const int64_t unit = task / runs, head = unit / slices % b.kv_heads, block = unit / slices / b.kv_heads;
-    const auto [tokens, heads] = rows_of(unit);
-    const Part part = part_of(task);
-    int64_t from[kAttendRows], to[kAttendRows];
-    int rows = 0;
-    int64_t lowest = keys, highest = 0;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t position = step.position + block * token_step + t;
-      int64_t start = step.cache.first_position;
-      if (b.chunk) start = std::max(start, position / b.chunk * b.chunk);
-      if (b.window) start = std::max(start, position - b.window + 1);
-      for (int64_t h = 0; h < heads; ++h, ++rows) {
-        from[rows] = start - step.cache.first_position;
-        to[rows] = position + 1 - step.cache.first_position;
-        std::memcpy(part.q + rows * width, head_row(unit, t * wide + h, step.q), size_t(width) * 4);
-      }
-      lowest = std::min(lowest, from[rows - 1]);
-      highest = std::max(highest, to[rows - 1]);
+// `more` is of keys after those of `sum`. Runs are always merged so, one after the other from the first: a row's result
+// depends neither on how many threads there are nor on what they do beside it.
+void merge(const Part& sum, const Part& more, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (more.top[r] == -INFINITY) continue;
+    float *to = sum.out + r * width, *from = more.out + r * width;
+    if (sum.top[r] == -INFINITY) {
+      std::memcpy(to, from, size_t(width) * 4);
+      sum.top[r] = more.top[r];
+      sum.total[r] = more.total[r];
+      continue;
     }
-    const int64_t first = std::max(task % runs * run, lowest), last = std::min((task % runs + 1) * run, highest);
-    table.attend({&step.cache, part.q, from, to, head, width, first, last, rows, part.out, part.top, part.total});
+    const float top = std::max(sum.top[r], more.top[r]);
+    const float before = std::exp(sum.top[r] - top), after = std::exp(more.top[r] - top);
+    for (int64_t i = 0; i < width; ++i) to[i] = to[i] * before + from[i] * after;
+    sum.top[r] = top;
+    sum.total[r] = sum.total[r] * before + more.total[r] * after;
+  }
+}
+
+// Query rows that look at the keys of one KV head together: some tokens of a segment, some heads of the group.
+struct Unit {
+  const KvSegment* segment;
+  int64_t row, token, tokens;     // the first token's row in q, its place in the segment, how many
+  int64_t kv_head, head, heads;   // the first query head, how many
+  int64_t first_run, runs, part;  // of the keys they see; where the sums of the first run are
+
+  int64_t rows() const { return tokens * heads; }
+};
+
+class Units {
+ public:
+  explicit Units(const Step& step) : step_(step) {
+    const AttentionBlock& b = step.block;
+    const int64_t group = b.heads / b.kv_heads, wide = std::min<int64_t>(group, kAttendRows);
+    const int64_t most = kAttendRows / wide;
+    int64_t row = 0;
+    for (int64_t i = 0; i < step.count; row += step.segments[i++].tokens) {
+      const KvSegment& segment = step.segments[i];
+      for (int64_t token = 0; token < segment.tokens; token += most) {
+        const int64_t tokens = std::min(most, segment.tokens - token), position = segment.position + token;
+        const int64_t first = sees_from(position) / kRunTokens, last = (position + tokens - 1) / kRunTokens;
+        for (int64_t kv_head = 0; kv_head < b.kv_heads; ++kv_head)
+          for (int64_t head = 0; head < group; head += wide) {
+            units.push_back({&segment, row + token, token, tokens, kv_head, kv_head * group + head,
+                             std::min(wide, group - head), first, last - first + 1, runs});
+            runs += last - first + 1;
+            rows = std::max(rows, tokens * wide);
+          }
+      }
+    }
+  }
+
+  int64_t sees_from(int64_t position) const {
+    const AttentionBlock& b = step_.block;
+    int64_t from = 0;
+    if (b.chunk) from = position / b.chunk * b.chunk;
+    if (b.window) from = std::max(from, position - b.window + 1);
+    return from;
+  }
+
+  // The rows' sums over the keys of one run.
+  void attend(const Unit& unit, int64_t run, float* q, const Part& to) const {
+    const AttentionBlock& b = step_.block;
+    const int64_t width = b.head_dim, first = run * kRunTokens;
+    int64_t from[kAttendRows], until[kAttendRows], lowest = INT64_MAX, highest = 0;
+    for (int64_t t = 0, r = 0; t < unit.tokens; ++t) {
+      const int64_t position = unit.segment->position + unit.token + t, start = sees_from(position);
+      for (int64_t h = 0; h < unit.heads; ++h, ++r) {
+        from[r] = start;
+        until[r] = position + 1;
+        std::memcpy(q + r * width, row_of(unit, t, h, step_.q), size_t(width) * 4);
+      }
+      lowest = std::min(lowest, start);
+      highest = position + 1;
+    }
+    kernels().attend({&step_.pool, unit.segment->pages, q, from, until, b.kv_heads, unit.kv_head, width,
+                      std::max(first, lowest), std::min(first + kRunTokens, highest), int(unit.rows()), to.out, to.top,
+                      to.total});
+  }
+
+  void finish(const Unit& unit, const Part& sum, float* out) const {
+    const int64_t width = step_.block.head_dim;
+    for (int64_t t = 0, r = 0; t < unit.tokens; ++t)
+      for (int64_t h = 0; h < unit.heads; ++h, ++r) {
+        float* to = row_of(unit, t, h, out);
+        for (int64_t i = 0; i < width; ++i) to[i] = sum.out[r * width + i] / sum.total[r];
+      }
+  }
+
+  std::vector<Unit> units;
+  int64_t runs = 0, rows = 0;  // of all units; of the largest
+
+ private:
+  float* row_of(const Unit& unit, int64_t t, int64_t h, float* base) const {
+    return base + ((unit.row + t) * step_.block.heads + unit.head + h) * step_.block.head_dim;
+  }
+
+  const Step& step_;
+};
+
+// softmax(q kᵀ) v into `out` [T, heads * head_dim]. Where there are few units, threads share the runs of each.
+void attend_all(const Step& step, float* out, Scratch& scratch) {
+  const Units all(step);
+  const int64_t width = step.block.head_dim, count = int64_t(all.units.size());
+  const bool shared = count < 4 * thread_count() && all.runs > count;
+  const int64_t part_floats = all.rows * (width + 2);
+  float* queries = scratch.take<float>((shared ? all.runs : count) * all.rows * width);
+  float* sums = scratch.take<float>((shared ? all.runs : 2 * count) * part_floats);
+  auto part = [&](int64_t index) {
+    float* base = sums + index * part_floats;
+    return Part{base, base + all.rows * width, base + all.rows * (width + 1)};
+  };
+  if (!shared) {
+    parallel(count, [&](int64_t task, int) {
+      const Unit& unit = all.units[size_t(task)];
+      float* q = queries + task * all.rows * width;
+      const Part sum = part(2 * task), more = part(2 * task + 1);
+      for (int64_t run = 0; run < unit.runs; ++run) {
+        all.attend(unit, unit.first_run + run, q, run ? more : sum);
+        if (run) merge(sum, more, unit.rows(), width);
+      }
+      all.finish(unit, sum, out);
+    });
+    return;
+  }
+  parallel(all.runs, [&](int64_t task, int) {
+    auto next = std::upper_bound(all.units.begin(), all.units.end(), task,
+                                 [](int64_t value, const Unit& unit) { return value < unit.part; });
+    const Unit& unit = *--next;
+    all.attend(unit, unit.first_run + task - unit.part, queries + task * all.rows * width, part(task));
   });
-  parallel(units, [&](int64_t unit, int) {
-    const auto [tokens, heads] = rows_of(unit);
-    for (int64_t row = 0; row < tokens * heads; ++row) {
-      float top = -INFINITY, total = 0;
-      for (int64_t i = 0; i < runs; ++i) top = std::max(top, part_of(unit * runs + i).top[row]);
-      float* to = head_row(unit, row / heads * wide + row % heads, out);
-      std::memset(to, 0, size_t(width) * 4);
-      for (int64_t i = 0; i < runs; ++i) {
-        const Part part = part_of(unit * runs + i);
-        if (part.top[row] == -INFINITY) continue;
-        const float factor = std::exp(part.top[row] - top);
-        total += part.total[row] * factor;
-        table.add_scaled(to, part.out + row * width, width, factor);
-      }
-      for (int64_t i = 0; i < width; ++i) to[i] /= total;
-    }
+  parallel(count, [&](int64_t task, int) {
+    const Unit& unit = all.units[size_t(task)];
+    for (int64_t run = 1; run < unit.runs; ++run) merge(part(unit.part), part(unit.part + run), unit.rows(), width);
+    all.finish(unit, part(unit.part), out);
   });
 }
 
-void run_block(const AttentionBlock& b, const float* x, int64_t ldx, int64_t tokens, int64_t position,
-               const float* cosine, const float* sine, const KvCache& cache, float* out, int64_t ldout, bool exact) {
+}  // namespace
+
+void attend_segments(const AttentionBlock& b, const float* x, int64_t ldx, const KvSegment* segments, int64_t count,
+                     const float* cosine, const float* sine, const KvPool& pool, float* out, int64_t ldout,
+                     bool exact) {
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < count; ++i) tokens += segments[i].tokens;
   Scratch scratch;
   const Kernels& table = kernels();
   const int64_t hidden = b.q.k, q_width = int64_t(b.heads) * b.head_dim, kv_width = int64_t(b.kv_heads) * b.head_dim;
@@ -187,7 +267,7 @@ void run_block(const AttentionBlock& b, const float* x, int64_t ldx, int64_t tok
     input = normed;
     ldinput = hidden;
   }
-  Step step{b,      cache, tokens, position, cosine, sine, scratch.take<float>(tokens * q_width),
+  Step step{b,      pool, segments, count, tokens, cosine, sine, scratch.take<float>(tokens * q_width),
             scratch.take<float>(tokens * kv_width), scratch.take<float>(tokens * kv_width)};
   Product products[] = {{b.q, input, ldinput, tokens, step.q, q_width, {}},
                         {b.k, input, ldinput, tokens, step.k, kv_width, {}},
@@ -197,10 +277,15 @@ void run_block(const AttentionBlock& b, const float* x, int64_t ldx, int64_t tok
   add_bias(step.q, b.q_bias, tokens, q_width);
   add_bias(step.k, b.k_bias, tokens, kv_width);
   add_bias(step.v, b.v_bias, tokens, kv_width);
-  if (tokens < 4)
-    for (int64_t t = 0; t < tokens; ++t) finish_token(step, t);
-  else
-    parallel(tokens, [&](int64_t t, int) { finish_token(step, t); });
+  int64_t row = 0;
+  for (int64_t i = 0; i < count; row += segments[i++].tokens) {
+    const KvSegment& segment = segments[i];
+    auto finish = [&](int64_t t, int) { finish_token(step, segment, row + t, segment.position + t); };
+    if (segment.tokens < 4)
+      for (int64_t t = 0; t < segment.tokens; ++t) finish(t, 0);
+    else
+      parallel(segment.tokens, finish);
+  }
 
   float* attended = scratch.take<float>(tokens * q_width);
   attend_all(step, attended, scratch);
@@ -213,21 +298,21 @@ void run_block(const AttentionBlock& b, const float* x, int64_t ldx, int64_t tok
   }
 }
 
-}  // namespace
 }  // namespace coldstream
 
-// x + o(attention(norm(x))) of tokens at position, position + 1 …, whose keys and values are appended to the cache.
+// x + o(attention(norm(x))) of tokens at position, position + 1 …, whose keys and values are appended to the pages.
 COLDSTREAM_API int32_t cs_attention(const coldstream::AttentionBlock* block, const float* x, int64_t ldx,
                                     int64_t tokens, int64_t position, const float* cosine, const float* sine,
-                                    const coldstream::KvCache* cache, float* out, int64_t ldout, int32_t exact) {
+                                    const coldstream::KvPool* pool, const int32_t* pages, float* out, int64_t ldout,
+                                    int32_t exact) {
   using namespace coldstream;
   constexpr int64_t kBlock = 256;
   return guarded([&] {
     for (int64_t first = 0; first < tokens; first += kBlock) {
       const int64_t angle = first * (block->rope_dim / 2);
-      run_block(*block, x + first * ldx, ldx, std::min(kBlock, tokens - first), position + first,
-                cosine ? cosine + angle : nullptr, sine ? sine + angle : nullptr, *cache, out + first * ldout, ldout,
-                exact != 0);
+      const KvSegment segment{pages, position + first, std::min(kBlock, tokens - first)};
+      attend_segments(*block, x + first * ldx, ldx, &segment, 1, cosine ? cosine + angle : nullptr,
+                      sine ? sine + angle : nullptr, *pool, out + first * ldout, ldout, exact != 0);
     }
   });
 }

@@ -1,4 +1,4 @@
-// What one attention block is: the struct that Python fills.
+// What one attention block is, the structs that Python fills, and the block itself.
 #pragma once
 #include "kernels.h"
 
@@ -21,5 +21,18 @@ struct AttentionBlock {
   Weight q, k, v, o;
   const float *q_bias, *k_bias, *v_bias, *o_bias;  // f32 or null
 };
+
+// New tokens of one sequence, at `position` and after: some rows of what a block computes. `pages` is the sequence's
+// table for the block's layer.
+struct KvSegment {
+  const int32_t* pages;
+  int64_t position, tokens;
+};
+
+// x + o(attention(norm(x))) of the rows of all segments, whose keys and values are appended to the pages. A row's
+// result does not depend on the rows beside it: the tests hold that to the bit.
+void attend_segments(const AttentionBlock& block, const float* x, int64_t ldx, const KvSegment* segments,
+                     int64_t count, const float* cosine, const float* sine, const KvPool& pool, float* out,
+                     int64_t ldout, bool exact);
 
 }  // namespace coldstream

@@ -74,24 +74,27 @@ struct Activations {
 
 enum CacheStorage : int32_t { kCacheF32 = 0, kCacheBf16 = 1, kCacheInt8 = 2 };
 
-// One layer's keys and values, [kv_heads, capacity, head_dim]; row 0 is the token at `first_position`.
-struct KvCache {
+constexpr int kPageTokens = 128;
+
+// Keys and values of any layers and sequences in pages [kv_heads, kPageTokens, head_dim], each of one layer and of
+// tokens [128 i, 128 i + 128) of one sequence. Which page holds them, a table says: entry i.
+struct KvPool {
   void *keys, *values;
-  float *key_scale, *value_scale;  // int8 only: [kv_heads, capacity]
-  int64_t head_stride;             // elements from one head to the next: capacity * head_dim
-  int64_t capacity, first_position;
+  float *key_scale, *value_scale;  // int8 only: [pages, kv_heads, kPageTokens]
   int32_t storage;
 };
 
 constexpr int kAttendRows = 48;  // query rows of one task: enough to make transposing the keys cheap
 
-// Query rows of one KV head against the cached keys [first, last); a row sees only [from, to). Leaves the
-// unnormalized output, the largest score and the sum of weights, so that several runs of keys can be merged.
+// Query rows of one KV head against the cached keys [first, last); a row sees only [from, to), and pages hold something
+// from their beginnings on. Leaves the unnormalized output, the largest score and the sum of weights, so that several
+// runs of keys can be merged.
 struct AttendTask {
-  const KvCache* cache;
-  const float* q;  // [rows, head_dim], scaled
+  const KvPool* pool;
+  const int32_t* pages;  // the table of this layer and sequence
+  const float* q;        // [rows, head_dim], scaled
   const int64_t *from, *to;
-  int64_t kv_head, head_dim, first, last;
+  int64_t kv_heads, kv_head, head_dim, first, last;
   int rows;
   float *out, *top, *total;  // [rows, head_dim], [rows], [rows]
 };

@@ -8,17 +8,12 @@
 #include "moe.h"
 #include "product.h"
 
-COLDSTREAM_API int32_t cs_attention(const coldstream::AttentionBlock* block, const float* x, int64_t ldx,
-                                    int64_t tokens, int64_t position, const float* cosine, const float* sine,
-                                    const coldstream::KvCache* cache, float* out, int64_t ldout, int32_t exact);
-
 namespace coldstream {
 
 // One decoder layer, where what its router finds goes, and its place among the MoE layers (-1: it is none).
 struct Layer {
   const AttentionBlock* attention;
   const MoeBlock* moe;
-  KvCache cache;
   Routing routing;
   int64_t moe_index;
 };
@@ -32,7 +27,9 @@ enum Reason : int32_t { kMissing = 1, kWanted = 2, kStillWaiting = 4 };
 struct Run {
   float* x;  // [H], in place; at kExperts the block's sum so far
   const float *cosine, *sine;
-  int64_t position, count;
+  const KvPool* pool;
+  const int32_t* pages;  // [count, blocks]: the sequence's tables, layer by layer
+  int64_t blocks, position, count;
   int64_t layer;    // in and out: where to go on
   int32_t stage;    // in and out
   int32_t exact;
@@ -96,9 +93,9 @@ class Token {
     const MoeBlock& moe = *layer.moe;
     const int64_t hidden = layer.attention->q.k;
     attended_.resize(size_t(hidden));
-    if (cs_attention(layer.attention, run_.x, hidden, 1, run_.position, run_.cosine, run_.sine, &layer.cache,
-                     attended_.data(), hidden, run_.exact) != kOk)
-      throw std::bad_alloc();
+    const KvSegment segment{run_.pages + run_.layer * run_.blocks, run_.position, 1};
+    attend_segments(*layer.attention, run_.x, hidden, &segment, 1, run_.cosine, run_.sine, *run_.pool,
+                    attended_.data(), hidden, run_.exact != 0);
     route(moe, attended_.data(), hidden, 1, layer.routing);
     if (layer.moe_index >= 0 && run_.lookahead) learn(*run_.lookahead, int32_t(layer.moe_index), layer.routing.chosen);
     uint64_t late = 0;

@@ -296,7 +296,7 @@ def test_a_step_writes_only_to_buffers_that_stay(models: Models) -> None:
         step = decoder.step
 
         def places() -> list[int]:
-            kv = [t for kept in session.generator.cache.kept for t in (kept.key_buffer, kept.value_buffer)]
+            kv = [t for kept in decoder.kv.pieces for t in (kept.key_buffer, kept.value_buffer)]
             kept = [step.residual, step.logits, step.chosen, step.inputs.x, step.inputs.place.position, step.gpu_rows]
             tables = session.experts.vram.address_table  # type: ignore[attr-defined]
             kept += [buffer.data for buffer in kv] + [tables.addresses, tables.places]

@@ -32,7 +32,7 @@ void cs_publish(int64_t*, int64_t);
 int32_t cs_guess(const Lookahead*, int32_t, int32_t, const float*, int32_t*, int32_t*);
 void cs_learn(const Lookahead*, int32_t, const int32_t*);
 int32_t cs_attention(const AttentionBlock*, const float*, int64_t, int64_t, int64_t, const float*, const float*,
-                     const KvCache*, float*, int64_t, int32_t);
+                     const KvPool*, const int32_t*, float*, int64_t, int32_t);
 int32_t cs_bell_serve(const Bell*, int64_t, int32_t*);
 int32_t cs_bell_load(const int32_t*, int64_t);
 void cs_bell_store(int32_t*, int64_t, int32_t);
@@ -316,7 +316,7 @@ void run_bell(Heap& heap, Random& random, int32_t kind, int32_t group) {
 }
 
 void run_attention(Heap& heap, Random& random, int32_t storage, int64_t head_dim, int64_t tokens) {
-  const int64_t heads = 6, kv_heads = 2, hidden = 96, capacity = tokens + 2, first = random.below(7);
+  const int64_t heads = 6, kv_heads = 2, hidden = 96, blocks = (tokens + 2 + kPageTokens - 1) / kPageTokens;
   AttentionBlock block{};
   block.norm = normals(heap, random, hidden);
   block.eps = block.qk_eps = 1e-5f;
@@ -339,19 +339,20 @@ void run_attention(Heap& heap, Random& random, int32_t storage, int64_t head_dim
   block.v = random_weight(heap, random, kBf16, 0, kv_heads * head_dim, hidden);
   block.o = random_weight(heap, random, kF32, 0, hidden, heads * head_dim);
   block.v_bias = normals(heap, random, kv_heads * head_dim);
-  const int64_t elements = kv_heads * capacity * head_dim;
-  const int64_t bytes = storage == kCacheF32 ? 4 : storage == kCacheBf16 ? 2 : 1;
-  KvCache cache{heap.take<uint8_t>(elements * bytes), heap.take<uint8_t>(elements * bytes), nullptr, nullptr,
-                capacity * head_dim, capacity, first, storage};
+  const int64_t rows = blocks * kv_heads * kPageTokens;
+  const int64_t bytes = rows * head_dim * (storage == kCacheF32 ? 4 : storage == kCacheBf16 ? 2 : 1);
+  KvPool pool{heap.take<uint8_t>(bytes), heap.take<uint8_t>(bytes), nullptr, nullptr, storage};
   if (storage == kCacheInt8) {
-    cache.key_scale = heap.take<float>(kv_heads * capacity);
-    cache.value_scale = heap.take<float>(kv_heads * capacity);
+    pool.key_scale = heap.take<float>(rows);
+    pool.value_scale = heap.take<float>(rows);
   }
+  int32_t* pages = heap.take<int32_t>(blocks);
+  for (int64_t i = 0; i < blocks; ++i) pages[i] = int32_t(blocks - 1 - i);
   const float* x = normals(heap, random, (tokens + 2) * hidden);
   const float* angles = normals(heap, random, (tokens + 2) * (head_dim / 2 + 1));
   float* out = heap.take<float>((tokens + 2) * hidden);
   auto step = [&](int64_t start, int64_t count) {
-    return cs_attention(&block, x + start * hidden, hidden, count, first + start, angles, angles, &cache,
+    return cs_attention(&block, x + start * hidden, hidden, count, start, angles, angles, &pool, pages,
                         out + start * hidden, hidden, 0);
   };
   require(step(0, tokens) == kOk && step(tokens, 1) == kOk && step(tokens + 1, 1) == kOk, "attention", tokens);

@@ -1,5 +1,6 @@
 """The fused attention block equals transformers' attention, step by step and in one prompt."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from quant.errors import SchemeError
 from quant.kernels import native
-from quant.kernels.attention import Attention, AttentionShape, KvBuffers
+from quant.kernels.attention import PAGE_TOKENS, Attention, AttentionShape, KvPages
 from quant.kernels.native import Weight
 from quant.pack import dequantize, quantize_absmax
 from quant.scheme import Scheme
@@ -49,6 +50,13 @@ def block_of(stock: Any, shape: AttentionShape, norm: torch.Tensor, kind: Any = 
     biases = tuple(None if p.bias is None else p.bias.detach() for p in projections)
     norms = [getattr(stock, name).weight.detach() if shape.qk_norm != "none" else None for name in ("q_norm", "k_norm")]
     return Attention(shape, *(kind(p) for p in projections), norm, *norms, biases)  # type: ignore[call-arg]
+
+
+def pages_for(tokens: int, storage: torch.dtype = torch.float32, head_dim: int = D) -> tuple[KvPages, torch.Tensor]:
+    """Pages for one sequence and its table, which names them in no order."""
+    count = -(-tokens // PAGE_TOKENS)
+    table = torch.randperm(count + 2, generator=torch.Generator().manual_seed(5))[:count].int()
+    return KvPages.allocate(count + 2, KV, head_dim, storage), table
 
 
 def mask(tokens: int, chunk: int = 0, window: int = 0) -> torch.Tensor:
@@ -87,13 +95,11 @@ def check_block(
         normed = torch.nn.functional.rms_norm(x, (H,), norm, EPS)
         expected = x + stock(normed[None], position_embeddings=positions, attention_mask=keep)[0][0]
     cosine, sine = angles(positions)
-    buffers = [torch.zeros(KV, tokens + 3, D, dtype=storage) for _ in range(2)]
-    scales = [torch.zeros(KV, tokens + 3, 1) for _ in range(2)] if storage is torch.int8 else [None, None]
-    cache = KvBuffers(buffers[0], buffers[1], 0, *scales)
+    cache = pages_for(tokens, storage)
     start = 0
     while start < tokens:
         end = min(tokens, start + (11 if start == 0 else 5 if start == 11 else 1))
-        out = block.run(x[start:end], start, cache, cosine[start:end], sine[start:end], exact=exact)
+        out = block.run(x[start:end], start, *cache, cosine[start:end], sine[start:end], exact=exact)
         difference = (out - expected[start:end]).abs().max()
         assert difference < tolerance * (1 + expected.abs().max()), (start, difference)
         start = end
@@ -215,34 +221,66 @@ def test_long_contexts_are_cut_into_runs_and_merged(isa: str) -> None:
         normed = torch.nn.functional.rms_norm(x, (H,), norm, EPS)
         expected = x + stock(normed[None], position_embeddings=positions, attention_mask=mask(1100))[0][0]
     block = block_of(stock, shape, norm)
-    cache = KvBuffers(torch.zeros(KV, 1100, D), torch.zeros(KV, 1100, D))
-    prompt = block.run(x[:1099], 0, cache, exact=True)
+    cache = pages_for(1100)
+    prompt = block.run(x[:1099], 0, *cache, exact=True)
     torch.testing.assert_close(prompt, expected[:1099], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(block.run(x[1099:], 1099, cache, exact=True), expected[1099:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block.run(x[1099:], 1099, *cache, exact=True), expected[1099:], rtol=1e-4, atol=1e-4)
 
 
-def test_buffers_may_begin_at_the_current_chunk(isa: str) -> None:
-    stock, shape, rotary = llama4(0, chunk=8)
-    x, norm = inputs(20)
-    cosine, sine = angles(rotary(x, torch.arange(20)[None]))
+def test_pages_of_chunks_that_are_over_may_be_gone(isa: str) -> None:
+    stock, shape, rotary = llama4(0, chunk=96)
+    x, norm = inputs(300)
+    cosine, sine = angles(rotary(x, torch.arange(300)[None]))
     block = block_of(stock, shape, norm)
-    whole = KvBuffers(torch.zeros(KV, 20, D), torch.zeros(KV, 20, D))
-    expected = block.run(x, 0, whole, cosine, sine, exact=True)
-    kept = KvBuffers(torch.zeros(KV, 8, D), torch.zeros(KV, 8, D), first_position=16)
-    out = block.run(x[16:], 16, kept, cosine[16:], sine[16:], exact=True)
-    torch.testing.assert_close(out, expected[16:], rtol=1e-5, atol=1e-5)
+    pages, table = pages_for(300)
+    expected = block.run(x, 0, pages, table, cosine, sine, exact=True)
+    kept, table = pages_for(300)
+    for start, end in ((0, 192), (192, 288), (288, 300)):
+        table[: start // PAGE_TOKENS] = -1
+        out = block.run(x[start:end], start, kept, table, cosine[start:end], sine[start:end], exact=True)
+        torch.testing.assert_close(out, expected[start:end], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("limit", [{}, {"chunk": 96}, {"window": 200}])
+@pytest.mark.parametrize("kind", [plain, int4])
+def test_a_row_is_the_same_to_the_bit_whatever_is_computed_beside_it(
+    isa: str, kind: Any, limit: dict[str, int], storage: torch.dtype
+) -> None:
+    """One token at a time or some together, on one thread or two: the softmax is merged in one order."""
+    stock, shape, rotary = llama4(0)
+    x, norm = inputs(1300)
+    cosine, sine = angles(rotary(x, torch.arange(1300)[None]))
+    block = block_of(stock, replace(shape, **limit), norm, kind)
+    rows = []
+    threads = native.threads()
+    for step, count in ((1, 1), (3, 2), (4, 1)):
+        native.set_threads(count)
+        cache = pages_for(1300, storage)
+        block.run(x[:1280], 0, *cache, cosine[:1280], sine[:1280])
+        places = range(1280, 1300, step)
+        runs = [(slice(i, min(i + step, 1300)), i) for i in places]
+        rows.append(torch.cat([block.run(x[span], i, *cache, cosine[span], sine[span]) for span, i in runs]))
+    native.set_threads(threads)
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
 
 
 def test_tokens_without_room_and_shapes_that_do_not_fit_are_refused() -> None:
     stock, shape, _ = llama4(1)
     x, norm = inputs(4)
     block = block_of(stock, shape, norm)
-    with pytest.raises(SchemeError, match="have no place"):
-        block.run(x, 2, KvBuffers(torch.zeros(KV, 5, D), torch.zeros(KV, 5, D)))
-    with pytest.raises(SchemeError, match=r"expected \[2, …, 32\]"):
-        block.run(x, 0, KvBuffers(torch.zeros(KV, 5, 16), torch.zeros(KV, 5, 16)))
-    zeros = torch.zeros(KV, 5, D, dtype=torch.int8)
-    with pytest.raises(SchemeError, match="int8 KV buffers need"):
-        block.run(x, 0, KvBuffers(zeros, zeros))
+    pages, table = pages_for(130)
+    for bad in (table[:1], torch.tensor([0, -1]), torch.tensor([0, 4])):
+        with pytest.raises(SchemeError, match="tokens 126 to 129 have no place in 4 KV pages"):
+            block.run(x, 126, pages, bad)
+    with pytest.raises(SchemeError, match=r"expected \[P, 2, 128, 32\]"):
+        block.run(x, 0, *pages_for(5, head_dim=16))
+    zeros = torch.zeros(1, KV, PAGE_TOKENS, D, dtype=torch.int8)
+    with pytest.raises(SchemeError, match="int8 KV pages need"):
+        KvPages(zeros, zeros)
+    with pytest.raises(SchemeError, match="expected f32, bf16 or int8"):
+        KvPages(zeros.half(), zeros.half())
+    with pytest.raises(SchemeError, match="keys and values alike"):
+        KvPages(zeros[:, :, 1:], zeros[:, :, 1:])
     with pytest.raises(SchemeError, match="projections are"):
         Attention(shape, *[native.Weight.from_tensors("f32", torch.zeros(H, H))] * 4)  # type: ignore[arg-type]

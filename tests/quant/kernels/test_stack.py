@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quant.errors import SchemeError
-from quant.kernels.attention import Attention, AttentionShape, KvBuffers
+from quant.kernels.attention import Attention, AttentionShape, KvPages
 from quant.kernels.lookahead import FROM_EMBEDDING, Lookahead
 from quant.kernels.moe import FAILED, READY, GatedMlp, Job, MoeBlock, mlp
 from quant.kernels.stack import DenseBlock, Head, Stack, Stop
@@ -24,7 +24,7 @@ def _gated() -> GatedMlp:
     return GatedMlp(_weight(INTER, HIDDEN), _weight(INTER, HIDDEN), _weight(HIDDEN, INTER))
 
 
-def _layers() -> tuple[list[Attention], list[MoeBlock | DenseBlock], list[KvBuffers]]:
+def _layers() -> tuple[list[Attention], list[MoeBlock | DenseBlock], tuple[KvPages, torch.Tensor]]:
     torch.manual_seed(1)
     shape = AttentionShape(heads=4, kv_heads=2, head_dim=16, rope="interleaved")
     attentions, blocks = [], []
@@ -38,19 +38,23 @@ def _layers() -> tuple[list[Attention], list[MoeBlock | DenseBlock], list[KvBuff
         for expert in range(EXPERTS):
             block.set_expert(expert, _gated())
         blocks.append(block)
-    return (attentions, blocks, [KvBuffers(torch.zeros(2, 8, 16), torch.zeros(2, 8, 16)) for _ in range(LAYERS)])
+    return attentions, blocks, _pages()
+
+
+def _pages() -> tuple[KvPages, torch.Tensor]:
+    """A page for each layer, and the tables that say so."""
+    return KvPages.allocate(LAYERS, 2, 16, torch.float32), torch.arange(LAYERS, dtype=torch.int32)[:, None]
 
 
 def test_a_stack_equals_its_layers_one_by_one() -> None:
     attentions, blocks, caches = _layers()
     stack = Stack(attentions, blocks, 16)
-    stack.attach(caches, 0)
-    own = [KvBuffers(torch.zeros(2, 8, 16), torch.zeros(2, 8, 16)) for _ in range(LAYERS)]
+    own, tables = _pages()
     for position in range(5):
         x, cosine, sine = torch.randn(1, HIDDEN), torch.rand(1, 8), torch.rand(1, 8)
         expected = x.clone()
-        for attention, block, cache in zip(attentions, blocks, own, strict=True):
-            expected = attention.run(expected, position, cache, cosine, sine, exact=True)
+        for attention, block, table in zip(attentions, blocks, tables, strict=True):
+            expected = attention.run(expected, position, own, table, cosine, sine, exact=True)
             if isinstance(block, DenseBlock):
                 normed = torch.nn.functional.rms_norm(expected, (HIDDEN,), block.norm, 1e-5)
                 expected = mlp([Job(block.mlp)], normed, expected.clone(), exact=True)
@@ -58,11 +62,10 @@ def test_a_stack_equals_its_layers_one_by_one() -> None:
                 result = block.run(expected, exact=True)
                 assert result.out is not None
                 expected = result.out
-        stack.begin(x, position, cosine[0], sine[0], True)
+        stack.begin(x, position, *caches, cosine[0], sine[0], True)
         assert stack.go() is None
         assert torch.allclose(x, expected, atol=1e-5)
-    for mine, theirs in zip(caches, own, strict=True):
-        assert torch.allclose(mine.keys, theirs.keys, atol=1e-5)
+    assert torch.allclose(caches[0].keys[:, :, :5], own.keys[:, :, :5], atol=1e-5)
 
 
 def _token() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,10 +75,9 @@ def _token() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_a_stack_stops_where_an_expert_is_missing_and_goes_on_once_it_is_there() -> None:
     attentions, blocks, caches = _layers()
     stack = Stack(attentions, blocks, 16)
-    stack.attach(caches, 0)
     x, cosine, sine = _token()
     whole = x.clone()
-    stack.begin(whole, 0, cosine, sine, True)
+    stack.begin(whole, 0, *caches, cosine, sine, True)
     assert stack.go() is None
     assert stack.late.tolist() == [0] * LAYERS
     last = blocks[2]
@@ -83,7 +85,7 @@ def test_a_stack_stops_where_an_expert_is_missing_and_goes_on_once_it_is_there()
     chosen = int(stack.chosen[2, 0])
     kept = last._resident[chosen]
     last.clear_expert(chosen)
-    stack.begin(x, 0, cosine, sine, True)
+    stack.begin(x, 0, *caches, cosine, sine, True)
     assert stack.go() == Stop(2, 3, True, [chosen], [], [])
     assert stack.late.tolist() == [0, 0, 1]
     last.set_expert(chosen, kept)
@@ -94,16 +96,15 @@ def test_a_stack_stops_where_an_expert_is_missing_and_goes_on_once_it_is_there()
 def test_a_stack_waits_for_an_expert_that_is_coming() -> None:
     attentions, blocks, caches = _layers()
     stack = Stack(attentions, blocks, 16)
-    stack.attach(caches, 0)
     x, cosine, sine = _token()
     whole = x.clone()
-    stack.begin(whole, 0, cosine, sine, True)
+    stack.begin(whole, 0, *caches, cosine, sine, True)
     assert stack.go() is None
     last = blocks[2]
     assert isinstance(last, MoeBlock)
     chosen = int(stack.chosen[2, 0])
     last.set_expert(chosen, last._resident[chosen], ready=False)
-    stack.begin(x, 0, cosine, sine, True)
+    stack.begin(x, 0, *caches, cosine, sine, True)
     assert stack.go() == Stop(2, 3, False, [chosen], [], [])  # patience is over: Ctrl-C has its turn
     timer = threading.Timer(0.03, last.publish, (chosen, READY))
     timer.start()
@@ -111,7 +112,7 @@ def test_a_stack_waits_for_an_expert_that_is_coming() -> None:
     timer.join()
     assert torch.allclose(x, whole, atol=1e-5)
     last.set_expert(chosen, last._resident[chosen], ready=False)
-    stack.begin(whole, 0, cosine, sine, True)
+    stack.begin(whole, 0, *caches, cosine, sine, True)
     timer = threading.Timer(0.03, last.publish, (chosen, FAILED))
     timer.start()
     assert stack.go() == Stop(2, 3, True, [chosen], [], [])
@@ -125,14 +126,13 @@ def test_sums_do_not_depend_on_which_experts_had_to_be_waited_for() -> None:
     block = MoeBlock(_weight(EXPERTS, HIDDEN), 3, "softmax", _gated(), None, torch.rand(HIDDEN))
     experts = [_gated() for _ in range(EXPERTS)]
     stack = Stack(attentions[:1], [block], 16)
-    stack.attach(caches[:1], 0)
     x, cosine, sine = _token()
     sums = []
     for late in itertools.chain([()], *(itertools.combinations(range(EXPERTS), n) for n in (1, 2, 3, 4))):
         for expert in range(EXPERTS):
             block.set_expert(expert, experts[expert], ready=expert not in late)
         sums.append(x.clone())
-        stack.begin(sums[-1], 0, cosine, sine, True)
+        stack.begin(sums[-1], 0, *caches, cosine, sine, True)
         for expert in reversed(late):
             stop = stack.go()
             if stop is None:
@@ -148,7 +148,6 @@ def test_a_stack_says_what_coming_layers_will_want() -> None:
     """Layer 0's output, or its embedding, is held against layer 2's router: it wants what is absent there."""
     attentions, blocks, caches = _layers()
     stack = Stack(attentions, blocks, 16)
-    stack.attach(caches, 0)
     first, last = blocks[0], blocks[2]
     assert isinstance(first, MoeBlock)
     assert isinstance(last, MoeBlock)
@@ -157,7 +156,7 @@ def test_a_stack_says_what_coming_layers_will_want() -> None:
     x, cosine, sine = _token()
     embedded = [int((router @ x[0]).argmax()) for router in routers]
     last.clear_expert(embedded[1])
-    stack.begin(x, 0, cosine, sine, True, lookahead)
+    stack.begin(x, 0, *caches, cosine, sine, True, lookahead)
     expected = [(0, embedded[0]), (2, embedded[1])]
     assert stack.go() == Stop(0, 0, False, [], expected, [])  # one of them is absent: all are named
     before = lookahead.right.clone()
@@ -172,9 +171,8 @@ def test_a_stack_ends_with_the_logits_of_its_head() -> None:
     attentions, blocks, caches = _layers()
     norm, weight = torch.rand(HIDDEN), torch.randn(50, HIDDEN)
     stack = Stack(attentions, blocks, 16, Head(norm, 1e-5, Weight.from_tensors("f32", weight)))
-    stack.attach(caches, 0)
     x, cosine, sine = _token()
-    stack.begin(x, 0, cosine, sine, True)
+    stack.begin(x, 0, *caches, cosine, sine, True)
     assert stack.go() is None
     assert stack.token_logits is not None
     expected = torch.nn.functional.rms_norm(x[0], (HIDDEN,), norm, 1e-5) @ weight.T
@@ -186,7 +184,6 @@ def test_a_waiting_layer_guesses_the_next_token_and_what_it_will_want() -> None:
     attentions, blocks, caches = _layers()
     norm, head, embeddings = torch.rand(HIDDEN), torch.randn(50, HIDDEN), torch.randn(50, HIDDEN)
     stack = Stack(attentions, blocks, 16, Head(norm, 1e-5, Weight.from_tensors("f32", head)))
-    stack.attach(caches, 0)
     stack.guess_tokens(embeddings, 1)
     routers = [torch.randn(EXPERTS, HIDDEN) for _ in range(2)]
     lookahead = Lookahead(routers, [torch.ones(HIDDEN)] * 2, 1)
@@ -194,14 +191,14 @@ def test_a_waiting_layer_guesses_the_next_token_and_what_it_will_want() -> None:
     assert isinstance(first, MoeBlock)
     assert isinstance(last, MoeBlock)
     x, cosine, sine = _token()
-    stack.begin(x.clone(), 0, cosine, sine, True)
+    stack.begin(x.clone(), 0, *caches, cosine, sine, True)
     assert stack.go() is None
     chosen = [int(stack.chosen[layer, 0]) for layer in (0, 2)]
     last.set_expert(chosen[1], last._resident[chosen[1]], ready=False)
     for expert in set(range(EXPERTS)) - {chosen[0]}:
         first.clear_expert(expert)
     partial = x.clone()
-    stack.begin(partial, 0, cosine, sine, True, lookahead)
+    stack.begin(partial, 0, *caches, cosine, sine, True, lookahead)
     stops = []
     while (stop := stack.go()) is not None and not (stop.wanted_next or len(stops) > 9):
         stops.append(stop)
@@ -216,7 +213,7 @@ def test_a_waiting_layer_guesses_the_next_token_and_what_it_will_want() -> None:
     last.publish(chosen[1], READY)
     assert stack.go() is None
     assert stack.token_logits is not None
-    stack.begin(x.clone(), 0, cosine, sine, True, lookahead)
+    stack.begin(x.clone(), 0, *caches, cosine, sine, True, lookahead)
     again = stack.go()
     assert again is not None
     assert again.attended == 0  # whatever was guessed for it is to be looked at anew

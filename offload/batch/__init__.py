@@ -1,0 +1,1 @@
+"""Several sequences on one model: who runs when, and whose pages hold what. Policy only: no tensors."""

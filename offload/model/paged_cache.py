@@ -1,0 +1,248 @@
+"""The KV cache in pages, which sequences share: what no token has reached is nobody's, and what two sequences begin
+with is there once.
+
+A page holds what one layer keeps of 128 tokens of a sequence. A page that more than one sequence uses is copied before
+one of them writes to it; pages of chunks that are over go back to the pool.
+
+Legend: h KV heads, T tokens, d head_dim, P pages.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.batch.pages import PageCounts
+from offload.model.kv_cache import CachedLayer, SequenceCache, Storage
+from quant.kernels.attention import KvPages
+from quant.model.shape import ModelShape
+from quant.sizes import KV_PAGE_TOKENS
+
+NO_PAGE = -1
+
+
+class PagePool:
+    """Pages for all layers and sequences of a model of ``shape``: as many as one sequence of ``context`` tokens takes.
+    ``plain`` is the dtype of plain storage."""
+
+    def __init__(
+        self, shape: ModelShape, context: int, storage: Storage, device: torch.device, plain: torch.dtype
+    ) -> None:
+        self.shape, self.context, self._device = shape, context, device
+        self.dtype = {"bf16": torch.bfloat16, "int8": torch.int8, "plain": plain}[storage]
+        self.counts = PageCounts(shape.kv_pages(context))
+
+    @cached_property
+    def pages(self) -> KvPages:
+        """Keys and values ``[P, h, 128, d]``, made on first use."""
+        shape, device = self.shape, str(self._device)
+        return KvPages.allocate(self.counts.count, shape.num_kv_heads, shape.head_dim, self.dtype, device)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that a token takes in one layer."""
+        scale = 4 if self.dtype == torch.int8 else 0
+        return 2 * self.shape.num_kv_heads * (self.shape.head_dim * self.dtype.itemsize + scale)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages, used or not."""
+        return self.counts.count * KV_PAGE_TOKENS * self.token_nbytes
+
+    def sequence(self) -> "PagedCache":
+        """The cache of a new sequence."""
+        return PagedCache(self)
+
+    def own(self, page: int) -> int:
+        """A page like ``page`` that one sequence uses alone: itself, or a copy. Raises OutOfPages."""
+        if not self.counts.shared(page):
+            return page
+        copy = self.counts.take()
+        pages = self.pages
+        for tensor in (pages.keys, pages.values, pages.key_scale, pages.value_scale):
+            if tensor is not None:
+                tensor[copy] = tensor[page]
+        self.counts.give_back(page)
+        return copy
+
+
+class PagedLayer(CachedLayer):
+    """One layer of a sequence. ``table`` int32 ``[blocks]`` names the page of tokens 128 i and after, or NO_PAGE."""
+
+    def __init__(self, pool: PagePool, chunk: int, table: Tensor) -> None:
+        super().__init__(pool.context, chunk)
+        self.pool, self.table, self._pages = pool, table, table.numpy()
+
+    def reserve(self, tokens: int) -> None:
+        """Have pages for ``tokens`` more, which nobody else uses.
+
+        Raises BudgetError if the planned context is exceeded, OutOfPages if there are no more pages.
+        """
+        self.check(tokens)
+        first, last = self.seen // KV_PAGE_TOKENS, (self.seen + tokens - 1) // KV_PAGE_TOKENS
+        for block in range(first, last + 1):
+            page = int(self._pages[block])
+            self._pages[block] = self.pool.counts.take() if page == NO_PAGE else self.pool.own(page)
+
+    def advance(self, tokens: int) -> None:
+        """See CachedLayer; a chunk that is over gives its pages back."""
+        before = self.start
+        super().advance(tokens)
+        if self.start != before:
+            self._give_back(before // KV_PAGE_TOKENS, self.start // KV_PAGE_TOKENS)
+
+    def spans(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """Where the native attention may append ``tokens`` new tokens: (first, count) of each part that stays within
+        one chunk. A part counts as seen once the next is asked for.
+
+        Raises BudgetError if the planned context is exceeded, OutOfPages if there are no more pages.
+        """
+        self.check(tokens)
+        done = 0
+        while done < tokens:
+            room = self.start + self.chunk - self.seen if self.chunk else tokens
+            count = min(tokens - done, room)
+            self.reserve(count)
+            yield done, count
+            done += count
+            self.advance(count)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append ``[1, h, T, d]`` and return all keys and values that the new tokens may attend to.
+
+        Raises BudgetError if the planned context is exceeded, OutOfPages if there are no more pages.
+        """
+        tokens, dtype = key_states.shape[2], key_states.dtype
+        self.check(tokens)
+        start, seen, end = self.start, self.seen, self.seen + tokens
+        if self.chunk_at(end) == start:
+            self.reserve(tokens)
+            self._write(key_states, value_states, seen)
+            self.advance(tokens)
+            return self._read(start, end, dtype)
+        # The step ends in another chunk: attend over the old one and the new tokens, keep what the next may see.
+        states = (key_states, value_states)
+        if seen > start:
+            kept = self._read(start, seen, dtype)
+            states = torch.cat((kept[0], key_states), 2), torch.cat((kept[1], value_states), 2)
+        self._give_back(0, len(self._pages))
+        self.seen = self.start = self.chunk_at(end)
+        if self.start < end:
+            self.reserve(end - self.start)
+            self._write(states[0][:, :, self.start - end :], states[1][:, :, self.start - end :], self.start)
+            self.advance(end - self.start)
+        return states
+
+    def share_with(self, other: "PagedLayer", length: int) -> None:
+        """Let ``other``, which is empty, begin with this layer's first ``length`` tokens."""
+        other.seen, other.start = length, other.chunk_at(length)
+        for block in range(other.start // KV_PAGE_TOKENS, -(-length // KV_PAGE_TOKENS)):
+            page = int(self._pages[block])
+            self.pool.counts.share(page)
+            other._pages[block] = page
+
+    def rewind(self, length: int) -> bool:
+        """See CachedLayer."""
+        if not super().rewind(length):
+            return False
+        self._give_back(-(-length // KV_PAGE_TOKENS), len(self._pages))
+        return True
+
+    def reset(self) -> None:
+        """See CachedLayer."""
+        super().reset()
+        self._give_back(0, len(self._pages))
+
+    @property
+    def token_nbytes(self) -> int:
+        """See CachedLayer."""
+        return self.pool.token_nbytes
+
+    def _give_back(self, first: int, end: int) -> None:
+        table = self._pages[first:end]
+        for page in table[table != NO_PAGE].tolist():
+            self.pool.counts.give_back(page)
+        table[:] = NO_PAGE
+
+    def _places(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Page and row of each token from ``start`` to ``end``."""
+        tokens = torch.arange(start, end)
+        device = self.pool.pages.keys.device
+        return self.table[tokens // KV_PAGE_TOKENS].long().to(device), (tokens % KV_PAGE_TOKENS).to(device)
+
+    def _write(self, key_states: Tensor, value_states: Tensor, start: int) -> None:
+        page, row = self._places(start, start + key_states.shape[2])
+        pages = self.pool.pages
+        parts = ((key_states, pages.keys, pages.key_scale), (value_states, pages.values, pages.value_scale))
+        for states, data, scales in parts:
+            values = states[0].transpose(0, 1)  # [T, h, d]
+            if scales is not None:
+                scale = values.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+                scales[page, :, row] = scale[..., 0]
+                values = (values.float() / scale).round()
+            data[page, :, row] = values.to(data.dtype)
+
+    def _read(self, start: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        page, row = self._places(start, end)
+        pages = self.pool.pages
+
+        def gather(data: Tensor, scales: Tensor | None) -> Tensor:
+            values = data[page, :, row].to(dtype)  # [T, h, d]
+            if scales is not None:
+                values = values * scales[page, :, row, None].to(dtype)
+            return values.transpose(0, 1)[None]
+
+        return gather(pages.keys, pages.key_scale), gather(pages.values, pages.value_scale)
+
+
+class PagedCache(SequenceCache):
+    """One sequence's keys and values in pages of ``pool``. ``tables`` int32 ``[layers, blocks]``."""
+
+    def __init__(self, pool: PagePool) -> None:
+        shape, blocks = pool.shape, -(-pool.context // KV_PAGE_TOKENS)
+        self.pool, self._written = pool, -1  # up to which token the last page is known to be this sequence's own
+        self.tables = torch.full((shape.num_layers, blocks), NO_PAGE, dtype=torch.int32)
+        chunks = [shape.attention_chunk_size if i in shape.chunked_layers else 0 for i in range(shape.num_layers)]
+        self.paged = [PagedLayer(pool, chunk, table) for chunk, table in zip(chunks, self.tables, strict=True)]
+        super().__init__(self.paged, pool.context, shape.max_position_embeddings)
+
+    def reserve(self, tokens: int) -> None:
+        """Have pages in every layer for ``tokens`` more, all within one chunk.
+
+        Raises BudgetError if the planned context is exceeded, OutOfPages if there are no more pages: then those that
+        were had so far stay with the sequence.
+        """
+        seen = self.get_seq_length()
+        if tokens == 1 and seen % KV_PAGE_TOKENS and self._written == seen:
+            self.paged[0].check(1)  # the page of the token before is there and is this sequence's own
+            return
+        for layer in self.paged:
+            layer.reserve(tokens)
+
+    def advance(self, tokens: int) -> None:
+        """``tokens`` more, within one chunk, have been appended in every layer."""
+        for layer in self.paged:
+            layer.advance(tokens)
+        self._written = self.paged[0].seen
+
+    def fork(self, length: int) -> "PagedCache | None":
+        """A new sequence that begins with the first ``length`` tokens of this one; None if a chunked layer has
+        forgotten some of them."""
+        if length > self.get_seq_length() or any(length < layer.start for layer in self.paged):
+            return None
+        other = PagedCache(self.pool)
+        for mine, theirs in zip(self.paged, other.paged, strict=True):
+            mine.share_with(theirs, length)
+        self._written = -1  # what was its own is shared from now on
+        return other
+
+    def rewind(self, length: int) -> int:
+        """See SequenceCache."""
+        self._written = -1
+        return super().rewind(length)
+
+    def free(self) -> None:
+        """Give every page back: the sequence is over."""
+        self.reset()  # type: ignore[no-untyped-call]
