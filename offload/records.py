@@ -167,7 +167,8 @@ class TokenRecord:
     ``bytes_read`` the bytes the step read from each tier: dense weights, experts and KV cache from "ram" (or
     "vram"), expert fetches from "disk". ``text`` is what became printable. ``finish`` is set on the last
     record: "eos" and "stop" for a token or a text that ends it, "length" after ``max_tokens``, "context" when
-    the KV cache is full before that. ``stop`` is the stop string that was met.
+    the KV cache is full before that. ``stop`` is the stop string that was met. Where ``sequences`` ran in the step, the
+    counts are this one's share of it: all shares add up to what was asked for and read.
     """
 
     phase: Literal["prefill", "decode"]
@@ -182,6 +183,7 @@ class TokenRecord:
     finish: Finish = ""
     stop: str = ""
     logprobs: Logprobs | None = None
+    sequences: int = 1
 
     @property
     def hits(self) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from offload.experts.storage.store import ExpertStore
 from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
@@ -24,6 +25,16 @@ def planned(store: ExpertStore, options: RunOptions, **placed: Any) -> PlannedRu
     run = planned_run(model, replace(options, device="cpu"), machine=machine(), slot_bytes=store.slot_bytes)
     plan = replace(run.plan, **{**_DEFAULTS, "guess_tokens": True, **placed})
     return replace(run, options=options, plan=plan)
+
+
+def prompt_logits(session: Session, *parts: list[int]) -> Tensor:
+    """Logits ``[V]`` of the last token of a text, which is run part after part from its beginning."""
+    cache = session.kv_pool.sequence() if session.decoder.bound is None else session.decoder.bound
+    cache.rewind(0)
+    with torch.inference_mode():
+        logits = [session.decoder.forward(ids, cache)[-1].clone() for ids in parts]
+    cache.rewind(0)
+    return logits[-1]
 
 
 def session(model: Path, options: RunOptions, device: str = "cpu", **placed: Any) -> Session:

@@ -214,7 +214,7 @@ class Service:
         streams: list[Stream] = []
         try:
             if request.sampling.grammar is not None:  # read where it delays nobody, and before anything waits for it
-                await asyncio.to_thread(self.session.generator.grammars.matcher, request.sampling.grammar)
+                await asyncio.to_thread(self.session.runner.grammars.matcher, request.sampling.grammar)
             for prompt in request.prompts:
                 for answer in range(request.n):
                     streams.append(self.session.submit(prompt, _numbered(request.sampling, answer)))

@@ -23,6 +23,7 @@ class PageCounts:
     def __init__(self, count: int) -> None:
         self.count = count
         self.forget: Callable[[], bool] = _nothing_to_forget
+        self.given_back = 0  # how often a page became free
         self._users = [0] * count
         self._free = list(range(count - 1, -1, -1))
 
@@ -55,3 +56,4 @@ class PageCounts:
         self._users[page] -= 1
         if not self._users[page]:
             self._free.append(page)
+            self.given_back += 1

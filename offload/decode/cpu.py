@@ -1,5 +1,5 @@
-"""NativeDecoder: the language model on the CPU, one native call per decode step and two per layer for a
-prompt.
+"""NativeDecoder: the language model on the CPU, one native call per decode step, whosever rows are in it, and two per
+layer for a prompt.
 
 It takes its weights and its rotary embedding from the loaded transformers model and gives the same logits;
 what it leaves out is the Python between them, about a millisecond per layer and token. The stock model stays
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from offload.decode.decoder import Decoder
+from offload.decode.decoder import Decoder, Row
 from offload.decode.native_moe import BlockTable, NativeMoe, is_native
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.reader import Priority
@@ -29,7 +29,7 @@ from offload.routing.stats import RoutingStats
 from quant.kernels.attention import Attention
 from quant.kernels.lookahead import Lookahead
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, mlp
-from quant.kernels.stack import DenseBlock, Head, Stack, Stop
+from quant.kernels.stack import MAX_ROWS, DenseBlock, Head, Segment, Stack, Stop
 from quant.kernels.weight import Weight
 from quant.linear import Compute, QuantLinear
 from quant.model.shape import ModelShape
@@ -77,7 +77,8 @@ class NativeDecoder(Decoder):
         self.lookahead: Lookahead | None = None
         if not experts.holds_all:
             routers = [part.router for part in routed if part.router is not None]
-            self.lookahead = Lookahead(routers, [part.mlp_norm for part in routed], shape.top_k)
+            self.lookahead = Lookahead(routers, [part.mlp_norm for part in routed], shape.top_k, MAX_ROWS)
+        self._rows: list[int] = []  # whose step was the last
         self.attentions = [_attention(part) for part in parts]
         self.moes: dict[int, NativeMoe] = {}
         self.mlps: list[_Mlp] = []
@@ -105,16 +106,15 @@ class NativeDecoder(Decoder):
     def forward(self, ids: Sequence[int], cache: SequenceCache, *, keep: int = 1) -> Tensor:
         """See Decoder. The native kernels read keys and values in pages."""
         assert isinstance(cache, PagedCache)
-        position = cache.get_seq_length()
-        x: Tensor = self.model.get_input_embeddings()(torch.tensor(ids))  # images may have changed it
         if len(ids) == 1:
-            x = self._step(x, position, cache)
-            if self.stack.token_logits is not None:
-                return self.stack.token_logits.clone()[None]
-        else:
-            x = self._prefill(x, position, cache)
+            return self.forward_rows([(ids, cache)])
+        x = self._prefill(self._embedded(ids), cache.get_seq_length(), cache)
         logits: Tensor = self.lm_head(self.norm(x[-keep:]))
         return logits
+
+    def _embedded(self, ids: Sequence[int]) -> Tensor:
+        rows: Tensor = self.model.get_input_embeddings()(torch.tensor(ids))  # images may have changed it
+        return rows
 
     def _prefill(self, x: Tensor, position: int, cache: PagedCache) -> Tensor:
         """x ``[T, H]`` through all layers, two calls each."""
@@ -130,36 +130,51 @@ class NativeDecoder(Decoder):
             x = run_mlp(parts[0] if len(parts) == 1 else torch.cat(parts))
         return x
 
-    def _step(self, x: Tensor, position: int, cache: PagedCache) -> Tensor:
-        """x ``[1, H]`` through all layers, in one call if every expert is resident."""
-        cache.reserve(1)
+    def forward_rows(self, rows: Sequence[Row]) -> Tensor:
+        """See Decoder: all layers in one call if every expert is resident."""
+        segments, places, caches = list[Segment](), list[int](), list[PagedCache]()
+        for ids, cache in rows:
+            assert isinstance(cache, PagedCache)
+            cache.reserve(len(ids))
+            position = cache.get_seq_length()
+            segments.append(Segment(cache.tables, position, len(ids)))
+            places += range(position, position + len(ids))
+            caches.append(cache)
+        pages = caches[0].pool.pages
+        if self.lookahead is not None and (now := [id(cache) for cache in caches]) != self._rows:
+            self.lookahead.forget()
+            self._rows = now
         self.experts.reap()
-        angles = self.angles.at(position)
-        self.stack.begin(x, position, cache.pool.pages, cache.tables, *angles, self.exact, self.lookahead)
+        x = self._embedded([token for ids, _ in rows for token in ids])
+        cosine, sine = self.angles.of(places)
+        self.stack.begin(x, segments, pages, cosine, sine, self.exact, self.lookahead)
         while (stop := self.stack.go()) is not None:
             self.check_wanted()
             self._supply(stop)
-        cache.advance(1)
+        for cache, segment in zip(caches, segments, strict=True):
+            cache.advance(segment.tokens)
         self._note()
-        return x
+        logits = self.stack.token_logits
+        return self.lm_head(self.norm(x)) if logits is None else logits.clone()
 
     def _supply(self, stop: Stop) -> None:
         """Begin the reads that a step waits for, and those that its coming layers will."""
         self.experts.reap()
         waiting = [(stop.finished, expert) for expert in stop.waiting]
-        locked = self.experts.demand(waiting) if waiting else set()
+        there = [key for key in waiting if self.experts.whole(key)]
+        locked = self.experts.demand([key for key in waiting if key not in there], there) if waiting else set()
         if stop.wanted:
             self.experts.prefetch(stop.wanted, locked)
         if stop.wanted_next or not stop.attended:  # at a token's start: what the last one guessed is over
             self.experts.prefetch(stop.wanted_next, locked | set(stop.wanted), Priority.NEXT)
 
     def _note(self) -> None:
-        """Count what a token chose, and what it had to wait for."""
-        chosen = self.stack.chosen.numpy()[self._moe_layers, : self.shape.top_k].astype(np.int64)
-        self.routing.record_step(chosen[None])
+        """Count what the rows of a step chose, each expert of a layer once, and what it had to wait for."""
+        chosen = np.stack([self.stack.chosen(layer).numpy() for layer in self._moe_layers]).astype(np.int64)
+        self.routing.record_step(chosen.swapaxes(0, 1))  # [T, L, k]
+        used = [sorted(set(of_layer)) for of_layer in chosen.reshape(len(chosen), -1).tolist()]
         waited = self.stack.late.tolist()
-        late = [waited[layer].bit_count() for layer in self._moe_layers]
-        self.experts.count_served(self._moe_layers, chosen.tolist(), late)
+        self.experts.count_served(self._moe_layers, used, [waited[layer] for layer in self._moe_layers])
 
     def _head(self) -> Head | None:
         if not isinstance(self.lm_head, QuantLinear) or self.lm_head.bias is not None:

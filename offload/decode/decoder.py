@@ -4,9 +4,12 @@
 import threading
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from offload.model.kv_cache import KVCache, SequenceCache
+
+Row = tuple[Sequence[int], SequenceCache]  # tokens, and the sequence that they go on
 
 
 class StepAbandoned(Exception):
@@ -48,6 +51,14 @@ class Decoder:
         if the GPU fails.
         """
         raise NotImplementedError
+
+    def forward_rows(self, rows: Sequence[Row]) -> Tensor:
+        """Append some tokens to the cache of each of some sequences and return the logits ``[T, V]`` of all of them, in
+        that order. Raises what ``forward`` does; some caches may have got theirs then.
+
+        Here one after the other; a decoder that can reads each weight once for all.
+        """
+        return torch.cat([self.forward(ids, cache, keep=len(ids)) for ids, cache in rows])
 
     def launch(self, token: int) -> bool:
         """Begin the step of ``token`` before ``forward`` asks for it, and say whether that could be done. What

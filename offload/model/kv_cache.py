@@ -24,6 +24,14 @@ from quant.model.shape import ModelShape
 Storage = Literal["bf16", "int8", "plain"]
 
 
+def remedy(limit: int, needed: int, wanted: int) -> str:
+    """What to do where ``needed`` tokens, at best ``wanted``, do not fit: nothing beyond ``limit``, which the model was
+    made for (0: not known)."""
+    if 0 < limit < needed:
+        return f"the model was made for no more than {limit:,}: shorten the text"
+    return f"start again with --context {min(wanted, limit or wanted)}"
+
+
 class KVBuffer:
     """Keys or values of one layer, ``[h, capacity, d]`` in its storage form."""
 
@@ -181,18 +189,11 @@ class KVLayer(CachedLayer):
 
 
 class SequenceCache(Cache):
-    """The KV cache of one sequence over all layers of a model, which are ``kept``; ``limit`` is what the model was made
-    for, 0 if that is not known."""
+    """The KV cache of one sequence over all layers of a model, which are ``kept``."""
 
-    def __init__(self, kept: Sequence[CachedLayer], context: int, limit: int) -> None:
+    def __init__(self, kept: Sequence[CachedLayer], context: int) -> None:
         super().__init__(layers=list(kept))
-        self.kept, self.context, self.limit = kept, context, limit
-
-    def remedy(self, needed: int, wanted: int) -> str:
-        """What to do where ``needed`` tokens, at best ``wanted``, do not fit: nothing beyond what the model reads."""
-        if 0 < self.limit < needed:
-            return f"the model was made for no more than {self.limit:,}: shorten the text"
-        return f"start again with --context {min(wanted, self.limit or wanted)}"
+        self.kept, self.context = kept, context
 
     def rewind(self, length: int) -> int:
         """Keep the first ``length`` tokens and return how many are kept: ``length``, or 0 if a chunked layer
@@ -219,7 +220,7 @@ class KVCache(SequenceCache):
             KVLayer(context, chunk if layer in shape.chunked_layers else 0, storage)
             for layer in range(shape.num_layers)
         ]
-        super().__init__(layers, context, shape.max_position_embeddings)
+        super().__init__(layers, context)
         self.pieces = layers
 
     @property

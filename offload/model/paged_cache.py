@@ -206,7 +206,7 @@ class PagedCache(SequenceCache):
         self.tables = torch.full((shape.num_layers, blocks), NO_PAGE, dtype=torch.int32)
         chunks = [shape.attention_chunk_size if i in shape.chunked_layers else 0 for i in range(shape.num_layers)]
         self.paged = [PagedLayer(pool, chunk, table) for chunk, table in zip(chunks, self.tables, strict=True)]
-        super().__init__(self.paged, pool.context, shape.max_position_embeddings)
+        super().__init__(self.paged, pool.context)
 
     def reserve(self, tokens: int) -> None:
         """Have pages in every layer for ``tokens`` more, all within one chunk.
@@ -242,6 +242,11 @@ class PagedCache(SequenceCache):
         """See SequenceCache."""
         self._written = -1
         return super().rewind(length)
+
+    @property
+    def page_count(self) -> int:
+        """Pages that hold some of it, shared ones too."""
+        return int((self.tables != NO_PAGE).sum())
 
     def free(self) -> None:
         """Give every page back: the sequence is over."""

@@ -4,6 +4,7 @@ Legend: T tokens, r rotated channels of a head.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ class RotaryAngles:
         if self._start != start:
             self._start, (self._cosine, self._sine) = start, self.span(start, self._step)
         return self._cosine[position - start], self._sine[position - start]
+
+    def of(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines f32 ``[T, r/2]`` at ``positions``."""
+        found = [self.at(position) for position in positions]
+        return torch.stack([cosine for cosine, _ in found]), torch.stack([sine for _, sine in found])
 
     def span(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines f32 ``[T, r/2]`` of ``count`` tokens from position ``first`` on."""

@@ -1,4 +1,4 @@
-"""Prefill and decode: token ids in, one record per step out.
+"""Generator: one sequence at a time, for decoders whose steps are bound to one KV cache.
 
 The KV cache outlives a call. A prompt is always the whole conversation; what the cache already holds of it is
 not run again. A step that is interrupted leaves the cache as it was before the step.
@@ -10,63 +10,85 @@ caller does with them take their time while the step runs. A step that nobody co
 import collections.abc
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from offload.decode.decoder import Decoder
-from offload.experts.cache.expert_cache import Counters, ExpertCache
+from offload.decode.decoder import StepAbandoned
+from offload.experts.cache.expert_cache import Counters
 from offload.experts.cache.oom import retry_with_less_vram
-from offload.hardware.ledger import resident_bytes
-from offload.hardware.vram_limit import VramMeter
 from offload.model.kv_cache import SequenceCache
 from offload.model.tokenizer import check_ids
 from offload.records import Finish, Sampling, TokenRecord
-from offload.run.grammar import Grammars
+from offload.run.runner import ModelParts, Phase, Runner
 from offload.run.sampling import Sampler, TextStream
-from offload.tiers import Tier
-from quant.errors import BudgetError, UsageError
+from offload.run.stream import Stream
+from quant.errors import UsageError
 
-Phase = Literal["prefill", "decode"]
-_KEPT_RUNS = 16
+Records = collections.abc.Generator[TokenRecord, None, None]
 
 
-class Generator:
-    """Runs one sequence through a model by ``decoder``. ``dense_bytes`` is what every forward pass reads besides
-    experts from ``home``, where dense weights and KV cache are.
+class Generator(Runner):
+    """Runs sequences one after the other through ``cache``."""
 
-    ``known_ids`` tells below which number token ids are known: images add to them. ``after_first`` is called
-    once, when the first token has been given out and another is asked for: it does what would only delay that
-    token. ``runs`` are the records of the latest calls.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        tokenizer: Any,
-        cache: SequenceCache,
-        experts: ExpertCache,
-        *,
-        dense_bytes: int,
-        prompt_chunk: int,
-        vocab_size: int,
-        known_ids: Callable[[], int],
-        eos: frozenset[int],
-        home: Tier,
-        vram: VramMeter | None = None,
-        after_first: Callable[[], None] | None = None,
-    ) -> None:
-        self.decoder, self.tokenizer, self.cache, self.experts = decoder, tokenizer, cache, experts
-        self.dense_bytes, self.prompt_chunk, self.eos, self.home = dense_bytes, prompt_chunk, eos, home
-        self._known_ids, self._vram = known_ids, vram
-        self.grammars = Grammars(tokenizer, vocab_size, eos)
-        self._after_first, self._begun = after_first, False
+    def __init__(self, parts: ModelParts, cache: SequenceCache) -> None:
+        super().__init__(parts)
+        self.cache, self.prompt_chunk = cache, parts.prompt_chunk
         self.tokens: list[int] = []  # what the cache holds
-        self.runs: deque[list[TokenRecord]] = deque(maxlen=_KEPT_RUNS)
         self._turn = 0  # counts who may go on: a later call ends an earlier one
+        self._waiting: deque[tuple[Sequence[int], Sampling, Stream]] = deque()
+        self._running: tuple[Records, Stream] | None = None
+
+    def add(self, ids: Sequence[int], sampling: Sampling, stream: Stream) -> None:
+        """See Runner."""
+        self._waiting.append((ids, sampling, stream))
+
+    def runs_only(self, stream: Stream) -> bool:
+        """See Runner."""
+        return self._running is not None and self._running[1] is stream
+
+    def step(self) -> bool:
+        """See Runner."""
+        if self._running is None:
+            if not self._waiting:
+                return False
+            ids, sampling, stream = self._waiting.popleft()
+            self._running = self.generate(ids, sampling), stream
+        records, stream = self._running
+        error: BaseException | None = None
+        try:
+            record = None if stream.cancelled else next(records, None)
+        except StepAbandoned:
+            record = None
+        except BaseException as raised:  # noqa: BLE001 - it is raised where the stream is read
+            record, error = None, raised
+        if record is None:
+            records.close()
+            with self.lock:
+                self._running = None
+                self.decoder.resume()
+            stream.end(error)
+            return True
+        if record.phase == "prefill":
+            stream.cached_tokens = stream.prompt_tokens - record.tokens_in
+        stream.push(record)
+        return True
+
+    def end_all(self) -> None:
+        """See Runner."""
+        if self._running is not None:
+            self._running[0].close()
+            self._running[1].end()
+            self._running = None
+        while self._waiting:
+            self._waiting.popleft()[2].end()
+
+    @property
+    def cached_tokens(self) -> int:
+        """See Runner."""
+        return len(self.tokens)
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -74,24 +96,7 @@ class Generator:
         self.cache.reset()  # type: ignore[no-untyped-call]
         self.tokens = []
 
-    def check(self, prompt: Sequence[int], sampling: Sampling) -> int:
-        """How many tokens may follow ``prompt``.
-
-        Raises UsageError for an empty prompt, CheckpointError for a token that the model does not know and
-        BudgetError for a prompt that does not fit the planned context.
-        """
-        if not prompt:
-            raise UsageError("the prompt is empty: expected at least one token")
-        check_ids(prompt, self._known_ids())
-        room = self.cache.context - len(prompt)
-        if room < 1:
-            raise BudgetError(
-                f"the prompt has {len(prompt):,} tokens and the KV cache is planned for "
-                f"{self.cache.context:,}: {self.cache.remedy(len(prompt) + 1, len(prompt) + sampling.max_tokens)}"
-            )
-        return room
-
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> collections.abc.Generator[TokenRecord, None, None]:
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Records:
         """Yield the prefill's record and then one per decoded token; raises what ``check`` does."""
         room = self.check(prompt, sampling)
         turn = self._take_turn()
@@ -104,7 +109,7 @@ class Generator:
     def _steps(self, context: list[int], sampling: Sampling, room: int, turn: int) -> Iterator[TokenRecord]:
         self.finish_load()
         sampler = Sampler(sampling, self.grammars)
-        text = TextStream(self.tokenizer, sampling.stop, special_tokens=sampling.special_tokens)
+        text = TextStream(self.parts.tokenizer, sampling.stop, special_tokens=sampling.special_tokens)
         run: list[TokenRecord] = []
         self.runs.append(run)
         steps = min(sampling.max_tokens, room)
@@ -145,7 +150,7 @@ class Generator:
 
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
         """Run ``prompt`` through the model without choosing a token; the record's ``token_id`` is -1."""
-        check_ids(prompt, self._known_ids())
+        check_ids(prompt, self.parts.known_ids())
         self._take_turn()
         self.finish_load()
         started = time.perf_counter()
@@ -169,12 +174,6 @@ class Generator:
         counters = self.experts.take_counters()
         self.decoder.attend()
         return ahead, counters
-
-    def finish_load(self, *, now: bool = False) -> None:
-        """Do what was put off until after the first token, if that has been or ``now``."""
-        if self._after_first is not None and (self._begun or now):
-            self._after_first()
-            self._after_first = None
 
     def _unseen(self, prompt: list[int]) -> list[int]:
         """The part of ``prompt`` that the cache does not hold, at least its last token; the rest is kept."""
@@ -215,23 +214,5 @@ class Generator:
     def _record(
         self, phase: Phase, token: int, text: str, tokens_in: int, seconds: float, finish: Finish, counters: Counters
     ) -> TokenRecord:
-        passes = -(-tokens_in // self.prompt_chunk)
-        read: dict[Tier, int] = {tier: size for tier, size in counters.used_bytes.items() if size}
-        read[self.home] = read.get(self.home, 0) + self.dense_bytes * passes + self.cache.read_nbytes
-        if counters.fetched["disk"]:
-            read["disk"] = counters.fetched["disk"]
-        self._begun = True
-        meter = self._vram
-        vram = 0 if meter is None else meter.used() if phase == "prefill" else meter.glance()
-        return TokenRecord(
-            phase=phase,
-            token_id=token,
-            text=text,
-            tokens_in=tokens_in,
-            seconds=seconds,
-            by_tier=counters.by_tier,
-            bytes_read=read,
-            rss_bytes=resident_bytes(),
-            vram_bytes=vram,
-            finish=finish,
-        )
+        used = self.used(counters, -(-tokens_in // self.prompt_chunk), self.cache.read_nbytes)
+        return self.record(phase, token, text, tokens_in, seconds, finish, used)

@@ -31,11 +31,13 @@ from offload.records import RunOptions, Sampling, TokenRecord
 from offload.routing.eviction import make_policy
 from offload.routing.frequency import ExpertFrequency
 from offload.routing.stats import RoutingStats
+from offload.run.batch import Batch
 from offload.run.collect import account
 from offload.run.device import choose_compute, choose_device, measured_machine
 from offload.run.engine import Engine
 from offload.run.generate import Generator
 from offload.run.report import RunReport
+from offload.run.runner import ModelParts, Runner
 from offload.run.stream import Stream
 from offload.tiers import Key, Tier
 from offload.vision.image_file import ImageSource
@@ -111,13 +113,14 @@ class Session:
         self._dtype = dtype
         self._images: Images | None = None
         self.checkpoint.check_unchanged(*text_files(self.checkpoint.path))
-        self.generator = Generator(
+        parts = ModelParts(
             self.decoder,
             self.tokenizer,
-            self.kv_pool.sequence() if self.decoder.bound is None else self.decoder.bound,
             self.experts,
             dense_bytes=self._enter_dense(),
             prompt_chunk=self.plan.prompt_chunk,
+            context=self.context,
+            limit=self.shape.max_position_embeddings,
             vocab_size=self.shape.vocab_size,
             known_ids=lambda: self.shape.vocab_size if self._images is None else self._images.tokens.end,
             eos=self._eos(),
@@ -125,7 +128,9 @@ class Session:
             vram=self.vram,
             after_first=self._finish_load,
         )
-        self._engine = Engine(self.generator)
+        bound = self.decoder.bound
+        self.runner: Runner = Batch(parts, self.kv_pool, self.notes) if bound is None else Generator(parts, bound)
+        self._engine = Engine(self.runner)
         if run.routing is not None and self.plan.fills and not self.experts.holds_all:
             self.experts.fill()
         self.load_seconds = time.perf_counter() - started
@@ -217,7 +222,7 @@ class Session:
     @property
     def cached_tokens(self) -> int:
         """Tokens that the KV cache holds."""
-        return self._engine.call(lambda: len(self.generator.tokens))
+        return self._engine.call(lambda: self.runner.cached_tokens)
 
     def encode(self, text: str, images: Sequence[ImageSource] = ()) -> list[int]:
         """Token ids of ``text``, as the tokenizer itself begins and ends one, and of ``images`` (paths, bytes of files
@@ -284,26 +289,26 @@ class Session:
     def report(self, *, command: str = "session", warmup: int = 1) -> RunReport:
         """What the latest runs did, at most 16 of them: speeds, memory by tier and role, expert hits, beside
         what was predicted. The first ``warmup`` decode steps, which meet cold caches, do not count as speed."""
-        runs = self._engine.call(lambda: [list(run) for run in self.generator.runs])
+        runs = self._engine.call(lambda: [list(run) for run in self.runner.runs])
         return account(self, runs, command=command, warmup=warmup)
 
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
-        """See ``Generator.prefill``."""
-        return self._engine.call(lambda: self.generator.prefill(prompt))
+        """See ``Runner.prefill``."""
+        return self._engine.call(lambda: self.runner.prefill(prompt))
 
     def finish_filling(self) -> None:
         """Wait until every expert that has a slot is in it. Raises CheckpointError if the disk fails."""
         self._engine.call(self._fill)
 
     def _fill(self) -> None:
-        self.generator.finish_load(now=True)
+        self.runner.finish_load(now=True)
         self.decoder.synchronize()
         self.experts.fill()
         self.experts.wait()
 
     def reset(self) -> None:
         """Forget the conversation; the experts stay where they are."""
-        self._engine.call(self.generator.reset)
+        self._engine.call(self.runner.reset)
 
     def expert_tiers(self) -> dict[Key, Tier]:
         """Where each expert is now."""

@@ -18,7 +18,7 @@ class Stream(Iterator[TokenRecord]):
         self.prompt_tokens, self._on_cancel = prompt_tokens, on_cancel
         self.cached_tokens = 0
         self._events: queue.SimpleQueue[TokenRecord | BaseException | None] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
+        self._cancelled, self._ended = threading.Event(), threading.Event()
         self._over = False
 
     def __next__(self) -> TokenRecord:
@@ -45,10 +45,16 @@ class Stream(Iterator[TokenRecord]):
         """Whether ``cancel`` was called."""
         return self._cancelled.is_set()
 
+    @property
+    def ended(self) -> bool:
+        """Whether no more records come."""
+        return self._ended.is_set()
+
     def push(self, record: TokenRecord) -> None:
         """Give ``record`` to whoever iterates: for the one who runs the model."""
         self._events.put(record)
 
     def end(self, error: BaseException | None = None) -> None:
         """No more records come, because of ``error`` if there is one."""
+        self._ended.set()
         self._events.put(error)

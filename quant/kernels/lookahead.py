@@ -45,13 +45,13 @@ class CLookahead(ctypes.Structure):
 
 class Lookahead:
     """Guesses for a model's MoE layers, numbered from 0; ``routers`` ``[E, H]`` and ``norms`` ``[H]``, one of
-    each per layer.
+    each per layer, for steps of up to ``rows`` tokens.
 
     ``right`` f32 ``[4, DEPTH, bins]`` is how often guesses were right, by what they were made from, how many
     layers ahead (less one), and margin.
     """
 
-    def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], top_k: int) -> None:
+    def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], top_k: int, rows: int = 1) -> None:
         self.layers, self.experts, self.top_k = len(routers), routers[0].shape[0], top_k
         # A token's norm is one positive factor on all logits of a layer: it does not change which are
         # largest.
@@ -59,8 +59,8 @@ class Lookahead:
         self._routers = torch.cat(weighted)  # [L · E, H]
         self._edges = torch.tensor(_MARGINS)
         self.right = torch.full((4, DEPTH, len(_MARGINS) + 1), TRUST)
-        slots = 2 * DEPTH + 2  # two guesses by each of the layers before, two from embeddings
-        self._guesses = torch.zeros(self.layers, slots, 1 + top_k, dtype=torch.int32)
+        slots = rows * (2 * DEPTH + 2)  # two guesses by each of the layers before, two from embeddings
+        self._guesses = torch.zeros(self.layers, slots, 2 + top_k, dtype=torch.int32)
         self._counts = torch.zeros(self.layers, dtype=torch.int32)
         tensors = addresses(edges=self._edges, right=self.right, guesses=self._guesses, counts=self._counts)
         self.native = CLookahead(depth=DEPTH, bins=len(_MARGINS) + 1, trust=TRUST, memory=_MEMORY, **tensors)
@@ -78,6 +78,10 @@ class Lookahead:
     def learn(self, layer: int, chosen: Sequence[int]) -> None:
         """Compare what was guessed for ``layer`` with the k experts that one token then chose."""
         library().cs_learn(ctypes.byref(self.native), layer, (I32 * self.top_k)(*chosen))
+
+    def forget(self) -> None:
+        """Drop what was guessed for a next step: its rows are other sequences."""
+        self._counts.zero_()
 
     def for_prompt(self, here: int, x: Tensor) -> list[tuple[int, int]]:
         """Of a prompt's many tokens x ``[T, H]`` the layer after ``here`` wants nearly all experts: the most

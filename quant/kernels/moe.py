@@ -75,7 +75,9 @@ class GatedMlp:
 
 
 class _CJob(ctypes.Structure):
-    _fields_ = fields((CWeight, "gate up down"), (Pointer, "tokens"), (I64, "count"), (Pointer, "in_scale out_weight"))
+    _fields_ = fields(
+        (CWeight, "gate up down"), (Pointer, "tokens"), (I64, "count"), (Pointer, "in_scale out_weight out_rows")
+    )
 
 
 @dataclass(frozen=True)

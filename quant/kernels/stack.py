@@ -1,6 +1,9 @@
-"""All decoder layers for one token in one native call, with no Python between layers.
+"""All decoder layers for a few rows in one native call, with no Python between layers.
 
-Legend: H hidden, E experts, k experts per token, r rotated channels of a head.
+A row is a token: the next one of each of some sequences, or some of one sequence. Each weight is read once for all
+rows, each expert once for all rows that chose it. What a row gets does not depend on the rows beside it.
+
+Legend: T rows, H hidden, E experts, k experts per token, r rotated channels of a head, V vocabulary.
 """
 
 import ctypes
@@ -39,19 +42,22 @@ class _CLayer(ctypes.Structure):
     )
 
 
+class _CSegment(ctypes.Structure):
+    _fields_ = fields((Pointer, "pages"), (I64, "position tokens"))
+
+
 class _CRun(ctypes.Structure):
     _fields_ = fields(
         (Pointer, "x cosine sine"),
         (ctypes.POINTER(CKvPool), "pool"),
-        (Pointer, "pages"),
-        (I64, "blocks position count layer"),
+        (Pointer, "segments"),
+        (I64, "segment_count rows blocks count layer"),
         (I32, "stage exact reason wanted_count"),
         (Pointer, "wanted layer_of"),
         (ctypes.POINTER(CLookahead), "lookahead"),
-        (Pointer, "late"),
-        (ctypes.c_uint64, "done"),
+        (Pointer, "late computed parts"),
         (F64, "patience"),
-        (I32, "wanted_room"),
+        (I32, "shared_pending wanted_room"),
         (F32, "eps"),
         (Pointer, "norm"),
         (CWeight, "head"),
@@ -64,17 +70,26 @@ class _CRun(ctypes.Structure):
 
 _TOKEN, _LAYER, _EXPERTS = range(3)  # stages
 _MISSING, _WANTED = 1, 2  # of the reasons
-_NOTHING_DONE = 2**64 - 1  # of the current layer not even the shared expert
-_MOST_CHOSEN = 63  # experts of one token and layer: a bit each
+MAX_ROWS = 16
 _PATIENCE = 0.1  # seconds in a native call, in which Ctrl-C is not seen
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``tokens`` rows of one sequence, at ``position`` and after. ``tables`` int32 ``[layers, blocks]`` name its pages
+    layer by layer, those of the new tokens among them."""
+
+    tables: Tensor
+    position: int
+    tokens: int = 1
 
 
 @dataclass(frozen=True)
 class Stop:
     """Where a step is and why: ``attended`` layers have their attention done, ``finished`` are through.
 
-    ``missing`` are the chosen experts of layer ``finished`` that are not computed yet, ascending, if one of
-    them is not even coming; ``waiting`` are all of them. ``wanted`` are (layer, expert) that coming layers
+    ``waiting`` are the chosen experts of layer ``finished`` that are not computed yet, ascending; ``missing``: one of
+    them is not even coming. ``wanted`` are (layer, expert) that coming layers
     will probably choose, nearest first, ``wanted_next`` what the next token's first layers will, as far as it
     can be told already.
     """
@@ -99,11 +114,9 @@ class Head:
 class Stack:
     """All layers of a decoder. ``rotary`` is r, 0 if no layer uses RoPE.
 
-    With a ``head``, ``token_logits`` f32 ``[V]`` are the last token's; they are overwritten by the next.
+    With a ``head``, ``token_logits`` f32 ``[T, V]`` are the last step's; they are overwritten by the next.
 
-    ``chosen`` int32 ``[layers, k]``, ``weights`` f32 ``[layers, k]`` and ``logits`` f32 ``[layers, E]`` hold
-    what the routers found for the last token; rows of dense layers mean nothing. ``late`` int64 ``[layers]``
-    has bit i set where the i-th of the chosen experts was not there when its layer asked for it.
+    ``late`` int64 ``[layers]`` says how many of the experts that a layer's rows chose were not there when it asked.
     """
 
     def __init__(
@@ -118,57 +131,70 @@ class Stack:
         self.attentions, self.blocks, self.rotary = list(attentions), list(blocks), rotary
         count, hidden = len(blocks), attentions[0].hidden
         top_k = max(block.top_k for block in blocks)
-        if top_k > _MOST_CHOSEN:
-            raise SchemeError(f"{top_k} experts per token: expected {_MOST_CHOSEN} at most")
         experts = max((block.router.out_features for block in blocks if isinstance(block, MoeBlock)), default=0)
-        self.normed = torch.empty(count, hidden)
-        self.logits, self.weights = torch.empty(count, max(experts, 1)), torch.empty(count, max(top_k, 1))
-        self.chosen = torch.zeros(count, max(top_k, 1), dtype=torch.int32)
+        rows = MAX_ROWS
+        self.normed = torch.empty(count, rows, hidden)
+        self.logits, self.weights = torch.empty(count, rows, max(experts, 1)), torch.empty(count, rows, max(top_k, 1))
+        self._chosen = torch.zeros(count, rows * max(top_k, 1), dtype=torch.int32)
+        self._computed = torch.zeros(max(experts, 1), dtype=torch.uint8)
+        self._parts = torch.empty(rows * max(top_k, 1), hidden)
         self._layers = (_CLayer * count)()
         moe_layers = [index for index, block in enumerate(blocks) if isinstance(block, MoeBlock)]
         self._layer_of = torch.tensor(moe_layers, dtype=torch.int64)
-        self._wanted = torch.zeros(2 * DEPTH * max(top_k, 1), 3, dtype=torch.int32)
+        self._wanted = torch.zeros(2 * DEPTH * rows * max(top_k, 1), 3, dtype=torch.int32)
         self.late = torch.zeros(count, dtype=torch.int64)
         self._run = _CRun(count=count, patience=_PATIENCE, guess_token_from=count)
         self._run.wanted_room = len(self._wanted)
         self._run.wanted, self._run.layer_of = self._wanted.data_ptr(), self._layer_of.data_ptr()
-        self._run.late = self.late.data_ptr()
+        self._run.late, self._run.computed = self.late.data_ptr(), self._computed.data_ptr()
+        self._run.parts = self._parts.data_ptr()
         for index, (attention, block) in enumerate(zip(attentions, blocks, strict=True)):
             layer = self._layers[index]
             if attention.shape.rope != "none":
                 attention.native.rope_dim = rotary
             layer.attention, layer.moe = ctypes.pointer(attention.native), ctypes.pointer(block.native)
-            found = {name: getattr(self, name)[index] for name in ("normed", "logits", "chosen", "weights")}
-            layer.routing = CRouting(**addresses(**found))
+            found = {name: getattr(self, name)[index] for name in ("normed", "logits", "weights")}
+            layer.routing = CRouting(**addresses(**found, chosen=self._chosen[index]))
             layer.moe_index = moe_layers.index(index) if index in moe_layers else -1
-        self.token_logits: Tensor | None = None
+        self._logits: Tensor | None = None
         if head is not None:
-            self.head, self._norm, self._normed = head, head.norm.float().contiguous(), torch.empty(hidden)
-            self.token_logits = torch.empty(head.weight.out_features)
+            self.head, self._norm, self._normed = head, head.norm.float().contiguous(), torch.empty(rows, hidden)
+            self._logits = torch.empty(rows, head.weight.out_features)
             self._run.norm, self._run.eps, self._run.head = (self._norm.data_ptr(), head.eps, head.weight.native)
-            self._run.normed, self._run.logits = self._normed.data_ptr(), self.token_logits.data_ptr()
+            self._run.normed, self._run.logits = self._normed.data_ptr(), self._logits.data_ptr()
+
+    @property
+    def token_logits(self) -> Tensor | None:
+        """The last step's logits f32 ``[T, V]``."""
+        return None if self._logits is None else self._logits[: self._run.rows]
+
+    def chosen(self, layer: int) -> Tensor:
+        """What the router of ``layer`` chose in the last step, int32 ``[T, k]``, best first."""
+        top_k = self.blocks[layer].top_k
+        return self._chosen[layer, : self._run.rows * top_k].view(-1, top_k)
 
     def begin(
         self,
         x: Tensor,
-        position: int,
+        segments: Sequence[Segment],
         pages: KvPages,
-        tables: Tensor,
         cosine: Tensor,
         sine: Tensor,
         exact: bool,
         lookahead: Lookahead | None = None,
     ) -> None:
-        """Start a token: x f32 ``[H]`` (contiguous) is worked on in place; cosine and sine f32 ``[r/2]``.
-
-        ``tables`` int32 ``[layers, blocks]`` name for each layer the sequence's ``pages``, that of the new token
-        among them.
-        """
-        run = self._run
-        self._held = (x, cosine, sine, pages, tables)
-        run.pool, run.pages, run.blocks = ctypes.pointer(pages.native), tables.data_ptr(), tables.shape[1]
+        """Start a step: x f32 ``[T, H]`` (contiguous) is worked on in place; cosine and sine f32 ``[T, r/2]``, the rows
+        of one segment after those of another, MAX_ROWS of them at most."""
+        run, rows = self._run, sum(segment.tokens for segment in segments)
+        if not 1 <= rows <= MAX_ROWS or x.shape[0] != rows:
+            raise SchemeError(f"x is {tuple(x.shape)} for {rows} rows: expected 1 to {MAX_ROWS} in both")
+        of_rows = [_CSegment(s.tables.data_ptr(), s.position, s.tokens) for s in segments]
+        native = (_CSegment * len(segments))(*of_rows)
+        self._held = (x, cosine, sine, pages, native, segments)
+        run.segments, run.segment_count, run.rows = ctypes.addressof(native), len(segments), rows
+        run.pool, run.blocks = ctypes.pointer(pages.native), segments[0].tables.shape[1]
         run.x, run.cosine, run.sine = x.data_ptr(), cosine.data_ptr(), sine.data_ptr()
-        run.position, run.layer, run.exact = position, 0, int(exact)
+        run.layer, run.exact = 0, int(exact)
         run.stage = _LAYER if lookahead is None else _TOKEN
         run.lookahead = None if lookahead is None else ctypes.pointer(lookahead.native)
 
@@ -181,7 +207,7 @@ class Stack:
         self._run.guess_token_from = max(0, len(self.blocks) - layers)
 
     def go(self) -> Stop | None:
-        """Run on until the token is through (None), or until there is something that the caller must do
+        """Run on until the step is through (None), or until there is something that the caller must do
         first: begin the reads of what is missing and of what is wanted. Returns at the latest after a tenth
         of a second of waiting."""
         run = self._run
@@ -191,9 +217,8 @@ class Stack:
         layer, within = run.layer, run.stage == _EXPERTS
         waiting: list[int] = []
         if within:
-            done = 0 if run.done == _NOTHING_DONE else run.done
-            chosen = self.chosen[layer, : self.blocks[layer].top_k].tolist()
-            waiting = sorted(expert for rank, expert in enumerate(chosen) if not done >> rank & 1)
+            chosen = set(self.chosen(layer).flatten().tolist())
+            waiting = sorted(expert for expert in chosen if not self._computed[expert])
         rows = self._wanted[: run.wanted_count].tolist() if run.reason & _WANTED else []
         wanted, later = ([(a, b) for a, b, next_token in rows if next_token == which] for which in (0, 1))
         return Stop(layer, layer + int(within), bool(run.reason & _MISSING), waiting, wanted, later)

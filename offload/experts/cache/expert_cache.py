@@ -194,16 +194,18 @@ class ExpertCache:
             yield key[1], self._weights(key, locked)
             self.policy.touch(key)
 
-    def demand(self, keys: Sequence[Key]) -> set[Key]:
-        """Begin reading those of ``keys`` that are on disk, as many as may be in flight at once, and return
-        those. Raises CheckpointError for one that could not be read."""
+    def demand(self, keys: Sequence[Key], keep: Sequence[Key] = ()) -> set[Key]:
+        """Begin reading those of ``keys`` that are on disk, as many as may be in flight at once. They do not take the
+        slots of ``keep``, as far as there are others. Returns what is not to be evicted now. Raises CheckpointError
+        for one that could not be read."""
         first = set(keys[: self.window()])
+        locked = first | set(keep[: max(0, self.arena.slots - 1 - len(first))])
         for key in keys[: len(first)]:
             pending = self._pending.get(key)
             if pending is not None and pending.error is not None:
                 self._land(key)
-            self._request(key, Priority.DEMAND, first)
-        return first
+            self._request(key, Priority.DEMAND, locked)
+        return locked
 
     def prefetch(self, keys: Sequence[Key], protected: set[Key], priority: Priority = Priority.PREFETCH) -> None:
         """Begin reading ``keys``, expected soon, if slots can be had that hold neither them nor

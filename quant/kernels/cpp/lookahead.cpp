@@ -19,46 +19,59 @@ float deviation(const float* values, int count) {
 
 }  // namespace
 
-void guess(const Lookahead& f, GuessKind kind, int32_t here, const float* x, std::vector<Expected>& expected) {
+void guess(const Lookahead& f, GuessKind kind, int32_t here, const float* x, int64_t rows,
+           std::vector<Expected>& expected) {
   const int reach = std::min(f.layers - 1 - here, f.depth);
   if (reach <= 0) return;
-  std::vector<float> logits(size_t(reach) * size_t(f.experts));
+  const int64_t width = int64_t(reach) * f.experts;
+  std::vector<float> logits(size_t(rows * width));
   {
     Scratch scratch;
     Weight ahead = f.routers;
     ahead.packed += int64_t(here + 1) * f.experts * ahead.row_bytes();
-    ahead.n = int64_t(reach) * f.experts;
-    Product product{ahead, x, ahead.k, 1, logits.data(), ahead.n, {}};
+    ahead.n = width;
+    Product product{ahead, x, ahead.k, rows, logits.data(), ahead.n, {}};
     multiply(&product, 1, true, scratch);
   }
   const int next = std::min(f.top_k, f.experts - 1);  // the best that is not chosen; with all chosen the last one is
   std::vector<int32_t> order(static_cast<size_t>(f.experts));
   for (int distance = 0; distance < reach; ++distance) {
     const int32_t index = here + 1 + distance;
-    const float* found = logits.data() + int64_t(distance) * f.experts;
-    std::iota(order.begin(), order.end(), 0);
-    std::partial_sort(order.begin(), order.begin() + next + 1, order.end(), [&](int32_t a, int32_t b) {
-      return found[a] > found[b] || (found[a] == found[b] && a < b);
-    });
-    const float margin = (found[order[size_t(f.top_k - 1)]] - found[order[size_t(next)]]) /
-                         std::max(deviation(found, f.experts), 1e-20f);
-    const int bin = int(std::count_if(f.edges, f.edges + f.bins - 1, [&](float edge) { return margin > edge; }));
-    const int32_t record = (kind * f.depth + distance) * f.bins + bin;
-    if (f.counts[index] < f.slots) {
-      int32_t* kept = f.guesses + (int64_t(index) * f.slots + f.counts[index]++) * (1 + f.top_k);
-      kept[0] = record;
-      std::copy_n(order.begin(), f.top_k, kept + 1);
+    const size_t first = expected.size();
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* found = logits.data() + row * width + int64_t(distance) * f.experts;
+      std::iota(order.begin(), order.end(), 0);
+      std::partial_sort(order.begin(), order.begin() + next + 1, order.end(), [&](int32_t a, int32_t b) {
+        return found[a] > found[b] || (found[a] == found[b] && a < b);
+      });
+      const float margin = (found[order[size_t(f.top_k - 1)]] - found[order[size_t(next)]]) /
+                           std::max(deviation(found, f.experts), 1e-20f);
+      const int bin = int(std::count_if(f.edges, f.edges + f.bins - 1, [&](float edge) { return margin > edge; }));
+      const int32_t record = (kind * f.depth + distance) * f.bins + bin;
+      if (f.counts[index] < f.slots) {
+        int32_t* kept = f.guesses + (int64_t(index) * f.slots + f.counts[index]++) * (2 + f.top_k);
+        kept[0] = record;
+        kept[1] = int32_t(row);
+        std::copy_n(order.begin(), f.top_k, kept + 2);
+      }
+      if (f.right[record] < f.trust) continue;
+      for (int k = 0; k < f.top_k; ++k) {
+        const int32_t expert = order[size_t(k)];
+        const bool known = std::any_of(expected.begin() + int64_t(first), expected.end(),
+                                       [&](const Expected& e) { return e.expert == expert; });
+        if (!known) expected.push_back({index, expert});
+      }
     }
-    if (f.right[record] >= f.trust)
-      for (int k = 0; k < f.top_k; ++k) expected.push_back({index, order[size_t(k)]});
   }
 }
 
-void learn(const Lookahead& f, int32_t index, const int32_t* chosen) {
+void learn(const Lookahead& f, int32_t index, const int32_t* chosen, int64_t rows) {
   for (int i = 0; i < f.counts[index]; ++i) {
-    const int32_t* kept = f.guesses + (int64_t(index) * f.slots + i) * (1 + f.top_k);
+    const int32_t* kept = f.guesses + (int64_t(index) * f.slots + i) * (2 + f.top_k);
+    if (kept[1] >= rows) continue;  // a sequence that has left since
+    const int32_t* its = chosen + int64_t(kept[1]) * f.top_k;
     int hits = 0;
-    for (int k = 0; k < f.top_k; ++k) hits += std::find(chosen, chosen + f.top_k, kept[1 + k]) != chosen + f.top_k;
+    for (int k = 0; k < f.top_k; ++k) hits += std::find(its, its + f.top_k, kept[2 + k]) != its + f.top_k;
     float& right = f.right[kept[0]];
     right = f.memory * right + (1 - f.memory) * float(hits) / float(f.top_k);
   }
@@ -73,7 +86,7 @@ COLDSTREAM_API int32_t cs_guess(const coldstream::Lookahead* lookahead, int32_t 
   using namespace coldstream;
   return guarded([&] {
     std::vector<Expected> expected;
-    guess(*lookahead, GuessKind(kind), here, x, expected);
+    guess(*lookahead, GuessKind(kind), here, x, 1, expected);
     for (const Expected& e : expected) {
       *pairs++ = e.index;
       *pairs++ = e.expert;
@@ -83,5 +96,5 @@ COLDSTREAM_API int32_t cs_guess(const coldstream::Lookahead* lookahead, int32_t 
 }
 
 COLDSTREAM_API void cs_learn(const coldstream::Lookahead* lookahead, int32_t index, const int32_t* chosen) {
-  coldstream::learn(*lookahead, index, chosen);
+  coldstream::learn(*lookahead, index, chosen, 1);
 }

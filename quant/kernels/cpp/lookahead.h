@@ -20,7 +20,7 @@ struct Lookahead {
   float trust, memory;   // read for guesses right this often; what one comparison leaves of the past
   const float* edges;    // [B - 1]
   float* right;          // [kGuessKinds, D, B]: how often such guesses were right
-  int32_t* guesses;      // [L, slots, 1 + k]: index into `right`, experts
+  int32_t* guesses;      // [L, slots, 2 + k]: index into `right`, the token's row in the step, experts
   int32_t* counts;       // [L]: slots in use
 };
 
@@ -28,10 +28,12 @@ struct Expected {
   int32_t index, expert;  // MoE layer by its place among the MoE layers
 };
 
-// Guesses for the MoE layers after `here` (-1: from the first on), nearest first; appends those worth a read.
-void guess(const Lookahead& lookahead, GuessKind kind, int32_t here, const float* x, std::vector<Expected>& expected);
+// Guesses for the MoE layers after `here` (-1: from the first on) from x [rows, H], nearest first; appends those worth
+// a read, each once.
+void guess(const Lookahead& lookahead, GuessKind kind, int32_t here, const float* x, int64_t rows,
+           std::vector<Expected>& expected);
 
-// Compare what was guessed for MoE layer `index` with what the token chose.
-void learn(const Lookahead& lookahead, int32_t index, const int32_t* chosen);
+// Compare what was guessed for MoE layer `index` with what each row chose, [rows, k].
+void learn(const Lookahead& lookahead, int32_t index, const int32_t* chosen, int64_t rows);
 
 }  // namespace coldstream

@@ -18,6 +18,7 @@ struct Piece {
   float *gate, *up, *down;
 
   int64_t token(int64_t i) const { return job->tokens ? job->tokens[first + i] : first + i; }
+  int64_t out_row(int64_t i) const { return job->out_rows ? job->out_rows[first + i] : token(i); }
   float in_scale(int64_t i) const { return job->in_scale ? job->in_scale[first + i] : 1.0f; }
   float out_weight(int64_t i) const { return job->out_weight ? job->out_weight[first + i] : 1.0f; }
 };
@@ -86,7 +87,7 @@ void run_batch(std::vector<Piece>& pieces, const float* x, int64_t ldx, float* o
   each((n + step - 1) / step, int64_t(rows.size()) * n, [&](int64_t task, int) {
     const int64_t column = task * step, width = std::min(step, n - column);
     for (const auto& [piece, i] : rows)
-      table.add_scaled(out + piece->token(i) * ldout + column, piece->down + i * n + column, width,
+      table.add_scaled(out + piece->out_row(i) * ldout + column, piece->down + i * n + column, width,
                        piece->out_weight(i));
   });
 }

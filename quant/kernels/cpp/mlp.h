@@ -11,6 +11,7 @@ struct Job {
   int64_t count;
   const float* in_scale;    // [count] or null: scales the expert's input, as Llama 4's router does
   const float* out_weight;  // [count] or null: scales its output, as every other router does
+  const int32_t* out_rows;  // rows of out; null: as `tokens`
 };
 
 // out[t] += out_weight * down(silu(gate(in_scale * x[t])) * up(in_scale * x[t])) for every job. Must be called

@@ -76,7 +76,8 @@ Job routed_job(const MoeBlock& block, int32_t expert, const int32_t* tokens, int
           tokens,
           count,
           scales_input ? weights : nullptr,
-          scales_input ? nullptr : weights};
+          scales_input ? nullptr : weights,
+          nullptr};
 }
 
 // The shared expert's job, if there is one; `weights` keeps the sigmoid of its own router.
@@ -92,7 +93,7 @@ void add_shared(const MoeBlock& block, int64_t tokens, const Routing& routing, s
     for (float& value : weights) value = 1.0f / (1.0f + std::exp(-value));
     weigh = weights.data();
   }
-  jobs.push_back({block.shared_gate, block.shared_up, block.shared_down, nullptr, tokens, nullptr, weigh});
+  jobs.push_back({block.shared_gate, block.shared_up, block.shared_down, nullptr, tokens, nullptr, weigh, nullptr});
 }
 
 void start(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, float* out, int64_t ldout) {
@@ -126,28 +127,61 @@ void compute_block(const MoeBlock& block, const float* x, int64_t ldx, int64_t t
   run_jobs(jobs.data(), int64_t(jobs.size()), routing.normed, block.router.k, out, ldout, exact);
 }
 
-void compute_shared(const MoeBlock& block, const float* x, const Routing& routing, float* out, bool exact) {
+void compute_shared(const MoeBlock& block, const float* x, int64_t tokens, const Routing& routing, float* out,
+                    bool exact) {
   std::vector<Job> jobs;
   std::vector<float> weights;
-  add_shared(block, 1, routing, weights, jobs);
-  start(block, x, block.router.k, 1, out, block.router.k);
-  run_jobs(jobs.data(), int64_t(jobs.size()), routing.normed, block.router.k, out, block.router.k, exact);
+  const int64_t hidden = block.router.k;
+  add_shared(block, tokens, routing, weights, jobs);
+  start(block, x, hidden, tokens, out, hidden);
+  run_jobs(jobs.data(), int64_t(jobs.size()), routing.normed, hidden, out, hidden, exact);
 }
 
-void compute_routed(const MoeBlock& block, const Routing& routing, int rank, float* out, bool exact) {
-  const Job job = routed_job(block, routing.chosen[rank], nullptr, 1, routing.weights + rank);
-  run_jobs(&job, 1, routing.normed, block.router.k, out, block.router.k, exact);
+void compute_routed(const MoeBlock& block, int64_t tokens, const Routing& routing, const std::vector<int32_t>& experts,
+                    float* parts, bool exact) {
+  const int64_t hidden = block.router.k, places = tokens * block.top_k;
+  std::vector<std::vector<int32_t>> owned_tokens(experts.size()), owned_places(experts.size());
+  std::vector<std::vector<float>> owned_weights(experts.size());
+  std::vector<Job> jobs;
+  for (size_t e = 0; e < experts.size(); ++e) {
+    for (int64_t i = 0; i < places; ++i) {
+      if (routing.chosen[i] != experts[e]) continue;
+      owned_tokens[e].push_back(int32_t(i / block.top_k));
+      owned_places[e].push_back(int32_t(i));
+      owned_weights[e].push_back(routing.weights[i]);
+      std::memset(parts + i * hidden, 0, size_t(hidden) * 4);
+    }
+    Job job = routed_job(block, experts[e], owned_tokens[e].data(), int64_t(owned_tokens[e].size()),
+                         owned_weights[e].data());
+    job.out_weight = nullptr;  // its part is weighed as it is added
+    job.out_rows = owned_places[e].data();
+    jobs.push_back(job);
+  }
+  run_jobs(jobs.data(), int64_t(jobs.size()), routing.normed, hidden, parts, hidden, exact);
+}
+
+void add_routed(const MoeBlock& block, int64_t tokens, const Routing& routing, const float* parts, float* out) {
+  const int64_t hidden = block.router.k;
+  const bool scales_input = block.router_kind == kSigmoidInput;
+  std::vector<int64_t> order(static_cast<size_t>(block.top_k));
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int k = 0; k < block.top_k; ++k) order[size_t(k)] = t * block.top_k + k;
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return routing.chosen[a] < routing.chosen[b]; });
+    for (int64_t place : order)
+      kernels().add_scaled(out + t * hidden, parts + place * hidden, hidden,
+                           scales_input ? 1.0f : routing.weights[place]);
+  }
 }
 
 ExpertState state_of(const MoeBlock& block, int32_t expert) {
   return ExpertState(__atomic_load_n(&block.table[expert].state, __ATOMIC_ACQUIRE));
 }
 
-ExpertState await_expert(const MoeBlock& block, int32_t expert, double seconds) {
+bool await_experts(const MoeBlock& block, const std::vector<int32_t>& experts, double seconds) {
   std::unique_lock<std::mutex> lock(publish_mutex);
-  published.wait_for(lock, std::chrono::duration<double>(seconds),
-                     [&] { return state_of(block, expert) != kComing; });
-  return state_of(block, expert);
+  return published.wait_for(lock, std::chrono::duration<double>(seconds), [&] {
+    return std::any_of(experts.begin(), experts.end(), [&](int32_t e) { return state_of(block, e) != kComing; });
+  });
 }
 
 }  // namespace coldstream

@@ -1,5 +1,7 @@
 // What one MoE block is and what routing finds: the structs that Python fills.
 #pragma once
+#include <vector>
+
 #include "kernels.h"
 
 namespace coldstream {
@@ -42,13 +44,17 @@ void route(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, c
 void compute_block(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, const Routing& routing,
                    float* out, int64_t ldout, bool exact);
 
-// In parts, for one token: out = x (0 without a norm) + the shared expert; out += the chosen expert at `rank`.
-void compute_shared(const MoeBlock& block, const float* x, const Routing& routing, float* out, bool exact);
-void compute_routed(const MoeBlock& block, const Routing& routing, int rank, float* out, bool exact);
+// In parts, the same to the bit: out = x (0 without a norm) + the shared expert; what each of `experts` gives the rows
+// that chose it, into `parts` [T * top_k, H], in any order; and all of that added to out, by index of the expert.
+void compute_shared(const MoeBlock& block, const float* x, int64_t tokens, const Routing& routing, float* out,
+                    bool exact);
+void compute_routed(const MoeBlock& block, int64_t tokens, const Routing& routing, const std::vector<int32_t>& experts,
+                    float* parts, bool exact);
+void add_routed(const MoeBlock& block, int64_t tokens, const Routing& routing, const float* parts, float* out);
 
 ExpertState state_of(const MoeBlock& block, int32_t expert);
 
-// Wait until `expert` is no longer coming, `seconds` at most; returns its state.
-ExpertState await_expert(const MoeBlock& block, int32_t expert, double seconds);
+// Wait until one of `experts` is no longer coming, `seconds` at most; returns whether one is.
+bool await_experts(const MoeBlock& block, const std::vector<int32_t>& experts, double seconds);
 
 }  // namespace coldstream

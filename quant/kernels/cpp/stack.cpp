@@ -1,5 +1,6 @@
-// A run of decoder layers for one token, attention and MoE in turn, without Python between them. Where an expert is
-// not there yet the run looks ahead, computes what it can and waits; it returns only for what the caller must decide.
+// A run of decoder layers for a few rows, one token each of as many sequences or some of one, attention and MoE in turn,
+// without Python between them. Each weight is read once for all rows. Where an expert is not there yet the run looks
+// ahead, computes what it can and waits; it returns only for what the caller must decide.
 #include <algorithm>
 #include <cstring>
 
@@ -18,18 +19,18 @@ struct Layer {
   int64_t moe_index;
 };
 
-// Where in a token a run goes on: before its first guess, at a layer's start, or at its chosen experts.
+// Where in a step a run goes on: before its first guess, at a layer's start, or at its chosen experts.
 enum Stage : int32_t { kToken = 0, kLayer = 1, kExperts = 2 };
 
 // Why a run returned: bits.
 enum Reason : int32_t { kMissing = 1, kWanted = 2, kStillWaiting = 4 };
 
 struct Run {
-  float* x;  // [H], in place; at kExperts the block's sum so far
-  const float *cosine, *sine;
+  float* x;  // [rows, H], in place; at kExperts the block's sum so far
+  const float *cosine, *sine;  // [rows, r/2]
   const KvPool* pool;
-  const int32_t* pages;  // [count, blocks]: the sequence's tables, layer by layer
-  int64_t blocks, position, count;
+  const KvSegment* segments;  // with the table of the first layer; that of layer i is i * blocks further on
+  int64_t segment_count, rows, blocks, count;
   int64_t layer;    // in and out: where to go on
   int32_t stage;    // in and out
   int32_t exact;
@@ -38,15 +39,17 @@ struct Run {
   int32_t* wanted;           // out: [layer, expert, 1 if it is for the next token], room for `wanted_room` of them
   const int64_t* layer_of;   // [L]: decoder layer of each MoE layer
   const Lookahead* lookahead;  // or null
-  uint64_t* late;            // [count]: ranks of chosen experts that were not ready when their layer asked
-  uint64_t done;             // ranks of the current layer's experts that are in x
+  int64_t* late;             // [count]: how many chosen experts were not ready when their layer asked
+  uint8_t* computed;         // [E]: which of the current layer's experts are in `parts`
+  float* parts;              // [rows * k, H]
   double patience;           // seconds to wait for an expert before returning
+  int32_t shared_pending;    // of the current layer not even the shared expert is computed
   int32_t wanted_room;
   float eps;
   const float* norm;  // [H] of the model's last norm, or null: then x is all there is at the end
   Weight head;        // [V, H]
-  float* normed;      // [H]
-  float* logits;      // [V]
+  float* normed;      // [rows, H]
+  float* logits;      // [rows, V]
   Weight embeddings;  // [V, H] plain, or k = 0
   int64_t guess_token_from;  // the first layer that guesses the next token while it waits; `count` for none
   int32_t guessed_token;     // in and out: whether the last call has
@@ -54,9 +57,9 @@ struct Run {
 
 namespace {
 
-class Token {
+class Rows {
  public:
-  Token(const Layer* layers, Run& run) : layers_(layers), run_(run) {}
+  Rows(const Layer* layers, Run& run) : layers_(layers), run_(run) {}
 
   void go() {
     run_.reason = 0;
@@ -91,69 +94,91 @@ class Token {
   // False: return to the caller.
   bool begin(const Layer& layer) {
     const MoeBlock& moe = *layer.moe;
-    const int64_t hidden = layer.attention->q.k;
-    attended_.resize(size_t(hidden));
-    const KvSegment segment{run_.pages + run_.layer * run_.blocks, run_.position, 1};
-    attend_segments(*layer.attention, run_.x, hidden, &segment, 1, run_.cosine, run_.sine, *run_.pool,
-                    attended_.data(), hidden, run_.exact != 0);
-    route(moe, attended_.data(), hidden, 1, layer.routing);
-    if (layer.moe_index >= 0 && run_.lookahead) learn(*run_.lookahead, int32_t(layer.moe_index), layer.routing.chosen);
-    uint64_t late = 0;
-    for (int rank = 0; rank < moe.top_k; ++rank)
-      if (state_of(moe, layer.routing.chosen[rank]) != kReady) late |= uint64_t(1) << rank;
-    run_.late[run_.layer] = late;
-    if (!late) {
-      compute_block(moe, attended_.data(), hidden, 1, layer.routing, run_.x, hidden, run_.exact != 0);
+    const int64_t hidden = layer.attention->q.k, rows = run_.rows;
+    attended_.resize(size_t(rows * hidden));
+    std::vector<KvSegment> segments(run_.segments, run_.segments + run_.segment_count);
+    for (KvSegment& segment : segments) segment.pages += run_.layer * run_.blocks;
+    attend_segments(*layer.attention, run_.x, hidden, segments.data(), run_.segment_count, run_.cosine, run_.sine,
+                    *run_.pool, attended_.data(), hidden, run_.exact != 0);
+    route(moe, attended_.data(), hidden, rows, layer.routing);
+    if (layer.moe_index >= 0 && run_.lookahead)
+      learn(*run_.lookahead, int32_t(layer.moe_index), layer.routing.chosen, rows);
+    if (moe.experts) std::memset(run_.computed, 0, size_t(moe.experts));
+    const std::vector<int32_t> all = chosen(layer, [](int32_t) { return true; });
+    run_.late[run_.layer] =
+        std::count_if(all.begin(), all.end(), [&](int32_t expert) { return state_of(moe, expert) != kReady; });
+    if (!run_.late[run_.layer]) {
+      compute_block(moe, attended_.data(), hidden, rows, layer.routing, run_.x, hidden, run_.exact != 0);
       return true;
     }
     run_.stage = kExperts;
-    run_.done = 0;
-    if (!layer.moe->shared || !absent(layer)) {
-      compute_shared(moe, attended_.data(), layer.routing, run_.x, run_.exact != 0);
+    run_.shared_pending = moe.shared && absent(layer);
+    if (!run_.shared_pending) {
+      compute_shared(moe, attended_.data(), rows, layer.routing, run_.x, run_.exact != 0);
     } else {
       // The read must begin before anything is computed: x is complete once the caller is back.
       run_.reason |= kMissing;
-      std::memcpy(run_.x, attended_.data(), size_t(hidden) * 4);
-      run_.done = kSharedPending;
+      std::memcpy(run_.x, attended_.data(), size_t(rows * hidden) * 4);
       return false;
     }
     return !pause(layer);
   }
 
-  // The chosen experts, in the order of their indices so that a sum never depends on which came first.
+  // The experts that rows have chosen, each once: whatever is there is computed while the others are read. The sums are
+  // taken at the end in the order of the experts' indices, so that they never depend on which came first.
   bool experts(const Layer& layer) {
     const MoeBlock& moe = *layer.moe;
-    if (run_.done == kSharedPending) {
-      run_.done = 0;
-      const int64_t hidden = layer.attention->q.k;
-      attended_.assign(run_.x, run_.x + hidden);
-      compute_shared(moe, attended_.data(), layer.routing, run_.x, run_.exact != 0);
+    if (run_.shared_pending) {
+      run_.shared_pending = 0;
+      attended_.assign(run_.x, run_.x + run_.rows * layer.attention->q.k);
+      compute_shared(moe, attended_.data(), run_.rows, layer.routing, run_.x, run_.exact != 0);
       if (pause(layer)) return false;
     }
-    std::vector<int> order;
-    for (int rank = 0; rank < moe.top_k; ++rank)
-      if (!(run_.done >> rank & 1)) order.push_back(rank);
-    const int32_t* chosen = layer.routing.chosen;
-    std::sort(order.begin(), order.end(), [&](int a, int b) { return chosen[a] < chosen[b]; });
-    for (int rank : order) {
-      if (state_of(moe, chosen[rank]) == kComing && guess_next_token()) return false;
-      const ExpertState state = await_expert(moe, chosen[rank], run_.patience);
-      if (state != kReady) {
-        run_.reason |= state == kComing ? kStillWaiting : kMissing;
+    for (bool slots_freed = false;;) {
+      std::vector<int32_t> ready, coming, missing;
+      for (int32_t expert : open(layer, [](ExpertState) { return true; })) {
+        const ExpertState state = state_of(moe, expert);
+        (state == kReady ? ready : state == kComing ? coming : missing).push_back(expert);
+      }
+      if (!ready.empty()) {
+        compute_routed(moe, run_.rows, layer.routing, ready, run_.parts, run_.exact != 0);
+        for (int32_t expert : ready) run_.computed[expert] = 1;
+        slots_freed = true;
+      } else if (!missing.empty() && (slots_freed || coming.empty())) {
+        run_.reason |= kMissing;
+        return false;
+      } else if (coming.empty()) {
+        break;
+      } else if (guess_next_token()) {
+        return false;
+      } else if (!await_experts(moe, coming, run_.patience)) {
+        run_.reason |= kStillWaiting;
         return false;
       }
-      compute_routed(moe, layer.routing, rank, run_.x, run_.exact != 0);
-      run_.done |= uint64_t(1) << rank;
     }
+    add_routed(moe, run_.rows, layer.routing, run_.parts, run_.x);
     return true;
   }
 
+  // Those of the chosen experts that `wanted` accepts, each once, ascending.
+  template <class Wanted>
+  std::vector<int32_t> chosen(const Layer& layer, Wanted&& wanted) const {
+    std::vector<int32_t> found;
+    for (int64_t i = 0; i < run_.rows * layer.moe->top_k; ++i)
+      if (wanted(layer.routing.chosen[i])) found.push_back(layer.routing.chosen[i]);
+    std::sort(found.begin(), found.end());
+    found.erase(std::unique(found.begin(), found.end()), found.end());
+    return found;
+  }
+
+  // Those that are still to be computed and whose state `wanted` accepts.
+  template <class Wanted>
+  std::vector<int32_t> open(const Layer& layer, Wanted&& wanted) const {
+    return chosen(layer, [&](int32_t e) { return !run_.computed[e] && wanted(state_of(*layer.moe, e)); });
+  }
+
   bool absent(const Layer& layer) const {
-    const int32_t* chosen = layer.routing.chosen;
-    return std::any_of(chosen, chosen + layer.moe->top_k, [&](int32_t expert) {
-      const ExpertState state = state_of(*layer.moe, expert);
-      return state == kAbsent || state == kFailed;
-    });
+    return !open(layer, [](ExpertState state) { return state == kAbsent || state == kFailed; }).empty();
   }
 
   // Whether the caller must begin a read: of a chosen expert, or of one that a coming layer will want.
@@ -170,7 +195,7 @@ class Token {
   bool look_ahead(GuessKind kind, int32_t here) {
     if (!run_.lookahead) return false;
     expected_.clear();
-    guess(*run_.lookahead, kind, here, run_.x, expected_);
+    guess(*run_.lookahead, kind, here, run_.x, run_.rows, expected_);
     run_.wanted_count = 0;
     return note_expected(0);
   }
@@ -197,34 +222,41 @@ class Token {
     if (!run_.lookahead || run_.guessed_token || run_.layer < run_.guess_token_from) return false;
     run_.guessed_token = 1;
     compute_head();
-    const int64_t token = std::max_element(run_.logits, run_.logits + run_.head.n) - run_.logits;
-    const uint8_t* row = run_.embeddings.packed + token * run_.embeddings.row_bytes();
-    attended_.resize(size_t(run_.embeddings.k));
-    for (int64_t i = 0; i < run_.embeddings.k; ++i) {
-      uint32_t bits = 0;
-      if (run_.embeddings.kind == kF32) {
-        std::memcpy(&bits, row + 4 * i, 4);
-      } else {
-        uint16_t half;
-        std::memcpy(&half, row + 2 * i, 2);
-        bits = uint32_t(half) << 16;
-      }
-      std::memcpy(&attended_[size_t(i)], &bits, 4);
+    const int64_t width = run_.embeddings.k, vocabulary = run_.head.n;
+    attended_.resize(size_t(run_.rows * width));
+    for (int64_t row = 0; row < run_.rows; ++row) {
+      const float* logits = run_.logits + row * vocabulary;
+      const int64_t token = std::max_element(logits, logits + vocabulary) - logits;
+      widen(run_.embeddings.packed + token * run_.embeddings.row_bytes(), attended_.data() + row * width);
     }
     expected_.clear();
-    guess(*run_.lookahead, kFromGuessedToken, -1, attended_.data(), expected_);
+    guess(*run_.lookahead, kFromGuessedToken, -1, attended_.data(), run_.rows, expected_);
     return note_expected(1);
   }
 
+  // A row of the embeddings as f32.
+  void widen(const uint8_t* row, float* to) const {
+    for (int64_t i = 0; i < run_.embeddings.k; ++i) {
+      uint16_t half;
+      if (run_.embeddings.kind == kF32) {
+        std::memcpy(to + i, row + 4 * i, 4);
+      } else {
+        std::memcpy(&half, row + 2 * i, 2);
+        to[i] = bf16_to_float(half);
+      }
+    }
+  }
+
   void compute_head() {
-    kernels().rms_norm(run_.x, run_.norm, run_.head.k, run_.eps, run_.normed);
+    const int64_t hidden = run_.head.k;
+    for (int64_t row = 0; row < run_.rows; ++row)
+      kernels().rms_norm(run_.x + row * hidden, run_.norm, hidden, run_.eps, run_.normed + row * hidden);
     Scratch scratch;
-    Product product{run_.head, run_.normed, run_.head.k, 1, run_.logits, run_.head.n, {}};
+    Product product{run_.head, run_.normed, hidden, run_.rows, run_.logits, run_.head.n, {}};
     if (!run_.exact) quantize_inputs(&product, 1, scratch);
     multiply(&product, 1, run_.exact != 0, scratch);
   }
 
-  static constexpr uint64_t kSharedPending = ~uint64_t(0);
   const Layer* layers_;
   Run& run_;
   std::vector<float> attended_;
@@ -234,10 +266,10 @@ class Token {
 }  // namespace
 }  // namespace coldstream
 
-// run->x through the layers from run->layer on. Returns with run->layer == run->count when the token is through, and
+// run->x through the layers from run->layer on. Returns with run->layer == run->count when the rows are through, and
 // else with a reason: kMissing, a chosen expert of the layer is absent or failed; kWanted, reads would help that only
 // the caller can begin; kStillWaiting, patience is over. The caller acts and calls again with the same run.
 COLDSTREAM_API int32_t cs_stack(const coldstream::Layer* layers, coldstream::Run* run) {
   using namespace coldstream;
-  return guarded([&] { Token(layers, *run).go(); });
+  return guarded([&] { Rows(layers, *run).go(); });
 }

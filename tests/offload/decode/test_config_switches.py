@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from offload.records import RunOptions, Sampling
 from offload.run.session import Session
 from quant.errors import CheckpointError
+from tests import sessions
 from tests.checkpoints import BASES, Family, make
 
 PROMPT = list(range(5, 105))  # past every window, chunk and original length below
@@ -140,7 +141,7 @@ def test_a_key_that_changes_stock_logits_changes_ours_or_is_refused(
             Session.open(tmp_path, options)
         return
     with Session.open(tmp_path, options) as session:
-        ours = session.generator._prefill(PROMPT)
+        ours = sessions.prompt_logits(session, PROMPT)
         session.reset()
         tokens = [r.token_id for r in session.generate(PROMPT, Sampling(max_tokens=STEPS, ignore_eos=True))]
     assert torch.allclose(ours, logits, atol=1e-4, rtol=0)
@@ -162,4 +163,4 @@ def test_rope_that_changes_within_the_context_is_refused_and_below_that_exact(
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([PROMPT])).logits[0, -1]
     with Session.open(tmp_path, RunOptions(context=120, exact=True, device="cpu", prompt_chunk=64)) as session:
-        assert torch.allclose(session.generator._prefill(PROMPT), logits, atol=1e-4, rtol=0)
+        assert torch.allclose(sessions.prompt_logits(session, PROMPT), logits, atol=1e-4, rtol=0)

@@ -89,10 +89,10 @@ def _session(path: Path, placed: dict[str, int]) -> Session:
 def _greedy(session: Session, count: int = 20) -> tuple[list[int], torch.Tensor]:
     """Tokens, and the logits that each was picked from."""
     seen: list[torch.Tensor] = []
-    forward = session.generator._forward
-    session.generator._forward = lambda ids: (seen.append(forward(ids).clone()), seen[-1])[1]  # type: ignore[method-assign, func-returns-value]
+    forward = session.runner._forward
+    session.runner._forward = lambda ids: (seen.append(forward(ids).clone()), seen[-1])[1]  # type: ignore[method-assign, func-returns-value]
     records = list(session.generate(PROMPT, Sampling(max_tokens=count, ignore_eos=True)))
-    session.generator._forward = forward  # type: ignore[method-assign]
+    session.runner._forward = forward  # type: ignore[method-assign]
     return [record.token_id for record in records], torch.stack(seen)
 
 
@@ -156,7 +156,7 @@ def test_with_a_small_kv_cache_the_simple_path_agrees(family: str, storage: Stor
                 )
             else:
                 decoder = PlainDecoder(session.model, session.experts, session.device, "plain")
-            session.generator.cache, session.generator.decoder = kv, decoder
+            session.runner.cache, session.runner.decoder = kv, decoder
             found.append(_greedy(session))
             decoder.close()
     assert found[0][0] == found[1][0]

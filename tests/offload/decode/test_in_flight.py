@@ -37,9 +37,7 @@ def model(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def opened(model: Path) -> Iterator[Session]:
     with sessions.session(model, OPTIONS, ram_slots=6, vram_slots=8, fills=False) as s:
-        list(
-            s.generator.generate(PROMPT[:4], Sampling(max_tokens=2))
-        )  # the first token is followed by what was put off
+        list(s.runner.generate(PROMPT[:4], Sampling(max_tokens=2)))  # the first token is followed by what was put off
         yield s
 
 
@@ -60,11 +58,11 @@ def one_by_one(session: Session, sampling: Sampling) -> list[int]:
     sampler, context, decoder = Sampler(sampling), list(PROMPT), decoder_of(session)
     session.reset()
     with torch.inference_mode():
-        logits = decoder.forward(PROMPT, session.generator.cache)[-1]
+        logits = decoder.forward(PROMPT, session.runner.cache)[-1]
         while len(context) < len(PROMPT) + sampling.max_tokens:
             context.append(sampler.pick(logits, context))
             if len(context) < len(PROMPT) + sampling.max_tokens:
-                logits = decoder.forward(context[-1:], session.generator.cache)[-1]
+                logits = decoder.forward(context[-1:], session.runner.cache)[-1]
         decoder.flush()
     session.reset()
     session.experts.take_counters()
@@ -81,7 +79,7 @@ def at_rest(session: Session, kept: int) -> None:
     decoder = decoder_of(session)
     assert decoder._launched is None and not decoder.flight._flying
     assert decoder.flight._serving is None or decoder.flight._serving.done()
-    assert all(layer.seen == kept for layer in session.generator.cache.kept)
+    assert all(layer.seen == kept for layer in session.runner.cache.kept)
     assert session.cached_tokens == kept
 
 
@@ -93,7 +91,7 @@ def under_way(session: Session) -> bool:
 def test_tokens_are_those_of_steps_that_are_awaited_one_by_one(session: Session, sampling: Sampling) -> None:
     alone = one_by_one(session, sampling)
     tokens, begun = [], []
-    for record in session.generator.generate(PROMPT, sampling):
+    for record in session.runner.generate(PROMPT, sampling):
         tokens.append(record.token_id)
         begun.append(under_way(session))
     assert tokens == alone
@@ -103,7 +101,7 @@ def test_tokens_are_those_of_steps_that_are_awaited_one_by_one(session: Session,
 
 def test_every_token_is_counted_once_by_its_own_record(session: Session) -> None:
     before, layers = session.routing.tokens, len(session.shape.moe_layers)
-    records = list(session.generator.generate(PROMPT, GREEDY))
+    records = list(session.runner.generate(PROMPT, GREEDY))
     assert [record.hits + record.misses for record in records[1:]] == [layers] * (TOKENS - 1)
     assert session.routing.tokens == before + len(PROMPT) + TOKENS - 1
 
@@ -113,7 +111,7 @@ def test_however_a_text_ends_no_step_is_left_and_the_next_turn_goes_on_from_it(
     session: Session, expected: list[int], how: str
 ) -> None:
     sampling, many = GREEDY, TOKENS
-    generator = session.generator
+    generator = session.runner
     if how == "eos":
         at = next(i for i in range(2, TOKENS) if expected[i] not in expected[:i])
         generator.eos, many = frozenset([expected[at]]), at + 1
@@ -126,13 +124,13 @@ def test_however_a_text_ends_no_step_is_left_and_the_next_turn_goes_on_from_it(
         sampling, many = Sampling(max_tokens=1000, ignore_eos=True), 70 - len(PROMPT)
     try:
         if how in ("closed", "left"):
-            running = session.generator.generate(PROMPT, sampling)
+            running = session.runner.generate(PROMPT, sampling)
             taken, many = [next(running), next(running), next(running)], 3
             assert under_way(session)
             if how == "closed":
                 running.close()  # type: ignore[attr-defined]
         else:
-            taken = list(session.generator.generate(PROMPT, sampling))
+            taken = list(session.runner.generate(PROMPT, sampling))
             assert taken[-1].finish == how
     finally:
         generator.eos = frozenset()
@@ -141,7 +139,7 @@ def test_however_a_text_ends_no_step_is_left_and_the_next_turn_goes_on_from_it(
     if how != "left":
         at_rest(session, len(PROMPT) + many - 1)
     again = [*PROMPT, *expected[:2]]
-    turn = list(session.generator.generate(again, Sampling(max_tokens=3, ignore_eos=True)))
+    turn = list(session.runner.generate(again, Sampling(max_tokens=3, ignore_eos=True)))
     assert [record.token_id for record in turn] == expected[2:5]
     at_rest(session, len(again) + 2)
     if how == "left":
@@ -170,14 +168,14 @@ def test_an_error_is_raised_once_where_its_own_token_is_asked_for(
         return work(*args)
 
     monkeypatch.setattr(*broken, fail)
-    running = session.generator.generate(PROMPT, GREEDY)
+    running = session.runner.generate(PROMPT, GREEDY)
     seen = [next(running).token_id for _ in range(3)]
     with pytest.raises(CheckpointError, match="it is gone"):
         next(running)
     monkeypatch.undo()
     assert calls == 1 and seen == expected[:3], "records of the tokens before are not lost"
     at_rest(session, len(PROMPT) + 2)
-    turn = session.generator.generate([*PROMPT, *expected[:3]], Sampling(max_tokens=3, ignore_eos=True))
+    turn = session.runner.generate([*PROMPT, *expected[:3]], Sampling(max_tokens=3, ignore_eos=True))
     assert [record.token_id for record in turn] == expected[3:6]
 
 
@@ -185,7 +183,7 @@ def test_without_memory_a_step_that_was_under_way_is_tried_again_with_fewer_slot
     model: Path, expected: list[int]
 ) -> None:
     with sessions.session(model, OPTIONS, ram_slots=6, vram_slots=16, fills=False) as s:
-        list(s.generator.generate(PROMPT[:4], Sampling(max_tokens=2)))
+        list(s.runner.generate(PROMPT[:4], Sampling(max_tokens=2)))
         s.reset()
         decoder: Any = s.decoder
         head, failed = decoder.step._lm_head, []
@@ -197,7 +195,7 @@ def test_without_memory_a_step_that_was_under_way_is_tried_again_with_fewer_slot
             return head(h)
 
         decoder.step._lm_head = fail
-        assert [record.token_id for record in s.generator.generate(PROMPT, GREEDY)] == expected
+        assert [record.token_id for record in s.runner.generate(PROMPT, GREEDY)] == expected
         assert failed == [16, 14]
 
 
@@ -206,7 +204,7 @@ def test_a_slow_caller_neither_keeps_a_step_waiting_nor_is_counted_as_its_time(
 ) -> None:
     decoder, tokens, seconds = decoder_of(session), [], []
     slept = 0.0
-    for index, record in enumerate(session.generator.generate(PROMPT, GREEDY)):
+    for index, record in enumerate(session.runner.generate(PROMPT, GREEDY)):
         tokens.append(record.token_id)
         seconds.append(record.seconds)
         if index == 3:
@@ -224,7 +222,7 @@ def test_a_slow_caller_neither_keeps_a_step_waiting_nor_is_counted_as_its_time(
 
 def test_where_experts_are_can_be_asked_between_records(session: Session, expected: list[int]) -> None:
     tokens = []
-    for record in session.generator.generate(PROMPT, GREEDY):
+    for record in session.runner.generate(PROMPT, GREEDY):
         tokens.append(record.token_id)
         assert len(session.expert_tiers()) == session.store.count
     assert tokens == expected
@@ -238,7 +236,7 @@ def test_ctrl_c_while_a_step_is_begun_ends_it(
     def interrupt(embedding: torch.Tensor) -> None:
         raise KeyboardInterrupt
 
-    running = session.generator.generate(PROMPT, GREEDY)
+    running = session.runner.generate(PROMPT, GREEDY)
     next(running)
     monkeypatch.setattr(decoder.worker, "look_ahead", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -246,5 +244,5 @@ def test_ctrl_c_while_a_step_is_begun_ends_it(
     monkeypatch.undo()
     at_rest(session, len(PROMPT) + 1)
     # The next step follows at once, without a prompt between that would put the cache in order.
-    turn = session.generator.generate([*PROMPT, *expected[:2]], Sampling(max_tokens=2, ignore_eos=True))
+    turn = session.runner.generate([*PROMPT, *expected[:2]], Sampling(max_tokens=2, ignore_eos=True))
     assert [record.token_id for record in turn] == expected[2:4]

@@ -85,7 +85,7 @@ def test_logits_and_greedy_text_equal_stock_transformers(
     with _session(quantized(family)[1], SPLITS[split]) as session:
         records = list(session.generate(PROMPT, Sampling(max_tokens=24, ignore_eos=True)))
         session.reset()
-        ours = session.generator._prefill(PROMPT)
+        ours = sessions.prompt_logits(session, PROMPT)
     assert [record.token_id for record in records] == tokens
     assert torch.allclose(ours, logits, atol=1e-4, rtol=0)
 
@@ -101,7 +101,7 @@ def test_nf4_and_bf16_experts_equal_stock_transformers(
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([PROMPT])).logits[0, -1]
     with _session(tmp_path / "model", SPLITS[split]) as session:
-        assert torch.allclose(session.generator._prefill(PROMPT), logits, atol=1e-4, rtol=0)
+        assert torch.allclose(sessions.prompt_logits(session, PROMPT), logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("placed", [{"ram_slots": 64}, {"ram_slots": 9, "fills": False}])

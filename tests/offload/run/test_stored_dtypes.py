@@ -13,7 +13,7 @@ from offload.run.session import Session
 from quant.convert.convert import convert
 from quant.model.families import Role
 from quant.scheme import Scheme
-from tests import oracle
+from tests import oracle, sessions
 from tests.checkpoints import make
 from tests.quant.dequantized import tensors_of
 
@@ -50,8 +50,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Make:
 def logits(folder: Path) -> torch.Tensor:
     """After a prompt, all of IDS but the last, and after a step of decode, the last."""
     with Session.open(folder, RunOptions(device="cpu", exact=True)) as session:
-        prefill = session.generator._prefill
-        return torch.stack((prefill(IDS[:-1].tolist()), prefill(IDS[-1:].tolist())))
+        prompt, last = IDS[:-1].tolist(), IDS[-1:].tolist()
+        return torch.stack((sessions.prompt_logits(session, prompt), sessions.prompt_logits(session, prompt, last)))
 
 
 @pytest.mark.parametrize("schemes", [EXPERTS, DENSE, EXPERTS | DENSE], ids=["experts", "dense", "both"])

@@ -1,0 +1,89 @@
+"""Prefixes: what sequences that are over have left, for those that begin alike.
+
+A conversation goes on from its last turn, and agents share their instructions: only what is new is computed. What
+was used longest ago is forgotten first, when its memory is wanted.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Kept = TypeVar("Kept")
+_MOST = 64
+
+
+@dataclass(frozen=True)
+class Prefix(Generic[Kept]):
+    """Tokens, and what is kept of them."""
+
+    tokens: npt.NDArray[np.int64]
+    kept: Kept
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], kept: Kept) -> "Prefix[Kept]":
+        """``tokens`` and what is kept of them."""
+        return cls(np.asarray(tokens, dtype=np.int64), kept)
+
+    def common(self, tokens: npt.NDArray[np.int64]) -> int:
+        """How many tokens both begin with."""
+        count = min(len(self.tokens), len(tokens))
+        different = np.flatnonzero(self.tokens[:count] != tokens[:count])
+        return int(different[0]) if len(different) else count
+
+
+class Prefixes(Generic[Kept]):
+    """Sequences that are over, the one used last at the end. ``free`` gives back what is kept of one."""
+
+    def __init__(self, free: Callable[[Kept], None]) -> None:
+        self._free = free
+        self._prefixes: list[Prefix[Kept]] = []
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+    def keep(self, tokens: Sequence[int], kept: Kept) -> None:
+        """Remember ``tokens``, of which there is ``kept``."""
+        if not tokens:
+            self._free(kept)
+            return
+        self._prefixes.append(Prefix.of(tokens, kept))
+        if len(self._prefixes) > _MOST:
+            self.forget()
+
+    def matching(self, tokens: Sequence[int], others: Iterable[Prefix[Kept]] = ()) -> list[tuple[int, Prefix[Kept]]]:
+        """Those, and of ``others``, that begin as ``tokens`` does: how far, the longest first."""
+        wanted = np.asarray(tokens, dtype=np.int64)
+        found = [(prefix.common(wanted), prefix) for prefix in (*self._prefixes, *others)]
+        return sorted((pair for pair in found if pair[0]), key=lambda pair: -pair[0])
+
+    def use(self, prefix: Prefix[Kept]) -> None:
+        """``prefix`` was of use just now."""
+        if self.take(prefix):
+            self._prefixes.append(prefix)
+
+    def take(self, prefix: Prefix[Kept]) -> bool:
+        """Forget ``prefix`` without giving back what is kept of it: a sequence goes on with that. False if it is none
+        of these."""
+        before = len(self._prefixes)
+        self._prefixes = [other for other in self._prefixes if other is not prefix]
+        return len(self._prefixes) < before
+
+    def forget(self) -> bool:
+        """Give back what is kept of the one used longest ago; False if there is none."""
+        if not self._prefixes:
+            return False
+        self._free(self._prefixes.pop(0).kept)
+        return True
+
+    def clear(self) -> None:
+        """Forget all."""
+        while self.forget():
+            pass
+
+    @property
+    def last_tokens(self) -> int:
+        """Tokens of the one used last."""
+        return len(self._prefixes[-1].tokens) if self._prefixes else 0

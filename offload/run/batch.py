@@ -1,0 +1,226 @@
+"""Batch: several sequences on one model, a token of each per step.
+
+The scheduler says whose turn it is; here the steps are run, pages are found for them, and what each sequence gets is
+given out. A step that fails is tried again for each of its sequences alone, so that only the one at fault fails. A
+sequence that ends leaves its pages behind for one that begins alike, until somebody needs them.
+
+Legend: V vocabulary.
+"""
+
+from collections.abc import Sequence as Tokens
+
+import torch
+from torch import Tensor
+
+from offload.batch.pages import OutOfPages
+from offload.batch.prefixes import Prefix, Prefixes
+from offload.batch.scheduler import Scheduler
+from offload.decode.decoder import StepAbandoned
+from offload.experts.cache.oom import retry_with_less_vram
+from offload.model.paged_cache import PagedCache, PagePool
+from offload.model.tokenizer import check_ids
+from offload.records import Sampling, TokenRecord
+from offload.run.runner import ModelParts, Runner, Used
+from offload.run.sequence import Sequence
+from offload.run.stream import Stream
+from quant.kernels.stack import MAX_ROWS
+
+
+class Batch(Runner):
+    """Runs sequences with pages of ``pool``, at most ``max_rows`` at once. ``notes`` gets what a user should know."""
+
+    def __init__(self, parts: ModelParts, pool: PagePool, notes: list[str], max_rows: int = MAX_ROWS) -> None:
+        super().__init__(parts)
+        self.pool, self.scheduler = pool, Scheduler[Sequence](max_rows)
+        self.prefixes = Prefixes[PagedCache](lambda cache: cache.free())
+        pool.counts.forget = self.prefixes.forget
+        self._notes, self._asked, self._refused = notes, 0, -1
+        self._rows: list[Sequence] = []  # of the step under way
+
+    def add(self, ids: Tokens[int], sampling: Sampling | None, stream: Stream) -> None:
+        """See Runner."""
+        room = self.parts.context - len(ids)
+        self.scheduler.add(Sequence(self._asked, ids, sampling, stream, room))
+        self._asked += 1
+
+    def runs_only(self, stream: Stream) -> bool:
+        """See Runner."""
+        return [sequence.stream for sequence in self._rows] == [stream]
+
+    def step(self) -> bool:
+        """See Runner."""
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            if sequence.stream.cancelled:
+                self._end(sequence)
+        step = self.scheduler.next(self._admit)
+        if step is None:
+            return bool(self.scheduler.waiting)
+        self.finish_load()
+        if step.prefill:
+            self._prefill(step.rows[0])
+        else:
+            self._decode(step.rows)
+        return True
+
+    def prefill(self, prompt: Tokens[int]) -> TokenRecord:
+        """See Runner. Others have their turns meanwhile."""
+        check_ids(prompt, self.parts.known_ids())
+        stream = Stream(len(prompt), lambda cancelled: None)
+        self.add(prompt, None, stream)
+        while not stream.ended:
+            self.step()
+        return next(stream)
+
+    def reset(self) -> None:
+        """See Runner."""
+        self.prefixes.clear()
+
+    @property
+    def cached_tokens(self) -> int:
+        """See Runner."""
+        return self.prefixes.last_tokens
+
+    def end_all(self) -> None:
+        """See Runner."""
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self._end(sequence)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give ``sequence`` what is kept of its beginning, if there is room for all of its tokens."""
+        counts, others = self.pool.counts, self.scheduler.running
+        if others and self._refused == counts.given_back:
+            return False  # since then nobody has left
+        cache = self._begun_alike(sequence.tokens)
+        needed = self.pool.shape.kv_pages(len(sequence.tokens)) - cache.page_count
+        if sequence.run:  # it has given way before: not to do so again at once
+            needed += self.pool.shape.num_layers * (1 + len(others))
+        while counts.free < needed and self.prefixes.forget():
+            pass
+        if counts.free < needed and others:
+            cache.free()
+            self._refused = counts.given_back
+            self._say_queued()
+            return False
+        sequence.cache = cache
+        try:
+            sequence.begin(self)
+        except Exception as error:  # noqa: BLE001 - its own: it is raised where its stream is read
+            self._end(sequence, error)
+            return False
+        return True
+
+    def _begun_alike(self, tokens: Tokens[int]) -> PagedCache:
+        """A cache with as many of ``tokens`` but the last as any sequence has left, or has by now."""
+        live = [
+            Prefix.of(other.tokens[: other.seen], other.cache)
+            for other in self.scheduler.running
+            if other.cache is not None
+        ]
+        for length, prefix in self.prefixes.matching(tokens[:-1], live):
+            if length == len(prefix.tokens) and self.prefixes.take(prefix):
+                return prefix.kept  # all of it: it goes on as this sequence
+            fork = prefix.kept.fork(length)
+            if fork is not None:
+                self.prefixes.use(prefix)
+                return fork
+        return self.pool.sequence()
+
+    def _prefill(self, sequence: Sequence) -> None:
+        chunk = sequence.unseen[: self.parts.prompt_chunk]
+        try:
+            logits, used = self._run([sequence], [chunk])
+        except OutOfPages as error:
+            self._make_room(sequence, error)
+            return
+        except StepAbandoned:
+            return  # its stream was cancelled
+        except BaseException as error:  # noqa: BLE001 - it is raised where the stream is read
+            self._end(sequence, error)
+            return
+        sequence.count(len(chunk), used)
+        if not sequence.unseen:
+            self.scheduler.prefilled()
+            self._choose(sequence, logits[-1])
+
+    def _decode(self, rows: list[Sequence]) -> None:
+        try:
+            logits, used = self._run(rows, [row.unseen for row in rows])
+        except OutOfPages as error:
+            self._make_room(rows[-1], error)
+            return
+        except StepAbandoned:
+            return
+        except BaseException as error:  # noqa: BLE001 - it is raised where the stream is read
+            if len(rows) == 1:
+                self._end(rows[0], error)
+            else:
+                for row in rows:  # only the one at fault is to fail
+                    if row.unseen:
+                        self._decode([row])
+            return
+        for row, its, share in zip(rows, logits, used.shares(len(rows)), strict=True):
+            row.count(1, share)
+            self._choose(row, its)
+
+    def _run(self, rows: list[Sequence], ids: list[list[int]]) -> tuple[Tensor, Used]:
+        """Run ``ids`` of each of ``rows``: the logits ``[T, V]`` of all of them, or ``[1, V]`` of a prompt's last, and
+        what that took. What goes wrong leaves the sequences as they were, or with fewer tokens run."""
+        self._rows = rows
+        try:
+            # A try that failed may have cost some of the tokens before, too: then they are a prompt again.
+            logits = retry_with_less_vram(lambda: self._try(rows, ids), self.experts)
+        finally:
+            with self.lock:
+                self._rows = []
+                self.decoder.resume()
+        self.decoder.flush()
+        counters = self.experts.take_counters()
+        self.decoder.attend()
+        caches = [row.cache for row in rows if row.cache is not None]
+        return logits, self.used(counters, 1, sum(cache.read_nbytes for cache in caches))
+
+    def _try(self, rows: list[Sequence], ids: list[list[int]]) -> Tensor:
+        caches = [row.cache for row in rows if row.cache is not None]
+        before = [cache.get_seq_length() for cache in caches]
+        try:
+            with torch.inference_mode():
+                if len(ids[0]) > 1:
+                    return self.decoder.forward(ids[0], caches[0])
+                return self.decoder.forward_rows(list(zip(ids, caches, strict=True)))
+        except BaseException:  # some layers, or some caches, have got the tokens, others not
+            for cache, length in zip(caches, before, strict=True):
+                cache.rewind(length)
+            raise
+
+    def _choose(self, sequence: Sequence, logits: Tensor) -> None:
+        try:
+            finished = sequence.choose(logits, self)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the stream is read
+            self._end(sequence, error)
+            return
+        if finished:
+            self._end(sequence)
+
+    def _make_room(self, sequence: Sequence, error: OutOfPages) -> None:
+        """One sequence gives its pages up and waits, so that the others go on; ``sequence`` fails if it is alone."""
+        stopped = self.scheduler.preempt()
+        if stopped is None:
+            self._end(sequence, error)
+            return
+        assert stopped.cache is not None
+        stopped.cache.free()
+        self._say_queued()
+
+    def _say_queued(self) -> None:
+        note = "sequences waited for others to end: the KV cache had no room for all of them; --context makes room"
+        if note not in self._notes:
+            self._notes.append(note)
+
+    def _end(self, sequence: Sequence, error: BaseException | None = None) -> None:
+        """``sequence`` is over; what has been run of it stays for others that begin alike."""
+        self.scheduler.remove(sequence)
+        if sequence.cache is not None:
+            self.prefixes.keep(sequence.tokens[: sequence.seen], sequence.cache)
+        if sequence.run:
+            self.runs.append(sequence.run)
+        sequence.stream.end(error)

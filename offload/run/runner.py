@@ -1,0 +1,169 @@
+"""Runner: what all ways to run a model's steps have in common; each runs the sequences that it is given step by step.
+
+Legend: V vocabulary.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from offload.decode.decoder import Decoder
+from offload.experts.cache.expert_cache import Counters, ExpertCache
+from offload.hardware.ledger import resident_bytes
+from offload.hardware.vram_limit import VramMeter
+from offload.model.kv_cache import remedy
+from offload.model.tokenizer import check_ids
+from offload.records import Finish, Sampling, TokenRecord
+from offload.run.grammar import Grammars
+from offload.run.stream import Stream
+from offload.tiers import Tier
+from quant.errors import BudgetError, UsageError
+
+Phase = Literal["prefill", "decode"]
+_KEPT_RUNS = 16
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What runs a model's tokens and counts them. ``dense_bytes`` is what every forward pass reads besides experts from
+    ``home``, where dense weights and KV cache are; ``context`` tokens are planned for, and the model was made for
+    ``limit`` (0: not known). ``known_ids`` tells below which number token ids are known: images add to them.
+
+    ``after_first`` is called once, when the first token has been given out and another is asked for: it does what would
+    only delay that token.
+    """
+
+    decoder: Decoder
+    tokenizer: Any
+    experts: ExpertCache
+    dense_bytes: int
+    prompt_chunk: int
+    context: int
+    limit: int
+    vocab_size: int
+    known_ids: Callable[[], int]
+    eos: frozenset[int]
+    home: Tier
+    vram: VramMeter | None = None
+    after_first: Callable[[], None] | None = None
+
+
+@dataclass
+class Used:
+    """What some steps, or a sequence's part of them, took: requests for experts by tier, bytes read by tier, and how
+    many sequences were in the step."""
+
+    by_tier: dict[Tier, int] = field(default_factory=dict)
+    read: dict[Tier, int] = field(default_factory=dict)
+    rows: int = 1
+
+    def add(self, other: "Used") -> None:
+        """``other`` took place, too."""
+        for mine, theirs in ((self.by_tier, other.by_tier), (self.read, other.read)):
+            for tier, count in theirs.items():
+                mine[tier] = mine.get(tier, 0) + count
+        self.rows = other.rows
+
+    def shares(self, count: int) -> "list[Used]":
+        """``count`` parts that add up to the whole."""
+        return [Used(_share(self.by_tier, i, count), _share(self.read, i, count), count) for i in range(count)]
+
+
+def _share(whole: dict[Tier, int], index: int, count: int) -> dict[Tier, int]:
+    return {tier: amount * (index + 1) // count - amount * index // count for tier, amount in whole.items()}
+
+
+class Runner:
+    """Runs sequences with ``parts``. ``runs`` are the records of the latest of them."""
+
+    def __init__(self, parts: ModelParts) -> None:
+        self.parts, self.decoder, self.experts = parts, parts.decoder, parts.experts
+        self.eos = parts.eos
+        self.grammars = Grammars(parts.tokenizer, parts.vocab_size, parts.eos)
+        self.runs: deque[list[TokenRecord]] = deque(maxlen=_KEPT_RUNS)
+        self._after_first, self._begun = parts.after_first, False
+        self.lock = threading.Lock()  # held while it changes for whom a step runs
+
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> int:
+        """How many tokens may follow ``prompt``.
+
+        Raises UsageError for an empty prompt, CheckpointError for a token that the model does not know and
+        BudgetError for a prompt that does not fit the planned context.
+        """
+        if not prompt:
+            raise UsageError("the prompt is empty: expected at least one token")
+        check_ids(prompt, self.parts.known_ids())
+        context = self.parts.context
+        room = context - len(prompt)
+        if room < 1:
+            what = remedy(self.parts.limit, len(prompt) + 1, len(prompt) + sampling.max_tokens)
+            raise BudgetError(
+                f"the prompt has {len(prompt):,} tokens and the KV cache is planned for {context:,}: {what}"
+            )
+        return room
+
+    def add(self, ids: Sequence[int], sampling: Sampling, stream: Stream) -> None:
+        """Let a prompt that was checked wait for its turn; ``stream`` is told what becomes of it."""
+        raise NotImplementedError
+
+    def step(self) -> bool:
+        """Run a step for whoever's turn it is; False if there is nothing to do."""
+        raise NotImplementedError
+
+    def runs_only(self, stream: Stream) -> bool:
+        """Whether the step under way is for nobody but ``stream``, asked by a thread that holds ``lock``."""
+        raise NotImplementedError
+
+    def prefill(self, prompt: Sequence[int]) -> TokenRecord:
+        """Run ``prompt`` through the model without choosing a token; the record's ``token_id`` is -1."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget the sequences that are over."""
+        raise NotImplementedError
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that are kept of the sequence that ran last."""
+        raise NotImplementedError
+
+    def end_all(self) -> None:
+        """End every sequence."""
+        raise NotImplementedError
+
+    def finish_load(self, *, now: bool = False) -> None:
+        """Do what was put off until after the first token, if that has been or ``now``."""
+        if self._after_first is not None and (self._begun or now):
+            self._after_first()
+            self._after_first = None
+
+    def used(self, counters: Counters, passes: int, kv_bytes: int) -> Used:
+        """What ``passes`` through the model took that ``counters`` counted and read ``kv_bytes`` of keys and values."""
+        read: dict[Tier, int] = {tier: size for tier, size in counters.used_bytes.items() if size}
+        read[self.parts.home] = read.get(self.parts.home, 0) + self.parts.dense_bytes * passes + kv_bytes
+        if counters.fetched["disk"]:
+            read["disk"] = counters.fetched["disk"]
+        return Used(dict(counters.by_tier), read)
+
+    def record(
+        self, phase: Phase, token: int, text: str, tokens_in: int, seconds: float, finish: Finish, used: Used
+    ) -> TokenRecord:
+        """The record of a step, or of a sequence's part of one."""
+        self._begun = True
+        meter = self.parts.vram
+        vram = 0 if meter is None else meter.used() if phase == "prefill" else meter.glance()
+        return TokenRecord(
+            phase=phase,
+            token_id=token,
+            text=text,
+            tokens_in=tokens_in,
+            seconds=seconds,
+            by_tier=used.by_tier,
+            bytes_read=used.read,
+            rss_bytes=resident_bytes(),
+            vram_bytes=vram,
+            finish=finish,
+            sequences=used.rows,
+        )
