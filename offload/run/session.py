@@ -98,9 +98,8 @@ class Session:
         self._dense: Arena | None = None
         if device.type == "cpu" and not isinstance(self.experts, MappedCache):
             self._dense = move_to_arena(self.model, loading)
-        storage = _KV_STORAGE[self.plan.kv_bits]
-        self.kv_pool = PagePool(self.shape, self.context, storage, device, dtype)
-        kv = KVCache(self.shape, self.context, storage)
+        kv = KVCache(self.shape, self.context, _KV_STORAGE[self.plan.kv_bits])
+        self.kv_pool = PagePool(self.shape, self.context, _KV_STORAGE[self.plan.kv_bits], device, dtype)
         self.decoder, notes = select_decoder(
             self.model, self.plan, self.experts, kv, self.routing, compute, device, graph=self.options.graph
         )

@@ -63,8 +63,7 @@ def test_logits_and_greedy_text_equal_stock_transformers(split: str, models: tup
         ids = session.encode(TEXT, SEEN)
         session.prefill(ids)
         session.reset()
-        with torch.inference_mode():
-            seen = session.decoder.forward(ids, session.generator.cache)[-1]
+        seen = sessions.prompt_logits(session, ids)
         torch.testing.assert_close(seen, logits, atol=1e-4, rtol=1e-4)
         session.reset()
         made = [record.token_id for record in session.generate(ids, max_tokens=NEW, ignore_eos=True)]
