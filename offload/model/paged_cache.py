@@ -243,6 +243,15 @@ class PagedCache(SequenceCache):
         self._written = -1
         return super().rewind(length)
 
+    def pages_to_come(self, tokens: int) -> int:
+        """Free pages that it takes until this sequence holds ``tokens``: a shared page is copied before it is gone on
+        in."""
+        last, shared = self.get_seq_length() // KV_PAGE_TOKENS, self.pool.counts.shared
+        copies = 0
+        if last < self.tables.shape[1]:
+            copies = sum(shared(page) for page in self.tables[:, last].tolist() if page != NO_PAGE)
+        return self.pool.shape.kv_pages(tokens) - self.page_count + copies
+
     @property
     def page_count(self) -> int:
         """Pages that hold some of it, shared ones too."""

@@ -91,7 +91,7 @@ class Batch(Runner):
         if others and self._refused == counts.given_back:
             return False  # since then nobody has left
         cache = self._begun_alike(sequence.tokens)
-        needed = self.pool.shape.kv_pages(len(sequence.tokens)) - cache.page_count
+        needed = cache.pages_to_come(len(sequence.tokens))
         if sequence.run:  # it has given way before: not to do so again at once
             needed += self.pool.shape.num_layers * (1 + len(others))
         while counts.free < needed and self.prefixes.forget():
@@ -209,6 +209,7 @@ class Batch(Runner):
             return
         assert stopped.cache is not None
         stopped.cache.free()
+        self._refused = self.pool.counts.given_back
         self._say_queued()
 
     def _say_queued(self) -> None:

@@ -13,7 +13,7 @@ from quant.kernels.lookahead import FROM_EMBEDDING, Lookahead
 from quant.kernels.moe import FAILED, READY, GatedMlp, Job, MoeBlock, RouterKind, mlp
 from quant.kernels.stack import MAX_ROWS, DenseBlock, Head, Segment, Stack, Stop
 from quant.kernels.weight import Weight
-from quant.pack import quantize
+from quant.pack import quantize_absmax
 from quant.scheme import Scheme
 
 HIDDEN, INTER, EXPERTS, LAYERS = 64, 96, 4, 3
@@ -268,7 +268,7 @@ def test_rows_get_to_the_bit_what_each_gets_alone(exact: bool, router: RouterKin
 
 def _packed() -> GatedMlp:
     def packed(rows: int, columns: int) -> Weight:
-        stored = quantize(torch.randn(rows, columns) / columns**0.5, Scheme("int4", 32))
+        stored = quantize_absmax(torch.randn(rows, columns) / columns**0.5, Scheme("int4", 32))
         return Weight.from_tensors("int4", stored.packed, stored.scale)
 
     return GatedMlp(packed(INTER, HIDDEN), packed(INTER, HIDDEN), packed(HIDDEN, INTER))
