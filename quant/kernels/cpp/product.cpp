@@ -18,10 +18,6 @@ struct Blocks {
 
 thread_local Blocks blocks;
 
-// Up to so many rows, those of a decode step, go through gemv, a few at a time from the first-level cache: there a row's
-// sums are taken in the same order, however many rows there are.
-constexpr int64_t kStepRows = 16;
-
 constexpr int64_t kSmallestBlock = 1 << 20, kKeep = 64 << 20;
 
 // Rows of one task: enough bytes to make claiming it free, few enough that the last task is short.
@@ -52,7 +48,7 @@ struct Tasks {
       const Product& product = products[i];
       const Weight& w = product.weight;
       if (!product.tokens || !w.n) continue;
-      const bool many = product.tokens > (w.is_packed() && !exact ? kStepRows : kGemvTokens);
+      const bool many = product.tokens > kGemvTokens;
       const int64_t rows = many ? kernels().gemm_rows : rows_per_task(product, all_bytes, threads);
       spans.push_back({&product, rows, count, many && !exact && w.is_packed()});
       count += (w.n + rows - 1) / rows;
@@ -176,15 +172,7 @@ void multiply(const Product* products, int count, bool exact, Scratch& scratch) 
     else if (exact || !w.is_packed())
       table.dense(w, row0, row1, product.x, product.ldx, tokens, product.y, product.ldy);
     else
-      for (int first = 0; first < tokens; first += kGemvTokens) {
-        Activations few = product.quantized;
-        few.q += first * few.q_stride;
-        few.scale += first * few.g_stride;
-        few.sum += first * few.g_stride;
-        few.fix += first * few.g_stride;
-        table.gemv(w, row0, row1, few, std::min(tokens - first, kGemvTokens), product.y + first * product.ldy,
-                   product.ldy);
-      }
+      table.gemv(w, row0, row1, product.quantized, tokens, product.y, product.ldy);
   });
 }
 
