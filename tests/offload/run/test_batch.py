@@ -215,7 +215,12 @@ def test_a_sequence_that_gives_way_to_an_older_one_goes_on_with_the_same_text(se
 
 def test_the_shares_of_a_step_add_up_to_what_was_read(session: Session) -> None:
     prompts = [BASES[0], BASES[1], BASES[2][:50]]
-    streams = [session.submit(prompt, max_tokens=12, ignore_eos=True) for prompt in prompts]
+    streams = [Stream(len(prompt), lambda cancelled: None) for prompt in prompts]
+    batch = batch_of(session)
+    for prompt, stream in zip(prompts, streams, strict=True):
+        batch.add(prompt, Sampling(max_tokens=12, ignore_eos=True), stream)
+    while batch.step():
+        pass
     records = [list(stream) for stream in streams]
     together = [record for run in records for record in run if record.sequences == 3]
     assert len(together) >= 3 * 8
