@@ -47,7 +47,7 @@ def models(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def session(models: Callable[[str], Path]) -> Iterator[Session]:
-    with sessions.session(models("llama4_text"), RunOptions(context=CONTEXT), ram_slots=64) as opened:
+    with sessions.session(models("qwen3_moe"), RunOptions(context=CONTEXT), ram_slots=64) as opened:
         opened.finish_filling()
         yield opened
 
