@@ -11,19 +11,19 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-Kept = TypeVar("Kept")
+Cached = TypeVar("Cached")
 _MOST = 64
 
 
 @dataclass(frozen=True)
-class Prefix(Generic[Kept]):
+class Prefix(Generic[Cached]):
     """Tokens, and what is kept of them."""
 
     tokens: npt.NDArray[np.int64]
-    kept: Kept
+    kept: Cached
 
     @classmethod
-    def of(cls, tokens: Sequence[int], kept: Kept) -> "Prefix[Kept]":
+    def of(cls, tokens: Sequence[int], kept: Cached) -> "Prefix[Cached]":
         """``tokens`` and what is kept of them."""
         return cls(np.asarray(tokens, dtype=np.int64), kept)
 
@@ -34,17 +34,17 @@ class Prefix(Generic[Kept]):
         return int(different[0]) if len(different) else count
 
 
-class Prefixes(Generic[Kept]):
+class Prefixes(Generic[Cached]):
     """Sequences that are over, the one used last at the end. ``free`` gives back what is kept of one."""
 
-    def __init__(self, free: Callable[[Kept], None]) -> None:
+    def __init__(self, free: Callable[[Cached], None]) -> None:
         self._free = free
-        self._prefixes: list[Prefix[Kept]] = []
+        self._prefixes: list[Prefix[Cached]] = []
 
     def __len__(self) -> int:
         return len(self._prefixes)
 
-    def keep(self, tokens: Sequence[int], kept: Kept) -> None:
+    def keep(self, tokens: Sequence[int], kept: Cached) -> None:
         """Remember ``tokens``, of which there is ``kept``."""
         if not tokens:
             self._free(kept)
@@ -53,18 +53,20 @@ class Prefixes(Generic[Kept]):
         if len(self._prefixes) > _MOST:
             self.forget()
 
-    def matching(self, tokens: Sequence[int], others: Iterable[Prefix[Kept]] = ()) -> list[tuple[int, Prefix[Kept]]]:
+    def matching(
+        self, tokens: Sequence[int], others: Iterable[Prefix[Cached]] = ()
+    ) -> list[tuple[int, Prefix[Cached]]]:
         """Those, and of ``others``, that begin as ``tokens`` does: how far, the longest first."""
         wanted = np.asarray(tokens, dtype=np.int64)
         found = [(prefix.common(wanted), prefix) for prefix in (*self._prefixes, *others)]
         return sorted((pair for pair in found if pair[0]), key=lambda pair: -pair[0])
 
-    def use(self, prefix: Prefix[Kept]) -> None:
+    def use(self, prefix: Prefix[Cached]) -> None:
         """``prefix`` was of use just now."""
         if self.take(prefix):
             self._prefixes.append(prefix)
 
-    def take(self, prefix: Prefix[Kept]) -> bool:
+    def take(self, prefix: Prefix[Cached]) -> bool:
         """Forget ``prefix`` without giving back what is kept of it: a sequence goes on with that. False if it is none
         of these."""
         before = len(self._prefixes)

@@ -19,7 +19,10 @@ from offload.records import Finish, Sampling, TokenRecord
 from offload.run.grammar import Grammars
 from offload.run.stream import Stream
 from offload.tiers import Tier
+from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import BudgetError, UsageError
+from quant.model.config import language_config
+from quant.model.generation_config import read_generation_config, token_ids
 
 Phase = Literal["prefill", "decode"]
 _KEPT_RUNS = 16
@@ -48,6 +51,13 @@ class ModelParts:
     home: Tier
     vram: VramMeter | None = None
     after_first: Callable[[], None] | None = None
+
+
+def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text, by the first that names any: generation_config.json, config.json, tokenizer."""
+    said = language_config(checkpoint.config)[1].eos_token_id
+    ends = read_generation_config(checkpoint.path).ends or token_ids(said)
+    return ends or token_ids(tokenizer.eos_token_id)
 
 
 @dataclass

@@ -37,7 +37,7 @@ from offload.run.device import choose_compute, choose_device, measured_machine
 from offload.run.engine import Engine
 from offload.run.generate import Generator
 from offload.run.report import RunReport
-from offload.run.runner import ModelParts, Runner
+from offload.run.runner import ModelParts, Runner, end_tokens
 from offload.run.stream import Stream
 from offload.tiers import Key, Tier
 from offload.vision.image_file import ImageSource
@@ -47,8 +47,6 @@ from quant.checkpoint.identity import model_id
 from quant.checkpoint.inventory import schemes_of_tensors, wider_bytes
 from quant.errors import BudgetError, UsageError
 from quant.kernels import native
-from quant.model.config import language_config
-from quant.model.generation_config import read_generation_config, token_ids
 from quant.model.hub import resolve_model
 from quant.model.recipe import load_recipe
 from quant.progress import Progress, nobody
@@ -122,7 +120,7 @@ class Session:
             limit=self.shape.max_position_embeddings,
             vocab_size=self.shape.vocab_size,
             known_ids=lambda: self.shape.vocab_size if self._images is None else self._images.tokens.end,
-            eos=self._eos(),
+            eos=end_tokens(self.checkpoint, self.tokenizer),
             home="vram" if device.type == "cuda" else "ram",
             vram=self.vram,
             after_first=self._finish_load,
@@ -211,12 +209,6 @@ class Session:
             read += 0 if name.role == "embeddings" and not self.shape.tie_word_embeddings else nbytes
         self.ledger.add(home, "kv_cache", self.kv_pool.nbytes)
         return read
-
-    def _eos(self) -> frozenset[int]:
-        """The tokens that end a text, by the first that names any: generation_config.json, config.json, tokenizer."""
-        said = language_config(self.checkpoint.config)[1].eos_token_id
-        ends = read_generation_config(self.checkpoint.path).ends or token_ids(said)
-        return ends or token_ids(self.tokenizer.eos_token_id)
 
     @property
     def cached_tokens(self) -> int:

@@ -195,14 +195,12 @@ class ExpertCache:
             self.policy.touch(key)
 
     def demand(self, keys: Sequence[Key], keep: Sequence[Key] = ()) -> set[Key]:
-        """Begin reading those of ``keys`` that are on disk, as many as may be in flight at once. They do not take the
-        slots of ``keep``, as far as there are others. Returns what is not to be evicted now. Raises CheckpointError
-        for one that could not be read."""
+        """Begin reading those of ``keys`` on disk, as many as may be in flight at once, in other slots than ``keep``'s
+        if there are any; returns what is not to be evicted. Raises CheckpointError for one that could not be read."""
         first = set(keys[: self.window()])
         locked = first | set(keep[: max(0, self.arena.slots - 1 - len(first))])
         for key in keys[: len(first)]:
-            pending = self._pending.get(key)
-            if pending is not None and pending.error is not None:
+            if (pending := self._pending.get(key)) is not None and pending.error is not None:
                 self._land(key)
             self._request(key, Priority.DEMAND, locked)
         return locked
