@@ -127,6 +127,7 @@ def convert(
         about = {**job, **(details or {})}
         small = _SmallFiles(checkpoint, conversion, schemes, about, list(sidecars(checkpoint.sidecar_folder)))
         journal = staging.open(job)
+        journal.check_parts([len(part.pieces) for part in conversion.parts])
         resumed = len(journal.done)
         if not journal.complete:
             files = OutputFiles(staging.model, conversion.layout)

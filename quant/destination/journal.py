@@ -10,13 +10,20 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, FiniteFloat, TypeAdapter
 
 from quant.errors import OutputError
+from quant.input_file import read_bytes
 from quant.output_file import writing
 
 Sums = list[list[float]]
 _COMPLETE = "complete"
+_MOST_BYTES = 2**30
+_DONE: TypeAdapter[list[Sums]] = TypeAdapter(
+    list[list[Annotated[list[Annotated[FiniteFloat, Field(ge=0, strict=True)]], Field(min_length=2, max_length=2)]]]
+)
 
 
 class Journal:
@@ -58,19 +65,29 @@ class Journal:
 
     def _continue(self) -> None:
         """Read what is done, and cut off what was being written when the run was killed."""
-        whole = self.path.read_bytes().rpartition(b"\n")[0]
+        whole = read_bytes(self.path, OutputError, _MOST_BYTES).rpartition(b"\n")[0]
         try:
             lines = [json.loads(line) for line in whole.split(b"\n")]
             self._check_job(lines[0])
-        except (ValueError, KeyError, TypeError):
-            raise OutputError(
-                f"{self.path} is no journal that can be continued: remove {self.path.parent} and start again without "
-                "--resume"
-            ) from None
-        self.complete = lines[-1] == _COMPLETE
-        self.done = lines[1:-1] if self.complete else lines[1:]
+            self.complete = lines[-1] == _COMPLETE
+            self.done = _DONE.validate_python(lines[1:-1] if self.complete else lines[1:])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise self._unreadable() from None
         os.ftruncate(self._descriptor, len(whole) + 1)
         os.lseek(self._descriptor, 0, os.SEEK_END)
+
+    def check_parts(self, pieces: Sequence[int]) -> None:
+        """Raise OutputError unless what is done is the beginning of parts with so many ``pieces``, and all of them
+        where the model is complete."""
+        found = [len(sums) for sums in self.done]
+        if found != list(pieces[: len(found)]) or (self.complete and len(found) < len(pieces)):
+            raise self._unreadable()
+
+    def _unreadable(self) -> OutputError:
+        return OutputError(
+            f"{self.path} is no journal that can be continued: remove {self.path.parent} and start again without "
+            "--resume"
+        )
 
     def append(self, parts: Sequence[Sums]) -> None:
         """Record that ``parts`` follow what is done, and their bytes are on disk. Raises OutputError."""

@@ -156,9 +156,26 @@ def test_a_torn_last_line_of_the_journal_is_forgotten(tiny: Tiny, tmp_path: Path
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
-def test_a_journal_that_cannot_be_read_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: b"no journal\n",
+        lambda data: b"[" * 10**5 + b"\n",
+        lambda data: b"\xff\n" + data,
+        lambda data: data + b"[[1.5,null]]\n",
+        lambda data: data + b"[[1.5,NaN]]\n",
+        lambda data: data + b"[[1.5,2.5,3.5]]\n",
+        lambda data: data + b"7\n",
+        lambda data: data + b"[]\n",
+        lambda data: data + data.splitlines(True)[-1] * 10_000,
+        lambda data: data + b'"complete"\n',
+        lambda data: data.replace(b"}", b'}\n"complete"', 1),
+    ],
+)
+def test_a_journal_that_cannot_be_read_is_refused(tiny: Tiny, tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
     interrupted(tiny("olmoe"), tmp_path / "out")
-    (tmp_path / "out.partial" / "journal.jsonl").write_text("no journal\n")
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    journal.write_bytes(spoil(journal.read_bytes()))
     with pytest.raises(OutputError, match="no journal that can be continued"):
         convert(tiny("olmoe"), tmp_path / "out", SCHEMES, resume=True)
 
