@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from cli.serve import chat, messages
+from cli.serve import chat, completions, messages, native, responses
 from cli.serve.body import ClientGone
 from cli.serve.errors import ServeError, as_serve_error, error_response
 from cli.serve.guard import Access, Guard
@@ -31,8 +31,14 @@ def make_app(service: Service, access: Access) -> Starlette:
         _route("/v1/models", models, "GET"),
         _route("/v1/models/{name:path}", model, "GET"),
         _route(chat.PATH, chat.chat_completions, "POST"),
+        _route(completions.PATH, completions.completions, "POST"),
+        _route(responses.PATH, responses.responses, "POST"),
         _route(messages.PATH, messages.messages, "POST"),
         _route(messages.COUNT_PATH, messages.count_tokens, "POST"),
+        _route("/tokenize", native.tokenize, "POST"),
+        _route("/detokenize", native.detokenize, "POST"),
+        _route("/props", native.props, "GET"),
+        _route("/slots", native.slots, "GET"),
     ]
     handlers: Any = {HTTPException: _no_such_path}
     app = Starlette(routes=routes, middleware=[Middleware(Guard, access=access)], exception_handlers=handlers)

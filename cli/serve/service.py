@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from cli.serve.errors import ServeError, as_serve_error
@@ -177,6 +178,7 @@ class Service:
         self.slots: dict[int, Slot] = {}
         self.metrics = Metrics(self.gauges)
         self.started = int(time.time())
+        self.version = metadata.version("coldstream")
 
     @property
     def context(self) -> int:

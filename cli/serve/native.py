@@ -1,0 +1,88 @@
+"""What llama.cpp's server has beside the dialects of others: what there is, what is under way, and tokens."""
+
+import time
+from typing import Annotated
+
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from cli.serve.body import Body, read
+from cli.serve.errors import ServeError
+from cli.serve.service import Service
+
+
+class TokenizeBody(Body):
+    """A text; ``add_special``: with the tokens that begin and end one."""
+
+    content: str
+    add_special: bool = False
+    with_pieces: bool = False
+
+
+class DetokenizeBody(Body):
+    """Token ids."""
+
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+async def tokenize(request: HttpRequest) -> Response:
+    """The token ids of a text."""
+    service: Service = request.app.state.service
+    body = await read(request, TokenizeBody, service.limits.body_bytes)
+    session = service.session
+    ids = (
+        session.encode(body.content)
+        if body.add_special
+        else session.tokenizer.encode(body.content, add_special_tokens=False)
+    )
+    pieces = [{"id": token, "piece": session.tokenizer.decode([token])} for token in ids]
+    return JSONResponse({"tokens": pieces if body.with_pieces else ids}, headers=body.ignored)
+
+
+async def detokenize(request: HttpRequest) -> Response:
+    """The text of token ids, special tokens as they are written."""
+    service: Service = request.app.state.service
+    body = await read(request, DetokenizeBody, service.limits.body_bytes)
+    if max(body.tokens, default=0) >= service.session.shape.vocab_size:
+        raise ServeError(400, f"a token is beyond {service.session.shape.vocab_size - 1:,}", param="tokens")
+    return JSONResponse({"content": service.session.tokenizer.decode(body.tokens)}, headers=body.ignored)
+
+
+async def props(request: HttpRequest) -> Response:
+    """The model and the defaults of a request."""
+    service: Service = request.app.state.service
+    defaults = service.defaults
+    params = {
+        name: getattr(defaults, name)
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
+    }
+    return JSONResponse(
+        {
+            "default_generation_settings": {"n_ctx": service.context, "params": params},
+            "total_slots": service.limits.parallel,
+            "model_alias": service.name,
+            "chat_template": service.session.tokenizer.chat_template or "",
+            "modalities": {"vision": False, "audio": False},
+            "build_info": f"coldstream {service.version}",
+        }
+    )
+
+
+async def slots(request: HttpRequest) -> Response:
+    """The answers under way and those that wait, in the order in which they came: nothing of their text."""
+    service: Service = request.app.state.service
+    now = time.monotonic()
+    told = [
+        {
+            "id": place,
+            "is_processing": place < service.limits.parallel,
+            "n_ctx": service.context,
+            "n_prompt_tokens": slot.stream.prompt_tokens,
+            "n_cached_tokens": slot.stream.cached_tokens,
+            "n_decoded": slot.tokens,
+            "seconds": round(now - slot.started, 3),
+        }
+        for place, slot in enumerate(service.slots.values())
+    ]
+    return JSONResponse(told)
