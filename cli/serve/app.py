@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from cli.serve import chat, completions, messages, native, responses
+from cli.serve import chat, completions, messages, native, page, responses
 from cli.serve.body import ClientGone
 from cli.serve.errors import ServeError, as_serve_error, error_response
 from cli.serve.guard import Access, Guard
@@ -26,6 +26,9 @@ _log = logging.getLogger("coldstream.serve")
 def make_app(service: Service, access: Access) -> Starlette:
     """The ASGI application of ``service``."""
     routes = [
+        _route("/", page.page, "GET"),
+        _route("/page/{name}", page.page, "GET"),
+        _route("/live", page.live, "GET"),
         _route("/health", health, "GET"),
         _route("/metrics", metrics, "GET"),
         _route("/v1/models", models, "GET"),

@@ -1,5 +1,6 @@
 """What the server counts, as Prometheus reads it."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -9,6 +10,7 @@ from offload.records import TokenRecord
 from offload.tiers import TIERS
 
 Gauges = Callable[[], Iterable[tuple[str, str, float]]]
+_RECENT = 64
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
@@ -17,6 +19,7 @@ class Metrics:
 
     def __init__(self, gauges: Gauges) -> None:
         self._gauges = gauges
+        self.recent: deque[TokenRecord] = deque(maxlen=_RECENT)  # decode steps
         self.registry = CollectorRegistry()
         self._requests = self._counter("answers_started", "Answers begun or queued")
         self._finished = self._counter("answers_finished", "Answers by why they ended", "reason")
@@ -77,6 +80,7 @@ class Metrics:
 
     def decoded(self, record: TokenRecord) -> None:
         """One more token."""
+        self.recent.append(record)
         self._step.observe(record.seconds)
         self._count(record)
 
