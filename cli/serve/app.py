@@ -12,8 +12,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from cli.serve import chat, completions, messages, native, page, responses
+from cli.serve import page
 from cli.serve.body import ClientGone
+from cli.serve.dialects import chat, completions, messages, native, responses
 from cli.serve.errors import ServeError, as_serve_error, error_response
 from cli.serve.guard import Access, Guard
 from cli.serve.service import Service

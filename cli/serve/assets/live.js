@@ -19,16 +19,18 @@
   };
   const figures = (rows) => rows.map(([name, value, unit]) =>
     made("div", "", made("dt", "", name), made("dd", "", made("div", "value", value, " ", made("span", "unit", unit)))));
-  const tier = (name, roles) => {
+  const tone = (place) => (place < 5 ? `role${place}` : "role-other");
+  const tier = (name, unsorted) => {
+    const roles = unsorted.toSorted((one, other) => other.bytes - one.bytes);
     const total = roles.reduce((sum, role) => sum + role.bytes, 0);
     const bar = made("div", `bar ${name}`);
     roles.forEach((role, place) => {
-      const part = made("i", `role${Math.min(4, place)}`);
+      const part = made("i", tone(place));
       part.style.flex = `${role.bytes} 1 0`;
       bar.append(part);
     });
     const listed = made("ul", "legend", ...roles.map((role, place) =>
-      made("li", `role${Math.min(4, place)}`, made("span", "swatch"), `${role.name} ${size(role.bytes)}`)));
+      made("li", tone(place), made("span", "swatch"), `${role.name} ${size(role.bytes)}`)));
     return made("div", "tier", made("div", "head", made("b", "", NAMES[name]), size(total)), bar, listed);
   };
   const draw = (live) => {

@@ -185,11 +185,13 @@ def test_a_phone_has_room_for_all_of_it(opened: Page) -> None:
 
 
 def test_it_asks_for_a_key_where_one_is_needed(opened: Page) -> None:
+    field = opened.get_by_label("This server asks for a key")
+    expect(field).to_be_hidden()
     opened.evaluate("sessionStorage.clear()")
     opened.reload()
-    field = opened.get_by_label("This server asks for a key")
     field.fill(KEY)
     field.press("Enter")
+    expect(field).to_be_hidden()
     short(opened, 4)
     send(opened, "x")
     settle(opened)

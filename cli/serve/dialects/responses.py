@@ -11,8 +11,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from cli.serve.body import Body, EventStream, event, read, unless_gone
-from cli.serve.chat import Function, call_id
 from cli.serve.conversation import Conversation, Format, Tool, prepare, text_of
+from cli.serve.dialects.chat import Function, call_id
 from cli.serve.errors import ServeError
 from cli.serve.parts import Part
 from cli.serve.service import Answers, Service, Usage

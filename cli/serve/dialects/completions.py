@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from cli.serve.body import EventStream, event, read, unless_gone
-from cli.serve.chat import SamplingBody, usage_document
+from cli.serve.dialects.chat import SamplingBody, usage_document
 from cli.serve.errors import ServeError, error_document
 from cli.serve.parsers import MarkedParser
 from cli.serve.service import Answers, Request, Service, Step

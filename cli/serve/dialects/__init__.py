@@ -1,0 +1,1 @@
+"""What clients speak: each a thin way to the one request, and back."""
