@@ -41,6 +41,8 @@ _NO_TEXT = (
     "weights are in floating point"
 )
 
+_REPACK = "--repack takes what SRC has: it goes without schemes, recipes, goals and texts"
+
 
 @takes_console
 @takes_schemes
@@ -60,6 +62,9 @@ def quantize(
             "--tokenizer", metavar="DIR", help="Where the tokenizer and config.json are that a GGUF file lacks."
         ),
     ] = None,
+    repack: Annotated[
+        bool, typer.Option("--repack", help="Keep the symmetric int4 or int8 that SRC has, in the layout that runs.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
 ) -> None:
     """Quantize the checkpoint SRC into the new directory DST, by a recipe, by hand or within a size.
@@ -80,6 +85,7 @@ def quantize(
     from quant.destination.staging import Staging
     from quant.model.hub import resolve_model
     from quant.rounding.imatrix import MARK
+    from quant.rounding.repack import Repacked, own_schemes
     from quant.sources.checkpoint import SourceCheckpoint
     from quant.sources.open import is_gguf, open_source
 
@@ -88,13 +94,17 @@ def quantize(
             "--routing says which experts are worth more bits: give it with --target-bits, --target-size or --fit"
         )
     check_output(asked.save_imatrix, "--save-imatrix", MARK)
-    schemes: Mapping[Role, Scheme] = {} if goal is not None else stored.schemes()
+    if repack and (goal is not None or stored != AskedSchemes() or asked.text is not None or asked.imatrix is not None):
+        raise UsageError(_REPACK)
+    schemes: Mapping[Role, Scheme] = {} if goal is not None or repack else stored.schemes()
     path = Path(source) if is_gguf(source) else resolve_model(source)
     checkpoint = open_source(path, tokenizer)
     if isinstance(checkpoint, SourceCheckpoint):
         console.step(f"{path} has {checkpoint.forms}")
         if asked.text is not None:
             raise UsageError(_NO_TEXT)
+    if repack:
+        schemes = own_schemes(checkpoint)
     roles: list[Role] = []
     fixed: Mapping[Role, Scheme] = {}
     if goal is None:
@@ -107,7 +117,7 @@ def quantize(
         if goal is not None:
             roles, fixed = open_roles(stored, measured=values.windows is not None)
             aim = {"goal": _described(goal, roles, fixed, routing)}
-        job = job_of(checkpoint, values.name, schemes if goal is None else None) | aim
+        job = job_of(checkpoint, Repacked.name if repack else values.name, schemes if goal is None else None) | aim
         if resume and staging.is_published:
             if (made := made_before(staging, job)) is not None:
                 console.step(f"already complete: {staging.destination}")
@@ -116,6 +126,8 @@ def quantize(
             _claim(staging, checkpoint, resume)
         _check_space(staging, values, schemes, roles)
         plain = values.rounder(console)
+        if repack:
+            plain = Repacked(checkpoint, plain)
         chosen: dict[str, Any] = {}
         if goal is not None:
             evidence = (plain, values.windows, values.imatrix, routing)

@@ -72,7 +72,7 @@ def encode_by(weight: Tensor, scheme: Scheme, name: str, transposed: bool, curva
         signal += _squares(source)
         groups = values.view(len(values), -1, scheme.group_size)
         noise += _squares((groups * scale.float().unsqueeze(-1)).view_as(source).sub_(source))
-        packed.append(_packed(values, scheme.bits))
+        packed.append(packed_words(values, scheme.bits))
         scales.append(scale)
     return Encoded({"weight_packed": torch.cat(packed), "weight_scale": torch.cat(scales)}, signal, noise)
 
@@ -81,8 +81,8 @@ def _squares(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dim=1).square_().sum(dtype=torch.float64))
 
 
-def _packed(values: Tensor, bits: int) -> Tensor:
-    """``quant.pack.pack`` without its wide temporaries."""
+def packed_words(values: Tensor, bits: int) -> Tensor:
+    """``quant.pack.pack`` without its wide temporaries: int8 ``[N, K]`` → int32 ``[N, K·bits/32]``."""
     octets = values.view(torch.uint8)
     if bits == 4:
         octets = octets.add(8)
