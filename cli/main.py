@@ -129,11 +129,14 @@ def one_line_errors(*, json: bool = False) -> Iterator[None]:
         remedy = f"; {_FEW_FILES}" if few else ""
         _say_and_fail("MachineError", f"{_named(error)}{remedy}", MachineError.exit_code, json)
     except MemoryError:
-        _say_and_fail("MachineError", "there is not enough memory", MachineError.exit_code, json)
+        _say_and_fail("MachineError", _NO_MEMORY, MachineError.exit_code, json)
     except RuntimeError as error:
-        if "can't start new thread" not in str(error):
+        if "can't allocate memory" in str(error):  # torch's word for MemoryError
+            said = _NO_MEMORY
+        elif "can't start new thread" in str(error):
+            said = "no thread can be started: expected room for some dozens; raise `ulimit -u` or the container's limit"
+        else:
             raise
-        said = "no thread can be started: expected room for some dozens; raise `ulimit -u` or the container's limit"
         _say_and_fail("MachineError", said, MachineError.exit_code, json)
 
 
@@ -177,6 +180,7 @@ def _open_streams() -> None:
             stream.reconfigure(encoding="utf-8", errors="surrogateescape" if name == "stdin" else "backslashreplace")
 
 
+_NO_MEMORY = "there is not enough memory"
 _FEW_FILES = f"expected to have {FEWEST_FILES} files and more open at once; raise `ulimit -n`"
 
 

@@ -18,6 +18,7 @@ from quant.input_file import read_object, validated
 PROFILE_VERSION = 1
 PROFILE_MARK = b'"moe_layers"'  # near the beginning of every routing profile
 _MOST_BYTES = 2**30
+_MOST_EXPERTS = 2**14  # per layer, as in a config.json: each of them has an entry in tables
 
 
 class _Head(BaseModel):
@@ -26,7 +27,7 @@ class _Head(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     version: int
     moe_layers: Annotated[list[int], Field(min_length=1)]
-    num_experts: Annotated[int, Field(ge=1)]
+    num_experts: Annotated[int, Field(ge=1, le=_MOST_EXPERTS)]
 
 
 _STEPS: TypeAdapter[list[list[list[int]]]] = TypeAdapter(

@@ -43,10 +43,11 @@ class Answer:
         return [one for one in all_of if not any(len(two) > len(one) and two[: len(one)] == one for two in all_of)]
 
     def equals(self, other: "Answer") -> bool:
-        """Whether the same tokens gave the same logits."""
-        theirs = dict(other.steps)
-        mine = dict(self.steps)
-        return mine.keys() == theirs.keys() and all(_close(mine[tokens], theirs[tokens]) for tokens in mine)
+        """Whether the same prompt, and whatever was sampled alike after it, gave the same logits."""
+        mine, theirs = dict(self.steps), dict(other.steps)
+        both = mine.keys() & theirs.keys()
+        prompts = [answer.steps[0][0] for answer in (self, other) if answer.steps]
+        return len(both & set(prompts)) == 1 and all(_close(mine[tokens], theirs[tokens]) for tokens in both)
 
 
 @contextmanager

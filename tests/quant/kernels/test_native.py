@@ -97,3 +97,26 @@ def test_thread_counts_that_make_no_sense_are_refused() -> None:
 
 def test_read_bandwidth_is_a_plausible_rate() -> None:
     assert 0.1 < native.read_bandwidth(1 << 24, 0.02) < 5000
+
+
+_FEW_THREADS = """
+import resource, torch
+from pathlib import Path
+from quant.kernels import native
+from quant.kernels.native import Weight
+native.threads()
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20),) * 2)
+native.set_threads(64)
+product = native.linear(torch.ones(2, 128), Weight.from_tensors("f32", torch.ones(8, 128)))
+print(native.threads(), bool((product == 128).all()), native.thread_note())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on address space")
+def test_where_no_more_threads_start_those_that_did_compute_and_it_is_said() -> None:
+    done = python(_FEW_THREADS)
+    assert done.returncode == 0, done.stderr
+    count, right, note = done.stdout.split(" ", 2)
+    assert 1 <= int(count) < 64 and right == "True"
+    assert note.startswith(f"{count} of 64 threads compute")
