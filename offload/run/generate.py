@@ -31,10 +31,11 @@ Records = collections.abc.Generator[TokenRecord, None, None]
 
 
 class Generator(Runner):
-    """Runs sequences one after the other through ``cache``."""
+    """Runs sequences one after the other through ``cache``. ``notes`` gets what a user should know."""
 
-    def __init__(self, parts: ModelParts, cache: SequenceCache) -> None:
+    def __init__(self, parts: ModelParts, cache: SequenceCache, notes: list[str]) -> None:
         super().__init__(parts)
+        self._notes = notes
         self.cache, self.prompt_chunk = cache, parts.prompt_chunk
         self.tokens: list[int] = []  # what the cache holds
         self._turn = 0  # counts who may go on: a later call ends an earlier one
@@ -44,6 +45,9 @@ class Generator(Runner):
     def add(self, ids: Sequence[int], sampling: Sampling, stream: Stream) -> None:
         """See Runner."""
         self._waiting.append((ids, sampling, stream))
+        note = "sequences took turns, each to its end: beside a GPU a step holds one, so others wait for it"
+        if note not in self._notes and (self._running is not None or len(self._waiting) > 1):
+            self._notes.append(note)
 
     def runs_only(self, stream: Stream) -> bool:
         """See Runner."""

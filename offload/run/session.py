@@ -126,7 +126,9 @@ class Session:
             after_first=self._finish_load,
         )
         bound = self.decoder.bound
-        self.runner: Runner = Batch(parts, self.kv_pool, self.notes) if bound is None else Generator(parts, bound)
+        self.runner: Runner = (
+            Batch(parts, self.kv_pool, self.notes) if bound is None else Generator(parts, bound, self.notes)
+        )
         self._engine = Engine(self.runner)
         if run.routing is not None and self.plan.fills and not self.experts.holds_all:
             self.experts.fill()

@@ -246,3 +246,9 @@ def test_ctrl_c_while_a_step_is_begun_ends_it(
     # The next step follows at once, without a prompt between that would put the cache in order.
     turn = session.runner.generate([*PROMPT, *expected[:2]], Sampling(max_tokens=2, ignore_eos=True))
     assert [record.token_id for record in turn] == expected[2:4]
+
+
+def test_sequences_take_turns_and_it_is_said(session: Session, expected: list[int]) -> None:
+    streams = [session.submit(PROMPT, GREEDY) for _ in range(3)]
+    assert [[record.token_id for record in stream] for stream in streams] == [expected] * 3
+    assert sum("took turns" in note for note in session.notes) == 1
