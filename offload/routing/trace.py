@@ -16,7 +16,7 @@ from quant.errors import ProfileError, UsageError
 from quant.input_file import read_object, validated
 
 PROFILE_VERSION = 1
-PROFILE_MARK = b'"moe_layers"'  # near the beginning of every routing profile
+PROFILE_MARK = b'{"version": 1, "model_id": '  # begins every routing profile, and no config.json
 _MOST_BYTES = 2**30
 _MOST_EXPERTS = 2**14  # per layer, as in a config.json: each of them has an entry in tables
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from offload.routing.stats import RoutingStats
-from quant.errors import ProfileError
+from quant.errors import OutputError, ProfileError
 from quant.model.shape import ModelShape
 
 CONFIG = {
@@ -81,6 +81,21 @@ def test_a_damaged_profile_is_one_clear_line(tmp_path: Path, text: str, said: st
     (tmp_path / "routing.json").write_text(text)
     with pytest.raises(ProfileError, match=f"routing.json.*{said}"):
         RoutingStats.load(tmp_path / "routing.json", SHAPE)
+
+
+def test_a_profile_replaces_an_earlier_one_and_no_config(tmp_path: Path) -> None:
+    stats, file = _recorded([[[[0, 1]], [[1, 2]], [[3, 0]]]]), tmp_path / "routing.json"
+    stats.save(file)
+    stats.save(file)
+    assert RoutingStats.load(file, SHAPE).tokens == stats.tokens
+    for foreign in (
+        {**CONFIG, "moe_layers": [0, 1], "version": 1},
+        {"version": 1, "moe_layers": [0], "num_experts": 4},
+    ):
+        file.write_text(json.dumps(foreign))
+        with pytest.raises(OutputError, match="not of this kind"):
+            stats.save(file)
+        assert json.loads(file.read_text()) == foreign
 
 
 WRONG = [None, True, -1, 2**41, 1.5, "7", [], {}, [[1.0] * 4] * 3, [[-1] * 4] * 3, [[1] * 3] * 3, [[1] * 4] * 2]
