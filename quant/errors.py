@@ -3,6 +3,7 @@
     ColdstreamError
     ├── CheckpointError      a model directory that is missing, truncated, corrupt or of another kind
     │   ├── UnknownFamilyError   an architecture that no family describes
+    │   ├── DenseModelError      a model without experts where only one with them is read
     │   └── NonFiniteError       a weight with NaN or Inf
     ├── SchemeError          a quantization scheme that does not fit a tensor
     ├── RecipeError          a recipe with an unknown key or a bad value
@@ -27,6 +28,10 @@ class ColdstreamError(Exception):
 
 class CheckpointError(ColdstreamError):
     """A model directory cannot be read as what it claims to be."""
+
+
+class DenseModelError(CheckpointError):
+    """A config.json of a family with experts describes a model without any."""
 
 
 class UnknownFamilyError(CheckpointError):

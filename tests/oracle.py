@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration, PreTrainedModel
 
+from quant.architecture.general_shape import GeneralShape
+from quant.architecture.meta_model import model_class, model_config
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.inventory import find_weight
 from quant.model.tensors import LinearSpec
@@ -22,6 +24,8 @@ def dense_weight(checkpoint: Checkpoint, spec: LinearSpec) -> torch.Tensor:
 
 def stock(source: Path, quantized: Path) -> PreTrainedModel:
     """The stock model of ``source`` in f32, its Linears holding what ``quantized`` dequantizes to."""
+    if not Checkpoint.open(source).shape.is_native:
+        return _general(source, quantized)
     multimodal = Checkpoint.open(source).config["model_type"] == "llama4"
     kind = Llama4ForConditionalGeneration if multimodal else AutoModelForCausalLM
     model = kind.from_pretrained(source, dtype=torch.float32).eval()
@@ -43,6 +47,28 @@ def stock(source: Path, quantized: Path) -> PreTrainedModel:
                 joined = torch.cat((gate, up))
                 gate_up[expert].copy_(joined.t() if shape.family.fused_transposed else joined)
                 down[expert].copy_(out.t() if shape.family.fused_transposed else out)
+    return model
+
+
+def _general(source: Path, quantized: Path) -> PreTrainedModel:
+    """As ``stock``, for a family that no table names."""
+    checkpoint = Checkpoint.open(quantized)
+    shape = checkpoint.shape
+    assert isinstance(shape, GeneralShape)
+    kind = model_class(model_config(checkpoint.config))
+    model: PreTrainedModel = kind.from_pretrained(source, dtype=torch.float32).eval()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for spec in shape.dense_linears():
+            parameters[f"{shape.runtime_name(spec.module)}.weight"].copy_(dense_weight(checkpoint, spec))
+        for layer in shape.moe_layers:
+            form = shape.fused_form(layer)
+            gate_up, down = parameters[f"{form.base}gate_up_proj"], parameters[f"{form.base}down_proj"]
+            for expert in range(shape.num_experts):
+                gate, up, out = _expert(checkpoint, layer, expert)
+                joined = torch.stack((gate, up), 1).flatten(0, 1) if form.interleaved else torch.cat((gate, up))
+                gate_up[expert].copy_(joined.t() if form.transposed else joined)
+                down[expert].copy_(out.t() if form.transposed else out)
     return model
 
 

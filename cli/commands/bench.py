@@ -50,11 +50,11 @@ def bench(
     from offload.hardware.ledger import forget_peak
     from offload.hardware.probe import probe
     from offload.run.benchmark import Benchmark
+    from quant.architecture.shape import shape_of
     from quant.model.hub import resolve_config
-    from quant.model.shape import ModelShape
 
     plan = Benchmark(prompt_tokens, tokens, repeat)
-    shape = ModelShape.from_config(resolve_config(str(path)))
+    shape = shape_of(resolve_config(str(path)))
     run = replace(run, context=max(shape.context(run.context), plan.context))
     console.step("measuring bandwidths")
     probe(path, refresh=True)

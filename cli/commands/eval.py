@@ -83,10 +83,10 @@ def eval(
 def _beyond(path: Path, context: int) -> list[str]:
     """A note if windows are longer than what the model was made for."""
     from offload.plan.plan import beyond
+    from quant.architecture.shape import shape_of
     from quant.model.hub import resolve_config
-    from quant.model.shape import ModelShape
 
-    return list(beyond(ModelShape.from_config(resolve_config(str(path))), context))
+    return list(beyond(shape_of(resolve_config(str(path))), context))
 
 
 def show_evaluation(found: "Evaluation", console: Console) -> None:

@@ -54,11 +54,11 @@ def synth(
     int8 head.
     """
     from cli.terminal.words import schemes_line
+    from quant.architecture.shape import shape_of
     from quant.model.families import QUANTIZABLE
     from quant.model.hub import resolve_config
     from quant.model.known_shapes import shape_names
     from quant.model.recipe import recipe_names
-    from quant.model.shape import ModelShape
     from quant.synth.config import llama4_config
     from quant.synth.synth import synthesize
 
@@ -105,7 +105,7 @@ def synth(
                 f"key-value heads that divide the heads, an even size of a head, and at most "
                 f"{experts_per_layer} experts per token"
             )
-    console.step(f"writing random weights to {folder}: {schemes_line(schemes, ModelShape.from_config(config))}")
+    console.step(f"writing random weights to {folder}: {schemes_line(schemes, shape_of(config))}")
     with progress_bar(console, "writing", "bytes") as show:
         report = synthesize(config, folder, schemes, zipf=zipf, seed=seed, progress=show)
     console.notes(report.notes)

@@ -65,9 +65,7 @@ class NativeDecoder(Decoder):
     def reads(config: Any, store: ExpertStore) -> bool:
         """Whether the native kernels compute what ``config`` asks for, on experts stored like those of
         ``store``."""
-        record = store.record(*store.experts()[0])
-        stored = record.view(torch.empty(record.slot_bytes, dtype=torch.uint8))
-        return getattr(config, "clip_qkv", None) is None and is_native(stored)
+        return getattr(config, "clip_qkv", None) is None and is_read(store)
 
     def weights_moved(self) -> None:
         """See Decoder. The native blocks hold addresses, so all of them are made anew."""
@@ -181,6 +179,12 @@ class NativeDecoder(Decoder):
             return None
         weight = self.lm_head.stored.descriptor  # None for f16, which torch multiplies
         return None if weight is None else Head(self.norm.weight.data, norm_eps(self.norm), weight)
+
+
+def is_read(store: ExpertStore) -> bool:
+    """Whether the native kernels read experts stored like those of ``store``."""
+    record = next((store.record(*key) for key in store.experts()[:1]), None)
+    return record is None or is_native(record.view(torch.empty(record.slot_bytes, dtype=torch.uint8)))
 
 
 def _attention(part: LayerParts) -> Attention:

@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 
-from offload.decode.cpu import NativeDecoder
+from offload.decode.cpu import NativeDecoder, is_read
 from offload.decode.decoder import Decoder
 from offload.decode.gpu import GraphDecoder, refusal
 from offload.decode.plain import PlainDecoder
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.cache.oom import retry_with_less_vram
 from offload.experts.cache.tiered_cache import TieredCache
-from offload.model.kv_cache import KVCache
 from offload.plan.plan import Plan
 from offload.routing.stats import RoutingStats
 from quant.linear import Compute
@@ -21,7 +20,7 @@ def select_decoder(
     model: Any,
     plan: Plan,
     experts: ExpertCache,
-    kv: KVCache,
+    kv: Any,
     routing: RoutingStats,
     compute: Compute,
     device: torch.device,
@@ -32,9 +31,15 @@ def select_decoder(
     one launch per token where experts are on a device. Raises BudgetError or MachineError if the device has no
     memory for it."""
     store, notes = experts.store, list[str]()
-    if compute.native and not plan.vram_slots and NativeDecoder.reads(model.config, store):
+    bound = None if store.shape.is_native else kv
+    if not store.shape.is_native:
+        notes.append(
+            f"attention and routing of a {store.shape.family.name} model are computed by transformers' own modules, "
+            "with about a millisecond of Python per layer and token that the prediction does not count"
+        )
+    elif compute.native and not plan.vram_slots and NativeDecoder.reads(model.config, store):
         return NativeDecoder(model, store.shape, experts, routing, compute, guess_tokens=plan.guess_tokens), notes
-    if graph and isinstance(experts, TieredCache):
+    if graph and store.shape.is_native and isinstance(experts, TieredCache):
         reason = refusal(model.config, store)
         if reason is None:
             return retry_with_less_vram(
@@ -53,9 +58,11 @@ def select_decoder(
             ), notes
         notes.append(f"decoding waits for the host in every layer instead of running as one CUDA graph: {reason}")
     if device.type == "cuda":
-        return PlainDecoder(model, experts, device, compute.name), notes
+        return PlainDecoder(model, experts, device, compute.name, bound), notes
+    if compute.native and is_read(store):
+        return PlainDecoder(model, experts, device, f"transformers' modules, {compute.name}", bound), notes
     notes.append(
         "experts stored like these are dequantized by torch or bitsandbytes before each use, many times slower "
         "than the native kernels on int4 and int8: the prediction does not count that"
     )
-    return PlainDecoder(model, experts, device, "torch, dequantized weights"), notes
+    return PlainDecoder(model, experts, device, "torch, dequantized weights", bound), notes

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -25,7 +25,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from offload.experts.cache.oom import retry_with_less_vram
 from offload.experts.storage.arena import Arena
 from offload.experts.storage.page_cache import forget_pages
+from offload.model.gate import gate_of
 from offload.model.moe import ExpertRunner, RoutedExperts, RoutedLlama4Block
+from quant.architecture.general_shape import GeneralShape
+from quant.architecture.meta_model import attention_implementation, model_class, model_config
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
 from quant.checkpoint.inventory import find_weight
 from quant.checkpoint.weight_files import TensorEntry
@@ -80,11 +83,14 @@ def _register() -> None:
         register_quantizer(_METHOD)(SwapQuantizer)
 
 
-def text_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The language model's config for transformers, made of the keys that its code reads, all of them checked.
+def text_config(checkpoint: Checkpoint) -> Any:
+    """The language model's config for transformers, in a family of our tables made of the keys that its code reads,
+    all of them checked.
 
     Raises CheckpointError if transformers rejects it all the same.
     """
+    if not checkpoint.shape.is_native:
+        return model_config(checkpoint.config)
     _, record = language_config(checkpoint.config)
     kind = "llama4_text" if checkpoint.shape.model_type == "llama4" else checkpoint.shape.model_type
     try:
@@ -101,7 +107,7 @@ def check_rope(config: PretrainedConfig, context: int) -> None:
     trained for. Keys that are in the KV cache by then keep the old ones, so what comes out depends on how the text
     was cut into steps: transformers itself gives several answers.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind not in ("dynamic", "longrope"):
         return
@@ -175,14 +181,14 @@ def load_model(
     keys = [key for key, name in checkpoint.names.items() if name.role not in ("experts", "vision")]
     small = {key for key in keys if checkpoint.names[key].role in ("norm", "router") or key.endswith(_SMALL)}
     reading = _Reading(read or checkpoint.read, small)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind = model_class(config)
     loaded: Any = kind.from_pretrained(
         None,
         config=config,
         state_dict={key: _Unread(reading, key, checkpoint.entries[key]) for key in keys},
         dtype=dtype,
         quantization_config=SwapConfig(lambda built: swap_modules(built, checkpoint, runner, compute, dtype)),
-        attn_implementation="sdpa",
+        attn_implementation=attention_implementation(kind),
         output_loading_info=True,
         generation_config=GenerationConfig(),  # ours is read elsewhere, and checked
     )
@@ -237,6 +243,9 @@ def swap_modules(
 ) -> None:
     """Replace MoE blocks, Linears and the embedding of a model that is on the meta device."""
     shape = checkpoint.shape
+    if isinstance(shape, GeneralShape):
+        _swap_general(model, checkpoint, shape, runner, compute, dtype)
+        return
     for name, module in list(model.named_modules()):
         place = _LAYER.search(name)
         if place is None or int(place[1]) not in shape.moe_layers:
@@ -255,14 +264,41 @@ def swap_modules(
             )
             model.set_submodule(name, linear)
     embedding: Any = model.get_input_embeddings()
-    stored = _stored_dtype(checkpoint, f"{shape.prefix}model.embed_tokens.weight")
+    stored = _stored_dtype(checkpoint, f"{shape.embedding_module}.weight")
     model.set_input_embeddings(KeptEmbedding(embedding.num_embeddings, embedding.embedding_dim, stored, dtype))
+
+
+def _swap_general(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    shape: GeneralShape,
+    runner: ExpertRunner,
+    compute: Compute,
+    dtype: torch.dtype,
+) -> None:
+    """As ``swap_modules``, by what the shape found in the model. Towers that see or hear are taken out."""
+    for tower in shape.structure.towers:
+        model.set_submodule(tower, nn.Identity())
+    for layer, experts in shape.structure.experts.items():
+        runner.gate = gate_of(model.get_submodule(experts.module))
+        model.set_submodule(experts.module, RoutedExperts(layer, runner))
+    linears = {shape.runtime_name(spec.module): _stored(checkpoint, spec) for spec in shape.dense_linears()}
+    stored = _stored_dtype(checkpoint, f"{shape.embedding_module}.weight")
+    embedding: Any = model.get_input_embeddings()
+    if type(embedding) is nn.Embedding:
+        model.set_input_embeddings(KeptEmbedding(embedding.num_embeddings, embedding.embedding_dim, stored, dtype))
+        if shape.tie_word_embeddings:
+            linears["lm_head"] = BF16, stored
+    for name, (scheme, kept) in linears.items():
+        module: Any = model.get_submodule(name)
+        bias = module.bias is not None
+        linear = QuantLinear(module.out_features, module.in_features, scheme, compute, bias=bias, dtype=kept)
+        model.set_submodule(name, linear)
 
 
 def runtime_name(checkpoint: Checkpoint, module: str) -> str:
     """The name in transformers' model of checkpoint module ``module``."""
-    family = checkpoint.shape.family
-    return module.removeprefix(checkpoint.shape.prefix).replace(f".{family.block}.", f".{family.runtime_block}.")
+    return checkpoint.shape.runtime_name(module)
 
 
 def _stored(checkpoint: Checkpoint, spec: LinearSpec | None) -> tuple[Scheme, torch.dtype]:
@@ -275,7 +311,7 @@ def _stored(checkpoint: Checkpoint, spec: LinearSpec | None) -> tuple[Scheme, to
 
 
 def _stored_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
-    return _kept(checkpoint.entry(key).dtype)
+    return _kept(checkpoint.find(key).dtype)
 
 
 def _kept(dtype: str) -> torch.dtype:

@@ -11,17 +11,20 @@ Legend: T tokens, H hidden, E experts, k experts per token.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.store import ExpertWeights
+from offload.model.gate import Gate
 from offload.model.grouped_moe import GroupedExperts
 from offload.routing.stats import RoutingStats
-from quant.linear import Compute, matmul
+from quant.kernels.moe import GatedMlp, Job, mlp
+from quant.kernels.swiglu import SILU, SwiGlu
+from quant.linear import Compute, LinearWeight, matmul
 
 Mlp = Callable[[Tensor, ExpertWeights], Tensor]
 
@@ -34,6 +37,7 @@ class ExpertRunner:
     routing: RoutingStats
     compute: Compute
     scales_input: bool
+    gate: Gate = SILU  # what the experts' halves are joined by
 
     def __post_init__(self) -> None:
         tiered = self.cache if isinstance(self.cache, TieredCache) else None
@@ -43,10 +47,16 @@ class ExpertRunner:
         """x ``[T, H]``, chosen int64 ``[T, k]``, scores ``[T, k]`` → the routed experts' sum ``[T, H]``."""
         ids = chosen.cpu().numpy()
         self.routing.record(layer, ids)
-        if len(chosen) > 1 and x.dtype == torch.bfloat16 and self._grouped is not None and self._grouped.reads(layer):
-            return self._grouped.run(layer, x, chosen, ids, scores)
+        grouped = self._grouped if self.gate == SILU and not self.cache.store.shape.expert_bias else None
+        if len(chosen) > 1 and x.dtype == torch.bfloat16 and grouped is not None and grouped.reads(layer):
+            return grouped.run(layer, x, chosen, ids, scores)
         wanted = self.cache.stream(layer, sorted(set(ids.ravel().tolist())))
-        return self.sum_experts(x, chosen, scores, wanted, partial(expert_mlp, compute=self.compute))
+        return self.sum_experts(x, chosen, scores, wanted, self.compute_expert)
+
+    @property
+    def compute_expert(self) -> Mlp:
+        """One expert of tokens ``[T, H]``."""
+        return partial(expert_mlp, compute=self.compute, gate=self.gate)
 
     def sum_experts(
         self, x: Tensor, chosen: Tensor, scores: Tensor, experts: Iterable[tuple[int, ExpertWeights]], mlp: Mlp
@@ -61,10 +71,29 @@ class ExpertRunner:
         return out if k == 1 else out.view(tokens, k, -1).sum(1)
 
 
-def expert_mlp(x: Tensor, weights: ExpertWeights, compute: Compute) -> Tensor:
-    """down(silu(gate(x)) · up(x)), x ``[T, H]`` → ``[T, H]``."""
-    gate = matmul(x, weights.gate_proj, compute)
-    return matmul(silu(gate).mul_(matmul(x, weights.up_proj, compute)), weights.down_proj, compute)
+def expert_mlp(x: Tensor, weights: ExpertWeights, compute: Compute, gate: Gate = SILU) -> Tensor:
+    """down(gate(gate_proj(x), up_proj(x))), x ``[T, H]`` → ``[T, H]``."""
+    if compute.native and x.dtype == torch.float32 and isinstance(gate, SwiGlu) and not x.requires_grad:
+        native = _native(weights, gate)
+        if native is not None:
+            return mlp([Job(native)], x, exact=compute.exact)
+    inner = gate(_linear(x, weights.gate_proj, compute), _linear(x, weights.up_proj, compute))
+    return _linear(inner, weights.down_proj, compute)
+
+
+def _native(weights: ExpertWeights, join: SwiGlu) -> GatedMlp | None:
+    """The native kernels' descriptors of an expert, or None where they do not read its form."""
+    three = (weights.gate_proj, weights.up_proj, weights.down_proj)
+    gate, up, down = (weight.descriptor for weight in three)
+    if gate is None or up is None or down is None:
+        return None
+    biases: Any = tuple(weight.tensors["bias"].float().contiguous() for weight in three if "bias" in weight.tensors)
+    return GatedMlp(gate, up, down, biases or None, join)
+
+
+def _linear(x: Tensor, weight: LinearWeight, compute: Compute) -> Tensor:
+    y, bias = matmul(x, weight, compute), weight.tensors.get("bias")
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class RoutedLlama4Block(nn.Module):

@@ -48,7 +48,9 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages, used or not."""
+        """Bytes of all pages, used or not; of what transformers' own attention keeps where that is what runs."""
+        if not self.shape.is_native:
+            return self.shape.kv_nbytes(self.context, self.dtype.itemsize)
         return self.counts.count * KV_PAGE_TOKENS * self.token_nbytes
 
     def sequence(self) -> "PagedCache":

@@ -44,13 +44,15 @@ def load_tokenizer(path: Path) -> Any:
 def _config(path: Path) -> Any:
     """A config of the model's kind with nothing of its own but what chooses a tokenizer: transformers would refuse
     many a public config.json for keys that no tokenizer has anything to do with. None for a folder without one."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if not os.path.lexists(path / "config.json"):
         return None
     said = read_config(path)
-    family_of(said.get("model_type"))  # refuses what transformers would raise KeyError for
-    made: Any = AutoConfig.for_model(said["model_type"])
+    kind = str(said.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        family_of(said.get("model_type"))  # refuses what transformers would raise KeyError for
+    made: Any = AutoConfig.for_model(kind)
     made._name_or_path = str(path)
     if isinstance(said.get("tokenizer_class"), str):
         made.tokenizer_class = said["tokenizer_class"]

@@ -246,7 +246,8 @@ def prefill(load: Workload, machine: Machine, tokens: int, chunk: int) -> SpeedP
 
 def _chunk(load: Workload, machine: Machine, tokens: int, before: int, prompt: int) -> dict[Limit, float]:
     # An expert is touched unless none of the chunk's requests falls on it.
-    touched = load.experts * (1 - (1 - load.top_k / load.experts) ** tokens) * load.moe_layers
+    unused = (1 - load.top_k / load.experts) ** tokens if load.experts else 1
+    touched = load.experts * (1 - unused) * load.moe_layers
     weights = load.dense_weights * tokens + load.requests * load.expert_weights * tokens
     weights += load.head_weights if before + tokens == prompt else 0
     attended = tokens * (before + tokens / 2) * load.attention_width * 2

@@ -77,6 +77,8 @@ class Footprint:
     @property
     def kv_cache(self) -> int:
         """Bytes of the KV cache at the full context, in whole pages."""
+        if not self.shape.is_native:
+            return self.kv_at(self.context)
         per_page = KV_PAGE_TOKENS * 2 * self.shape.num_kv_heads * self.shape.head_dim
         return int(self.shape.kv_pages(self.context) * per_page * self._kv_bytes_per_value)
 

@@ -138,9 +138,11 @@ class Fitter:
         rows = [row for row in self._fixed(chunk) if row.tier == tier and (tier, row.role) != ("ram", "framework")]
         largest = sorted(rows, key=lambda row: -row.nbytes)[:3]
         named = ", ".join(f"{role_name(row.role)} {format_size(row.nbytes)}" for row in largest)
-        slots = f"{self._least(tier)} experts of {format_size(self.footprint.slot_bytes)}"
+        slots = ""
+        if self.footprint.experts:
+            slots = f", and room for {self._least(tier)} experts of {format_size(self.footprint.slot_bytes)}"
         return (
-            f"this needs {format_size(have + lacking)} of {tier.upper()} ({named}, and room for {slots}) "
+            f"this needs {format_size(have + lacking)} of {tier.upper()} ({named}{slots}) "
             f"but its budget is {format_size(have)}: use {' or '.join(self._remedies(budget, short))}"
         )
 

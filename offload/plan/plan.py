@@ -187,7 +187,7 @@ def make_plan(
 
 def _gpu_rows(footprint: Footprint, machine: Machine, decode: SpeedPrediction) -> int:
     """The part of a missed expert that is not the CPU's, in whole groups of its down projection."""
-    if machine.gpu is None or decode.cpu_share is None:
+    if machine.gpu is None or decode.cpu_share is None or not footprint.experts:
         return 0
     shape = footprint.shape
     linears = shape.expert_linears(shape.moe_layers[0], 0)
@@ -237,7 +237,10 @@ class _Planner:
         vram_hits = self.locality.kept(fit.in_vram)  # VRAM starts with the hottest and changes slowly
         hits = max(vram_hits, self.locality.hits(fit.in_vram + fit.in_ram))
         load = footprint.load(
-            filled=self.filled, vram_hits=vram_hits, hits=hits, resident=(fit.in_vram + fit.in_ram) / footprint.experts
+            filled=self.filled,
+            vram_hits=vram_hits,
+            hits=hits,
+            resident=(fit.in_vram + fit.in_ram) / (footprint.experts or 1),
         )
         return Plan(
             machine=self.machine.name,

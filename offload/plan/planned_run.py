@@ -14,8 +14,10 @@ from offload.hardware.probe import Machine, Say, probe
 from offload.plan.cost_model import with_prefetch_bytes
 from offload.plan.plan import Plan, make_plan
 from offload.records import RunOptions
+from quant.architecture.shape import shape_of
 from quant.checkpoint.inventory import open_headers, schemes_of_tensors, wider_bytes
 from quant.checkpoint.stored import stored_schemes
+from quant.errors import UsageError
 from quant.model.families import Role
 from quant.model.hub import resolve_config
 from quant.model.known_shapes import shape_names
@@ -70,7 +72,7 @@ def planned_model(
     """
     name = str(model)
     config = resolve_config(name)
-    shape = ModelShape.from_config(config)
+    shape = shape_of(config)
     named = load_recipe(recipe) if recipe else None
     if named is not None or schemes:
         origin = f"recipe {named.name}" if named else "by hand"
@@ -126,6 +128,11 @@ def planned_run(
     """
     subject = model if isinstance(model, PlannedModel) else planned_model(model, recipe)
     options, shape = (options or RunOptions()).over(subject.recipe), subject.shape
+    if not shape.is_native and options.kv == "int8":
+        raise UsageError(
+            f"--kv int8 is for families whose attention is computed here: a {shape.family.name} model keeps what its "
+            "own attention keeps, in the dtype of the activations; leave it out"
+        )
     routing = None
     if options.routing is not None:
         from offload.routing.stats import RoutingStats
@@ -142,15 +149,22 @@ def planned_run(
         vram=0 if options.device == "cpu" else options.vram,
         ram=options.ram,
         context=options.context or max(shape.context(), prompt or 0),
-        kv_bits=32 if options.exact else 8 if options.kv == "int8" else 16,
+        kv_bits=_kv_bits(options, shape, machine),
         routing=routing,
         prompt_chunk=options.prompt_chunk,
         slot_bytes=slot_bytes,
         filled=prompt or 512,
-        images=options.images and shape.is_multimodal,
+        images=options.images and shape.reads_images,
         wider=subject.wider,
         cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
     )
     if options.device == "cpu" and options.vram:
         plan = replace(plan, notes=(*plan.notes, "--vram has no meaning here: the run is on the CPU"))
     return PlannedRun(subject, options, machine, plan, routing)
+
+
+def _kv_bits(options: RunOptions, shape: ModelShape, machine: Machine) -> int:
+    on_cpu = machine.gpu is None or options.device == "cpu" or options.vram == 0
+    if options.exact or (on_cpu and not shape.is_native):  # transformers' caches are of the activations' dtype
+        return 32
+    return 8 if options.kv == "int8" else 16

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from offload.experts.storage.store import ExpertWeights
 from offload.plan.footprint import check_calibration
 from offload.quality.hessian import InputHessian
-from offload.quality.layerwise import Layerwise, Observer
+from offload.quality.layerwise import Layerwise, Observer, check_layers
 from offload.quality.tune import TRUTH, plain_experts, tune
 from offload.quality.windows import Windows
 from offload.quality.work_folder import Calibration, CalibrationState
@@ -65,6 +65,7 @@ def calibrate(
     text too short, UsageError if there is nothing to tune, OutputError if ``folder`` is
     another calibration's or cannot be written, CheckpointError if the source changes meanwhile.
     """
+    check_layers(checkpoint.shape, "rounding by a text (--calibrate)")
     check_calibration(checkpoint.shape, windows.tokens)
     if passes and not any(
         spec.layer is not None and scheme_of(schemes, spec).is_packed for spec in checkpoint.shape.dense_linears()

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from offload.quality.layerwise import Layerwise
+from offload.quality.layerwise import Layerwise, check_layers
 from offload.quality.windows import Windows
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.progress import Progress, nobody
@@ -68,6 +68,7 @@ def _principal(x: Tensor) -> Tensor:
 
 def measure_importance(checkpoint: Checkpoint, windows: Windows, progress: Progress = nobody) -> Imatrix:
     """The moments of every Linear's input in ``checkpoint`` over ``windows``."""
+    check_layers(checkpoint.shape, "measuring importance")
     found: dict[str, ChannelMoments] = {}
     with Layerwise(checkpoint) as walk, torch.inference_mode():
         hidden = walk.embed(windows.ids)

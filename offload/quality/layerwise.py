@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as checkpoint_
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore, ExpertWeights
+from offload.model.gate import Gate
 from offload.model.kv_cache import KVCache, Storage
 from offload.model.load import load_model, runtime_name
 from offload.model.moe import ExpertRunner, expert_mlp
@@ -27,7 +28,9 @@ from offload.routing.eviction import LeastRecent
 from offload.routing.frequency import Ids
 from offload.routing.stats import RoutingStats
 from quant.checkpoint.checkpoint import Checkpoint
+from quant.errors import UsageError
 from quant.linear import Compute, QuantLinear
+from quant.model.shape import ModelShape
 
 _BATCH_TOKENS = 2048
 Observer = Callable[[Tensor, Tensor, Tensor], None]
@@ -61,7 +64,7 @@ class LayerRunner(ExpertRunner):
             return torch.zeros_like(x)
         if self.replaced is None:
             return super().run(layer, x, chosen, scores)
-        mlp = _with_gradients if torch.is_grad_enabled() else partial(expert_mlp, compute=self.compute)
+        mlp = partial(_with_gradients, gate=self.gate) if torch.is_grad_enabled() else self.compute_expert
         experts = ((expert, self.replaced[expert]) for expert in chosen.unique().tolist())
         return self.sum_experts(x, chosen, scores, experts, mlp)
 
@@ -82,8 +85,8 @@ class LayerRunner(ExpertRunner):
             self.observer, self.replaced, self.idle = before
 
 
-def _with_gradients(x: Tensor, weights: ExpertWeights) -> Tensor:
-    made: Tensor = checkpoint_(expert_mlp, x, weights, Compute(exact=True), use_reentrant=False)
+def _with_gradients(x: Tensor, weights: ExpertWeights, gate: Gate) -> Tensor:
+    made: Tensor = checkpoint_(expert_mlp, x, weights, Compute(exact=True), gate, use_reentrant=False)
     return made
 
 
@@ -91,11 +94,17 @@ class Layerwise:
     """One checkpoint, walked layer by layer. Use as a context manager.
 
     ``expert_slots`` bounds the experts in memory (at least 2; all of a layer by default). ``kv`` stores keys
-    and values as a run would. Raises CheckpointError if the checkpoint cannot be loaded.
+    and values as a run would. Raises CheckpointError if the checkpoint cannot be loaded, UsageError
+    for ``kv`` where transformers' own attention keeps them.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, expert_slots: int | None = None, kv: Storage | None = None) -> None:
         self.checkpoint, self.shape, self.kv = checkpoint, checkpoint.shape, kv
+        if kv is not None and not self.shape.is_native:
+            raise UsageError(
+                f"--kv {kv} is for families whose attention is computed here, and {self.shape.family.name} is none: "
+                "leave it out"
+            )
         self.store = ExpertStore(checkpoint)
         self.reader = Reader(checkpoint.files, checkpoint.states, direct=True)
         slots = max(2, min(expert_slots or self.shape.num_experts, self.shape.num_experts))
@@ -106,7 +115,7 @@ class Layerwise:
         self.model: Any = load_model(checkpoint, self.runner, self.compute, torch.float32, torch.device("cpu"))
         checkpoint.check_unchanged()
         self.model.requires_grad_(False)
-        self.layers = list(self.model.model.layers)
+        self.layers = list(self.model.get_decoder().layers)
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     @torch.no_grad()
@@ -117,6 +126,8 @@ class Layerwise:
         """
         embedding = self.model.get_input_embeddings()
         check_ids(ids.flatten().tolist(), len(embedding.weight))
+        if not self.shape.is_native:  # what a family makes of embeddings before its first layer is its own
+            return torch.cat([self._record(ids[i : i + 1])[1] for i in range(len(ids))])
         hidden: Tensor = embedding(ids)
         return hidden
 
@@ -174,7 +185,12 @@ class Layerwise:
     @torch.no_grad()
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities ``[T, V]`` of what follows each of ``hidden`` ``[T, H]``, the last layer's."""
-        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        if self.shape.is_native:
+            logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        else:
+            ids = torch.zeros(1, len(hidden), dtype=torch.int64)
+            with self._layers_replaced(lambda states, *args, **kwargs: hidden[None]):
+                logits = self.model(input_ids=ids, use_cache=False).logits[0]
         return torch.log_softmax(logits.float(), -1)
 
     def loss(self, found: Tensor, wanted: Tensor, ids: Tensor, truth: float) -> Tensor:
@@ -202,7 +218,7 @@ class Layerwise:
     def _layer_arguments(self, layer: int, batch: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model passes to ``layer`` for a batch of this shape: it depends on no token."""
         if len(batch) not in self._arguments:
-            self._arguments[len(batch)] = self._record(*batch.shape[:2])
+            self._arguments[len(batch)] = self._record(torch.zeros(batch.shape[:2], dtype=torch.int64))[0]
         args, kwargs = self._arguments[len(batch)][layer]
         if self.kv:
             kwargs = {**kwargs, "past_key_values": self._kv_cache(batch.shape[1])}
@@ -217,29 +233,45 @@ class Layerwise:
         assert self.kv is not None
         return KVCache(replace(self.shape, attention_chunk_size=0), tokens, self.kv)
 
-    def _record(self, windows: int, tokens: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Run the model around its layers, which only note how they are called."""
+    def _record(self, ids: Tensor) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], Tensor]:
+        """Run the model on ``ids`` around its layers, which only note how they are called: that, and what the first
+        of them is given."""
         noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        given: list[Tensor] = []
 
         def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             noted.append((args, kwargs))
+            given.append(hidden_states)
             return hidden_states
 
-        cache = self._kv_cache(tokens) if self.kv else None
+        cache = self._kv_cache(ids.shape[1]) if self.kv else None
+        with torch.no_grad(), self._layers_replaced(note):
+            self.model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        return noted, given[0]
+
+    @contextmanager
+    def _layers_replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        """Every layer does ``forward`` instead inside the ``with`` block."""
         forwards = [layer.forward for layer in self.layers]
         try:
             for layer in self.layers:
-                layer.forward = note
-            ids = torch.zeros(windows, tokens, dtype=torch.int64)
-            with torch.no_grad():
-                self.model.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-        finally:
-            for layer, forward in zip(self.layers, forwards, strict=True):
                 layer.forward = forward
-        return noted
+            yield
+        finally:
+            for layer, own in zip(self.layers, forwards, strict=True):
+                layer.forward = own
 
     def __enter__(self) -> "Layerwise":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.reader.close()
+
+
+def check_layers(shape: ModelShape, what: str) -> None:
+    """Raise UsageError unless ``what``, which knows what every Linear of a layer is given, can be done."""
+    if not shape.is_native:
+        raise UsageError(
+            f"{what} is not supported for {shape.family.name}, whose layers are transformers' own: leave it out; int4 "
+            "is then rounded by searched scales, without a text"
+        )

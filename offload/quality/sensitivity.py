@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from offload.experts.storage.store import ExpertWeights
-from offload.quality.layerwise import Layerwise
+from offload.quality.layerwise import Layerwise, check_layers
 from quant.allocation.allocate import Choices, Option
 from quant.allocation.units import Unit, UnitPart
 from quant.checkpoint.checkpoint import Checkpoint
@@ -68,6 +68,7 @@ def sensitivities(
 
     Units that are one expert's get their share of what all experts of the layer lose together.
     """
+    check_layers(checkpoint.shape, "measuring what bits are worth")
     joint = _joined(units)
     room = sample_tokens(checkpoint, units)
     length = min(ids.shape[1], room // _WINDOWS)

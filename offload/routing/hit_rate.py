@@ -92,7 +92,7 @@ class HitRates:
         return tuple((layer, expert) for _, layer, expert in ranked[:slots])
 
     def _uniform(self, slots: int) -> float:
-        return min(1.0, slots / self.keys)
+        return min(1.0, slots / self.keys) if self.keys else 1.0
 
 
 def _tail(row: Sequence[int]) -> list[float]:

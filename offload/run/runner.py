@@ -21,7 +21,7 @@ from offload.run.stream import Stream
 from offload.tiers import Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import BudgetError, UsageError
-from quant.model.config import language_config
+from quant.model.config import stated_ends
 from quant.model.generation_config import read_generation_config, token_ids
 
 Phase = Literal["prefill", "decode"]
@@ -55,8 +55,7 @@ class ModelParts:
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text, by the first that names any: generation_config.json, config.json, tokenizer."""
-    said = language_config(checkpoint.config)[1].eos_token_id
-    ends = read_generation_config(checkpoint.path).ends or token_ids(said)
+    ends = read_generation_config(checkpoint.path).ends or token_ids(stated_ends(checkpoint.config))
     return ends or token_ids(tokenizer.eos_token_id)
 
 

@@ -21,10 +21,11 @@ from offload.hardware.cuda_driver import gpu_errors
 from offload.hardware.ledger import MemoryLedger, resident_bytes
 from offload.hardware.probe import Say
 from offload.hardware.vram_limit import Allowance, VramMeter
-from offload.model.kv_cache import KVCache, Storage
+from offload.model.kv_cache import Storage
 from offload.model.load import check_rope, load_model, move_to_arena, text_config
 from offload.model.moe import ExpertRunner
 from offload.model.paged_cache import PagePool
+from offload.model.stock_cache import cache_of
 from offload.model.tokenizer import encode, encode_chat, load_tokenizer, text_files
 from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
 from offload.records import RunOptions, Sampling, TokenRecord
@@ -96,8 +97,9 @@ class Session:
         self._dense: Arena | None = None
         if device.type == "cpu" and not isinstance(self.experts, MappedCache):
             self._dense = move_to_arena(self.model, loading)
-        kv = KVCache(self.shape, self.context, _KV_STORAGE[self.plan.kv_bits])
-        self.kv_pool = PagePool(self.shape, self.context, _KV_STORAGE[self.plan.kv_bits], device, dtype)
+        storage = _KV_STORAGE[self.plan.kv_bits]
+        kv = cache_of(self.shape, self.model.config, self.context, storage)
+        self.kv_pool = PagePool(self.shape, self.context, storage, device, dtype)
         self.decoder, notes = select_decoder(
             self.model, self.plan, self.experts, kv, self.routing, compute, device, graph=self.options.graph
         )
@@ -239,8 +241,8 @@ class Session:
 
     def _looking(self) -> Images:
         """What looks at images, made when the first comes."""
-        if not self.shape.is_multimodal:
-            raise UsageError("images were given, and this model reads text only: it has no vision tower")
+        if not self.shape.reads_images:
+            raise UsageError("images were given, and this model reads text only here: expected a Llama 4 that sees")
         if not self.options.images:
             raise UsageError("images were given, and this run kept no room for them: open the session with images=True")
         if self._images is None:

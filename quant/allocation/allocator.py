@@ -101,7 +101,7 @@ class Allocator:
     def _allocate(self, choices: Sequence[Choices], budget: int) -> Allocation:
         """The best of what the experts may be together: of one width, unless ``uneven``; of one scheme where
         transformers loads them as one, in every family but Llama 4."""
-        fused = not self.checkpoint.shape.family.fused_transposed
+        fused = self.checkpoint.shape.merges_experts or not self.checkpoint.shape.is_native
         if self.uneven and not fused:
             return allocate(choices, budget, self.how)
         routed = [choice for choice in choices if choice.unit.role == "experts"]

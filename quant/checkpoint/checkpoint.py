@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from quant.checkpoint.file_states import FileStates
-from quant.checkpoint.headers import CheckpointHeaders, read_headers
+from quant.checkpoint.headers import FUSED, CheckpointHeaders, read_headers
 from quant.checkpoint.inventory import check_tensors
 from quant.errors import CheckpointError
 from quant.input_file import opened
-from quant.model.families import Projection
+from quant.model.families import PROJECTIONS, Projection
 
 DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -86,15 +86,14 @@ class Checkpoint(CheckpointHeaders):
             keys = {spec.projection: f"{spec.module}.weight" for spec in linears if spec.projection}
             found = {name: self.find(key).key for name, key in keys.items()}
             return {name: WeightView(key, self.read(key), False) for name, key in found.items()}
-        gate_up = self._slice(f"{fused}gate_up_proj", expert)
-        down = self._slice(f"{fused}down_proj", expert)
-        transposed = self.shape.family.fused_transposed
-        gate, up = gate_up.chunk(2, dim=1 if transposed else 0)
-        return {
-            "gate_proj": WeightView(f"{fused}gate_up_proj", gate, transposed),
-            "up_proj": WeightView(f"{fused}gate_up_proj", up, transposed),
-            "down_proj": WeightView(f"{fused}down_proj", down, transposed),
-        }
+        slices = {name: self._slice(fused.entries[name].key, expert) for name in FUSED}
+        views: dict[Projection, WeightView] = {}
+        for projection in PROJECTIONS:
+            name, window = fused.name(projection), fused.window(projection)
+            transposed = fused.transposed(name)
+            part = slices[name][:, window] if transposed else slices[name][window]
+            views[projection] = WeightView(fused.entries[name].key, part, transposed)
+        return views
 
     def _slice(self, key: str, expert: int) -> Tensor:
         entry = self.entry(key)

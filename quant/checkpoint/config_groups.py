@@ -9,7 +9,8 @@ When the groups differ, the experts' group also names the experts, which is how 
 dense modules' group where it dequantizes while loading.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from quant.checkpoint.targets import mixed_targets
@@ -19,6 +20,7 @@ from quant.model.mixed_precision import MixedPrecision, scheme_of
 from quant.model.shape import ModelShape
 from quant.scheme import BF16, Scheme
 
+_LAYER = re.compile(r"^.*?layers\.\d+\.(.+)$")
 _EXPERTS = r"re:.*\.experts(\..+)?$"
 
 
@@ -52,6 +54,11 @@ def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str
     if isinstance(schemes, MixedPrecision):
         _check_fusable(shape, schemes)
         notes += _unlike_experts(shape, schemes)
+    if not shape.is_native and not shape.merges_experts and schemes.get("experts", BF16) != BF16:
+        notes.append(
+            f"transformers has no place for single experts of {shape.family.name}: coldstream runs this checkpoint, as "
+            "do engines that read those of llm-compressor, but transformers' own loader does not"
+        )
     unrun = [ROLE_NAMES[role] for role, scheme in used.items() if scheme.kind == "nf4" and role != "experts"]
     if unrun:
         notes.append(f"{', '.join(unrun)} in nf4: bitsandbytes reads that, but coldstream runs experts only in nf4")
@@ -78,7 +85,7 @@ def _check_fusable(shape: ModelShape, mixture: MixedPrecision) -> None:
     """transformers fuses the experts of every family but Llama 4 while loading, and unpacks all of them by
     one scheme."""
     routed = {str(scheme_of(mixture, linear)) for linear in shape.linears() if linear.role == "experts"}
-    if len(routed) > 1 and not shape.family.fused_transposed:
+    if len(routed) > 1 and (shape.merges_experts or not shape.is_native):
         raise RecipeError(
             f"experts in {' and '.join(sorted(routed))} in one {shape.family.name} checkpoint: transformers "
             "loads all of them as one; let the roles beside the experts differ"
@@ -99,7 +106,7 @@ def quantization_config(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> di
             "bnb_4bit_use_double_quant": False,
             "bnb_4bit_compute_dtype": "bfloat16",
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": _skipped(shape.family, dense),
+            "llm_int8_skip_modules": _skipped(shape, dense),
         }
     groups = _mixed_groups(shape, schemes) if isinstance(schemes, MixedPrecision) else _groups(shape, used)
     return {
@@ -119,14 +126,14 @@ def _groups(shape: ModelShape, used: Mapping[Role, Scheme]) -> list[tuple[Scheme
         if not groups:
             groups.append((scheme, ["Linear"]))
         if scheme == groups[0][0] and role == "lm_head":
-            groups[0][1].append(_pattern(shape.family, role))  # vLLM's head is of no class called Linear
+            groups[0][1].extend(patterns_of(shape, role))  # vLLM's head is of no class called Linear
         elif scheme != groups[0][0]:
-            pattern = _pattern(shape.family, role)
+            patterns = patterns_of(shape, role)
             same = next((targets for known, targets in groups[1:] if known == scheme), None)
             if same is None:
-                groups.append((scheme, [pattern]))
+                groups.append((scheme, patterns))
             else:
-                same.append(pattern)
+                same.extend(patterns)
     if len(groups) > 1 and "experts" in used:
         groups[0][1].insert(0, _EXPERTS)
     # Class names last: what a regular expression also matches is not searched again.
@@ -149,7 +156,7 @@ def stores_fused_experts(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> b
     loading (every family but Llama 4); what is fused already it loads as it is.
     """
     packed = any(scheme.is_packed for scheme in schemes.values())
-    return packed and schemes.get("experts", BF16) == BF16 and not shape.family.fused_transposed
+    return packed and schemes.get("experts", BF16) == BF16 and shape.merges_experts
 
 
 def _present(shape: ModelShape) -> set[Role]:
@@ -175,6 +182,26 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
+def patterns_of(shape: ModelShape, role: Role) -> list[str]:
+    """Regular expressions for every module of ``role``, by its name in a checkpoint and in transformers' model."""
+    if shape.is_native or role in ("experts", "lm_head"):
+        return [_pattern(shape.family, role)]
+    return names_alike(shape, (linear.module for linear in shape.dense_linears() if linear.role == role))
+
+
+def names_alike(shape: ModelShape, modules: Iterable[str]) -> list[str]:
+    """Expressions for ``modules``, those of all layers by one."""
+    inner: dict[str, None] = {}
+    outer: dict[str, None] = {}
+    for module in modules:
+        for name in (module, shape.runtime_name(module)):
+            found = _LAYER.match(name)
+            (outer if found is None else inner)[re.escape(name if found is None else found[1])] = None
+    layered = [rf"re:.*layers\.\d+\.({'|'.join(inner)})$"] if inner else []
+    # transformers takes a group that has the word in an expression for the routed experts'
+    return [name.replace("experts", "expert[s]") for name in (*layered, *(rf"re:.*{name}$" for name in outer))]
+
+
 def _pattern(family: Family, role: Role) -> str:
     """A regular expression for every module of ``role``, with or without a multimodal prefix.
 
@@ -192,17 +219,34 @@ def _pattern(family: Family, role: Role) -> str:
 
 
 def _ignored(shape: ModelShape, dense: list[Role]) -> list[str]:
-    blocks = sorted({shape.family.block, shape.family.runtime_block})
-    ignored = [rf"re:.*\.{block}\.{shape.family.router}$" for block in blocks]
-    ignored += [_pattern(shape.family, role) for role in dense if role in _present(shape) or role == "lm_head"]
-    if shape.is_multimodal:
+    if shape.is_native:
+        blocks = sorted({shape.family.block, shape.family.runtime_block})
+        ignored = [rf"re:.*\.{block}\.{shape.family.router}$" for block in blocks]
+    else:
+        ignored = names_alike(shape, _plain_modules(shape))
+        ignored += [f"re:.*{re.escape(tower)}.*" for tower in shape.towers]
+    for role in dense:
+        ignored += patterns_of(shape, role) if role in _present(shape) or role == "lm_head" else []
+    if shape.is_native and shape.is_multimodal:
         ignored += ["re:.*vision_model.*", "re:.*multi_modal_projector.*"]
     return ignored
 
 
-def _skipped(family: Family, dense: list[Role]) -> list[str]:
+def _plain_modules(shape: ModelShape) -> Iterator[str]:
+    """What may be a Linear and is never quantized."""
+    for tensor in shape.plain_tensors():
+        if tensor.key.endswith(".weight") and len(tensor.shape) == 2 and tensor.role != "embeddings":
+            yield tensor.key.removesuffix(".weight")
+
+
+def _skipped(shape: ModelShape, dense: list[Role]) -> list[str]:
     """Names that transformers' bitsandbytes integration leaves alone: it
     matches suffixes, and regular expressions from the start of a name."""
+    family = shape.family
+    if not shape.is_native:
+        kept = names_alike(shape, _plain_modules(shape)) + [f"re:.*{re.escape(tower)}.*" for tower in shape.towers]
+        kept += [pattern for role in dense for pattern in patterns_of(shape, role)]
+        return [pattern.removeprefix("re:") for pattern in kept]
     names: dict[Role, list[str]] = {
         "experts": [r".*\.experts"],
         "shared_expert": [rf".*\.{family.shared_expert or 'shared_expert'}"],

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from quant.checkpoint.headers import CheckpointHeaders, read_headers
+from quant.checkpoint.headers import CheckpointHeaders, FusedExperts, read_headers
 from quant.checkpoint.quantization import quantization
 from quant.checkpoint.weight_files import TensorEntry
 from quant.errors import CheckpointError, SchemeError
@@ -30,7 +30,7 @@ _NF4_STATE_BYTES = 4096
 # Made anew from the config by every loader.
 _WITHOUT_MEANING = re.compile(r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
 _DEQUANTIZE = "start from the original bf16 checkpoint"
-_Found = tuple[Scheme, dict[str, TensorEntry]]
+_Found = tuple[Scheme, Mapping[str, TensorEntry]]
 
 
 def open_headers(path: Path | str) -> CheckpointHeaders:
@@ -70,26 +70,26 @@ def _linears(checkpoint: CheckpointHeaders) -> Iterator[tuple[LinearSpec, _Found
     for linear in shape.dense_linears():
         yield linear, find_weight(checkpoint, linear)
     for layer in shape.moe_layers:
-        base = checkpoint.fused_experts(layer)
-        if base is not None:
-            fused = _fused(checkpoint, base)
-            yield from ((linear, (BF16, fused)) for linear in shape.expert_linears(layer, 0))
+        found = checkpoint.fused_experts(layer)
+        if found is not None:
+            _check_fused(checkpoint, found)
+            yield from ((linear, (BF16, found.entries)) for linear in shape.expert_linears(layer, 0))
             continue
         for expert in range(shape.num_experts):
             for linear in shape.expert_linears(layer, expert):
                 yield linear, find_weight(checkpoint, linear)
 
 
-def _fused(checkpoint: CheckpointHeaders, base: str) -> dict[str, TensorEntry]:
-    shape = checkpoint.shape
-    hidden, inter, count = shape.hidden_size, shape.expert_intermediate, shape.num_experts
-    gate_up, down = (2 * inter, hidden), (hidden, inter)
-    if shape.family.fused_transposed:
-        gate_up, down = gate_up[::-1], down[::-1]
-    found = {name: checkpoint.entry(base + name) for name in ("gate_up_proj", "down_proj")}
-    _check_dense(checkpoint, found["gate_up_proj"], (count, *gate_up))
-    _check_dense(checkpoint, found["down_proj"], (count, *down))
-    return found
+def _check_fused(checkpoint: CheckpointHeaders, fused: FusedExperts) -> None:
+    count = checkpoint.shape.num_experts
+    for name, entry in fused.entries.items():
+        if name.endswith("_bias"):
+            hidden, inter = fused.dims
+            _check_dense(checkpoint, entry, (count, hidden if name == "down_proj_bias" else 2 * inter))
+            continue
+        is_turned = checkpoint.shape.turns_experts and fused.transposed(name) != fused.form.transposed
+        expected = fused.shape(name)[::-1] if is_turned else fused.shape(name)
+        _check_dense(checkpoint, entry, (count, *expected))
 
 
 def find_weight(checkpoint: CheckpointHeaders, spec: LinearSpec) -> _Found:
@@ -174,7 +174,9 @@ def _plain(checkpoint: CheckpointHeaders) -> Iterator[str]:
         entry = checkpoint.find(tensor.key)
         _check_dense(checkpoint, entry, tensor.shape)
         yield entry.key
-    if shape.attention_bias:
+    for layer in shape.moe_layers if shape.expert_bias else ():
+        yield from _expert_biases(checkpoint, layer)
+    if shape.attention_bias:  # a general shape has its biases among the plain tensors
         for linear in shape.dense_linears():
             if linear.role == "attention":
                 entry = checkpoint.entry(f"{linear.module}.bias")
@@ -182,12 +184,25 @@ def _plain(checkpoint: CheckpointHeaders) -> Iterator[str]:
                 yield entry.key
 
 
+def _expert_biases(checkpoint: CheckpointHeaders, layer: int) -> Iterator[str]:
+    """Keys of the biases of a layer's experts, where each has its own."""
+    fused = checkpoint.fused_experts(layer)
+    if fused is not None:
+        yield from (entry.key for entry in fused.entries.values())
+        return
+    for expert in range(checkpoint.shape.num_experts):
+        for linear in checkpoint.shape.expert_linears(layer, expert):
+            entry = checkpoint.find(f"{linear.module}.bias")
+            _check_dense(checkpoint, entry, (linear.out_features,))
+            yield entry.key
+
+
 def _check_left_over(checkpoint: CheckpointHeaders, key: str) -> None:
     """Refuse a tensor that nothing reads, unless it is known to be without meaning or of the vision tower."""
     if _WITHOUT_MEANING.search(key):
         return
     name, shape, entry = checkpoint.names[key], checkpoint.shape, checkpoint.entries[key]
-    if name.role == "vision" and shape.model_type == "llama4":
+    if name.role == "vision" and shape.is_multimodal:
         if entry.dtype not in FLOATS:
             raise _no_float(entry)
         return

@@ -84,8 +84,16 @@ class StoredLinear:
     constants: Mapping[str, bytes]
 
 
-def stored_linear(linear: LinearSpec, scheme: Scheme, dtype: str = "BF16") -> StoredLinear:
-    """What ``linear`` is stored as under ``scheme``; ``dtype`` is its dense dtype."""
+def stored_linear(linear: LinearSpec, scheme: Scheme, dtype: str = "BF16", bias_dtype: str = "BF16") -> StoredLinear:
+    """What ``linear`` is stored as under ``scheme``; ``dtype`` is its dense dtype, and ``bias_dtype`` its bias's."""
+    found = _stored_weight(linear, scheme, dtype)
+    if not linear.bias:
+        return found
+    bias = StoredTensor(f"{linear.module}.bias", bias_dtype, (linear.out_features,))
+    return StoredLinear((*found.body, bias), found.tail, found.constants)
+
+
+def _stored_weight(linear: LinearSpec, scheme: Scheme, dtype: str) -> StoredLinear:
     rows, columns, module = linear.out_features, linear.in_features, linear.module
     if scheme.is_packed:
         packed = StoredTensor(f"{module}.weight_packed", "I32", (rows, columns * scheme.bits // 32))
@@ -179,19 +187,21 @@ def lay_out_checkpoint(
     plain: Sequence[StoredTensor],
     dtypes: Mapping[str, str] | None = None,
     fused: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> CheckpointLayout:
     """Lay out a checkpoint of ``shape`` under ``schemes``.
 
     ``plain`` are the tensors that are no quantizable Linear (embeddings, norms, routers, vision, biases);
     ``dtypes`` gives the dense dtype of a Linear's module where that is not BF16. ``fused`` stores the
-    experts, which must stay dense, as the two tensors per layer that transformers has in memory.
+    experts, which must stay dense, as the two tensors per layer that transformers has in memory. ``layers`` are
+    those whose experts have files of their own: all that route, unless experts are among ``plain``.
     """
-    dtypes = dtypes or {}
+    dtypes, layers = dtypes or {}, shape.moe_layers if layers is None else layers
     stored = [
         stored_linear(linear, scheme_of(schemes, linear), dtypes.get(linear.module, "BF16"))
         for linear in shape.dense_linears()
     ]
-    count = len(shape.moe_layers) + 1
+    count = len(layers) + 1
     constants: dict[str, bytes] = {}
     body = [tensor for linear in stored for tensor in linear.body] + list(plain)
     tail = [tensor for linear in stored for tensor in linear.tail]
@@ -203,7 +213,7 @@ def lay_out_checkpoint(
     odd = sorted((t for t in body if t.nbytes % 8), key=_natural)
     files = [lay_out(_file_name(1, count), paged + small, tail + odd)]
     total = sum(tensor.nbytes for tensor in [*body, *tail])
-    for number, layer in enumerate(shape.moe_layers, start=2):
+    for number, layer in enumerate(layers, start=2):
         if fused:
             body, tail = (
                 fused_experts(shape, layer, dtypes.get(shape.expert_module(layer, 0, "gate_proj"), "BF16")),
@@ -211,7 +221,12 @@ def lay_out_checkpoint(
             )
         else:
             experts = [
-                stored_linear(linear, scheme_of(schemes, linear), dtypes.get(linear.module, "BF16"))
+                stored_linear(
+                    linear,
+                    scheme_of(schemes, linear),
+                    dtypes.get(linear.module, "BF16"),
+                    dtypes.get(f"{linear.module}.bias", "BF16"),
+                )
                 for expert in range(shape.num_experts)
                 for linear in shape.expert_linears(layer, expert)
             ]
@@ -228,7 +243,7 @@ def fused_experts(shape: ModelShape, layer: int, dtype: str) -> list[StoredTenso
     """A layer's dense experts as ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``, in transformers'
     names.
     """
-    base = f"{shape.layer_prefix(layer)}{shape.family.runtime_block}.experts."
+    base = shape.fused_form(layer).base
     count, hidden, inter = shape.num_experts, shape.hidden_size, shape.expert_intermediate
     gate_up = StoredTensor(f"{base}gate_up_proj", dtype, (count, 2 * inter, hidden))
     return [gate_up, StoredTensor(f"{base}down_proj", dtype, (count, hidden, inter))]

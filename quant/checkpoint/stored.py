@@ -52,6 +52,5 @@ def _samples(shape: ModelShape) -> dict[Role, LinearSpec]:
 
 def _names(shape: ModelShape, linear: LinearSpec) -> tuple[str, ...]:
     """The names a loader may know ``linear`` by: the checkpoint's, the module's, each without prefix too."""
-    runtime = linear.module.replace(f".{shape.family.block}.", f".{shape.family.runtime_block}.")
-    names = (linear.module, runtime)
+    names = (linear.module, shape.prefix + shape.runtime_name(linear.module))
     return tuple(dict.fromkeys((*names, *(name.removeprefix(shape.prefix) for name in names))))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from quant.model.families import PROJECTIONS, Family, Role
 from quant.model.mixed_precision import MixedPrecision, scheme_of
 from quant.model.shape import ModelShape
+from quant.model.tensors import LinearSpec
 from quant.scheme import Scheme
 
 # What vLLM fuses is stored alike, and is looked up by the fused module's name.
@@ -30,7 +31,7 @@ def mixed_targets(shape: ModelShape, mixture: MixedPrecision) -> dict[Scheme, li
         if linear.layer is None:
             heads.setdefault(scheme, []).append(rf"re:.*{re.escape(linear.module.rpartition('.')[2])}$")
             continue
-        place = (linear.role, linear.module.rpartition(".")[2])
+        place = (linear.role, _name(shape, linear))
         experts = found.setdefault(scheme, {}).setdefault(place, {}).setdefault(linear.layer, set())
         if linear.expert is not None:
             experts.add(linear.expert)
@@ -38,6 +39,16 @@ def mixed_targets(shape: ModelShape, mixture: MixedPrecision) -> dict[Scheme, li
     for scheme, names in heads.items():
         targets.setdefault(scheme, []).extend(names)
     return targets
+
+
+def _name(shape: ModelShape, linear: LinearSpec) -> str:
+    """What Linears of other layers and experts share: the last part of the name, in a family without a table all of
+    it behind the layer's number, the expert's number as ``*``."""
+    if shape.is_native:
+        return linear.module.rpartition(".")[2]
+    number = "" if linear.expert is None else f".{linear.expert}."
+    rest = linear.module.partition(f"layers.{linear.layer}.")[2]
+    return rest.replace(number, ".*.", 1) if number else rest
 
 
 def _expressions(shape: ModelShape, places: Mapping[_Place, Mapping[int, set[int]]]) -> Iterable[str]:
@@ -57,6 +68,10 @@ def _expressions(shape: ModelShape, places: Mapping[_Place, Mapping[int, set[int
 
 def _inside(shape: ModelShape, role: Role, experts: tuple[int, ...], names: list[str]) -> str:
     family = shape.family
+    if not shape.is_native:
+        numbers = r"\d+" if len(experts) == shape.num_experts else f"({'|'.join(map(str, experts))})"
+        inner = f"({'|'.join(re.escape(name) for name in names)})".replace(r"\*", numbers)
+        return inner if role == "experts" else inner.replace("experts", "expert[s]")
     if role == "attention":
         return rf"self_attn\.({'|'.join(_with_fused(names))})"
     if role == "shared_expert":

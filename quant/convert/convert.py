@@ -223,12 +223,13 @@ class _Run:
             name += f", expert {piece.expert}"
         if piece.scheme == BF16:
             tensor = tensor.to(DTYPES[piece.dtype])
+        if piece.window != slice(None):
+            tensor = tensor[:, piece.window] if part.transposed else tensor[piece.window]
+        if part.transposed and tensor.stride(-1) != 1:  # features that lay in turn
+            tensor = tensor.contiguous()
         if "" in piece.places:
             check_finite(tensor, name)
-            return Encoded({"": tensor})
-        if piece.half:
-            gate, up = tensor.chunk(2, dim=1 if part.transposed else 0)
-            tensor = gate if piece.half == "first" else up
+            return Encoded({"": tensor.contiguous()})
         row = 0 if part.transposed else _first_row(part, self._checkpoint, piece)
         return self._rounder.encode(tensor, piece.scheme, name, part.transposed, piece.target, row)
 
@@ -252,7 +253,7 @@ class _Run:
 def _first_row(part: Part, checkpoint: Checkpoint, piece: Piece) -> int:
     """Which row of its Linear the block that ``part`` reads begins with."""
     entry = checkpoint.entry(part.key)
-    if piece.half or len(entry.shape) != 2:
+    if len(entry.shape) != 2:
         return 0  # one whole expert of a fused tensor
     return part.start // (entry.shape[1] * ITEMSIZE[entry.dtype])
 

@@ -8,15 +8,15 @@ tensor's rows.
 Legend: N out features, K in features.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.config_groups import stores_fused_experts
+from quant.checkpoint.headers import FUSED, FusedExperts
 from quant.checkpoint.layout import ITEMSIZE, CheckpointLayout, StoredTensor, fused_experts, lay_out_checkpoint
 from quant.checkpoint.weight_files import TensorEntry
-from quant.model.families import PROJECTIONS, Role
+from quant.model.families import PROJECTIONS, Projection, Role
 from quant.model.mixed_precision import scheme_of
 from quant.model.shape import ModelShape
 from quant.model.tensors import LinearSpec
@@ -25,11 +25,15 @@ from quant.scheme import BF16, Scheme
 BLOCK_BYTES = 64 * 2**20
 
 
+def _whole() -> slice:
+    return slice(None)
+
+
 @dataclass(frozen=True)
 class Piece:
     """One result of a part: rows ``[row, row + N)`` of ``target``, cut from what the part read.
 
-    ``half`` says which half of a fused gate_up_proj it is. ``places`` gives, per stored suffix, the file and
+    ``window`` are the out features of what was read that are its own. ``places`` gives, per stored suffix, the file and
     the byte where these rows begin. ``role`` and ``scheme`` are BF16 and any role for what is carried
     through, in ``dtype``.
     """
@@ -39,7 +43,7 @@ class Piece:
     scheme: Scheme
     places: Mapping[str, tuple[str, int]]
     dtype: str
-    half: Literal["", "first", "second"] = ""
+    window: slice = field(default_factory=_whole)
     expert: int | None = None
 
 
@@ -79,42 +83,59 @@ def plan_conversion(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> C
     shape = checkpoint.shape
     sources = {linear.module: checkpoint.find(f"{linear.module}.weight") for linear in shape.dense_linears()}
     linears = {entry.key for entry in sources.values()}
-    linears.update(key for layer in shape.moe_layers for key in _expert_keys(checkpoint, layer))
+    kept = keeps_fused_experts(checkpoint, schemes)
+    layers = () if kept else shape.moe_layers
+    linears.update(key for layer in layers for key in _expert_keys(checkpoint, layer))
     plain = [entry for key, entry in checkpoint.entries.items() if key not in linears]
-    fused = stores_fused_experts(shape, schemes)
+    fused = not kept and stores_fused_experts(shape, schemes)
     dtypes = {module: entry.kept_dtype for module, entry in sources.items()}
-    for layer in shape.moe_layers:
+    for layer in layers:
         found = dict(_expert_dtypes(checkpoint, layer))
         if fused and len(set(found.values())) > 1:  # what becomes one tensor is of one dtype, which holds them all
             found = dict.fromkeys(found, "F32")
         dtypes.update(found)
     stored = [StoredTensor(checkpoint.canonical(one.key), one.kept_dtype, one.shape) for one in plain]
-    layout = lay_out_checkpoint(shape, schemes, stored, dtypes, fused)
+    layout = lay_out_checkpoint(shape, schemes, stored, dtypes, fused, layers)
     parts = list(_dense_parts(checkpoint, layout, schemes, sources, plain, dtypes))
-    for layer in shape.moe_layers:
+    for layer in layers:
         parts.extend(_expert_parts(checkpoint, layout, schemes, layer, dtypes))
-    kept = {part.key for part in parts if any(piece.scheme == BF16 for piece in part.pieces)}
-    return Conversion(layout, tuple(parts), tuple(key for key in kept if checkpoint.entry(key).dtype == "F64"))
+    dense = {part.key for part in parts if any(piece.scheme == BF16 for piece in part.pieces)}
+    return Conversion(layout, tuple(parts), tuple(key for key in dense if checkpoint.entry(key).dtype == "F64"))
+
+
+def keeps_fused_experts(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> bool:
+    """Whether experts stay as the source has them: dense, and fused in a form that is the family's own."""
+    if checkpoint.shape.is_native or schemes.get("experts", BF16) != BF16:
+        return False
+    return any(checkpoint.fused_experts(layer) is not None for layer in checkpoint.shape.moe_layers)
 
 
 def _expert_keys(checkpoint: Checkpoint, layer: int) -> Iterator[str]:
     """The source keys of a layer's experts."""
-    base = checkpoint.fused_experts(layer)
-    if base is not None:
-        yield from (f"{base}gate_up_proj", f"{base}down_proj")
+    fused = checkpoint.fused_experts(layer)
+    if fused is not None:
+        yield from (entry.key for entry in fused.entries.values())
         return
     for expert in range(checkpoint.shape.num_experts):
         for linear in checkpoint.shape.expert_linears(layer, expert):
             yield checkpoint.find(f"{linear.module}.weight").key
+            if linear.bias:
+                yield checkpoint.find(f"{linear.module}.bias").key
 
 
 def _expert_dtypes(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[str, str]]:
-    base = checkpoint.fused_experts(layer)
+    fused = checkpoint.fused_experts(layer)
     for expert in range(checkpoint.shape.num_experts):
         for linear in checkpoint.shape.expert_linears(layer, expert):
-            fused = "down_proj" if linear.projection == "down_proj" else "gate_up_proj"
-            key = f"{linear.module}.weight" if base is None else base + fused
-            yield linear.module, checkpoint.find(key).kept_dtype
+            assert linear.projection is not None
+            if fused is None:
+                yield linear.module, checkpoint.find(f"{linear.module}.weight").kept_dtype
+            else:
+                yield linear.module, fused.entries[fused.name(linear.projection)].kept_dtype
+            if linear.bias:
+                key = f"{linear.module}.bias"
+                bias = checkpoint.find(key) if fused is None else fused.entries[f"{fused.name(linear.projection)}_bias"]
+                yield key, bias.kept_dtype
 
 
 def _dense_parts(
@@ -155,7 +176,7 @@ def _row_parts(
     row_bytes = columns * ITEMSIZE[entry.dtype]
     for row, rows in _blocks(count, row_bytes):
         places = _places(checkpoint, layout, linear, scheme, row, dtype)
-        piece = Piece(linear.module, linear.role, scheme, places, dtype, "", linear.expert)
+        piece = Piece(linear.module, linear.role, scheme, places, dtype, slice(None), linear.expert)
         nbytes = _file_nbytes(entry, row, rows, count)
         yield Part(entry.key, row * row_bytes, (rows, columns), nbytes, False, (piece,))
 
@@ -167,34 +188,55 @@ def _expert_parts(
     layer: int,
     dtypes: Mapping[str, str],
 ) -> Iterator[Part]:
-    shape, base = checkpoint.shape, checkpoint.fused_experts(layer)
+    shape, fused = checkpoint.shape, checkpoint.fused_experts(layer)
     for expert in range(shape.num_experts):
         linears = list(shape.expert_linears(layer, expert))
-        if base is None:
+        if fused is None:
             for linear in linears:
                 entry = checkpoint.find(f"{linear.module}.weight")
                 scheme, dtype = scheme_of(schemes, linear), dtypes[linear.module]
                 yield from _row_parts(checkpoint, layout, entry, linear, scheme, dtype)
+                if linear.bias:
+                    bias = checkpoint.find(f"{linear.module}.bias")
+                    piece = _bias_piece(layout, linear, bias, slice(None))
+                    yield Part(bias.key, 0, bias.shape, bias.file_nbytes, False, (piece,))
             continue
-        pieces: dict[str, Piece] = {}
+        pieces: dict[Projection, Piece] = {}
         for projection, linear in zip(PROJECTIONS, linears, strict=True):
-            half: Literal["", "first", "second"] = (
-                "" if projection == "down_proj" else "first" if projection == "gate_proj" else "second"
-            )
             scheme, dtype = scheme_of(schemes, linear), dtypes[linear.module]
             places = _places(checkpoint, layout, linear, scheme, 0, dtype)
-            pieces[projection] = Piece(linear.module, "experts", scheme, places, dtype, half, expert)
-        for name, cut in (("gate_up_proj", PROJECTIONS[:2]), ("down_proj", PROJECTIONS[2:])):
-            entry = checkpoint.entry(base + name)
-            size = entry.nbytes // shape.num_experts
-            yield Part(
-                entry.key,
-                expert * size,
-                entry.shape[1:],
-                _file_nbytes(entry, expert, 1, shape.num_experts),
-                shape.family.fused_transposed,
-                tuple(pieces[projection] for projection in cut),
+            pieces[projection] = Piece(
+                linear.module, "experts", scheme, places, dtype, fused.window(projection), expert
             )
+        for name in FUSED:
+            entry = fused.entries[name]
+            size = entry.nbytes // shape.num_experts
+            cut = tuple(piece for projection, piece in pieces.items() if fused.name(projection) == name)
+            nbytes = _file_nbytes(entry, expert, 1, shape.num_experts)
+            yield Part(entry.key, expert * size, entry.shape[1:], nbytes, fused.transposed(name), cut)
+        if fused.form.has_bias:
+            yield from _fused_bias_parts(layout, fused, linears, expert)
+
+
+def _fused_bias_parts(
+    layout: CheckpointLayout, fused: FusedExperts, linears: Sequence[LinearSpec], expert: int
+) -> Iterator[Part]:
+    for name in FUSED:
+        entry = fused.entries[f"{name}_bias"]
+        size = entry.nbytes // entry.shape[0]
+        cut = []
+        for linear in linears:
+            assert linear.projection is not None
+            if fused.name(linear.projection) == name:
+                cut.append(_bias_piece(layout, linear, entry, fused.window(linear.projection)))
+        nbytes = _file_nbytes(entry, expert, 1, entry.shape[0])
+        yield Part(entry.key, expert * size, entry.shape[1:], nbytes, False, tuple(cut))
+
+
+def _bias_piece(layout: CheckpointLayout, linear: LinearSpec, entry: TensorEntry, window: slice) -> Piece:
+    """A bias of an expert, as it is."""
+    places = {"": layout.place(f"{linear.module}.bias")}
+    return Piece(linear.module, "experts", BF16, places, entry.kept_dtype, window, linear.expert)
 
 
 def _places(

@@ -22,6 +22,7 @@ from quant.errors import SchemeError
 from quant.kernels.library import F32, I32, I64, Pointer, addresses, call, fields, library
 from quant.kernels.product import linear
 from quant.kernels.rows import float_rows, output_rows
+from quant.kernels.swiglu import SILU, SwiGlu
 from quant.kernels.weight import CWeight, Weight
 
 RouterKind = Literal["sigmoid_input", "softmax", "softmax_normalized"]
@@ -33,11 +34,14 @@ READY, COMING, ABSENT, FAILED = 1, 2, 0, 3
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """down_proj(silu(gate_proj(x)) · up_proj(x)): H → I → H. Raises SchemeError if shapes do not chain."""
+    """down_proj(join(gate_proj(x), up_proj(x))): H → I → H; ``join`` is silu(g) · u by default. ``biases``, f32 ``[I]``
+    twice and ``[H]``, are added to what the three weights give. Raises SchemeError if shapes do not chain."""
 
     gate_proj: Weight
     up_proj: Weight
     down_proj: Weight
+    biases: tuple[Tensor, Tensor, Tensor] | None = None
+    join: SwiGlu = SILU
 
     def __post_init__(self) -> None:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
@@ -47,6 +51,9 @@ class GatedMlp:
                 f"gate_proj {wide}, up_proj {(up.out_features, up.in_features)} and down_proj "
                 f"{(down.out_features, down.in_features)} do not chain: expected [I, H], [I, H], [H, I]"
             )
+        for bias, weight in zip(self.biases or (), self.weights, strict=False):
+            if bias.shape != (weight.out_features,) or bias.dtype != torch.float32 or not bias.is_contiguous():
+                raise SchemeError(f"a bias {tuple(bias.shape)} {bias.dtype}: expected f32 [{weight.out_features}]")
 
     @property
     def weights(self) -> tuple[Weight, Weight, Weight]:
@@ -78,6 +85,7 @@ class _CJob(ctypes.Structure):
     _fields_ = fields(
         (CWeight, "gate up down"), (Pointer, "tokens"), (I64, "count"), (Pointer, "in_scale out_weight out_rows")
     )
+    _fields_ += fields((Pointer, "gate_bias up_bias down_bias"), (F32, "alpha limit offset"))
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,10 @@ def _job(job: Job, x: Tensor, kept: list[Tensor]) -> _CJob:
             raise SchemeError(f"a job of {count} tokens has {factor.numel()} factors: expected one per token")
         kept.append(factor)
         factors.append(factor.data_ptr())
-    return _CJob(*job.expert.native, None if tokens is None else tokens.data_ptr(), count, *factors)
+    expert, join = job.expert, job.expert.join
+    biases = (None, None, None) if expert.biases is None else tuple(bias.data_ptr() for bias in expert.biases)
+    place = None if tokens is None else tokens.data_ptr()
+    return _CJob(*expert.native, place, count, *factors, None, *biases, join.alpha, join.limit, join.offset)
 
 
 def mlp(jobs: Sequence[Job], x: Tensor, out: Tensor | None = None, *, exact: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 from quant.errors import CheckpointError
 from quant.input_file import read_object, validated
-from quant.model.families import Family, family_of
+from quant.model.families import Family, family_of, is_tabled
 from quant.model.text_config import (
     ANY_CHUNK,
     MAX_LAYERS,
@@ -102,6 +102,14 @@ def language_config(config: Mapping[str, Any]) -> tuple[Family, TextConfig]:
         text.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
     record: TextConfig = validated(_TEXTS[family.name], text, "config.json")
     return family, record
+
+
+def stated_ends(config: Mapping[str, Any]) -> Any:
+    """What a config.json's dict says of the tokens that end a text, of a family in our tables checked."""
+    if is_tabled(config.get("model_type")):
+        return language_config(config)[1].eos_token_id
+    text = config.get("text_config")
+    return (text if isinstance(text, dict) else config).get("eos_token_id", config.get("eos_token_id"))
 
 
 def vision_config(config: Mapping[str, Any]) -> VisionConfig | None:

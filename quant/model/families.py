@@ -17,6 +17,7 @@ from typing import Literal, get_args
 from quant.errors import UnknownFamilyError
 from quant.input_file import short
 
+Fused = Literal["", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"]
 Role = Literal[
     "experts", "shared_expert", "dense_mlp", "attention", "lm_head", "embeddings", "router", "norm", "vision"
 ]
@@ -87,6 +88,11 @@ OLMOE = Family(name="olmoe", model_types=("olmoe",), block="mlp", runtime_block=
 FAMILIES: tuple[Family, ...] = (LLAMA4, MIXTRAL, QWEN3_MOE, OLMOE)
 
 
+def is_tabled(model_type: object) -> bool:
+    """Whether the names and numbers of ``model_type`` are in the tables here."""
+    return any(model_type in family.model_types for family in FAMILIES)
+
+
 def family_of(model_type: object) -> Family:
     """The family of a config's ``model_type``. Raises UnknownFamilyError naming the known ones."""
     for family in FAMILIES:
@@ -112,7 +118,7 @@ class TensorName:
     layer: int | None = None
     expert: int | None = None
     projection: Projection | None = None
-    fused: Literal["", "gate_up_proj", "down_proj"] = ""
+    fused: Fused = ""
 
 
 _LAYER = re.compile(r"^(?P<prefix>.*?)layers\.(?P<layer>\d+)\.(?P<rest>.+)$")

@@ -3,15 +3,15 @@
 Planning, synthesis and conversion all count from here, so that they cannot disagree. Pure Python.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, DenseModelError
 from quant.model.config import language_config, vision_config
-from quant.model.families import PROJECTIONS, Family, Projection, Role
+from quant.model.families import PROJECTIONS, Family, Projection, Role, TensorName, parse_name
 from quant.model.mixed_precision import MixedPrecision, scheme_of
-from quant.model.tensors import LinearSpec, TensorSpec
+from quant.model.tensors import FusedForm, LinearSpec, TensorSpec
 from quant.model.text_config import (
     MAX_EXPERTS,
     Llama4Text,
@@ -68,7 +68,7 @@ class ModelShape:
         family, text = language_config(config)
         shape = _of_record(family, str(config["model_type"]), text, vision_config(config))
         if not shape.moe_layers:
-            raise CheckpointError(
+            raise DenseModelError(
                 f"config.json describes a dense {family.name} model, no layer of which routes to experts: Coldstream "
                 "runs Mixture-of-Experts models, dense ones are not supported yet"
             )
@@ -82,6 +82,72 @@ class ModelShape:
     @property
     def is_multimodal(self) -> bool:
         return self.vision_weights > 0
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether a run can look at images: one of a family that our tables have, with a tower."""
+        return self.is_multimodal and self.is_native
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the kernels for whole layers know the family: attention, router and shared expert as well."""
+        return True
+
+    @property
+    def expert_bias(self) -> bool:
+        """Whether the Linears of an expert have biases."""
+        return False
+
+    @property
+    def merges_experts(self) -> bool:
+        """Whether transformers merges one tensor per expert into its own while it loads."""
+        return not self.family.fused_transposed
+
+    @property
+    def turns_experts(self) -> bool:
+        """Whether transformers turns fused experts round that a file holds the other way."""
+        return False
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """What the names of modules that see or hear have in common."""
+        return ("vision_model", "multi_modal_projector") if self.is_multimodal else ()
+
+    @property
+    def embedding_module(self) -> str:
+        """Checkpoint module name of the embeddings."""
+        return f"{self.prefix}model.embed_tokens"
+
+    def runtime_name(self, module: str) -> str:
+        """The name in transformers' language model of checkpoint module ``module``."""
+        family = self.family
+        return module.removeprefix(self.prefix).replace(f".{family.block}.", f".{family.runtime_block}.")
+
+    def parse_name(self, key: str) -> TensorName | None:
+        """What checkpoint key ``key`` is; None for a key that the model does not explain."""
+        return parse_name(self.family, key)
+
+    def place(self, key: str) -> Hashable:
+        """What ``key`` and every other name for the same tensor have in common."""
+        block, runtime = self.family.block, self.family.runtime_block
+        return key.replace(f".{block}.", f".{runtime}.")
+
+    def saved_key(self, key: str) -> str:
+        """The key that a quantized checkpoint gives the tensor that its source calls ``key``: the family's name for
+        its MoE block where that is a router's."""
+        name = self.parse_name(key)
+        if name is None or name.role != "router":
+            return key
+        return key.replace(f".{self.family.runtime_block}.", f".{self.family.block}.")
+
+    def is_ignored(self, key: str) -> bool:
+        """Whether ``key`` is of a part that transformers leaves out of the model: layers that draft tokens, say."""
+        return False
+
+    def fused_form(self, layer: int) -> FusedForm:
+        """How tensors that hold all experts of ``layer`` lie in a source checkpoint."""
+        base = f"{self.layer_prefix(layer)}{self.family.runtime_block}.experts."
+        return FusedForm(base, self.family.fused_transposed, False, False)
 
     def expert_nbytes(self, scheme: Scheme) -> int:
         """Bytes of one routed expert's three projections under ``scheme``."""

@@ -16,10 +16,24 @@ class LinearSpec:
     layer: int | None = None
     expert: int | None = None
     projection: Projection | None = None
+    bias: bool = False  # of an expert, stored with it
 
     @property
     def weights(self) -> int:
         return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class FusedForm:
+    """How transformers' module holds the experts of a layer: under ``base``, ``gate_up_proj`` ``[E, 2I, H]`` and
+    ``down_proj`` ``[E, H, I]`` or, ``transposed``, ``[E, H, 2I]`` and ``[E, I, H]``; gate and up one after the other
+    or, ``interleaved``, in turn; with ``has_bias``, ``gate_up_proj_bias`` ``[E, 2I]`` and ``down_proj_bias``
+    ``[E, H]`` beside them."""
+
+    base: str
+    transposed: bool
+    interleaved: bool
+    has_bias: bool
 
 
 @dataclass(frozen=True)

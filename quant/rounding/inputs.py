@@ -55,7 +55,7 @@ class InputMeans:
     def _embedded(self) -> Tensor:
         """The mean of the normalized embeddings, f32 ``[H]``."""
         shape = self._checkpoint.shape
-        entry = self._checkpoint.find(f"{shape.prefix}model.embed_tokens.weight")
+        entry = self._checkpoint.find(f"{shape.embedding_module}.weight")
         rows, width = entry.shape
         row_bytes, run = entry.nbytes // rows, max(1, min(rows, _ROWS) // min(rows, _BLOCKS))
         total, count = torch.zeros(width), 0

@@ -47,7 +47,7 @@ class Search:
 
     def __init__(self, checkpoint: Checkpoint, imagine: bool = True) -> None:
         self._checkpoint, self._means = checkpoint, InputMeans(checkpoint)
-        self._prior = SyntheticInputs(checkpoint) if imagine else None
+        self._prior = SyntheticInputs(checkpoint) if imagine and checkpoint.shape.is_native else None
 
     def encode(self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int) -> Encoded:
         """See ``Rounder``."""

@@ -80,7 +80,7 @@ class SyntheticInputs:
 
     def _embedded(self) -> Tensor:
         """Embeddings ``[8 S, H]`` of tokens evenly spread over Zipf's distribution, in random order."""
-        entry = self._checkpoint.find(f"{self._checkpoint.shape.prefix}model.embed_tokens.weight")
+        entry = self._checkpoint.find(f"{self._checkpoint.shape.embedding_module}.weight")
         rows, width = entry.shape
         share = (torch.arange(rows, dtype=torch.float64) + _ZIPF_OFFSET).reciprocal().cumsum(0)
         places = (torch.arange(FIRST_SAMPLES, dtype=torch.float64) + 0.5) / FIRST_SAMPLES * share[-1]

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.architecture.shape import shape_of
 from quant.checkpoint.config_groups import check_schemes, quantization_config, stores_fused_experts
 from quant.checkpoint.layout import CheckpointLayout, StoredTensor, lay_out_checkpoint
 from quant.destination.sidecars import write_config
@@ -89,7 +90,7 @@ def synthesize(
     """
     started = time.monotonic()
     config = untrained_config(config)
-    shape = ModelShape.from_config(config)
+    shape = shape_of(config)
     if shape.vocab_size < MIN_VOCAB:
         raise UsageError(f"a vocabulary of {shape.vocab_size} cannot hold every byte: use {MIN_VOCAB} or more")
     if zipf < 0:

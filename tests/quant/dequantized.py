@@ -63,8 +63,8 @@ def dequantized_twin(source: Path, quantized: Path, out: Path) -> Path:
                 if fused is None:
                     tensors[f"{linear.module}.weight"] = dense
                     continue
-                name = "down_proj" if linear.projection == "down_proj" else "gate_up_proj"
-                target = tensors[fused + name][expert]
+                assert linear.projection is not None
+                target = tensors[fused.entries[fused.name(linear.projection)].key][expert]
                 target = target.t() if shape.family.fused_transposed else target
                 half = target.shape[0] // 2
                 rows = {"gate_proj": slice(0, half), "up_proj": slice(half, None), "down_proj": slice(None)}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from offload.experts.storage.finite import ScalePlace
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
+from quant.checkpoint.headers import FusedExperts
 from quant.checkpoint.inventory import NF4_STATE, find_weight
 from quant.checkpoint.layout import ITEMSIZE, PAGE
 from quant.checkpoint.nf4_state import check_nf4_state
@@ -27,7 +28,7 @@ from quant.sizes import format_size
 
 Layout = tuple[tuple[str, str, int, str, tuple[int, ...]], ...]
 _JOIN_GAP = 64 * 1024
-_SCALES = ("weight_scale", "weight.absmax", "weight.quant_map")
+_SCALES = ("bias", "weight_scale", "weight.absmax", "weight.quant_map")
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,14 @@ class TensorPlace:
 @dataclass(frozen=True)
 class WeightPlace:
     """How one projection, a weight ``[out, in]`` of ``shape``, lies in a slot: its tensors by checkpoint suffix.
-    ``transposed`` for ``[in, out]`` sources; ``window`` is its part of a tensor that is several projections."""
+    ``transposed`` for ``[in, out]`` sources; ``window`` is its part of a tensor that is several projections, and
+    ``bias_window`` that of their biases."""
 
     scheme: Scheme
     shape: tuple[int, int]
     transposed: bool = False
     window: tuple[slice, ...] = ()
+    bias_window: slice = field(default_factory=lambda: slice(None))
     tensors: Mapping[str, TensorPlace] = field(default_factory=dict)
 
     def view(self, slot: Tensor) -> LinearWeight:
@@ -78,6 +81,8 @@ class WeightPlace:
             tensors[suffix] = slot[place.position : place.position + nbytes].view(dtype).view(place.shape)
         if self.window:
             tensors["weight"] = tensors["weight"][self.window]
+        if "bias" in tensors:
+            tensors["bias"] = tensors["bias"][self.bias_window]
         return LinearWeight(self.scheme, tensors, *self.shape, self.transposed)
 
 
@@ -144,7 +149,7 @@ class ExpertStore:
     @cached_property
     def slot_bytes(self) -> int:
         """Bytes of a slot that holds any expert."""
-        return max(self.record(*key).slot_bytes for key in self.experts())
+        return max((self.record(*key).slot_bytes for key in self.experts()), default=PAGE)
 
     @cached_property
     def count(self) -> int:
@@ -197,37 +202,36 @@ class ExpertStore:
         return ExpertRecord(runs, weights, sum(entry.nbytes for entry in entries.values()), scales)
 
     def _stored(self, layer: int, expert: int) -> "dict[Projection, _Stored]":
-        shape, entries = self.shape, self.checkpoint.entries
-        for block in (shape.family.block, shape.family.runtime_block):
-            base = f"{shape.layer_prefix(layer)}{block}.experts."
-            if f"{base}gate_up_proj" in entries:
-                return self._fused(base, expert)
+        fused = self.checkpoint.fused_experts(layer)
+        if fused is not None:
+            return self._fused(fused, layer, expert)
         found: dict[Projection, _Stored] = {}
-        for spec in shape.expert_linears(layer, expert):
+        for spec in self.shape.expert_linears(layer, expert):
             scheme, tensors = find_weight(self.checkpoint, spec)
             assert spec.projection is not None
             if scheme.kind == "nf4":
                 check_nf4_state(self.checkpoint, tensors[NF4_STATE], _dims(spec))
-            found[spec.projection] = WeightPlace(scheme, _dims(spec)), tensors
+            bias = {"bias": self.checkpoint.find(f"{spec.module}.bias")} if spec.bias else {}
+            found[spec.projection] = WeightPlace(scheme, _dims(spec)), {**tensors, **bias}
         return found
 
-    def _fused(self, base: str, expert: int) -> "dict[Projection, _Stored]":
-        shape, plain = self.shape, Scheme("bf16")
-        inter, hidden, transposed = shape.expert_intermediate, shape.hidden_size, shape.family.fused_transposed
-        gate_up = {"weight": _slice(self.checkpoint.entry(f"{base}gate_up_proj"), expert)}
-        down = {"weight": _slice(self.checkpoint.entry(f"{base}down_proj"), expert)}
-
-        def part(features: slice) -> WeightPlace:
+    def _fused(self, fused: FusedExperts, layer: int, expert: int) -> "dict[Projection, _Stored]":
+        slices = {name: _slice(entry, expert) for name, entry in fused.entries.items()}
+        found: dict[Projection, _Stored] = {}
+        for spec in self.shape.expert_linears(layer, expert):
+            assert spec.projection is not None
+            name, features = fused.name(spec.projection), fused.window(spec.projection)
+            transposed = fused.transposed(name)
             window = (slice(None), features) if transposed else (features,)
-            return WeightPlace(plain, (inter, hidden), transposed, window)
+            tensors = {"weight": slices[name]}
+            if spec.bias:
+                tensors["bias"] = slices[f"{name}_bias"]
+            place = WeightPlace(_PLAIN, _dims(spec), transposed, window, bias_window=features)
+            found[spec.projection] = place, tensors
+        return found
 
-        return {
-            "gate_proj": (part(slice(inter)), gate_up),
-            "up_proj": (part(slice(inter, 2 * inter)), gate_up),
-            "down_proj": (WeightPlace(plain, (hidden, inter), transposed), down),
-        }
 
-
+_PLAIN = Scheme("bf16")
 _Stored = tuple[WeightPlace, Mapping[str, TensorEntry]]  # a projection, its tensors not placed yet, and those
 
 

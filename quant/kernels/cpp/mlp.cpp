@@ -49,6 +49,16 @@ void gather(Piece& piece, const float* x, int64_t ldx, Scratch& scratch) {
   piece.ldx = k;
 }
 
+// Biases and the numbers of a job's own, so that silu_multiply does the rest: silu(a * g) / a is g * sigmoid(a * g).
+void prepare(const Job& job, float* gate, float* up, float scale) {
+  for (int64_t i = 0; i < job.gate.n; ++i) {
+    const float g = std::min(gate[i] * scale + (job.gate_bias ? job.gate_bias[i] : 0.0f), job.limit);
+    const float u = up[i] * scale + (job.up_bias ? job.up_bias[i] : 0.0f);
+    gate[i] = job.alpha * g;
+    up[i] = (std::max(-job.limit, std::min(u, job.limit)) + job.offset) / job.alpha;
+  }
+}
+
 void run_batch(std::vector<Piece>& pieces, const float* x, int64_t ldx, float* out, int64_t ldout, bool exact) {
   Scratch scratch;
   const Kernels& table = kernels();
@@ -77,7 +87,12 @@ void run_batch(std::vector<Piece>& pieces, const float* x, int64_t ldx, float* o
   each(int64_t(rows.size()), values, [&](int64_t task, int) {
     auto [piece, i] = rows[size_t(task)];
     const int64_t inner = piece->job->gate.n;
-    table.silu_multiply(piece->gate + i * inner, piece->up + i * inner, inner, piece->in_scale(i));
+    float *gate = piece->gate + i * inner, *up = piece->up + i * inner, scale = piece->in_scale(i);
+    if (!piece->job->is_silu()) {
+      prepare(*piece->job, gate, up, scale);
+      scale = 1.0f;
+    }
+    table.silu_multiply(gate, up, inner, scale);
   });
   if (!exact) quantize_inputs(products.data(), int(products.size()), scratch);
   multiply(products.data(), int(products.size()), exact, scratch);
@@ -86,9 +101,11 @@ void run_batch(std::vector<Piece>& pieces, const float* x, int64_t ldx, float* o
   const int64_t n = pieces[0].job->down.n, step = std::max<int64_t>(64, round_up(n / (4 * thread_count()), 64));
   each((n + step - 1) / step, int64_t(rows.size()) * n, [&](int64_t task, int) {
     const int64_t column = task * step, width = std::min(step, n - column);
-    for (const auto& [piece, i] : rows)
-      table.add_scaled(out + piece->out_row(i) * ldout + column, piece->down + i * n + column, width,
-                       piece->out_weight(i));
+    for (const auto& [piece, i] : rows) {
+      float* to = out + piece->out_row(i) * ldout + column;
+      table.add_scaled(to, piece->down + i * n + column, width, piece->out_weight(i));
+      if (piece->job->down_bias) table.add_scaled(to, piece->job->down_bias + column, width, piece->out_weight(i));
+    }
   });
 }
 

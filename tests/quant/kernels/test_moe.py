@@ -11,8 +11,9 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 
 from quant.errors import SchemeError
 from quant.kernels import native
-from quant.kernels.moe import GatedMlp, Job, MoeBlock, RouterKind
+from quant.kernels.moe import GatedMlp, Job, MoeBlock, RouterKind, mlp
 from quant.kernels.native import Weight
+from quant.kernels.swiglu import SwiGlu
 from quant.pack import dequantize, quantize_absmax
 from quant.scheme import Scheme
 
@@ -217,3 +218,20 @@ def test_experts_and_jobs_that_do_not_fit_are_refused() -> None:
         native.mlp([Job(expert, torch.tensor([0, 3]))], torch.zeros(3, H))
     with pytest.raises(SchemeError, match="expected one per token"):
         native.mlp([Job(expert, out_weight=torch.ones(2))], torch.zeros(3, H))
+
+
+@pytest.mark.parametrize("join", [SwiGlu(), SwiGlu(1.702, 7.0, 1.0), SwiGlu(1.0, 2.0, 0.0)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_biases_and_gates_of_an_experts_own_equal_the_reference(join: SwiGlu, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    dense = [torch.randn(*dims, generator=generator) * 0.3 for dims in ((96, 64), (96, 64), (64, 96))]
+    biases = [torch.randn(len(weight), generator=generator) for weight in dense] if biased else None
+    weights = [Weight.from_tensors("f32", weight) for weight in dense]
+    expert = GatedMlp(*weights, None if biases is None else (biases[0], biases[1], biases[2]), join)
+    x = torch.randn(5, 64, generator=generator) * 4
+    factor = torch.rand(5, generator=generator)
+    added = biases or [torch.zeros(len(weight)) for weight in dense]
+    gate, up = (x @ weight.t() + bias for weight, bias in zip(dense[:2], added[:2], strict=True))
+    expected = (join(gate, up) @ dense[2].t() + added[2]) * factor[:, None]
+    found = mlp([Job(expert, out_weight=factor)], x, exact=True)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -1,0 +1,1 @@
+"""Models of any family that transformers knows, read off transformers itself."""
