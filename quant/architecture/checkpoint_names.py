@@ -11,14 +11,13 @@ Legend: E experts.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from quant.model.families import PROJECTIONS, Projection
+from quant.model.families import PROJECTIONS, Fused, Projection
 
 SUFFIX = re.compile(r"\.(weight_packed|weight_scale|weight_shape|weight_zero_point|weight_g_idx|weight(?:\..+)?|bias)$")
 _ONE_EXPERT = re.compile(r"^(.+)\.(\d+)\.(gate_proj|up_proj|down_proj)$")
 _FUSED = ("gate_up_proj", "down_proj")
-Fused = Literal["", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"]
 
 
 @dataclass(frozen=True)
