@@ -10,7 +10,6 @@ from torch import Tensor
 from offload.decode.decoder import Decoder
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.model.kv_cache import SequenceCache
-from offload.model.stock_cache import StockCache
 
 
 class PlainDecoder(Decoder):
@@ -19,15 +18,15 @@ class PlainDecoder(Decoder):
 
     def __init__(self, model: Any, experts: ExpertCache, device: torch.device, name: str, bound: Any = None) -> None:
         super().__init__()
-        self.bound = bound
+        self.bound = self._stock = bound
         self.model, self.experts, self.device, self.name = model, experts, device, name
         for layer in model.get_decoder().layers:
             layer.register_forward_pre_hook(lambda *call: self.check_wanted())
 
     def forward(self, ids: Sequence[int], cache: SequenceCache, *, keep: int = 1) -> Tensor:
         """See Decoder."""
-        if isinstance(self.bound, StockCache):
-            self.bound.check(len(ids))
+        if self._stock is not None:
+            self._stock.check(len(ids))
         inputs = torch.tensor([list(ids)], device=self.device)
         logits: Tensor = self.model(
             input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep

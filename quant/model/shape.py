@@ -321,7 +321,7 @@ def _of_record(family: Family, model_type: str, text: TextConfig, vision: Vision
         max_position_embeddings=text.max_position_embeddings,
         prefix="language_model." if model_type == "llama4" else "",
         head_norms=norms,
-        vision_weights=_vision_weights(vision, hidden),
+        vision_weights=0 if vision is None else vision.weights(hidden),
         attention_bias=text.attention_bias and not isinstance(text, MixtralText),
         vision_tower=vision,
     )
@@ -340,17 +340,3 @@ def _llama4_chunked_layers(text: Llama4Text) -> tuple[int, ...]:
     layers = text.num_hidden_layers
     rope = text.no_rope_layers or [int((i + 1) % text.no_rope_layer_interval != 0) for i in range(layers)]
     return tuple(i for i, uses_rope in enumerate(rope[:layers]) if uses_rope)
-
-
-def _vision_weights(vision: VisionConfig | None, hidden: int) -> int:
-    """Parameters of Llama 4's vision tower and projector (transformers' ``Llama4VisionModel``, its Linears,
-    norms and biases), counted from the config."""
-    if vision is None:
-        return 0
-    width, inter = vision.hidden_size, vision.intermediate_size
-    patch = vision.patch_size**2 * vision.num_channels
-    positions = (vision.image_size // vision.patch_size) ** 2 + 1
-    layer = 4 * (width * width + width) + 2 * width * inter + inter + width + 4 * width
-    adapter = inter * vision.projector_input_dim + vision.projector_output_dim**2
-    outer = patch * width + width + positions * width + 4 * width
-    return vision.num_hidden_layers * layer + adapter + outer + vision.vision_output_dim * hidden

@@ -268,6 +268,17 @@ class VisionConfig(_Record):
     projector_input_dim: _Width = 4096
     projector_output_dim: _Width = 4096
 
+    def weights(self, hidden: int) -> int:
+        """Parameters of the tower and its projector to a language model of width ``hidden`` (transformers'
+        ``Llama4VisionModel``, its Linears, norms and biases)."""
+        width, inter = self.hidden_size, self.intermediate_size
+        patch = self.patch_size**2 * self.num_channels
+        positions = (self.image_size // self.patch_size) ** 2 + 1
+        layer = 4 * (width * width + width) + 2 * width * inter + inter + width + 4 * width
+        adapter = inter * self.projector_input_dim + self.projector_output_dim**2
+        outer = patch * width + width + positions * width + 4 * width
+        return self.num_hidden_layers * layer + adapter + outer + self.vision_output_dim * hidden
+
 
 def _renamed(data: Any, other: str, name: str) -> Any:
     """``data`` with the number of experts under ``name``, wherever it stood. A null is no number."""
