@@ -51,11 +51,11 @@ def profile(
     check_output(out, "--out", PROFILE_MARK)
     path = find_model(model)
     from offload.routing.stats import RoutingStats
+    from quant.architecture.shape import shape_of
     from quant.model.hub import resolve_config
-    from quant.model.shape import ModelShape
 
     source = "\n".join(read_text(file) for file in text)
-    shape = ModelShape.from_config(resolve_config(str(path)))
+    shape = shape_of(resolve_config(str(path)))
     others = [RoutingStats.load(file, shape) for file in merge or ()]
     with open_session(path, run, console) as session:
         for other in others:
