@@ -22,6 +22,7 @@ from quant.errors import BudgetError
 from quant.model.shape import ModelShape
 
 Storage = Literal["bf16", "int8", "plain"]
+STORAGES: dict[int, Storage] = {8: "int8", 16: "bf16", 32: "plain"}  # by bits of a value
 
 
 def remedy(limit: int, needed: int, wanted: int) -> str:

@@ -21,7 +21,7 @@ from offload.hardware.cuda_driver import gpu_errors
 from offload.hardware.ledger import MemoryLedger, resident_bytes
 from offload.hardware.probe import Say
 from offload.hardware.vram_limit import Allowance, VramMeter
-from offload.model.kv_cache import Storage
+from offload.model.kv_cache import STORAGES
 from offload.model.load import check_rope, load_model, move_to_arena, text_config
 from offload.model.moe import ExpertRunner
 from offload.model.paged_cache import PagePool
@@ -51,8 +51,6 @@ from quant.kernels import native
 from quant.model.hub import resolve_model
 from quant.model.recipe import load_recipe
 from quant.progress import Progress, nobody
-
-_KV_STORAGE: dict[int, Storage] = {8: "int8", 16: "bf16", 32: "plain"}  # by bits of a value
 
 
 class Session:
@@ -97,9 +95,8 @@ class Session:
         self._dense: Arena | None = None
         if device.type == "cpu" and not isinstance(self.experts, MappedCache):
             self._dense = move_to_arena(self.model, loading)
-        storage = _KV_STORAGE[self.plan.kv_bits]
-        kv = cache_of(self.shape, self.model.config, self.context, storage)
-        self.kv_pool = PagePool(self.shape, self.context, storage, device, dtype)
+        kv = cache_of(self.shape, self.model.config, self.context, STORAGES[self.plan.kv_bits])
+        self.kv_pool = PagePool(self.shape, self.context, STORAGES[self.plan.kv_bits], device, dtype)
         self.decoder, notes = select_decoder(
             self.model, self.plan, self.experts, kv, self.routing, compute, device, graph=self.options.graph
         )
