@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from offload.records import RunOptions, Sampling
+from offload.run.generate import Generator
 from offload.run.session import Session
 from quant.architecture.meta_model import model_class, model_config
 from quant.checkpoint.checkpoint import Checkpoint
@@ -70,7 +71,8 @@ def test_logits_greedy_text_and_a_second_turn_equal_stock_transformers(
 ) -> None:
     one = made(family)
     with _session(one.path, ram_slots=64) as session:
-        logits = session.generator._prefill(PROMPT)
+        assert isinstance(session.runner, Generator)  # its one cache is transformers' own
+        logits = session.runner._prefill(PROMPT)
         session.reset()
         answer = [record.token_id for record in session.generate(PROMPT, GREEDY)]
         turn = [*PROMPT, *answer, 7, 8, 9]
