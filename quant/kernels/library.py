@@ -2,7 +2,7 @@
 
 It is built by ``pip install`` (or ``python setup.py build_ext --inplace``) and loaded with ctypes, so that
 it is bound neither to torch's C++ ABI nor to a Python version. ``COLDSTREAM_ISA`` (``portable``, ``avx2``,
-``avxvnni``, ``avx512``, ``neon``) forces an instruction set below the best one.
+``avxvnni``, ``avx512``, ``avx512bf16``, ``neon``) forces an instruction set below the best one.
 """
 
 import ctypes

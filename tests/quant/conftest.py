@@ -7,7 +7,7 @@ import pytest
 from quant.kernels import native
 
 
-@pytest.fixture(params=["avx512", "avxvnni", "avx2", "neon", "portable"])
+@pytest.fixture(params=["avx512bf16", "avx512", "avxvnni", "avx2", "neon", "portable"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param not in native.isas():
         pytest.skip(f"this build or processor does not run {request.param}")

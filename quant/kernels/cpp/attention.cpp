@@ -16,6 +16,7 @@ struct Step {
   int64_t count, tokens;       // segments, and rows of all of them
   const float *cosine, *sine;  // [T, rope_dim / 2]
   float *q, *k, *v;            // [T, heads * head_dim] and [T, kv_heads * head_dim]
+  bool exact;
 };
 
 void add_bias(float* rows, const float* bias, int64_t tokens, int64_t width) {
@@ -187,7 +188,7 @@ class Units {
       highest = position + 1;
     }
     kernels().attend({&step_.pool, unit.segment->pages, q, from, until, b.kv_heads, unit.kv_head, width,
-                      std::max(first, lowest), std::min(first + kRunTokens, highest), int(unit.rows()), to.out, to.top,
+                      std::max(first, lowest), std::min(first + kRunTokens, highest), int(unit.rows()), step_.exact, to.out, to.top,
                       to.total});
   }
 
@@ -268,7 +269,7 @@ void attend_segments(const AttentionBlock& b, const float* x, int64_t ldx, const
     ldinput = hidden;
   }
   Step step{b,      pool, segments, count, tokens, cosine, sine, scratch.take<float>(tokens * q_width),
-            scratch.take<float>(tokens * kv_width), scratch.take<float>(tokens * kv_width)};
+            scratch.take<float>(tokens * kv_width), scratch.take<float>(tokens * kv_width), exact};
   Product products[] = {{b.q, input, ldinput, tokens, step.q, q_width, {}},
                         {b.k, input, ldinput, tokens, step.k, kv_width, {}},
                         {b.v, input, ldinput, tokens, step.v, kv_width, {}}};

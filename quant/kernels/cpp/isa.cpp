@@ -19,6 +19,14 @@ bool has_avxvnni() {
 }
 #endif
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+
 #if defined(__aarch64__)
 bool has_dot_product() {
 #if defined(__linux__)
@@ -38,10 +46,10 @@ struct Choice {
 const Choice* choices(int* count) {
   static const Choice all[] = {
 #if defined(__x86_64__)
-      {&avx512_kernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("avx512vbmi")},
+#if defined(COLDSTREAM_HAS_AVX512BF16)
+      {&avx512bf16_kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+#endif
+      {&avx512_kernels, has_avx512()},
 #if defined(COLDSTREAM_HAS_AVXVNNI)
       {&avxvnni_kernels, has_avxvnni()},
 #endif

@@ -27,6 +27,6 @@ INLINE vi dot8(vi acc, vb weight, vb x) {
 TARGET_END
 
 namespace coldstream {
-const Kernels avx2_kernels = avx2::table("avx2");
+const Kernels avx2_kernels = avx2::table("avx2", avx2::attend);
 }
 #endif

@@ -102,7 +102,18 @@ INLINE vb load_part(const void* from, int64_t count) {
 }  // namespace coldstream::avx512
 TARGET_END
 
+#if defined(COLDSTREAM_HAS_AVX512BF16)
+TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
+namespace coldstream::avx512 {
+#include "attend_bf16.inl"
+}
+TARGET_END
+#endif
+
 namespace coldstream {
-const Kernels avx512_kernels = avx512::table("avx512");
+const Kernels avx512_kernels = avx512::table("avx512", avx512::attend);
+#if defined(COLDSTREAM_HAS_AVX512BF16)
+const Kernels avx512bf16_kernels = avx512::table("avx512bf16", avx512::attend_pairs);
+#endif
 }
 #endif

@@ -22,6 +22,6 @@ INLINE vi dot8(vi acc, vb weight, vb x) { return dot4(acc, weight, x); }
 TARGET_END
 
 namespace coldstream {
-const Kernels avxvnni_kernels = avxvnni::table("avxvnni");
+const Kernels avxvnni_kernels = avxvnni::table("avxvnni", avxvnni::attend);
 }
 #endif

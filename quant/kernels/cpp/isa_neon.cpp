@@ -30,6 +30,6 @@ INLINE vi add_pairs(vi a, vi b) {
 TARGET_END
 
 namespace coldstream {
-const Kernels neon_kernels = neon::table("neon");
+const Kernels neon_kernels = neon::table("neon", neon::attend);
 }
 #endif

@@ -26,5 +26,5 @@ INLINE vi add_pairs(vi a, vi b) {
 }  // namespace coldstream::portable
 
 namespace coldstream {
-const Kernels portable_kernels = portable::table("portable");
+const Kernels portable_kernels = portable::table("portable", portable::attend);
 }

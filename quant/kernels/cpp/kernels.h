@@ -84,7 +84,7 @@ struct KvPool {
   int32_t storage;
 };
 
-constexpr int kAttendRows = 48;  // query rows of one task: enough to make transposing the keys cheap
+constexpr int kAttendRows = 96;  // query rows of one task: enough to make transposing the keys cheap
 
 // Query rows of one KV head against the cached keys [first, last); a row sees only [from, to), and pages hold something
 // from their beginnings on. Leaves the unnormalized output, the largest score and the sum of weights, so that several
@@ -96,6 +96,7 @@ struct AttendTask {
   const int64_t *from, *to;
   int64_t kv_heads, kv_head, head_dim, first, last;
   int rows;
+  bool exact;  // f32 throughout; else what is not cached in f32 may be multiplied in bf16
   float *out, *top, *total;  // [rows, head_dim], [rows], [rows]
 };
 

@@ -213,6 +213,25 @@ def test_smaller_kv_storage_costs_its_rounding_and_no_more(isa: str, storage: to
     check_block(stock, block_of(stock, shape, norm), norm, positions, x, mask(20), storage, tolerance)
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 96, 128, 256])
+def test_rounding_queries_and_weights_to_bf16_costs_its_rounding_and_no_more(
+    isa: str, head_dim: int, storage: torch.dtype
+) -> None:
+    """Without ``exact``, where the processor multiplies bf16: many rows and one, pages that are not full."""
+    generator = torch.Generator().manual_seed(head_dim)
+    heads = 6
+    widths = ((heads * head_dim, H), (KV * head_dim, H), (KV * head_dim, H), (H, heads * head_dim))
+    weights = [Weight.from_tensors("f32", torch.randn(n, k, generator=generator) / k**0.5) for n, k in widths]
+    block = Attention(AttentionShape(heads, KV, head_dim, window=170), *weights)  # type: ignore[arg-type]
+    x = torch.randn(333, H, generator=generator)
+    exact, rounded = pages_for(333, storage, head_dim), pages_for(333, storage, head_dim)
+    for start, end in ((0, 201), (201, 332), (332, 333)):
+        expected = block.run(x[start:end], start, *exact, exact=True)
+        found = block.run(x[start:end], start, *rounded)
+        assert (found - expected).abs().max() < 1e-2 * expected.abs().max(), (start, end)
+
+
 def test_long_contexts_are_cut_into_runs_and_merged(isa: str) -> None:
     stock, shape, rotary = llama4(1)
     x, norm = inputs(1100)
