@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "serve": "Serve a model to OpenAI, Anthropic and browser clients.",
     "eval": "What quantizing cost: perplexity, KL to the original.",
     "bench": "Prefill and decode, beside the floor of the hardware.",
+    "check": "Whether vLLM, SGLang or transformers can load a directory.",
     "synth": "Write a random quantized checkpoint in any shape.",
     "probe": "Measure this machine: RAM, disk, PCIe and VRAM bandwidth.",
     "simulate": "Replay a run on a machine that need not be there.",

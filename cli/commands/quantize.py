@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options.engine import EngineName, ForEngine
 from cli.options.goal import Goal, takes_goal
 from cli.options.output import Destination, takes_console
 from cli.options.rounding import AskedRounding, takes_rounding
@@ -16,7 +17,7 @@ from cli.options.schemes import AskedSchemes, takes_schemes
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from cli.terminal.progress import progress_bar
-from quant.errors import ProfileError, UsageError
+from quant.errors import ProfileError, RecipeError, UsageError
 
 if TYPE_CHECKING:
     from cli.steps.find_values import Values
@@ -62,6 +63,7 @@ def quantize(
             "--tokenizer", metavar="DIR", help="Where the tokenizer and config.json are that a GGUF file lacks."
         ),
     ] = None,
+    engine: ForEngine = None,
     repack: Annotated[
         bool, typer.Option("--repack", help="Keep the symmetric int4 or int8 that SRC has, in the layout that runs.")
     ] = False,
@@ -109,6 +111,7 @@ def quantize(
     fixed: Mapping[Role, Scheme] = {}
     if goal is None:
         console.notes(check_schemes(checkpoint.shape, schemes))
+        _check_engine(checkpoint, schemes, engine)
     with Staging(destination) as staging:
         if not (resume and staging.is_published):
             _claim(staging, checkpoint, resume)
@@ -135,6 +138,7 @@ def quantize(
             schemes, allocation = choice.make(roles)
             chosen = {"allocation": allocation.to_json()}
             console.notes(check_schemes(checkpoint.shape, schemes))
+            _check_engine(checkpoint, schemes, engine)
         named = schemes_line(schemes, checkpoint.shape)
         mostly = "mostly " if goal is not None else ""
         console.step(f"quantizing {path} to {destination}: {mostly}{named}")
@@ -155,6 +159,15 @@ def _claim(staging: "Staging", checkpoint: "Checkpoint", resume: bool) -> None:
     """Make sure that the destination can be written before anything is read, let alone measured."""
     staging.check(checkpoint.path, resume)
     staging.claim()
+
+
+def _check_engine(checkpoint: "Checkpoint", schemes: "Mapping[Role, Scheme]", engine: EngineName | None) -> None:
+    """Refuse to write what ``engine``, if one is named, could not load."""
+    from quant.checkpoint.engines import ENGINES, obstacles
+
+    found = [] if engine is None else obstacles(checkpoint.shape, schemes, ENGINES[engine])
+    if engine is not None and found:
+        raise RecipeError(f"{ENGINES[engine].title} could not load the result: {'; '.join(found)}")
 
 
 def _described(goal: Goal, roles: "list[Role]", fixed: "Mapping[Role, Scheme]", routing: Path | None) -> dict[str, Any]:

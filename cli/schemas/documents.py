@@ -183,6 +183,9 @@ DOCUMENTS: dict[str, Schema] = {
         ),
         "notes",
     ),
+    "check": record(
+        model=text("its directory"), engine=text("its name and version"), loads=flag("true: what fails is an error")
+    ),
     "synth": record(path=text(), output_bytes=count(), seconds=number(), mb_per_s=number(), notes=NOTES),
     "probe": record(**MACHINE),
     "simulate": record(

@@ -26,6 +26,7 @@ VALID: dict[str, list[str]] = {
     "serve": ["MODEL", "--port", "1", "--host", "203.0.113.1", "--unprotected"],  # an address that is not here
     "eval": ["MODEL", "--reference", "SRC", "--text", "TEXT"],
     "bench": ["MODEL"],
+    "check": ["MODEL", "--for", "vllm"],
     "synth": ["mini-scout", "DST"],
     "probe": ["FOLDER"],
     "simulate": ["mini-scout", "--tokens", "16"],
@@ -41,6 +42,7 @@ ARGUMENTS = {  # positions in VALID of what must be there
     "serve": [0],
     "eval": [0, 2],
     "bench": [0],
+    "check": [0],
     "synth": [0],
     "probe": [0],
     "simulate": [0],
