@@ -77,13 +77,16 @@ def serve(
     with seldom_collecting():
         from cli.serve.app import make_app
         from cli.serve.service import Limits, Service
+        from offload.run.batch import Batch
 
     with bound, open_session(path, run, console) as session:
         settings, told = sampling.of(path, max_tokens=session.context)
         console.step(f"{told or 'sampling: greedy'}, where a request says nothing")
-        service = Service(session, name or path.resolve().name, settings, Limits(queue=queue))
+        runner = session.runner
+        parallel = runner.scheduler.max_rows if isinstance(runner, Batch) else 1
+        service = Service(session, name or path.resolve().name, settings, Limits(parallel, queue))
         console.step(
-            f"one answer at a time, {queue} more may wait; prompt and answer have {session.context:,} tokens together"
+            f"{parallel} answers at once, {queue} more may wait; all share a context of {session.context:,} tokens"
         )
         app = make_app(service, Access(keys, [host, *(allow_host or ())], allow_origin or ()))
         serve_app(app, bound, console, f"coldstream: {service.name} listens at {address(bound)}")
