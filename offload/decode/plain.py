@@ -10,6 +10,7 @@ from torch import Tensor
 from offload.decode.decoder import Decoder
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.model.kv_cache import SequenceCache
+from quant.architecture.meta_model import decoder_of
 
 
 class PlainDecoder(Decoder):
@@ -20,7 +21,7 @@ class PlainDecoder(Decoder):
         super().__init__()
         self.bound = self._stock = bound
         self.model, self.experts, self.device, self.name = model, experts, device, name
-        for layer in model.get_decoder().layers:
+        for layer in decoder_of(model).layers:
             layer.register_forward_pre_hook(lambda *call: self.check_wanted())
 
     def forward(self, ids: Sequence[int], cache: SequenceCache, *, keep: int = 1) -> Tensor:

@@ -27,6 +27,7 @@ from offload.model.tokenizer import check_ids
 from offload.routing.eviction import LeastRecent
 from offload.routing.frequency import Ids
 from offload.routing.stats import RoutingStats
+from quant.architecture.meta_model import decoder_of
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import UsageError
 from quant.linear import Compute, QuantLinear
@@ -115,7 +116,7 @@ class Layerwise:
         self.model: Any = load_model(checkpoint, self.runner, self.compute, torch.float32, torch.device("cpu"))
         checkpoint.check_unchanged()
         self.model.requires_grad_(False)
-        self.layers = list(self.model.get_decoder().layers)
+        self.layers = list(decoder_of(self.model).layers)
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     @torch.no_grad()
@@ -246,7 +247,7 @@ class Layerwise:
 
         cache = self._kv_cache(ids.shape[1]) if self.kv else None
         with torch.no_grad(), self._layers_replaced(note):
-            self.model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+            decoder_of(self.model)(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
         return noted, given[0]
 
     @contextmanager

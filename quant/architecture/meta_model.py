@@ -87,6 +87,12 @@ def model_class(config: Any) -> Any:
     )
 
 
+def decoder_of(model: Any) -> Any:
+    """The part of transformers' ``model`` that has the layers."""
+    found = model.get_decoder()
+    return found if hasattr(found, "layers") else model.model
+
+
 def attention_implementation(kind: Any) -> str:
     """What computes the attention of transformers' model class ``kind``: one that its layers agree with."""
     return "sdpa" if kind._supports_sdpa else "eager"

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from quant.architecture.checkpoint_names import CheckpointNames
-from quant.architecture.meta_model import meta_model
+from quant.architecture.meta_model import decoder_of, meta_model
 from quant.architecture.meta_step import MetaStep, watch_step
 from quant.errors import CheckpointError
 from quant.model.families import Role
@@ -136,7 +136,7 @@ class _Reader:
 
     def _layers(self) -> str:
         """The name of the list of decoder layers."""
-        decoder: Any = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         prefix = next(name for name, module in self.modules.items() if module is decoder)
         count = self.text.num_hidden_layers
         for name, module in decoder.named_children():
