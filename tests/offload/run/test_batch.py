@@ -155,7 +155,7 @@ def test_random_schedules_leak_nothing_and_change_no_text(
             assert entry.found == texts.after(entry.prompt, entry.count)[: len(entry.found)]
             checked += len(entry.found)
         assert checked > STEPS // 2
-        assert len(os.listdir("/proc/self/fd")) == files, "a file was left open"
+        assert len(os.listdir("/proc/self/fd")) <= files, "a file was left open"
         assert not batch.scheduler.running and not batch.scheduler.waiting
         session.reset()
         assert pages_in_use(session) == 0, "pages were not given back"
