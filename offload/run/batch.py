@@ -185,8 +185,11 @@ class Batch(Runner):
         try:
             with torch.inference_mode():
                 if len(ids[0]) > 1:
-                    return self.decoder.forward(ids[0], caches[0])
-                return self.decoder.forward_rows(list(zip(ids, caches, strict=True)))
+                    logits = self.decoder.forward(ids[0], caches[0])
+                else:
+                    logits = self.decoder.forward_rows(list(zip(ids, caches, strict=True)))
+            self.experts.check_files()
+            return logits
         except BaseException:  # some layers, or some caches, have got the tokens, others not
             for cache, length in zip(caches, before, strict=True):
                 cache.rewind(length)
