@@ -90,7 +90,7 @@ def model_class(config: Any) -> Any:
 def decoder_of(model: Any) -> Any:
     """The part of transformers' ``model`` that has the layers."""
     found = model.get_decoder()
-    return found if hasattr(found, "layers") else model.model
+    return found if hasattr(found, "layers") else getattr(model, "model", found)
 
 
 def attention_implementation(kind: Any) -> str:
