@@ -161,7 +161,7 @@ def _differs_from_stock(case: Case, done: Finished, answer: Answer, folder: Path
     if case.command == "plan" and usual:
         tiers = json.loads(done.stdout.splitlines()[-1])["bytes"].values()
         return planned_differs(model, dict(sum(map(Counter, tiers), Counter())))
-    if not answer.steps or answer.rounded or "--exact" not in case.words:
+    if not answer.steps or "--exact" not in case.words or {"--kv", "--recipe"} & set(case.words):
         return None
     if not all(bool(logits.isfinite().all()) for _, logits in answer.steps):
         return "logits that are no numbers"

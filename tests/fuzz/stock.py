@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Llama4ForConditionalGeneration
 
-from offload.run.generate import Generator
+from offload.run.batch import Batch
+from offload.run.sequence import Sequence as BatchRow
 from tests import oracle
 
 # Greatest difference of logits, as a part of the greatest logit: f32 sums in another order.
@@ -34,7 +35,6 @@ class Answer:
     """What a run computed: after each step the tokens so far and the logits ``[vocab]`` that follow them."""
 
     steps: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
-    rounded: bool = False  # the KV cache was, or the activations
 
     @property
     def sequences(self) -> list[tuple[int, ...]]:
@@ -53,20 +53,20 @@ class Answer:
 @contextmanager
 def recorded() -> Iterator[Answer]:
     """What generators compute meanwhile."""
-    answer, real = Answer(), Generator._try
+    answer, real = Answer(), Batch._try
 
-    def seen(generator: Generator, ids: Sequence[int]) -> Tensor:
-        logits = real(generator, ids)
-        answer.steps.append((tuple(generator.tokens), logits.detach().float().clone()))
-        buffers = [getattr(layer, "key_buffer", None) for layer in generator.cache.layers]
-        answer.rounded |= any(buffer is not None and buffer.storage != "plain" for buffer in buffers)
+    def seen(batch: Batch, rows: list[BatchRow], ids: list[list[int]]) -> Tensor:
+        before = [row.seen for row in rows]
+        logits = real(batch, rows, ids)
+        for row, start, its, new in zip(rows, before, logits[-len(rows) :], ids, strict=True):
+            answer.steps.append((tuple(row.tokens[: start + len(new)]), its.detach().float().clone()))
         return logits
 
-    Generator._try = seen  # type: ignore[method-assign]
+    Batch._try = seen  # type: ignore[method-assign]
     try:
         yield answer
     finally:
-        Generator._try = real  # type: ignore[method-assign]
+        Batch._try = real  # type: ignore[method-assign]
 
 
 def stock_model(folder: Path) -> Any:
