@@ -137,7 +137,9 @@ def _files(found: Mapping[str, int | None]) -> list[tuple[str, str]]:
 def _weights(shape: "ModelShape") -> str:
     roles = shape.role_nbytes({})
     total, routed = sum(roles.values()) / 2, roles["experts"] / 2
-    active = total - routed * (1 - shape.top_k / shape.num_experts) - roles.get("vision", 0) / 2
+    active = total - routed * (1 - shape.top_k / (shape.num_experts or 1)) - roles.get("vision", 0) / 2
+    if not shape.moe_layers:
+        return f"{_billions(total)} weights in {shape.num_layers} layers, no experts"
     layers = f"{len(shape.moe_layers)} MoE layers of {shape.num_experts} experts, top-{shape.top_k}"
     return f"{_billions(total)} weights, {_billions(active)} per token; {layers}"
 

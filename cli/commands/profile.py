@@ -52,10 +52,13 @@ def profile(
     path = find_model(model)
     from offload.routing.stats import RoutingStats
     from quant.architecture.shape import shape_of
+    from quant.errors import UsageError
     from quant.model.hub import resolve_config
 
     source = "\n".join(read_text(file) for file in text)
     shape = shape_of(resolve_config(str(path)))
+    if not shape.moe_layers:
+        raise UsageError(f"a {shape.family.name} model without experts routes nothing: there is no profile to take")
     others = [RoutingStats.load(file, shape) for file in merge or ()]
     with open_session(path, run, console) as session:
         for other in others:

@@ -122,7 +122,7 @@ def _beside_gpu(load: Workload, machine: Machine, gpu: Gpu, cold: ColdPath, disk
     who computes what."""
     vram, pcie = _rate(gpu.vram_gb_s, OF_VRAM), _rate(gpu.h2d_gb_s, OF_PCIE)
     missed = (1 - load.vram_hits) * load.requests
-    if cold == "pcie" or load.nf4:  # a copy, and then the product
+    if cold == "pcie" or load.nf4 or not load.expert:  # a copy, and then the product; in a dense model neither
         share, miss = 0.0, load.expert / pcie + load.expert / vram
     else:
         saved = read_ahead_s(load, machine)
@@ -216,6 +216,8 @@ def miss_split(machine: Machine, expert: int, expert_weights: int, shared: int =
     beside = min(cpu, dimm - pcie)
     head_start = BELL_S - ahead - shared / _rate(machine.gpu.vram_gb_s, OF_VRAM)
     # expert · part / pcie = head_start + expert · (1 - part) / beside
+    if not expert:  # a dense model has none to share
+        return MissSplit(0.0, cpu / 1e9, alone / 1e9, cpu / 1e9)
     part = min(1.0, (head_start + expert / beside) / (expert / beside + expert / pcie))
     if beside + pcie <= cpu * _WORTH or part <= 0:
         return MissSplit(0.0, cpu / 1e9, alone / 1e9, cpu / 1e9)
@@ -299,6 +301,8 @@ def _arithmetic(load: Workload, machine: Machine, weights: int, routed: int) -> 
 
 def _cpu_rate(machine: Machine, nbytes: int, weights: int) -> float:
     """Bytes per second of one expert that the CPU computes where it lies."""
+    if not nbytes:  # a dense model has none
+        return _rate(machine.ram_gb_s, OF_RAM)
     reading = nbytes / _rate(machine.ram_gb_s, OF_RAM)
     return nbytes / (reading + EXPOSED * 2 * weights / _rate(machine.int8_gops, 1))
 

@@ -200,5 +200,5 @@ def check_calibration(shape: ModelShape, tokens: int, *, counted: bool = True) -
 
 
 def slot_bytes_of(expert_bytes: int) -> int:
-    """An expert in whole pages."""
-    return -(-expert_bytes // PAGE) * PAGE
+    """An expert in whole pages; one page for what is none, in a dense model."""
+    return max(1, -(-expert_bytes // PAGE)) * PAGE

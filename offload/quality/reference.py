@@ -160,7 +160,7 @@ def make_reference(walk: Layerwise, windows: Windows, folder: Path, identity: st
             routes.append(chosen.sort(1).values)
         walk.run(layer, noisy, noisy)
         noisy = noisy.bfloat16().float()
-    np.save(folder / "routes.npy", torch.stack(routes).numpy().astype(np.int16))
+    np.save(folder / "routes.npy", torch.stack(routes or [torch.empty(0)]).numpy().astype(np.int16))
     stored = min(shape.vocab_size, MAX_STORED)
     partial = stored < shape.vocab_size
     with _Writer(folder, stored, partial) as writer:

@@ -51,7 +51,7 @@ class Prompt:
     def _wanted(self, tokens: int) -> Iterator[list[Tier]]:
         """For each layer the tiers of the experts that ``tokens`` ask for, the fastest first."""
         work, debt = self.work, dict.fromkeys(TIERS, 0.0)
-        part = 1 - (1 - work.top_k / work.experts) ** tokens
+        part = 1 - (1 - work.top_k / work.experts) ** tokens if work.experts else 0.0
         for layer in work.layers:
             found: list[Tier] = []
             for tier in TIERS if layer.routes else ():

@@ -177,9 +177,9 @@ class Simulation:
 
     def _scan_shares(self) -> dict[Tier, float]:
         """Where a prompt finds experts, of which it wants all: by slots, whatever is hot."""
-        plan = self.plan
-        vram = (plan.vram_slots - plan.vram_reserve) / plan.experts
-        held = min(1.0, vram + plan.ram_slots / plan.experts)
+        plan, experts = self.plan, self.plan.experts or 1  # none in a dense model
+        vram = (plan.vram_slots - plan.vram_reserve) / experts
+        held = min(1.0, vram + plan.ram_slots / experts)
         hits = max(vram, scan_hits(held))
         return {"vram": vram, "ram": hits - vram, "disk": 1 - hits}
 
