@@ -105,9 +105,9 @@ def test_a_conversation_that_outgrows_its_context_says_so_and_goes_on(model: Pat
 
 
 def test_an_answer_that_fills_the_context_says_so(model: Path) -> None:
-    asked = ("chat", model, "--context", "40", "--max-tokens", "200")
+    asked = ("chat", model, "--context", "25", "--max-tokens", "200", "--temperature", "0")
     shown = invoke(*asked, stdin=QUESTION + "\n").stderr
-    assert "(cut off: the context of 40 tokens is full; /reset" in shown and "--context" in shown
+    assert "(cut off: the context of 25 tokens is full; /reset" in shown and "--context" in shown
     assert json.loads(invoke(*asked, "--json", stdin=QUESTION + "\n").stdout)["finish_reason"] == "context"
 
 
