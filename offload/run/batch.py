@@ -55,7 +55,11 @@ class Batch(Runner):
         step = self.scheduler.next(self._admit)
         if step is None:
             return bool(self.scheduler.waiting)
-        self.finish_load()
+        try:
+            self.finish_load()
+        except BaseException as error:  # noqa: BLE001 - it is raised where the streams are read
+            self.end_all(error)
+            return False
         if step.prefill:
             self._prefill(step.rows[0])
         else:
@@ -80,10 +84,10 @@ class Batch(Runner):
         """See Runner."""
         return self.prefixes.last_tokens
 
-    def end_all(self) -> None:
+    def end_all(self, error: BaseException | None = None) -> None:
         """See Runner."""
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-            self._end(sequence)
+            self._end(sequence, error)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give ``sequence`` what is kept of its beginning, if there is room for all of its tokens."""

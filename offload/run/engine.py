@@ -83,7 +83,11 @@ class Engine:
         busy = False
         while not self._closed:
             self._take(wait=not busy)
-            busy = not self._closed and self._runner.step()
+            try:
+                busy = not self._closed and self._runner.step()
+            except BaseException as error:  # noqa: BLE001 - raised where the streams are read, which would wait for ever
+                self._runner.end_all(error)
+                busy = False
 
     def _take(self, *, wait: bool) -> None:
         """Do what was asked in the meantime; ``wait`` until there is something."""

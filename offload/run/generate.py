@@ -80,14 +80,14 @@ class Generator(Runner):
         stream.push(record)
         return True
 
-    def end_all(self) -> None:
+    def end_all(self, error: BaseException | None = None) -> None:
         """See Runner."""
         if self._running is not None:
             self._running[0].close()
-            self._running[1].end()
+            self._running[1].end(error)
             self._running = None
         while self._waiting:
-            self._waiting.popleft()[2].end()
+            self._waiting.popleft()[2].end(error)
 
     @property
     def cached_tokens(self) -> int:

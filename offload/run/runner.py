@@ -138,8 +138,8 @@ class Runner:
         """Tokens that are kept of the sequence that ran last."""
         raise NotImplementedError
 
-    def end_all(self) -> None:
-        """End every sequence."""
+    def end_all(self, error: BaseException | None = None) -> None:
+        """End every sequence, because of ``error`` if there is one."""
         raise NotImplementedError
 
     def finish_load(self, *, now: bool = False) -> None:
