@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -160,7 +161,7 @@ void run_lookahead(Heap& heap, Random& random) {
   std::fill(counts, counts + layers, 0);
   Lookahead lookahead{random_weight(heap, random, kF32, 0, layers * experts, hidden), int32_t(layers), int32_t(experts),
                       top_k, depth, bins, slots, 0.75f, 0.9f, edges, right,
-                      heap.take<int32_t>(layers * slots * (1 + top_k)), counts};
+                      heap.take<int32_t>(layers * slots * (2 + top_k)), counts};
   int32_t* pairs = heap.take<int32_t>(2 * depth * top_k);
   for (int token = 0; token < 3; ++token)
     for (int32_t here = -1; here < layers; ++here) {
@@ -219,16 +220,17 @@ void run_moe(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t to
     std::memcpy(static_cast<void*>(&entry), &whole, offsetof(ExpertEntry, state));
     cs_publish(&entry.state, kReady);
   });
-  while (await_expert(block, routing.chosen[0], 0.01) == kComing) {}
+  while (!await_experts(block, {routing.chosen[0]}, 0.01)) {}
   reader.join();
-  std::vector<float> first(out, out + hidden), parts(size_t(hidden), 0.0f);
-  if (tokens == 1) {
-    compute_shared(block, x, routing, parts.data(), false);
-    std::vector<int> order = {0, 1};
-    if (routing.chosen[1] < routing.chosen[0]) order = {1, 0};
-    for (int rank : order) compute_routed(block, routing, rank, parts.data(), false);
-    for (int64_t i = 0; i < hidden; ++i) require(parts[size_t(i)] == first[size_t(i)], "a block in parts", i);
-  }
+  require(state_of(block, routing.chosen[0]) == kReady, "an expert that came", tokens);
+  require(cs_moe(&block, x, hidden, tokens, out, hidden, &routing, 0, &complete) == kOk && complete, "MoE", tokens);
+  std::set<int32_t> wanted(routing.chosen, routing.chosen + tokens * top_k);
+  float* parts = heap.take<float>(tokens * top_k * hidden);
+  float* sum = heap.take<float>(tokens * hidden);
+  compute_shared(block, x, tokens, routing, sum, false);
+  for (int32_t expert : wanted) compute_routed(block, tokens, routing, {expert}, parts, false);
+  add_routed(block, tokens, routing, parts, sum);
+  for (int64_t i = 0; i < tokens * hidden; ++i) require(sum[i] == out[i], "a block in parts", tokens, i);
 
   int32_t* chosen = heap.take<int32_t>(tokens);
   float* factor = normals(heap, random, tokens);
