@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from cli.serve.errors import ServeError
@@ -66,9 +66,16 @@ def _too_large(limit: int) -> ServeError:
     return ServeError(413, f"the body is larger than the {limit:,} bytes that are taken")
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Found]) -> Found:
-    """What ``work`` returns; it is cancelled, and ClientGone raised, if the client hangs up before."""
-    return await _first(work, request.receive)
+async def whole_answer(
+    request: Request, work: Coroutine[Any, Any, dict[str, Any]], close: Callable[[], None], headers: dict[str, str]
+) -> Response:
+    """The document that ``work`` makes, as JSON; it is cancelled, and ClientGone raised, if the client hangs up before.
+    ``close`` is called in any case."""
+    try:
+        document = await _first(work, request.receive)
+    finally:
+        close()
+    return JSONResponse(document, headers=headers)
 
 
 async def _first(work: Coroutine[Any, Any, Found], receive: Receive) -> Found:

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from cli.serve.body import Body, EventStream, event, read, unless_gone
+from cli.serve.body import Body, EventStream, event, read, whole_answer
 from cli.serve.conversation import Conversation, Format, Tool, prepare, text_of
 from cli.serve.errors import ServeError, error_document
 from cli.serve.parts import Part
@@ -145,11 +145,7 @@ async def chat_completions(request: HttpRequest) -> Response:
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(_chunks(service, answers, head, usage), answers.close, body.ignored)
-    try:
-        whole = await unless_gone(request, _completion(service, answers, head))
-    finally:
-        answers.close()
-    return JSONResponse(whole, headers=body.ignored)
+    return await whole_answer(request, _completion(service, answers, head), answers.close, body.ignored)
 
 
 async def _completion(service: Service, answers: Answers, head: Document) -> Document:

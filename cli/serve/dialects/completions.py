@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from cli.serve.body import EventStream, event, read, unless_gone
+from cli.serve.body import EventStream, event, read, whole_answer
 from cli.serve.dialects.chat import SamplingBody, usage_document
 from cli.serve.errors import ServeError, error_document
 from cli.serve.parsers import MarkedParser
@@ -55,11 +55,7 @@ async def completions(request: HttpRequest) -> Response:
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(_chunks(service, answers, head, usage), answers.close, body.ignored)
-    try:
-        whole = await unless_gone(request, _completion(service, answers, head))
-    finally:
-        answers.close()
-    return JSONResponse(whole, headers=body.ignored)
+    return await whole_answer(request, _completion(service, answers, head), answers.close, body.ignored)
 
 
 async def _completion(service: Service, answers: Answers, head: Document) -> Document:

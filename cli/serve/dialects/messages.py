@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from cli.serve.body import Body, EventStream, event, read, unless_gone
+from cli.serve.body import Body, EventStream, event, read, whole_answer
 from cli.serve.conversation import Conversation, Format, Tool, prepare, text_of, tokens_of
 from cli.serve.errors import ServeError, error_document
 from cli.serve.parts import Part
@@ -104,11 +104,7 @@ async def messages(request: HttpRequest) -> Response:
     if body.stream:
         ping = event({"type": "ping"}, "ping")
         return EventStream(_events(answers, head), answers.close, body.ignored, ping)
-    try:
-        whole = await unless_gone(request, _message(answers, head))
-    finally:
-        answers.close()
-    return JSONResponse(whole, headers=body.ignored)
+    return await whole_answer(request, _message(answers, head), answers.close, body.ignored)
 
 
 async def _message(answers: Answers, head: Document) -> Document:

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from cli.serve.body import Body, EventStream, event, read, unless_gone
+from cli.serve.body import Body, EventStream, event, read, whole_answer
 from cli.serve.conversation import Conversation, Format, Tool, prepare, text_of
 from cli.serve.dialects.chat import Function, call_id
 from cli.serve.errors import ServeError
@@ -94,11 +94,7 @@ async def responses(request: HttpRequest) -> Response:
             pass
         return whole.document
 
-    try:
-        document = await unless_gone(request, collected())
-    finally:
-        answers.close()
-    return JSONResponse(document, headers=body.ignored)
+    return await whole_answer(request, collected(), answers.close, body.ignored)
 
 
 async def _stream(whole: "_Whole", answers: Answers) -> AsyncGenerator[str, None]:
