@@ -34,4 +34,5 @@ def test_another_form_is_called_as_it_is(interleaved: bool) -> None:
     made = gate_of(experts)
     gate, up = torch.randn(3, 8), torch.randn(3, 8)
     assert isinstance(made, StockGate)
-    assert torch.allclose(made(gate, up), torch.nn.functional.gelu(gate) * up)
+    # Halves that lie interleaved take torch's scalar erf, others its vectorized one: their last bits differ.
+    torch.testing.assert_close(made(gate, up), torch.nn.functional.gelu(gate) * up)
