@@ -1,9 +1,14 @@
 """A conversation as text, by the model's chat template, in bounded time and memory."""
 
+import atexit
 import json
+import select
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +52,71 @@ def render_chat(
         "characters": _CHARACTERS + _PER_CHARACTER * size,
     }
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", str(_PROCESS)],
-            input=json.dumps(asked).encode(),
-            capture_output=True,
-            timeout=WALL_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        answer = _worker.ask(asked, WALL_SECONDS)
+    except TimeoutError:
         raise CheckpointError(_failed(f"it takes longer than {WALL_SECONDS} s")) from None
-    if done.returncode < 0:
-        raise CheckpointError(_failed(f"it takes more than {CPU_SECONDS} s or {_MEMORY >> 20} MiB"))
-    try:
-        answer: dict[str, str] = json.loads(done.stdout)
-    except ValueError:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no answer"]
-        raise CheckpointError(_failed(said[-1])) from None
+    except EOFError:
+        raise CheckpointError(_failed(f"it takes more than {CPU_SECONDS} s or {_MEMORY >> 20} MiB")) from None
     if "text" not in answer:
         raise CheckpointError(_failed(answer["error"]))
     return answer["text"]
+
+
+class _Worker:
+    """The process that renders, one conversation at a time. It is kept, unless it fails. Callable from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, document: Mapping[str, Any], seconds: float) -> dict[str, str]:
+        """Its answer to ``document``. Raises TimeoutError after ``seconds``, EOFError if it ended instead."""
+        with self._lock:
+            answer: dict[str, str] = {}
+            try:
+                answer = json.loads(self._answer(json.dumps(document).encode() + b"\n", seconds))
+            finally:
+                if "text" not in answer:
+                    self._end()
+            return answer
+
+    def _answer(self, line: bytes, seconds: float) -> bytes:
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None
+        with suppress(BrokenPipeError):  # it has ended, which is seen where it is read
+            process.stdin.write(line)
+        end, read = time.monotonic() + seconds, bytearray()
+        while not read.endswith(b"\n"):
+            if not select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise TimeoutError
+            if not (more := process.stdout.read(1 << 16)):
+                raise EOFError
+            read += more
+        return bytes(read)
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self._end()
+            atexit.register(self._end)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_PROCESS)],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        return self._process
+
+    def _end(self) -> None:
+        atexit.unregister(self._end)
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with process:  # closes its pipes and waits
+                pass
+
+
+_worker = _Worker()
 
 
 def _failed(why: str) -> str:

@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +130,52 @@ def test_half_a_character_passes_through_as_it_is() -> None:
     assert render("{{ messages[0].content }}", [{"role": "user", "content": "caf\udce9"}]) == "caf\udce9"
 
 
+def process() -> subprocess.Popen[bytes] | None:
+    return chat_template._worker._process
+
+
+def test_the_process_is_kept_and_one_that_failed_is_not() -> None:
+    render(TEMPLATES["roles"])
+    kept = process()
+    assert kept is not None
+    started = time.perf_counter()
+    for _ in range(20):
+        render(TEMPLATES["roles"])
+    assert process() is kept and time.perf_counter() - started < 0.5, "a new process takes a tenth of a second each"
+    with pytest.raises(CheckpointError):
+        render("{{ 'x' * 10 ** 10 }}")
+    assert kept.poll() is not None
+    assert render(TEMPLATES["roles"]) == stock(TEMPLATES["roles"], TALK)
+
+
+def test_a_process_that_somebody_ended_is_replaced() -> None:
+    render(TEMPLATES["roles"])
+    kept = process()
+    assert kept is not None
+    kept.kill()
+    kept.wait()
+    assert render(TEMPLATES["roles"]) == stock(TEMPLATES["roles"], TALK)
+
+
+def test_nothing_of_a_conversation_is_there_for_the_next() -> None:
+    keeps = "{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ dict.x is defined }}"
+    assert [render(keeps) for _ in range(3)] == ["1False"] * 3
+
+
+def test_threads_get_their_own_conversations() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda n: render(TEMPLATES["roles"], [{"role": "user", "content": f"n{n}"}]), range(64)))
+    assert texts == [f"[user] n{n}\n" for n in range(64)]
+
+
 def test_an_interrupt_ends_the_process_that_renders(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[subprocess.Popen[bytes]] = []
-    popen = subprocess.Popen
+    render(TEMPLATES["roles"])
+    kept = process()
 
-    class Interrupted(popen):  # type: ignore[misc, valid-type]
-        def communicate(self, *args: Any, **kwargs: Any) -> Any:
-            started.append(self)
-            raise KeyboardInterrupt
+    def interrupted(*asked: object) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    monkeypatch.setattr("select.select", interrupted)
     with pytest.raises(KeyboardInterrupt):
         render(NESTED + ENDS)
-    [process] = started
-    assert process.poll() is not None
+    assert kept is not None and kept.poll() is not None
