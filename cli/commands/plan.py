@@ -44,8 +44,9 @@ def plan(
     """Say where every byte of a run of MODEL goes, what speed to expect, what limits it, and what a GiB
     more buys.
 
-    A quantized MODEL is planned as it is. Otherwise --recipe or schemes by hand say what it will be
-    stored as; a shape without either takes the recipe of its name, or `fast`.
+    A quantized MODEL is planned as it is, with the defaults for a run of --recipe. Otherwise --recipe, and of
+    any MODEL schemes by hand, say what it will be stored as; a shape without either takes the recipe of its
+    name, or `fast`.
     """
     from cli.steps.plan_run import plan_run
     from cli.terminal.plan_table import caution
@@ -54,7 +55,7 @@ def plan(
 
     run = plan_run(model, stored, target, replace(options, routing=routing), console)
     made, shape, schemes = run.plan, run.model.shape, run.model.schemes
-    replay = Simulation.of(shape, schemes, made, run.machine)
+    replay = Simulation.of(shape, schemes, made, run.machine, run.model.wider)
     decode, prefill = replay.decode(_REPLAYED), replay.prefill()
     notes, files = (*run.machine.notes, *made.notes), file_bytes(run.model)
     calibration = _calibration(model, calibrate, shape) if calibrate is not None else None
@@ -64,7 +65,7 @@ def plan(
             f"{number(decode.tokens_per_s)} tokens/s, prefill {number(prefill.tokens_per_s)}: the same run event by "
             "event, which counts waits that the arithmetic above does not (coldstream simulate)"
         )
-        console.rows([("replayed", replayed), *_files(files), *caution(run.machine)])
+        console.rows([("replayed", replayed), *_files(run.model), *caution(run.machine)])
         if calibration is not None:
             _show_calibration(console, calibration)
         console.notes(notes)
@@ -118,20 +119,23 @@ def _show_calibration(console: Console, found: Mapping[str, Any]) -> None:
 
 
 def file_bytes(model: "PlannedModel") -> dict[str, int | None]:
-    """Bytes of the quantized checkpoint, and of the bf16 one that it is made from (None where nothing is)."""
+    """Bytes of the quantized checkpoint, and of what it is made from (None where nothing is): what is there, or
+    the bf16 checkpoint to be downloaded."""
     stored = model.file_nbytes
-    source = None if model.origin.startswith("as stored") else sum(model.shape.role_nbytes({}).values())
+    source = None if model.is_stored else model.source_nbytes or sum(model.shape.role_nbytes({}).values())
     return {"source": source, "stored": stored, "converting": None if source is None else source + stored}
 
 
-def _files(found: Mapping[str, int | None]) -> list[tuple[str, str]]:
+def _files(model: "PlannedModel") -> list[tuple[str, str]]:
     from cli.terminal.words import size
 
+    found = file_bytes(model)
     stored, source = found["stored"] or 0, found["source"]
     if source is None:
         return [("files", f"{size(stored)} on disk")]
     both = f"{size(source + stored)} on disk while converting"
-    return [("files", f"{size(source)} to download (bf16), {both}, {size(stored)} after")]
+    first = "on disk now" if model.source_nbytes is not None else "to download (bf16)"
+    return [("files", f"{size(source)} {first}, {both}, {size(stored)} after")]
 
 
 def _weights(shape: "ModelShape") -> str:

@@ -82,7 +82,7 @@ class _Target:
         self.model = planned_model(model, recipe)
         self.machine = replace(planned_machine(model, say=console.step), gpu=None)
         shape = self.model.shape
-        self.footprint = Footprint(shape, self.model.schemes, shape.context(), 16)
+        self.footprint = Footprint(shape, self.model.schemes, shape.context(), 16, wider=self.model.wider)
 
     def slots(self, ram: int) -> int:
         """Expert slots within ``ram``. Raises BudgetError."""

@@ -66,7 +66,9 @@ def simulate(
     check_page(report)
     run = plan_run(model, AskedSchemes(recipe), target, options, console, prompt)
     subject, stored = run.model, stored_as(run.model)
-    setup = Simulation.of(subject.shape, subject.schemes, run.plan, run.machine, swaps=swaps, gpu_part=split)
+    setup = Simulation.of(
+        subject.shape, subject.schemes, run.plan, run.machine, subject.wider, swaps=swaps, gpu_part=split
+    )
     routing, counts, stretch = _routing(trace, subject.shape, tokens)
     decode, prefill = setup.decode(tokens, trace=routing, counts=counts), setup.prefill()
     notes = [*setup.machine.notes, *setup.plan.notes]

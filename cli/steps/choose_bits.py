@@ -194,7 +194,7 @@ class _Fitting:
     def __init__(self, checkpoint: "Checkpoint", goal: Goal, console: Console) -> None:
         from offload.records import RunOptions
 
-        self.shape = checkpoint.shape
+        self.checkpoint = checkpoint
         self.options = RunOptions(vram=goal.vram, ram=goal.ram, context=goal.context)
         target = AskedMachine(gpu=None if goal.fit == "this" else goal.fit)
         self.machine = target.find(checkpoint.path, goal.ram, console.step)
@@ -202,8 +202,11 @@ class _Fitting:
     def plan(self, schemes: "Mapping[Role, Scheme]") -> "Plan":
         """The plan of a run there. Raises BudgetError if there is none."""
         from offload.plan.planned_run import PlannedModel, planned_run
+        from quant.checkpoint.inventory import wider_bytes
 
-        return planned_run(PlannedModel(self.shape, schemes, "by hand"), self.options, machine=self.machine).plan
+        wider = wider_bytes(self.checkpoint, schemes)
+        model = PlannedModel(self.checkpoint.shape, schemes, "by hand", wider=wider)
+        return planned_run(model, self.options, machine=self.machine).plan
 
     def __call__(self, schemes: "Mapping[Role, Scheme]") -> bool:
         """Whether every expert is in memory then."""

@@ -7,7 +7,7 @@ Needs no torch, and of a model only its config.json, and its files' headers wher
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from offload.hardware.gpu_catalog import described_machine
 from offload.hardware.probe import Machine, Say, probe
@@ -15,9 +15,11 @@ from offload.plan.cost_model import with_prefetch_bytes
 from offload.plan.plan import Plan, make_plan
 from offload.records import RunOptions
 from quant.architecture.shape import shape_of
+from quant.checkpoint.headers import CheckpointHeaders
 from quant.checkpoint.inventory import open_headers, schemes_of_tensors, wider_bytes
 from quant.checkpoint.stored import stored_schemes
-from quant.errors import UsageError
+from quant.errors import CheckpointError, UsageError
+from quant.model.config import quantization_of
 from quant.model.families import Role
 from quant.model.hub import resolve_config
 from quant.model.known_shapes import shape_names
@@ -29,19 +31,27 @@ if TYPE_CHECKING:  # imports numpy, which a plan without a profile does without
     from offload.routing.stats import RoutingStats
 
 _DEFAULT_RECIPE = "fast"
+_AS_STORED = "as stored"
 
 
 @dataclass(frozen=True)
 class PlannedModel:
     """A model and what its weights are stored as, or will be. ``origin`` says in words how that is known;
     ``recipe`` is the one whose defaults hold for a run of it, if any; ``wider`` what weights that are kept in f32 take
-    beyond two bytes each, by role, where the tensors are there to tell."""
+    beyond two bytes each, by role, and ``source_nbytes`` what the tensors of a source take on disk, where they are
+    there to tell."""
 
     shape: ModelShape
     schemes: Mapping[Role, Scheme]
     origin: str
     recipe: Recipe | None = None
     wider: Mapping[Role, int] = field(default_factory=dict)
+    source_nbytes: int | None = None
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether its files are there as they are planned."""
+        return self.origin.startswith(_AS_STORED)
 
     @property
     def file_nbytes(self) -> int:
@@ -64,31 +74,58 @@ class PlannedRun:
 def planned_model(
     model: str | Path, recipe: str | None = None, schemes: Mapping[Role, Scheme] | None = None
 ) -> PlannedModel:
-    """``model`` (a directory, a config.json, a shape's name or a Hub id) in ``schemes`` over those of
-    ``recipe``; without either as it is stored, or for a bare config by the recipe of its name, else ``fast``.
+    """``model`` (a directory, a config.json, a shape's name or a Hub id) as it is stored; or in ``schemes`` over those
+    of ``recipe``, as ``quantize`` would make it; or for a bare config by the recipe of its name, else ``fast``.
 
-    Of a directory with weights the headers are read, and what a run would refuse is refused. Of a Hub id only the
-    config is fetched. Raises CheckpointError, UsageError and RecipeError.
+    A quantized model that runs stays as it is under a recipe, which gives a run its defaults, as in every command.
+    Of a directory with weights the headers are read, and what a run (of a source: a conversion) would refuse is
+    refused. Of a Hub id only the config is fetched. Raises CheckpointError, UsageError and RecipeError.
     """
     name = str(model)
     config = resolve_config(name)
     shape = shape_of(config)
     named = load_recipe(recipe) if recipe else None
-    if named is not None or schemes:
+    has_files = next(Path(name).glob("*.safetensors*"), None) is not None  # what is there counts, as in a run
+    if schemes or (named is not None and not _runs_quantized(config, shape)):
         origin = f"recipe {named.name}" if named else "by hand"
-        over = {**named.schemes, **(schemes or {})} if named else schemes or {}
-        return PlannedModel(shape, over, origin, named)
+        over = {**(named.schemes if named else {}), **(schemes or {})}
+        if not has_files:
+            return PlannedModel(shape, over, origin, named)
+        source = _source(Path(name), config)
+        nbytes = sum(entry.file_nbytes for entry in source.entries.values())
+        return PlannedModel(shape, over, origin, named, wider_bytes(source, over), nbytes)
     stored = stored_schemes(config, shape)
-    if next(Path(name).glob("*.safetensors*"), None) is not None:  # what is there counts, as in a run
+    if has_files:
         headers = open_headers(Path(name))
         wider = wider_bytes(headers)
         if stored is not None:
-            return PlannedModel(shape, schemes_of_tensors(headers), "as stored", wider=wider)
-        return PlannedModel(shape, {}, "as stored; --recipe plans it quantized", wider=wider)
+            return PlannedModel(shape, schemes_of_tensors(headers), _under(named), named, wider)
+        return PlannedModel(shape, {}, f"{_AS_STORED}; --recipe plans it quantized", wider=wider)
     if stored is not None:
-        return PlannedModel(shape, stored, "as stored")
+        return PlannedModel(shape, stored, _under(named), named)
     default = load_recipe(name if name in shape_names() and name in recipe_names() else _DEFAULT_RECIPE)
     return PlannedModel(shape, default.schemes, f"recipe {default.name}", default)
+
+
+def _under(recipe: Recipe | None) -> str:
+    return f"{_AS_STORED}; recipe {recipe.name} for a run's defaults" if recipe else _AS_STORED
+
+
+def _runs_quantized(config: Mapping[str, Any], shape: ModelShape) -> bool:
+    """Whether ``config`` is of a quantized model that can be run, and need not be converted before."""
+    try:
+        return stored_schemes(config, shape) is not None
+    except CheckpointError:
+        return False
+
+
+def _source(path: Path, config: Mapping[str, Any]) -> CheckpointHeaders:
+    """The checkpoint in ``path`` as a conversion reads it."""
+    if quantization_of(config) is None:
+        return open_headers(path)
+    from quant.sources.open import open_source  # imports torch, which a plan of anything else does without
+
+    return open_source(path)
 
 
 def planned_machine(

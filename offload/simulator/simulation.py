@@ -22,6 +22,7 @@ from offload.simulator.prefill import Prompt
 from offload.simulator.requests import Tiers, TokenRequests, drawn, replayed, shares, stretched
 from offload.simulator.workload import Rates, Work
 from offload.tiers import Key, Tier
+from quant.model.families import Role
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 
@@ -87,10 +88,18 @@ class Simulation:
     swaps: int = 0
 
     @classmethod
-    def of(cls, shape: ModelShape, schemes: Mapping[Any, Scheme], plan: Plan, machine: Machine, **more: Any) -> Self:
-        """Of the model of ``shape``, stored by ``schemes``, as it was planned."""
+    def of(
+        cls,
+        shape: ModelShape,
+        schemes: Mapping[Any, Scheme],
+        plan: Plan,
+        machine: Machine,
+        wider: Mapping[Role, int] | None = None,
+        **more: Any,
+    ) -> Self:
+        """Of the model of ``shape``, stored by ``schemes`` and what is kept in f32 (``wider``), as it was planned."""
         machine = machine if plan.vram else replace(machine, gpu=None)
-        footprint = Footprint(shape, schemes, plan.context, plan.kv_bits, plan.slot_bytes)
+        footprint = Footprint(shape, schemes, plan.context, plan.kv_bits, plan.slot_bytes, wider=wider or {})
         return cls(footprint, plan, machine, **more)
 
     @property

@@ -50,8 +50,10 @@ class Work:
         nbytes = {role: [0] * shape.num_layers for role in ("attention", "mlp")}
         weights = {role: [0] * shape.num_layers for role in ("attention", "mlp")}
         head = head_weights = 0
+        plain, roles = shape.role_nbytes(schemes), footprint.roles()
         for linear in shape.dense_linears():
             size = scheme_of(schemes, linear).nbytes(linear.out_features, linear.in_features)
+            size = size * roles[linear.role] // plain[linear.role]  # more where some are kept in f32
             if linear.layer is None:
                 head, head_weights = size, linear.weights
                 continue
@@ -59,10 +61,11 @@ class Work:
             nbytes[name][linear.layer] += size
             weights[name][linear.layer] += linear.weights
         for tensor in shape.plain_tensors():
+            size = 2 * tensor.elements * roles[tensor.role] // plain[tensor.role]
             if tensor.layer is not None:
-                nbytes["attention"][tensor.layer] += 2 * tensor.elements
+                nbytes["attention"][tensor.layer] += size
             elif tensor.role != "embeddings" or shape.tie_word_embeddings:
-                head += 2 * tensor.elements
+                head += size
         held = dict(shape.kv_layers(filled))
         whole = footprint.kv_at(filled)
         tokens = sum(held.values())

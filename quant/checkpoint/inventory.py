@@ -259,13 +259,15 @@ def schemes_of_tensors(checkpoint: CheckpointHeaders) -> Mapping[Role, Scheme]:
     return joined((linear, scheme) for linear, (scheme, _) in _linears(checkpoint))
 
 
-def wider_bytes(checkpoint: CheckpointHeaders) -> dict[Role, int]:
+def wider_bytes(checkpoint: CheckpointHeaders, schemes: Mapping[Role, Scheme] | None = None) -> dict[Role, int]:
     """By role, what dense weights take in memory beyond two bytes each: those stored in f32, or in f64, which is kept
-    as f32. The vision tower is always kept in two."""
+    as f32. The vision tower is always kept in two. With ``schemes``: once the weights of those roles are quantized."""
     wider: dict[Role, int] = {}
     for key, entry in checkpoint.entries.items():
         name = checkpoint.names[key]
         is_weight = not name.suffix.startswith(("weight.", "weight_")) and not _WITHOUT_MEANING.search(key)
+        if (schemes or {}).get(name.role, BF16) != BF16 and not name.suffix.endswith("bias"):
+            continue
         if entry.kept_dtype == "F32" and is_weight and name.role != "vision":
             wider[name.role] = wider.get(name.role, 0) + 2 * math.prod(entry.shape)
     return wider

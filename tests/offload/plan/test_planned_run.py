@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from offload.experts.storage.store import ExpertStore
 from offload.plan.planned_run import PlannedModel, planned_machine, planned_model, planned_run
 from offload.records import RunOptions, Sampling
+from offload.simulator.simulation import Simulation
+from offload.simulator.workload import Work
 from quant.checkpoint.checkpoint import Checkpoint
+from quant.convert.quantize import quantize
 from quant.errors import CheckpointError, UsageError
 from quant.model.known_shapes import load_shape
 from quant.model.recipe import load_recipe
@@ -68,6 +71,44 @@ def test_a_directory_is_planned_by_the_tensors_that_are_there(tiny: Callable[...
     beyond = ExpertStore(Checkpoint.open(wide)).slot_bytes - four.plan.slot_bytes
     assert beyond in (0, 4096), "a page where experts do not begin on one"
     assert four.model.file_nbytes == sum(entry.nbytes for entry in entries.values())
+
+
+def test_what_a_recipe_leaves_wide_is_counted_as_it_will_be_stored(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    wide, made = tmp_path / "f32", tmp_path / "made"
+    shutil.copytree(tiny("qwen3_moe"), wide)
+    save_file(
+        {key: tensor.float() for key, tensor in load_file(wide / "model.safetensors").items()},
+        wide / "model.safetensors",
+        {"format": "pt"},
+    )
+    schemes = {"experts": Scheme("int4", 32), "lm_head": Scheme("int8", 32)}
+    before = planned_run(planned_model(wide, schemes=schemes), RunOptions(ram=4 * GIB), machine=machine())
+    assert before.model.source_nbytes == sum(entry.nbytes for entry in Checkpoint.open(wide).entries.values())
+    quantize(wide, made, experts=schemes["experts"], lm_head=schemes["lm_head"])
+    after = planned_run(str(made), RunOptions(ram=4 * GIB), machine=machine())
+    shapes = sum(entry.nbytes for key, entry in Checkpoint.open(made).entries.items() if key.endswith("weight_shape"))
+    assert before.model.wider == after.model.wider and before.model.wider["attention"]
+    assert before.plan.rows == after.plan.rows
+    assert 0 <= before.model.file_nbytes - after.model.file_nbytes <= shapes
+    on_simulator = [
+        Simulation.of(run.model.shape, run.model.schemes, run.plan, run.machine, run.model.wider)
+        for run in (before, after)
+    ]
+    load = on_simulator[0].footprint.load(filled=512, vram_hits=0, hits=1, resident=1)
+    assert Work.of(on_simulator[0].footprint, 512).dense == pytest.approx(load.dense + load.kv, abs=100)
+    assert on_simulator[0].decode(8) == on_simulator[1].decode(8)
+
+
+def test_a_quantized_model_stays_as_it_is_under_a_recipe_and_takes_its_defaults(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    made, recipe = tmp_path / "made", load_recipe("scout-rtx4090")
+    quantize(tiny("qwen3_moe"), made, experts="int4-g32")
+    found = planned_model(made, recipe.name)
+    assert found.is_stored and recipe.name in found.origin and found.recipe == recipe
+    assert found.schemes == planned_model(made).schemes == planned_model(made / "config.json", recipe.name).schemes
+    by_hand = planned_model(made, recipe.name, {"experts": Scheme("int8", 32)})
+    assert not by_hand.is_stored and by_hand.schemes["experts"] == Scheme("int8", 32)
 
 
 @pytest.mark.parametrize("spoil", ["cut", "lacking", "misshapen", "shards missing", "another name"])
