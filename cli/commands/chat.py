@@ -62,7 +62,7 @@ def chat(
         try:  # what is wrong with the template is said before the first question
             session.encode_chat([*conversation.messages, {"role": "user", "content": "?"}])
         except CheckpointError as error:
-            console.say(f"coldstream: error: {error}")
+            console.prose(f"coldstream: error: {error}")
         if messages.terminal:
             console.say("Type a message; /help lists the commands.")
         conversation.loop()

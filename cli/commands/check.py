@@ -28,9 +28,9 @@ def check(console: Console, directory: Folder, engine: Engine) -> None:
     schemes = schemes_of_tensors(headers)
     found = obstacles(headers.shape, schemes, known)
     for line in found:
-        console.say(line)
+        console.prose(line)
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
         raise CheckpointError(f"{known.title} cannot load {directory}: {found[0]}{more}")
-    console.say(f"{known.title} loads {directory}: {schemes_line(schemes, headers.shape)}")
+    console.prose(f"{known.title} loads {directory}: {schemes_line(schemes, headers.shape)}")
     console.result({"model": str(directory), "engine": known.title, "loads": True})

@@ -48,12 +48,10 @@ def demo(console: Console, keep: Keep = Path("coldstream-demo")) -> None:
         source = stack.enter_context(as_file(files("recipes").joinpath("demo")))
         document = Demo(source, keep, console).run()
     seconds = time.perf_counter() - started
-    console.say(
-        f"\nDone in {seconds:.0f} s. Next:\n"
-        f"   open {keep / PAGE} in a browser: where every byte was, and what a token's time went to\n"
-        f"   coldstream chat {keep / MODEL}\n"
-        "   coldstream plan scout    what a model of 109 billion weights would need on this machine"
-    )
+    console.say(f"\nDone in {seconds:.0f} s. Next:")
+    console.prose(f"   open {keep / PAGE} in a browser: where every byte was, and what a token's time went to", 3)
+    console.prose(f"   coldstream chat {keep / MODEL}", 3)
+    console.prose("   coldstream plan scout    what a model of 109 billion weights would need on this machine", 3)
     console.result({**document, "seconds": seconds, "kept": keep})
 
 
@@ -103,7 +101,13 @@ class Demo:
     def heading(self, title: str, command: str) -> None:
         """Say what comes now and how to do it by hand."""
         self.step += 1
-        self.console.say(f"\n{self.step}. {title}\n   $ coldstream {command}")
+        self.console.say()
+        self.console.prose(f"{self.step}. {title}", 3)
+        self.console.say(f"   $ coldstream {command}")
+
+    def _result(self, text: str) -> None:
+        """Say what came of it."""
+        self.console.prose(f"   {text}", 3)
 
     def quantize(self) -> dict[str, Any]:
         """By the packaged recipe."""
@@ -116,8 +120,8 @@ class Demo:
             "Quantize: routed and shared experts to 4 bits.", f"quantize {self.source} {self.model} --recipe {RECIPE}"
         )
         done = convert(self.source, self.model, recipe.schemes)
-        self.console.say(
-            f"   {size(done.source_bytes)} became {size(done.output_bytes)}, "
+        self._result(
+            f"{size(done.source_bytes)} became {size(done.output_bytes)}, "
             f"{done.bits_per_weight:.2f} bits per weight of the whole checkpoint, in {done.seconds:.1f} s"
         )
         return done.to_json()
@@ -141,10 +145,11 @@ class Demo:
             stats.save(self.routing)
         skew = stats.skew()
         quarter = sum(layer.top25 for layer in skew) / len(skew)
-        self.console.say(
-            f"   {stats.tokens:,} tokens in {seconds:.1f} s; the most used quarter of the experts takes "
-            f"{percent(quarter)} of the requests\n"
+        self._result(
+            f"{stats.tokens:,} tokens in {seconds:.1f} s; the most used quarter of the experts takes "
+            f"{percent(quarter)} of the requests"
         )
+        self.console.say()
         self.console.say(heat_map(stats))
         return profile_document(stats, self.routing, stats.tokens, seconds)
 
@@ -172,12 +177,16 @@ class Demo:
             f"plan {self.model} --ram {ram // 1024}KiB --context {CONTEXT} --prompt-chunk {CHUNK} "
             f"--routing {self.routing}",
         )
-        self.console.say(
-            f"   {size(plan.total('ram') - plan.framework_bytes)} of the model in RAM, beside "
-            f"{size(plan.framework_bytes)} of Python and its libraries\n"
-            f"   {plan.ram_slots} of {plan.experts} experts at a time, the others read from disk "
-            f"when asked for: {percent(plan.hit_rates['ram'])} hits expected\n"
-            f"   {number(plan.predicted_tokens_per_s)} tokens/s decode and "
+        self._result(
+            f"{size(plan.total('ram') - plan.framework_bytes)} of the model in RAM, beside "
+            f"{size(plan.framework_bytes)} of Python and its libraries"
+        )
+        self._result(
+            f"{plan.ram_slots} of {plan.experts} experts at a time, the others read from disk "
+            f"when asked for: {percent(plan.hit_rates['ram'])} hits expected"
+        )
+        self._result(
+            f"{number(plan.predicted_tokens_per_s)} tokens/s decode and "
             f"{number(plan.predicted_prefill_tokens_per_s)} prefill predicted, limited by {limit_name(plan.limited_by)}"
         )
         return plan.to_json()
@@ -186,7 +195,7 @@ class Demo:
         """Answer a question, then the report, on the terminal and as a page."""
         from cli.html.run_report import write_page
         from cli.steps.open_model import open_session
-        from cli.terminal.run_summary import summary
+        from cli.terminal.run_summary import INDENT, summary_rows
         from offload.run.collect import account
         from offload.run.report import Message
 
@@ -214,6 +223,6 @@ class Demo:
                 warmup=1,
             )
         self.console.say("\n")
-        self.console.say(summary(report))
+        self.console.rows(summary_rows(report), INDENT)
         write_page(report, self.page)
         return report.to_json()

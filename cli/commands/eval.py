@@ -119,7 +119,7 @@ def show_evaluation(found: "Evaluation", console: Console) -> None:
     console.show(buckets)
     console.say(histogram(ours.histogram))
     shares = ", ".join(f"{layer}: {share:.1%}" for layer, share in found.router_agreement.items())
-    console.say(f"Experts in common by layer: {shares}")
+    console.prose(f"Experts in common by layer: {shares}")
     console.step(f"done in {found.seconds:.1f} s")
 
 

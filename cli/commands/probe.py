@@ -39,7 +39,7 @@ def show_machine(machine: "Machine", console: Console) -> None:
     from cli.terminal.words import number, size
 
     cores = f"{machine.cores} core{'s' if machine.cores != 1 else ''}"
-    console.say(f"{machine.cpu}, {cores}, {machine.isa}: {number(machine.int8_gops)} Gop/s in int8")
+    console.prose(f"{machine.cpu}, {cores}, {machine.isa}: {number(machine.int8_gops)} Gop/s in int8")
     table = plain_table("memory", "size", "read")
     table.add_column("")
     gpu = machine.gpu

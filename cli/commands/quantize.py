@@ -221,7 +221,7 @@ def _show(console: Console, report: "ConversionReport", outputs: "Mapping[Role, 
     if report.roles:
         console.show(table)
         for role in report.roles:
-            console.say(f"worst of the {role_name(role.role)}: {role.worst.module}")
+            console.prose(f"worst of the {role_name(role.role)}: {role.worst.module}")
         console.prose((_CALIBRATED if outputs else "") + _MEASURED)
     console.step(
         f"{format_size(report.source_bytes)} became {format_size(report.output_bytes)} in "

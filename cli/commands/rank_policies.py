@@ -146,7 +146,7 @@ class _Ranking:
         from cli.terminal.line_plots import curves
 
         done, total = self.done, len(self.done.trace.keys)
-        console.say(f"Hit rate on {done.trace.name}, by policy and slots:")
+        console.prose(f"Hit rate on {done.trace.name}, by policy and slots:")
         side_by_side = max(1, (console.width - _NAMES) // _CELL)
         for start in range(0, len(done.slots), side_by_side):
             console.show(self._table(range(start, min(start + side_by_side, len(done.slots)))))

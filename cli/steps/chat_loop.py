@@ -22,15 +22,16 @@ from quant.output_file import save_output
 if TYPE_CHECKING:
     from offload.run.session import Session
 
-HELP = """\
-/file PATH [TEXT]  say what is in the file, and TEXT after it
-/image PATH [TEXT] show it an image, and say TEXT about it; without TEXT, the next message is about it
-/reset             forget the conversation
-/system TEXT       tell the model TEXT first, and begin anew; without TEXT, tell it nothing
-/stats             the run so far: speed, memory, expert hits
-/save FILE         write the conversation as JSON
-/quit              end (Ctrl-D too); Ctrl-C stops an answer
-\"\"\"                begins and ends a message of several lines; what is pasted is one message"""
+HELP = (
+    ("/file PATH [TEXT]", "say what is in the file, and TEXT after it"),
+    ("/image PATH [TEXT]", "show it an image, and say TEXT about it; without TEXT, the next message is about it"),
+    ("/reset", "forget the conversation"),
+    ("/system TEXT", "tell the model TEXT first, and begin anew; without TEXT, tell it nothing"),
+    ("/stats", "the run so far: speed, memory, expert hits"),
+    ("/save FILE", "write the conversation as JSON"),
+    ("/quit", "end (Ctrl-D too); Ctrl-C stops an answer"),
+    ('"""', "begins and ends a message of several lines; what is pasted is one message"),
+)
 _MARK = b'"command": "chat", "messages"'  # in the beginning of every conversation that was saved
 _FILE = re.compile(r"""(?:"(?P<double>[^"]+)"|'(?P<single>[^']+)'|(?P<bare>\S+))\s*(?P<text>.*)""", re.DOTALL)
 
@@ -76,7 +77,7 @@ class ChatLoop:
                 self.console.say("\n(Ctrl-D or /quit ends the chat)")
             except ColdstreamError as error:
                 self.failed = True
-                self.console.say(f"coldstream: error: {' '.join(str(error).split())}")
+                self.console.prose(f"coldstream: error: {' '.join(str(error).split())}")
 
     def answer(self, text: str) -> None:
         """Stream the model's answer to ``text``; Ctrl-C ends the answer, and what came of it stays.
@@ -104,16 +105,16 @@ class ChatLoop:
             reply = "".join(record.text for record in records)
             self.messages = [*self.messages, question, {"role": "assistant", "content": reply}]
         if stopped:
-            self.console.say("(stopped)")
+            self.console.prose("(stopped)")
         elif records[-1].finish == "length":
-            self.console.say(f"(cut off after {len(records):,} tokens: --max-tokens allows no more)")
+            self.console.prose(f"(cut off after {len(records):,} tokens: --max-tokens allows no more)")
         elif records[-1].finish == "context":
-            self.console.say(
+            self.console.prose(
                 f"(cut off: the context of {self.session.context:,} tokens is full; /reset forgets the "
                 "conversation, and --context makes room for a longer one)"
             )
         if records and not self.console.quiet:
-            self.console.say(f"({_speed(records)})")
+            self.console.prose(f"({_speed(records)})")
 
     def _turns(self) -> list[list[dict[str, Any]]]:
         """The messages after the first, cut before each of the user's."""
@@ -144,11 +145,11 @@ class ChatLoop:
         what = "the oldest turn" if more == 1 else f"the {more:,} oldest turns"
         full = f"{len(ids):,} tokens to be told, and the context has {context:,}"
         if not self.input.terminal:
-            self.console.say(f"({full}: the model no longer sees {what}; --context makes room for more)")
+            self.console.prose(f"({full}: the model no longer sees {what}; --context makes room for more)")
         else:
-            self.console.say(f"({full})")
+            self.console.prose(f"({full})")
             if not self.input.agree(f"Go on without {what}?"):
-                self.console.say("(not sent: /reset forgets the conversation, /save keeps it)")
+                self.console.prose("(not sent: /reset forgets the conversation, /save keeps it)")
                 return None
         self._dropped = fewest
         return shorter
@@ -168,7 +169,7 @@ class ChatLoop:
         rest = rest.strip()
         match word:
             case "/help":
-                self.console.say(HELP)
+                self.console.rows(HELP)
             case "/file" if rest:
                 self.answer(self._file(rest))
             case "/file":
@@ -180,43 +181,43 @@ class ChatLoop:
                 if text:
                     self.answer(text)
                 else:
-                    self.console.say(f"({path} is shown with the next message)")
+                    self.console.prose(f"({path} is shown with the next message)")
             case "/image":
                 raise UsageError("/image needs a path: /image PATH, and what you want to say about it")
             case "/reset":
                 self.begin(self.system)
-                self.console.say("(the conversation is forgotten)")
+                self.console.prose("(the conversation is forgotten)")
             case "/system":
                 self.begin(rest or None)
-                self.console.say("(begun anew)")
+                self.console.prose("(begun anew)")
             case "/stats":
                 self.stats()
             case "/save" if rest:
                 save_conversation(self.messages, Path(rest).expanduser())
-                self.console.say(f"({len(self.messages)} messages written to {rest})")
+                self.console.prose(f"({len(self.messages)} messages written to {rest})")
             case "/save":
                 raise UsageError("/save needs a file: /save FILE")
             case _:
-                self.console.say(f"{word} is no command; /help lists them")
+                self.console.prose(f"{word} is no command; /help lists them")
 
     def _file(self, rest: str) -> str:
         """The text of the file that ``rest`` begins with, which may be quoted, and what follows it there."""
         path, text = _path_and_text(rest)
         content = read_text(path)
-        self.console.say(f"({path}: {len(content):,} characters)")
+        self.console.prose(f"({path}: {len(content):,} characters)")
         return f"{content.rstrip()}\n\n{text}" if text else content
 
     def stats(self) -> None:
         """Say the report of the run so far."""
-        from cli.terminal.run_summary import summary
+        from cli.terminal.run_summary import INDENT, summary_rows
         from offload.run.collect import account
 
         if not self.runs:
-            self.console.say("(nothing was generated yet)")
+            self.console.prose("(nothing was generated yet)")
             return
-        self.console.say(summary(account(self.session, self.runs, command="chat", warmup=1)))
-        cached, context = self.session.cached_tokens, self.session.context
-        self.console.say(f"  {'context':<10}{cached:,} of {context:,} tokens")
+        report = account(self.session, self.runs, command="chat", warmup=1)
+        full = f"{self.session.cached_tokens:,} of {self.session.context:,} tokens"
+        self.console.rows([*summary_rows(report, said=self.console.said), ("context", full)], INDENT)
 
 
 def _path_and_text(rest: str) -> tuple[Path, str]:

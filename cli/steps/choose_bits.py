@@ -85,7 +85,7 @@ class BitChoice:
             f"{allocation.bits:.3f} bits per quantized weight, {format_size(allocation.nbytes)}; expected loss "
             f"{allocation.loss:.4g}, of {sum(c.options[0].loss for c in allocation.choices):.4g} with the fewest bits"
         )
-        console.say(self._head(allocation))
+        console.prose(self._head(allocation))
         console.notes(self._notes(allocation, mixture))
         return mixture, allocation
 

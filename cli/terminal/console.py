@@ -62,8 +62,10 @@ class Console:
 
     def rows(self, rows: Iterable[tuple[str, str]], indent: str = "") -> None:
         """Aligned lines of a label and a text each."""
-        for label, text in rows:
-            self.prose(f"{indent}{label:<10}{text}", len(indent) + 10)
+        listed = list(rows)
+        width = max([9, *(len(label) for label, _ in listed)]) + 1
+        for label, text in listed:
+            self.prose(f"{indent}{label:<{width}}{text}", len(indent) + width)
 
     def show(self, renderable: "RenderableType") -> None:
         """A rich table, panel or text for a human."""

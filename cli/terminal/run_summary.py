@@ -10,11 +10,6 @@ INDENT = "  "
 _ROLES = 4  # of a tier, the largest
 
 
-def summary(report: RunReport) -> str:
-    """The report as aligned plain lines."""
-    return "\n".join(f"{INDENT}{label:<10}{text}" for label, text in summary_rows(report))
-
-
 def summary_rows(report: RunReport, *, said: Collection[str] = (), every_role: bool = False) -> list[tuple[str, str]]:
     """A label and a text per line; without the notes that were ``said`` before."""
     shown = None if every_role else _ROLES

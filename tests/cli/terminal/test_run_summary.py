@@ -4,9 +4,14 @@ import re
 from dataclasses import replace
 
 from cli.html.run_report import render_page
-from cli.terminal.run_summary import summary, summary_rows
+from cli.terminal.run_summary import summary_rows
 from cli.terminal.words import deviation, number, percent, verdict
+from offload.run.report import RunReport
 from tests.reports import report
+
+
+def summary(of: RunReport) -> str:
+    return "\n".join(f"  {label:<10}{text}" for label, text in summary_rows(of))
 
 
 def test_the_summary_names_both_speeds_the_floor_and_the_bytes() -> None:
