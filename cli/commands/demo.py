@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from shutil import rmtree
+from shutil import rmtree, which
 from typing import Annotated, Any
 
 import typer
@@ -49,6 +49,8 @@ def demo(console: Console, keep: Keep = Path("coldstream-demo")) -> None:
         document = Demo(source, keep, console).run()
     seconds = time.perf_counter() - started
     console.say(f"\nDone in {seconds:.0f} s. Next:")
+    if which("coldstream") is None:
+        console.prose(f"   source {Path(sys.prefix, 'bin', 'activate')}    so that your shell finds `coldstream`", 3)
     console.prose(f"   open {keep / PAGE} in a browser: where every byte was, and what a token's time went to", 3)
     console.prose(f"   coldstream chat {keep / MODEL}", 3)
     console.prose("   coldstream plan scout    what a model of 109 billion weights would need on this machine", 3)

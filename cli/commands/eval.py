@@ -117,7 +117,7 @@ def show_evaluation(found: "Evaluation", console: Console) -> None:
         span = f"{bucket.low:g} to {bucket.high:g}"
         buckets.add_row(span, f"{bucket.tokens:,}", f"{bucket.kl_mean:.5f}", f"{bucket.same_top:.2%}")
     console.show(buckets)
-    console.say(histogram(ours.histogram))
+    console.say(histogram(ours.histogram, min(50, console.width - 20)))
     shares = ", ".join(f"{layer}: {share:.1%}" for layer, share in found.router_agreement.items())
     console.prose(f"Experts in common by layer: {shares}")
     console.step(f"done in {found.seconds:.1f} s")

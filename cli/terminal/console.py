@@ -15,7 +15,7 @@ from quant.errors import UsageError
 
 if TYPE_CHECKING:  # rich costs 0.1 s, and --help never prints with it
     from rich.console import Console as RichConsole
-    from rich.console import RenderableType
+    from rich.table import Table
 
 
 class Console:
@@ -67,9 +67,23 @@ class Console:
         for label, text in listed:
             self.prose(f"{indent}{label:<{width}}{text}", len(indent) + width)
 
-    def show(self, renderable: "RenderableType") -> None:
-        """A rich table, panel or text for a human."""
-        self.rich.print(renderable)
+    def show(self, table: "Table") -> None:
+        """A rich table for a human; where the terminal is too narrow for its words, a sentence for each row."""
+        from rich.text import Text
+
+        columns = [[Text.from_markup(str(c)).plain for c in (column.header, *column.cells)] for column in table.columns]
+        words = [
+            cells if column.no_wrap else " ".join(cells).split()
+            for column, cells in zip(table.columns, columns, strict=True)
+        ]
+        between = 2 if table.box is None else 3
+        if sum(max(map(len, parts), default=0) + between for parts in words) - between <= self.rich.width:
+            self.rich.print(table)
+            return
+        headings, *rows = zip(*columns, strict=True)
+        for label, *cells in rows:
+            said = ", ".join(f"{name} {cell}".strip() for name, cell in zip(headings[1:], cells, strict=True) if cell)
+            self.prose(f"{label}: {said}", 4)
 
     def step(self, text: str) -> None:
         """What is being done now: a line that starts the same way in every command."""

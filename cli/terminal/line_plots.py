@@ -1,5 +1,6 @@
 """Curves of several series over one axis, drawn with letters in the terminal."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 
@@ -23,7 +24,8 @@ def curves(x: Sequence[float], series: Mapping[str, Sequence[float]], *, width: 
         lines.append(f"{label:>6} │{''.join(cells).rstrip()}")
     lines.append(f"{'':>6} └{'─' * width}")
     lines.append(f"{'':>8}{'0 %':<{width // 2 - 2}}{'50 %':<{width // 2 - 3}}100 %")
-    lines.append(f"{'':>8}" + "   ".join(f"{letter} {name}" for name, letter in letters.items()))
+    legend = "   ".join(f"{letter}\N{NO-BREAK SPACE}{name}" for name, letter in letters.items())
+    lines += textwrap.wrap(legend, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
 
 

@@ -41,7 +41,6 @@ def test_every_way_to_the_terminal_escapes(text: str, capsys: pytest.CaptureFixt
     console.say(text)
     console.step(text)
     console.notes([text])
-    console.show(text)
     table = Table(title=text)
     table.add_column(text)
     table.add_row(Text(text))
