@@ -21,6 +21,7 @@ from offload.decode.native_moe import BlockTable, NativeMoe, is_native
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.reader import Priority
 from offload.experts.storage.store import ExpertStore
+from offload.model.embedding_rows import EmbeddingRows
 from offload.model.kv_cache import SequenceCache
 from offload.model.layer_parts import LayerParts, all_layer_parts, norm_eps
 from offload.model.paged_cache import PagedCache
@@ -98,6 +99,7 @@ class NativeDecoder(Decoder):
         experts.watch(BlockTable(self.moes))
         rows = self.model.get_input_embeddings().weight.data
         readable = rows.dtype in (torch.bfloat16, torch.float32) and self.stack.token_logits is not None
+        self._table = EmbeddingRows.of(rows)
         if self.lookahead is not None and readable and self._guess_tokens:
             self.stack.guess_tokens(rows, -(-len(parts) // _LAST))
 
@@ -111,6 +113,8 @@ class NativeDecoder(Decoder):
         return logits
 
     def _embedded(self, ids: Sequence[int]) -> Tensor:
+        if self._table is not None and len(ids) <= MAX_ROWS and max(ids) < self._table.count:
+            return self._table.rows(ids)
         rows: Tensor = self.model.get_input_embeddings()(torch.tensor(ids))  # images may have changed it
         return rows
 
@@ -153,7 +157,7 @@ class NativeDecoder(Decoder):
             cache.advance(segment.tokens)
         self._note()
         logits = self.stack.token_logits
-        return self.lm_head(self.norm(x)) if logits is None else logits.clone()
+        return self.lm_head(self.norm(x)) if logits is None else logits
 
     def _supply(self, stop: Stop) -> None:
         """Begin the reads that a step waits for, and those that its coming layers will."""
@@ -168,11 +172,12 @@ class NativeDecoder(Decoder):
 
     def _note(self) -> None:
         """Count what the rows of a step chose, each expert of a layer once, and what it had to wait for."""
-        chosen = np.stack([self.stack.chosen(layer).numpy() for layer in self._moe_layers]).astype(np.int64)
+        chosen = self.stack.chosen_by_all().astype(np.int64)
         self.routing.record_step(chosen.swapaxes(0, 1))  # [T, L, k]
-        used = [sorted(set(of_layer)) for of_layer in chosen.reshape(len(chosen), -1).tolist()]
-        waited = self.stack.late.tolist()
-        self.experts.count_served(self._moe_layers, used, [waited[layer] for layer in self._moe_layers])
+        used = chosen.reshape(len(chosen), -1).tolist()
+        if chosen.shape[1] > 1:  # a token never chooses an expert twice
+            used = [sorted(set(of_layer)) for of_layer in used]
+        self.experts.count_served(self._moe_layers, used, self.stack.late_by_layer())
 
     def _head(self) -> Head | None:
         if not isinstance(self.lm_head, QuantLinear) or self.lm_head.bias is not None:

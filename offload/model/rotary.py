@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _POSITIONS = 64  # computed at a time
+_KEPT = 32  # spans of so many: sequences in one step are at places of their own
 
 
 class RotaryAngles:
@@ -21,20 +22,28 @@ class RotaryAngles:
         kind = str(getattr(rotary, "rope_type", "dynamic"))
         # Some kinds depend on how long the text is by now: then each position is computed alone.
         self._step = 1 if "dynamic" in kind or kind == "longrope" else _POSITIONS
-        self._start = -1
-        self._cosine = self._sine = torch.empty(0)
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # by first position, the latest used last
 
     def at(self, position: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines f32 ``[r/2]`` at ``position``; neighbours are kept for the next calls."""
-        start = position // self._step * self._step
-        if self._start != start:
-            self._start, (self._cosine, self._sine) = start, self.span(start, self._step)
-        return self._cosine[position - start], self._sine[position - start]
+        cosine, sine = self.of([position])
+        return cosine[0], sine[0]
 
     def of(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines f32 ``[T, r/2]`` at ``positions``."""
-        found = [self.at(position) for position in positions]
-        return torch.stack([cosine for cosine, _ in found]), torch.stack([sine for _, sine in found])
+        found = [self._row(position) for position in positions]
+        if len(found) == 1:
+            return found[0]
+        return torch.cat([cosine for cosine, _ in found]), torch.cat([sine for _, sine in found])
+
+    def _row(self, position: int) -> tuple[Tensor, Tensor]:
+        within = position % self._step
+        start = position - within
+        kept = self._kept.pop(start, None) or self.span(start, self._step)
+        self._kept[start] = kept
+        if len(self._kept) > _KEPT:
+            del self._kept[next(iter(self._kept))]
+        return kept[0][within : within + 1], kept[1][within : within + 1]
 
     def span(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines f32 ``[T, r/2]`` of ``count`` tokens from position ``first`` on."""

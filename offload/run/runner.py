@@ -4,6 +4,7 @@ Legend: V vocabulary.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from quant.model.generation_config import read_generation_config, token_ids
 
 Phase = Literal["prefill", "decode"]
 _KEPT_RUNS = 16
+_RSS_S = 0.05  # resident memory is asked for so often: for every token of a small model it would cost a tenth of it
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Runner:
         self.grammars = Grammars(parts.tokenizer, parts.vocab_size, parts.eos)
         self.runs: deque[list[TokenRecord]] = deque(maxlen=_KEPT_RUNS)
         self._after_first, self._begun = parts.after_first, False
+        self._resident, self._resident_at = 0, 0.0
         self.lock = threading.Lock()  # held while it changes for whom a step runs
 
     def check(self, prompt: Sequence[int], sampling: Sampling) -> int:
@@ -161,7 +164,9 @@ class Runner:
     ) -> TokenRecord:
         """The record of a step, or of a sequence's part of one."""
         self._begun = True
-        meter = self.parts.vram
+        meter, now = self.parts.vram, time.perf_counter()
+        if now - self._resident_at > _RSS_S:
+            self._resident, self._resident_at = resident_bytes(), now
         vram = 0 if meter is None else meter.used() if phase == "prefill" else meter.glance()
         return TokenRecord(
             phase=phase,
@@ -171,7 +176,7 @@ class Runner:
             seconds=seconds,
             by_tier=used.by_tier,
             bytes_read=used.read,
-            rss_bytes=resident_bytes(),
+            rss_bytes=self._resident,
             vram_bytes=vram,
             finish=finish,
             sequences=used.rows,

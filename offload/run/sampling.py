@@ -59,6 +59,7 @@ class Sampler:
                 self.processors.append(TopPLogitsWarper(float(sampling.top_p)))
             if sampling.min_p is not None:
                 self.processors.append(MinPLogitsWarper(float(sampling.min_p)))
+        self._plain = self.greedy and not self.processors and self._top is None
         self.generator = torch.Generator()
         if sampling.seed is not None:
             self.generator.manual_seed(sampling.seed)
@@ -70,13 +71,17 @@ class Sampler:
 
         Raises CheckpointError if the model's logits are no numbers.
         """
+        if self._plain and logits.dtype == torch.float32 and logits.device.type == "cpu":
+            values = logits.numpy()
+            best = int(values.argmax())
+            _check(float(values[best]))
+            return best
         own = scores = logits.detach().float().cpu()[None]
         if self.processors:
             seen = [token for token in context if token < scores.shape[1]]  # a row of an image is no token of a text
             scores = self.processors(cast(torch.LongTensor, torch.tensor([seen])), cast(torch.FloatTensor, scores))
         best = int(scores[0].argmax())  # NaN counts as the greatest
-        if not math.isfinite(scores[0, best]):
-            raise CheckpointError("the model's logits are not numbers (NaN or infinite): its weights are broken")
+        _check(float(scores[0, best]))
         token = best
         if not self.greedy:
             probabilities = torch.softmax(scores[0], -1)
@@ -86,6 +91,11 @@ class Sampler:
         if self._top is not None:
             self.logprobs = _logprobs(own[0], token, self._top)
         return token
+
+
+def _check(logit: float) -> None:
+    if not math.isfinite(logit):
+        raise CheckpointError("the model's logits are not numbers (NaN or infinite): its weights are broken")
 
 
 class AnswerPenalty(LogitsProcessor):

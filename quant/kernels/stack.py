@@ -10,7 +10,9 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quant.errors import SchemeError
@@ -68,6 +70,7 @@ class _CRun(ctypes.Structure):
     )
 
 
+Ids = NDArray[np.int32]
 _TOKEN, _LAYER, _EXPERTS = range(3)  # stages
 _MISSING, _WANTED = 1, 2  # of the reasons
 MAX_ROWS = 16
@@ -116,7 +119,7 @@ class Stack:
 
     With a ``head``, ``token_logits`` f32 ``[T, V]`` are the last step's; they are overwritten by the next.
 
-    ``late`` int64 ``[layers]`` says how many of the experts that a layer's rows chose were not there when it asked.
+    Every router chooses as many experts.
     """
 
     def __init__(
@@ -136,17 +139,19 @@ class Stack:
         self.normed = torch.empty(count, rows, hidden)
         self.logits, self.weights = torch.empty(count, rows, max(experts, 1)), torch.empty(count, rows, max(top_k, 1))
         self._chosen = torch.zeros(count, rows * max(top_k, 1), dtype=torch.int32)
+        self._choices, self._most = self._chosen.numpy(), max(top_k, 1)
         self._computed = torch.zeros(max(experts, 1), dtype=torch.uint8)
         self._parts = torch.empty(rows * max(top_k, 1), hidden)
         self._layers = (_CLayer * count)()
         moe_layers = [index for index, block in enumerate(blocks) if isinstance(block, MoeBlock)]
+        self._moe_layers = np.array(moe_layers, np.int64)
         self._layer_of = torch.tensor(moe_layers, dtype=torch.int64)
         self._wanted = torch.zeros(2 * DEPTH * rows * max(top_k, 1), 3, dtype=torch.int32)
-        self.late = torch.zeros(count, dtype=torch.int64)
+        self._late = np.zeros(count, np.int64)
         self._run = _CRun(count=count, patience=_PATIENCE, guess_token_from=count)
         self._run.wanted_room = len(self._wanted)
         self._run.wanted, self._run.layer_of = self._wanted.data_ptr(), self._layer_of.data_ptr()
-        self._run.late, self._run.computed = self.late.data_ptr(), self._computed.data_ptr()
+        self._run.late, self._run.computed = self._late.ctypes.data, self._computed.data_ptr()
         self._run.parts = self._parts.data_ptr()
         for index, (attention, block) in enumerate(zip(attentions, blocks, strict=True)):
             layer = self._layers[index]
@@ -172,6 +177,16 @@ class Stack:
         """What the router of ``layer`` chose in the last step, int32 ``[T, k]``, best first."""
         top_k = self.blocks[layer].top_k
         return self._chosen[layer, : self._run.rows * top_k].view(-1, top_k)
+
+    def chosen_by_all(self) -> Ids:
+        """What the router of each MoE layer chose in the last step, int32 ``[L, T, k]``, best first."""
+        rows, top_k = self._run.rows, self._most
+        return self._choices[self._moe_layers, : rows * top_k].reshape(len(self._moe_layers), rows, top_k)
+
+    def late_by_layer(self) -> list[int]:
+        """Of the experts that each MoE layer's rows chose, how many were not there when it asked, ``[L]``."""
+        late: list[int] = self._late[self._moe_layers].tolist()
+        return late
 
     def begin(
         self,

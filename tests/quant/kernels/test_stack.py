@@ -82,7 +82,7 @@ def test_a_stack_stops_where_an_expert_is_missing_and_goes_on_once_it_is_there()
     whole = x.clone()
     stack.begin(whole, [Segment(caches[1], 0)], caches[0], cosine, sine, True)
     assert stack.go() is None
-    assert stack.late.tolist() == [0] * LAYERS
+    assert stack.late_by_layer() == [0, 0]
     last = blocks[2]
     assert isinstance(last, MoeBlock)
     chosen = int(stack.chosen(2)[0, 0])
@@ -90,7 +90,7 @@ def test_a_stack_stops_where_an_expert_is_missing_and_goes_on_once_it_is_there()
     last.clear_expert(chosen)
     stack.begin(x, [Segment(caches[1], 0)], caches[0], cosine, sine, True)
     assert stack.go() == Stop(2, 3, True, [chosen], [], [])
-    assert stack.late.tolist() == [0, 0, 1]
+    assert stack.late_by_layer() == [0, 1]
     last.set_expert(chosen, kept)
     assert stack.go() is None
     assert torch.allclose(x, whole, atol=1e-5)
