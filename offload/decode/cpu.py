@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from offload.decode.decoder import Decoder, Row
+from offload.decode.embedding_rows import EmbeddingRows
 from offload.decode.native_moe import BlockTable, NativeMoe, is_native
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.reader import Priority
 from offload.experts.storage.store import ExpertStore
-from offload.model.embedding_rows import EmbeddingRows
 from offload.model.kv_cache import SequenceCache
 from offload.model.layer_parts import LayerParts, all_layer_parts, norm_eps
 from offload.model.paged_cache import PagedCache

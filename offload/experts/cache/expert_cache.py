@@ -148,12 +148,10 @@ class ExpertCache:
         slots. For as many as ``late`` says of each layer it had to wait."""
         counters, count = self.counters, sum(len(experts) for experts in chosen)
         for layer, experts, waited in zip(layers, chosen, late, strict=True):
-            requests = self.requests[layer]
-            requests["ram"] += len(experts) - waited
-            requests["disk"] += waited
-        all_late = sum(late)
-        counters.by_tier["ram"] += count - all_late
-        counters.by_tier["disk"] += all_late
+            self.requests[layer]["ram"] += len(experts) - waited
+            self.requests[layer]["disk"] += waited
+        counters.by_tier["ram"] += count - sum(late)
+        counters.by_tier["disk"] += sum(late)
         same = self.store.expert_nbytes
         if same is not None:
             counters.used_bytes["ram"] += count * same
