@@ -87,8 +87,8 @@ def _calibration(model: str, text: Path, shape: "ModelShape") -> dict[str, Any]:
     """Tokens of the text, and the bytes that calibrating on it takes. Without the model's tokenizer a token
     is taken for four bytes. Raises InputError for a text too short to calibrate on, as quantize does."""
     from cli.steps.texts import read_text
-    from offload.model.tokenizer_files import TOKENIZER, check_tokenizer_files, plain_tokenizer, tokenizers_errors
     from offload.plan.footprint import CALIBRATION_WINDOW, calibration_nbytes, check_calibration
+    from offload.text.tokenizer_files import TOKENIZER, check_tokenizer_files, plain_tokenizer, tokenizers_errors
 
     words, counted = read_text(text), lexists(Path(model) / TOKENIZER)
     if counted:

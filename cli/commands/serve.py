@@ -77,7 +77,7 @@ def serve(
     with seldom_collecting():
         from cli.serve.app import make_app
         from cli.serve.service import Limits, Service
-        from offload.run.batch import Batch
+        from offload.generate.batch import Batch
 
     with bound, open_session(path, run, console) as session:
         settings, told = sampling.of(path, max_tokens=session.context)

@@ -13,8 +13,8 @@ from cli.serve.parts import Parser
 from cli.serve.service import Request, Service
 from cli.serve.tool_formats import HARMONY, ToolFormat, spelled, thoughts, tool_format
 from cli.serve.tool_prompt import told_in_words, with_texts
+from offload.generate.grammar import ANY_JSON, json_rule, lark_grammar
 from offload.records import Sampling
-from offload.run.grammar import ANY_JSON, json_rule, lark_grammar
 from quant.errors import CheckpointError, ColdstreamError
 
 Format = Literal["text", "json_object", "json_schema"]

@@ -14,8 +14,8 @@ from cli.serve.parts import Parser, Part
 from offload.records import Sampling, TokenRecord
 
 if TYPE_CHECKING:  # they import torch
+    from offload.generate.stream import Stream
     from offload.run.session import Session
-    from offload.run.stream import Stream
 
 RETRY_SECONDS = 2
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cli.serve.parts import ToolCall
-from offload.run.grammar import json_rule
+from offload.generate.grammar import json_rule
 
 Parse = Callable[[str, Mapping[str, Any]], list[ToolCall]]
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError)

@@ -108,8 +108,8 @@ class Values:
 def _windows(path: Path, text: Path) -> "Windows":
     """The text in whole windows. Raises InputError if it cannot be read or is too short."""
     from cli.steps.texts import read_text
-    from offload.model.tokenizer import load_tokenizer
     from offload.plan.footprint import CALIBRATION_WINDOW
     from offload.quality.windows import Windows
+    from offload.text.tokenizer import load_tokenizer
 
     return Windows.cut(read_text(text), load_tokenizer(path), CALIBRATION_WINDOW)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from offload.documents import save
 from offload.model.kv_cache import Storage
-from offload.model.tokenizer import load_tokenizer
 from offload.quality.divergence import Divergence, TokenMeasures
 from offload.quality.layerwise import Layerwise
 from offload.quality.reference import Reference, finite_log_probs
 from offload.quality.reference_cache import reference_of
 from offload.quality.windows import Windows, tokenizer_identity
+from offload.text.tokenizer import load_tokenizer
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError
 from quant.model.hub import resolve_model

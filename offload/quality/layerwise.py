@@ -23,10 +23,10 @@ from offload.model.gate import Gate
 from offload.model.kv_cache import KVCache, Storage
 from offload.model.load import load_model, runtime_name
 from offload.model.moe import ExpertRunner, expert_mlp
-from offload.model.tokenizer import check_ids
 from offload.routing.eviction import LeastRecent
 from offload.routing.frequency import Ids
 from offload.routing.stats import RoutingStats
+from offload.text.tokenizer import check_ids
 from quant.architecture.meta_model import decoder_of
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import UsageError

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.model.tokenizer import encode
+from offload.text.tokenizer import encode
 from quant.errors import InputError
 
 

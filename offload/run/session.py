@@ -17,6 +17,11 @@ from offload.experts.storage.arena import Arena
 from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore
 from offload.experts.storage.transfer import CudaTransfer, Transfer
+from offload.generate.batch import Batch
+from offload.generate.engine import Engine
+from offload.generate.generator import Generator
+from offload.generate.runner import ModelParts, Runner, end_tokens
+from offload.generate.stream import Stream
 from offload.hardware.cuda_driver import gpu_errors
 from offload.hardware.ledger import MemoryLedger, resident_bytes
 from offload.hardware.probe import Say
@@ -26,20 +31,15 @@ from offload.model.load import check_rope, load_model, move_to_arena, text_confi
 from offload.model.moe import ExpertRunner
 from offload.model.paged_cache import PagePool
 from offload.model.stock_cache import cache_of
-from offload.model.tokenizer import encode, encode_chat, load_tokenizer, text_files
 from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
 from offload.records import RunOptions, Sampling, TokenRecord
 from offload.routing.eviction import make_policy
 from offload.routing.frequency import ExpertFrequency
 from offload.routing.stats import RoutingStats
-from offload.run.batch import Batch
 from offload.run.collect import account
 from offload.run.device import choose_compute, choose_device, measured_machine
-from offload.run.engine import Engine
-from offload.run.generate import Generator
 from offload.run.report import RunReport
-from offload.run.runner import ModelParts, Runner, end_tokens
-from offload.run.stream import Stream
+from offload.text.tokenizer import encode, encode_chat, load_tokenizer, text_files
 from offload.tiers import Key, Tier
 from offload.vision.image_file import ImageSource
 from offload.vision.images import Images, Message, has_images

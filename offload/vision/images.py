@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from offload.model.tokenizer import chat_text
+from offload.text.tokenizer import chat_text
 from offload.vision.image_file import ImageSource, open_image
 from offload.vision.image_tokens import ImageEmbedding, ImageTokens
 from offload.vision.processor import PLACEHOLDER, ImageProcessor

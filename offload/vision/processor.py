@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from offload.model.tokenizer import encode, encode_text
+from offload.text.tokenizer import encode, encode_text
 from offload.vision.tiles import Cutting, cut
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError, InputError

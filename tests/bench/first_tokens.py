@@ -15,8 +15,8 @@ import statistics
 from pathlib import Path
 
 from offload.experts.storage.store import ExpertStore
-from offload.model.tokenizer import load_tokenizer
 from offload.records import RunOptions
+from offload.text.tokenizer import load_tokenizer
 from quant.checkpoint.checkpoint import Checkpoint
 from tests import sessions
 

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from offload.model.tokenizer import load_tokenizer
 from offload.quality.windows import Windows
+from offload.text.tokenizer import load_tokenizer
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.inventory import find_weight
 from quant.model.families import Role

@@ -41,7 +41,7 @@ HOWS: dict[str, tuple[int, int, bool]] = {
 _SECONDS = 120
 _IMPORTED = (
     "cli.commands.quantize",
-    "offload.model.tokenizer",
+    "offload.text.tokenizer",
     "offload.quality.calibrate",
     "offload.quality.importance",
     "offload.quality.sensitivity",

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Llama4ForConditionalGeneration
 
-from offload.run.batch import Batch
-from offload.run.sequence import Sequence as BatchRow
+from offload.generate.batch import Batch
+from offload.generate.sequence import Sequence as BatchRow
 from tests import oracle
 
 # Greatest difference of logits, as a part of the greatest logit: f32 sums in another order.

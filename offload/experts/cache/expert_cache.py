@@ -144,12 +144,10 @@ class ExpertCache:
         return tiers
 
     def count_served(self, layers: Sequence[int], chosen: Sequence[Sequence[int]], late: Sequence[int]) -> None:
-        """Count one token's ``chosen`` experts of each of ``layers``, which native code has computed from their host
-        slots. For as many as ``late`` says of each layer it had to wait."""
+        """Count the ``chosen`` experts of each layer, computed from host slots; of those ``late`` had to come."""
         counters, count = self.counters, sum(len(experts) for experts in chosen)
         for layer, experts, waited in zip(layers, chosen, late, strict=True):
-            self.requests[layer]["ram"] += len(experts) - waited
-            self.requests[layer]["disk"] += waited
+            self.requests[layer].update(ram=len(experts) - waited, disk=waited)
         counters.by_tier["ram"] += count - sum(late)
         counters.by_tier["disk"] += sum(late)
         same = self.store.expert_nbytes

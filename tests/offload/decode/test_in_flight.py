@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from offload.decode.gpu import GraphDecoder
+from offload.generate.sampling import Sampler
 from offload.records import RunOptions, Sampling
-from offload.run.sampling import Sampler
 from offload.run.session import Session
 from quant.convert.convert import convert
 from quant.errors import CheckpointError, UsageError

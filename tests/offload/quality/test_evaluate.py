@@ -74,8 +74,8 @@ def test_divergence_equals_its_definition(pair: tuple[Path, Path], tmp_path: Pat
 
 
 def _log_probs(path: Path, windows: int, length: int) -> torch.Tensor:
-    from offload.model.tokenizer import load_tokenizer
     from offload.quality.windows import Windows
+    from offload.text.tokenizer import load_tokenizer
 
     cut = Windows.cut(TEXT, load_tokenizer(path), length, windows)
     with Layerwise(Checkpoint.open(path)) as walk:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from offload.model.tokenizer import load_tokenizer
 from offload.quality import reference, reference_cache
 from offload.quality.reference import Reference
 from offload.quality.reference_cache import reference_of
 from offload.quality.windows import Windows
+from offload.text.tokenizer import load_tokenizer
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import OutputError
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from offload.generate.generator import Generator
 from offload.records import RunOptions, Sampling
-from offload.run.generate import Generator
 from offload.run.session import Session
 from quant.architecture.meta_model import model_class, model_config
 from quant.checkpoint.checkpoint import Checkpoint

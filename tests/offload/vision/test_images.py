@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from offload.model.tokenizer import load_tokenizer
 from offload.records import RunOptions
 from offload.run.session import Session
+from offload.text.tokenizer import load_tokenizer
 from offload.vision.processor import ImageProcessor
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.quantize import quantize

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offload.model.tokenizer import load_tokenizer
+from offload.text.tokenizer import load_tokenizer
 from offload.vision.image_file import open_image
 from offload.vision.processor import ImageProcessor
 from quant.checkpoint.checkpoint import Checkpoint

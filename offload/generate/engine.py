@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from offload.generate.runner import Runner
+from offload.generate.stream import Stream
 from offload.records import Sampling
-from offload.run.runner import Runner
-from offload.run.stream import Stream
 
 Found = TypeVar("Found")
 

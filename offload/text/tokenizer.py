@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offload.model.chat_template import render_chat
-from offload.model.tokenizer_files import check_tokenizer_files, tokenizers_errors
+from offload.text.chat_template import render_chat
+from offload.text.tokenizer_files import check_tokenizer_files, tokenizers_errors
 from quant.errors import CheckpointError, InputError, UsageError
 from quant.model.config import read_config
 from quant.model.families import family_of

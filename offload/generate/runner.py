@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from offload.decode.decoder import Decoder
 from offload.experts.cache.expert_cache import Counters, ExpertCache
+from offload.generate.grammar import Grammars
+from offload.generate.stream import Stream
 from offload.hardware.ledger import resident_bytes
 from offload.hardware.vram_limit import VramMeter
 from offload.model.kv_cache import remedy
-from offload.model.tokenizer import check_ids
 from offload.records import Finish, Sampling, TokenRecord
-from offload.run.grammar import Grammars
-from offload.run.stream import Stream
+from offload.text.tokenizer import check_ids
 from offload.tiers import Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import BudgetError, UsageError

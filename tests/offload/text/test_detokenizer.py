@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from offload.model.detokenizer import Detokenizer
+from offload.text.detokenizer import Detokenizer
 from tests.tokenizers import KINDS, byte_characters, byte_level, metaspace_bytes
 
 SEQUENCES = int(os.environ.get("COLDSTREAM_STREAMS", "300"))

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from offload.model import chat_template
-from offload.model.chat_template import render_chat
+from offload.text.chat_template import render_chat
 from quant.errors import CheckpointError
 from tests.tokenizers import byte_level
 

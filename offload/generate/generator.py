@@ -19,12 +19,12 @@ from torch import Tensor
 from offload.decode.decoder import StepAbandoned
 from offload.experts.cache.expert_cache import Counters
 from offload.experts.cache.oom import retry_with_less_vram
+from offload.generate.runner import ModelParts, Phase, Runner
+from offload.generate.sampling import Sampler, TextStream
+from offload.generate.stream import Stream
 from offload.model.kv_cache import SequenceCache
-from offload.model.tokenizer import check_ids
 from offload.records import Finish, Sampling, TokenRecord
-from offload.run.runner import ModelParts, Phase, Runner
-from offload.run.sampling import Sampler, TextStream
-from offload.run.stream import Stream
+from offload.text.tokenizer import check_ids
 from quant.errors import UsageError
 
 Records = collections.abc.Generator[TokenRecord, None, None]

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from tokenizers import Regex, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
-from offload.model.tokenizer_files import tokenizers_errors
+from offload.text.tokenizer_files import tokenizers_errors
 
 # What ``clean_up_tokenization`` of transformers replaces, in its order.
 _CLEAN_UP = (

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from offload.generate.batch import Batch
+from offload.generate.stream import Stream
 from offload.model.paged_cache import PagedCache
 from offload.records import RunOptions, Sampling, TokenRecord
-from offload.run.batch import Batch
 from offload.run.session import Session
-from offload.run.stream import Stream
 from quant.convert.convert import convert
 from quant.errors import CheckpointError
 from quant.model.families import Role

@@ -17,12 +17,12 @@ from offload.batch.prefixes import Prefix, Prefixes
 from offload.batch.scheduler import Scheduler
 from offload.decode.decoder import StepAbandoned
 from offload.experts.cache.oom import retry_with_less_vram
+from offload.generate.runner import ModelParts, Runner, Used
+from offload.generate.sequence import Sequence
+from offload.generate.stream import Stream
 from offload.model.paged_cache import PagedCache, PagePool
-from offload.model.tokenizer import check_ids
 from offload.records import Sampling, TokenRecord
-from offload.run.runner import ModelParts, Runner, Used
-from offload.run.sequence import Sequence
-from offload.run.stream import Stream
+from offload.text.tokenizer import check_ids
 from quant.kernels.stack import MAX_ROWS
 
 

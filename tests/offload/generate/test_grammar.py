@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from offload.generate.grammar import ANY_JSON, Grammars, json_grammar, lark_grammar
+from offload.generate.sampling import Sampler
 from offload.records import Sampling
-from offload.run.grammar import ANY_JSON, Grammars, json_grammar, lark_grammar
-from offload.run.sampling import Sampler
 from quant.errors import InputError, UsageError
 
 EOS = frozenset({1, 4})

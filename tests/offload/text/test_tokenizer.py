@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from offload.model.tokenizer import check_ids, encode, encode_chat, load_tokenizer
+from offload.text.tokenizer import check_ids, encode, encode_chat, load_tokenizer
 from quant.errors import CheckpointError, InputError, UsageError
 from tests.malicious import make_malicious
 from tests.tokenizers import SPECIAL, byte_level, with_bos

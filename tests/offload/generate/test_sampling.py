@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from offload.generate.sampling import AnswerPenalty, Sampler, TextStream
 from offload.records import Sampling
-from offload.run.sampling import AnswerPenalty, Sampler, TextStream
 from quant.errors import CheckpointError, UsageError
 from tests.tokenizers import KINDS, SPECIAL, byte_level, metaspace_bytes
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from offload.model.tokenizer import encode, load_tokenizer
-from offload.model.tokenizer_files import check_tokenizer_files, plain_tokenizer
+from offload.text.tokenizer import encode, load_tokenizer
+from offload.text.tokenizer_files import check_tokenizer_files, plain_tokenizer
 from quant.convert.convert import convert
 from quant.errors import CheckpointError
 from quant.scheme import Scheme
@@ -94,7 +94,7 @@ def test_a_panic_of_the_library_is_one_line(folder: Path) -> None:
         folder / "tokenizer.json", lambda tokenizer: tokenizer["model"].update(continuing_subword_prefix="a/b")
     )
     program = (
-        "from pathlib import Path; from offload.model.tokenizer import load_tokenizer\n"
+        "from pathlib import Path; from offload.text.tokenizer import load_tokenizer\n"
         "from tests.hostile import refusal\n"
         f"print(refusal(lambda: load_tokenizer(Path({str(folder)!r}))))"
     )

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from offload.generate.runner import Phase, Runner, Used
+from offload.generate.sampling import Sampler, TextStream
+from offload.generate.stream import Stream
 from offload.model.paged_cache import PagedCache
 from offload.records import Finish, Sampling, TokenRecord
-from offload.run.runner import Phase, Runner, Used
-from offload.run.sampling import Sampler, TextStream
-from offload.run.stream import Stream
 
 
 class Sequence:

@@ -18,9 +18,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from offload.model.detokenizer import Detokenizer
+from offload.generate.grammar import Grammars, Matcher
 from offload.records import Logprobs, Sampling
-from offload.run.grammar import Grammars, Matcher
+from offload.text.detokenizer import Detokenizer
 from quant.errors import CheckpointError, UsageError
 
 _LEAST = 1e-30  # temperature: below, single precision knows no difference
