@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from offload.model import chat_template
+from offload.text import chat_template
 from offload.text.chat_template import render_chat
 from quant.errors import CheckpointError
 from tests.tokenizers import byte_level
