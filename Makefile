@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	$(BIN)/coldstream demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q --durations=5 $(ARGS)
+	$(BIN)/python -m pytest -q --durations=5 -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
