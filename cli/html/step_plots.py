@@ -23,16 +23,16 @@ def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
     bins = Bins(len(times))
     groups = [sorted(times[start:end]) for start, end in bins.spans]
     middles = [statistics.median(group) for group in groups]
-    median, floor = statistics.median(times), report.decode.floor_ms_per_token
+    median, floor = report.decode.ms_per_token_p50 or statistics.median(times), report.decode.floor_ms_per_token
     top = 1.15 * min(times_top(times), max(*times, floor or 0))
     grouped = len(times) > len(groups)
     band = svg_plots.bars([group[0] for group in groups], [group[-1] for group in groups], top) if grouped else ""
     drawing = f'<g class="plain"><path class="range" d="{band}"/>'
     drawing += f'<path class="line" d="{svg_plots.line(middles, top)}"/></g>' + svg_plots.level(median, top, "rule")
-    tags = svg_plots.tag(median, top, f"median {number(median)} ms")
+    marks = [(median, f"median {number(median)} ms")]
     if floor:
         drawing += svg_plots.level(floor, top, "floor")
-        tags += svg_plots.tag(floor, top, f"{limit_name(report.limited_by)} floor {number(floor)} ms", left=True)
+        marks.append((floor, f"{limit_name(report.limited_by)} floor {number(floor)} ms"))
     readouts["time"] = [
         f"{_span('Token', span)}: {number(statistics.median(g))} ms"
         + (f", from {number(g[0])} to {number(g[-1])}" if len(g) > 1 else "")
@@ -41,7 +41,9 @@ def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
     above = sum(time > top for time in times)
     cut = f" {above:,} slower steps are cut off, the slowest took {number(max(times))} ms." if above else ""
     label = f"Time per decoded token over {len(times):,} tokens: median {number(median)} ms."
-    figure = svg_plots.plot("time", drawing, label=label, x=bins.ticks(), y=value_ticks(top), tags=tags)
+    figure = svg_plots.plot(
+        "time", drawing, label=label, x=bins.ticks(), y=value_ticks(top), tags=svg_plots.tags(marks, top)
+    )
     legend = "Line: median of the tokens drawn together; band: fastest to slowest of them." if len(times) > 240 else ""
     return f'<h3>Time per token in ms, over the decoded tokens</h3>{figure}<p class="quiet">{legend}{cut}</p>'
 
@@ -71,10 +73,9 @@ def memory_plot(
     prompts = [top if any(r.phase == "prefill" for r in group) else 0.0 for group in groups]
     drawing = f'<path class="prompt" d="{svg_plots.bars([0.0] * len(prompts), prompts, top)}"/>'
     drawing += _curve(resident, top, "ram") + (_curve(vram, top, "vram") if any(vram) else "")
-    tags = ""
     for tier, budget in near.items():
         drawing += f'<g class="{tier}">{svg_plots.level(budget, top, "budget")}</g>'
-        tags += svg_plots.tag(budget, top, f"{tier.upper()} budget {size(budget)}", left=tier == "vram")
+    tags = svg_plots.tags([(budget, f"{tier.upper()} budget {size(budget)}") for tier, budget in near.items()], top)
     far = [f"{size(budget)} of {tier.upper()}" for tier, budget in budgets.items() if budget and tier not in near]
     beyond = f'<p class="quiet">The budget, {" and ".join(far)}, lies far above this plot.</p>' if far else ""
     readouts["memory"] = [

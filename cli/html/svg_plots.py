@@ -10,6 +10,7 @@ from html import escape
 
 Tick = tuple[float, str]
 WIDTH, HEIGHT = 1000, 100
+_NEAR = 0.3  # of a plot's height: two lines of text on the lowest plot
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,19 @@ def level(value: float, top: float, css: str) -> str:
     return f'<path class="{css}" d="M0 {_y(value, top):.1f}H{WIDTH}"/>'
 
 
-def tag(value: float, top: float, text: str, *, left: bool = False) -> str:
-    """Text on a rule at ``value``, at its right end or its left: two rules take one end each, so that their texts
-    never meet. A rule in the upper part has its text below."""
-    css = f"tag{' left' if left else ''}{' under' if value > 0.8 * top else ''}"
-    return f'<span class="{css}" style="top:{_y(value, top):.1f}%">{escape(text)}</span>'
+def tags(marks: Sequence[tuple[float, str]], top: float) -> str:
+    """Texts on the rules at one or two values: the first at its right end, the second at its left. A rule in the upper
+    part has its text below. Where two are near, both texts lie on one side, and one farther off: on a narrow screen
+    they are longer than the plot is wide."""
+    highest, lowest = (end((value for value, _ in marks), default=0.0) for end in (max, min))
+    near = len(marks) > 1 and highest - lowest < _NEAR * top
+    made = ""
+    for index, (value, text) in enumerate(marks):
+        under = (highest if near else value) > 0.8 * top
+        far = near and value == (lowest if under else highest) and (index == 0 or highest > lowest)
+        css = f"tag{' left' if index else ''}{' under' if under else ''}{' far' if far else ''}"
+        made += f'<span class="{css}" style="top:{_y(value, top):.1f}%">{escape(text)}</span>'
+    return made
 
 
 def plot(

@@ -61,6 +61,16 @@ seen.compared = await pick("other.json", JSON.stringify(other));
 seen.images = document.images.length;
 seen.resources = performance.getEntriesByType("resource").map((entry) => entry.name);
 seen.width = innerWidth; seen.content = document.documentElement.scrollWidth;
+document.body.style.width = "375px";
+const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+seen.collisions = [];
+for (const place of document.querySelectorAll(".canvas, .ticks-x")) {
+  const labels = [...place.querySelectorAll(".tag, .ticks-x > span")];
+  for (const one of labels) for (const other of labels)
+    if (one !== other && meet(one.getBoundingClientRect(), other.getBoundingClientRect()))
+      seen.collisions.push([one.textContent, other.textContent]);
+}
+seen.labels = document.querySelectorAll(".canvas .tag").length;
 document.getElementById("probe").textContent = JSON.stringify(seen);
 })();</script>"""
 
@@ -300,6 +310,7 @@ def test_a_browser_shows_the_page_and_all_that_its_scripts_add(tmp_path: Path, w
     seen = json.loads(unescape(found))
     assert [name for name in seen["resources"] if not name.startswith("data:")] == []
     assert seen["content"] <= seen["width"]
+    assert seen["labels"] >= 3 and seen["collisions"] == []
     assert seen["time"].startswith("Tokens ")
     requests = re.compile(r"Layer 0, expert (\d+): ([\d,]+) requests")
     first, most = requests.match(seen["heat"]), requests.match(seen["sorted"])
