@@ -39,7 +39,8 @@ def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
         for span, g in zip(bins.spans, groups, strict=True)
     ]
     above = sum(time > top for time in times)
-    cut = f" {above:,} slower steps are cut off, the slowest took {number(max(times))} ms." if above else ""
+    cut = f" {above:,} slower step{'s are' if above > 1 else ' is'} cut off, the slowest took " if above else ""
+    cut += f"{number(max(times))} ms." if above else ""
     label = f"Time per decoded token over {len(times):,} tokens: median {number(median)} ms."
     figure = svg_plots.plot(
         "time", drawing, label=label, x=bins.ticks(), y=value_ticks(top), tags=svg_plots.tags(marks, top)

@@ -35,6 +35,7 @@ GroupSize = Annotated[
     ),
 ]
 GROUP_SIZE = 128
+AUTO = "auto"  # the scheme of a role whose bits are to be chosen
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ class AskedSchemes:
             try:
                 schemes[role] = Scheme.parse(text, self.group_size or GROUP_SIZE)
             except SchemeError as error:
-                raise UsageError(f"--{role.replace('_', '-')} {text}: {error}") from None
+                said = (
+                    "chosen for `quantize` with --target-bits, --target-size or --fit only" if text == AUTO else error
+                )
+                raise UsageError(f"--{role.replace('_', '-')} {text}: {said}") from None
         return schemes
 
     def schemes(self) -> "dict[Role, Scheme]":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.options.goal import Goal
 from cli.options.machine import AskedMachine
-from cli.options.schemes import GROUP_SIZE, AskedSchemes
+from cli.options.schemes import AUTO, GROUP_SIZE, AskedSchemes
 from cli.terminal.console import Console
 from cli.terminal.progress import progress_bar
 from quant.sizes import format_size
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from quant.rounding.rounding import Rounder
     from quant.scheme import Scheme
 
-_OPEN = "auto"  # the scheme of a role whose bits are to be chosen
-
 
 def open_roles(asked: AskedSchemes, *, measured: bool) -> "tuple[list[Role], dict[Role, Scheme]]":
     """The roles whose bits are to be chosen, and the schemes of those that were named by hand.
@@ -38,7 +36,7 @@ def open_roles(asked: AskedSchemes, *, measured: bool) -> "tuple[list[Role], dic
     from quant.scheme import Scheme
 
     recipe = asked.load_recipe()
-    opened = {role for role, text in asked.roles.items() if text == _OPEN}
+    opened = {role for role, text in asked.roles.items() if text == AUTO}
     roles = set(recipe.schemes if recipe else QUANTIZABLE) | opened
     fixed = replace(asked, roles={role: text for role, text in asked.roles.items() if role not in opened}).by_hand()
     if not measured and "lm_head" in roles and "lm_head" not in asked.roles:

@@ -68,22 +68,32 @@ class Console:
             self.prose(f"{indent}{label:<{width}}{text}", len(indent) + width)
 
     def show(self, table: "Table") -> None:
-        """A rich table for a human; where the terminal is too narrow for its words, a sentence for each row."""
+        """A rich table for a human; where the terminal is too narrow for it, with headings of several lines, and where
+        that is not enough, as a sentence for each row. No word is broken."""
         from rich.text import Text
 
         columns = [[Text.from_markup(str(c)).plain for c in (column.header, *column.cells)] for column in table.columns]
-        words = [
-            cells if column.no_wrap else " ".join(cells).split()
-            for column, cells in zip(table.columns, columns, strict=True)
-        ]
-        between = 2 if table.box is None else 3
-        if sum(max(map(len, parts), default=0) + between for parts in words) - between <= self.rich.width:
+        if self._needs(table, columns) > self.rich.width:
+            for column, cells in zip(table.columns, columns, strict=True):
+                if column.no_wrap:
+                    column.header = cells[0] = cells[0].replace(" ", "\n")
+        if self._needs(table, columns) <= self.rich.width:
             self.rich.print(table)
             return
         headings, *rows = zip(*columns, strict=True)
         for label, *cells in rows:
             said = ", ".join(f"{name} {cell}".strip() for name, cell in zip(headings[1:], cells, strict=True) if cell)
             self.prose(f"{label}: {said}", 4)
+
+    @staticmethod
+    def _needs(table: "Table", columns: list[list[str]]) -> int:
+        """The columns of a terminal that the words of ``table`` take."""
+        between = 2 if table.box is None else 3
+        parts = (
+            [part for cell in cells for part in (cell.splitlines() if column.no_wrap else cell.split())]
+            for column, cells in zip(table.columns, columns, strict=True)
+        )
+        return sum(max(map(len, words), default=0) + between for words in parts) - between
 
     def step(self, text: str) -> None:
         """What is being done now: a line that starts the same way in every command."""

@@ -102,6 +102,10 @@ def load_trace(path: Path) -> Trace:
 
     Raises ProfileError if the file is unreadable or holds none.
     """
+    if not path.exists():
+        raise ProfileError(
+            f"{path} is missing: expected a file of `coldstream profile MODEL --trace`, or one of {', '.join(RULES)}"
+        )
     data = read_profile(path)
     if not data.get("trace"):
         raise ProfileError(f"{path} holds counts but no trace: record it with `coldstream profile MODEL --trace`")
