@@ -28,6 +28,10 @@ SERVER_RAM_BYTES = 128 * GIB
 _SERVER_CORES = 16
 _SERVER_CACHE_BYTES = 64 * 2**20  # sixteen of a Xeon 8480's 56 cores: 30 of its 105 MiB of L3, 2 of L2 each
 LEAST_CAPABILITY = 8.0  # Ampere, see offload/run/device.py
+_SIZE = re.compile(r"(.*[^\s-])[\s-]+(\d{1,3}) ?gb\W*")
+_ADDED = re.compile(
+    r"nvidia|geforce|rtx|tesla|generation|gpu|graphics|blackwell|workstation|server|edition|hbm\d|sxm\d?|pcie"
+)
 OWN_CARD = "NAME,24GiB,1008GB/s,165TFLOPS,pcie4x16"
 _LANE_GB_S = {3: 0.80, 4: 1.57, 5: 3.15}  # pinned copies, per lane
 
@@ -88,6 +92,18 @@ CARDS: tuple[Card, ...] = (
     Card("RTX 5070 Ti", 16, 896, 5, 16, 88),
     Card("RTX 5080", 16, 960, 5, 16, 113),
     Card("RTX 5090", 32, 1792, 5, 16, 209),
+    # Laptops: of the same name another chip, at the highest power that is sold.
+    Card("RTX 3060 Laptop", 6, 336, 4, 16, 26),
+    Card("RTX 3070 Laptop", 8, 448, 4, 16, 33),
+    Card("RTX 3080 Laptop", 16, 448, 4, 16, 42),
+    Card("RTX 3080 Ti Laptop", 16, 512, 4, 16, 47),
+    Card("RTX 4050 Laptop", 6, 192, 4, 8, 24),
+    Card("RTX 4060 Laptop", 8, 256, 4, 8, 29),
+    Card("RTX 4070 Laptop", 8, 256, 4, 8, 40),
+    Card("RTX 4080 Laptop", 12, 432, 4, 16, 67),
+    Card("RTX 4090 Laptop", 16, 576, 4, 16, 79),
+    Card("RTX 5080 Laptop", 16, 896, 5, 16, 70),
+    Card("RTX 5090 Laptop", 24, 896, 5, 16, 91),
     Card("RTX A2000 12GB", 12, 288, 4, 16, 32),
     Card("RTX A4000", 16, 448, 4, 16, 77),
     Card("RTX A4500", 20, 640, 4, 16, 95),
@@ -95,11 +111,14 @@ CARDS: tuple[Card, ...] = (
     Card("RTX A5500", 24, 768, 4, 16, 136),
     Card("RTX A6000", 48, 768, 4, 16, 155),
     Card("RTX 2000 Ada", 16, 224, 4, 8, 48),
-    Card("RTX 4000 Ada", 20, 360, 4, 16, 77),
+    Card("RTX 4000 SFF Ada", 20, 280, 4, 16, 77),
+    Card("RTX 4000 Ada", 20, 360, 4, 16, 107),
     Card("RTX 4500 Ada", 24, 432, 4, 16, 158),
     Card("RTX 5000 Ada", 32, 576, 4, 16, 261),
+    Card("RTX 5880 Ada", 48, 960, 4, 16, 277),
     Card("RTX 6000 Ada", 48, 960, 4, 16, 364),
     Card("RTX PRO 6000", 96, 1792, 5, 16, 500),
+    Card("A2", 16, 200, 4, 8, 18, in_server=True),
     Card("A10", 24, 600, 4, 16, 125, in_server=True),
     Card("A30", 24, 933, 4, 16, 165, in_server=True),
     Card("A40", 48, 696, 4, 16, 150, in_server=True),
@@ -109,7 +128,9 @@ CARDS: tuple[Card, ...] = (
     Card("L40", 48, 864, 4, 16, 181, in_server=True),
     Card("L40S", 48, 864, 4, 16, 362, in_server=True),
     Card("H100", 79, 3350, 5, 16, 989, in_server=True),
+    Card("H100 NVL", 93, 3900, 5, 16, 835, in_server=True),
     Card("H200", 140, 4800, 5, 16, 989, in_server=True),
+    Card("B200", 179, 8000, 5, 16, 2250, in_server=True),
     # Too old for the kernels (no bf16), in the table so that asking for them has an answer. Rates in fp16.
     Card("RTX 2060", 6, 336, 3, 16, 26, capability=7.5),
     Card("RTX 2060 Super", 8, 448, 3, 16, 29, capability=7.5),
@@ -146,12 +167,18 @@ def find_card(name: str) -> Card:
     by_name = {_plain(card.name): card for card in CARDS}
     if wanted in by_name:
         return by_name[wanted]
+    sized = _SIZE.fullmatch(_ADDED.sub("", name.lower()))
+    whole = _plain(sized[1]) if sized else wanted
+    if sized and whole in by_name and abs(by_name[whole].vram_gib - int(sized[2])) < 2:
+        return by_name[whole]  # "4090 24GB": there is only one
     # "3060" is one card, "4060 Ti" either of two that differ in memory.
     same = [card for plain, card in by_name.items() if plain.endswith("gb") and _without_size(card) == wanted]
     if len(same) == 1:
         return same[0]
-    near = [by_name[plain].name for plain in difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.6)]
-    said = f"did you mean {' or '.join([card.name for card in same] or near)}? " if same or near else ""
+    close = difflib.get_close_matches(whole, by_name, n=9, cutoff=0.6)
+    alike = difflib.get_close_matches(whole, by_name, n=9, cutoff=0.75)
+    near = [by_name[plain].name for plain in close if plain in alike or _digits(plain) == _digits(whole)]
+    said = f"did you mean {' or '.join([card.name for card in same] or near[:3])}? " if same or near else ""
     raise UsageError(
         f"no GPU is called {name!r}: {said}`coldstream plan --help` lists those that are known; describe any other as "
         f'"{OWN_CARD}"'
@@ -234,8 +261,9 @@ def _without_size(card: Card) -> str:
 
 
 def _plain(name: str) -> str:
-    """Lower case without vendor words, blanks and punctuation."""
-    lowered = name.lower()
-    for word in ("nvidia", "geforce", "rtx"):
-        lowered = lowered.replace(word, "")
-    return "".join(letter for letter in lowered if letter.isalnum())
+    """Lower case without vendor words and what drivers add to a name, blanks and punctuation."""
+    return "".join(letter for letter in _ADDED.sub("", name.lower()) if letter.isalnum())
+
+
+def _digits(plain: str) -> str:
+    return max(re.findall(r"\d+", plain), key=len, default="")

@@ -1,5 +1,6 @@
 """GPUs are found however they are spelled, and a desktop is put around them."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,35 @@ def test_a_memory_size_may_be_left_out_where_there_is_only_one() -> None:
     assert find_card("RTX 3060").vram_gib == 12
     with pytest.raises(UsageError, match="RTX 4060 Ti 8GB or RTX 4060 Ti 16GB"):
         find_card("4060 ti")
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "RTX 4090 Laptop"),
+        ("RTX 4090 24GB", "RTX 4090"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA L40S", "L40S"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-32GB", "V100 32GB"),
+        ("Quadro RTX 6000", "Quadro RTX 6000"),
+    ],
+)
+def test_a_card_is_found_by_what_its_driver_calls_it(said: str, name: str) -> None:
+    assert find_card(said).name == name
+
+
+@pytest.mark.parametrize("unlike", ["MI300X", "RX 7900 XTX", "Apple M3", "Arc A770", "RTX 4090 16GB", ""])
+def test_a_card_of_another_kind_is_not_taken_for_one_that_is_known(unlike: str) -> None:
+    with pytest.raises(UsageError) as error:
+        find_card(unlike)
+    suggested = re.findall(r"mean (.*)\?", str(error.value))
+    assert suggested == (["RTX 4090 or RTX 4090 Laptop"] if "4090" in unlike else [])
 
 
 def test_an_unknown_card_is_answered_with_the_nearest_names() -> None:
