@@ -4,7 +4,7 @@ run."""
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -61,6 +61,8 @@ class RunOptions:
     no run on a card has shown their worth: up to ``prefetch_bytes`` of a coming miss are read into the CPU's
     caches (None: half of their size, 0: none), and with ``regain`` VRAM that was given up for another program
     is taken again once that has left it. ``images`` keeps room to look at pictures, if the model can.
+    ``prompt_cache`` is a folder in which what is computed of prompts is kept for later runs, at most
+    ``prompt_cache_size`` bytes of it (None: 50 GiB).
     """
 
     vram: Converted[int | str | None, int | None] = Converted(_bytes, None)
@@ -78,11 +80,15 @@ class RunOptions:
     prefetch_bytes: Converted[int | str | None, int | None] = Converted(_bytes, None)
     regain: bool = False
     images: bool = False
+    prompt_cache: Converted[str | Path | None, Path | None] = Converted(_path, None)
+    prompt_cache_size: Converted[int | str | None, int | None] = Converted(_bytes, None)
 
     def __post_init__(self) -> None:
         for name, value, known in (("kv", self.kv, (None, *_KV)), ("device", self.device, _DEVICES)):
             if value not in known:
                 raise UsageError(f"{name} is {value!r}: expected {' or '.join(repr(one) for one in known if one)}")
+        if self.prompt_cache_size is not None and self.prompt_cache is None:
+            raise UsageError("a size of the prompt cache was given and no folder: give --prompt-cache, too")
 
     def over(self, recipe: Recipe | None) -> "RunOptions":
         """These options, and what ``recipe`` says where nothing was asked."""
@@ -159,6 +165,25 @@ class Logprobs:
 
 
 @dataclass(frozen=True)
+class Reused:
+    """Tokens of a prompt that were not computed: ``memory`` of them were in the KV cache, ``disk`` were read from the
+    prompt cache, ``disk_bytes`` of it in ``disk_seconds``."""
+
+    memory: int = 0
+    disk: int = 0
+    disk_bytes: int = 0
+    disk_seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.memory + self.disk
+
+    def __add__(self, other: "Reused") -> "Reused":
+        return Reused(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
 class TokenRecord:
     """One step of generation: a prefill that ends in the first token, or one decode step.
 
@@ -168,7 +193,8 @@ class TokenRecord:
     "vram"), expert fetches from "disk". ``text`` is what became printable. ``finish`` is set on the last
     record: "eos" and "stop" for a token or a text that ends it, "length" after ``max_tokens``, "context" when
     the KV cache is full before that. ``stop`` is the stop string that was met. Where ``sequences`` ran in the step, the
-    counts are this one's share of it: all shares add up to what was asked for and read.
+    counts are this one's share of it: all shares add up to what was asked for and read. ``reused`` are tokens before
+    those of a prefill that were there already.
     """
 
     phase: Literal["prefill", "decode"]
@@ -184,6 +210,7 @@ class TokenRecord:
     stop: str = ""
     logprobs: Logprobs | None = None
     sequences: int = 1
+    reused: Reused = Reused()
 
     @property
     def hits(self) -> int:

@@ -4,7 +4,7 @@ A conversation goes on from its last turn, and agents share their instructions: 
 was used longest ago is forgotten first, when its memory is wanted.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -43,6 +43,9 @@ class Prefixes(Generic[Cached]):
 
     def __len__(self) -> int:
         return len(self._prefixes)
+
+    def __iter__(self) -> Iterator[Prefix[Cached]]:
+        return iter(self._prefixes)
 
     def keep(self, tokens: Sequence[int], kept: Cached) -> None:
         """Remember ``tokens``, of which there is ``kept``."""

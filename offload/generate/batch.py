@@ -17,23 +17,35 @@ from offload.batch.prefixes import Prefix, Prefixes
 from offload.batch.scheduler import Scheduler
 from offload.decode.decoder import StepAbandoned
 from offload.experts.cache.oom import retry_with_less_vram
+from offload.generate.prompt_cache import PromptCache
 from offload.generate.runner import ModelParts, Runner, Used
 from offload.generate.sequence import Sequence
 from offload.generate.stream import Stream
 from offload.model.paged_cache import PagedCache, PagePool
-from offload.records import Sampling, TokenRecord
+from offload.records import Reused, Sampling, TokenRecord
 from offload.text.tokenizer import check_ids
 from quant.kernels.stack import MAX_ROWS
 
+_LOOK_SECONDS = 0.05  # between two looks at whether a read that is waited for is still wanted
+
 
 class Batch(Runner):
-    """Runs sequences with pages of ``pool``, at most ``max_rows`` at once. ``notes`` gets what a user should know."""
+    """Runs sequences with pages of ``pool``, at most ``max_rows`` at once. ``notes`` gets what a user should know;
+    ``prompts`` are beginnings of texts on disk."""
 
-    def __init__(self, parts: ModelParts, pool: PagePool, notes: list[str], max_rows: int = MAX_ROWS) -> None:
+    def __init__(
+        self,
+        parts: ModelParts,
+        pool: PagePool,
+        notes: list[str],
+        prompts: PromptCache | None = None,
+        max_rows: int = MAX_ROWS,
+    ) -> None:
         super().__init__(parts)
         self.pool, self.scheduler = pool, Scheduler[Sequence](max_rows)
         self.prefixes = Prefixes[PagedCache](lambda cache: cache.free())
-        pool.counts.forget = self.prefixes.forget
+        self.prompts = prompts
+        pool.counts.forget = self._forget
         self._notes, self._asked, self._refused = notes, 0, -1
         self._rows: list[Sequence] = []  # of the step under way
 
@@ -49,6 +61,8 @@ class Batch(Runner):
 
     def step(self) -> bool:
         """See Runner."""
+        if self.prompts is not None:
+            self.prompts.collect()
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             if sequence.stream.cancelled:
                 self._end(sequence)
@@ -98,7 +112,7 @@ class Batch(Runner):
         needed = cache.pages_to_come(len(sequence.tokens))
         if sequence.run:  # it has given way before: not to do so again at once
             needed += self.pool.shape.num_layers * (1 + len(others))
-        while counts.free < needed and self.prefixes.forget():
+        while counts.free < needed and self._forget():
             pass
         if counts.free < needed and others:
             cache.free()
@@ -111,6 +125,35 @@ class Batch(Runner):
         except Exception as error:  # noqa: BLE001 - its own: it is raised where its stream is read
             self._end(sequence, error)
             return False
+        self._load(sequence)
+        return True
+
+    def _forget(self) -> bool:
+        """Have pages given back that nobody needs; False if there are none."""
+        return self.prefixes.forget() or (self.prompts is not None and self.prompts.release())
+
+    def _load(self, sequence: Sequence) -> None:
+        """Begin to read what is on disk of the beginning of ``sequence``, beyond what is in memory."""
+        assert sequence.cache is not None
+        if not sequence.run:
+            sequence.reused = Reused(memory=sequence.seen)
+        if self.prompts is not None:
+            sequence.kept = sequence.kept or self.prompts.text()
+            sequence.load = self.prompts.load(sequence.kept, sequence.tokens[:-1], sequence.cache)
+
+    def _loaded(self, sequence: Sequence) -> bool:
+        """Whether ``sequence`` has what was read for it; where nobody else has anything to do, that is waited for."""
+        load, cache = sequence.load, sequence.cache
+        assert self.prompts is not None and sequence.kept is not None and load is not None and cache is not None
+        if not load.wait(0 if self.scheduler.decoding else _LOOK_SECONDS):
+            return False
+        sequence.load = None
+        if not self.prompts.finish(sequence.kept, load, cache):
+            sequence.cache = self._begun_alike(sequence.tokens)
+            self._load(sequence)
+            return sequence.load is None
+        if not sequence.run:
+            sequence.reused = sequence.kept.reused
         return True
 
     def _begun_alike(self, tokens: Tokens[int]) -> PagedCache:
@@ -130,7 +173,11 @@ class Batch(Runner):
         return self.pool.sequence()
 
     def _prefill(self, sequence: Sequence) -> None:
+        if sequence.load is not None and not self._loaded(sequence):
+            return
         chunk = sequence.unseen[: self.parts.prompt_chunk]
+        if self.prompts is not None:
+            chunk = chunk[: self.prompts.cut(sequence.seen, len(chunk))]
         try:
             logits, used = self._run([sequence], [chunk])
         except OutOfPages as error:
@@ -142,6 +189,7 @@ class Batch(Runner):
             self._end(sequence, error)
             return
         sequence.count(len(chunk), used)
+        self._save(sequence)
         if not sequence.unseen:
             self.scheduler.prefilled()
             self._choose(sequence, logits[-1])
@@ -164,6 +212,7 @@ class Batch(Runner):
             return
         for row, its, share in zip(rows, logits, used.shares(len(rows)), strict=True):
             row.count(1, share)
+            self._save(row)
             self._choose(row, its)
 
     def _run(self, rows: list[Sequence], ids: list[list[int]]) -> tuple[Tensor, Used]:
@@ -208,6 +257,10 @@ class Batch(Runner):
         if finished:
             self._end(sequence)
 
+    def _save(self, sequence: Sequence) -> None:
+        if self.prompts is not None and sequence.kept is not None and sequence.cache is not None:
+            self.prompts.save(sequence.kept, sequence.tokens, sequence.cache)
+
     def _make_room(self, sequence: Sequence, error: OutOfPages) -> None:
         """One sequence gives its pages up and waits, so that the others go on; ``sequence`` fails if it is alone."""
         stopped = self.scheduler.preempt()
@@ -215,6 +268,7 @@ class Batch(Runner):
             self._end(sequence, error)
             return
         assert stopped.cache is not None
+        stopped.stop_loading()
         stopped.cache.free()
         self._refused = self.pool.counts.given_back
         self._say_queued()
@@ -227,6 +281,7 @@ class Batch(Runner):
     def _end(self, sequence: Sequence, error: BaseException | None = None) -> None:
         """``sequence`` is over; what has been run of it stays for others that begin alike."""
         self.scheduler.remove(sequence)
+        sequence.stop_loading()
         if sequence.cache is not None:
             self.prefixes.keep(sequence.tokens[: sequence.seen], sequence.cache)
         if sequence.run:

@@ -23,7 +23,7 @@ from offload.generate.runner import ModelParts, Phase, Runner
 from offload.generate.sampling import Sampler, TextStream
 from offload.generate.stream import Stream
 from offload.model.kv_cache import SequenceCache
-from offload.records import Finish, Sampling, TokenRecord
+from offload.records import Finish, Reused, Sampling, TokenRecord
 from offload.text.tokenizer import check_ids
 from quant.errors import UsageError
 
@@ -76,7 +76,7 @@ class Generator(Runner):
             stream.end(error)
             return True
         if record.phase == "prefill":
-            stream.cached_tokens = stream.prompt_tokens - record.tokens_in
+            stream.cached_tokens = record.reused.tokens
         stream.push(record)
         return True
 
@@ -137,6 +137,8 @@ class Generator(Runner):
             record = self._record(phase, token, new, len(step_ids), seconds, finish, counters)
             if sampler.logprobs is not None or stopped:
                 record = replace(record, logprobs=sampler.logprobs, stop=text.met)
+            if not step:
+                record = replace(record, reused=Reused(len(context) - 1 - len(step_ids)))
             run.append(record)
             given = time.perf_counter()
             yield record

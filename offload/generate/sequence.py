@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from offload.generate.prompt_cache import KeptText, Load
 from offload.generate.runner import Phase, Runner, Used
 from offload.generate.sampling import Sampler, TextStream
 from offload.generate.stream import Stream
 from offload.model.paged_cache import PagedCache
-from offload.records import Finish, Sampling, TokenRecord
+from offload.records import Finish, Reused, Sampling, TokenRecord
 
 
 class Sequence:
@@ -20,6 +21,9 @@ class Sequence:
     def __init__(self, number: int, prompt: Tokens[int], sampling: Sampling | None, stream: Stream, room: int) -> None:
         self.number, self.tokens, self.sampling, self.stream = number, list(prompt), sampling, stream
         self.cache: PagedCache | None = None
+        self.load: Load | None = None  # what is read of it from disk
+        self.kept: KeptText | None = None
+        self.reused = Reused()
         self.run: list[TokenRecord] = []
         steps = 1 if sampling is None else min(sampling.max_tokens, room)
         self._end = len(prompt) + steps
@@ -43,11 +47,16 @@ class Sequence:
         if self._since is not None:
             return
         self._since = time.perf_counter()
-        self.stream.cached_tokens = self.seen
         if self.sampling is not None:
             self._sampler = Sampler(self.sampling, runner.grammars)
             stop, special = self.sampling.stop, self.sampling.special_tokens
             self._text = TextStream(runner.parts.tokenizer, stop, special_tokens=special)
+
+    def stop_loading(self) -> None:
+        """Nothing more is read into its pages."""
+        if self.load is not None:
+            self.load.cancel()
+            self.load = None
 
     def count(self, tokens: int, used: Used) -> None:
         """A step has run ``tokens`` of it, and its part of that ``used`` so much."""
@@ -76,6 +85,9 @@ class Sequence:
         seconds, self._since = now - self._since, now
         phase: Phase = "decode" if self.run else "prefill"
         record = runner.record(phase, token, text, self._tokens_in, seconds, finish, self._used)
+        if not self.run:
+            record = replace(record, reused=self.reused)
+            self.stream.cached_tokens = self.reused.tokens
         if logprobs is not None or stop:
             record = replace(record, logprobs=logprobs, stop=stop)
         self._tokens_in, self._used = 0, Used()

@@ -7,7 +7,7 @@ one of them writes to it; pages of chunks that are over go back to the pool.
 Legend: h KV heads, T tokens, d head_dim, P pages.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from offload.batch.pages import PageCounts
+from offload.experts.storage.arena import Arena
 from offload.model.kv_cache import CachedLayer, SequenceCache, Storage
+from offload.prompts.page_file import BlockPages
 from quant.kernels.attention import KvPages
 from quant.model.shape import ModelShape
 from quant.sizes import KV_PAGE_TOKENS
@@ -38,7 +40,30 @@ class PagePool:
     def pages(self) -> KvPages:
         """Keys and values ``[P, h, 128, d]``, made on first use."""
         shape, device = self.shape, str(self._device)
-        return KvPages.allocate(self.counts.count, shape.num_kv_heads, shape.head_dim, self.dtype, device)
+        size = (self.counts.count, shape.num_kv_heads, shape.head_dim)
+        if device != "cpu":
+            return KvPages.allocate(*size, self.dtype, device)
+        # In huge pages, which the disk writes into at its full rate.
+        return KvPages.allocate(*size, self.dtype, memory=lambda nbytes: Arena(1, nbytes).slot(0))
+
+    @property
+    def page_nbytes(self) -> tuple[int, int]:
+        """Bytes of a page of keys or of values, and of its scales."""
+        rows = self.shape.num_kv_heads * KV_PAGE_TOKENS
+        return rows * self.shape.head_dim * self.dtype.itemsize, rows * 4 if self.dtype == torch.int8 else 0
+
+    def block_pages(self, pages: Iterable[int]) -> BlockPages:
+        """The memory of ``pages``, on a CPU."""
+        keys, values, *scales = self._memory
+        page, scale = self.page_nbytes
+        found = [part[i * page : (i + 1) * page] for i in pages for part in (keys, values)]
+        return BlockPages(found, [part[i * scale : (i + 1) * scale] for i in pages for part in scales])
+
+    @cached_property
+    def _memory(self) -> list[memoryview]:
+        pages = self.pages
+        tensors = (pages.keys, pages.values, pages.key_scale, pages.value_scale)
+        return [memoryview(t.view(-1).view(torch.uint8).numpy()) for t in tensors if t is not None]  # type: ignore[arg-type]
 
     @property
     def token_nbytes(self) -> int:
@@ -145,6 +170,16 @@ class PagedLayer(CachedLayer):
             self.pool.counts.share(page)
             other._pages[block] = page
 
+    def make_places(self, length: int) -> Iterator[tuple[int, int]]:
+        """Have pages for what attention looks at after ``length`` tokens, at least those that are there: block and page
+        of each that is not there yet. Raises OutOfPages."""
+        first, whole = self.chunk_at(length) // KV_PAGE_TOKENS, self.seen // KV_PAGE_TOKENS
+        self._give_back(0, first)
+        self._give_back(max(first, whole), len(self._pages))  # the last in part: it is to be read as a whole
+        for block in range(max(first, whole), -(-length // KV_PAGE_TOKENS)):
+            self._pages[block] = self.pool.counts.take()
+            yield block, int(self._pages[block])
+
     def rewind(self, length: int) -> bool:
         """See CachedLayer."""
         if not super().rewind(length):
@@ -237,8 +272,28 @@ class PagedCache(SequenceCache):
         other = PagedCache(self.pool)
         for mine, theirs in zip(self.paged, other.paged, strict=True):
             mine.share_with(theirs, length)
-        self._written = -1  # what was its own is shared from now on
+        self.is_shared()
         return other
+
+    def is_shared(self) -> None:
+        """What was its own is shared from now on."""
+        self._written = -1
+
+    def make_places(self, length: int) -> list[tuple[int, int, int]]:
+        """Have pages for the first ``length`` tokens, as far as attention looks at them: layer, block and page of each
+        whose contents are to be put there. Until ``filled`` says that they are, the cache has no tokens.
+
+        Raises OutOfPages; then it is to be freed.
+        """
+        places = [(i, block, page) for i, layer in enumerate(self.paged) for block, page in layer.make_places(length)]
+        self.filled(0)
+        return places
+
+    def filled(self, length: int) -> None:
+        """The pages of the first ``length`` tokens are there."""
+        self._written = -1
+        for layer in self.paged:
+            layer.seen, layer.start = length, layer.chunk_at(length)
 
     def rewind(self, length: int) -> int:
         """See SequenceCache."""

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from offload.decode.select import select_decoder
-from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.cache.mapped_cache import MappedCache
-from offload.experts.cache.tiered_cache import TieredCache
+from offload.experts.cache.placed import expert_cache_of
 from offload.experts.storage.arena import Arena
 from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore
-from offload.experts.storage.transfer import CudaTransfer, Transfer
 from offload.generate.batch import Batch
 from offload.generate.engine import Engine
 from offload.generate.generator import Generator
+from offload.generate.kept_prompts import prompt_cache_of
 from offload.generate.runner import ModelParts, Runner, end_tokens
 from offload.generate.stream import Stream
 from offload.hardware.cuda_driver import gpu_errors
@@ -33,8 +32,6 @@ from offload.model.paged_cache import PagePool
 from offload.model.stock_cache import cache_of
 from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
 from offload.records import RunOptions, Sampling, TokenRecord
-from offload.routing.eviction import make_policy
-from offload.routing.frequency import ExpertFrequency
 from offload.routing.stats import RoutingStats
 from offload.run.collect import account
 from offload.run.device import choose_compute, choose_device, measured_machine
@@ -85,7 +82,7 @@ class Session:
             direct=not self.options.page_cache,
             page_cached=self.plan.ram_slots + self.plan.vram_slots >= store.count,
         )
-        self.experts = _expert_cache(store, self.reader, run, device)
+        self.experts = expert_cache_of(store, self.reader, run, device)
         self._enter_experts()
         compute = choose_compute(self.options, device)
         runner = ExpertRunner(self.experts, self.routing, compute, self.shape.family.scales_input)
@@ -125,8 +122,11 @@ class Session:
             after_first=self._finish_load,
         )
         bound = self.decoder.bound
+        self.prompts = prompt_cache_of(self, self.kv_pool, self._image_content, self.notes, shared=bound is None)
         self.runner: Runner = (
-            Batch(parts, self.kv_pool, self.notes) if bound is None else Generator(parts, bound, self.notes)
+            Batch(parts, self.kv_pool, self.notes, self.prompts)
+            if bound is None
+            else Generator(parts, bound, self.notes)
         )
         self._engine = Engine(self.runner)
         if run.routing is not None and self.plan.fills and not self.experts.holds_all:
@@ -246,6 +246,10 @@ class Session:
             self._images = Images(self.checkpoint, self.model, self.tokenizer, self.device, self._dtype)
         return self._images
 
+    def _image_content(self, token: int) -> tuple[bytes, int]:
+        assert self._images is not None, "a token of an image was made by those who look at it"
+        return self._images.tokens.content(token)
+
     def submit(self, prompt: str | Sequence[int], sampling: Sampling | None = None, **asked: Any) -> Stream:
         """Queue ``prompt``, a text or its token ids, and return at once: the stream gives a record for each token
         that follows, as it comes. Callable from any thread.
@@ -311,8 +315,11 @@ class Session:
         return {key: self.experts.tier_of(key) for key in self.store.experts()}
 
     def close(self) -> None:
-        """End every sequence, stop reading and close the files."""
+        """End every sequence, write what the prompt cache is to keep of them, stop reading and close the files."""
         self._engine.close()
+        if self.prompts is not None and isinstance(self.runner, Batch):
+            self.prompts.save_tails(self.runner.prefixes)
+            self.prompts.close()
         self.decoder.close()
         self.reader.close()
         self.experts.close()
@@ -322,28 +329,3 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _expert_cache(store: ExpertStore, reader: Reader, run: PlannedRun, device: torch.device) -> ExpertCache:
-    """The cache that ``run`` plans, empty but for what VRAM begins with."""
-    plan, layers, experts = run.plan, store.shape.moe_layers, store.shape.num_experts
-    counts = None
-    if run.routing is not None:
-        counts = dict(zip(store.experts(), run.routing.counts.ravel().tolist(), strict=True))
-    policy, frequency = make_policy(run.options.policy, counts), ExpertFrequency(layers, experts, counts)
-    if plan.vram_slots:
-        transfer = CudaTransfer(device) if device.type == "cuda" else Transfer()
-        return TieredCache(
-            store,
-            reader,
-            policy,
-            ram_slots=plan.ram_slots,
-            vram_slots=plan.vram_slots,
-            transfer=transfer,
-            frequency=frequency,
-            seeds=plan.vram_seeds or frequency.ordered(store.experts()),
-            regain=run.options.regain,
-        )
-    if reader.direct and reader.page_cached and plan.ram_slots >= store.count:
-        return MappedCache(store, reader, policy, ram_slots=plan.ram_slots)
-    return ExpertCache(store, reader, policy, ram_slots=plan.ram_slots, frequency=frequency if counts else None)

@@ -24,6 +24,7 @@ from quant.errors import InputError, UsageError
 class _Image:
     first: int
     count: int
+    digest: str
     pixels: Tensor | None = None
     rows: Tensor | None = None
 
@@ -64,7 +65,7 @@ class ImageTokens:
         digest = hashlib.sha256(pixels.contiguous().view(torch.uint8).numpy().data).hexdigest()
         image = self._by_hash.pop(digest, None)
         if image is None:
-            image = _Image(self.end, count)
+            image = _Image(self.end, count, digest)
             self.end += count
             self._starts.append(image.first)
             self._images.append(image)
@@ -76,6 +77,12 @@ class ImageTokens:
             if kept > IMAGE_TILES:
                 other.pixels = None
         return range(image.first, image.first + image.count)
+
+    def content(self, token: int) -> tuple[bytes, int]:
+        """A hash of the pixels of the image that ``token`` is a row of, and which row."""
+        with self._lock:
+            image = self._images[bisect_right(self._starts, token) - 1]
+            return bytes.fromhex(image.digest), token - image.first
 
     def rows(self, ids: Tensor) -> Tensor:
         """What stands for image tokens ``ids`` ``[n]``: ``[n, H]``.

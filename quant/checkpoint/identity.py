@@ -2,9 +2,14 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError
+
+_SAMPLE = 4096  # bytes of a tensor
+_EXPERTS_SAMPLED = 17  # every so many of their tensors
 
 
 def model_id(checkpoint: Checkpoint) -> str:
@@ -21,3 +26,30 @@ def model_id(checkpoint: Checkpoint) -> str:
         raise CheckpointError(f"{checkpoint.path} has no {role} in layer {first}: expected one in every layer")
     digest.update(checkpoint.read(router).float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def weights_id(checkpoint: Checkpoint) -> str:
+    """A name for these weights as they are stored: a hash over config and headers, size and time of change of every
+    file, and a sample of every tensor but those of most experts. 64 hex digits.
+
+    A copy with other times is another model to it, never the other way round. Raises CheckpointError if a file cannot
+    be read.
+    """
+    digest = hashlib.sha256(f"{checkpoint.identity} {checkpoint.states.listed(checkpoint.files)}".encode())
+    descriptors: dict[Path, int] = {}
+    try:
+        for index, key in enumerate(sorted(checkpoint.names)):
+            if checkpoint.names[key].role == "experts" and index % _EXPERTS_SAMPLED:
+                continue
+            entry = checkpoint.entries[key]
+            if entry.file not in descriptors:
+                descriptors[entry.file] = os.open(entry.file, os.O_RDONLY)
+            length = min(_SAMPLE, entry.nbytes)
+            middle = entry.offset + (entry.nbytes - length) // 2
+            digest.update(os.pread(descriptors[entry.file], length, middle))
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be read: {error.strerror}") from None
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    return digest.hexdigest()

@@ -7,6 +7,8 @@ sequence; the caller owns the pages of keys and values and says which of them th
 """
 
 import ctypes
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
@@ -95,13 +97,28 @@ class KvPages:
             raise SchemeError("KV pages must be contiguous")
 
     @classmethod
-    def allocate(cls, pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> "KvPages":
-        """``pages`` pages; memory that no token has reached costs nothing on a CPU."""
+    def allocate(
+        cls,
+        pages: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        memory: Callable[[int], Tensor] | None = None,
+    ) -> "KvPages":
+        """``pages`` pages; memory that no token has reached costs nothing on a CPU. ``memory`` gives so many bytes of
+        it, by default torch does."""
         shape = (pages, kv_heads, PAGE_TOKENS)
-        keys, values = (torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in range(2))
+
+        def empty(size: tuple[int, ...], kind: torch.dtype) -> Tensor:
+            if memory is None:
+                return torch.empty(size, dtype=kind, device=device)
+            return memory(math.prod(size) * kind.itemsize).view(kind).view(size)
+
+        keys, values = (empty((*shape, head_dim), dtype) for _ in range(2))
         if dtype != torch.int8:
             return cls(keys, values)
-        return cls(keys, values, *(torch.empty(shape, device=device) for _ in range(2)))
+        return cls(keys, values, *(empty(shape, torch.float32) for _ in range(2)))
 
     @cached_property
     def native(self) -> CKvPool:

@@ -1,0 +1,125 @@
+"""What is kept of prompts changes no text, whatever becomes of the folder.
+
+Legend: a block is 128 tokens; chunks of 256 and more are what a chunked layer attends within.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload.generate.batch import Batch
+from offload.records import Reused, RunOptions, Sampling
+from offload.run.session import Session
+from quant.convert.convert import convert
+from quant.model.families import Role
+from quant.scheme import Scheme
+from tests import sessions
+
+SCHEMES: dict[Role, Scheme] = {"experts": Scheme("int4", 32), "attention": Scheme("int8", 32)}
+CONTEXT = 1024
+# Chunks of whole blocks, of blocks and a part, and shorter than one.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chunks of 256": ("llama4_text", {"attention_chunk_size": 256}),
+    "chunks of 320": ("llama4_text", {"attention_chunk_size": 320}),
+    "chunks of 32": ("llama4_text", {}),
+    "no chunks": ("qwen3_moe", {}),
+}
+GREEDY = Sampling(max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def models(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            family, options = MODELS[name]
+            made[name] = tmp_path_factory.mktemp("kept") / "model"
+            convert(tiny(family, max_position_embeddings=CONTEXT, **options), made[name], SCHEMES)
+        return made[name]
+
+    return get
+
+
+def opened(model: Path, cache: Path | None, **asked: Any) -> Session:
+    placed = {name: asked.pop(name) for name in ("prompt_chunk",) if name in asked}
+    options = RunOptions(context=CONTEXT, prompt_cache=cache, **asked)
+    session = sessions.session(model, options, ram_slots=64, **placed)
+    session.finish_filling()
+    return session
+
+
+def said(session: Session, prompt: list[int], sampling: Sampling = GREEDY) -> tuple[list[int], Reused]:
+    records = list(session.generate(prompt, sampling))
+    return [record.token_id for record in records], records[0].reused
+
+
+def text_of(length: int, seed: int = 0) -> list[int]:
+    chance = random.Random(seed)
+    return [chance.randrange(256) for _ in range(length)]
+
+
+def in_use(session: Session) -> int:
+    assert isinstance(session.runner, Batch) and session.prompts is not None
+    session.reset()
+    session.prompts.flush()
+    return session.kv_pool.counts.count - session.kv_pool.counts.free
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_text_goes_on_from_disk_as_if_it_had_been_computed(
+    name: str, kv: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, prompt = models(name), text_of(700)
+    with opened(model, None, kv=kv) as session:
+        whole = {length: said(session, prompt[:length])[0] for length in (130, 256, 257, 400, 513, 700)}
+        other = said(session, [*prompt[:400], *text_of(150, seed=1)])[0]
+    with opened(model, tmp_path, kv=kv, prompt_chunk=96) as session:
+        assert said(session, prompt[:650])[1] == Reused()
+        assert in_use(session) == 0
+    for length, expected in whole.items():
+        with opened(model, tmp_path, kv=kv) as session:
+            found, reused = said(session, prompt[:length])
+            assert found == expected
+            # Up to the last whole block before the last token; longer prompts end where the first did.
+            blocks = min(length - 1, 650) // 128 * 128
+            assert blocks <= reused.disk <= length - 1 and not reused.memory and reused.disk_bytes
+            assert in_use(session) == 0
+    with opened(model, tmp_path, kv=kv) as session:
+        assert said(session, [*prompt[:400], *text_of(150, seed=1)])[0] == other
+
+
+def test_only_what_follows_a_conversation_is_computed(models: Callable[[str], Path], tmp_path: Path) -> None:
+    model, prompt = models("chunks of 256"), text_of(650)
+    with opened(model, tmp_path) as session:
+        answer = said(session, prompt)[0]
+    with opened(model, tmp_path) as session:
+        more = [*prompt, *answer, 7, 8]
+        found, reused = said(session, more)
+        assert reused.disk == len(more) - 3  # the last token of an answer is never run
+    with opened(model, None) as session:
+        assert said(session, more)[0] == found
+
+
+def test_memory_and_disk_are_joined(models: Callable[[str], Path], tmp_path: Path) -> None:
+    for name in MODELS:
+        model, prompt, cache = models(name), text_of(700), tmp_path / name
+        with opened(model, None) as session:
+            expected = said(session, prompt)[0]
+        with opened(model, cache) as session:
+            said(session, prompt)
+        for held in (50, 128, 200, 300, 520):
+            with opened(model, cache) as session:
+                said(session, prompt[:held], Sampling(max_tokens=1))
+                found, reused = said(session, prompt)
+                assert found == expected
+                assert reused.tokens == 640 and reused.memory <= held  # whole blocks before the last token
+                assert in_use(session) == 0
