@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.options.output import Report, takes_console
-from cli.options.run import Model, takes_run_options
+from cli.options.run import Model, takes_run_and_prompt_options
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from offload.records import RunOptions
@@ -22,7 +22,7 @@ Text = Annotated[
 
 
 @takes_console
-@takes_run_options
+@takes_run_and_prompt_options
 def bench(
     model: Model,
     run: RunOptions,

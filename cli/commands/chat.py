@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cli.options.output import Report, takes_console
-from cli.options.run import Model, takes_run_options
+from cli.options.run import Model, takes_run_and_prompt_options
 from cli.options.sampling import AskedSampling, takes_sampling
 from cli.options.typed import typed_text
 from cli.terminal import interrupt
@@ -22,7 +22,7 @@ NoImages = Annotated[bool, typer.Option("--no-images", help="Keep no memory free
 
 
 @takes_console
-@takes_run_options
+@takes_run_and_prompt_options
 @takes_sampling
 def chat(
     model: Model,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.options.output import Report, takes_console
-from cli.options.run import Model, takes_run_options
+from cli.options.run import Model, takes_run_and_prompt_options
 from cli.options.sampling import AskedSampling, takes_sampling
 from cli.options.typed import typed_text
 from cli.terminal import interrupt
@@ -29,7 +29,7 @@ IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the e
 
 
 @takes_console
-@takes_run_options
+@takes_run_and_prompt_options
 @takes_sampling
 def generate(
     model: Model,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cli.options.output import takes_console
-from cli.options.run import Model, takes_run_options
+from cli.options.run import Model, takes_run_and_prompt_options
 from cli.options.sampling import AskedSampling, takes_sampling
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
@@ -38,7 +38,7 @@ Queue = Annotated[int, typer.Option("--queue", min=0, metavar="N", help="Answers
 
 
 @takes_console
-@takes_run_options
+@takes_run_and_prompt_options
 @takes_sampling
 def serve(
     model: Model,

@@ -86,6 +86,20 @@ PromptChunk = Annotated[
     int | None, typer.Option("--prompt-chunk", min=1, metavar="TOKENS", help="Prompt tokens run at once.")
 ]
 
+PromptFolder = Annotated[
+    Path | None,
+    typer.Option("--prompt-cache", metavar="DIR", help="Keep here what is computed of prompts, for later runs."),
+]
+PromptSize = Annotated[
+    int | None,
+    typer.Option(
+        "--prompt-cache-size",
+        parser=parse_size,
+        metavar="SIZE",
+        help="What that may take on disk (50GiB); what was used longest ago goes first.",
+    ),
+]
+
 
 def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
     """RunOptions of what was asked on the command line, over what ``recipe`` says.
@@ -108,24 +122,24 @@ takes_budgets = expands(
     | {"prompt_chunk": (PromptChunk, None)},
     RunOptions,
 )
-takes_run_options = expands(
-    "run",
-    {
-        "vram": (Vram, None),
-        "ram": (Ram, None),
-        "context": (Context, None),
-        "kv": (Kv, None),
-        "recipe": (Recipe, None),
-        "routing": (Routing, None),
-        "policy": (Policy, None),
-        "device": (Device, None),
-        "threads": (Threads, None),
-        "prompt_chunk": (PromptChunk, None),
-        "exact": (Exact, False),
-        "page_cache": (PageCache, False),
-        "no_graph": (NoGraph, False),
-        "prefetch_bytes": (PrefetchBytes, None),
-        "regain": (Regain, False),
-    },
-    run_options,
+_RUN: dict[str, tuple[Any, Any]] = {
+    "vram": (Vram, None),
+    "ram": (Ram, None),
+    "context": (Context, None),
+    "kv": (Kv, None),
+    "recipe": (Recipe, None),
+    "routing": (Routing, None),
+    "policy": (Policy, None),
+    "device": (Device, None),
+    "threads": (Threads, None),
+    "prompt_chunk": (PromptChunk, None),
+    "exact": (Exact, False),
+    "page_cache": (PageCache, False),
+    "no_graph": (NoGraph, False),
+    "prefetch_bytes": (PrefetchBytes, None),
+    "regain": (Regain, False),
+}
+takes_run_options = expands("run", _RUN, run_options)
+takes_run_and_prompt_options = expands(
+    "run", _RUN | {"prompt_cache": (PromptFolder, None), "prompt_cache_size": (PromptSize, None)}, run_options
 )

@@ -130,7 +130,21 @@ REPORT: dict[str, Schema] = {
         vram_bytes=count("budget"),
         messages=many(MESSAGE, "prompts and answers in order"),
     ),
-    "prefill": record("prompts", tokens=count(), seconds=number(), tokens_per_s=maybe(number()), spread=SPREAD),
+    "prefill": record(
+        "prompts",
+        tokens=count("computed"),
+        seconds=number(),
+        tokens_per_s=maybe(number()),
+        spread=SPREAD,
+        reused=record(
+            "prompt tokens that were not computed",
+            memory=count("that the KV cache held"),
+            disk=count("read from the prompt cache"),
+            disk_bytes=count("read for them"),
+            disk_seconds=number(),
+        ),
+        hit_rate=maybe(number("reused ÷ all prompt tokens")),
+    ),
     "decode": record(
         "tokens made one by one, without the first of each text (prefill makes it) and warm-up",
         tokens=count("timed"),

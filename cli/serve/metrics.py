@@ -25,7 +25,11 @@ class Metrics:
         self._finished = self._counter("answers_finished", "Answers by why they ended", "reason")
         self._refused = self._counter("requests_refused", "Requests that met a full queue")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens computed")
-        self._cached = self._counter("cached_prompt_tokens", "Prompt tokens that the KV cache held")
+        self._cached = self._counter(
+            "cached_prompt_tokens", "Prompt tokens that memory or the prompt cache held"
+        )
+        self._from_disk = self._counter("prompt_cache_tokens", "Prompt tokens read from the prompt cache on disk")
+        self._disk_bytes = self._counter("prompt_cache_read_bytes", "Bytes read from the prompt cache on disk")
         self._generated = self._counter("generated_tokens", "Tokens generated")
         self._experts = self._counter("expert_requests", "Experts asked for, by the tier that held them", "tier")
         self._bytes = self._counter("read_bytes", "Bytes that steps read, by tier", "tier")
@@ -75,6 +79,8 @@ class Metrics:
         """An answer has its first token, ``waited`` seconds after it was asked for."""
         self._prompt.inc(record.tokens_in)
         self._cached.inc(cached)
+        self._from_disk.inc(record.reused.disk)
+        self._disk_bytes.inc(record.reused.disk_bytes)
         self._first.observe(waited)
         self._count(record)
 

@@ -15,6 +15,7 @@ def summary_rows(report: RunReport, *, said: Collection[str] = (), every_role: b
     shown = None if every_role else _ROLES
     rows = [
         ("prefill", _prefill(report)),
+        ("reused", _reused(report)),
         ("decode", _decode(report)),
         ("floor", _floor(report)),
         ("predicted", _predicted(report)),
@@ -36,6 +37,16 @@ def _prefill(report: RunReport) -> str:
     if not prefill.tokens:
         return ""
     return f"{number(prefill.tokens_per_s)} tokens/s ({prefill.tokens:,} tokens in {number(prefill.seconds)} s)"
+
+
+def _reused(report: RunReport) -> str:
+    reused = report.prefill.reused
+    parts = [f"{reused.memory:,} prompt tokens from memory"] if reused.memory else []
+    if reused.disk:
+        rate = f", {number(reused.disk_bytes / reused.disk_seconds / 1e9)} GB/s" if reused.disk_seconds else ""
+        read = f"{size(reused.disk_bytes)} in {number(reused.disk_seconds)} s{rate}"
+        parts.append(f"{reused.disk:,} prompt tokens from the prompt cache ({read})")
+    return ", ".join(parts)
 
 
 def _decode(report: RunReport) -> str:

@@ -216,7 +216,7 @@ class RunReport:
         return {
             **dataclasses.asdict(self.subject),
             "request": dataclasses.asdict(self.request),
-            "prefill": dataclasses.asdict(self.prefill),
+            "prefill": {**dataclasses.asdict(self.prefill), "hit_rate": self.prefill.hit_rate},
             "decode": {**dataclasses.asdict(self.decode), "time_ms": self.decode.time_ms()},
             "bandwidth": {
                 **dataclasses.asdict(self.bandwidth),

@@ -13,10 +13,10 @@ Units: seconds, bytes, GB/s of 10^9 bytes.
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from offload.plan.cost_model import Limit
-from offload.records import TokenRecord
+from offload.records import Reused, TokenRecord
 from offload.tiers import TIERS, Tier
 
 Run = Sequence[TokenRecord]
@@ -40,18 +40,26 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class PrefillSpeed:
-    """Prompt tokens run through the model, and the rate; ``spread`` is the slowest and the fastest run."""
+    """Prompt tokens run through the model, and the rate; ``spread`` is the slowest and the fastest run. ``reused`` were
+    not run: they were there already."""
 
     tokens: int
     seconds: float
     tokens_per_s: float | None
     spread: tuple[float, float] | None
+    reused: Reused = field(default_factory=Reused)
 
     @classmethod
     def of(cls, runs: Sequence[Run], *, median: bool = False) -> "PrefillSpeed":
         """From each run's prefill; ``median`` takes the median run's rate: for runs that repeat."""
         sums = [(sum(r.tokens_in for r in run), sum(r.seconds for r in run)) for run in map(_prefill, runs) if run]
-        return cls(sum(n for n, _ in sums), sum(s for _, s in sums), *_rate(sums, median))
+        reused = sum((record.reused for run in runs for record in run), Reused())
+        return cls(sum(n for n, _ in sums), sum(s for _, s in sums), *_rate(sums, median), reused)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The share of prompt tokens that were there already; None without any."""
+        return self.reused.tokens / (self.reused.tokens + self.tokens) if self.tokens else None
 
 
 @dataclass(frozen=True)
