@@ -25,9 +25,7 @@ class Metrics:
         self._finished = self._counter("answers_finished", "Answers by why they ended", "reason")
         self._refused = self._counter("requests_refused", "Requests that met a full queue")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens computed")
-        self._cached = self._counter(
-            "cached_prompt_tokens", "Prompt tokens that memory or the prompt cache held"
-        )
+        self._cached = self._counter("cached_prompt_tokens", "Prompt tokens that memory or the prompt cache held")
         self._from_disk = self._counter("prompt_cache_tokens", "Prompt tokens read from the prompt cache on disk")
         self._disk_bytes = self._counter("prompt_cache_read_bytes", "Bytes read from the prompt cache on disk")
         self._generated = self._counter("generated_tokens", "Tokens generated")
