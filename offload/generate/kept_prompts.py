@@ -10,7 +10,7 @@ import torch
 from offload.generate.prompt_cache import PromptCache
 from offload.model.paged_cache import PagePool
 from offload.prompts.block_keys import Content
-from offload.prompts.page_file import VERSION
+from offload.prompts.page_file import FILE_VERSION
 from offload.prompts.page_folder import PageFolder
 from offload.records import RunOptions
 from quant.checkpoint.checkpoint import Checkpoint
@@ -54,7 +54,9 @@ def prompt_cache_of(
         notes.append(refusal)
         return None
     kv = str(pool.dtype).removeprefix("torch.")
-    form = f"{VERSION} {kv} {session.kernel} {options.exact} {shape.num_kv_heads} {shape.head_dim} {shape.num_layers}"
+    form = (
+        f"{FILE_VERSION} {kv} {session.kernel} {options.exact} {shape.num_kv_heads} {shape.head_dim} {shape.num_layers}"
+    )
     chunks = f"{shape.attention_chunk_size} {sorted(shape.chunked_layers)}"
     origin = hashlib.sha256(f"{weights_id(session.checkpoint)} {form} {chunks}".encode()).hexdigest()[:16]
     folder = PageFolder(options.prompt_cache.absolute(), origin, options.prompt_cache_size or SIZE)

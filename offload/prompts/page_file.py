@@ -20,7 +20,7 @@ from quant.checkpoint.layout import PAGE
 from quant.errors import InputError
 from quant.kernels.checksum import checksums
 
-VERSION = 1
+FILE_VERSION = 1
 _MOST_PARTS = 1000  # of one system call (IOV_MAX is 1,024)
 _SUMS = "xxh64"
 
@@ -63,7 +63,7 @@ class PageLayout:
 
     def header(self, key: str, tokens: int, sums: Sequence[int]) -> bytes:
         """The header of block ``key`` of ``tokens`` tokens."""
-        said = {"coldstream": "kv-pages", "version": VERSION, "key": key, "tokens": tokens, "layers": self.layers}
+        said = {"coldstream": "kv-pages", "version": FILE_VERSION, "key": key, "tokens": tokens, "layers": self.layers}
         text = json.dumps({**said, **self.about, _SUMS: [f"{one:016x}" for one in sums]}).encode()
         assert len(text) <= self.header_nbytes, "the header's room is reckoned from the number of layers"
         return text.ljust(self.header_nbytes, b"\0")
