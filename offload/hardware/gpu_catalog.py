@@ -177,7 +177,8 @@ def find_card(name: str) -> Card:
         return same[0]
     close = difflib.get_close_matches(whole, by_name, n=9, cutoff=0.6)
     alike = difflib.get_close_matches(whole, by_name, n=9, cutoff=0.75)
-    near = [by_name[plain].name for plain in close if plain in alike or _digits(plain) == _digits(whole)]
+    same_number = [plain for plain in close if _digits(plain) == _digits(whole)]
+    near = [by_name[plain].name for plain in same_number or alike]
     said = f"did you mean {' or '.join([card.name for card in same] or near[:3])}? " if same or near else ""
     raise UsageError(
         f"no GPU is called {name!r}: {said}`coldstream plan --help` lists those that are known; describe any other as "
