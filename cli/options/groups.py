@@ -34,5 +34,5 @@ def expands(
 
 
 def complete(names: Iterable[str]) -> Callable[[str], list[str]]:
-    """What a shell offers for an option: those of ``names`` that begin as what was typed."""
-    return lambda incomplete: [name for name in names if name.lower().startswith(incomplete.lower())]
+    """What a shell offers for an option: those of ``names`` that begin as what was typed, which stays as it was."""
+    return lambda typed: [typed + name[len(typed) :] for name in names if name.lower().startswith(typed.lower())]

@@ -19,7 +19,7 @@ Gpu = Annotated[
         "--gpu",
         metavar="CARD",
         help=f'Plan for a desktop with this card. Known: {card_names()}. Any other by its figures: "{OWN_CARD}".',
-        autocompletion=complete([card.name.replace(" ", "-") for card in CARDS]),
+        autocompletion=complete([word.replace(" ", "-") for card in CARDS for word in card.spellings]),
     ),
 ]
 RamBandwidth = Annotated[

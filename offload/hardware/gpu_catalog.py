@@ -50,6 +50,11 @@ class Card:
     in_server: bool = False
     capability: float = LEAST_CAPABILITY
 
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Its name, and how it is called for short."""
+        return (self.name, self.name[4:]) if self.name.startswith("RTX ") else (self.name,)
+
     def gpu(self) -> Gpu:
         """As a measured GPU would look."""
         rate = _LANE_GB_S[self.pcie] * self.lanes

@@ -155,7 +155,9 @@ def test_json_documents_are_the_last_line_of_stdout_and_stderr_is_silent(demo_mo
         ("coldstream plan --disk", ["--disk-bandwidth"]),
         ("coldstream generate --policy l", ["lru", "lfu"]),
         ("coldstream quantize --recipe scout", ["scout-16gb", "scout-rtx4090"]),
-        ("coldstream plan --gpu RTX-409", ["RTX-4090"]),
+        ("coldstream plan --gpu RTX-409", ["RTX-4090", "RTX-4090-Laptop"]),
+        ("coldstream plan --gpu 3090", ["3090", "3090-Ti"]),
+        ("coldstream plan --gpu quadro-rtx-8", ["quadro-rtx-8000"]),
     ],
 )
 def test_a_shell_is_told_what_could_come_next(words: str, offered: list[str]) -> None:
