@@ -35,4 +35,9 @@ def expands(
 
 def complete(names: Iterable[str]) -> Callable[[str], list[str]]:
     """What a shell offers for an option: those of ``names`` that begin as what was typed, which stays as it was."""
-    return lambda typed: [typed + name[len(typed) :] for name in names if name.lower().startswith(typed.lower())]
+
+    def offer(incomplete: str) -> list[str]:  # typer knows its argument by this name
+        begun = [name for name in names if name.lower().startswith(incomplete.lower())]
+        return [incomplete + name[len(incomplete) :] for name in begun]
+
+    return offer
