@@ -46,15 +46,23 @@ def demo(console: Console, keep: Keep = Path("coldstream-demo")) -> None:
     with ExitStack() as stack:
         _clear(keep)
         source = stack.enter_context(as_file(files("recipes").joinpath("demo")))
-        document = Demo(source, keep, console).run()
+        document = Demo(_near(source), keep, console).run()
     seconds = time.perf_counter() - started
     console.say(f"\nDone in {seconds:.0f} s. Next:")
     if which("coldstream") is None:
-        console.prose(f"   source {Path(sys.prefix, 'bin', 'activate')}    so that your shell finds `coldstream`", 3)
+        console.prose(
+            f"   source {_near(Path(sys.prefix, 'bin', 'activate'))}    so that your shell finds coldstream", 3
+        )
     console.prose(f"   open {keep / PAGE} in a browser: where every byte was, and what a token's time went to", 3)
     console.prose(f"   coldstream chat {keep / MODEL}", 3)
     console.prose("   coldstream plan scout    what a model of 109 billion weights would need on this machine", 3)
     console.result({**document, "seconds": seconds, "kept": keep})
+
+
+def _near(path: Path) -> Path:
+    """``path`` as somebody would type it: from here, where it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _clear(keep: Path) -> None:
