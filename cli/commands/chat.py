@@ -1,6 +1,7 @@
 """``coldstream chat``: a conversation on the terminal, its KV cache kept from turn to turn."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,10 @@ System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", callback=typed_text, help="What the model is told first.")
 ]
 
+Resume = Annotated[
+    Path | None,
+    typer.Option("--resume", metavar="FILE", help="Go on with the conversation in FILE, and save every answer to it."),
+]
 NoImages = Annotated[bool, typer.Option("--no-images", help="Keep no memory free to look at images with (/image).")]
 
 
@@ -31,21 +36,27 @@ def chat(
     console: Console,
     system: System = None,
     no_images: NoImages = False,
+    resume: Resume = None,
     report: Report = None,
 ) -> None:
     """Talk with MODEL. Answers go to stdout as they come; /help lists the commands.
 
-    Ctrl-C stops an answer and keeps the session; Ctrl-D or /quit ends it with the run report.
+    Ctrl-C stops an answer and keeps the session; Ctrl-D or /quit ends it with the run report. With --resume a
+    conversation goes on another day; with --prompt-cache, too, nothing of it is computed twice.
     """
     from cli.steps.chat_loop import ChatLoop
+    from cli.steps.conversation_file import read_conversation
     from cli.steps.finish import check_page, command_line, finish
     from cli.steps.messages import Messages
     from cli.steps.open_model import find_model, open_session
-    from quant.errors import CheckpointError
+    from quant.errors import CheckpointError, UsageError
     from quant.output_file import check_stdout
 
     check_stdout()
     check_page(report)
+    before = [] if resume is None else read_conversation(resume)
+    if before and system is not None:
+        raise UsageError("--system and --resume contradict each other: the conversation has begun; give one")
     path = find_model(model)
     sampling.of(path, max_tokens=1)  # a broken generation_config.json is said before the model is loaded
     with seldom_collecting():
@@ -54,11 +65,16 @@ def chat(
 
     with open_session(path, replace(run, images=not no_images), console) as session:
         interrupt.keep_session()
+        interrupt.end_on_signals()
         settings, told = sampling.of(path, max_tokens=session.context)
         console.step(told)
         messages = Messages(aside=console.json)
         conversation = ChatLoop(session, settings, console, messages)
         conversation.begin(system)
+        if resume is not None:
+            conversation.resume(before, resume)
+            told = f"{len(before)} messages" if before else "nothing yet"
+            console.prose(f"({resume}: {told}; every answer is saved there)")
         try:  # what is wrong with the template is said before the first question
             session.encode_chat([*conversation.messages, {"role": "user", "content": "?"}])
         except CheckpointError as error:

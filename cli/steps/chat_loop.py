@@ -10,14 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.steps.conversation_file import save_conversation
 from cli.steps.messages import Messages, with_parts
 from cli.steps.texts import read_text
 from cli.terminal.console import Console
-from offload.documents import SCHEMA_VERSION, to_json
 from offload.records import Sampling, TokenRecord
 from offload.vision.image_file import open_image
 from quant.errors import BudgetError, ColdstreamError, UsageError
-from quant.output_file import save_output
 
 if TYPE_CHECKING:
     from offload.run.session import Session
@@ -28,11 +27,10 @@ HELP = (
     ("/reset", "forget the conversation"),
     ("/system TEXT", "tell the model TEXT first, and begin anew; without TEXT, tell it nothing"),
     ("/stats", "the run so far: speed, memory, expert hits"),
-    ("/save FILE", "write the conversation as JSON"),
+    ("/save [FILE]", "write the conversation as JSON; without FILE, where --resume keeps it"),
     ("/quit", "end (Ctrl-D too); Ctrl-C stops an answer"),
     ('"""', "begins and ends a message of several lines; what is pasted is one message"),
 )
-_MARK = b'"command": "chat", "messages"'  # in the beginning of every conversation that was saved
 _FILE = re.compile(r"""(?:"(?P<double>[^"]+)"|'(?P<single>[^']+)'|(?P<bare>\S+))\s*(?P<text>.*)""", re.DOTALL)
 
 
@@ -43,6 +41,7 @@ class ChatLoop:
         self.session, self.sampling, self.console, self.input = session, sampling, console, messages
         self.runs: list[list[TokenRecord]] = []
         self.failed = False  # whether a message went without an answer
+        self.file: Path | None = None  # where every answer is saved
         self.begin(None)
 
     @property
@@ -58,6 +57,13 @@ class ChatLoop:
         self._shown: list[str] = []  # paths of images for the next message
         self._dropped = 0  # turns that the model no longer sees
         self.session.reset()
+
+    def resume(self, messages: list[dict[str, Any]], file: Path) -> None:
+        """Go on with ``messages``, if there are any, and save to ``file`` from now on."""
+        self.file = file
+        if messages:
+            self.begin(messages[0]["content"] if messages[0]["role"] == "system" else None)
+            self.messages = messages
 
     def loop(self) -> None:
         """Answer until the messages end or /quit comes. A user's error ends nothing."""
@@ -98,12 +104,9 @@ class ChatLoop:
                 self.console.write(record.text)
         except KeyboardInterrupt:
             stopped = True
+        finally:  # what came of an answer that a signal ended stays, too
+            self._keep(question, records)
         self.console.write("\n")
-        if records:
-            self._shown = []
-            self.runs.append(records)
-            reply = "".join(record.text for record in records)
-            self.messages = [*self.messages, question, {"role": "assistant", "content": reply}]
         if stopped:
             self.console.prose("(stopped)")
         elif records[-1].finish == "length":
@@ -115,6 +118,16 @@ class ChatLoop:
             )
         if records and not self.console.quiet:
             self.console.prose(f"({_speed(records)})")
+
+    def _keep(self, question: dict[str, Any], records: list[TokenRecord]) -> None:
+        if not records:
+            return
+        self._shown = []
+        self.runs.append(records)
+        reply = "".join(record.text for record in records)
+        self.messages = [*self.messages, question, {"role": "assistant", "content": reply}]
+        if self.file is not None:
+            save_conversation(self.messages, self.file)
 
     def _turns(self) -> list[list[dict[str, Any]]]:
         """The messages after the first, cut before each of the user's."""
@@ -192,9 +205,12 @@ class ChatLoop:
                 self.console.prose("(begun anew)")
             case "/stats":
                 self.stats()
-            case "/save" if rest:
-                save_conversation(self.messages, Path(rest).expanduser())
-                self.console.prose(f"({len(self.messages)} messages written to {rest})")
+            case "/save" if rest or self.file:
+                file = Path(rest).expanduser() if rest else self.file
+                assert file is not None
+                save_conversation(self.messages, file)
+                self.session.save_prompts()
+                self.console.prose(f"({len(self.messages)} messages written to {file})")
             case "/save":
                 raise UsageError("/save needs a file: /save FILE")
             case _:
@@ -244,9 +260,3 @@ def _speed(records: list[TokenRecord]) -> str:
     if hits + misses:
         said.append(f"{percent(hits / (hits + misses))} expert hits")
     return ", ".join(said)
-
-
-def save_conversation(messages: list[dict[str, Any]], path: Path) -> None:
-    """Write the conversation as JSON, over an earlier one if need be. Raises OutputError."""
-    document = {"schema_version": SCHEMA_VERSION, "command": "chat", "messages": messages}
-    save_output(path, f"{to_json(document)}\n".encode(), _MARK)

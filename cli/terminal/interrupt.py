@@ -27,6 +27,17 @@ def keep_session() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def end_on_signals() -> None:
+    """From now on SIGTERM, and a terminal that is closed, end the command as it would end by itself."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+
+
 class StopRequest:
     """While it is entered, the first Ctrl-C is an exception, and ``asked`` says so to whoever did not see it;
     the next one ends the process at once."""

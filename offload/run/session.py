@@ -296,6 +296,13 @@ class Session:
         """Wait until every expert that has a slot is in it. Raises CheckpointError if the disk fails."""
         self._engine.call(self._fill)
 
+    def save_prompts(self) -> None:
+        """Have all that the KV cache holds of sequences that are over written to the prompt cache, if there is one: by
+        itself only whole blocks are, the rest when the session is closed."""
+        prompts, runner = self.prompts, self.runner
+        if prompts is not None and isinstance(runner, Batch):
+            self._engine.call(lambda: prompts.save_tails(runner.prefixes))
+
     def _fill(self) -> None:
         self.runner.finish_load(now=True)
         self.decoder.synchronize()
@@ -317,8 +324,8 @@ class Session:
     def close(self) -> None:
         """End every sequence, write what the prompt cache is to keep of them, stop reading and close the files."""
         self._engine.close()
-        if self.prompts is not None and isinstance(self.runner, Batch):
-            self.prompts.save_tails(self.runner.prefixes)
+        self.save_prompts()
+        if self.prompts is not None:
             self.prompts.close()
         self.decoder.close()
         self.reader.close()

@@ -346,3 +346,51 @@ def test_a_person_is_asked_before_turns_are_left_out(screen: Callable[..., Termi
     chat.type("\r")
     chat.read_until("tokens/s")
     assert len(conversation(chat, tmp_path / "c.json")) == 4
+
+
+def test_a_conversation_goes_on_another_day(model: Path, tmp_path: Path) -> None:
+    file, cache = tmp_path / "talk.json", tmp_path / "cache"
+    words = ("chat", model, "-n", "8", "--context", "1024", "--json")
+    long = " ".join(["os.path.join"] * 60)
+    kept = ("--resume", file, "--prompt-cache", cache)
+    first = invoke(*words, *kept, stdin=f"{long}\n")
+    assert first.returncode == 0, first.stderr
+    assert [turn["role"] for turn in json.loads(file.read_text())["messages"]] == ["user", "assistant"]
+    saved = file.read_bytes()
+    with_cache = json.loads(invoke(*words, *kept, stdin="And why?\n").stdout.splitlines()[-1])
+    file.write_bytes(saved)
+    without = json.loads(invoke(*words, "--resume", file, stdin="And why?\n").stdout.splitlines()[-1])
+    assert with_cache["messages"] == without["messages"] and len(without["messages"]) == 4
+    computed, reused = with_cache["prefill"]["tokens"], with_cache["prefill"]["reused"]
+    # All but the last block, which the model's own tokens of its answer are in: the template may tell it in others.
+    assert computed < 128 <= reused["disk"] and computed + reused["disk"] == without["prefill"]["tokens"]
+    assert not without["prefill"]["reused"]["disk"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "not of this kind"),
+        ('{"command": "chat", "messages": [{"role": "cat", "content": ""}]}', "messages.0.role"),
+    ],
+)
+def test_a_file_without_a_conversation_is_refused(model: Path, tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text(content)
+    done = invoke("chat", model, "--resume", file)
+    assert (done.returncode, done.stdout) == (1, "") and said in done.stderr and file.read_text() == content
+
+
+def test_a_chat_that_is_killed_has_saved_what_was_said(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    chat = Terminal("chat", model, "--max-tokens", "2000", "--resume", file, XDG_STATE_HOME=str(tmp_path))
+    try:
+        chat.read_until("/help lists")
+        chat.type(f"{QUESTION}\r")
+        chat.read_until(" os")  # of the answer
+        chat.process.terminate()
+        assert chat.process.wait(60) == 143
+    finally:
+        chat.close()
+    question, answer = json.loads(file.read_text())["messages"]
+    assert question["content"] == QUESTION and answer["content"]

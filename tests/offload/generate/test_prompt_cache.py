@@ -3,7 +3,9 @@
 Legend: a block is 128 tokens; chunks of 256 and more are what a chunked layer attends within.
 """
 
+import os
 import random
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ from typing import Any
 import pytest
 
 from offload.generate.batch import Batch
+from offload.prompts.block_keys import BlockKeys
 from offload.records import Reused, RunOptions, Sampling
 from offload.run.session import Session
 from quant.convert.convert import convert
+from quant.errors import UsageError
 from quant.model.families import Role
 from quant.scheme import Scheme
 from tests import sessions
+from tests.family_checkpoints import make_family
 
 SCHEMES: dict[Role, Scheme] = {"experts": Scheme("int4", 32), "attention": Scheme("int8", 32)}
 CONTEXT = 1024
@@ -123,3 +128,117 @@ def test_memory_and_disk_are_joined(models: Callable[[str], Path], tmp_path: Pat
                 assert found == expected
                 assert reused.tokens == 640 and reused.memory <= held  # whole blocks before the last token
                 assert in_use(session) == 0
+
+
+def test_pages_of_another_model_or_form_are_not_found(models: Callable[[str], Path], tmp_path: Path) -> None:
+    prompt = text_of(300)
+    with opened(models("no chunks"), tmp_path) as session:
+        said(session, prompt)
+    for model, asked in ((models("chunks of 32"), {}), (models("no chunks"), {"kv": "int8"})):
+        with opened(model, tmp_path, **asked) as session:
+            assert said(session, prompt)[1] == Reused()
+    with opened(models("no chunks"), tmp_path) as session:
+        assert said(session, prompt)[1].disk == 256
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def swap(file: Path) -> None:
+    other = next(path for path in files(file.parents[1]) if path != file and path.suffix == file.suffix)
+    file.write_bytes(other.read_bytes())
+
+
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("spoil", [cut, flip, swap, pipe, folder, os.unlink])
+def test_what_was_spoiled_is_computed(
+    spoil: Callable[[Path], object], models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, prompt = models("chunks of 256"), text_of(700)
+    with opened(model, None) as session:
+        expected = said(session, prompt)[0]
+    with opened(model, tmp_path) as session:
+        said(session, prompt)
+    by_age = sorted(files(tmp_path), key=lambda path: -path.stat().st_mtime_ns)
+    for file in (by_age[0], by_age[len(by_age) // 2]):
+        spoil(file)
+    with opened(model, tmp_path) as session:
+        assert said(session, prompt)[0] == expected
+        gone = spoil is os.unlink
+        assert len([note for note in session.notes if "prompt cache" in note]) == (0 if gone else 1), session.notes
+        assert in_use(session) == 0
+    if spoil is not folder:  # that is somebody's
+        with opened(model, tmp_path) as session:
+            assert said(session, prompt)[1].disk == 640 and not session.notes
+
+
+def test_a_place_that_cannot_be_used_is_said_and_the_run_goes_on(models: Callable[[str], Path], tmp_path: Path) -> None:
+    model, prompt = models("no chunks"), text_of(300)
+    taken = tmp_path / "file"
+    taken.write_text("mine")
+    with opened(model, None) as session:
+        expected = said(session, prompt)[0]
+    for place in (taken, taken / "below", Path("/proc/no/such")):
+        with opened(model, place) as session:
+            assert said(session, prompt)[0] == expected
+            (note,) = [note for note in session.notes if "prompt cache is not used" in note]
+            assert str(place) in note
+    with opened(model, tmp_path, prompt_cache_size="4KiB") as session:
+        assert said(session, prompt)[0] == expected
+        assert any("not kept" in note for note in session.notes)
+    assert taken.read_text() == "mine"
+    with pytest.raises(UsageError, match="--prompt-cache"):
+        RunOptions(prompt_cache_size="1GiB")
+
+
+def test_what_cannot_be_written_is_said_once(models: Callable[[str], Path], tmp_path: Path) -> None:
+    model, prompt = models("no chunks"), text_of(300)
+    with opened(model, tmp_path) as session:
+        expected = said(session, prompt)[0]
+    kept = files(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with opened(model, tmp_path) as session:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # writing more fails, as on a full disk
+        try:
+            found, reused = said(session, prompt)
+            assert found == expected and reused.disk == 256
+            said(session, text_of(600, seed=2))
+            assert in_use(session) == 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        (note,) = [note for note in session.notes if "not kept" in note]
+        assert "File too large" in note
+    assert files(tmp_path) == kept
+
+
+def test_a_family_whose_state_is_not_in_pages_says_so(tmp_path: Path) -> None:
+    model = make_family("deepseek_v3", tmp_path / "source")
+    with opened(model, tmp_path / "cache") as session:
+        assert said(session, text_of(40))[1] == Reused()
+        assert any("does not lie in pages" in note for note in session.notes)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_images_are_told_apart_by_what_they_show() -> None:
+    def keys(first: int, image: bytes) -> list[str]:
+        tokens = [*range(60), *range(first, first + 100), *range(60)]
+        return BlockKeys("origin", 1000, lambda token: (image, token - first)).follow(tokens)
+
+    cat, dog = keys(1000, b"cat" * 8), keys(1000, b"dog" * 8)
+    assert cat == keys(5000, b"cat" * 8) and len(cat) == 1 and cat != dog
