@@ -1,0 +1,53 @@
+"""What the documents and recipes promise is what a plan says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from offload.plan.planned_run import planned_model, planned_run
+from offload.records import RunOptions
+from tests.machines import GIB
+
+ROOT = Path(__file__).resolve().parents[3]
+CARDS = {"RTX 3060": 12, "RTX 4060 Ti 16GB": 16, "RTX 4090": 24, "RTX 5090": 32}
+
+
+def rows(page: str, begin: str) -> list[list[str]]:
+    """The cells of the table of ``page`` whose heading begins with ``begin``."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith(begin))
+    found = []
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        found.append([cell.strip() for cell in line.strip("|").split("|")])
+    return found
+
+
+def test_every_cell_of_models_and_cards_is_what_a_plan_says() -> None:
+    model = ""
+    for name, ram, *cells in rows("choosing.md", "| | RAM |"):
+        model = name.partition(",")[0].lower() or model
+        subject = planned_model(model, "fast")
+        for (card, vram), cell in zip(CARDS.items(), cells, strict=True):
+            options = RunOptions(vram=(vram * 2 - 3) * GIB // 2, ram=int(ram.split()[0]) * GIB * 7 // 8, context=8192)
+            plan = planned_run(subject, options, machine=card).plan
+            said = f"{plan.predicted_tokens_per_s:#.2g}".rstrip(".")
+            assert cell == said + (" (disk)" if plan.limited_by == "disk" else ""), (model, ram, card)
+            assert plan.limited_by in ("disk", "ram bandwidth"), (model, ram, card)
+
+
+@pytest.mark.parametrize("model", ["scout", "maverick"])
+def test_recipes_come_to_the_sizes_and_speeds_that_are_documented(model: str) -> None:
+    column = {"scout": 2, "maverick": 3}[model]
+    checked = 0
+    for cells in rows("quality.md", "| recipe | weights |"):
+        recipe, cell = cells[0].strip("`"), cells[column]
+        found = re.fullmatch(r"([\d.]+) GiB, ([\d.]+)(?: tokens/s)?(?: \((.+)\))?", cell)
+        if found:
+            run = planned_run(model, RunOptions(ram=56 * GIB), recipe=recipe, machine=found[3] or "RTX 4090")
+            assert f"{run.model.file_nbytes / GIB:.1f}" == found[1], recipe
+            assert float(f"{run.plan.predicted_tokens_per_s:.3g}") == pytest.approx(float(found[2]), abs=0.051), recipe
+            checked += 1
+    assert checked >= 3
