@@ -7,7 +7,6 @@
 //   down, more tokens: kLanes words of kLanes rows are transposed in registers, a lane for each row: nothing is folded.
 
 constexpr int64_t kAhead = 8192;  // bytes of prefetch distance: measured best from 1 to 16 KiB
-constexpr int64_t kAheadInt4 = 16384, kAheadInt8 = 2048;  // for the second-level cache, likewise
 constexpr int64_t kBlockAhead = 2048;  // and past the end of a block of rows, which is read column by column
 constexpr int kScaleRun = 2 * kLanes;  // groups whose scales are transposed at a time
 
@@ -141,7 +140,8 @@ template <int kBits, int kGroup>
 static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activations& a, float* y) {
   using F = Form<kBits, kGroup>;
   constexpr int kRun = kLanes * F::kSpans;  // groups of kLanes steps
-  constexpr int64_t kHere = kBits == 4 ? kAheadInt4 : kAheadInt8, kFour = 4 * F::kStep;
+  constexpr int64_t kFour = 4 * F::kStep;
+  const int64_t here = prefetch_ahead[kBits == 8];
   const int64_t groups = w.groups(), bytes = w.row_bytes();
   for (int64_t row = row0; row < row1; ++row) {
     const uint8_t* from = w.packed + row * w.stride();
@@ -161,7 +161,7 @@ static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activ
       total += sum_neighbours(acc);
     };
     auto prefetch = [&](int64_t byte) __attribute__((always_inline)) {
-      for (int line = 0; line < kFour; line += 64) __builtin_prefetch(from + byte + line + kHere, 0, 2);
+      for (int line = 0; line < kFour; line += 64) __builtin_prefetch(from + byte + line + here, 0, 2);
     };
     int64_t g = 0, byte = 0;
     for (; g + kRun <= groups; g += kRun) {

@@ -130,6 +130,7 @@ struct Kernels {
 };
 
 const Kernels& kernels();  // the chosen instruction set
+extern const int64_t prefetch_ahead[2];  // bytes that one token's product of 4 and of 8 bits asks ahead of itself
 
 inline float bf16_to_float(uint16_t bits) {
   uint32_t wide = uint32_t(bits) << 16;
