@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -39,14 +39,6 @@ HOWS: dict[str, tuple[int, int, bool]] = {
     "full": (_EVER, errno.ENOSPC, True),
 }
 _SECONDS = 120
-_IMPORTED = (
-    "cli.commands.quantize",
-    "offload.text.tokenizer",
-    "offload.quality.calibrate",
-    "offload.quality.importance",
-    "offload.quality.sensitivity",
-    "quant.allocation.allocator",
-)
 
 
 def build(folder: Path) -> Path:
@@ -66,7 +58,7 @@ def run(source: Path, folder: Path, options: list[str], *more: str) -> dict[str,
         command = [sys.executable, "-m", "tests.faults.trials", str(source), str(folder), *more, "--", *options]
         environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
         root = Path(__file__).resolve().parents[2]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=root)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=root)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -86,11 +78,13 @@ def _state(folder: Path) -> frozenset[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: its exit code or the negative signal, what it said, and the calls that it made."""
+    """How a run ended: its exit code or the negative signal, what it said, the calls that it made and the modules that
+    it had; those of the last two that a signal cut off are none."""
 
     code: int
     said: str
-    calls: int
+    calls: int = 0
+    modules: tuple[str, ...] = ()
 
     @property
     def is_clean(self) -> bool:
@@ -123,11 +117,11 @@ class Trials:
             if time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return Ended(-99, f"did not end in {_SECONDS} s", 0)
+                return Ended(-99, f"did not end in {_SECONDS} s")
             time.sleep(0.002)
-        calls = int(counted.read_text()) if counted.exists() else 0
+        calls, modules = json.loads(counted.read_text()) if counted.exists() else (0, ())
         counted.unlink(missing_ok=True)
-        return Ended(os.waitstatus_to_exitcode(status), said.read_text(), calls)
+        return Ended(os.waitstatus_to_exitcode(status), said.read_text(), calls, tuple(modules))
 
     def _child(
         self, destination: Path, more: tuple[str, ...], how: tuple[int, int, bool], at: int, said: Path, counted: Path
@@ -154,7 +148,7 @@ class Trials:
         finally:
             calls = self.library.fault_calls()
             self.library.fault_arm(under.encode(), _OFF, ctypes.c_long(0), 0, 0)
-            counted.write_text(str(calls))
+            counted.write_text(json.dumps([calls, list(sys.modules)]))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -171,13 +165,20 @@ def _fresh(folder: Path) -> Iterator[Path]:
 
 
 def _prepare() -> None:
-    """Import what the command imports, so that a fork has it; every part is made safe at once."""
-    for name in _IMPORTED:
-        import_module(name)
+    """Every part is made safe at once, so that a run that dies has something to go on from."""
     from quant.convert.convert import convert
 
     assert convert.__kwdefaults__ is not None
     convert.__kwdefaults__["sync_bytes"] = 1
+
+
+def _import(modules: tuple[str, ...]) -> None:
+    """Import what a run imported, and what transformers compiles on first use, so that a fork has it."""
+    for name in modules:
+        with suppress(Exception):  # one that is no module's name, or stands on one that is not there
+            import_module(name)
+    if (mapping := sys.modules.get("transformers.conversion_mapping")) is not None:
+        mapping.get_checkpoint_conversion_mapping("")
 
 
 def main() -> None:
@@ -195,16 +196,22 @@ def main() -> None:
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
     asked, options = parser.parse_args(words[:split]), words[split + 1 :]
+    if "LD_PRELOAD" not in os.environ:
+        print(json.dumps(run(asked.source, asked.folder, options, *words[2:split])))
+        return
     _prepare()
     trials = Trials(asked.source.resolve(), asked.folder.resolve(), options, asked.on)
     asked.folder.mkdir(parents=True, exist_ok=True)
     with _fresh(trials.folder / "whole") as folder:
         whole = trials.go(folder / "out", how=(_COUNT, 0, False))
         expected = contents(folder / "out")
+    _import(whole.modules)
     failures, made, codes, ended_well = [], 0, dict[int, int](), set[frozenset[tuple[str, str]]]()
     at_each = range(asked.first, whole.calls + 1, asked.every)
     rounds = len(asked.how) if asked.each else 1
     for turn, at in enumerate(at for at in at_each for _ in range(rounds)):
+        if turn % 50 == 49:
+            print(f"call {at} of {whole.calls}", file=sys.stderr, flush=True)
         with _fresh(trials.folder / "trial") as folder:
             if asked.existing or (asked.in_turn and turn // len(asked.how) % 2):
                 (folder / "out").mkdir()
