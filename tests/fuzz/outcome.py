@@ -225,7 +225,7 @@ def _limits() -> Iterator[list[str]]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         waited, worked = time.monotonic() - began, time.process_time() - worked_before
-        if number == signal.SIGALRM and worked < SECONDS / 2 and waited < 6 * SECONDS:
+        if number == signal.SIGALRM and worked < SECONDS / 2 and waited < 30 * SECONDS:
             signal.setitimer(signal.ITIMER_REAL, SECONDS / 2)  # the machine is busy with something else
         elif not done.is_set():
             stopped.append("memory" if number == signal.SIGUSR1 else "slow")
