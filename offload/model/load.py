@@ -171,16 +171,15 @@ def load_model(
 
     Activations are of ``dtype``; weights keep their stored form. ``read`` gives a tensor by its key, as
     ``checkpoint.read`` does, which is taken otherwise. Raises CheckpointError for a tensor that is absent, and for
-    a file that is no longer the one whose header was read; NonFiniteError for a norm, router, bias or scale that
-    holds NaN or Inf (looking at every weight would take as long as loading).
+    a file that is no longer the one whose header was read; NonFiniteError for a small tensor, a scale or a weight of
+    attention that holds NaN or Inf (looking at every weight would take as long as loading).
     """
     _register()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = text_config(checkpoint)
     keys = [key for key, name in checkpoint.names.items() if name.role not in ("experts", "vision")]
-    small = {key for key in keys if checkpoint.names[key].role in ("norm", "router") or key.endswith(_SMALL)}
-    reading = _Reading(read or checkpoint.read, small)
+    reading = _Reading(read or checkpoint.read, {key for key in keys if _is_checked(checkpoint, key)})
     kind = model_class(config)
     loaded: Any = kind.from_pretrained(
         None,
@@ -202,6 +201,13 @@ def load_model(
     if device.type != "cpu":
         retry_with_less_vram(lambda: _move(model, device, progress), runner.cache)
     return model
+
+
+def _is_checked(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether ``key`` must be finite. Of what is not, the logits tell in the end; but torch's attention takes queries
+    and keys that are NaN for masked ones, and goes on with zeros."""
+    is_small = key.endswith(_SMALL) or len(checkpoint.entries[key].shape) < 2
+    return is_small or checkpoint.names[key].role in ("norm", "router", "attention")
 
 
 def _move(model: PreTrainedModel, device: torch.device, progress: Progress = nobody) -> None:

@@ -19,6 +19,7 @@ from quant.convert.convert import convert
 from quant.errors import CheckpointError, NonFiniteError
 from quant.scheme import Scheme
 from tests import hostile, sessions
+from tests.family_checkpoints import make_family
 
 SPLITS: dict[str, dict[str, Any]] = {
     "all, mapped at first": {"ram_slots": 64},
@@ -90,6 +91,18 @@ def test_a_scale_of_an_expert_is_named(packed: Path, tmp_path: Path, split: str,
 def test_a_small_tensor_is_named_as_it_is_loaded(packed: Path, tmp_path: Path, key: str) -> None:
     with pytest.raises(NonFiniteError, match=rf"tensor {key} has 1 NaN"):
         run(spoiled(packed, tmp_path / "model", key, float("nan")), ram_slots=64)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "bias", "sinks"])
+def test_what_attention_of_torch_would_pass_over_is_named(tmp_path: Path, family: str, part: str) -> None:
+    source = make_family(family, tmp_path / "source")
+    keys = [key for file in source.glob("model*.safetensors") for key in load_file(file) if part in key]
+    if not keys:
+        pytest.skip(f"{family} has no {part}")
+    model = spoiled(source, tmp_path / "model", keys[0], float("nan"))
+    with pytest.raises(NonFiniteError, match=rf"tensor {keys[0]} h"):
+        run(model, ram_slots=64)
 
 
 @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
