@@ -4,8 +4,8 @@
 
 Each trial runs `coldstream quantize SOURCE FOLDER/out …` in a fork of this process, with the N-th counted call
 disturbed as ``--how`` says, then the same with ``--resume``, twice, and compares every file with those of a run
-that was left alone. What the first run left is resumed once: a later trial that leaves the same names and bytes is
-not resumed again. ``--on source`` counts calls on the source instead. Prints one JSON document: how many calls
+that was left alone. What a run left is resumed, or found complete, once: a later trial that leaves the same names and
+bytes is not tried again. ``--on source`` counts calls on the source instead. Prints one JSON document: how many calls
 there were, how many trials were made, how many different things they left, and those that did not end the same.
 """
 
@@ -206,7 +206,9 @@ def main() -> None:
         whole = trials.go(folder / "out", how=(_COUNT, 0, False))
         expected = contents(folder / "out")
     _import(whole.modules)
-    failures, made, codes, ended_well = [], 0, dict[int, int](), set[frozenset[tuple[str, str]]]()
+    failures, made, codes = [], 0, dict[int, int]()
+    ended_well: set[frozenset[tuple[str, str]]] = set()  # what a first run left that was resumed
+    complete: set[frozenset[tuple[str, str]]] = set()  # what a resumed run left that was found complete
     at_each = range(asked.first, whole.calls + 1, asked.every)
     rounds = len(asked.how) if asked.each else 1
     for turn, at in enumerate(at for at in at_each for _ in range(rounds)):
@@ -221,12 +223,14 @@ def main() -> None:
             left_behind = _state(folder)
             if first.is_clean and left_behind in ended_well:
                 continue
-            second = trials.go(folder / "out", "--resume")
-            third = trials.go(folder / "out", "--resume")
-            found = contents(folder)
+            second = third = trials.go(folder / "out", "--resume")
+            found, resumed = contents(folder), _state(folder)
             same = {name.removeprefix("out/"): value for name, value in found.items()} == expected
-            said = "already complete" in third.said
-            if first.is_clean and second.code == 0 and third.code == 0 and same and said:
+            if resumed not in complete:
+                third = trials.go(folder / "out", "--resume")
+                if third.code == 0 and "already complete" in third.said and _state(folder) == resumed:
+                    complete.add(resumed)
+            if first.is_clean and second.code == 0 and same and resumed in complete:
                 ended_well.add(left_behind)
             else:
                 left = sorted(set(found) ^ {f"out/{name}" for name in expected})
