@@ -1,11 +1,15 @@
 """The native kernels: one extension module, instruction sets chosen at run time."""
 
+import runpy
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 HERE = Path("quant/kernels/cpp")
+SOURCES = runpy.run_path(str(HERE.parent / "sources.py"))["sources_digest"](HERE)
+# Times of files say nothing of a module that was copied here.
+BUILT = any(SOURCES.encode() in built.read_bytes() for built in HERE.parent.glob("_native*.so"))
 
 setup(
     ext_modules=[
@@ -27,9 +31,9 @@ setup(
                 "-pthread",
             ],
             extra_link_args=["-pthread"] if sys.platform != "darwin" else [],
-            define_macros=[("Py_LIMITED_API", "0x030B0000")],
+            define_macros=[("Py_LIMITED_API", "0x030B0000"), ("COLDSTREAM_SOURCES", f'"{SOURCES}"')],
             py_limited_api=True,
         )
     ],
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}, "build_ext": {"force": not BUILT}},
 )

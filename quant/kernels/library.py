@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quant.errors import MachineError
 from quant.kernels.cores import granted
+from quant.kernels.sources import sources_digest
 
 _MESSAGES = {
     -1: "bad argument",
@@ -46,9 +47,26 @@ def _load(path: Path) -> ctypes.CDLL:
         ) from error
 
 
+def _check_sources(loaded: ctypes.CDLL, path: Path) -> None:
+    """Raise MachineError if ``loaded`` takes other structures than this package passes."""
+    try:
+        loaded.cs_sources.restype = ctypes.c_char_p
+        built_from = loaded.cs_sources().decode()
+    except AttributeError:  # from before it said
+        built_from = "unknown"
+    beside = sources_digest(path.parent / "cpp")
+    if built_from != (beside or built_from) or built_from == "unknown":
+        raise MachineError(
+            f"native kernels at {path} were built from other sources than this version's ({built_from}, expected "
+            f"{beside or 'a later version'}): install again with `pip install .`, or build in place with "
+            "`python setup.py build_ext --inplace`"
+        )
+
+
 @cache
 def library() -> ctypes.CDLL:
-    """The loaded kernels. Raises MachineError if they are not built or ``COLDSTREAM_ISA`` cannot be used."""
+    """The loaded kernels. Raises MachineError if they are not built, or from other sources than those beside them, or
+    ``COLDSTREAM_ISA`` cannot be used."""
     folder = Path(__file__).parent
     found = sorted(folder.glob("_native*.so"))
     if not found:
@@ -57,6 +75,7 @@ def library() -> ctypes.CDLL:
             "build in place with `python setup.py build_ext --inplace`"
         )
     loaded = _load(found[0])
+    _check_sources(loaded, found[0])
     loaded.cs_isa.restype = ctypes.c_char_p
     loaded.cs_isa_at.restype = ctypes.c_char_p
     loaded.cs_set_isa.argtypes = [ctypes.c_char_p]

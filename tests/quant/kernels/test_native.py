@@ -1,6 +1,7 @@
 """How the native kernels are found, chosen and shared: no silent fallback, any caller, any process."""
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,33 @@ def test_kernels_that_cannot_be_loaded_name_their_file(tmp_path: Path, monkeypat
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     with pytest.raises(MachineError, match=r"_native\.abi3\.so cannot be loaded"):
+        library.library.__wrapped__()
+
+
+def test_kernels_built_from_other_sources_are_refused_before_they_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = Path(library.__file__).parent
+    shutil.copytree(kernels / "cpp", tmp_path / "cpp")
+    (tmp_path / "_native.abi3.so").symlink_to(next(kernels.glob("_native*.so")))
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    library.library.__wrapped__()
+    header = tmp_path / "cpp" / "moe.h"
+    header.write_text(header.read_text() + "// another field\n")
+    with pytest.raises(MachineError, match=r"other sources than this version's \(.*build_ext --inplace"):
+        library.library.__wrapped__()
+
+
+def test_kernels_from_before_they_said_what_they_were_built_from_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("no C compiler")
+    built = str(tmp_path / "_native.abi3.so")
+    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-o", built, os.devnull], check=True)
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    with pytest.raises(MachineError, match=r"built from other sources .*\(unknown, expected a later version\)"):
         library.library.__wrapped__()
 
 
