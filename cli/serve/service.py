@@ -115,9 +115,14 @@ class Answers:
         self._queue: asyncio.Queue[tuple[int, TokenRecord | Exception | None]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
-        for choice, stream in enumerate(streams):
+        for stream in streams:
             self._slots[id(stream)] = Slot(stream)
-            threading.Thread(target=self._pump, args=(choice, stream), name="answer", daemon=True).start()
+        try:
+            for choice, stream in enumerate(streams):
+                threading.Thread(target=self._pump, args=(choice, stream), name="answer", daemon=True).start()
+        except RuntimeError as error:
+            self.close()
+            raise ServeError(503, "the system starts no more threads: try again later, or raise `ulimit -u`") from error
 
     def _pump(self, choice: int, stream: "Stream") -> None:
         end: Exception | None = None

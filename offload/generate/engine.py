@@ -75,8 +75,9 @@ class Engine:
     def _put(self, call: _Call) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="engine", daemon=True)
+                thread.start()  # where the system starts no more of them the next call tries again
+                self._thread = thread
         self._inbox.put(call)
 
     def _work(self) -> None:

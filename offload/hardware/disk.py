@@ -8,9 +8,9 @@ import mmap
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -43,14 +43,14 @@ def disk_rate(directory: Path) -> DiskRate:
     Reads different bytes for about a second; the median of three windows counts. Raises MachineError if the
     directory can be neither read nor written.
     """
-    file = _largest(directory)
-    if file is not None:
-        return _measure(file)
     notes: tuple[str, ...] = ()
-    if not os.access(directory, os.W_OK):
-        notes = (f"{directory} cannot be written: the disk was measured where {tempfile.gettempdir()} is",)
-        directory = Path(tempfile.gettempdir())
     try:
+        file = _largest(directory)
+        if file is not None:
+            return _measure(file)
+        if not os.access(directory, os.W_OK):
+            notes = (f"{directory} cannot be written: the disk was measured where {tempfile.gettempdir()} is",)
+            directory = Path(tempfile.gettempdir())
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".coldstream-probe-") as made:
             _write(made.fileno())
             rate = _measure(Path(made.name))
@@ -115,24 +115,23 @@ def _buffers() -> list[memoryview]:
 
 
 def _window(descriptor: int, buffers: Sequence[memoryview], order: "count[int]", last: int) -> float:
-    """GB/s of one short run that reads pieces in ``order`` up to piece ``last``."""
-    done = [0] * THREADS
+    """GB/s of one short run that reads pieces in ``order`` up to piece ``last``. Raises OSError, and RuntimeError where
+    threads cannot be started, once those that read are done."""
     started = time.perf_counter()
     deadline = started + _WINDOW_SECONDS
 
-    def read(index: int) -> None:
+    def read(_: int) -> int:
+        done = 0
         while time.perf_counter() < deadline:
             piece = next(order)  # atomic: one bytecode of C code
             if piece >= last:
-                return
-            done[index] += os.preadv(descriptor, [buffers[piece % len(buffers)]], piece * PIECE)
+                break
+            done += os.preadv(descriptor, [buffers[piece % len(buffers)]], piece * PIECE)
+        return done
 
-    threads = [threading.Thread(target=read, args=(index,)) for index in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(done) / (time.perf_counter() - started) / 1e9
+    with ThreadPoolExecutor(THREADS, "disk") as pool:
+        done = sum(pool.map(read, range(THREADS)))
+    return done / (time.perf_counter() - started) / 1e9
 
 
 def _open(file: Path) -> tuple[int, tuple[str, ...]]:

@@ -87,9 +87,15 @@ class Reader:
         self._closed = False
         for file in sorted(set(files)):
             self._open(file, states)
-        self._threads = [threading.Thread(target=self._work, name=f"reader-{i}", daemon=True) for i in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for number in range(threads):
+                thread = threading.Thread(target=self._work, name=f"reader-{number}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError:  # the system starts no more of them
+            self.close()
+            raise
 
     def _open(self, file: Path, states: FileStates | None) -> None:
         try:

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from offload.hardware import disk
 from offload.hardware import probe as probing
 from offload.hardware import system as host
 from offload.hardware.disk import disk_rate
@@ -197,6 +199,16 @@ def test_a_large_file_of_the_directory_is_measured_in_place(tmp_path: Path) -> N
     assert disk_rate(tmp_path).gb_s > 0.01
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["model.safetensors"]
     assert file.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_disk_that_cannot_be_read_is_an_error_and_no_trace_of_a_thread(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)  # reads of it fail
+    with pytest.raises(IsADirectoryError):
+        disk._window(folder, disk._buffers(), itertools.count(), 99)
+    os.close(folder)
+    assert capfd.readouterr().err == ""
 
 
 def test_available_memory_never_exceeds_the_control_group(tmp_path: Path) -> None:
