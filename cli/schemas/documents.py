@@ -118,7 +118,7 @@ CALIBRATION = record(
 )
 FILES = record(
     "bytes on disk",
-    source=maybe(count("the bf16 checkpoint to download; null for one that is quantized")),
+    source=maybe(count("what is to be quantized: what is there, or the bf16 checkpoint to download; null for none")),
     stored=count("the quantized checkpoint"),
     converting=maybe(count("both")),
 )
