@@ -394,3 +394,21 @@ def test_a_chat_that_is_killed_has_saved_what_was_said(model: Path, tmp_path: Pa
         chat.close()
     question, answer = json.loads(file.read_text())["messages"]
     assert question["content"] == QUESTION and answer["content"]
+
+
+def test_what_a_chat_says_is_wrapped_at_words(model: Path, tmp_path: Path) -> None:
+    chat = Terminal(
+        "chat", model, "-n", "4", XDG_STATE_HOME=str(tmp_path)
+    )  # a terminal that says no more has 80 columns
+    try:
+        chat.read_until("> ")
+        for line in (QUESTION, "/help", "/file", "/stats", "/quit"):
+            chat.type(f"{line}\n")
+        assert chat.wait() == 0
+        said = chat.seen.replace("\r", "").split("(4 tokens", 1)[1]
+        for command in ("/file PATH [TEXT]", "/system TEXT", '"""'):
+            assert command in said
+        assert "/file needs a path" in " ".join(said.split())
+        assert max(map(len, said.splitlines())) <= 80
+    finally:
+        chat.close()
