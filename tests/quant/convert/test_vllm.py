@@ -21,9 +21,7 @@ from tests.vllm_answers import PROMPT
 PYTHON = os.environ.get("COLDSTREAM_VLLM", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="COLDSTREAM_VLLM names no Python that has vLLM")
 
-# Sums of products in another order, the experts' weights rounded to bf16 in one of them: now and then a router
-# chooses another expert that is as good.
-TOLERANCE, MOST_WITHIN = 0.1, 0.9
+TOLERANCE = 0.02  # in log probabilities of Llama 4, which vLLM computes in another order; the other families' 1e-5
 INT4 = ("--experts", "int4-g32")
 KINDS: dict[str, tuple[Family, tuple[str, ...]]] = {
     "llama4 groups of 32": ("llama4_text", INT4),
@@ -81,13 +79,19 @@ def test_vllm_answers_as_transformers(
     answer = answers[kind]
     assert "refused" not in answer, answer["refused"]
     model = oracle.stock(*folders[kind])
+    with (
+        torch.no_grad()
+    ):  # vLLM unpacks experts to bf16, whatever it computes in: a router may choose otherwise by that
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.copy_(parameter.bfloat16().float())
     with torch.inference_mode():
         logits = model(torch.tensor([[*PROMPT, *answer["tokens"]]])).logits[0, len(PROMPT) - 1 : -1].float()
     chances = logits.log_softmax(-1)
     theirs = torch.tensor(answer["logprobs"])
     ours = chances[range(len(theirs)), answer["tokens"]]
-    assert ((ours - theirs).abs() < TOLERANCE).float().mean() >= MOST_WITHIN
-    assert (chances.amax(-1) - ours < TOLERANCE).float().mean() >= MOST_WITHIN  # the greedy token, or one as good
+    assert (ours - theirs).abs().max() < (TOLERANCE if kind.startswith(("llama4", "maverick")) else 1e-5)
+    assert (chances.amax(-1) - ours).max() < 1e-5  # the greedy token, or one as good
     assert len(set(answer["tokens"])) > 2
 
 
