@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,7 +10,7 @@ from cli.options.output import Report, takes_console
 from cli.options.run import Model, takes_run_and_prompt_options
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
-from offload.records import RunOptions
+from offload.records import RunOptions, TokenRecord
 
 PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Tokens of each prompt.")]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Tokens decoded after each prompt.")]
@@ -65,4 +65,36 @@ def bench(
         runs = plan.run(session, source, console.step)
         measured = account(session, runs, command="bench", command_line=command_line(), again=True, median=True)
         console.say()
-        finish(measured, console, report, {"prompt_tokens": prompt_tokens, "tokens": tokens, "repeat": repeat})
+        extra: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens, "repeat": repeat}
+        loaded = plan.from_disk(session, source)
+        if loaded is not None:
+            extra["prompt_cache"] = _loaded(loaded, runs[-1][0].seconds, prompt_tokens, measured.bandwidth.disk_gb_s)
+            console.prose(f"prompt cache: {_told(extra['prompt_cache'])}")
+        finish(measured, console, report, extra)
+
+
+def _loaded(record: TokenRecord, computed: float, prompt_tokens: int, disk_gb_s: float | None) -> dict[str, Any]:
+    """What reading a prompt took, beside computing as many tokens of it in ``computed`` seconds for all."""
+    reused = record.reused
+    rate = reused.disk_bytes / reused.disk_seconds / 1e9
+    seconds = computed * reused.disk / prompt_tokens
+    return {
+        "tokens": reused.disk,
+        "disk_bytes": reused.disk_bytes,
+        "disk_seconds": reused.disk_seconds,
+        "gb_s": rate,
+        "fraction_of_disk": rate / disk_gb_s if disk_gb_s else None,
+        "computed_seconds": seconds,
+        "speedup": seconds / reused.disk_seconds,
+    }
+
+
+def _told(found: dict[str, Any]) -> str:
+    from cli.terminal.words import number, percent, size
+
+    share = found["fraction_of_disk"]
+    of_disk = f", {percent(share)} of the disk's rate" if share else ""
+    return (
+        f"{found['tokens']:,} tokens ({size(found['disk_bytes'])}) read in {number(found['disk_seconds'])} s{of_disk}; "
+        f"computing them takes {number(found['computed_seconds'])} s, {number(found['speedup'])} times as long"
+    )

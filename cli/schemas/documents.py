@@ -162,11 +162,24 @@ DOCUMENTS: dict[str, Schema] = {
         cached_tokens=count("that the KV cache held"),
         generated_tokens=count(),
     ),
-    "bench": record(
-        **REPORT,
-        prompt_tokens=count("of each prompt"),
-        tokens=count("decoded after each"),
-        repeat=count("measured repetitions"),
+    "bench": without(
+        record(
+            **REPORT,
+            prompt_tokens=count("of each prompt"),
+            tokens=count("decoded after each"),
+            repeat=count("measured repetitions"),
+            prompt_cache=record(
+                "with --prompt-cache: the last prompt, read from disk",
+                tokens=count("read"),
+                disk_bytes=count(),
+                disk_seconds=number(),
+                gb_s=number(),
+                fraction_of_disk=maybe(number("of the disk's sequential rate")),
+                computed_seconds=number("that computing as many tokens took"),
+                speedup=number("computed_seconds ÷ disk_seconds"),
+            ),
+        ),
+        "prompt_cache",
     ),
     "eval": without(
         record(

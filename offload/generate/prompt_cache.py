@@ -103,6 +103,7 @@ class PromptCache:
         self._written: deque[tuple[tuple[str, str], list[int]]] = deque()
         self._paused_until = 0.0
         self.saved_nbytes = 0
+        self.reads = True  # not where computing is to be measured
 
     def text(self) -> KeptText:
         """What is to be known of a text that begins."""
@@ -116,7 +117,7 @@ class PromptCache:
         keys, held = text.keys.follow(tokens), cache.get_seq_length()
         length, tail = self._reach(text.keys, tokens, cache)
         self._writer.submit(self._folder.used, keys[: length // KV_PAGE_TOKENS], tuple(self._layouts), text.when)
-        if length <= held:
+        if length <= held or not self.reads:
             return None
         try:
             places = cache.make_places(length)

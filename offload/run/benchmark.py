@@ -33,6 +33,8 @@ class Benchmark:
         if not text.strip():
             raise InputError("the text to measure with is empty: expected some prose or code")
         ids = session.encode(text)
+        if session.prompts is not None:
+            session.prompts.reads = False  # what is measured is computed
         say("warm-up")
         self._once(session, self._prompt(ids, 0), min(self.tokens, 16))
         session.finish_filling()
@@ -41,6 +43,16 @@ class Benchmark:
             say(f"run {index + 1} of {self.repeat}")
             runs.append(self._once(session, self._prompt(ids, index + 1), self.tokens))
         return runs
+
+    def from_disk(self, session: Session, text: str) -> TokenRecord | None:
+        """The prefill of the last prompt of ``run`` once more, read from the prompt cache as far as it can be; None if
+        nothing of it can."""
+        if session.prompts is None:
+            return None
+        session.save_prompts()
+        session.prompts.reads = True
+        record = self._once(session, self._prompt(session.encode(text), self.repeat), 1)[0]
+        return record if record.reused.disk else None
 
     def _prompt(self, ids: Sequence[int], index: int) -> list[int]:
         start = index * self.prompt_tokens

@@ -297,11 +297,12 @@ class Session:
         self._engine.call(self._fill)
 
     def save_prompts(self) -> None:
-        """Have all that the KV cache holds of sequences that are over written to the prompt cache, if there is one: by
-        itself only whole blocks are, the rest when the session is closed."""
+        """Write all that the KV cache holds of sequences that are over to the prompt cache, if there is one: by itself
+        only whole blocks are, the rest when the session is closed."""
         prompts, runner = self.prompts, self.runner
         if prompts is not None and isinstance(runner, Batch):
             self._engine.call(lambda: prompts.save_tails(runner.prefixes))
+            self._engine.call(prompts.flush)
 
     def _fill(self) -> None:
         self.runner.finish_load(now=True)

@@ -62,3 +62,13 @@ def test_people_see_both_speeds_with_their_spread_and_the_page_is_written(model:
     assert done.stdout == ""
     assert "runs from" in done.stderr
     assert page.read_text().startswith("<!doctype html>")
+
+
+def test_a_prompt_is_computed_and_then_read_from_the_prompt_cache(model: Path, tmp_path: Path) -> None:
+    words = ("bench", model, "--prompt-tokens", "300", "--tokens", "2", "--repeat", "1", "--prompt-cache", tmp_path)
+    for _ in range(2):  # what the first has kept does not make the second faster
+        done = invoke(*words, "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["prefill"]["tokens"] == 300 and found["prefill"]["hit_rate"] == 0
+        assert found["prompt_cache"]["tokens"] == 256 and found["prompt_cache"]["speedup"] > 0
