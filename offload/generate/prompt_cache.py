@@ -6,6 +6,7 @@ writer, too, so nobody changes it meanwhile. A layer that attends within chunks 
 pages lie in files of their own, and those of chunks before are not read.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -99,11 +100,24 @@ class PromptCache:
         }
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="prompt-reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="prompt-writer")
+        self._start_threads()
         self._pending: dict[tuple[str, str], Future[None]] = {}
         self._written: deque[tuple[tuple[str, str], list[int]]] = deque()
         self._paused_until = 0.0
         self.saved_nbytes = 0
         self.reads = True  # not where computing is to be measured
+
+    def _start_threads(self) -> None:
+        """Now, not in the midst of reads. Raises RuntimeError if the system starts no more threads."""
+        all_there = threading.Barrier(_READERS + 1)
+        try:
+            for _ in range(_READERS):
+                self._readers.submit(all_there.wait)
+            self._writer.submit(int)
+        except RuntimeError:
+            all_there.abort()
+            raise
+        all_there.wait()
 
     def text(self) -> KeptText:
         """What is to be known of a text that begins."""
