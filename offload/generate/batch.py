@@ -135,11 +135,11 @@ class Batch(Runner):
     def _load(self, sequence: Sequence) -> None:
         """Begin to read what is on disk of the beginning of ``sequence``, beyond what is in memory."""
         assert sequence.cache is not None
-        if not sequence.run:
-            sequence.reused = Reused(memory=sequence.seen)
         if self.prompts is not None:
             sequence.kept = sequence.kept or self.prompts.text()
             sequence.load = self.prompts.load(sequence.kept, sequence.tokens[:-1], sequence.cache)
+        if not sequence.run:
+            sequence.reused = Reused(memory=sequence.seen)
 
     def _loaded(self, sequence: Sequence) -> bool:
         """Whether ``sequence`` has what was read for it; where nobody else has anything to do, that is waited for."""
