@@ -86,8 +86,10 @@ class _Worker:
         with suppress(BrokenPipeError):  # it has ended, which is seen where it is read
             process.stdin.write(line)
         end, read = time.monotonic() + seconds, bytearray()
+        ready = select.poll()  # select() takes no descriptor beyond 1,023, and a model may have more files open
+        ready.register(process.stdout, select.POLLIN)
         while not read.endswith(b"\n"):
-            if not select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            if not ready.poll(max(0.0, 1e3 * (end - time.monotonic()))):
                 raise TimeoutError
             if not (more := process.stdout.read(1 << 16)):
                 raise EOFError

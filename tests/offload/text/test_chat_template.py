@@ -1,5 +1,7 @@
 """Chat templates: rendered as transformers renders them; broken, endless and enormous ones end soon."""
 
+import os
+import resource
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -179,3 +181,21 @@ def test_an_interrupt_ends_the_process_that_renders(monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyboardInterrupt):
         render(NESTED + ENDS)
     assert kept is not None and kept.poll() is not None
+
+
+def test_a_template_is_rendered_where_over_a_thousand_files_are_open() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] != resource.RLIM_INFINITY and before[1] < 2048:
+        pytest.skip("no so many files can be opened here")
+    chat_template._worker._end()  # so that its pipes come after
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, before[1]))
+    try:
+        opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+        try:
+            assert render_chat("{{ 1 }}", TALK, {}) == "1"
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+    finally:
+        chat_template._worker._end()
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
