@@ -16,6 +16,7 @@ import mmap
 import os
 import signal
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,5 +147,6 @@ class _Lease:
     def close(self) -> None:
         call("unguard", self._memory)
         # Closing alone would not end it: the mappings have descriptors of their own.
-        fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        with suppress(BlockingIOError):  # the system took it: a writer waited for as long as one has to
+            fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         os.close(self._descriptor)

@@ -1,5 +1,6 @@
 """A first token from the page cache: right, safe from a file that is cut, and over once all is copied."""
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,6 +98,19 @@ def test_closing_a_session_gives_the_files_free(model: Path, files: list[Path]) 
         next(session.generate(PROMPT, Sampling(max_tokens=2, ignore_eos=True)))
         assert _cache(session).mapped
     assert all(_writable(file) for file in files)
+
+
+def test_a_lease_that_the_system_took_need_not_be_given_back(model: Path, tokens: list[int]) -> None:
+    with _open(model) as session:
+        records = session.generate(PROMPT, Sampling(max_tokens=12, ignore_eos=True))
+        found = [next(records).token_id]
+        mapped = _cache(session).files
+        assert mapped is not None and any(mapped._files.values())
+        for lease in filter(None, mapped._files.values()):
+            fcntl.fcntl(lease._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        found += [record.token_id for record in records]
+        session.finish_filling()
+    assert found == tokens
 
 
 def test_a_budget_that_does_not_hold_every_expert_maps_nothing(model: Path, files: list[Path]) -> None:
