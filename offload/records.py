@@ -15,7 +15,7 @@ from quant.sizes import as_bytes
 
 Finish = Literal["", "eos", "stop", "length", "context", "cancelled"]
 FinishReason = Literal["stop", "length", "context"]
-_KV, _DEVICES = ("bf16", "int8"), ("auto", "cpu", "cuda")
+_KV, _DEVICES, _DRAFTS = ("bf16", "int8"), ("auto", "cpu", "cuda"), (None, "ngram")
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
 
@@ -63,6 +63,7 @@ class RunOptions:
     is taken again once that has left it. ``images`` keeps room to look at pictures, if the model can.
     ``prompt_cache`` is a folder in which what is computed of prompts is kept for later runs, at most
     ``prompt_cache_size`` bytes of it (None: 50 GiB).
+    ``draft`` tries tokens that the text itself suggests, where that pays.
     """
 
     vram: Converted[int | str | None, int | None] = Converted(_bytes, None)
@@ -82,9 +83,11 @@ class RunOptions:
     images: bool = False
     prompt_cache: Converted[str | Path | None, Path | None] = Converted(_path, None)
     prompt_cache_size: Converted[int | str | None, int | None] = Converted(_bytes, None)
+    draft: Literal["ngram"] | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (("kv", self.kv, (None, *_KV)), ("device", self.device, _DEVICES)):
+        choices = (("kv", self.kv, (None, *_KV)), ("device", self.device, _DEVICES), ("draft", self.draft, _DRAFTS))
+        for name, value, known in choices:
             if value not in known:
                 raise UsageError(f"{name} is {value!r}: expected {' or '.join(repr(one) for one in known if one)}")
         if self.prompt_cache_size is not None and self.prompt_cache is None:
@@ -106,7 +109,8 @@ class Sampling:
     those of the answer's tokens once for each time they came, ``presence_penalty`` once. ``logit_bias`` adds to the
     logits of tokens. ``grammar`` is one of llguidance: tokens that would break it are never chosen, and the text may
     end only where it is complete. With ``logprobs`` records carry log probabilities, those of so many of the likeliest
-    tokens among them. ``special_tokens`` shows special tokens in the text.
+    tokens among them. ``special_tokens`` shows special tokens in the text. ``drafts``: where the session drafts, for
+    this text, too; that changes its speed alone.
 
     Raises UsageError for a value that cannot be.
     """
@@ -126,6 +130,7 @@ class Sampling:
     grammar: str | None = None
     logprobs: int | None = None
     special_tokens: bool = False
+    drafts: bool = True
 
     def __post_init__(self) -> None:
         for name, (low, high, expected) in _SAMPLING_RANGES.items():
@@ -194,7 +199,8 @@ class TokenRecord:
     record: "eos" and "stop" for a token or a text that ends it, "length" after ``max_tokens``, "context" when
     the KV cache is full before that. ``stop`` is the stop string that was met. Where ``sequences`` ran in the step, the
     counts are this one's share of it: all shares add up to what was asked for and read. ``reused`` are tokens before
-    those of a prefill that were there already.
+    those of a prefill that were there already. A step that was
+    tried with ``drafted`` tokens more (said on its first record) may give several; ``place`` says which this one is.
     """
 
     phase: Literal["prefill", "decode"]
@@ -211,6 +217,8 @@ class TokenRecord:
     logprobs: Logprobs | None = None
     sequences: int = 1
     reused: Reused = Reused()
+    drafted: int = 0
+    place: int = 0
 
     @property
     def hits(self) -> int:

@@ -19,6 +19,12 @@ Text = Annotated[
     Path | None,
     typer.Option("--text", metavar="FILE", help="Text the prompts are cut from (Python source, if left out)."),
 ]
+DraftErrors = Annotated[
+    float,
+    typer.Option(
+        "--draft-errors", min=0.0, max=1.0, metavar="PART", help="Of a recorded answer, the tokens drafted wrongly."
+    ),
+]
 
 
 @takes_console
@@ -31,12 +37,13 @@ def bench(
     tokens: Tokens = 64,
     repeat: Repeat = 3,
     text: Text = None,
+    draft_errors: DraftErrors = 0.1,
     report: Report = None,
 ) -> None:
     """Measure MODEL: prefill and decode apart, after a warm-up, as medians with their spread.
 
     Bandwidths are measured before and after, and the better counts. The floor is the time to read a token's bytes
-    at those.
+    at those. With --draft, tasks are then run with and without drafts: free text, quoting, editing, a recorded answer.
     """
     from cli.steps.finish import check_page, command_line, finish
     from cli.steps.open_model import find_model, open_session
@@ -50,6 +57,7 @@ def bench(
     from offload.hardware.ledger import forget_peak
     from offload.hardware.probe import probe
     from offload.run.benchmark import Benchmark
+    from offload.run.draft_bench import DraftBenchmark
     from quant.architecture.shape import shape_of
     from quant.model.hub import resolve_config
 
@@ -63,7 +71,10 @@ def bench(
         if not peak_is_clean:
             session.notes.append("the peak of resident memory includes what measuring the machine took")
         runs = plan.run(session, source, console.step)
-        measured = account(session, runs, command="bench", command_line=command_line(), again=True, median=True)
+        drafts = DraftBenchmark(prompt_tokens, tokens, repeat, draft_errors).run(session, source, console.step)
+        measured = account(
+            session, runs, command="bench", command_line=command_line(), again=True, median=True, draft=drafts
+        )
         console.say()
         extra: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens, "repeat": repeat}
         loaded = plan.from_disk(session, source)

@@ -85,6 +85,10 @@ Policy = Annotated[
 PromptChunk = Annotated[
     int | None, typer.Option("--prompt-chunk", min=1, metavar="TOKENS", help="Prompt tokens run at once.")
 ]
+Draft = Annotated[
+    Literal["ngram"] | None,
+    typer.Option("--draft", help="Try tokens that the text itself suggests, several per step, where that pays."),
+]
 
 PromptFolder = Annotated[
     Path | None,
@@ -138,6 +142,7 @@ _RUN: dict[str, tuple[Any, Any]] = {
     "no_graph": (NoGraph, False),
     "prefetch_bytes": (PrefetchBytes, None),
     "regain": (Regain, False),
+    "draft": (Draft, None),
 }
 takes_run_options = expands("run", _RUN, run_options)
 takes_run_and_prompt_options = expands(

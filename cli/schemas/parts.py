@@ -112,6 +112,12 @@ REQUESTS = {
     "by_tier": by(TIERS, count(), "requests"),
     "hit_rate": maybe(number("hits ÷ requests")),
 }
+DRAFTED: dict[str, Schema] = {
+    "drafted": count("tokens that were tried ahead"),
+    "accepted": count("of them, those that were right"),
+    "acceptance": maybe(number("accepted ÷ drafted; null if nothing was drafted")),
+    "tokens_per_step": maybe(number("of decode")),
+}
 COLUMN = many(count())
 REPORT: dict[str, Schema] = {
     "command": text(),
@@ -184,6 +190,25 @@ REPORT: dict[str, Schema] = {
         kernel=text("that multiplied"),
         platform=text(),
         versions=by("package", text(), "versions"),
+    ),
+    "draft": maybe(
+        record(
+            "what came of drafts; null without --draft",
+            kind=text("ngram: from the text itself"),
+            **DRAFTED,
+            speedup=maybe(number("over all tasks; null where nothing ran without drafts")),
+            tasks=by(
+                "task (free, quote, edit, recorded)",
+                record(
+                    kind=text("recorded: an answer drafted back, some tokens wrong"),
+                    **DRAFTED,
+                    tokens_per_s=number("decode, median"),
+                    plain_tokens_per_s=number("without drafts"),
+                    speedup=number(),
+                ),
+                "with bench",
+            ),
+        )
     ),
     "doubts": many(text(), "what makes a bandwidth or the floor unreliable"),
     "notes": NOTES,

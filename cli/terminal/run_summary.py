@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 
 from cli.terminal.words import TIER_NAMES, bandwidth_share, deviation, limit_name, number, percent, size
+from offload.run.draft_report import DraftReport, DraftTask
 from offload.run.report import RunReport
 from offload.tiers import TIERS, role_name
 
@@ -21,6 +22,7 @@ def summary_rows(report: RunReport, *, said: Collection[str] = (), every_role: b
         ("predicted", _predicted(report)),
         ("bandwidth", _bandwidth(report)),
         ("experts", _experts(report)),
+        *(("drafts", line) for line in _drafts(report)),
         ("VRAM", _roles(report.memory.vram, shown)),
         ("RAM", _roles(report.memory.ram, shown)),
         ("files", _roles(report.memory.disk, shown)),
@@ -102,6 +104,26 @@ def _experts(report: RunReport) -> str:
     by_tier = decode.by_tier
     places = ", ".join(f"{TIER_NAMES[tier]} {percent(by_tier[tier] / requests)}" for tier in TIERS if by_tier[tier])
     return f"{percent(decode.hit_rate)} hits in decode ({places}), {percent(whole.hit_rate)} with the prompt's requests"
+
+
+def _drafts(report: RunReport) -> list[str]:
+    draft = report.draft
+    if draft is None:
+        return []
+    lines = [f"{draft.kind}: {_drafted(draft)}"] if not draft.tasks else []
+    for name, task in draft.tasks.items():
+        speeds = f"{number(task.tokens_per_s)} tokens/s, {number(task.plain_tokens_per_s)} without"
+        lines.append(f"{name}: {task.speedup:.2f}× ({speeds}), {_drafted(task)}")
+    return lines
+
+
+def _drafted(draft: DraftReport | DraftTask) -> str:
+    if draft.acceptance is None:
+        return "nothing was drafted: it would not have paid"
+    return (
+        f"{percent(draft.acceptance)} of {draft.drafted:,} tokens drafted were right, "
+        f"{number(draft.tokens_per_step)} tokens per step"
+    )
 
 
 def _roles(parts: Mapping[str, int], most: int | None) -> str:

@@ -143,7 +143,15 @@ class NativeDecoder(Decoder):
             places += range(position, position + len(ids))
             caches.append(cache)
         pages = caches[0].pool.pages
-        if self.lookahead is not None and (now := [id(cache) for cache in caches]) != self._rows:
+        if (
+            self.lookahead is not None
+            and (
+                now := [
+                    id(cache) for cache, segment in zip(caches, segments, strict=True) for _ in range(segment.tokens)
+                ]
+            )
+            != self._rows
+        ):
             self.lookahead.forget()
             self._rows = now
         self.experts.reap()

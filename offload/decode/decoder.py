@@ -60,6 +60,11 @@ class Decoder:
         """
         return torch.cat([self.forward(ids, cache, keep=len(ids)) for ids, cache in rows])
 
+    @property
+    def continues(self) -> bool:
+        """Whether several tokens that go on a sequence are run in one step; else they are run one after the other."""
+        return True
+
     def launch(self, token: int) -> bool:
         """Begin the step of ``token`` before ``forward`` asks for it, and say whether that could be done. What
         goes wrong with it is raised by that ``forward``."""

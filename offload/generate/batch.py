@@ -7,6 +7,7 @@ sequence that ends leaves its pages behind for one that begins alike, until some
 Legend: V vocabulary.
 """
 
+import time
 from collections.abc import Sequence as Tokens
 
 import torch
@@ -17,6 +18,7 @@ from offload.batch.prefixes import Prefix, Prefixes
 from offload.batch.scheduler import Scheduler
 from offload.decode.decoder import StepAbandoned
 from offload.experts.cache.oom import retry_with_less_vram
+from offload.generate.drafts import Drafts
 from offload.generate.prompt_cache import PromptCache
 from offload.generate.runner import ModelParts, Runner, Used
 from offload.generate.sequence import Sequence
@@ -30,8 +32,8 @@ _LOOK_SECONDS = 0.05  # between two looks at whether a read that is waited for i
 
 
 class Batch(Runner):
-    """Runs sequences with pages of ``pool``, at most ``max_rows`` at once. ``notes`` gets what a user should know;
-    ``prompts`` are beginnings of texts on disk."""
+    """Runs sequences with pages of ``pool``. ``notes`` gets what a user should know; ``prompts`` are beginnings of
+    texts on disk."""
 
     def __init__(
         self,
@@ -39,10 +41,10 @@ class Batch(Runner):
         pool: PagePool,
         notes: list[str],
         prompts: PromptCache | None = None,
-        max_rows: int = MAX_ROWS,
+        drafts: Drafts | None = None,
     ) -> None:
-        super().__init__(parts)
-        self.pool, self.scheduler = pool, Scheduler[Sequence](max_rows)
+        super().__init__(parts, drafts)
+        self.pool, self.scheduler = pool, Scheduler[Sequence](MAX_ROWS)
         self.prefixes = Prefixes[PagedCache](lambda cache: cache.free())
         self.prompts = prompts
         pool.counts.forget = self._forget
@@ -121,7 +123,7 @@ class Batch(Runner):
             return False
         sequence.cache = cache
         try:
-            sequence.begin(self)
+            sequence.begin(self, self.drafts)
         except Exception as error:  # noqa: BLE001 - its own: it is raised where its stream is read
             self._end(sequence, error)
             return False
@@ -175,11 +177,12 @@ class Batch(Runner):
     def _prefill(self, sequence: Sequence) -> None:
         if sequence.load is not None and not self._loaded(sequence):
             return
-        chunk = sequence.unseen[: self.parts.prompt_chunk]
+        count = min(len(sequence.unseen), self.parts.prompt_chunk)
         if self.prompts is not None:
-            chunk = chunk[: self.prompts.cut(sequence.seen, len(chunk))]
+            count = min(count, self.prompts.cut(sequence.seen, count))
+        end = sequence.seen + count
         try:
-            logits, used = self._run([sequence], [chunk])
+            logits, used = self._run([sequence], [sequence.tokens[:end]], [1])
         except OutOfPages as error:
             self._make_room(sequence, error)
             return
@@ -188,17 +191,25 @@ class Batch(Runner):
         except BaseException as error:  # noqa: BLE001 - it is raised where the stream is read
             self._end(sequence, error)
             return
-        sequence.count(len(chunk), used)
+        sequence.count(count, used)
         self._save(sequence)
         if not sequence.unseen:
             self.scheduler.prefilled()
-            self._choose(sequence, logits[-1])
+            self._choose(sequence, logits, [])
 
-    def _decode(self, rows: list[Sequence]) -> None:
+    def _decode(self, rows: list[Sequence], *, draft: bool = True) -> None:
+        drafts = self._drafted(rows) if draft else [[] for _ in rows]
+        counts = [1 + len(drafted) for drafted in drafts]
+        started = time.perf_counter()
         try:
-            logits, used = self._run(rows, [row.unseen for row in rows])
+            logits, used = self._run(
+                rows, [[*row.tokens, *more] for row, more in zip(rows, drafts, strict=True)], counts
+            )
         except OutOfPages as error:
-            self._make_room(rows[-1], error)
+            if any(drafts):
+                self._decode(rows, draft=False)
+            else:
+                self._make_room(rows[-1], error)
             return
         except StepAbandoned:
             return
@@ -208,20 +219,30 @@ class Batch(Runner):
             else:
                 for row in rows:  # only the one at fault is to fail
                     if row.unseen:
-                        self._decode([row])
+                        self._decode([row], draft=False)
             return
-        for row, its, share in zip(rows, logits, used.shares(len(rows)), strict=True):
+        seconds, tokens = time.perf_counter() - started, 0
+        parts = zip(rows, logits.split(counts), drafts, used.shares(len(rows), len(rows)), strict=True)
+        for row, its, drafted, share in parts:
             row.count(1, share)
-            self._save(row)
-            self._choose(row, its)
+            tokens += self._choose(row, its, drafted)
+        if self.drafts is not None:
+            self.drafts.note(len(rows), sum(counts) - len(rows), tokens, seconds, used.read)
 
-    def _run(self, rows: list[Sequence], ids: list[list[int]]) -> tuple[Tensor, Used]:
-        """Run ``ids`` of each of ``rows``: the logits ``[T, V]`` of all of them, or ``[1, V]`` of a prompt's last, and
-        what that took. What goes wrong leaves the sequences as they were, or with fewer tokens run."""
+    def _drafted(self, rows: list[Sequence]) -> list[list[int]]:
+        """What to try of each of ``rows`` beyond its next token."""
+        if self.drafts is None:
+            return [[] for _ in rows]
+        return self.drafts.choose([(row.drafts, row.tokens, row.draft_room) for row in rows], MAX_ROWS - len(rows))
+
+    def _run(self, rows: list[Sequence], texts: list[list[int]], keep: list[int]) -> tuple[Tensor, Used]:
+        """Run ``rows`` to the end of their ``texts``, as far as that has not been done: the logits ``[Σ keep, V]``
+        after the last ``keep`` tokens of each, and what that took. What goes wrong leaves the sequences as they were,
+        or with fewer tokens run."""
         self._rows = rows
         try:
-            # A try that failed may have cost some of the tokens before, too: then they are a prompt again.
-            logits = retry_with_less_vram(lambda: self._try(rows, ids), self.experts)
+            # A try that failed may have cost some of the tokens before, too.
+            logits = retry_with_less_vram(lambda: self._try(rows, texts, keep), self.experts)
         finally:
             with self.lock:
                 self._rows = []
@@ -232,15 +253,17 @@ class Batch(Runner):
         caches = [row.cache for row in rows if row.cache is not None]
         return logits, self.used(counters, 1, sum(cache.read_nbytes for cache in caches))
 
-    def _try(self, rows: list[Sequence], ids: list[list[int]]) -> Tensor:
+    def _try(self, rows: list[Sequence], texts: list[list[int]], keep: list[int]) -> Tensor:
         caches = [row.cache for row in rows if row.cache is not None]
         before = [cache.get_seq_length() for cache in caches]
+        ids = [text[seen:] for text, seen in zip(texts, before, strict=True)]
         try:
             with torch.inference_mode():
-                if len(ids[0]) > 1:
-                    logits = self.decoder.forward(ids[0], caches[0])
-                else:
+                if [len(of_row) for of_row in ids] == keep:
                     logits = self.decoder.forward_rows(list(zip(ids, caches, strict=True)))
+                else:  # a chunk of a prompt, or what a failure has cost
+                    parts = zip(ids, caches, keep, strict=True)
+                    logits = torch.cat([self.decoder.forward(new, cache, keep=kept) for new, cache, kept in parts])
             self.experts.check_files()
             return logits
         except BaseException:  # some layers, or some caches, have got the tokens, others not
@@ -248,14 +271,27 @@ class Batch(Runner):
                 cache.rewind(length)
             raise
 
-    def _choose(self, sequence: Sequence, logits: Tensor) -> None:
+    def _choose(self, sequence: Sequence, logits: Tensor, draft: Tokens[int]) -> int:
+        """Give ``sequence`` what follows by ``logits``, and return how many tokens that is. Of ``draft``, which was
+        run, only what was chosen stays."""
         try:
-            finished = sequence.choose(logits, self)
+            count, finished = sequence.choose(logits, draft, self)
         except BaseException as error:  # noqa: BLE001 - it is raised where the stream is read
+            self._take_back(sequence)
             self._end(sequence, error)
-            return
+            return 0
+        self._take_back(sequence)
+        self._save(sequence)
         if finished:
             self._end(sequence)
+        return count
+
+    @staticmethod
+    def _take_back(sequence: Sequence) -> None:
+        """Forget what was run beyond the tokens of ``sequence``."""
+        chosen = max(len(sequence.tokens) - 1, 0) if sequence.sampling is not None else len(sequence.tokens)
+        if sequence.cache is not None and sequence.seen > chosen:
+            sequence.cache.rewind(chosen)
 
     def _save(self, sequence: Sequence) -> None:
         if self.prompts is not None and sequence.kept is not None and sequence.cache is not None:

@@ -19,22 +19,24 @@ from torch import Tensor
 from offload.decode.decoder import StepAbandoned
 from offload.experts.cache.expert_cache import Counters
 from offload.experts.cache.oom import retry_with_less_vram
-from offload.generate.runner import ModelParts, Phase, Runner
-from offload.generate.sampling import Sampler, TextStream
+from offload.generate.answer import Answer
+from offload.generate.drafts import Drafts, TextDrafts
+from offload.generate.runner import Chosen, ModelParts, Phase, Runner
 from offload.generate.stream import Stream
 from offload.model.kv_cache import SequenceCache
-from offload.records import Finish, Reused, Sampling, TokenRecord
+from offload.records import Reused, Sampling, TokenRecord
 from offload.text.tokenizer import check_ids
 from quant.errors import UsageError
 
+_MOST_DRAFTED = 7  # of a step
 Records = collections.abc.Generator[TokenRecord, None, None]
 
 
 class Generator(Runner):
     """Runs sequences one after the other through ``cache``. ``notes`` gets what a user should know."""
 
-    def __init__(self, parts: ModelParts, cache: SequenceCache, notes: list[str]) -> None:
-        super().__init__(parts)
+    def __init__(self, parts: ModelParts, cache: SequenceCache, notes: list[str], drafts: Drafts | None = None) -> None:
+        super().__init__(parts, drafts)
         self._notes = notes
         self.cache, self.prompt_chunk = cache, parts.prompt_chunk
         self.tokens: list[int] = []  # what the cache holds
@@ -112,36 +114,44 @@ class Generator(Runner):
 
     def _steps(self, context: list[int], sampling: Sampling, room: int, turn: int) -> Iterator[TokenRecord]:
         self.finish_load()
-        sampler = Sampler(sampling, self.grammars)
-        text = TextStream(self.parts.tokenizer, sampling.stop, special_tokens=sampling.special_tokens)
+        answer = Answer(context, sampling, self, room)
+        drafts = self._drafts(sampling)
         run: list[TokenRecord] = []
         self.runs.append(run)
-        steps = min(sampling.max_tokens, room)
-        last: Finish = "context" if room < sampling.max_tokens else "length"
         started = time.perf_counter()
-        step_ids = self._unseen(context)
+        step_ids, draft = self._unseen(context), list[int]()
         logits = self._prefill(step_ids)
-        for step in range(steps):
-            token = sampler.pick(logits, context)
-            context.append(token)
+        while True:
+            chosen = answer.choose(logits, draft)
             known = time.perf_counter()
-            finish: Finish = "eos" if token in self.eos and not sampling.ignore_eos else ""
-            launched, counters = self._go_on(None if finish or step == steps - 1 else token)
-            new, stopped = ("", False) if finish else text.push(token)
-            finish = finish or ("stop" if stopped else last if step == steps - 1 else "")
+            if drafts is not None:
+                drafts.learn([one.token for one in chosen])
+            self._take_back(len(context) - 1)
+            tried = len(draft)
+            draft = [] if chosen[-1].finish else self._drafted(drafts, answer)
+            launched, counters = self._go_on(None if chosen[-1].finish or draft else context[-1])
+            chosen = answer.tell(chosen)
+            finish = chosen[-1].finish
             if finish:
                 self.decoder.drop()  # a stop string was met: nobody wants the next token
-                new += "" if stopped else text.finish()
+                self._take_back(len(context) - 1)
             seconds = (known if launched else time.perf_counter()) - started
-            phase: Phase = "decode" if step else "prefill"
-            record = self._record(phase, token, new, len(step_ids), seconds, finish, counters)
-            if sampler.logprobs is not None or stopped:
-                record = replace(record, logprobs=sampler.logprobs, stop=text.met)
-            if not step:
-                record = replace(record, reused=Reused(len(context) - 1 - len(step_ids)))
-            run.append(record)
+            phase: Phase = "decode" if run else "prefill"
+            passes = 1 if run else -(-len(step_ids) // self.prompt_chunk)
+            used = self.used(counters, passes, self.cache.read_nbytes)
+            if self.drafts is not None and run:  # what a rejection has cost beside its step is drafts' cost, too
+                self.drafts.note(1, len(step_ids) - 1, len(chosen), known - started, used.read)
+            tokens_in = 1 if run else len(step_ids)
+            records = [
+                self.record(phase, one, tokens_in, seconds / len(chosen), share, 0 if place else tried, place)
+                for place, (one, share) in enumerate(zip(chosen, used.shares(len(chosen)), strict=True))
+            ]
+            if not run:
+                records[0] = replace(records[0], reused=Reused(len(context) - 1 - len(step_ids)))
             given = time.perf_counter()
-            yield record
+            for record in records:
+                run.append(record)
+                yield record
             asked = time.perf_counter()
             if finish:
                 return
@@ -149,10 +159,34 @@ class Generator(Runner):
                 raise UsageError("another generation has begun on this model: this one cannot go on")
             self.finish_load()
             started = known if launched else time.perf_counter()
-            step_ids = [token]
-            logits = self._forward(step_ids)
+            if draft:
+                self.cache.bookmark()
+            step_ids = [*context[len(self.tokens) :], *draft]
+            logits = self._forward(step_ids, 1 + len(draft))
             if launched:  # time that the caller took is the step's as far as it ran meanwhile
                 started += max(0.0, asked - max(given, self.decoder.ended_at))
+
+    def _drafts(self, sampling: Sampling) -> TextDrafts | None:
+        if self.drafts is None or not sampling.drafts:
+            return None
+        if self.decoder.continues:
+            return self.drafts.begin()
+        note = "no drafts: this model's own modules run one token after the other once a text has begun"
+        if note not in self._notes:
+            self._notes.append(note)
+        return None
+
+    def _drafted(self, drafts: TextDrafts | None, answer: Answer) -> list[int]:
+        """What to try beyond the next token, as far as it can be taken back."""
+        if self.drafts is None or drafts is None:
+            return []
+        room = 0 if len(self.tokens) < len(answer.tokens) - 1 else min(answer.room, self.cache.reversible) - 1
+        return self.drafts.choose([(drafts, answer.tokens, max(room, 0))], _MOST_DRAFTED)[0]
+
+    def _take_back(self, length: int) -> None:
+        """Forget what was run beyond ``length`` tokens; a cache that cannot go back forgets more."""
+        if len(self.tokens) > length:
+            self.tokens = self.tokens[: self.cache.rewind(length)]
 
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
         """Run ``prompt`` through the model without choosing a token; the record's ``token_id`` is -1."""
@@ -163,7 +197,8 @@ class Generator(Runner):
         ids = self._unseen(list(prompt))
         self._prefill(ids)
         _, counters = self._go_on(None)
-        record = self._record("prefill", -1, "", len(ids), time.perf_counter() - started, "", counters)
+        used = self.used(counters, -(-len(ids) // self.prompt_chunk), self.cache.read_nbytes)
+        record = self.record("prefill", Chosen(-1), len(ids), time.perf_counter() - started, used, 0, 0)
         self.runs.append([record])
         return record
 
@@ -198,27 +233,21 @@ class Generator(Runner):
             logits = self._forward(ids[start : start + self.prompt_chunk])
         return logits
 
-    def _forward(self, ids: Sequence[int]) -> Tensor:
-        """Run ``ids`` and return the last token's logits ``[vocab]``. Raises MachineError if the GPU fails or
-        has no memory left."""
+    def _forward(self, ids: Sequence[int], keep: int = 1) -> Tensor:
+        """Run ``ids`` and return the logits ``[keep, vocab]`` of the last ``keep``. Raises MachineError if the GPU
+        fails or has no memory left."""
         whole = [*self.tokens, *ids]
         # A try that failed may have cost some of the tokens before, too.
-        return retry_with_less_vram(lambda: self._try(whole[len(self.tokens) :]), self.experts)
+        return retry_with_less_vram(lambda: self._try(whole[len(self.tokens) :], keep), self.experts)
 
-    def _try(self, ids: Sequence[int]) -> Tensor:
+    def _try(self, ids: Sequence[int], keep: int) -> Tensor:
         before = len(self.tokens)
         try:
             with torch.inference_mode():
-                logits = self.decoder.forward(ids, self.cache)[-1]
+                logits = self.decoder.forward(ids, self.cache, keep=keep)
             self.experts.check_files()
         except BaseException:  # KeyboardInterrupt too: some layers have seen the tokens, others not
             self.tokens = self.tokens[: self.cache.rewind(before)]
             raise
         self.tokens.extend(ids)
         return logits
-
-    def _record(
-        self, phase: Phase, token: int, text: str, tokens_in: int, seconds: float, finish: Finish, counters: Counters
-    ) -> TokenRecord:
-        used = self.used(counters, -(-tokens_in // self.prompt_chunk), self.cache.read_nbytes)
-        return self.record(phase, token, text, tokens_in, seconds, finish, used)

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from offload.decode.decoder import Decoder
 from offload.experts.cache.expert_cache import Counters, ExpertCache
+from offload.generate.drafts import Drafts
 from offload.generate.grammar import Grammars
 from offload.generate.stream import Stream
 from offload.hardware.ledger import resident_bytes
 from offload.hardware.vram_limit import VramMeter
 from offload.model.kv_cache import remedy
-from offload.records import Finish, Sampling, TokenRecord
+from offload.records import Finish, Logprobs, Sampling, TokenRecord
 from offload.text.tokenizer import check_ids
 from offload.tiers import Tier
 from quant.checkpoint.checkpoint import Checkpoint
@@ -77,21 +78,33 @@ class Used:
                 mine[tier] = mine.get(tier, 0) + count
         self.rows = other.rows
 
-    def shares(self, count: int) -> "list[Used]":
-        """``count`` parts that add up to the whole."""
-        return [Used(_share(self.by_tier, i, count), _share(self.read, i, count), count) for i in range(count)]
+    def shares(self, count: int, rows: int | None = None) -> "list[Used]":
+        """``count`` parts that add up to the whole, of a step with ``rows`` sequences (None: as many as before)."""
+        rows = self.rows if rows is None else rows
+        return [Used(_share(self.by_tier, i, count), _share(self.read, i, count), rows) for i in range(count)]
 
 
 def _share(whole: dict[Tier, int], index: int, count: int) -> dict[Tier, int]:
     return {tier: amount * (index + 1) // count - amount * index // count for tier, amount in whole.items()}
 
 
-class Runner:
-    """Runs sequences with ``parts``. ``runs`` are the records of the latest of them."""
+@dataclass(frozen=True)
+class Chosen:
+    """A token, the text that became certain with it, why the text ends there, if it does, and by which stop string."""
 
-    def __init__(self, parts: ModelParts) -> None:
+    token: int
+    text: str = ""
+    finish: Finish = ""
+    stop: str = ""
+    logprobs: Logprobs | None = None
+
+
+class Runner:
+    """Runs sequences with ``parts``, and what ``drafts`` makes of them. ``runs`` are the records of the latest."""
+
+    def __init__(self, parts: ModelParts, drafts: Drafts | None = None) -> None:
         self.parts, self.decoder, self.experts = parts, parts.decoder, parts.experts
-        self.eos = parts.eos
+        self.eos, self.drafts = parts.eos, drafts
         self.grammars = Grammars(parts.tokenizer, parts.vocab_size, parts.eos)
         self.runs: deque[list[TokenRecord]] = deque(maxlen=_KEPT_RUNS)
         self._after_first, self._begun = parts.after_first, False
@@ -160,9 +173,9 @@ class Runner:
         return Used(dict(counters.by_tier), read)
 
     def record(
-        self, phase: Phase, token: int, text: str, tokens_in: int, seconds: float, finish: Finish, used: Used
+        self, phase: Phase, chosen: Chosen, tokens_in: int, seconds: float, used: Used, drafted: int, place: int
     ) -> TokenRecord:
-        """The record of a step, or of a sequence's part of one."""
+        """The record of a step, of a sequence's part of one, or of one of the tokens that it gave."""
         self._begun = True
         meter, now = self.parts.vram, time.perf_counter()
         if now - self._resident_at > _RSS_S:
@@ -170,14 +183,18 @@ class Runner:
         vram = 0 if meter is None else meter.used() if phase == "prefill" else meter.glance()
         return TokenRecord(
             phase=phase,
-            token_id=token,
-            text=text,
+            token_id=chosen.token,
+            text=chosen.text,
             tokens_in=tokens_in,
             seconds=seconds,
             by_tier=used.by_tier,
             bytes_read=used.read,
             rss_bytes=self._resident,
             vram_bytes=vram,
-            finish=finish,
+            finish=chosen.finish,
+            stop=chosen.stop,
+            logprobs=chosen.logprobs,
             sequences=used.rows,
+            drafted=drafted,
+            place=place,
         )

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from offload.generate.answer import Answer
+from offload.generate.drafts import Drafts, TextDrafts
 from offload.generate.prompt_cache import KeptText, Load
-from offload.generate.runner import Phase, Runner, Used
-from offload.generate.sampling import Sampler, TextStream
+from offload.generate.runner import Chosen, Phase, Runner, Used
 from offload.generate.stream import Stream
 from offload.model.paged_cache import PagedCache
-from offload.records import Finish, Reused, Sampling, TokenRecord
+from offload.records import Reused, Sampling, TokenRecord
 
 
 class Sequence:
@@ -21,13 +22,13 @@ class Sequence:
     def __init__(self, number: int, prompt: Tokens[int], sampling: Sampling | None, stream: Stream, room: int) -> None:
         self.number, self.tokens, self.sampling, self.stream = number, list(prompt), sampling, stream
         self.cache: PagedCache | None = None
+        self.drafts: TextDrafts | None = None
         self.load: Load | None = None  # what is read of it from disk
         self.kept: KeptText | None = None
         self.reused = Reused()
         self.run: list[TokenRecord] = []
-        steps = 1 if sampling is None else min(sampling.max_tokens, room)
-        self._end = len(prompt) + steps
-        self._last: Finish = "context" if sampling is not None and room < sampling.max_tokens else "length"
+        self._answer: Answer | None = None
+        self._room = room
         self._tokens_in, self._used = 0, Used()
         self._since: float | None = None
 
@@ -41,16 +42,23 @@ class Sequence:
         """Tokens that are still to be run."""
         return self.tokens[self.seen :]
 
-    def begin(self, runner: Runner) -> None:
+    @property
+    def draft_room(self) -> int:
+        """How many tokens more than the next may be tried in a step, and taken back."""
+        if self._answer is None or self.cache is None or self.seen != len(self.tokens) - 1:
+            return 0
+        return max(0, min(self._answer.room, self.cache.reversible) - 1)
+
+    def begin(self, runner: Runner, drafts: Drafts | None) -> None:
         """Its turn has come, for the first time or again. Raises UsageError or InputError for a grammar that cannot be
         read."""
         if self._since is not None:
             return
         self._since = time.perf_counter()
         if self.sampling is not None:
-            self._sampler = Sampler(self.sampling, runner.grammars)
-            stop, special = self.sampling.stop, self.sampling.special_tokens
-            self._text = TextStream(runner.parts.tokenizer, stop, special_tokens=special)
+            self._answer = Answer(self.tokens, self.sampling, runner, self._room)
+            if drafts is not None and self.sampling.drafts:
+                self.drafts = drafts.begin()
 
     def stop_loading(self) -> None:
         """Nothing more is read into its pages."""
@@ -63,34 +71,23 @@ class Sequence:
         self._tokens_in += tokens
         self._used.add(used)
 
-    def choose(self, logits: Tensor, runner: Runner) -> bool:
-        """Choose the token that follows, from ``logits`` ``[vocab]`` after the last, and give its record out; whether
-        the text ends with it. Raises CheckpointError for logits that are no numbers."""
-        finish: Finish = ""
-        token, text, stop, logprobs = -1, "", "", None
-        if self.sampling is not None:
-            token = self._sampler.pick(logits, self.tokens)
-            logprobs = self._sampler.logprobs
-            self.tokens.append(token)
-            finish = "eos" if token in runner.eos and not self.sampling.ignore_eos else ""
-            stopped = False
-            if not finish:
-                text, stopped = self._text.push(token)
-                finish = "stop" if stopped else self._last if len(self.tokens) == self._end else ""
-                stop = self._text.met
-            if finish and not stopped:
-                text += self._text.finish()
+    def choose(self, logits: Tensor, draft: Tokens[int], runner: Runner) -> tuple[int, bool]:
+        """Choose the tokens that follow by ``logits`` and ``draft``, as Answer does, and give their records out;
+        returns how many they are, and whether the text ends with them."""
+        chosen = [Chosen(-1)] if self._answer is None else self._answer.tell(self._answer.choose(logits, draft))
+        if self.drafts is not None:
+            self.drafts.learn([one.token for one in chosen])
         assert self._since is not None
         now = time.perf_counter()
-        seconds, self._since = now - self._since, now
+        seconds, self._since = (now - self._since) / len(chosen), now
         phase: Phase = "decode" if self.run else "prefill"
-        record = runner.record(phase, token, text, self._tokens_in, seconds, finish, self._used)
-        if not self.run:
-            record = replace(record, reused=self.reused)
-            self.stream.cached_tokens = self.reused.tokens
-        if logprobs is not None or stop:
-            record = replace(record, logprobs=logprobs, stop=stop)
+        tokens_in = 1 if self.run else self._tokens_in
+        for place, (one, used) in enumerate(zip(chosen, self._used.shares(len(chosen)), strict=True)):
+            record = runner.record(phase, one, tokens_in, seconds, used, 0 if place else len(draft), place)
+            if not self.run:
+                record = replace(record, reused=self.reused)
+                self.stream.cached_tokens = self.reused.tokens
+            self.run.append(record)
+            self.stream.push(record)
         self._tokens_in, self._used = 0, Used()
-        self.run.append(record)
-        self.stream.push(record)
-        return bool(finish) or self.sampling is None
+        return len(chosen), bool(chosen[-1].finish) or self.sampling is None

@@ -131,6 +131,11 @@ class CachedLayer(CacheLayerMixin):
         """Bytes of the tokens kept."""
         return (self.seen - self.start) * self.token_nbytes
 
+    @property
+    def reversible(self) -> int:
+        """How many tokens more could all be taken back again: those that end no chunk."""
+        return (self.start + self.chunk - 1 if self.chunk else self.context) - self.seen
+
     def rewind(self, length: int) -> bool:
         """Forget all tokens from ``length`` on; False if tokens before ``length`` are no longer kept."""
         if length < self.start:
@@ -205,6 +210,14 @@ class SequenceCache(Cache):
         for layer in self.kept:
             layer.rewind(length)
         return length
+
+    @property
+    def reversible(self) -> int:
+        """How many tokens more could all be taken back again."""
+        return min(layer.reversible for layer in self.kept)
+
+    def bookmark(self) -> None:
+        """What comes next may have to be taken back."""
 
     @property
     def read_nbytes(self) -> int:

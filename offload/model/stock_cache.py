@@ -2,8 +2,9 @@
 compressed keys and values, sliding windows, states of linear attention.
 
 transformers' cache of the family is used as it is. Forgetting the latest tokens is exact for keys and values that
-are all still there. States that were folded into one another, and windows that have moved on, cannot go back: the
-whole text is then run again.
+are all still there. States that were folded into one another, and windows that have moved on, cannot go back: what
+they were at a bookmark is kept, so that tokens after it can be taken back together; without one the whole text is run
+again.
 """
 
 from typing import Any
@@ -20,9 +21,10 @@ class StockCache(DynamicCache):
     """transformers' cache of one sequence, of at most ``context`` tokens, for a model with ``config``."""
 
     def __init__(self, shape: ModelShape, config: Any, context: int) -> None:
-        self._config = config.get_text_config()
+        self._config, self._shape = config.get_text_config(), shape
         super().__init__(config=self._config)
         self.context, self.limit = context, shape.max_position_embeddings
+        self._bookmark: tuple[int, dict[int, dict[str, Any]]] | None = None
 
     def remedy(self, needed: int, wanted: int) -> str:
         """What to do where ``needed`` tokens, at best ``wanted``, do not fit: nothing beyond what the model reads."""
@@ -38,21 +40,53 @@ class StockCache(DynamicCache):
                 f"the KV cache is planned for {self.context:,} tokens: start again with --context {2 * end}"
             )
 
+    @property
+    def folds(self) -> bool:
+        """Whether a layer keeps a state that tokens are folded into."""
+        return any(hasattr(layer, "recurrent_states") for layer in self.layers)
+
+    def empty(self) -> "StockCache":
+        """Another one for the same model."""
+        return StockCache(self._shape, self._config, self.context)
+
+    @property
+    def reversible(self) -> int:
+        """How many tokens more could all be taken back again, after a bookmark."""
+        return self.context - self.get_seq_length()
+
+    def bookmark(self) -> None:
+        """Keep what layers that cannot go back are now: what comes next may have to be taken back. Forgotten with the
+        next bookmark, and once gone back to."""
+        kept = {i: _copied(vars(layer)) for i, layer in enumerate(self.layers) if not _always_goes_back(layer)}
+        self._bookmark = self.get_seq_length(), kept
+
     def rewind(self, length: int) -> int:
-        """Keep the first ``length`` tokens and return how many are kept: ``length``, or 0 if a layer cannot go
-        back."""
+        """Keep the first ``length`` tokens and return how many are kept: ``length``; if a layer cannot go back as many
+        as there were at the bookmark, or 0."""
         surplus = self.get_seq_length() - length
         if surplus <= 0:
             return length
-        if not length or not all(_goes_back(layer) for layer in self.layers):
+        marked, self._bookmark = self._bookmark, None
+        if length and all(_goes_back(layer) for layer in self.layers):
+            self.crop(-surplus)
+            return length
+        if marked is None or not 0 < marked[0] <= length:
             self.reset()
             return 0
-        self.crop(-surplus)
-        return length
+        surplus += length - marked[0]
+        layers: list[Any] = self.layers
+        for index, layer in enumerate(layers):
+            if index in marked[1]:
+                vars(layer).clear()
+                vars(layer).update(marked[1][index])
+            else:
+                layer.crop(-surplus)
+        return marked[0]
 
     def reset(self) -> None:
         """Forget everything."""
         super().__init__(config=self._config)
+        self._bookmark = None
 
     @property
     def read_nbytes(self) -> int:
@@ -72,10 +106,25 @@ def cache_of(shape: ModelShape, config: Any, context: int, storage: Storage) -> 
 
 def _goes_back(layer: Any) -> bool:
     """Whether the latest tokens can be taken out of ``layer`` as if they had never been."""
-    if not isinstance(layer, DynamicLayer) or hasattr(layer, "recurrent_states"):
-        return False
+    if _always_goes_back(layer):
+        return True
     window = getattr(layer, "sliding_window", None)
-    return window is None or layer.get_seq_length() < window
+    return window is not None and not hasattr(layer, "recurrent_states") and layer.get_seq_length() < window
+
+
+def _always_goes_back(layer: Any) -> bool:
+    """Whether ``layer`` keeps the keys and values of all tokens, and nothing else."""
+    folded = hasattr(layer, "recurrent_states") or getattr(layer, "sliding_window", None) is not None
+    return isinstance(layer, DynamicLayer) and not folded
+
+
+def _copied(held: Any) -> Any:
+    """``held`` with tensors of its own."""
+    if isinstance(held, dict):
+        return {key: _copied(value) for key, value in held.items()}
+    if isinstance(held, list):
+        return [_copied(value) for value in held]
+    return held.clone() if isinstance(held, Tensor) else held
 
 
 def _tensors(held: dict[Any, Any]) -> list[Tensor]:

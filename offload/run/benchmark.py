@@ -62,4 +62,4 @@ class Benchmark:
     def _once(session: Session, prompt: Sequence[int], tokens: int) -> list[TokenRecord]:
         session.reset()
         # One more than is measured: the first token comes out of the prefill.
-        return list(session.generate(prompt, Sampling(max_tokens=tokens + 1, ignore_eos=True)))
+        return list(session.generate(prompt, Sampling(max_tokens=tokens + 1, ignore_eos=True, drafts=False)))

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from offload.experts.cache.expert_cache import ExpertCache
+from offload.generate.runner import Runner
 from offload.hardware.ledger import MemoryLedger, peak_resident_bytes, resident_bytes
 from offload.hardware.probe import Machine
 from offload.hardware.system import cpu_name
@@ -18,6 +19,7 @@ from offload.hardware.vram_limit import VramMeter
 from offload.plan.plan import Plan
 from offload.records import RunOptions
 from offload.routing.stats import RoutingStats
+from offload.run.draft_report import DraftReport
 from offload.run.readings import better, doubts, exceeded, read_after
 from offload.run.report import Environment, ExpertMap, Memory, Message, Prediction, RunReport, RunRequest, Subject
 from offload.run.speed import Bandwidth, DecodeSpeed, Run
@@ -50,6 +52,7 @@ class Accounted(Protocol):
     routing: RoutingStats
     experts: ExpertCache
     vram: VramMeter | None
+    runner: Runner
 
     def expert_tiers(self) -> dict[Key, Tier]:
         """Where each expert is now."""
@@ -66,12 +69,14 @@ def account(
     again: bool = False,
     warmup: int = 0,
     median: bool = False,
+    draft: DraftReport | None = None,
 ) -> RunReport:
     """The report of ``runs`` in ``session``.
 
     ``command_line`` and ``messages`` are told as they are. ``bandwidth`` is what was probed for this run, by
     default what the session's machine was probed at; with ``again``, and where the run was faster than that
-    allows, it is read once more now and the better counts. See RunReport.of for ``warmup`` and ``median``.
+    allows, it is read once more now and the better counts. ``draft`` is what a benchmark of drafts found. See
+    RunReport.of for ``warmup`` and ``median``.
     """
     shape = session.shape
     memory = memory_of(session)  # before reading bandwidths again, which takes some
@@ -97,6 +102,7 @@ def account(
         notes=notes_of(session, runs),
         request=RunRequest(command_line, _schemes(session), *_budgets(session), tuple(messages)),
         doubts=found,
+        draft=draft or _draft(session, runs),
         warmup=warmup,
         median=median,
     )
@@ -124,6 +130,11 @@ def notes_of(session: Accounted, runs: Sequence[Run] = ()) -> list[str]:
             "with --context" + (f" (the model was made for up to {limit:,})" if limit > session.context else "")
         )
     return [*notes, *session.plan.notes, *session.machine.notes]
+
+
+def _draft(session: Accounted, runs: Sequence[Run]) -> DraftReport | None:
+    drafts = session.runner.drafts
+    return None if drafts is None else DraftReport.of(drafts.kind, [record for run in runs for record in run])
 
 
 def _schemes(session: Accounted) -> dict[str, str]:

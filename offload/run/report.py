@@ -13,6 +13,7 @@ from typing import Any
 
 from offload.documents import save
 from offload.records import TokenRecord
+from offload.run.draft_report import DraftReport
 from offload.run.speed import Bandwidth, DecodeSpeed, PrefillSpeed, Run
 from offload.tiers import TIERS, Tier
 
@@ -157,6 +158,7 @@ class RunReport:
     records: tuple[TokenRecord, ...]
     request: RunRequest = RunRequest()
     doubts: tuple[str, ...] = ()
+    draft: DraftReport | None = None
 
     @classmethod
     def of(
@@ -172,6 +174,7 @@ class RunReport:
         notes: Sequence[str] = (),
         request: RunRequest = RunRequest(),
         doubts: Sequence[str] = (),
+        draft: DraftReport | None = None,
         warmup: int = 0,
         median: bool = False,
     ) -> "RunReport":
@@ -198,6 +201,7 @@ class RunReport:
             records=records,
             request=request,
             doubts=tuple(doubts),
+            draft=draft,
         )
 
     @property
@@ -230,6 +234,7 @@ class RunReport:
             },
             "plan": {**dataclasses.asdict(self.plan), "measured_over_predicted": _plus_one(self.prediction_error())},
             "environment": dataclasses.asdict(self.environment),
+            "draft": None if self.draft is None else dataclasses.asdict(self.draft),
             "doubts": list(self.doubts),
             "notes": list(self.notes),
             "expert_map": dataclasses.asdict(self.expert_map),

@@ -16,6 +16,7 @@ from offload.experts.storage.arena import Arena
 from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore
 from offload.generate.batch import Batch
+from offload.generate.drafts import drafts_of
 from offload.generate.engine import Engine
 from offload.generate.generator import Generator
 from offload.generate.kept_prompts import prompt_cache_of
@@ -122,11 +123,12 @@ class Session:
             after_first=self._finish_load,
         )
         bound = self.decoder.bound
+        drafts = drafts_of(self.options, self.shape, self.machine, parts.dense_bytes)
         self.prompts = prompt_cache_of(self, self.kv_pool, self._image_content, self.notes, shared=bound is None)
         self.runner: Runner = (
-            Batch(parts, self.kv_pool, self.notes, self.prompts)
+            Batch(parts, self.kv_pool, self.notes, self.prompts, drafts)
             if bound is None
-            else Generator(parts, bound, self.notes)
+            else Generator(parts, bound, self.notes, drafts)
         )
         self._engine = Engine(self.runner)
         if run.routing is not None and self.plan.fills and not self.experts.holds_all:

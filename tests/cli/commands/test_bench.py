@@ -40,6 +40,18 @@ def test_every_promised_key_is_there(document: dict[str, dict[str, object]]) -> 
     assert document["notes"] is not None
 
 
+def test_drafts_are_measured_by_tasks(model: Path) -> None:
+    done = invoke("bench", model, *SMALL, "--tokens", "30", "--draft", "ngram", "--draft-errors", "0.2", "--json")
+    assert done.returncode == 0, done.stderr
+    draft = json.loads(done.stdout.splitlines()[-1])["draft"]
+    assert set(draft["tasks"]) == {"free", "quote", "edit", "recorded"}
+    recorded = draft["tasks"]["recorded"]
+    assert recorded["kind"] == "recorded" and 0.3 < recorded["acceptance"] <= 1
+    for task in draft["tasks"].values():
+        assert task["speedup"] == pytest.approx(task["tokens_per_s"] / task["plain_tokens_per_s"])
+    assert draft["drafted"] == sum(task["drafted"] for task in draft["tasks"].values())
+
+
 def test_the_floor_is_below_the_measurement(document: dict[str, dict[str, object]]) -> None:
     fraction = document["decode"]["fraction_of_floor"]
     assert isinstance(fraction, float)

@@ -38,6 +38,21 @@ def test_greedy_text_is_the_same_with_json_from_stdin_and_streamed(model: Path) 
     assert document["decode"]["tokens"] == 18, "20, less the one of the prefill and the warm-up step"
 
 
+def test_drafts_change_no_text_and_the_report_says_what_came_of_them(model: Path) -> None:
+    prompt = "def read(path):\n    return path\n\n" * 4
+    plain = invoke("generate", model, prompt, "-n", "60", "--json", "--ignore-eos")
+    drafted = invoke("generate", model, prompt, "-n", "60", "--json", "--ignore-eos", "--draft", "ngram")
+    document = json.loads(drafted.stdout)
+    assert document["text"] == json.loads(plain.stdout)["text"]
+    assert json.loads(plain.stdout)["draft"] is None
+    draft = document["draft"]
+    assert draft["kind"] == "ngram" and draft["drafted"] >= draft["accepted"] > 0
+    assert draft["acceptance"] == pytest.approx(draft["accepted"] / draft["drafted"])
+    assert draft["tokens_per_step"] > 1
+    assert "tokens drafted were right" in invoke("generate", model, prompt, "-n", "60", "--draft", "ngram").stderr
+    assert invoke("generate", model, prompt, "--draft", "tea leaves").returncode == 2
+
+
 def test_a_seed_repeats_a_sampled_text(model: Path) -> None:
     texts = {
         invoke("generate", model, PROMPT, "-n", "12", "--temperature", "1", "--seed", "3").stdout for _ in range(2)

@@ -23,6 +23,7 @@ from quant.model.families import Role
 from quant.scheme import Scheme
 from tests import sessions
 from tests.checkpoints import FAMILIES
+from tests.drafting import Repeated, draft_by
 
 STEPS = int(os.environ.get("COLDSTREAM_STEPS", "60"))
 SCHEMES: dict[Role, Scheme] = {"experts": Scheme("int4", 32), "attention": Scheme("int8", 32)}
@@ -108,6 +109,7 @@ def test_random_schedules_leak_nothing_and_change_no_text(
         sessions.session(models(family), options, **SPLITS[split]) as other,
     ):
         texts, batch = Texts(other), batch_of(session)
+        draft_by(session, Repeated)
         if session.plan.fills:
             session.finish_filling()
             other.finish_filling()

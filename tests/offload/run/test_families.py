@@ -3,6 +3,7 @@ experts where a test wants them. None of them is named in the sources."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from quant.convert.convert import ConversionReport, convert
 from quant.model.families import Role
 from quant.scheme import Scheme
 from tests import oracle, sessions
+from tests.drafting import Recorded, draft_by
 from tests.family_checkpoints import DENSE, FAMILIES, make_family
 
 EXPERTS = [family for family in FAMILIES if family not in DENSE]
@@ -74,11 +76,23 @@ def test_logits_greedy_text_and_a_second_turn_equal_stock_transformers(
         assert isinstance(session.runner, Generator)  # its one cache is transformers' own
         logits = session.runner._prefill(PROMPT)
         session.reset()
+        session.runner.prompt_chunk = 15
+        in_chunks = session.runner._prefill(PROMPT)
+        session.reset()
         answer = [record.token_id for record in session.generate(PROMPT, GREEDY)]
         turn = [*PROMPT, *answer, 7, 8, 9]
         second = [record.token_id for record in session.generate(turn, GREEDY)]
         edited = [record.token_id for record in session.generate([*PROMPT[:20], 5, 6, 7], GREEDY)]
+        session.reset()
+        draft_by(session, partial(Recorded, [*PROMPT, *answer], 0.3, seed=2))
+        drafted = list(session.generate(PROMPT, GREEDY))
+        after = [record.token_id for record in session.generate(turn, GREEDY)]
+    assert [record.token_id for record in drafted] == answer
+    tried, right = sum(record.drafted for record in drafted), sum(record.place > 0 for record in drafted)
+    assert 0 < right < tried if session.decoder.continues else tried == 0 and "no drafts" in session.notes[-1]
+    assert after == second
     assert torch.allclose(logits, one.logits, atol=1e-4, rtol=0)
+    assert torch.allclose(in_chunks, one.logits, atol=1e-4, rtol=0)
     assert answer == one.tokens
     assert second == _greedy(one.model, turn)
     assert edited == _greedy(one.model, [*PROMPT[:20], 5, 6, 7])
