@@ -1,6 +1,7 @@
 """``coldstream serve``: the model behind the dialects that clients speak, until it is interrupted."""
 
 import os
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -34,6 +35,21 @@ AllowOrigin = Annotated[
     list[str] | None, typer.Option("--allow-origin", metavar="URL", help="A site whose pages may ask, http://… .")
 ]
 Name = Annotated[str | None, typer.Option("--name", metavar="TEXT", help="What clients call the model (its folder).")]
+Parallel = Annotated[
+    int | None, typer.Option("--parallel", min=1, metavar="N", help="Answers at once, at most (16; beside a GPU 1).")
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=1, metavar="SECONDS", help="What a request may take, waiting included.")
+]
+NoImages = Annotated[bool, typer.Option("--no-images", help="Take no images, and keep no memory free for them.")]
+ImagesFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--images-from",
+        metavar="HOST|FOLDER/",
+        help="Fetch images that a request names by their address there; '*': anywhere public.",
+    ),
+]
 Queue = Annotated[int, typer.Option("--queue", min=0, metavar="N", help="Answers that may wait; the next is told 429.")]
 
 
@@ -53,6 +69,10 @@ def serve(
     allow_origin: AllowOrigin = None,
     name: Name = None,
     queue: Queue = 32,
+    parallel: Parallel = None,
+    timeout: Timeout = 3600.0,
+    no_images: NoImages = False,
+    images_from: ImagesFrom = None,
 ) -> None:
     """Serve MODEL to clients that speak OpenAI's, Anthropic's or llama.cpp's dialect, and to a browser.
 
@@ -77,16 +97,16 @@ def serve(
     with seldom_collecting():
         from cli.serve.app import make_app
         from cli.serve.service import Limits, Service
-        from offload.generate.batch import Batch
+        from offload.vision.image_url import ImageSources
 
-    with bound, open_session(path, run, console) as session:
+    with bound, open_session(path, replace(run, images=not no_images), console) as session:
         settings, told = sampling.of(path, max_tokens=session.context)
         console.step(f"{told or 'sampling: greedy'}, where a request says nothing")
-        runner = session.runner
-        parallel = runner.scheduler.max_rows if isinstance(runner, Batch) else 1
-        service = Service(session, name or path.resolve().name, settings, Limits(parallel, queue))
+        limits = Limits(session.runner.limit_rows(parallel), queue, seconds=timeout)
+        service = Service(session, name or path.resolve().name, settings, limits, ImageSources(images_from or ()))
         console.step(
-            f"{parallel} answers at once, {queue} more may wait; all share a context of {session.context:,} tokens"
+            f"{limits.parallel} answers at once, {queue} more may wait; one may have {session.context:,} tokens with "
+            f"its prompt, and those under way share as many{'' if service.vision else '; no images'}"
         )
         app = make_app(service, Access(keys, [host, *(allow_host or ())], allow_origin or ()))
         serve_app(app, bound, console, f"coldstream: {service.name} listens at {address(bound)}")

@@ -3,6 +3,8 @@
 from typing import Any
 
 Schema = dict[str, Any]
+ANY: Schema = {}
+OBJECT: Schema = {"type": "object"}
 
 
 def typed(kind: str, about: str = "", **more: Any) -> Schema:
@@ -53,3 +55,11 @@ def record(about: str = "", /, **keys: Schema) -> Schema:
 def without(schema: Schema, *optional: str) -> Schema:
     """``schema``, of which the ``optional`` keys may be missing."""
     return {**schema, "required": [key for key in schema["required"] if key not in optional]}
+
+
+def const(value: str | bool) -> Schema:
+    return {"const": value}
+
+
+def either(*schemas: Schema) -> Schema:
+    return {"anyOf": list(schemas)}

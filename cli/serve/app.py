@@ -1,8 +1,6 @@
 """The application: which path is whose."""
 
-import logging
 from collections.abc import Awaitable, Callable
-from functools import wraps
 from typing import Any
 
 from starlette.applications import Starlette
@@ -13,68 +11,61 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cli.serve import page
-from cli.serve.body import ClientGone
+from cli.serve.body import description
 from cli.serve.dialects import chat, completions, messages, native, responses
 from cli.serve.errors import ServeError, as_serve_error, error_response
 from cli.serve.guard import Access, Guard
+from cli.serve.reply import ClientGone
 from cli.serve.service import Service
 from quant.errors import ColdstreamError
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-_log = logging.getLogger("coldstream.serve")
 
 
 def make_app(service: Service, access: Access) -> Starlette:
     """The ASGI application of ``service``."""
-    routes = [
-        _route("/", page.page, "GET"),
-        _route("/page/{name}", page.page, "GET"),
-        _route("/live", page.live, "GET"),
-        _route("/health", health, "GET"),
-        _route("/metrics", metrics, "GET"),
-        _route("/v1/models", models, "GET"),
-        _route("/v1/models/{name:path}", model, "GET"),
-        _route(chat.PATH, chat.chat_completions, "POST"),
-        _route(completions.PATH, completions.completions, "POST"),
-        _route(responses.PATH, responses.responses, "POST"),
-        _route(messages.PATH, messages.messages, "POST"),
-        _route(messages.COUNT_PATH, messages.count_tokens, "POST"),
-        _route("/tokenize", native.tokenize, "POST"),
-        _route("/detokenize", native.detokenize, "POST"),
-        _route("/props", native.props, "GET"),
-        _route("/slots", native.slots, "GET"),
-    ]
-    handlers: Any = {HTTPException: _no_such_path}
+    asked: dict[str, Endpoint] = {
+        "/": page.page,
+        "/page/{name}": page.page,
+        "/live": page.live,
+        "/openapi.json": openapi,
+        "/health": health,
+        "/metrics": metrics,
+        "/v1/models": models,
+        "/v1/models/{name:path}": model,
+        "/props": native.props,
+        "/slots": native.slots,
+    }
+    told: dict[str, Endpoint] = {
+        chat.PATH: chat.chat_completions,
+        completions.PATH: completions.completions,
+        responses.PATH: responses.responses,
+        messages.PATH: messages.messages,
+        messages.COUNT_PATH: messages.count_tokens,
+        "/tokenize": native.tokenize,
+        "/detokenize": native.detokenize,
+    }
+    routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in asked.items()]
+    routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in told.items()]
+    handlers: Any = dict.fromkeys((ServeError, ColdstreamError, HTTPException, ClientGone, Exception), _failed)
     app = Starlette(routes=routes, middleware=[Middleware(Guard, access=access)], exception_handlers=handlers)
     app.state.service = service
     return app
 
 
-def _route(path: str, endpoint: Endpoint, method: str) -> Route:
-    return Route(path, _answered(endpoint), methods=[method])
+async def _failed(request: Request, error: Exception) -> Response:
+    """What a request that failed is told, in the dialect of its path."""
+    if isinstance(error, ClientGone):
+        return Response(status_code=499)
+    if isinstance(error, HTTPException):
+        said = f"there is no {request.url.path}" if error.status_code == 404 else str(error.detail)
+        return error_response(request.url.path, ServeError(error.status_code, said))
+    return error_response(request.url.path, as_serve_error(error))
 
 
-def _answered(endpoint: Endpoint) -> Endpoint:
-    """``endpoint``, whose errors become answers in the dialect of its path."""
-
-    @wraps(endpoint)
-    async def answered(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except ClientGone:
-            return Response(status_code=499)
-        except (ServeError, ColdstreamError) as error:
-            return error_response(request.url.path, as_serve_error(error))
-        except Exception as error:  # noqa: BLE001 - one request that fails ends no other
-            _log.exception("%s failed", request.url.path)
-            return error_response(request.url.path, as_serve_error(error))
-
-    return answered
-
-
-async def _no_such_path(request: Request, error: HTTPException) -> Response:
-    message = f"there is no {request.url.path}" if error.status_code == 404 else str(error.detail)
-    return error_response(request.url.path, ServeError(error.status_code, message))
+async def openapi(request: Request) -> Response:
+    """What is asked and answered at each path."""
+    return Response(description(), media_type="application/json")
 
 
 async def health(request: Request) -> Response:

@@ -3,21 +3,27 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any
 
+from cli.serve.answers import Request
 from cli.serve.errors import ServeError, as_serve_error
 from cli.serve.parsers import HarmonyParser, MarkedParser
 from cli.serve.parts import Parser
-from cli.serve.service import Request, Service
-from cli.serve.tool_formats import HARMONY, ToolFormat, spelled, thoughts, tool_format
-from cli.serve.tool_prompt import told_in_words, with_texts
-from offload.generate.grammar import ANY_JSON, json_rule, lark_grammar
+from cli.serve.service import Service
+from offload.generate.grammar import ANY_JSON, lark_grammar
 from offload.records import Sampling
+from offload.text.grammar_rules import json_rule, spelled, thoughts
+from offload.text.tool_formats import HARMONY, ToolFormat, tool_format
+from offload.text.tool_prompt import told_in_words, with_texts
 from quant.errors import CheckpointError, ColdstreamError
 
-Format = Literal["text", "json_object", "json_schema"]
+Content = str | list[dict[str, Any]]
+FETCH_SECONDS = 20.0  # for all images that a request names
 _THINK = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 
@@ -26,13 +32,18 @@ class Tool:
     """A tool that the model may call: ``parameters`` is the JSON Schema of its arguments."""
 
     name: str
-    description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object"})
+    description: str
+    parameters: Mapping[str, Any]
+
+    def described(self) -> dict[str, Any]:
+        """As templates take it."""
+        return {"type": "function", "function": vars(self)}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them, and what the answer must be.
+    """Messages as chat templates take them, images by their URLs, and what the answer must be: ``text``,
+    ``json_object`` or ``json_schema``.
 
     ``choice`` is ``auto``, ``none``, ``required`` or the name of the tool that must be called; with ``parallel``
     there may be several calls.
@@ -42,9 +53,28 @@ class Conversation:
     tools: Sequence[Tool] = ()
     choice: str = "auto"
     parallel: bool = True
-    format: Format = "text"
+    format: str = "text"
     schema: Mapping[str, Any] | None = None
     switches: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """How a model writes: its chat template, its way to call tools, the marks of its thoughts (None: it has none), its
+    special tokens by their text."""
+
+    template: str
+    calls: ToolFormat
+    think: tuple[str, str] | None
+    special: Mapping[str, int]
+
+
+@lru_cache(1)
+def _manner(tokenizer: Any) -> _Manner:
+    template = str(tokenizer.chat_template or "")
+    special = {made.content: token for token, made in tokenizer.added_tokens_decoder.items() if made.special}
+    think = next((pair for pair in _THINK if pair[0] in template), None)
+    return _Manner(template, tool_format(template), think, special)
 
 
 async def prepare(service: Service, asked: Conversation, sampling: Sampling, n: int = 1) -> Request:
@@ -52,61 +82,61 @@ async def prepare(service: Service, asked: Conversation, sampling: Sampling, n: 
     return await asyncio.to_thread(_prepare, service, asked, sampling, n)
 
 
-async def tokens_of(service: Service, asked: Conversation) -> int:
-    """Tokens that ``asked`` would have as a prompt. Raises ServeError."""
-    return len((await prepare(service, asked, service.defaults)).prompts[0])
-
-
 def _prepare(service: Service, asked: Conversation, sampling: Sampling, n: int) -> Request:
     tools = {tool.name: tool.parameters for tool in asked.tools} if asked.choice != "none" else {}
     _check(service, asked, tools)
-    session = service.session
-    template = str(session.tokenizer.chat_template or "")
-    way = tool_format(template)
+    manner = _manner(service.session.tokenizer)
+    way, think = manner.calls, manner.think
     try:
-        ids = _encode(service, asked, template)
-        think = next((pair for pair in _THINK if pair[0] in template), None)
-        opened = think is not None and session.tokenizer.decode(ids[-8:]).rstrip().endswith(think[0])
-        special = {
-            made.content: token for token, made in session.tokenizer.added_tokens_decoder.items() if made.special
-        }
-        closing = think[1] if think and opened else ""
-        grammar = _grammar(asked, tools, way, special, closing)
+        ids = _encode(service, asked, manner.template)
+        opened = think is not None and service.session.tokenizer.decode(ids[-8:]).rstrip().endswith(think[0])
+        grammar = _grammar(asked, tools, manner, think[1] if think and opened else "")
     except ColdstreamError as error:
         raise as_serve_error(error) from error
-    marks = {*(think or ()), *((way.begin, way.end) if tools else ())}
-    shows = way is HARMONY or bool(marks & set(special))
-    sampling = replace(sampling, grammar=grammar, special_tokens=shows)
-    dropped = list(special) if shows else []
+    shows = way is HARMONY or bool({*(think or ()), *(way.marks if tools else ())} & set(manner.special))
+    dropped = list(manner.special) if shows else []
     make: Callable[[], Parser] = lambda: MarkedParser(  # noqa: E731
         think=think, opened=opened, calls=way if tools else None, tools=tools, dropped=dropped
     )
     if way is HARMONY:
-        make = lambda: HarmonyParser(dropped, tools)  # noqa: E731
-    return Request([ids], sampling, make, n)
+        make = lambda: HarmonyParser(dropped)  # noqa: E731
+    return Request([ids], replace(sampling, grammar=grammar, special_tokens=shows), make, n)
 
 
 def _encode(service: Service, asked: Conversation, template: str) -> list[int]:
     """Token ids; where the template knows nothing of tools, they are told of in words."""
-    described = [
-        {
-            "type": "function",
-            "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
-        }
-        for tool in asked.tools
-        if asked.choice != "none"
-    ]
+    described = [tool.described() for tool in asked.tools] if asked.choice != "none" else []
     messages = asked.messages
     if not re.search(r"\btools\b", template):
         messages, described = told_in_words(messages, described), []
-    encode = service.session.encode_chat
-    try:
-        return encode(messages, described or None, asked.switches)
-    except CheckpointError:
-        texts = with_texts(messages)  # some templates join arguments as text, most take them as values
-        if texts == messages:
-            raise
-        return encode(texts, described or None, asked.switches)
+    encode, seen = service.session.encode_chat, any(isinstance(message["content"], list) for message in messages)
+    messages = _with_images(service, messages) if seen else messages
+    with service.looking if seen else nullcontext():
+        try:
+            return encode(messages, described or None, asked.switches)
+        except CheckpointError:
+            texts = with_texts(messages)  # some templates join arguments as text, most take them as values
+            if texts == messages:
+                raise
+            return encode(texts, described or None, asked.switches)
+
+
+def _with_images(service: Service, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """``messages`` with files of images in place of their URLs. Raises ServeError."""
+    if not service.vision:
+        raise ServeError(400, "an image is given, and this model, or this server, takes text only", param="messages")
+    lists = [message["content"] for message in messages if isinstance(message["content"], list)]
+    parts = [part for content in lists for part in content if part["type"] == "image"]
+    if len(parts) > service.limits.images:
+        raise ServeError(400, f"{len(parts)} images are given: expected {service.limits.images} at most")
+    end = time.monotonic() + FETCH_SECONDS
+    read = {id(part): service.images.read(part["image"], end) for part in parts}
+    return [
+        {**message, "content": [{**part, "image": read[id(part)]} if id(part) in read else part for part in content]}
+        if isinstance(content := message["content"], list)
+        else message
+        for message in messages
+    ]
 
 
 def _check(service: Service, asked: Conversation, tools: Mapping[str, Any]) -> None:
@@ -125,40 +155,56 @@ def _check(service: Service, asked: Conversation, tools: Mapping[str, Any]) -> N
             raise ServeError(400, f"a JSON schema has {size:,} bytes: expected {service.limits.schema_bytes:,} at most")
 
 
-def _grammar(
-    asked: Conversation, tools: Mapping[str, Any], way: ToolFormat, special: Mapping[str, int], closing: str
-) -> str | None:
+def _grammar(asked: Conversation, tools: Mapping[str, Any], manner: _Manner, closing: str) -> str | None:
     """What the answer must follow; None for any text."""
     if asked.choice not in ("auto", "none"):
         allowed = tools if asked.choice == "required" else {asked.choice: tools[asked.choice]}
-        return lark_grammar(way.grammar(allowed, special, parallel=asked.parallel, opened=closing))
+        return lark_grammar(manner.calls.grammar(allowed, manner.special, parallel=asked.parallel, opened=closing))
     if asked.format == "text":
         return None
     schema = ANY_JSON if asked.format == "json_object" else asked.schema
     if schema is None:
         raise ServeError(400, "json_schema asks for a schema, and none is given", param="response_format")
-    rules = [json_rule("value", schema), *thoughts(closing, special)]
-    if way is HARMONY:
-        return lark_grammar("\n".join([f"start: {spelled('<|channel|>final<|message|>', special)} value", *rules]))
-    return lark_grammar("\n".join([f"start: {'thoughts' if closing else ''} value", *rules]))
+    first = "thoughts" if closing else ""
+    if manner.calls is HARMONY:
+        first = spelled("<|channel|>final<|message|>", manner.special)
+    rules = [json_rule("value", schema), *thoughts(closing, manner.special)]
+    return lark_grammar("\n".join([f"start: {first} value", *rules]))
 
 
 def text_of(content: object, where: str) -> str:
     """The text of a message's ``content``, a string or a list of parts. Raises ServeError for what is no text."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    text = content_of(content, where, images=False)
+    assert isinstance(text, str)
+    return text
+
+
+def content_of(content: object, where: str, *, images: bool = True) -> Content:
+    """A message's ``content``, a string or a list of parts of any dialect: as text, or where there are images among it
+    as a list of texts and ``{"type": "image", "image": URL}``. Raises ServeError for what is neither."""
+    if content is None or isinstance(content, str):
+        return content or ""
     if not isinstance(content, list):
         raise ServeError(400, f"{where} is neither a text nor a list of parts", param=where)
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text", part.get("refusal")) if isinstance(part, dict) else part
-        if not isinstance(text, str) or kind not in _TEXTS:
-            raise ServeError(400, f"{where} has a part of type {kind!r}: this server takes text only", param=where)
-        texts.append(text)
-    return "".join(texts)
+    parts = [_part(part, where, images=images) for part in content]
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
 
 
-_TEXTS = (None, "text", "input_text", "output_text", "refusal")
+def _part(part: Any, where: str, *, images: bool) -> dict[str, Any]:
+    match {"type": None, **(part if isinstance(part, dict) else {"text": part})}:
+        case {"type": None | "text" | "input_text" | "output_text", "text": str(text)}:
+            return {"type": "text", "text": text}
+        case {"type": "refusal", "refusal": str(text)}:
+            return {"type": "text", "text": text}
+        case {"type": "image", "source": {"type": "base64", "data": str(data)}} if images:
+            return {"type": "image", "image": f"data:;base64,{data}"}
+        case (
+            {"type": "image_url", "image_url": {"url": str(url)}}
+            | {"type": "image_url" | "input_image", "image_url": str(url)}
+            | {"type": "image", "source": {"type": "url", "url": str(url)}}
+        ) if images:
+            return {"type": "image", "image": url}
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise ServeError(400, f"{where} has a part of type {kind!r} that is not taken there", param=where)

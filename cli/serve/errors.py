@@ -27,13 +27,25 @@ class ServeError(Exception):
     """A request that cannot be answered: an HTTP ``status``, one clear line, and the ``param`` that is to blame."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int = 0,
+        retry: bool = True,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+        if not retry:  # the official clients would ask again, which would take as long
+            self.headers["X-Should-Retry"] = "false"
 
 
-def as_serve_error(error: Exception) -> ServeError:
+def as_serve_error(error: BaseException) -> ServeError:
     """``error`` as the client is told of it: its own mistakes by name, everything else as a failure of ours."""
     if isinstance(error, ServeError):
         return error
@@ -60,9 +72,14 @@ def error_document(path: str, error: ServeError) -> dict[str, Any]:
     return {"error": {"code": error.status, "message": error.message, "type": openai}}
 
 
+def error_event(path: str, error: ServeError, number: int) -> dict[str, Any]:
+    """What a stream of ``path`` says of ``error``, after ``number`` events."""
+    if path.startswith("/v1/responses"):
+        said = {"code": error.code or "server_error", "message": error.message, "param": error.param}
+        return {"type": "error", **said, "sequence_number": number}
+    return error_document(path, error)
+
+
 def error_response(path: str, error: ServeError) -> JSONResponse:
-    """The answer to ``path`` that says ``error``; a client that could have more luck later is told when."""
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_document(path, error), error.status, headers)
+    """The answer to ``path`` that says ``error``."""
+    return JSONResponse(error_document(path, error), error.status, error.headers)

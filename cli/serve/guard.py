@@ -19,7 +19,7 @@ from cli.serve.errors import ServeError, error_response
 OPEN_PATHS = ("/", "/health")  # without a key, and what is under /page/: nothing of the model or its users is there
 _CONTAINERS = ("host.docker.internal", "host.containers.internal")
 _CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _HEADERS = {

@@ -12,6 +12,29 @@ from offload.tiers import TIERS
 Gauges = Callable[[], Iterable[tuple[str, str, float]]]
 _RECENT = 64
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+_COUNTERS = {
+    "answers_started": "Answers begun or queued",
+    "answers_finished": "Answers by why they ended",
+    "requests_refused": "Requests that met a full queue",
+    "prompt_tokens": "Prompt tokens computed",
+    "cached_prompt_tokens": "Prompt tokens that memory or the prompt cache held",
+    "prompt_cache_tokens": "Prompt tokens read from the prompt cache on disk",
+    "prompt_cache_read_bytes": "Bytes read from the prompt cache on disk",
+    "generated_tokens": "Tokens generated",
+    "expert_requests": "Experts asked for, by the tier that held them",
+    "read_bytes": "Bytes that steps read, by tier",
+}
+_LABELS = {"answers_finished": ("reason",), "expert_requests": ("tier",), "read_bytes": ("tier",)}
+_TIMES = {
+    "time_to_first_token_seconds": "From a request's start to its first token",
+    "step_seconds": "Time of one decode step",
+}
+_TOTALS = {
+    "answers": "answers_started",
+    "prompt_tokens": "prompt_tokens",
+    "cached_tokens": "cached_prompt_tokens",
+    "generated_tokens": "generated_tokens",
+}
 
 
 class Metrics:
@@ -20,26 +43,16 @@ class Metrics:
     def __init__(self, gauges: Gauges) -> None:
         self._gauges = gauges
         self.recent: deque[TokenRecord] = deque(maxlen=_RECENT)  # decode steps
-        self.registry = CollectorRegistry()
-        self._requests = self._counter("answers_started", "Answers begun or queued")
-        self._finished = self._counter("answers_finished", "Answers by why they ended", "reason")
-        self._refused = self._counter("requests_refused", "Requests that met a full queue")
-        self._prompt = self._counter("prompt_tokens", "Prompt tokens computed")
-        self._cached = self._counter("cached_prompt_tokens", "Prompt tokens that memory or the prompt cache held")
-        self._from_disk = self._counter("prompt_cache_tokens", "Prompt tokens read from the prompt cache on disk")
-        self._disk_bytes = self._counter("prompt_cache_read_bytes", "Bytes read from the prompt cache on disk")
-        self._generated = self._counter("generated_tokens", "Tokens generated")
-        self._experts = self._counter("expert_requests", "Experts asked for, by the tier that held them", "tier")
-        self._bytes = self._counter("read_bytes", "Bytes that steps read, by tier", "tier")
-        self._first = self._histogram("time_to_first_token_seconds", "From a request's start to its first token")
-        self._step = self._histogram("step_seconds", "Time of one decode step")
+        self.registry = at = CollectorRegistry()
+        self._counters = {
+            n: Counter(f"coldstream_{n}", s, _LABELS.get(n, ()), registry=at) for n, s in _COUNTERS.items()
+        }
+        self._times = {n: Histogram(f"coldstream_{n}", s, registry=at, buckets=_SECONDS) for n, s in _TIMES.items()}
+        tiers = {
+            (name, tier): self._counters[name].labels(tier) for name in _LABELS if name[0] != "a" for tier in TIERS
+        }
+        self._by_tier = [(tier, tiers["expert_requests", tier], tiers["read_bytes", tier]) for tier in TIERS]
         self.registry.register(self)
-
-    def _counter(self, name: str, about: str, *labels: str) -> Counter:
-        return Counter(f"coldstream_{name}", about, labels, registry=self.registry)
-
-    def _histogram(self, name: str, about: str) -> Histogram:
-        return Histogram(f"coldstream_{name}", about, registry=self.registry, buckets=_SECONDS)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """The gauges."""
@@ -53,43 +66,26 @@ class Metrics:
     def totals(self) -> dict[str, int]:
         """Answers and tokens so far."""
         values = {sample.name: sample.value for metric in self.registry.collect() for sample in metric.samples}
-        names = {
-            "answers": "answers_started",
-            "prompt_tokens": "prompt_tokens",
-            "cached_tokens": "cached_prompt_tokens",
-        }
-        names["generated_tokens"] = "generated_tokens"
-        return {name: int(values[f"coldstream_{counter}_total"]) for name, counter in names.items()}
+        return {name: int(values[f"coldstream_{counter}_total"]) for name, counter in _TOTALS.items()}
 
-    def started(self, answers: int) -> None:
-        """``answers`` were queued."""
-        self._requests.inc(answers)
+    def count(self, name: str, amount: float = 1, *labels: str) -> None:
+        """Add to counter ``name``."""
+        counter = self._counters[name]
+        (counter.labels(*labels) if labels else counter).inc(amount)
 
-    def refused(self) -> None:
-        """A request found the queue full."""
-        self._refused.inc()
-
-    def finished(self, reason: str) -> None:
-        """An answer has ended."""
-        self._finished.labels(reason).inc()
-
-    def prefilled(self, record: TokenRecord, cached: int, waited: float) -> None:
-        """An answer has its first token, ``waited`` seconds after it was asked for."""
-        self._prompt.inc(record.tokens_in)
-        self._cached.inc(cached)
-        self._from_disk.inc(record.reused.disk)
-        self._disk_bytes.inc(record.reused.disk_bytes)
-        self._first.observe(waited)
-        self._count(record)
-
-    def decoded(self, record: TokenRecord) -> None:
-        """One more token."""
-        self.recent.append(record)
-        self._step.observe(record.seconds)
-        self._count(record)
-
-    def _count(self, record: TokenRecord) -> None:
-        self._generated.inc()
-        for tier in TIERS:
-            self._experts.labels(tier).inc(record.by_tier.get(tier, 0))
-            self._bytes.labels(tier).inc(record.bytes_read.get(tier, 0))
+    def token(self, record: TokenRecord, cached: int, waited: float) -> None:
+        """One more token. The first of an answer came ``waited`` seconds after it was asked for, and found ``cached``
+        tokens of its prompt."""
+        if record.phase == "prefill":
+            self.count("prompt_tokens", record.tokens_in)
+            self.count("cached_prompt_tokens", cached)
+            self.count("prompt_cache_tokens", record.reused.disk)
+            self.count("prompt_cache_read_bytes", record.reused.disk_bytes)
+            self._times["time_to_first_token_seconds"].observe(waited)
+        else:
+            self.recent.append(record)
+            self._times["step_seconds"].observe(record.seconds)
+        self.count("generated_tokens")
+        for tier, requests, read in self._by_tier:
+            requests.inc(record.by_tier.get(tier, 0))
+            read.inc(record.bytes_read.get(tier, 0))

@@ -5,10 +5,11 @@ Special tokens stand in the text as they are written. Those that mark no part ha
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from cli.serve.calls import CallReader
 from cli.serve.parts import Part, Splitter
-from cli.serve.tool_formats import BROKEN, HARMONY, ToolFormat
+from offload.text.tool_formats import ToolFormat
 
 Schemas = Mapping[str, Any]  # of the arguments, by tool
 
@@ -31,10 +32,9 @@ class MarkedParser:
     ) -> None:
         self.reasoning = opened
         self._think, self._calls, self._tools = think or ("", ""), calls, tools or {}
-        known = [*self._think, *((calls.begin, calls.end) if calls else ())]
-        self._known = set(filter(None, known))
+        self._known = {*filter(None, self._think), *(calls.marks if calls else ())}
         self._splitter = Splitter([*self._known, *dropped])
-        self._call: str | None = None  # what has come of a call
+        self._reader: CallReader | None = None  # within calls
         self._bare = calls is not None and calls.bare
         self._begun = not (think or self._bare)  # whether anything but blanks has come since the last mark
 
@@ -47,16 +47,15 @@ class MarkedParser:
         return [*self._take(self._splitter.finish(), False), *self._close()]
 
     def _take(self, piece: str, is_mark: bool) -> list[Part]:
-        if is_mark:
+        if is_mark and not (self._reader and self._calls and piece in self._calls.inner):
             return self._mark(piece) if piece in self._known else []
-        if self._call is not None:
-            self._call += piece
-            return []
+        if self._reader is not None:
+            return list(self._reader.feed(piece))
         if not self._begun:
             piece = piece.lstrip()
-            if self._bare and not self.reasoning and piece[:1] in ("{", "["):
-                self._call = piece
-                return []
+            if self._calls and self._bare and not self.reasoning and piece[:1] in ("{", "["):
+                self._reader = CallReader(self._calls, self._tools)
+                return list(self._reader.feed(piece))
         if not piece:
             return []
         self._begun = True
@@ -69,20 +68,16 @@ class MarkedParser:
             parts, self.reasoning, self._begun = self._close(), mark == self._think[0], False
             return parts
         if calls is not None and mark == calls.begin:
-            parts, self._call = self._close(), ""
+            parts, self._reader = self._close(), CallReader(calls, self._tools)
             return parts
-        return self._close() if self._call is not None else []
+        return self._close()
 
     def _close(self) -> list[Part]:
-        """The calls that have come; as text, where they are none."""
-        text, self._call, self._begun = self._call, None, False
-        if text is None or self._calls is None:
-            return []
-        try:
-            return [Part("call", call=call) for call in self._calls.parse(text, self._tools)]
-        except BROKEN:
-            self._begun = True
-            return [Part("text", text)] if text else []
+        """What is left of calls."""
+        reader, self._reader, self._begun = self._reader, None, False
+        parts = [] if reader is None else reader.finish()
+        self._begun = any(part.kind == "text" for part in parts)
+        return parts
 
 
 class HarmonyParser:
@@ -90,12 +85,12 @@ class HarmonyParser:
 
     _MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|constrain|>")
 
-    def __init__(self, dropped: Sequence[str] = (), tools: Schemas | None = None) -> None:
+    def __init__(self, dropped: Sequence[str] = ()) -> None:
         self.reasoning = False
         self._splitter = Splitter([*self._MARKS, *dropped])
         self._header: str | None = ""  # None: within a message
-        self._call: str | None = None
-        self._tools = tools or {}
+        self._kind: Literal["text", "reasoning", "call"] = "text"
+        self._empty = False  # a call without arguments so far
 
     def feed(self, text: str) -> list[Part]:
         """See Parser."""
@@ -117,22 +112,15 @@ class HarmonyParser:
                 self._header += piece
                 return []
             to = re.search(r"to=(?:functions\.)?([^\s<]+)", self._header)
-            self._call = f"{to[1]}\n" if to else None
             self.reasoning = to is None and "<|channel|>analysis" in self._header
-            self._header = None
-            return []
+            self._kind = "call" if to else "reasoning" if self.reasoning else "text"
+            self._header, self._empty = None, to is not None
+            return [Part("call", name=to[1])] if to else []
         if is_mark or not piece:
             return []
-        if self._call is not None:
-            self._call += piece
-            return []
-        return [Part("reasoning" if self.reasoning else "text", piece)]
+        self._empty = False
+        return [Part(self._kind, piece)]
 
     def _close(self) -> list[Part]:
-        text, self._call, self.reasoning = self._call, None, False
-        if text is None:
-            return []
-        try:
-            return [Part("call", call=call) for call in HARMONY.parse(text, self._tools)]
-        except BROKEN:
-            return [Part("text", text)]
+        empty, self._empty, self.reasoning = self._empty, False, False
+        return [Part("call", "{}")] if empty else []

@@ -6,20 +6,13 @@ from typing import Literal, Protocol
 
 
 @dataclass(frozen=True)
-class ToolCall:
-    """A tool that the model calls: its name, and its arguments as JSON text."""
-
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True)
 class Part:
-    """Text that goes on, or a whole call."""
+    """Text or thoughts that go on; or a call: one with a ``name`` begins it, those that follow are more of its
+    arguments, JSON text."""
 
     kind: Literal["text", "reasoning", "call"]
     text: str = ""
-    call: ToolCall | None = None
+    name: str = ""
 
 
 class Parser(Protocol):

@@ -51,6 +51,11 @@ class Batch(Runner):
         self._notes, self._asked, self._refused = notes, 0, -1
         self._rows: list[Sequence] = []  # of the step under way
 
+    def limit_rows(self, most: int | None) -> int:
+        """See Runner."""
+        self.scheduler.max_rows = min(most or MAX_ROWS, self.scheduler.max_rows)
+        return self.scheduler.max_rows
+
     def add(self, ids: Tokens[int], sampling: Sampling | None, stream: Stream) -> None:
         """See Runner."""
         room = self.parts.context - len(ids)

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from offload.generate.runner import Runner
-from offload.generate.stream import Stream
+from offload.generate.stream import Stream, Told
 from offload.records import Sampling
 
 Found = TypeVar("Found")
@@ -40,10 +40,10 @@ class Engine:
         self._lock = threading.Lock()
         self._closed = False
 
-    def submit(self, ids: Sequence[int], sampling: Sampling) -> Stream:
-        """Queue a prompt; returns at once. Raises what ``Runner.check`` does."""
+    def submit(self, ids: Sequence[int], sampling: Sampling, told: Told | None = None) -> Stream:
+        """Queue a prompt; returns at once. ``told`` is Stream's. Raises what ``Runner.check`` does."""
         self._runner.check(ids, sampling)
-        stream = Stream(len(ids), self._cancelled)
+        stream = Stream(len(ids), self._cancelled, told)
         self._put(_Call(lambda: self._runner.add(list(ids), sampling, stream)))
         return stream
 

@@ -1,6 +1,5 @@
 """Grammars that a text must follow, by llguidance: which tokens may come next."""
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from threading import Lock
@@ -11,11 +10,10 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
+from offload.text.grammar_rules import json_rule
 from quant.errors import InputError
 
 ANY_JSON: Mapping[str, Any] = {"type": "object"}
-# A model that has lost its way would otherwise write blanks for ever, all of them valid.
-_BLANKS = {"x-guidance": {"whitespace_pattern": r"[ \n\r\t]{1,16}"}}
 
 
 class Grammars:
@@ -73,11 +71,6 @@ class Matcher:
 def json_grammar(schema: Mapping[str, Any]) -> str:
     """The grammar of JSON texts that ``schema`` allows, as Sampling takes it; whether it can be kept to shows later."""
     return lark_grammar(f"start: value\n{json_rule('value', schema)}")
-
-
-def json_rule(name: str, schema: Mapping[str, Any]) -> str:
-    """Rule ``name`` of a grammar: JSON texts that ``schema`` allows."""
-    return f"{name}: %json {json.dumps({**_BLANKS, **schema})}"
 
 
 def lark_grammar(text: str) -> str:

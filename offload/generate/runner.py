@@ -129,6 +129,10 @@ class Runner:
             )
         return room
 
+    def limit_rows(self, most: int | None) -> int:
+        """Run ``most`` sequences at once, or as many as can be; how many that is."""
+        return 1
+
     def add(self, ids: Sequence[int], sampling: Sampling, stream: Stream) -> None:
         """Let a prompt that was checked wait for its turn; ``stream`` is told what becomes of it."""
         raise NotImplementedError

@@ -6,18 +6,24 @@ from collections.abc import Callable, Iterator
 
 from offload.records import TokenRecord
 
+Told = Callable[[TokenRecord | BaseException | None], None]
+
 
 class Stream(Iterator[TokenRecord]):
     """Iterate over it for the records of one sequence as they come; waits for the next.
 
     ``prompt_tokens`` is what was asked, ``cached_tokens`` how many of these were there from prompts before, known
     with the first record. What goes wrong with this sequence is raised here, after the records before it.
+
+    Who waits for many at once gives ``told``, which gets each record instead, then None or what went wrong, in the
+    thread of whoever runs the model or cancels.
     """
 
-    def __init__(self, prompt_tokens: int, on_cancel: "Callable[[Stream], None]") -> None:
+    def __init__(self, prompt_tokens: int, on_cancel: "Callable[[Stream], None]", told: Told | None = None) -> None:
         self.prompt_tokens, self._on_cancel = prompt_tokens, on_cancel
         self.cached_tokens = 0
         self._events: queue.SimpleQueue[TokenRecord | BaseException | None] = queue.SimpleQueue()
+        self._tell = told or self._events.put
         self._cancelled, self._ended = threading.Event(), threading.Event()
         self._over = False
 
@@ -37,7 +43,7 @@ class Stream(Iterator[TokenRecord]):
         """End the sequence: nothing more is computed for it, and iterating ends. Callable from any thread."""
         if not self._cancelled.is_set():
             self._cancelled.set()
-            self._events.put(None)  # whoever waits in another thread goes on
+            self._tell(None)  # whoever waits in another thread goes on
             self._on_cancel(self)
 
     @property
@@ -52,9 +58,9 @@ class Stream(Iterator[TokenRecord]):
 
     def push(self, record: TokenRecord) -> None:
         """Give ``record`` to whoever iterates: for the one who runs the model."""
-        self._events.put(record)
+        self._tell(record)
 
     def end(self, error: BaseException | None = None) -> None:
         """No more records come, because of ``error`` if there is one."""
         self._ended.set()
-        self._events.put(error)
+        self._tell(error)

@@ -21,7 +21,7 @@ from offload.generate.engine import Engine
 from offload.generate.generator import Generator
 from offload.generate.kept_prompts import prompt_cache_of
 from offload.generate.runner import ModelParts, Runner, end_tokens
-from offload.generate.stream import Stream
+from offload.generate.stream import Stream, Told
 from offload.hardware.cuda_driver import gpu_errors
 from offload.hardware.ledger import MemoryLedger, resident_bytes
 from offload.hardware.probe import Say
@@ -221,7 +221,6 @@ class Session:
     def encode(self, text: str, images: Sequence[ImageSource] = ()) -> list[int]:
         """Token ids of ``text``, as the tokenizer itself begins and ends one, and of ``images`` (paths, bytes of files
         or Pillow's), which stand where the text says ``<|image|>``, or before it.
-
         Raises InputError for no text, and what is no image; UsageError where no images can be looked at.
         """
         return self._looking().encode(text, images) if images else encode(self.tokenizer, text)
@@ -252,16 +251,18 @@ class Session:
         assert self._images is not None, "a token of an image was made by those who look at it"
         return self._images.tokens.content(token)
 
-    def submit(self, prompt: str | Sequence[int], sampling: Sampling | None = None, **asked: Any) -> Stream:
+    def submit(
+        self, prompt: str | Sequence[int], sampling: Sampling | None = None, told: Told | None = None, **asked: Any
+    ) -> Stream:
         """Queue ``prompt``, a text or its token ids, and return at once: the stream gives a record for each token
-        that follows, as it comes. Callable from any thread.
+        that follows, as it comes, or ``told`` gets them. Callable from any thread.
 
         ``asked`` are fields of Sampling, over those of ``sampling``. What the KV cache holds of the prompt from
         prompts before is not run again. Raises UsageError for an empty prompt and BudgetError for one that does
         not fit the context; the stream raises CheckpointError if the disk fails and MachineError if the GPU does.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._engine.submit(ids, replace(sampling or Sampling(), **asked))
+        return self._engine.submit(ids, replace(sampling or Sampling(), **asked), told)
 
     def generate(
         self, prompt: str | Sequence[int], sampling: Sampling | None = None, **asked: Any

@@ -14,7 +14,7 @@ const Access = {
 {
   const messages = [];
   const log = find("log"), text = find("text"), status = find("status");
-  let running = null, editing = null;
+  let running = null, editing = null, pictures = []; // data URLs, to be sent with the next message
 
   const element = (name, css, ...children) => {
     const made = document.createElement(name);
@@ -45,7 +45,7 @@ const Access = {
     return made;
   };
   const show = (message) => {
-    if (message.role === "user") message.body.textContent = message.content;
+    if (message.role === "user") message.body.replaceChildren(...message.pictures.map(picture), message.content);
     else message.body.replaceChildren(...Markdown.blocks(message.content));
     if (message.thoughts) {
       if (!message.details) {
@@ -55,17 +55,53 @@ const Access = {
       message.details.lastChild.textContent = message.thoughts;
     }
   };
+  const picture = (url, place) => {
+    const made = element("img", "picture");
+    made.src = url;
+    made.alt = `Image ${place + 1}`;
+    return made;
+  };
+  const hold = (urls) => {
+    pictures = urls;
+    find("pictures").replaceChildren(...urls.map((url, place) => {
+      const drop = button("Remove", () => hold(pictures.filter((other) => other !== url)));
+      drop.setAttribute("aria-label", `Remove image ${place + 1}`);
+      return element("li", "", picture(url, place), drop);
+    }));
+  };
+  const attach = async (files) => {
+    const images = [...files].filter((file) => file.type.startsWith("image/"));
+    if (!images.length) return;
+    if (!document.body.classList.contains("looks")) {
+      status.textContent = "This model takes no images here.";
+      return;
+    }
+    const read = (file) => new Promise((done, failed) => {
+      const reader = new FileReader();
+      reader.onload = () => done(reader.result);
+      reader.onerror = () => failed(reader.error);
+      reader.readAsDataURL(file);
+    });
+    try {
+      hold([...new Set([...pictures, ...await Promise.all(images.map(read))])]);
+      status.textContent = "";
+    } catch (error) {
+      status.textContent = `Error: ${error.message}`;
+    }
+  };
   const redraw = () => log.replaceChildren(...messages.map(bubble));
   const begin = (place) => {
     if (running) running.abort();
     editing = place;
     text.value = messages[place].content;
+    hold(messages[place].pictures);
     find("cancel").hidden = false;
     status.textContent = "Editing: what was said after this message is replaced.";
     text.focus();
   };
   const endEdit = () => {
     editing = null;
+    hold([]);
     find("cancel").hidden = true;
     status.textContent = "";
   };
@@ -91,7 +127,10 @@ const Access = {
   }
   const ask = async () => {
     const answer = { role: "assistant", content: "", thoughts: "" };
-    const said = messages.map(({ role, content }) => ({ role, content }));
+    const said = messages.map(({ role, content, pictures }) => ({ role, content: pictures?.length ? [
+      ...pictures.map((url) => ({ type: "image_url", image_url: { url } })),
+      { type: "text", text: content },
+    ] : content }));
     if (find("system").value.trim()) said.unshift({ role: "system", content: find("system").value });
     const body = { model: "served", messages: said, stream: true };
     if (find("temperature").value) body.temperature = Number(find("temperature").value);
@@ -147,7 +186,7 @@ const Access = {
     }
   };
   const send = () => {
-    const said = text.value;
+    const said = text.value, shown = pictures;
     if (!said.trim() || running) return;
     if (editing !== null) {
       messages.length = editing;
@@ -155,7 +194,8 @@ const Access = {
       endEdit();
     }
     text.value = "";
-    messages.push({ role: "user", content: said });
+    hold([]);
+    messages.push({ role: "user", content: said, pictures: shown });
     log.append(bubble(messages.at(-1), messages.length - 1));
     ask();
   };
@@ -167,6 +207,20 @@ const Access = {
     if (event.key !== "Escape") return;
     if (running) running.abort();
     else if (editing !== null) { text.value = ""; endEdit(); }
+  });
+  find("attach").addEventListener("click", () => find("file").click());
+  find("file").addEventListener("change", (event) => {
+    attach(event.target.files);
+    event.target.value = "";
+  });
+  text.addEventListener("paste", (event) => {
+    if (event.clipboardData.files.length) event.preventDefault();
+    attach(event.clipboardData.files);
+  });
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    attach(event.dataTransfer.files);
   });
   find("stop").addEventListener("click", () => running?.abort());
   find("cancel").addEventListener("click", () => { text.value = ""; endEdit(); text.focus(); });
@@ -198,5 +252,12 @@ const Access = {
     event.currentTarget.setAttribute("aria-expanded", String(on));
     event.currentTarget.textContent = on ? "Chat" : "Live view";
   });
+  const learn = async () => {
+    const response = await fetch("/props", { headers: Access.headers() }).catch(() => null);
+    if (response?.status === 401) Access.refused();
+    if (response?.ok) document.body.classList.toggle("looks", (await response.json()).modalities.vision);
+  };
+  addEventListener("key", learn);
+  learn();
   text.focus();
 }

@@ -4,214 +4,127 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from cli.serve.body import Body, EventStream, event, read, whole_answer
-from cli.serve.conversation import Conversation, Format, Tool, prepare, text_of
-from cli.serve.errors import ServeError, error_document
+from cli.serve.answers import Answers, Usage, Whole
+from cli.serve.body import Body, read
+from cli.serve.conversation import Conversation, Tool, content_of, prepare, text_of
+from cli.serve.errors import ServeError
 from cli.serve.parts import Part
-from cli.serve.service import Answers, Service, Step, Usage
+from cli.serve.reply import DONE, Document, Events, reply
+from cli.serve.service import Service
 from offload.records import TokenRecord
 
 PATH = "/v1/chat/completions"
-Document = dict[str, Any]
+_SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("logit_bias", "stop", "max_tokens", "ignore_eos", "seed"),
+)
 
 
-class StreamOptions(BaseModel):
-    """``stream_options``."""
-
-    include_usage: bool = False
-
-
-class JsonSchema(BaseModel):
-    """``response_format.json_schema``."""
-
-    model_config = ConfigDict(populate_by_name=True)
-    name: str = ""
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
+def sampling_of(body: Body) -> Document:
+    """What a chat or a plain completion asks of sampling, as Service.sampling takes it."""
+    asked = {name: body[name] for name in _SAMPLING if name in body}
+    if "seed" in asked:
+        asked["seed"] %= 2**64
+    if "logit_bias" in asked:
+        asked["logit_bias"] = {int(token): bias for token, bias in asked["logit_bias"].items()}
+    return asked
 
 
-class ResponseFormat(BaseModel):
-    """``response_format``."""
-
-    type: Format = "text"
-    json_schema: JsonSchema | None = None
+def wants_usage(body: Body) -> Document:
+    """What each event of a stream has of the usage, which comes with its last."""
+    return {"usage": None} if body.get("stream_options", {}).get("include_usage") else {}
 
 
-class Function(BaseModel):
-    """A tool."""
-
-    name: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-    def tool(self) -> Tool:
-        """As a conversation has it."""
-        return Tool(self.name, self.description or "", self.parameters or {"type": "object", "properties": {}})
-
-
-class FunctionTool(BaseModel):
-    """One of ``tools``."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class NamedFunction(BaseModel):
-    """``tool_choice.function``."""
-
-    name: str
-
-
-class ToolChoice(BaseModel):
-    """``tool_choice``, where it names a tool."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class SamplingBody(Body):
-    """What chat and plain completions alike may ask of sampling."""
-
-    model: str = ""
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: int | None = None
-    ignore_eos: bool = False
-    user: str | None = None
-
-    def sampling(self) -> dict[str, Any]:
-        """As Service.sampling takes them."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
-        more = ("frequency_penalty", "logit_bias", "stop", "max_tokens", "ignore_eos")
-        seed = None if self.seed is None else self.seed % 2**64
-        return {name: getattr(self, name) for name in (*names, *more)} | {"seed": seed}
-
-
-class ChatBody(SamplingBody):
-    """A request."""
-
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=256)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
+def tool_of(function: Document) -> Tool:
+    """A tool by its function, of either of OpenAI's dialects."""
+    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    return Tool(function["name"], function.get("description") or "", parameters)
 
 
 async def chat_completions(request: HttpRequest) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
-    body = await read(request, ChatBody, service.limits.body_bytes)
-    asked = body.sampling() | {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
-    if body.max_completion_tokens is not None:
-        asked["max_tokens"] = body.max_completion_tokens
-    wanted = body.response_format or ResponseFormat()
-    choice = body.tool_choice or "auto"
-    switches = {**({"reasoning_effort": body.reasoning_effort} if body.reasoning_effort else {})}
+    body = await read(request)
+    asked = sampling_of(body) | {"logprobs": body.get("top_logprobs", 0) if body.get("logprobs") else None}
+    asked |= {"max_tokens": body["max_completion_tokens"]} if "max_completion_tokens" in body else {}
+    wanted, choice = body.get("response_format", {}), body.get("tool_choice", "auto")
     conversation = Conversation(
-        [_message(message, place) for place, message in enumerate(body.messages)],
-        [tool.function.tool() for tool in body.tools or ()],
-        choice if isinstance(choice, str) else choice.function.name,
-        body.parallel_tool_calls is not False,
-        wanted.type,
-        wanted.json_schema.schema_ if wanted.json_schema is not None else None,
-        {**switches, **(body.chat_template_kwargs or {})},
+        [_message(message, f"messages.{place}") for place, message in enumerate(body["messages"])],
+        [tool_of(tool["function"]) for tool in body.get("tools", ())],
+        choice if isinstance(choice, str) else choice["function"]["name"],
+        body.get("parallel_tool_calls", True),
+        wanted.get("type") or "text",
+        (wanted.get("json_schema") or {}).get("schema"),
+        effort(body.get("reasoning_effort")) | body.get("chat_template_kwargs", {}),
     )
-    prepared = await prepare(service, conversation, service.sampling(asked), body.n or 1)
-    answers = await service.start(prepared)
+    prepared = await prepare(service, conversation, service.sampling(asked), body.get("n", 1))
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
-    if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(_chunks(service, answers, head, usage), answers.close, body.ignored)
-    return await whole_answer(request, _completion(service, answers, head), answers.close, body.ignored)
+
+    async def whole(answers: Answers) -> Document:
+        choices = [_choice(service, place, answer) for place, answer in enumerate(await answers.whole())]
+        usage = {"usage": usage_document(answers.usage), "timings": answers.usage.timings()}
+        return {**head, "object": "chat.completion", "choices": choices, **usage}
+
+    head_of_chunks = {**head, "object": "chat.completion.chunk"} | wants_usage(body)
+    return await reply(request, body, prepared, whole, lambda answers: _chunks(service, answers, head_of_chunks))
 
 
-async def _completion(service: Service, answers: Answers, head: Document) -> Document:
-    messages: list[Document] = [{"role": "assistant", "content": ""} for _ in range(answers.request.choices)]
-    choices: list[Document] = [
-        {"index": place, "message": message, "logprobs": None} for place, message in enumerate(messages)
-    ]
-    async for step in answers.steps():
-        message = messages[step.choice]
-        for part in step.parts:
-            if part.call is not None:
-                function = {"name": part.call.name, "arguments": part.call.arguments}
-                message.setdefault("tool_calls", []).append({"id": call_id(), "type": "function", "function": function})
-            else:
-                name = "reasoning_content" if part.kind == "reasoning" else "content"
-                message[name] = message.get(name, "") + part.text
-        if (found := logprobs_of(service, step.record)) is not None:
-            choices[step.choice]["logprobs"] = choices[step.choice]["logprobs"] or {"content": []}
-            choices[step.choice]["logprobs"]["content"].append(found)
-        if step.finish:
-            called = "tool_calls" in message
-            choices[step.choice]["finish_reason"] = finish_reason(step, called=called)
-            message["content"] = message["content"] or (None if called else "")
-    usage = {"usage": usage_document(answers.usage), "timings": answers.usage.timings()}
-    return {**head, "object": "chat.completion", "choices": choices, **usage}
+def _choice(service: Service, place: int, answer: Whole) -> Document:
+    message: Document = {"role": "assistant", "content": answer.text()}
+    if thoughts := answer.text("reasoning"):
+        message["reasoning_content"] = thoughts
+    functions = [{"name": part.name, "arguments": part.text} for part in answer.parts if part.kind == "call"]
+    if functions:
+        message["tool_calls"] = [{"id": call_id(), "type": "function", "function": one} for one in functions]
+        message["content"] = message["content"] or None
+    found = [one for record in answer.records if (one := logprobs_of(service, record)) is not None]
+    finish = finish_reason(answer.records[-1].finish, called=bool(functions))
+    logprobs = {"content": found} if found else None
+    return {"index": place, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
 
-async def _chunks(service: Service, answers: Answers, head: Document, include_usage: bool) -> AsyncGenerator[str, None]:
-    none = {"usage": None} if include_usage else {}
-
+async def _chunks(service: Service, answers: Answers, head: Document) -> Events:
     def chunk(index: int, delta: Document, logprobs: Document | None = None, finish: str | None = None) -> Document:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return {**head, "object": "chat.completion.chunk", "choices": [choice], **none}
+        return {**head, "choices": [choice]}
 
     for place in range(answers.request.choices):
-        yield event(chunk(place, {"role": "assistant", "content": ""}))
+        yield chunk(place, {"role": "assistant", "content": ""})
     calls: Counter[int] = Counter()  # by answer
-    try:
-        async for step in answers.steps():
-            found = logprobs_of(service, step.record)
-            logprobs = None if found is None else {"content": [found]}
-            deltas = [delta for part in step.parts for delta in _deltas(part, calls, step.choice)]
-            for delta in deltas or ([{}] if found else []):
-                yield event(chunk(step.choice, delta, logprobs))
-                logprobs = None
-            if step.finish:
-                end = chunk(step.choice, {}, finish=finish_reason(step, called=calls[step.choice] > 0))
-                yield event(end if answers.open else {**end, "timings": answers.usage.timings()})
-    except ServeError as error:
-        yield event(error_document(PATH, error))
-        return
-    if include_usage:
-        yield event({**chunk(0, {}), "choices": [], "usage": usage_document(answers.usage)})
-    yield event("[DONE]")
+    async for step in answers.steps():
+        found = logprobs_of(service, step.record)
+        logprobs = None if found is None else {"content": [found]}
+        deltas = [_delta(part, calls, step.choice) for part in step.parts]
+        for delta in deltas or ([{}] if found else []):
+            yield chunk(step.choice, delta, logprobs)
+            logprobs = None
+        if step.finish:
+            end = chunk(step.choice, {}, finish=finish_reason(step.finish, called=calls[step.choice] > 0))
+            yield end if answers.open else {**end, "timings": answers.usage.timings()}
+    if "usage" in head:
+        yield {**head, "choices": [], "usage": usage_document(answers.usage)}
+    yield DONE
 
 
-def _deltas(part: Part, calls: Counter[int], choice: int) -> list[Document]:
+def _delta(part: Part, calls: Counter[int], choice: int) -> Document:
     """What ``part`` adds to answer ``choice``; a call comes with its name first and its arguments then."""
-    if part.call is None:
-        return [{"reasoning_content" if part.kind == "reasoning" else "content": part.text}]
+    if part.kind != "call":
+        return {"reasoning_content" if part.kind == "reasoning" else "content": part.text}
+    if not part.name:
+        return {"tool_calls": [{"index": calls[choice] - 1, "function": {"arguments": part.text}}]}
     index, calls[choice] = calls[choice], calls[choice] + 1
-    named = {"name": part.call.name, "arguments": ""}
-    return [
-        {"tool_calls": [{"index": index, "id": call_id(), "type": "function", "function": named}]},
-        {"tool_calls": [{"index": index, "function": {"arguments": part.call.arguments}}]},
-    ]
+    function = {"name": part.name, "arguments": part.text}
+    return {"tool_calls": [{"index": index, "id": call_id(), "type": "function", "function": function}]}
+
+
+def effort(said: str | None) -> Document:
+    """The switch of templates that know how long to think."""
+    return {"reasoning_effort": said} if said else {}
 
 
 def call_id() -> str:
@@ -219,12 +132,13 @@ def call_id() -> str:
     return secrets.token_hex(5)[:9]
 
 
-def _message(message: dict[str, Any], place: int) -> dict[str, Any]:
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     """A message as templates take it. Raises ServeError for what is none."""
-    role, where = message.get("role"), f"messages.{place}"
+    role, said = message.get("role"), message.get("content")
     if role not in ("system", "developer", "user", "assistant", "tool"):
         raise ServeError(400, f"{where} has the role {role!r}: expected system, user, assistant or tool", param=where)
-    kept = {"role": "system" if role == "developer" else role, "content": text_of(message.get("content"), where)}
+    content = content_of(said, where) if role == "user" else text_of(said, where)
+    kept = {"role": "system" if role == "developer" else role, "content": content}
     kept |= {name: said for name in _KEPT if isinstance(said := message.get(name), str)}
     if calls := message.get("tool_calls"):
         kept["tool_calls"] = [_called(call, f"{where}.tool_calls") for call in calls]
@@ -244,9 +158,9 @@ def _called(call: Any, where: str) -> dict[str, Any]:
         raise ServeError(400, f"{where} is no call: expected a name and arguments as JSON text", param=where) from None
 
 
-def finish_reason(step: Step, *, called: bool = False) -> str:
+def finish_reason(finish: str, *, called: bool = False) -> str:
     """Why an answer ended, as OpenAI says it."""
-    if step.finish not in ("eos", "stop"):
+    if finish not in ("eos", "stop"):
         return "length"
     return "tool_calls" if called else "stop"
 

@@ -3,152 +3,74 @@
 import json
 import re
 import secrets
-from collections.abc import AsyncGenerator
-from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from cli.serve.body import Body, EventStream, event, read, whole_answer
-from cli.serve.conversation import Conversation, Format, Tool, prepare, text_of, tokens_of
-from cli.serve.errors import ServeError, error_document
+from cli.serve.answers import Answers, Usage
+from cli.serve.body import Body, read
+from cli.serve.conversation import Conversation, Tool, content_of, prepare, text_of
+from cli.serve.errors import ServeError
 from cli.serve.parts import Part
-from cli.serve.service import Answers, Service, Step, Usage
+from cli.serve.reply import Document, Events, reply
+from cli.serve.service import Service
+from offload.records import TokenRecord
 
 PATH = "/v1/messages"
 COUNT_PATH = "/v1/messages/count_tokens"
-Document = dict[str, Any]
 # Some clients put a line of their own accounts first, another each time: behind it nothing would be cached.
 _BILLING = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n?")
-
-
-class ToolBody(BaseModel):
-    """One of ``tools``."""
-
-    name: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
-    description: str | None = None
-    input_schema: dict[str, Any] | None = None
-    type: str | None = None
-
-
-class ToolChoiceBody(BaseModel):
-    """``tool_choice``."""
-
-    type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
-    disable_parallel_tool_use: bool = False
-
-
-class OutputFormat(BaseModel):
-    """``output_config.format``."""
-
-    type: Literal["json_schema"]
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-
-
-class OutputConfig(BaseModel):
-    """``output_config``."""
-
-    format: OutputFormat | None = None
-
-
-class CountBody(Body):
-    """What makes a prompt."""
-
-    model: str = ""
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    system: str | list[dict[str, Any]] | None = None
-    tools: Annotated[list[ToolBody], Field(max_length=256)] | None = None
-    tool_choice: ToolChoiceBody | None = None
-    thinking: dict[str, Any] | None = None
-    output_config: OutputConfig | None = None
-
-
-class MessagesBody(CountBody):
-    """A request."""
-
-    max_tokens: int
-    stream: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    stop_sequences: Annotated[list[str], Field(max_length=64)] | None = None
-    metadata: dict[str, Any] | None = None
 
 
 async def count_tokens(request: HttpRequest) -> Response:
     """How many tokens a conversation has, system and tools among them."""
     service: Service = request.app.state.service
-    body = await read(request, CountBody, service.limits.body_bytes)
-    return JSONResponse({"input_tokens": await tokens_of(service, _conversation(body))}, headers=body.ignored)
+    body = await read(request)
+    prepared = await prepare(service, _conversation(body), service.defaults)
+    return JSONResponse({"input_tokens": len(prepared.prompts[0])}, headers=body.ignored)
 
 
 async def messages(request: HttpRequest) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
-    body = await read(request, MessagesBody, service.limits.body_bytes)
+    body = await read(request)
     names = ("max_tokens", "temperature", "top_p", "top_k")
-    asked = {name: getattr(body, name) for name in names} | {"stop": body.stop_sequences}
+    asked = {name: body.get(name) for name in names} | {"stop": body.get("stop_sequences")}
     prepared = await prepare(service, _conversation(body), service.sampling(asked))
-    answers = await service.start(prepared)
-    head: Document = {
-        "id": f"msg_{secrets.token_hex(12)}",
-        "type": "message",
-        "role": "assistant",
-        "model": service.name,
-        "content": [],
-        "stop_reason": None,
-        "stop_sequence": None,
-    }
-    if body.stream:
-        ping = event({"type": "ping"}, "ping")
-        return EventStream(_events(answers, head), answers.close, body.ignored, ping)
-    return await whole_answer(request, _message(answers, head), answers.close, body.ignored)
+    head: Document = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant"}
+    head |= {"model": service.name, "content": [], "stop_reason": None, "stop_sequence": None}
+
+    async def whole(answers: Answers) -> Document:
+        [answer] = await answers.whole()
+        content = [_filled(part) for part in answer.parts]
+        stopped = _stopped(answer.records[-1], called=any(part.kind == "call" for part in answer.parts))
+        return {**head, **stopped, "content": content, "usage": _usage(answers.usage)}
+
+    return await reply(request, body, prepared, whole, lambda answers: _events(answers, head))
 
 
-async def _message(answers: Answers, head: Document) -> Document:
-    content: list[Document] = []
+async def _events(answers: Answers, head: Document) -> Events:
+    index, open_, called, begun = -1, "", False, False
     async for step in answers.steps():
+        if not begun:  # with the first token it is known what was cached
+            begun = True
+            yield {"type": "message_start", "message": {**head, "usage": {**_usage(answers.usage), "output_tokens": 1}}}
+            yield {"type": "ping"}
         for part in step.parts:
-            if part.call is not None or not content or content[-1]["type"] != _KINDS[part.kind]:
-                content.append(_block(part))
-            if part.call is not None:
-                content[-1]["input"] = json.loads(part.call.arguments)
-            else:
-                content[-1][_KINDS[part.kind]] += part.text
-        if step.finish:
-            head |= _stopped(step, called=any(block["type"] == "tool_use" for block in content))
-    return {**head, "content": content, "usage": _usage(answers.usage)}
-
-
-async def _events(answers: Answers, head: Document) -> AsyncGenerator[str, None]:
-    def named(kind: str, **said: Any) -> str:
-        return event({"type": kind, **said}, kind)
-
-    index, open_, called = -1, "", False
-    begun = False
-    try:
-        async for step in answers.steps():
-            if not begun:  # with the first token it is known what was cached
-                begun = True
-                yield named("message_start", message={**head, "usage": {**_usage(answers.usage), "output_tokens": 1}})
-                yield named("ping")
-            for part in step.parts:
-                if part.call is not None or open_ != part.kind:
-                    if open_:
-                        yield named("content_block_stop", index=index)
-                    index, open_ = index + 1, part.kind
-                    yield named("content_block_start", index=index, content_block=_block(part))
-                called = called or part.call is not None
-                yield named("content_block_delta", index=index, delta=_delta(part))
-            if step.finish:
+            if part.name or open_ != part.kind:
                 if open_:
-                    yield named("content_block_stop", index=index)
-                yield named("message_delta", delta=_stopped(step, called=called), usage=_usage(answers.usage))
-                yield named("message_stop")
-    except ServeError as error:
-        yield event(error_document(PATH, error), "error")
+                    yield {"type": "content_block_stop", "index": index}
+                index, open_ = index + 1, part.kind
+                yield {"type": "content_block_start", "index": index, "content_block": _block(part)}
+            called = called or part.kind == "call"
+            if part.text:
+                yield {"type": "content_block_delta", "index": index, "delta": _delta(part)}
+        if step.finish:
+            if open_:
+                yield {"type": "content_block_stop", "index": index}
+            stopped = _stopped(step.record, called=called)
+            yield {"type": "message_delta", "delta": stopped, "usage": _usage(answers.usage)}
+            yield {"type": "message_stop"}
 
 
 _KINDS = {"text": "text", "reasoning": "thinking", "call": "tool_use"}
@@ -156,26 +78,39 @@ _KINDS = {"text": "text", "reasoning": "thinking", "call": "tool_use"}
 
 def _block(part: Part) -> Document:
     """The block that ``part`` begins, empty."""
-    if part.call is not None:
-        return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": part.call.name, "input": {}}
+    if part.kind == "call":
+        return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": part.name, "input": {}}
     return {"type": "thinking", "thinking": "", "signature": ""} if part.kind == "reasoning" else _EMPTY.copy()
 
 
 _EMPTY = {"type": "text", "text": ""}
 
 
+def _filled(part: Part) -> Document:
+    """The whole block of ``part``; as text, where a model has written arguments that are no object, or was cut off."""
+    if part.kind != "call":
+        return _block(part) | {_KINDS[part.kind]: part.text}
+    try:
+        called = json.loads(part.text)
+    except ValueError:
+        called = None
+    if isinstance(called, dict):
+        return _block(part) | {"input": called}
+    return _EMPTY | {"text": f"{part.name}({part.text}"}
+
+
 def _delta(part: Part) -> Document:
-    if part.call is not None:
-        return {"type": "input_json_delta", "partial_json": part.call.arguments}
+    if part.kind == "call":
+        return {"type": "input_json_delta", "partial_json": part.text}
     kind = _KINDS[part.kind]
     return {"type": f"{kind}_delta", kind: part.text}
 
 
-def _stopped(step: Step, *, called: bool) -> Document:
-    if step.finish == "stop":
-        return {"stop_reason": "stop_sequence", "stop_sequence": step.record.stop}
+def _stopped(record: TokenRecord, *, called: bool) -> Document:
+    if record.finish == "stop":
+        return {"stop_reason": "stop_sequence", "stop_sequence": record.stop}
     ended = "tool_use" if called else "end_turn"
-    return {"stop_reason": ended if step.finish == "eos" else "max_tokens", "stop_sequence": None}
+    return {"stop_reason": ended if record.finish == "eos" else "max_tokens", "stop_sequence": None}
 
 
 def _usage(usage: Usage) -> Document:
@@ -188,27 +123,27 @@ def _usage(usage: Usage) -> Document:
     }
 
 
-def _conversation(body: CountBody) -> Conversation:
+def _conversation(body: Body) -> Conversation:
     told: list[Document] = []
-    if body.system:
-        blocks = [body.system] if isinstance(body.system, str) else [text_of([part], "system") for part in body.system]
+    if system := body.get("system"):
+        blocks = [system] if isinstance(system, str) else [text_of([part], "system") for part in system]
         system = "\n\n".join(filter(None, [_BILLING.sub("", block) for block in blocks]))
         told = [{"role": "system", "content": system}] if system else []
-    for place, message in enumerate(body.messages):
+    for place, message in enumerate(body["messages"]):
         told += _messages(message, f"messages.{place}")
-    server_side = [tool.name for tool in body.tools or () if tool.input_schema is None]
+    given = body.get("tools", ())
+    server_side = [tool["name"] for tool in given if tool.get("input_schema") is None]
     if server_side:
         raise ServeError(400, f"tools.{server_side[0]} has no input_schema: tools that run on a server are not here")
-    tools = [Tool(tool.name, tool.description or "", tool.input_schema or {}) for tool in body.tools or ()]
-    choice = body.tool_choice or ToolChoiceBody(type="auto")
-    if choice.type == "tool" and not choice.name:
+    tools = [Tool(tool["name"], tool.get("description") or "", tool["input_schema"]) for tool in given]
+    choice = body.get("tool_choice", {"type": "auto"})
+    if choice["type"] == "tool" and not choice.get("name"):
         raise ServeError(400, "tool_choice names no tool", param="tool_choice")
-    wanted = body.output_config.format if body.output_config else None
-    output: Format = "json_schema" if wanted else "text"
-    switches = {} if body.thinking is None else {"enable_thinking": body.thinking.get("type") != "disabled"}
-    name = {"any": "required", "tool": choice.name or ""}.get(choice.type, choice.type)
-    parallel = not choice.disable_parallel_tool_use
-    return Conversation(told, tools, name, parallel, output, wanted.schema_ if wanted else None, switches)
+    name = {"any": "required", "tool": choice.get("name")}.get(choice["type"], choice["type"])
+    wanted = body.get("output_config", {}).get("format") or {}
+    switches = {"enable_thinking": body["thinking"].get("type") != "disabled"} if "thinking" in body else {}
+    parallel, output = not choice.get("disable_parallel_tool_use"), wanted.get("type") or "text"
+    return Conversation(told, tools, name, parallel, output, wanted.get("schema"), switches)
 
 
 def _messages(message: Document, where: str) -> list[Document]:
@@ -221,7 +156,7 @@ def _messages(message: Document, where: str) -> list[Document]:
     if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
         raise ServeError(400, f"{where}: the content is neither a text nor a list of blocks")
     results: list[Document] = []
-    own: Document = {"role": role, "content": ""}
+    own: Document = {"role": role, "content": []}
     for place, block in enumerate(content):
         here = f"{where}.content.{place}"
         match block.get("type"):
@@ -238,5 +173,7 @@ def _messages(message: Document, where: str) -> list[Document]:
             case "redacted_thinking":
                 pass
             case _:
-                own["content"] += text_of([block], here)
+                content_of([block], here, images=role == "user")  # says where it is wrong
+                own["content"].append(block)
+    own["content"] = content_of(own["content"], where)
     return [*results, *([own] if own["content"] or own.keys() - {"role", "content"} else [])]

@@ -1,52 +1,33 @@
 """What llama.cpp's server has beside the dialects of others: what there is, what is under way, and tokens."""
 
 import time
-from typing import Annotated
 
-from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from cli.serve.body import Body, read
+from cli.serve.body import read
 from cli.serve.errors import ServeError
 from cli.serve.service import Service
-
-
-class TokenizeBody(Body):
-    """A text; ``add_special``: with the tokens that begin and end one."""
-
-    content: str
-    add_special: bool = False
-    with_pieces: bool = False
-
-
-class DetokenizeBody(Body):
-    """Token ids."""
-
-    tokens: list[Annotated[int, Field(ge=0)]]
+from offload.text.tokenizer import encode_text
 
 
 async def tokenize(request: HttpRequest) -> Response:
     """The token ids of a text."""
     service: Service = request.app.state.service
-    body = await read(request, TokenizeBody, service.limits.body_bytes)
+    body = await read(request)
     session = service.session
-    ids = (
-        session.encode(body.content)
-        if body.add_special
-        else session.tokenizer.encode(body.content, add_special_tokens=False)
-    )
+    ids = encode_text(session.tokenizer, body["content"], bool(body.get("add_special")))
     pieces = [{"id": token, "piece": session.tokenizer.decode([token])} for token in ids]
-    return JSONResponse({"tokens": pieces if body.with_pieces else ids}, headers=body.ignored)
+    return JSONResponse({"tokens": pieces if body.get("with_pieces") else ids}, headers=body.ignored)
 
 
 async def detokenize(request: HttpRequest) -> Response:
     """The text of token ids, special tokens as they are written."""
     service: Service = request.app.state.service
-    body = await read(request, DetokenizeBody, service.limits.body_bytes)
-    if max(body.tokens, default=0) >= service.session.shape.vocab_size:
+    body = await read(request)
+    if max(body["tokens"], default=0) >= service.session.shape.vocab_size:
         raise ServeError(400, f"a token is beyond {service.session.shape.vocab_size - 1:,}", param="tokens")
-    return JSONResponse({"content": service.session.tokenizer.decode(body.tokens)}, headers=body.ignored)
+    return JSONResponse({"content": service.session.tokenizer.decode(body["tokens"])}, headers=body.ignored)
 
 
 async def props(request: HttpRequest) -> Response:
@@ -63,7 +44,7 @@ async def props(request: HttpRequest) -> Response:
             "total_slots": service.limits.parallel,
             "model_alias": service.name,
             "chat_template": service.session.tokenizer.chat_template or "",
-            "modalities": {"vision": False, "audio": False},
+            "modalities": {"vision": service.vision, "audio": False},
             "build_info": f"coldstream {service.version}",
         }
     )

@@ -4,114 +4,53 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
-from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from cli.serve.body import Body, EventStream, event, read, whole_answer
-from cli.serve.conversation import Conversation, Format, Tool, prepare, text_of
-from cli.serve.dialects.chat import Function, call_id
+from cli.serve.answers import Answers, Usage
+from cli.serve.body import Body, read
+from cli.serve.conversation import Conversation, content_of, prepare, text_of
+from cli.serve.dialects.chat import call_id, effort, tool_of
 from cli.serve.errors import ServeError
 from cli.serve.parts import Part
-from cli.serve.service import Answers, Service, Usage
+from cli.serve.reply import Document, Events, reply
+from cli.serve.service import Service
 
 PATH = "/v1/responses"
-Document = dict[str, Any]
-
-
-class ToolBody(Function):
-    """One of ``tools``; those that are no functions run on OpenAI's servers."""
-
-    type: str
-    name: Annotated[str, Field(pattern=r"^[\w.:-]{0,128}$")] = ""
-
-
-class ToolChoice(BaseModel):
-    """``tool_choice``, where it names a tool."""
-
-    type: Literal["function"]
-    name: str
-
-
-class TextFormat(BaseModel):
-    """``text.format``."""
-
-    type: Format = "text"
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-
-
-class TextBody(BaseModel):
-    """``text``."""
-
-    format: TextFormat | None = None
-
-
-class Reasoning(BaseModel):
-    """``reasoning``."""
-
-    effort: str | None = None
-
-
-class ResponsesBody(Body):
-    """A request."""
-
-    model: str = ""
-    input: str | list[dict[str, Any]]
-    instructions: str | None = None
-    previous_response_id: str | None = None
-    conversation: Any = None
-    background: bool | None = None
-    stream: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    max_output_tokens: int | None = None
-    tools: Annotated[list[ToolBody], Field(max_length=256)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    text: TextBody | None = None
-    reasoning: Reasoning | None = None
-    store: bool | None = None
-    metadata: dict[str, Any] | None = None
 
 
 async def responses(request: HttpRequest) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
-    body = await read(request, ResponsesBody, service.limits.body_bytes)
+    body = await read(request)
     for name in ("previous_response_id", "conversation", "background"):
-        if getattr(body, name):
+        if body.get(name):
             raise ServeError(400, f"{name} needs a memory, which this server has none of: send the whole", param=name)
-    asked = {"temperature": body.temperature, "top_p": body.top_p, "max_tokens": body.max_output_tokens}
-    answers = await service.start(await prepare(service, _conversation(body), service.sampling(asked)))
+    asked = {"temperature": body.get("temperature"), "top_p": body.get("top_p")}
+    asked["max_tokens"] = body.get("max_output_tokens")
+    prepared = await prepare(service, _conversation(body), service.sampling(asked))
     whole = _Whole(service, body)
-    if body.stream:
-        return EventStream(_stream(whole, answers), answers.close, body.ignored)
 
-    async def collected() -> Document:
+    async def collected(answers: Answers) -> Document:
         async for _ in whole.events(answers):
             pass
         return whole.document
 
-    return await whole_answer(request, collected(), answers.close, body.ignored)
+    return await reply(request, body, prepared, collected, lambda answers: _numbered(whole.events(answers)))
 
 
-async def _stream(whole: "_Whole", answers: Answers) -> AsyncGenerator[str, None]:
+async def _numbered(events: AsyncGenerator[Document, None]) -> Events:
     number = 0
-    try:
-        async for said in whole.events(answers):
-            yield event({**said, "sequence_number": number}, said["type"])
-            number += 1
-    except ServeError as error:
-        failed = {"code": "server_error", "message": error.message, "param": None}
-        yield event({"type": "error", **failed, "sequence_number": number}, "error")
+    async for said in events:
+        yield {**said, "sequence_number": number}
+        number += 1
 
 
 class _Whole:
     """A response as it grows, and the events that say so."""
 
-    def __init__(self, service: Service, body: ResponsesBody) -> None:
+    def __init__(self, service: Service, body: Body) -> None:
         self.output: list[Document] = []
         self.document: Document = {
             "id": f"resp_{secrets.token_hex(12)}",
@@ -122,16 +61,16 @@ class _Whole:
             "output": self.output,
             "error": None,
             "incomplete_details": None,
-            "instructions": body.instructions,
-            "metadata": body.metadata or {},
-            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "instructions": body.get("instructions"),
+            "metadata": body.get("metadata", {}),
+            "parallel_tool_calls": body.get("parallel_tool_calls", True),
             "previous_response_id": None,
             "store": False,
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "max_output_tokens": body.max_output_tokens,
-            "tool_choice": "auto" if body.tool_choice is None else _plain(body.tool_choice),
-            "tools": [_plain(tool) | {"strict": False} for tool in body.tools or ()],
+            "temperature": body.get("temperature"),
+            "top_p": body.get("top_p"),
+            "max_output_tokens": body.get("max_output_tokens"),
+            "tool_choice": body.get("tool_choice", "auto"),
+            "tools": [{"strict": False, **tool} for tool in body.get("tools", ())],
             "usage": None,
         }
 
@@ -142,7 +81,7 @@ class _Whole:
         kind = ""
         async for step in answers.steps():
             for part in step.parts:
-                if kind and (part.kind != kind or part.call is not None):
+                if kind and (part.kind != kind or part.name):
                     for said in self._end(kind):
                         yield said
                     kind = ""
@@ -150,7 +89,8 @@ class _Whole:
                     for said in self._begin(part):
                         yield said
                     kind = part.kind
-                yield self._add(part)
+                if part.text:
+                    yield self._add(part)
             if step.finish:
                 for said in self._end(kind) if kind else ():
                     yield said
@@ -162,25 +102,25 @@ class _Whole:
 
     def _begin(self, part: Part) -> Iterator[Document]:
         item: Document = {"type": "reasoning", "id": f"rs_{secrets.token_hex(12)}", "summary": [], "content": []}
-        if part.call is not None:
+        if part.kind == "call":
             item = {"type": "function_call", "id": f"fc_{secrets.token_hex(12)}", "call_id": call_id()}
-            item |= {"name": part.call.name, "arguments": "", "status": "in_progress"}
+            item |= {"name": part.name, "arguments": "", "status": "in_progress"}
         elif part.kind == "text":
             item = {"type": "message", "id": f"msg_{secrets.token_hex(12)}", "role": "assistant"}
             item |= {"status": "in_progress", "content": []}
         self.output.append(item)
         yield {"type": "response.output_item.added", "output_index": len(self.output) - 1, "item": dict(item)}
-        if part.call is None:
+        if part.kind != "call":
             kind = "reasoning_text" if part.kind == "reasoning" else "output_text"
             item["content"] = [{"type": kind, "text": ""} | ({"annotations": []} if part.kind == "text" else {})]
             yield {"type": "response.content_part.added", **self._place(), "part": dict(item["content"][0])}
 
     def _add(self, part: Part) -> Document:
         item = self.output[-1]
-        if part.call is not None:
-            item["arguments"] = part.call.arguments
+        if part.kind == "call":
+            item["arguments"] += part.text
             place = {"item_id": item["id"], "output_index": len(self.output) - 1}
-            return {"type": "response.function_call_arguments.delta", **place, "delta": part.call.arguments}
+            return {"type": "response.function_call_arguments.delta", **place, "delta": part.text}
         content = item["content"][0]
         content["text"] += part.text
         logprobs: Document = {"logprobs": []} if part.kind == "text" else {}
@@ -204,10 +144,6 @@ class _Whole:
         return {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1, "content_index": 0}
 
 
-def _plain(said: str | BaseModel) -> Any:
-    return said if isinstance(said, str) else said.model_dump()
-
-
 def _usage(usage: Usage) -> Document:
     return {
         "input_tokens": usage.prompt,
@@ -218,27 +154,25 @@ def _usage(usage: Usage) -> Document:
     }
 
 
-def _conversation(body: ResponsesBody) -> Conversation:
-    told: list[Document] = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+def _conversation(body: Body) -> Conversation:
+    told: list[Document] = []
+    if instructions := body.get("instructions"):
+        told.append({"role": "system", "content": instructions})
+    items = [{"role": "user", "content": body["input"]}] if isinstance(body["input"], str) else body["input"]
     for place, item in enumerate(items):
         _item(item, f"input.{place}", told)
-    tools = []
-    for tool in body.tools or ():
-        if tool.type != "function" or not tool.name:
-            raise ServeError(400, f"tools of type {tool.type!r} run on a server and are not here", param="tools")
-        tools.append(Tool(tool.name, tool.description or "", tool.parameters or {"type": "object"}))
-    choice = body.tool_choice or "auto"
-    wanted = (body.text.format if body.text else None) or TextFormat()
-    effort = body.reasoning.effort if body.reasoning else None
+    for tool in body.get("tools", ()):
+        if tool["type"] != "function" or not tool.get("name"):
+            raise ServeError(400, f"tools of type {tool['type']!r} run on a server and are not here", param="tools")
+    choice, wanted = body.get("tool_choice", "auto"), body.get("text", {}).get("format") or {}
     return Conversation(
         told,
-        tools,
-        choice if isinstance(choice, str) else choice.name,
-        body.parallel_tool_calls is not False,
-        wanted.type,
-        wanted.schema_,
-        {"reasoning_effort": effort} if effort else {},
+        [tool_of(tool) for tool in body.get("tools", ())],
+        choice if isinstance(choice, str) else choice["name"],
+        body.get("parallel_tool_calls", True),
+        wanted.get("type") or "text",
+        wanted.get("schema"),
+        effort(body.get("reasoning", {}).get("effort")),
     )
 
 
@@ -247,7 +181,8 @@ def _item(item: Document, where: str, told: list[Document]) -> None:
     match item.get("type", "message"):
         case "message" if item.get("role") in ("system", "developer", "user", "assistant"):
             role = "system" if item["role"] == "developer" else item["role"]
-            told.append({"role": role, "content": text_of(item.get("content"), where)})
+            said = content_of(item.get("content"), where, images=role == "user")
+            told.append({"role": role, "content": said})
         case "function_call" if isinstance(item.get("name"), str) and isinstance(item.get("arguments"), str):
             try:
                 function = {"name": item["name"], "arguments": json.loads(item["arguments"] or "{}")}

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import anthropic
+import httpx2
 import openai
 import pytest
 
+from tests.cli.serve.described import Described
 from tests.cli.serve.running import KEY, Running
 
 
@@ -19,11 +21,15 @@ def server(model: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as made:
+    through = httpx2.Client(transport=Described())
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60, http_client=through
+    ) as made:
         yield made
 
 
 @pytest.fixture
 def claude(server: Running) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0, timeout=60) as made:
+    through = httpx2.Client(transport=Described())
+    with anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0, timeout=60, http_client=through) as made:
         yield made

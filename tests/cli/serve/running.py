@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from tests.cli.serve.described import check
 from tests.commands import COLDSTREAM, ROOT
 
 KEY = "sk-tests-only"
@@ -68,6 +69,7 @@ class Running:
             answer = connection.getresponse()
             read = answer.read()
             found = {name.lower(): value for name, value in answer.getheaders()}
+            check(path, method, answer.status, found.get("content-type", ""), read)
             is_json = found.get("content-type", "").startswith("application/json")
             return answer.status, found, json.loads(read) if is_json else read.decode()
         finally:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from cli.serve.parsers import HarmonyParser, MarkedParser
-from cli.serve.parts import Parser
-from cli.serve.tool_formats import (
+from cli.serve.parts import Parser, Part
+from offload.text.tool_formats import (
     DEEPSEEK,
     DEEPSEEK_FENCED,
     HERMES,
@@ -30,7 +30,7 @@ SAY = ("say", {"text": "42"})
 
 
 def marked(calls: ToolFormat, opened: bool = False) -> Callable[[], Parser]:
-    dropped = ("<|eot|>", "<s>")
+    dropped = ("<|eot|>", "<s>", *calls.inner)  # marks of a family are special tokens, too
     return lambda: MarkedParser(think=THINK, opened=opened, calls=calls, tools=TOOLS, dropped=dropped)
 
 
@@ -99,6 +99,22 @@ CASES: list[tuple[Callable[[], Parser], str, str, str, list[tuple[str, dict[str,
         "",
         [ADD, SAY],
     ),
+    (
+        marked(DEEPSEEK),
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1, "b": -2}<｜tool▁call▁end｜>\n'
+        '<｜tool▁call▁begin｜>say<｜tool▁sep｜>{"text": "42"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        "",
+        "",
+        [ADD, SAY],
+    ),
+    (
+        marked(MISTRAL),
+        '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1, "b": -2}}, {"name": "say", "arguments": {"text": "42"}}]',
+        "",
+        "",
+        [ADD, SAY],
+    ),
+    (HarmonyParser, "<|channel|>commentary to=functions.now<|message|><|call|>", "", "", [("now", {})]),
     (marked(LLAMA), "[1] is a reference", "", "[1] is a reference", []),
     (marked(LLAMA), '[__import__("os").system("ls")]', "", '[__import__("os").system("ls")]', []),
     (marked(LLAMA), "[" * 5000, "", "[" * 5000, []),
@@ -145,8 +161,58 @@ def test_what_a_model_writes_comes_apart_the_same_wherever_it_is_cut(
         parts += parser.finish()
         assert "".join(part.text for part in parts if part.kind == "reasoning") == thoughts
         assert "".join(part.text for part in parts if part.kind == "text") == text
-        found = [(part.call.name, json.loads(part.call.arguments)) for part in parts if part.call is not None]
-        assert found == calls
+        assert [(name, json.loads(arguments)) for name, arguments in called(parts)] == calls
+
+
+def called(parts: list[Part]) -> list[tuple[str, str]]:
+    """The calls in ``parts``, put together."""
+    found: list[tuple[str, str]] = []
+    for part in parts:
+        if part.kind == "call" and part.name:
+            found.append((part.name, ""))
+        elif part.kind == "call":
+            found[-1] = (found[-1][0], found[-1][1] + part.text)
+    return found
+
+
+TEXT = 'a "{quoted}" \\ back [slash] </b>'
+SAYS = json.dumps({"text": TEXT})
+
+
+@pytest.mark.parametrize(
+    ("make", "written"),
+    [
+        (marked(HERMES), '<tool_call>\n{"name": "say", "arguments": %s}\n</tool_call>'),
+        (marked(LLAMA), '{"name": "say", "parameters": %s}'),
+        (marked(LLAMA_TAG), '<|python_tag|>{"type": "function", "name": "say", "parameters": %s}'),
+        (marked(MISTRAL), '[TOOL_CALLS][{"name": "say", "arguments": %s}]'),
+        (marked(MISTRAL_ARGS), "[TOOL_CALLS]say[ARGS]%s"),
+        (marked(DEEPSEEK), "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>say<｜tool▁sep｜>%s<｜tool▁call▁end｜>"),
+        (
+            marked(DEEPSEEK_FENCED),
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>say\n```json\n%s\n```",
+        ),
+        (HarmonyParser, "<|channel|>commentary to=functions.say <|constrain|>json<|message|>%s<|call|>"),
+    ],
+    ids=["hermes", "llama", "llama-tag", "mistral", "mistral-args", "deepseek", "deepseek-fenced", "harmony"],
+)
+def test_arguments_are_given_out_while_they_are_written(make: Callable[[], Parser], written: str) -> None:
+    before, after = written.split("%s")
+    parser, parts = make(), []
+    for letter in before + SAYS[:9]:
+        parts += parser.feed(letter)
+    assert called(parts) == [("say", SAYS[:9])], "the name is certain before the arguments, each letter at once"
+    for letter in SAYS[9:] + after:
+        parts += parser.feed(letter)
+    parts += parser.finish()
+    assert called(parts) == [("say", SAYS)] and all(part.kind == "call" for part in parts)
+    assert max(len(part.text) for part in parts) <= 4, "but for what a mark may begin with"
+
+
+def test_arguments_that_are_cut_off_stay_cut_off() -> None:
+    parser = marked(HERMES)()
+    parts = [*parser.feed('<tool_call>{"name": "say", "arguments": {"text": "a\\'), *parser.finish()]
+    assert called(parts) == [("say", '{"text": "a\\')]
 
 
 def test_text_without_a_mark_is_not_held_back() -> None:

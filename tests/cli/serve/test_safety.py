@@ -1,5 +1,8 @@
 """What clients do wrong, and how a server ends: the next good request is answered all the same."""
 
+import asyncio
+import contextlib
+import http.client
 import json
 import random
 import signal
@@ -7,15 +10,20 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cli.serve.server import Server, bind
+from cli.terminal.console import Console
 from tests.cli.serve.running import KEY, Running
 from tests.commands import coldstream
 
 ASK = {"messages": [{"role": "user", "content": "def main"}], "max_tokens": 8}
 ENDLESS = ASK | {"max_tokens": 400, "logit_bias": {"1": -100, "4": -100}, "stream": True}
+SAY = [{"role": "user", "content": "def main"}, {"role": "assistant", "content": "x"}]
 PATH = "/v1/chat/completions"
 
 
@@ -114,21 +122,109 @@ def test_nothing_of_a_prompt_is_said_on_the_servers_terminal(server: Running) ->
     assert not any("a-secret-of-mine" in line for line in server.said)
 
 
-def test_the_first_interrupt_lets_an_answer_finish_and_the_second_ends_at_once(model: Path) -> None:
-    running = Running(model, "--api-key", KEY)
+def under_way(running: Running) -> tuple[threading.Thread, list[str]]:
+    """An answer that is being given, and where it will be found."""
     found: list[str] = []
 
     def ask() -> None:
-        found.append(running.ask("POST", PATH, ENDLESS)[2])
+        with contextlib.suppress(http.client.HTTPException, OSError):
+            found.append(running.ask("POST", PATH, ENDLESS)[2])
 
     asking = threading.Thread(target=ask)
     asking.start()
     while not running.ask("GET", "/slots")[2] and not found:
         pass
+    return asking, found
+
+
+def test_the_first_interrupt_lets_an_answer_finish(model: Path) -> None:
+    running = Running(model, "--api-key", KEY)
+    asking, found = under_way(running)
     running.process.send_signal(signal.SIGTERM)
     asking.join()
     assert running.process.wait(30) == 0 and running.end() == 0
     assert found[0].endswith("data: [DONE]\n\n") and "".join(running.said).count("under way are finished first") == 1
+
+
+def test_the_second_interrupt_ends_at_once(model: Path) -> None:
+    running = Running(model, "--api-key", KEY, "--timeout", "60", "--parallel", "2")
+    assert running.ask("GET", "/props")[2]["total_slots"] == 2
+    connections = []
+    for _ in range(3):  # none of which takes anything, one of which waits: they would go on for long
+        connection = socket.create_connection(("127.0.0.1", running.port), timeout=30)
+        connection.sendall(request(json.dumps(ENDLESS | {"max_tokens": 900, "n": 8}).encode()))
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        connections.append(connection)
+    running.process.send_signal(signal.SIGINT)
+    while not any("finished first" in line for line in running.said):
+        time.sleep(0.01)
+    assert running.process.poll() is None
+    started = time.monotonic()
+    assert running.end() == 130 and time.monotonic() - started < 2
+    for connection in connections:
+        connection.close()
+
+
+def test_a_request_that_takes_too_long_is_ended_and_not_asked_again(model: Path) -> None:
+    running = Running(model, "--timeout", "1")
+    try:
+        slow = ENDLESS | {"n": 16, "max_tokens": 1000, "stream": False}
+        status, headers, document = running.ask("POST", PATH, slow)
+        streamed = running.ask("POST", PATH, slow | {"stream": True})[2]
+        said = running.ask("POST", "/v1/messages", slow | {"n": 1, "messages": SAY * 40})[2]
+        assert (status, headers["x-should-retry"]) == (408, "false")
+        assert document["error"]["type"] == "timeout_error" and "--timeout" in document["error"]["message"]
+        assert '"timeout_error"' in streamed and not streamed.endswith("[DONE]\n\n")
+        assert said["type"] in ("message", "error")
+        idle(running)
+        assert running.ask("POST", PATH, ASK)[0] == 200
+    finally:
+        running.end()
+
+
+def test_who_sends_or_takes_nothing_is_cut_off(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, where a minute can be a second: connections that idle, drip, or are not read."""
+    monkeypatch.setattr("cli.serve.server.HEAD_SECONDS", 0.5)
+    monkeypatch.setattr("cli.serve.server.WRITE_SECONDS", 0.5)
+    gone = threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(64):
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    with listening(app) as port:
+        silent, drips, deaf = (socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(3))
+        deaf.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            for letter in b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100:
+                drips.sendall(bytes([letter]))
+                time.sleep(0.05)
+            pytest.fail("headers may drip for ever")
+        assert silent.recv(1) == b""
+        assert gone.wait(10), "who takes nothing keeps its answer"
+        for connection in (silent, drips, deaf):
+            connection.close()
+
+
+@contextlib.contextmanager
+def listening(app: Any) -> Iterator[int]:
+    """The port at which ``app`` is served by the server's own process, in a thread."""
+    with bind("127.0.0.1", 0) as bound:
+        made = Server(app, Console(quiet=True), "")
+        made.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+        thread = threading.Thread(target=lambda: asyncio.run(made.serve([bound])), daemon=True)
+        thread.start()
+        while not made.started:
+            time.sleep(0.01)
+        try:
+            yield bound.getsockname()[1]
+        finally:
+            made.force_exit = made.should_exit = True
+            thread.join(10)
 
 
 @pytest.mark.parametrize(

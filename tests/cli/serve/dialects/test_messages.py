@@ -54,7 +54,9 @@ def test_a_tool_is_used_with_valid_input(claude: anthropic.Anthropic, stream: bo
     asked: Any = {"model": "any", "max_tokens": 200, "messages": ASK, "tools": [WEATHER], "tool_choice": FORCED}
     if stream:
         with claude.messages.stream(**asked) as made:
+            pieces = [event for event in made if event.type == "input_json"]
             done = made.get_final_message()
+        assert len(pieces) > 4, "the input comes in pieces"
     else:
         done = claude.messages.create(**asked)
     [block] = done.content
@@ -100,7 +102,10 @@ def test_json_by_a_schema(server: Running) -> None:
     ("asked", "said"),
     [
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "takes text only"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+            "part of type 'image' that is not taken",
+        ),
         ({"messages": [{"role": "robot", "content": "x"}]}, "the role is 'robot'"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "no input_schema"),
         ({"tool_choice": {"type": "tool"}}, "names no tool"),

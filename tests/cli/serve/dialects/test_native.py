@@ -24,7 +24,12 @@ def test_tokens_go_both_ways_as_the_tokenizer_has_them(server: Running, model: P
 def test_properties_are_the_models(server: Running, model: Path) -> None:
     _, _, props = server.ask("GET", "/props")
     assert props["default_generation_settings"]["n_ctx"] == 512 and props["model_alias"] == model.name
-    assert "<|header_start|>" in props["chat_template"]
+    assert "<|header_start|>" in props["chat_template"] and props["total_slots"] == 16
+
+
+def test_it_is_described(server: Running) -> None:
+    assert server.ask("GET", "/openapi.json")[2]["paths"].keys() >= {"/v1/messages", "/live"}
+    assert server.ask("GET", "/live")[0] == server.ask("GET", "/health")[0] == 200
 
 
 def test_an_answer_under_way_has_a_slot_until_nobody_listens(server: Running, client: openai.OpenAI) -> None:

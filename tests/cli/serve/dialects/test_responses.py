@@ -65,7 +65,10 @@ def test_json_by_a_schema(client: openai.OpenAI) -> None:
         ({"previous_response_id": "resp_1"}, "needs a memory"),
         ({"tools": [{"type": "web_search"}]}, "run on a server"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "not known here"),
-        ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]}, "takes text only"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]},
+            "part of type 'input_file'",
+        ),
     ],
 )
 def test_what_needs_a_memory_or_a_server_is_refused(client: openai.OpenAI, asked: dict[str, Any], said: str) -> None:

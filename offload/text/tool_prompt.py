@@ -11,7 +11,10 @@ def told_in_words(messages: Messages, tools: Sequence[Mapping[str, Any]]) -> lis
     """``messages`` with ``tools`` described in the first, calls written out, and results as the user's messages."""
     told: list[dict[str, Any]] = []
     for message in messages:
-        content = str(message.get("content") or "")
+        content = message.get("content") or ""
+        if not isinstance(content, str):  # with images: a user's, and no call or result
+            told.append({"role": message["role"], "content": content})
+            continue
         calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
         if calls:
             content = "\n".join(filter(None, [content, *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]))

@@ -7,14 +7,21 @@ import ast
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cli.serve.parts import ToolCall
-from offload.generate.grammar import json_rule
+from offload.text.grammar_rules import json_rule, spelled, thoughts
 
-Parse = Callable[[str, Mapping[str, Any]], list[ToolCall]]
+Parse = Callable[[str, Mapping[str, Any]], "list[ToolCall]"]
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool that the model calls: its name, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True)
@@ -23,18 +30,27 @@ class ToolFormat:
     text begins with a brace or a bracket. ``parse`` reads what is between, beside the parameters' schemas by tool;
     it raises one of BROKEN for what is no call.
 
-    ``written`` is how a call is written, ``{name}`` and ``{arguments}`` being the tool's, and ``between`` what stands
-    between two (None: there is one at most). ``around`` begins and ends all of them.
+    ``head`` matches what stands before the arguments of a call, where these are a JSON object, and behind the call
+    before; one of its groups is the name. ``written`` is how a call is written, ``{name}`` and ``{arguments}`` being
+    the tool's, and ``between`` what stands between two (None: there is one at most). ``around`` begins and ends all of
+    them. ``inner`` are marks within a call, which tokens may stand for.
     """
 
     name: str
     begin: str
     end: str
     parse: Parse
+    head: re.Pattern[str]
     written: str
     between: str | None = "\n"
     around: tuple[str, str] = ("", "")
     bare: bool = False
+    inner: Sequence[str] = ()
+
+    @property
+    def marks(self) -> set[str]:
+        """All that has a meaning."""
+        return {self.begin, self.end, *self.inner} - {""}
 
     def grammar(self, tools: Mapping[str, Any], special: Mapping[str, int], *, parallel: bool, opened: str) -> str:
         """A grammar of calls of ``tools`` (name → schema of the arguments) and nothing else, after ``opened`` thoughts
@@ -49,24 +65,6 @@ class ToolFormat:
         first, last = (spelled(text, special) for text in self.around)
         start = [f"start: {'thoughts' if opened else ''} {first} tool {more} {last}", f"tool: {' | '.join(names)}"]
         return "\n".join([*start, *rules, *thoughts(opened, special)])
-
-
-def thoughts(closing: str, special: Mapping[str, int]) -> list[str]:
-    """The rule of thoughts that ``closing`` ends."""
-    if not closing:
-        return []
-    if closing in special:
-        return [f"thoughts: /(.|\\n)*/ {spelled(closing, special)} /\\s*/"]
-    return [f"thoughts: THOUGHT /\\s*/\nTHOUGHT[lazy]: /(.|\\n)*/ {json.dumps(closing)}"]
-
-
-def spelled(text: str, special: Mapping[str, int]) -> str:
-    """``text`` as a grammar has it: quoted, special tokens by their numbers."""
-    if not text:
-        return ""
-    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or r"(?!)"
-    pieces = re.split(f"({pattern})", text)
-    return " ".join(f"<[{special[piece]}]>" if piece in special else json.dumps(piece) for piece in pieces if piece)
 
 
 def tool_format(template: str) -> ToolFormat:
@@ -172,44 +170,38 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _harmony(text: str, schemas: Mapping[str, Any]) -> list[ToolCall]:
-    """The arguments alone: the name stands in the header, which the parser puts before."""
-    name, _, arguments = text.partition("\n")
-    return [_call(name, json.loads(arguments or "{}"))]
+    raise ValueError("headers, which HarmonyParser reads, say what is a call")
 
 
+_HEAD = (
+    r'[\s\[\],;}]*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?'
+    r'"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+_JSON_HEAD = re.compile(_HEAD)
+_MISTRAL_HEAD = re.compile(_HEAD + r"|\s*([\w.:-]+)(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
+_DEEPSEEK_HEAD = re.compile(
+    r"[\s`]*(?:<｜tool▁call▁end｜>\s*)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?\s*"
+    r"([^\s<]+)(?:<｜tool▁sep｜>|\n```json)\s*(?=\{)"
+)
 _JSON = '{"name": "{name}", "arguments": {arguments}}'
-HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", _hermes, f"<tool_call>\n{_JSON}\n</tool_call>")
-MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", _mistral, _JSON, ", ", ("[TOOL_CALLS][", "]"))
-MISTRAL_ARGS = ToolFormat("mistral", "[TOOL_CALLS]", "", _mistral, "[TOOL_CALLS]{name}[ARGS]{arguments}", "")
-_SEP = "<｜tool▁sep｜>"
-_DEEPSEEK_AROUND = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
-DEEPSEEK = ToolFormat(
-    "deepseek",
-    *_DEEPSEEK_AROUND,
-    _deepseek,
-    f"<｜tool▁call▁begin｜>{{name}}{_SEP}{{arguments}}<｜tool▁call▁end｜>",
-    "",
-    _DEEPSEEK_AROUND,
+HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", _hermes, _JSON_HEAD, f"<tool_call>\n{_JSON}\n</tool_call>")
+_MARKS = ("[ARGS]", "[CALL_ID]")
+MISTRAL = ToolFormat(
+    "mistral", "[TOOL_CALLS]", "", _mistral, _MISTRAL_HEAD, _JSON, ", ", ("[TOOL_CALLS][", "]"), inner=_MARKS
 )
-DEEPSEEK_FENCED = ToolFormat(
-    "deepseek",
-    *_DEEPSEEK_AROUND,
-    _deepseek,
-    f"<｜tool▁call▁begin｜>function{_SEP}{{name}}\n```json\n{{arguments}}\n```<｜tool▁call▁end｜>",
-    "\n",
-    _DEEPSEEK_AROUND,
-)
+_ARGS = "[TOOL_CALLS]{name}[ARGS]{arguments}"
+MISTRAL_ARGS = ToolFormat("mistral", "[TOOL_CALLS]", "", _mistral, _MISTRAL_HEAD, _ARGS, "", inner=_MARKS)
+_AROUND = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+_BEGIN, _SEP, _END = _MARKS_DEEPSEEK = ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>")
+_PLAIN = f"{_BEGIN}{{name}}{_SEP}{{arguments}}{_END}"
+_FENCED = f"{_BEGIN}function{_SEP}{{name}}\n```json\n{{arguments}}\n```{_END}"
+DEEPSEEK = ToolFormat("deepseek", *_AROUND, _deepseek, _DEEPSEEK_HEAD, _PLAIN, "", _AROUND, inner=_MARKS_DEEPSEEK)
+DEEPSEEK_FENCED = replace(DEEPSEEK, written=_FENCED, between="\n")
 _LLAMA = '{"name": "{name}", "parameters": {arguments}}'
-LLAMA = ToolFormat("llama", "<|python_start|>", "<|python_end|>", _llama, _LLAMA, None, bare=True)
-LLAMA_TAG = ToolFormat("llama", "<|python_tag|>", "", _llama, _LLAMA, None, bare=True)
-HARMONY = ToolFormat(
-    "harmony",
-    "",
-    "",
-    _harmony,
-    "<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}",
-    None,
-)
+LLAMA = ToolFormat("llama", "<|python_start|>", "<|python_end|>", _llama, _JSON_HEAD, _LLAMA, None, bare=True)
+LLAMA_TAG = replace(LLAMA, begin="<|python_tag|>", end="")
+_CHANNEL = "<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}"
+HARMONY = ToolFormat("harmony", "", "", _harmony, re.compile(r"(?!)"), _CHANNEL, None)
 _BY_TEMPLATE: Sequence[tuple[tuple[str, ...], ToolFormat]] = (
     (("<|channel|>", "<|message|>"), HARMONY),
     (("<tool_call>",), HERMES),

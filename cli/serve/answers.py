@@ -1,0 +1,182 @@
+"""Answers: what a request of any dialect comes to, and the tokens of its answers as they come."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cli.serve.errors import ServeError, as_serve_error
+from cli.serve.metrics import Metrics
+from cli.serve.parts import Parser, Part
+from offload.records import Sampling, TokenRecord
+
+if TYPE_CHECKING:  # it imports torch
+    from offload.generate.stream import Stream
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a request of any dialect comes to: token ids of prompts, ``n`` answers to each, and what takes the text of
+    an answer apart. The answers are numbered prompt by prompt."""
+
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    parser: Callable[[], Parser]
+    n: int = 1
+
+    @property
+    def choices(self) -> int:
+        """Answers in all."""
+        return len(self.prompts) * self.n
+
+
+@dataclass
+class Usage:
+    """Tokens of a request, and the seconds that they took."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    reasoning: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decoded: int = 0
+
+    def add(self, record: TokenRecord, *, reasoning: bool) -> None:
+        """One more token."""
+        self.completion += 1
+        self.reasoning += reasoning
+        if record.phase == "prefill":
+            self.prefill_seconds += record.seconds
+        else:
+            self.decode_seconds += record.seconds
+            self.decoded += 1
+
+    def timings(self) -> dict[str, float]:
+        """As llama.cpp's server tells them."""
+        computed = self.prompt - self.cached
+        prompt_ms, predicted_ms = 1e3 * self.prefill_seconds, 1e3 * self.decode_seconds
+        return {
+            "cache_n": self.cached,
+            "prompt_n": computed,
+            "prompt_ms": prompt_ms,
+            "prompt_per_second": computed / self.prefill_seconds if self.prefill_seconds else 0.0,
+            "predicted_n": self.completion,
+            "predicted_ms": predicted_ms,
+            "predicted_per_token_ms": predicted_ms / self.decoded if self.decoded else 0.0,
+            "predicted_per_second": self.decoded / self.decode_seconds if self.decode_seconds else 0.0,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one token added to answer ``choice``; the last of an answer has a ``finish``."""
+
+    choice: int
+    parts: Sequence[Part]
+    record: TokenRecord
+    finish: str = ""
+
+
+@dataclass
+class Whole:
+    """An answer, put together: text and thoughts in one piece each, calls with all of their arguments."""
+
+    parts: list[Part] = field(default_factory=list)
+    records: list[TokenRecord] = field(default_factory=list)
+
+    def add(self, step: Step) -> None:
+        """One more token."""
+        self.records.append(step.record)
+        for part in step.parts:
+            if self.parts and part.kind == self.parts[-1].kind and not part.name:
+                part = Part(part.kind, self.parts[-1].text + part.text, self.parts.pop().name)
+            self.parts.append(part)
+
+    def text(self, kind: str = "text") -> str:
+        """All parts of a ``kind``."""
+        return "".join(part.text for part in self.parts if part.kind == kind)
+
+
+@dataclass
+class Slot:
+    """An answer under way, as /slots tells of it."""
+
+    stream: "Stream"
+    started: float = field(default_factory=time.monotonic)
+    tokens: int = 0
+
+
+class Answers:
+    """The answers to ``request``, within ``seconds``. Iterate over ``steps``; whoever stops doing that calls ``close``.
+    ``slots`` are those of all requests, by number."""
+
+    def __init__(self, request: Request, slots: dict[int, Slot], metrics: Metrics, seconds: float) -> None:
+        self.request, self.usage = request, Usage()
+        self.open = set(range(request.choices))  # answers that are not finished
+        self.streams: list[Stream] = []
+        self._slots, self._metrics = slots, metrics
+        self._queue: asyncio.Queue[tuple[int, TokenRecord | BaseException | None]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._started = time.monotonic()
+        late = ServeError(408, f"the answer took longer than the {seconds:g} s that --timeout allows", retry=False)
+        self._late = self._loop.call_later(seconds, self._queue.put_nowait, (0, late))
+
+    def tell(self, choice: int, said: TokenRecord | BaseException | None) -> None:
+        """What has become of answer ``choice``. Callable from any thread."""
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (choice, said))
+
+    def begin(self, streams: "Sequence[Stream]") -> None:
+        """These are under way."""
+        self.streams = [*streams]
+        self._slots |= {id(stream): Slot(stream) for stream in streams}
+        self.usage.prompt = sum(stream.prompt_tokens for stream in streams[:: self.request.n])
+
+    async def steps(self) -> AsyncGenerator[Step, None]:
+        """Every token of every answer. Raises ServeError."""
+        parsers = [self.request.parser() for _ in self.streams]
+        try:
+            while self.open:
+                choice, said = await self._queue.get()
+                if isinstance(said, BaseException):
+                    raise as_serve_error(said) from said
+                if said is None:  # every answer has a finish before, unless its stream was ended from elsewhere
+                    if choice in self.open:
+                        raise ServeError(503, "the server is shutting down")
+                    continue
+                parser = parsers[choice]
+                parts = [*parser.feed(said.text), *(parser.finish() if said.finish else ())]
+                self.usage.add(said, reasoning=parser.reasoning)
+                self._count(choice, said)
+                yield Step(choice, parts, said, said.finish)
+        finally:
+            self.close()
+
+    async def whole(self) -> list[Whole]:
+        """Every answer, when all are finished. Raises ServeError."""
+        found = [Whole() for _ in self.streams]
+        async for step in self.steps():
+            found[step.choice].add(step)
+        return found
+
+    def _count(self, choice: int, record: TokenRecord) -> None:
+        stream = self.streams[choice]
+        self._slots[id(stream)].tokens += 1
+        if record.phase == "prefill":
+            self.usage.cached += stream.cached_tokens if choice % self.request.n == 0 else 0
+        self._metrics.token(record, stream.cached_tokens, time.monotonic() - self._started)
+        if record.finish:
+            self.open.discard(choice)
+            self._slots.pop(id(stream), None)
+            self._metrics.count("answers_finished", 1, record.finish)
+
+    def close(self) -> None:
+        """Cancel what is not finished, within a step."""
+        self._late.cancel()
+        for stream in self.streams:
+            if self._slots.pop(id(stream), None) is not None:
+                stream.cancel()
+                self._metrics.count("answers_finished", 1, "cancelled")

@@ -1,0 +1,116 @@
+"""Replies: answers given whole or as a stream of events, cancelled when nobody listens any more."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from cli.serve.answers import Answers, Request
+from cli.serve.body import Body
+from cli.serve.errors import ServeError, error_event
+from cli.serve.service import Service
+
+PING_SECONDS = 10.0  # of silence, after which a sign of life is sent
+DONE = "[DONE]"
+Document = dict[str, Any]
+Events = AsyncGenerator[Document | str, None]
+Found = TypeVar("Found")
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def reply(
+    request: HttpRequest,
+    body: Body,
+    asked: Request,
+    whole: Callable[[Answers], Awaitable[Document]],
+    events: Callable[[Answers], Events],
+) -> Response:
+    """The answer to ``asked``: the document that ``whole`` makes of it, or the stream of ``events``, as ``body`` wants.
+    Raises ServeError, ClientGone."""
+    service: Service = request.app.state.service
+    answers = await service.start(asked)
+    if body.get("stream"):
+        return EventStream(events(answers), answers.close, body.ignored)
+    try:
+        document = await _first(whole(answers), request.receive)
+    finally:
+        answers.close()
+    return JSONResponse(document, headers=body.ignored)
+
+
+async def _first(work: Awaitable[Found], receive: Receive) -> Found:
+    """What ``work`` comes to. Raises ClientGone if the client hangs up before."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(document: Document | str) -> bytes:
+    """One server-sent event, named by its ``type`` if it has one."""
+    if isinstance(document, str):
+        return f"data: {document}\n\n".encode()
+    name = f"event: {document['type']}\n" if "type" in document else ""
+    return f"{name}data: {json.dumps(document, separators=(',', ':'))}\n\n".encode()
+
+
+class EventStream(Response):
+    """``events`` as they come, with a ping when there is none for long. ``close`` is called when all are sent, or the
+    client has hung up."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: Events, close: Callable[[], None], headers: dict[str, str]) -> None:
+        super().__init__(headers={**headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._close, self._sent = events, close, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        pinging = asyncio.ensure_future(self._ping(scope["path"], send))
+        try:
+            await _first(self._send(scope["path"], send), receive)
+        except ClientGone:
+            pass
+        finally:
+            pinging.cancel()
+            self._close()
+            await asyncio.gather(pinging, self._events.aclose(), return_exceptions=True)
+
+    async def _send(self, path: str, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for document in self._events:
+                self._sent += 1
+                await send({"type": "http.response.body", "body": _event(document), "more_body": True})
+        except ServeError as error:
+            failed = _event(error_event(path, error, self._sent))
+            await send({"type": "http.response.body", "body": failed, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _ping(self, path: str, send: Send) -> None:
+        ping = _event({"type": "ping"}) if path.startswith("/v1/messages") else b": ping\n\n"
+        sent = 0
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            if sent == self._sent:
+                await send({"type": "http.response.body", "body": ping, "more_body": True})
+            sent = self._sent
