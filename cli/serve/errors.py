@@ -58,6 +58,8 @@ def as_serve_error(error: BaseException) -> ServeError:
         return ServeError(400, line, param="messages")
     if isinstance(error, ColdstreamError):
         return ServeError(500, line)
+    if isinstance(error, RuntimeError) and "can't start new thread" in line:
+        return ServeError(503, "the system starts no more threads: try again later, or raise `ulimit -u`")
     return ServeError(500, f"the server failed: {type(error).__name__}; its log says more")
 
 
