@@ -242,3 +242,21 @@ def test_images_are_told_apart_by_what_they_show() -> None:
 
     cat, dog = keys(1000, b"cat" * 8), keys(1000, b"dog" * 8)
     assert cat == keys(5000, b"cat" * 8) and len(cat) == 1 and cat != dog
+
+
+def test_others_go_on_while_a_prompt_is_read_and_one_that_leaves_meanwhile_leaves_nothing(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, first, second = models("chunks of 256"), text_of(700), text_of(500, seed=4)
+    longer = Sampling(max_tokens=40, ignore_eos=True)
+    with opened(model, None) as session:
+        expected = [said(session, prompt, longer)[0] for prompt in (second, first)]
+    with opened(model, tmp_path) as session:
+        said(session, first)
+    for _ in range(4):
+        with opened(model, tmp_path) as session:
+            streams = [session.submit(prompt, longer) for prompt in (second, first, first)]
+            streams[2].cancel()
+            assert [[record.token_id for record in stream] for stream in streams[:2]] == expected
+            assert streams[1].cached_tokens == 640  # as a server counts them
+            assert in_use(session) == 0
