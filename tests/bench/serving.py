@@ -160,9 +160,9 @@ def load(server: Running, client: openai.OpenAI, seconds: float = 60.0, clients:
             talk: Any = [{"role": "user", "content": " ".join(chance.choices(WORDS, k=chance.randint(1, 60)))}]
             length = chance.randint(8, 160)
             try:
-                asked: Any = {"messages": talk, "max_tokens": length, "logit_bias": BIAS, "stream": True}
-                pieces = list(client.chat.completions.create(model="any", **asked))
-                assert pieces[-1].choices[0].finish_reason == "length"
+                body = {"messages": talk, "max_tokens": length, "logit_bias": BIAS, "stream": True}
+                *_, end_of_text, done = stream(server, body)
+                assert done == "data: [DONE]\n" and '"finish_reason":"length"' in end_of_text
                 tokens[place] += length
             except Exception as error:  # noqa: BLE001 - told at the end
                 failed.append(repr(error))
