@@ -17,11 +17,10 @@ from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant.checkpoint.tensor_file import save_tensors
+from quant.checkpoint.tensor_file import UNREADABLE, save_tensors
 from quant.checkpoint.weight_files import read_header
 from quant.errors import CheckpointError, InputError
 from quant.input_file import parse_json, validated
@@ -120,7 +119,7 @@ class Imatrix:
 def _loaded(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
-    except (OSError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{file} cannot be read as an importance matrix: {error}") from None
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
+from quant.checkpoint.tensor_file import opened_tensors
 from quant.rounding.encode import Encoded
 from quant.rounding.rounding import Rounder
 from quant.scheme import Scheme
@@ -30,7 +30,7 @@ class Prepared:
         if file is None:
             return self._other.encode(weight, scheme, label, transposed, module, row)
         rows = weight.shape[1] if transposed else weight.shape[0]
-        with safe_open(file, "pt") as stored:
+        with opened_tensors(file) as stored:
             tensors = {
                 suffix: stored.get_slice(f"{module}.{suffix}")[row : row + rows].contiguous()
                 for suffix in ("weight_packed", "weight_scale")
@@ -42,7 +42,7 @@ class Prepared:
 
 def _modules(folder: Path) -> Iterator[tuple[str, Path]]:
     for file in sorted(folder.glob("layer-*.safetensors")):
-        with safe_open(file, "pt") as stored:
+        with opened_tensors(file) as stored:
             for key in stored.keys():  # noqa: SIM118 - not a dict
                 if key.endswith(".sums"):
                     yield key.removesuffix(".sums"), file
