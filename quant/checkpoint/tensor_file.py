@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,7 +25,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 
 @contextmanager
-def opened_tensors(path: Path) -> Iterator[safe_open]:
+def opened_tensors(path: Path) -> Iterator[Any]:
     """What ``save_tensors`` wrote, to be read by parts. Raises OutputError if it cannot be."""
     try:
         with safe_open(path, "pt") as stored:

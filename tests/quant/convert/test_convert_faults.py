@@ -5,6 +5,7 @@ A sample of the calls; `python -m tests.faults.trials` goes through all of them.
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def smallest(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """So small that measuring takes no time."""
-    widths = dict.fromkeys(("hidden_size", "head_dim", "intermediate_size"), 32)
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    widths: dict[str, Any] = dict.fromkeys(("hidden_size", "head_dim", "intermediate_size"), 32)
+    heads: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1}
     folder = tmp_path_factory.mktemp("tiny") / "source"
     return make("mixtral", folder, num_hidden_layers=1, num_local_experts=2, **widths, **heads)
 
