@@ -198,9 +198,10 @@ class TokenRecord:
     "vram"), expert fetches from "disk". ``text`` is what became printable. ``finish`` is set on the last
     record: "eos" and "stop" for a token or a text that ends it, "length" after ``max_tokens``, "context" when
     the KV cache is full before that. ``stop`` is the stop string that was met. Where ``sequences`` ran in the step, the
-    counts are this one's share of it: all shares add up to what was asked for and read. ``reused`` are tokens before
-    those of a prefill that were there already. A step that was
-    tried with ``drafted`` tokens more (said on its first record) may give several; ``place`` says which this one is.
+    counts are this one's share of it: all shares add up to what was asked for and read. So is ``own_seconds`` of the
+    time that its steps took, while ``seconds`` is what its reader waited, turns of others among it (0: the same).
+    ``reused`` are tokens before those of a prefill that were there already. A step that was tried with ``drafted`` tokens
+    more (said on its first record) may give several; ``place`` says which this one is.
     """
 
     phase: Literal["prefill", "decode"]
@@ -219,6 +220,12 @@ class TokenRecord:
     reused: Reused = Reused()
     drafted: int = 0
     place: int = 0
+    own_seconds: float = 0.0
+
+    @property
+    def busy_seconds(self) -> float:
+        """What the model was at work for it: of all records of a run these add up to the time that passed."""
+        return self.own_seconds or self.seconds
 
     @property
     def hits(self) -> int:

@@ -64,12 +64,13 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
 
 @dataclass
 class Used:
-    """What some steps, or a sequence's part of them, took: requests for experts by tier, bytes read by tier, and how
-    many sequences were in the step."""
+    """What some steps, or a sequence's part of them, took: requests for experts by tier, bytes read by tier, how many
+    sequences were in the step, and ``seconds`` of the model's time."""
 
     by_tier: dict[Tier, int] = field(default_factory=dict)
     read: dict[Tier, int] = field(default_factory=dict)
     rows: int = 1
+    seconds: float = 0.0
 
     def add(self, other: "Used") -> None:
         """``other`` took place, too."""
@@ -77,11 +78,12 @@ class Used:
             for tier, count in theirs.items():
                 mine[tier] = mine.get(tier, 0) + count
         self.rows = other.rows
+        self.seconds += other.seconds
 
     def shares(self, count: int, rows: int | None = None) -> "list[Used]":
         """``count`` parts that add up to the whole, of a step with ``rows`` sequences (None: as many as before)."""
-        rows = self.rows if rows is None else rows
-        return [Used(_share(self.by_tier, i, count), _share(self.read, i, count), rows) for i in range(count)]
+        rows, seconds = self.rows if rows is None else rows, self.seconds / count
+        return [Used(_share(self.by_tier, i, count), _share(self.read, i, count), rows, seconds) for i in range(count)]
 
 
 def _share(whole: dict[Tier, int], index: int, count: int) -> dict[Tier, int]:
@@ -201,4 +203,5 @@ class Runner:
             sequences=used.rows,
             drafted=drafted,
             place=place,
+            own_seconds=used.seconds,
         )

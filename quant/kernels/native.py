@@ -71,7 +71,8 @@ def thread_note() -> str:
 
 
 def read_bandwidth(nbytes: int = 1 << 30, seconds: float = 1.0) -> float:
-    """Best GB/s at which all threads together read a buffer of ``nbytes``, repeated for about ``seconds``.
+    """GB/s at which all threads together read a buffer of ``nbytes``, repeated for about ``seconds``: what one in ten
+    reads of 64 MiB exceeds.
 
     The yardstick of the memory floor: nothing is computed but a checksum that keeps the reads alive.
     """

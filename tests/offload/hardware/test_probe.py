@@ -176,6 +176,17 @@ def test_rates_read_after_a_run_are_kept_where_they_are_better(tmp_path: Path, c
     assert probe(tmp_path) == dataclasses.replace(better, ram_available_bytes=probe(tmp_path).ram_available_bytes)
 
 
+def test_ram_is_read_as_often_and_as_much_after_a_run_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, float]] = []
+    monkeypatch.setattr(probing, "_read_ram", lambda *how: asked.append(how) or 30.0 + len(asked))
+    before, count = probe(tmp_path).ram_gb_s, len(asked)
+    after, _ = read_again(tmp_path, ram=True, disk=False)
+    assert asked[:count] == asked[count:], "half as much is read faster where caches are large"
+    assert after == before + count < 30.0 + len(asked), "the best of many may be a lucky one"
+
+
 def test_who_probes_is_told_only_when_there_is_something_to_measure(tmp_path: Path) -> None:
     said: list[str] = []
     probe(tmp_path, say=said.append)
