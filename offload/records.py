@@ -52,9 +52,10 @@ def _stops(texts: str | Iterable[str]) -> tuple[str, ...]:
 class RunOptions:
     """What the user asked of a run; None means: as much as the machine and the model allow.
 
-    ``vram`` and ``ram`` are budgets in bytes or as people write them ("64GiB"), ``context`` the tokens the KV
-    cache must hold (None: see ModelShape.context), ``kv`` how it is stored (None: bf16), ``routing`` the path
-    of a routing profile, ``prompt_chunk`` the prompt tokens run through the model at once. ``exact`` keeps
+    ``vram`` and ``ram`` are budgets in bytes or as people write them ("64GiB"), ``context`` the tokens that a
+    sequence may have (None: see ModelShape.context), ``sequences`` how many of that length the KV cache has pages for:
+    any number share these, and take them as they come to them; ``kv`` how it is stored (None: bf16), ``routing`` the
+    path of a routing profile, ``prompt_chunk`` the prompt tokens run through the model at once. ``exact`` keeps
     activations in floating point on the CPU (the native kernels otherwise quantize them to int8 per group).
     ``page_cache`` reads experts through the operating system's page cache instead of direct I/O. ``graph``
     decodes on a GPU without a wait for the host in every layer; two things beside it are unproven,
@@ -84,12 +85,15 @@ class RunOptions:
     prompt_cache: Converted[str | Path | None, Path | None] = Converted(_path, None)
     prompt_cache_size: Converted[int | str | None, int | None] = Converted(_bytes, None)
     draft: Literal["ngram"] | None = None
+    sequences: int = 1
 
     def __post_init__(self) -> None:
         choices = (("kv", self.kv, (None, *_KV)), ("device", self.device, _DEVICES), ("draft", self.draft, _DRAFTS))
         for name, value, known in choices:
             if value not in known:
                 raise UsageError(f"{name} is {value!r}: expected {' or '.join(repr(one) for one in known if one)}")
+        if self.sequences < 1:
+            raise UsageError(f"sequences is {self.sequences}: expected at least 1")
         if self.prompt_cache_size is not None and self.prompt_cache is None:
             raise UsageError("a size of the prompt cache was given and no folder: give --prompt-cache, too")
 

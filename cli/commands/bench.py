@@ -11,6 +11,7 @@ from cli.options.run import Model, takes_run_and_prompt_options
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from offload.records import RunOptions, TokenRecord
+from quant.errors import UsageError
 
 PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Tokens of each prompt.")]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Tokens decoded after each prompt.")]
@@ -26,6 +27,21 @@ DraftErrors = Annotated[
     ),
 ]
 
+Sequences = Annotated[
+    str | None,
+    typer.Option("--sequences", metavar="N,N,…", help="Also measure so many sequences at a time, for example 1,2,4,8."),
+]
+Arriving = Annotated[
+    int,
+    typer.Option(
+        "--arriving",
+        min=0,
+        metavar="TOKENS",
+        help="Also measure a prompt of so many that arrives while 3 are answered.",
+    ),
+]
+_MOST = 16  # sequences in a step
+
 
 @takes_console
 @takes_run_and_prompt_options
@@ -38,16 +54,21 @@ def bench(
     repeat: Repeat = 3,
     text: Text = None,
     draft_errors: DraftErrors = 0.1,
+    sequences: Sequences = None,
+    arriving: Arriving = 0,
     report: Report = None,
 ) -> None:
     """Measure MODEL: prefill and decode apart, after a warm-up, as medians with their spread.
 
     Bandwidths are measured before and after, and the better counts. The floor is the time to read a token's bytes
-    at those. With --draft, tasks are then run with and without drafts: free text, quoting, editing, a recorded answer.
+    at those. With --sequences, several texts at a time follow, each number beside its own floor: the bytes of all
+    experts that any of them asks for, or the arithmetic where that takes longer. With --draft, tasks are then run with
+    and without drafts: free text, quoting, editing, a recorded answer.
     """
     from cli.steps.finish import check_page, command_line, finish
     from cli.steps.open_model import find_model, open_session
     from cli.steps.texts import read_text, sample_text
+    from cli.terminal.run_summary import INDENT, arrival_line
 
     check_page(report)
     path = find_model(model)
@@ -58,12 +79,15 @@ def bench(
     from offload.hardware.probe import probe
     from offload.run.benchmark import Benchmark
     from offload.run.draft_bench import DraftBenchmark
+    from offload.run.sequence_bench import SequenceBenchmark
     from quant.architecture.shape import shape_of
     from quant.model.hub import resolve_config
 
     plan = Benchmark(prompt_tokens, tokens, repeat)
+    several = SequenceBenchmark(plan, counts_of(sequences), arriving)
     shape = shape_of(resolve_config(str(path)))
-    run = replace(run, context=max(shape.context(run.context), plan.context))
+    context = max(plan.context, run.context or 0) if several.counts or arriving else shape.context(run.context)
+    run = replace(run, context=max(context, several.context), sequences=several.sequences)
     console.step("measuring bandwidths")
     probe(path, refresh=True)
     peak_is_clean = forget_peak()
@@ -72,8 +96,17 @@ def bench(
             session.notes.append("the peak of resident memory includes what measuring the machine took")
         runs = plan.run(session, source, console.step)
         drafts = DraftBenchmark(prompt_tokens, tokens, repeat, draft_errors).run(session, source, console.step)
+        together = several.run(session, source, console.step) if several.counts else None
+        arrival = several.arrive(session, source, console.step)
         measured = account(
-            session, runs, command="bench", command_line=command_line(), again=True, median=True, draft=drafts
+            session,
+            runs,
+            command="bench",
+            command_line=command_line(),
+            again=True,
+            median=True,
+            draft=drafts,
+            together=together,
         )
         console.say()
         extra: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens, "repeat": repeat}
@@ -81,6 +114,9 @@ def bench(
         if loaded is not None:
             extra["prompt_cache"] = _loaded(loaded, runs[-1][0].seconds, prompt_tokens, measured.bandwidth.disk_gb_s)
             console.prose(f"prompt cache: {_told(extra['prompt_cache'])}")
+        if arrival is not None:
+            extra["arrival"] = arrival.to_json()
+            console.rows([("arrival", arrival_line(arrival))], INDENT)
         finish(measured, console, report, extra)
 
 
@@ -109,3 +145,13 @@ def _told(found: dict[str, Any]) -> str:
         f"{found['tokens']:,} tokens ({size(found['disk_bytes'])}) read in {number(found['disk_seconds'])} s{of_disk}; "
         f"computing them takes {number(found['computed_seconds'])} s, {number(found['speedup'])} times as long"
     )
+
+
+def counts_of(listed: str | None) -> tuple[int, ...]:
+    """Numbers of sequences as people list them: ``1,2,4,8``. Raises UsageError for anything else."""
+    if listed is None:
+        return ()
+    parts = [part.strip() for part in listed.split(",")]
+    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= _MOST for part in parts):
+        raise UsageError(f"--sequences is {listed!r}: expected numbers from 1 to {_MOST}, as in 1,2,4,8")
+    return tuple(sorted({int(part) for part in parts}))

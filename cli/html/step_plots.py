@@ -17,7 +17,7 @@ _FAR = 2.5  # times what was used: a budget that high would flatten the curve
 
 def time_plot(report: RunReport, readouts: dict[str, list[str]]) -> str:
     """Decode steps only: range and median of each bin's time per token, beside the median and the floor."""
-    times = [1e3 * r.seconds / max(r.tokens_in, 1) for r in report.records if r.phase == "decode"]
+    times = [1e3 * r.busy_seconds for r in report.records if r.phase == "decode"]
     if not times:
         return ""
     bins = Bins(len(times))

@@ -1,7 +1,7 @@
 """Where a token's time went: one stacked bar, and what sets the speed in figures below it."""
 
 from cli.html import svg_plots
-from cli.html.document import none, section, text
+from cli.html.document import facts, none, section, text
 from cli.terminal import words
 from cli.terminal.words import TIER_NAMES, number, percent, size
 from offload.run.report import RunReport
@@ -56,12 +56,17 @@ def speed_section(report: RunReport) -> str:
         "What sets the speed",
         f"<h3>Time of a token</h3>{floors or none('no decode step was measured')}"
         f"<h3>Bandwidth reached while decoding</h3>{_bandwidths(report) or none('no bandwidth was measured')}"
-        "<h3>Predicted and measured</h3>"
+        f"{_together(report)}<h3>Predicted and measured</h3>"
         f"{_predicted('Decode', plan.predicted_tokens_per_s, decode.tokens_per_s)}"
         f"{_predicted('Prefill', plan.predicted_prefill_tokens_per_s, report.prefill.tokens_per_s)}",
         note="Decode reads its weights anew for every token: reading them is the least time a token can take. RAM and "
         "VRAM are read one after the other, the disk beside them.",
     )
+
+
+def _together(report: RunReport) -> str:
+    rows = words.sequence_rows(report)
+    return f"<h3>Sequences that shared steps</h3>{facts(dict(rows))}" if rows else ""
 
 
 def _bandwidths(report: RunReport) -> str:

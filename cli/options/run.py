@@ -28,7 +28,10 @@ Ram = Annotated[
 Context = Annotated[
     int | None,
     typer.Option(
-        "--context", min=1, metavar="TOKENS", help="Tokens the KV cache must hold (4096, or all that the model knows)."
+        "--context",
+        min=1,
+        metavar="TOKENS",
+        help="Tokens that a sequence may have (4096, or all that the model knows).",
     ),
 ]
 Kv = Annotated[Literal["bf16", "int8"] | None, typer.Option("--kv", help="How the KV cache is stored (bf16).")]

@@ -178,8 +178,20 @@ DOCUMENTS: dict[str, Schema] = {
                 computed_seconds=number("that computing as many tokens took"),
                 speedup=number("computed_seconds ÷ disk_seconds"),
             ),
+            arrival=record(
+                "with --arriving: a prompt that arrives while others are being answered",
+                sequences=count("that are being answered"),
+                prompt_tokens=count("of the prompt that arrives"),
+                prompt_chunk=count("tokens of it that are run at once"),
+                first_token_s=number("from its arrival"),
+                longest_gap_ms=number("that one of the others waited for a token"),
+                step_ms=number("before it arrived, median"),
+                chunk_ms=number("a chunk of the prompt, mean"),
+                bound_ms=number("three steps and a chunk: no gap should be longer"),
+            ),
         ),
         "prompt_cache",
+        "arrival",
     ),
     "eval": without(
         record(

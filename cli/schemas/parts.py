@@ -67,7 +67,8 @@ PLAN: dict[str, Schema] = {
     "total_bytes": by(TIERS, count(), "their sums"),
     "machine": text("its name"),
     "budgets": record("in bytes", vram=count("0 without a GPU"), ram=count("without Python and its libraries")),
-    "context": count("tokens that the KV cache holds"),
+    "context": count("tokens that a sequence may have"),
+    "kv_sequences": count("of that many tokens, that the KV cache has room for"),
     "kv_bits": count("bits per value of the KV cache"),
     "prompt_chunk": count("prompt tokens run at once"),
     "filled": count("tokens in the KV cache that speeds are predicted for"),
@@ -81,6 +82,17 @@ PLAN: dict[str, Schema] = {
     "routing_known": flag("a routing profile was given"),
     "decode": record("one token at a time", **SPEED, ms_per_token=number()),
     "prefill": record("a prompt of ``filled`` tokens", **SPEED),
+    "sequences": many(
+        record(
+            "decode with so many sequences in each step",
+            n=count(),
+            tokens_per_s=number("of all together"),
+            experts_per_step=number("requests, each expert of a layer once"),
+            limited_by=LIMIT,
+            per_sequence_tokens_per_s=number(),
+        ),
+        "as expected if sequences choose their experts independently",
+    ),
     "with_one_more_gib": by(TIERS, number(), "decode tokens/s with a GiB more, where that is more"),
     "notes": NOTES,
 }
@@ -105,6 +117,22 @@ MESSAGE = without(
         images=many(text("a path"), "images that come before the text"),
     ),
     "images",
+)
+SEQUENCES = many(
+    record(
+        "decode steps of so many sequences",
+        n=count("sequences in the step"),
+        steps=count(),
+        tokens_per_s=number("of all together"),
+        per_sequence_tokens_per_s=number("of each, as its reader sees them come"),
+        ms_per_step_p50=number("median"),
+        experts_per_step=number("requests, each expert of a layer once"),
+        bytes_per_step=by(TIERS, count(), "bytes read"),
+        floor_ms_per_step=maybe(number("the least that a step can take")),
+        floor_limited_by=maybe(LIMIT),
+        fraction_of_floor=maybe(number("floor ÷ median")),
+    ),
+    "by the number of sequences",
 )
 REQUESTS = {
     "hits": count("requests that found the expert in VRAM or RAM"),
@@ -168,6 +196,7 @@ REPORT: dict[str, Schema] = {
         fraction_of_floor=maybe(number("floor ÷ median; above 1 the bandwidths are unreliable")),
         time_ms=by("part (vram, ram, disk, rest)", number(), "where a token's time went"),
     ),
+    "sequences": SEQUENCES,
     "bandwidth": record(
         "measured", **RATES, pcie_gb_s=maybe(number("to the GPU")), achieved=record("by decode", **RATES)
     ),
@@ -223,7 +252,9 @@ REPORT: dict[str, Schema] = {
         "a column per quantity, an entry per step",
         phase=many(one_of("", "prefill", "decode")),
         tokens_in=COLUMN,
-        ms=many(number()),
+        ms=many(number(), "that a reader waited"),
+        own_ms=many(number(), "of the model's time, which sequences in a step divide among themselves"),
+        sequences=COLUMN,
         rss_bytes=COLUMN,
         vram_bytes=COLUMN,
         **{f"requests_{tier}": COLUMN for tier in ("vram", "ram", "disk")},

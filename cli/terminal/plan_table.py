@@ -84,6 +84,9 @@ def speeds(plan: Plan) -> list[Row]:
             f"(a prompt of {plan.filled:,}, chunks of {plan.prompt_chunk:,})",
         ),
     ]
+    if decode.cpu_share is None and plan.together:  # on the CPU, where steps are shared
+        several = [f"{one.n}: {number(one.tokens_per_s)}" for one in plan.together if one.n > 1]
+        rows.append(("together", f"tokens/s of several sequences: {', '.join(several)}"))
     served = ", ".join(_served(plan, tier) for tier in TIERS if plan.hit_rates[tier] > 0)
     known = "by the routing profile" if plan.routing_known else _UNKNOWN
     rows.append(("experts", f"{served} ({known})"))

@@ -1,11 +1,15 @@
 """A RunReport on the terminal: what to know in a few lines."""
 
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
-from cli.terminal.words import TIER_NAMES, bandwidth_share, deviation, limit_name, number, percent, size
+from cli.terminal.words import TIER_NAMES, bandwidth_share, deviation, limit_name, number, percent, sequence_rows, size
 from offload.run.draft_report import DraftReport, DraftTask
 from offload.run.report import RunReport
 from offload.tiers import TIERS, role_name
+
+if TYPE_CHECKING:  # it imports torch
+    from offload.run.sequence_bench import Arrival
 
 INDENT = "  "
 _ROLES = 4  # of a tier, the largest
@@ -19,6 +23,7 @@ def summary_rows(report: RunReport, *, said: Collection[str] = (), every_role: b
         ("reused", _reused(report)),
         ("decode", _decode(report)),
         ("floor", _floor(report)),
+        *(("together", f"{several}: {said}") for several, said in sequence_rows(report)),
         ("predicted", _predicted(report)),
         ("bandwidth", _bandwidth(report)),
         ("experts", _experts(report)),
@@ -73,6 +78,15 @@ def _floor(report: RunReport) -> str:
         return f"{text}, unreliable: decode is faster"
     text += f"; decode is at {percent(decode.fraction_of_floor)} of its speed"
     return text + (", unreliable" if report.doubts else "")
+
+
+def arrival_line(found: "Arrival") -> str:
+    """A prompt that arrived while others were being answered."""
+    return (
+        f"{found.prompt_tokens:,} tokens beside {found.sequences} sequences: first token after "
+        f"{number(found.first_token_s)} s; the others waited {number(found.longest_gap_ms)} ms at most (a chunk of "
+        f"{found.prompt_chunk:,} takes {number(found.chunk_ms)} ms, a step {number(found.step_ms)})"
+    )
 
 
 def _predicted(report: RunReport) -> str:

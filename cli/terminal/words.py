@@ -103,6 +103,20 @@ def limit_name(limit: str) -> str:
     return _LIMITS.get(limit, limit)
 
 
+def sequence_rows(report: RunReport) -> list[tuple[str, str]]:
+    """How fast steps were by the number of sequences in them; nothing if each sequence had its own."""
+    if all(speed.n == 1 for speed in report.sequences):
+        return []
+    rows = []
+    for speed in report.sequences:
+        said = f"{number(speed.tokens_per_s)} tokens/s, {number(speed.per_sequence_tokens_per_s)} each "
+        said += f"({number(speed.ms_per_step_p50)} ms and {number(speed.experts_per_step)} experts per step)"
+        if speed.fraction_of_floor is not None and speed.floor_limited_by:
+            said += f"; {percent(speed.fraction_of_floor)} of the floor by {limit_name(speed.floor_limited_by)}"
+        rows.append((f"{speed.n} sequence{'s' * (speed.n > 1)}", said))
+    return rows
+
+
 def verdict(report: RunReport) -> str:
     """The sentence a reader takes away: how fast, what limits it, how far from there."""
     speed = report.decode.tokens_per_s

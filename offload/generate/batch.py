@@ -74,6 +74,8 @@ class Batch(Runner):
             if sequence.stream.cancelled:
                 self._end(sequence)
         step = self.scheduler.next(self._admit)
+        if step is None or self._after_first is not None:
+            self.lap = None  # neither waiting nor loading is time of a step
         if step is None:
             return bool(self.scheduler.waiting)
         try:
@@ -245,6 +247,8 @@ class Batch(Runner):
         after the last ``keep`` tokens of each, and what that took. What goes wrong leaves the sequences as they were,
         or with fewer tokens run."""
         self._rows = rows
+        if self.lap is None:
+            self.lap = time.perf_counter()
         try:
             # A try that failed may have cost some of the tokens before, too.
             logits = retry_with_less_vram(lambda: self._try(rows, texts, keep), self.experts)

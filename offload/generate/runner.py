@@ -111,6 +111,7 @@ class Runner:
         self.runs: deque[list[TokenRecord]] = deque(maxlen=_KEPT_RUNS)
         self._after_first, self._begun = parts.after_first, False
         self._resident, self._resident_at = 0, 0.0
+        self.lap: float | None = None  # since when the model is at work for the next step, where turns are taken
         self.lock = threading.Lock()  # held while it changes for whom a step runs
 
     def check(self, prompt: Sequence[int], sampling: Sampling) -> int:
@@ -171,12 +172,16 @@ class Runner:
             self._after_first = None
 
     def used(self, counters: Counters, passes: int, kv_bytes: int) -> Used:
-        """What ``passes`` through the model took that ``counters`` counted and read ``kv_bytes`` of keys and values."""
+        """What ``passes`` through the model took that ``counters`` counted and read ``kv_bytes`` of keys and values;
+        with a ``lap``, all time since it began, when the next one does."""
         read: dict[Tier, int] = {tier: size for tier, size in counters.used_bytes.items() if size}
         read[self.parts.home] = read.get(self.parts.home, 0) + self.parts.dense_bytes * passes + kv_bytes
         if counters.fetched["disk"]:
             read["disk"] = counters.fetched["disk"]
-        return Used(dict(counters.by_tier), read)
+        before, now = self.lap, time.perf_counter()
+        if before is not None:
+            self.lap = now
+        return Used(dict(counters.by_tier), read, seconds=now - before if before is not None else 0.0)
 
     def record(
         self, phase: Phase, chosen: Chosen, tokens_in: int, seconds: float, used: Used, drafted: int, place: int

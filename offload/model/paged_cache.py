@@ -26,15 +26,21 @@ NO_PAGE = -1
 
 
 class PagePool:
-    """Pages for all layers and sequences of a model of ``shape``: as many as one sequence of ``context`` tokens takes.
+    """Pages for all layers and sequences of a model of ``shape``: as many as ``sequences`` of ``context`` tokens take.
     ``plain`` is the dtype of plain storage."""
 
     def __init__(
-        self, shape: ModelShape, context: int, storage: Storage, device: torch.device, plain: torch.dtype
+        self,
+        shape: ModelShape,
+        context: int,
+        storage: Storage,
+        device: torch.device,
+        plain: torch.dtype,
+        sequences: int = 1,
     ) -> None:
-        self.shape, self.context, self._device = shape, context, device
+        self.shape, self.context, self.sequences, self._device = shape, context, sequences, device
         self.dtype = {"bf16": torch.bfloat16, "int8": torch.int8, "plain": plain}[storage]
-        self.counts = PageCounts(shape.kv_pages(context))
+        self.counts = PageCounts(sequences * shape.kv_pages(context))
 
     @cached_property
     def pages(self) -> KvPages:

@@ -36,7 +36,7 @@ GUESS_WASTE = 0.1  # bytes read from disk for experts that were guessed and not 
 DECODE_SERIAL = 0.45  # of the shorter of disk and memory time, the part that the two do not overlap
 PREFILL_SERIAL = 0.3
 CPU_LAYER_S = 0.04e-3  # per layer and step: norms, RoPE, handing work to threads
-STEP_S = 0.5e-3  # per step: embedding, sampling, text, the record
+STEP_S = 0.5e-3  # per token: embedding, sampling, text, the record
 # Beside a GPU nothing has been measured: these four are estimates.
 KERNEL_S = 2.0e-6  # a small kernel of a CUDA graph that waits for the one before it
 KERNELS = 15  # of them per layer in offload/decode/gpu_step.py, the products among them
@@ -56,7 +56,8 @@ class Workload:
     token, ``experts`` those there are per layer, ``shared`` the bytes of one layer's shared expert (part of
     ``dense``), ``head`` those of the head (likewise). ``dense_weights``, ``head_weights`` and
     ``expert_weights`` count weights, for arithmetic. ``vram_hits`` and ``hits`` are the shares of requests
-    that find the expert in VRAM, and in VRAM or RAM.
+    that find the expert in VRAM, and in VRAM or RAM. ``sequences`` get a token in each decode step, which together ask
+    for ``union`` different experts (None: those of one).
     """
 
     dense: int
@@ -76,11 +77,23 @@ class Workload:
     resident: float
     head: int = 0
     nf4: bool = False
+    sequences: int = 1
+    union: float | None = None
 
     @property
     def requests(self) -> int:
         """(layer, expert) requests of one token."""
         return self.moe_layers * self.top_k
+
+    @property
+    def step_requests(self) -> float:
+        """(layer, expert) pairs that a decode step of all sequences asks for, each once."""
+        return self.requests if self.union is None else self.union
+
+    @property
+    def token_weights(self) -> int:
+        """Weights that a token is multiplied with."""
+        return self.dense_weights + self.head_weights + self.requests * self.expert_weights
 
 
 @dataclass(frozen=True)
@@ -103,17 +116,18 @@ class SpeedPrediction:
 
 
 def decode(load: Workload, machine: Machine, cold: ColdPath = "split") -> SpeedPrediction:
-    """One token at a time."""
-    routed, weights = load.requests * load.expert, load.requests * load.expert_weights
+    """A token of each sequence at a time; beside a GPU one sequence after the other."""
+    if machine.gpu is not None:
+        load = replace(load, sequences=1, union=None)
+    routed, count = load.step_requests * load.expert, load.sequences
     disk = (1 - load.hits) * routed * (1 + GUESS_WASTE) / _rate(machine.disk_gb_s, OF_DISK)
     if machine.gpu is None:
-        weights += load.dense_weights + load.head_weights
         memory: dict[Limit, float] = {
-            "ram bandwidth": (load.dense + load.kv + routed) / _rate(machine.ram_gb_s, OF_RAM),
-            "compute": _arithmetic(load, machine, weights, routed),
-            "overhead": load.layers * CPU_LAYER_S + STEP_S,
+            "ram bandwidth": (load.dense + count * load.kv + routed) / _rate(machine.ram_gb_s, OF_RAM),
+            "compute": _arithmetic(load, machine, count * load.token_weights, routed),
+            "overhead": load.layers * CPU_LAYER_S + count * STEP_S,
         }
-        return _prediction(1, memory, disk, DECODE_SERIAL)
+        return _prediction(count, memory, disk, DECODE_SERIAL)
     return _beside_gpu(load, machine, machine.gpu, cold, disk)
 
 
@@ -292,7 +306,7 @@ def _prediction(
     return SpeedPrediction(tokens / total, {name: s for name, s in seconds.items() if s}, limit, cpu_share)
 
 
-def _arithmetic(load: Workload, machine: Machine, weights: int, routed: int) -> float:
+def _arithmetic(load: Workload, machine: Machine, weights: int, routed: float) -> float:
     """Seconds of multiplying a token with ``weights`` weights, ``routed`` bytes of them in experts, beside
     what it takes to read them."""
     slow = routed / _nf4_rate(machine) if load.nf4 else 0.0

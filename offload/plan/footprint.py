@@ -30,7 +30,8 @@ MIN_EXPERT_TOKENS = 64  # that an expert must see on average
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model in ``schemes`` takes for ``context`` tokens of KV cache in ``kv_bits`` (8, 16 or 32).
+    """What a model in ``schemes`` takes for ``context`` tokens of KV cache in ``kv_bits`` (8, 16 or 32), for each of
+    ``sequences``.
 
     ``slot_bytes`` is what one expert takes in an arena: whole pages, as direct I/O wants them, and where
     experts differ as many as the largest needs. With ``images`` there is room to look at pictures. ``wider`` is
@@ -44,6 +45,7 @@ class Footprint:
     slot_bytes: int = 0
     images: bool = False
     wider: Mapping[Role, int] = field(default_factory=dict)
+    sequences: int = 1
 
     def __post_init__(self) -> None:
         if not self.slot_bytes:
@@ -76,11 +78,11 @@ class Footprint:
 
     @property
     def kv_cache(self) -> int:
-        """Bytes of the KV cache at the full context, in whole pages."""
+        """Bytes of the KV cache with the full context of every sequence, in whole pages."""
         if not self.shape.is_native:
-            return self.kv_at(self.context)
+            return self.sequences * self.kv_at(self.context)
         per_page = KV_PAGE_TOKENS * 2 * self.shape.num_kv_heads * self.shape.head_dim
-        return int(self.shape.kv_pages(self.context) * per_page * self._kv_bytes_per_value)
+        return int(self.sequences * self.shape.kv_pages(self.context) * per_page * self._kv_bytes_per_value)
 
     def kv_at(self, tokens: int) -> int:
         """Bytes of the KV cache once ``tokens`` are in it; int8 keeps one f32 scale per token and head."""

@@ -18,13 +18,14 @@ from offload.plan.cost_model import (
     ColdPath,
     Limit,
     SpeedPrediction,
+    Workload,
     decode,
     prefetch_bytes,
     prefill,
     rows_of,
 )
 from offload.plan.footprint import Footprint
-from offload.plan.placement import Fitter, PlanRow
+from offload.plan.placement import Fit, Fitter, PlanRow
 from offload.routing.hit_rate import HitRates, Routing
 from offload.tiers import TIERS, Key, Tier
 from quant.model.families import Role
@@ -36,9 +37,24 @@ from quant.sizes import as_bytes, format_size
 __all__ = ["Plan", "PlanRow", "make_plan"]
 
 _NOTICEABLE = 0.001
+_COUNTS = (1, 2, 4, 8)  # of sequences, that speeds are predicted for
 # What a document has as it is.
-_RUN = ("context", "kv_bits", "prompt_chunk", "filled")
+_RUN = ("context", "kv_sequences", "kv_bits", "prompt_chunk", "filled")
 _SLOTS = ("slot_bytes", "experts", "vram_slots", "ram_slots", "vram_reserve")
+
+
+@dataclass(frozen=True)
+class SequencePrediction:
+    """Decode with ``n`` sequences in each step, which ask for ``experts_per_step`` different experts."""
+
+    n: int
+    tokens_per_s: float
+    experts_per_step: float
+    limited_by: Limit
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "per_sequence_tokens_per_s": self.tokens_per_s / self.n}
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,9 @@ class Plan:
     ``gpu_rows`` is how many intermediate features of an expert in RAM the GPU computes in a decode step, the
     CPU the others; ``prefetch_bytes`` of an expert that will probably be asked for are read into the CPU's
     caches meanwhile. ``guess_tokens``: guess the next token while the disk is waited for, to read for it.
-    ``fills``: fill free slots after the first token, instead of as experts are asked for.
+    ``fills``: fill free slots after the first token, instead of as experts are asked for. The KV cache has room for
+    ``kv_sequences`` of ``context`` tokens each, ``together`` are the speeds of several, and a token is multiplied with
+    ``token_weights``.
     """
 
     machine: str
@@ -83,6 +101,9 @@ class Plan:
     prefetch_bytes: int = 0
     guess_tokens: bool = True
     fills: bool = True
+    kv_sequences: int = 1
+    together: tuple[SequencePrediction, ...] = ()
+    token_weights: int = 0
 
     @property
     def predicted_tokens_per_s(self) -> float:
@@ -129,6 +150,7 @@ class Plan:
             "routing_known": self.routing_known,
             "decode": {**asdict(self.decode), "ms_per_token": self.decode.ms_per_token},
             "prefill": asdict(self.prefill),
+            "sequences": [prediction.to_json() for prediction in self.together],
             "with_one_more_gib": dict(self.gains),
             "notes": list(self.notes),
         }
@@ -150,6 +172,7 @@ def make_plan(
     cold: ColdPath = "split",
     images: bool = False,
     wider: Mapping[Role, int] | None = None,
+    sequences: int = 1,
 ) -> Plan:
     """The plan of a run of ``shape`` in ``schemes`` on ``machine``.
 
@@ -158,6 +181,7 @@ def make_plan(
     ``kv_bits`` is 8, 16 or 32 (exact runs). ``slot_bytes`` is what an expert takes in memory, by default its
     size in whole pages. ``wider`` is what weights kept in f32 take beyond two bytes each, by role. ``images``
     keeps room to look at pictures. ``cold`` says how experts outside VRAM are computed beside a GPU, see ColdPath.
+    ``sequences`` of ``context`` tokens each are to have room in the KV cache: fewer, where that is more than fits.
     Raises BudgetError, with the nearest thing that fits, for what does not.
     """
     vram, ram = (None if asked is None else as_bytes(asked) for asked in (vram, ram))
@@ -165,8 +189,10 @@ def make_plan(
         machine = replace(machine, gpu=None)
     budget = Budget.of(machine, vram, ram)
     footprint = Footprint(shape, schemes, context, kv_bits, slot_bytes or 0, images, wider or {})
+    fitter = Fitter(footprint, machine.gpu is not None, prompt_chunk)
+    roomy = (replace(fitter, footprint=replace(footprint, sequences=count)) for count in range(sequences, 1, -1))
     planner = _Planner(
-        fitter=Fitter(footprint, machine.gpu is not None, prompt_chunk),
+        fitter=next((more for more in roomy if more.fits(budget)), fitter),
         machine=machine,
         locality=HitRates.of(footprint.experts, shape.top_k, routing),
         filled=min(filled, context),
@@ -181,7 +207,17 @@ def make_plan(
         gpu_rows=_gpu_rows(footprint, machine, plan.decode),
         prefetch_bytes=prefetch_bytes(machine) if machine.gpu else 0,
         guess_tokens=_head_fits_a_wait(footprint, machine),
-        notes=(*budget.notes, *_padding(footprint), *beyond(shape, context)),
+        notes=(*budget.notes, *_padding(footprint), *beyond(shape, context), *_queue(plan, sequences)),
+    )
+
+
+def _queue(plan: Plan, sequences: int) -> tuple[str, ...]:
+    """That sequences will have to wait for one another, if the KV cache cannot be made for all of them."""
+    if plan.kv_sequences >= sequences:
+        return ()
+    return (
+        f"the KV cache has room for {plan.kv_sequences} of {sequences} sequences of {plan.context:,} tokens: others "
+        "wait for pages; a larger budget or a smaller --context makes room",
     )
 
 
@@ -262,7 +298,18 @@ class _Planner:
             decode=decode(load, self.machine, self.cold),
             prefill=prefill(load, self.machine, self.filled, fit.prompt_chunk),
             gains={},
+            kv_sequences=footprint.sequences,
+            together=tuple(self._together(load, fit, count) for count in _COUNTS),
+            token_weights=load.token_weights,
         )
+
+    def _together(self, load: Workload, fit: Fit, count: int) -> SequencePrediction:
+        """``count`` sequences, whose tokens share the step of ``load``."""
+        asked, hits = self.locality.together(count, load.experts, fit.in_vram + fit.in_ram)
+        shared = replace(load, sequences=count, union=asked, hits=hits) if count > 1 else load
+        found = decode(shared, self.machine, self.cold)
+        union = asked if self.machine.gpu is None else float(load.requests)
+        return SequencePrediction(count, found.tokens_per_s, union, found.limited_by)
 
     def gains(self, budget: Budget, plan: Plan) -> dict[Tier, float]:
         """Decode tokens/s with one more GiB of each tier, where that is more."""

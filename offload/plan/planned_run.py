@@ -193,6 +193,7 @@ def planned_run(
         filled=prompt or 512,
         images=options.images and shape.reads_images,
         wider=subject.wider,
+        sequences=options.sequences if _on_cpu(options, machine) and shape.is_native else 1,
         cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
     )
     if options.device == "cpu" and options.vram:
@@ -201,7 +202,12 @@ def planned_run(
 
 
 def _kv_bits(options: RunOptions, shape: ModelShape, machine: Machine) -> int:
-    on_cpu = machine.gpu is None or options.device == "cpu" or options.vram == 0
-    if options.exact or (on_cpu and not shape.is_native):  # transformers' caches are of the activations' dtype
+    if options.exact or (
+        _on_cpu(options, machine) and not shape.is_native
+    ):  # transformers' caches are of the activations' dtype
         return 32
     return 8 if options.kv == "int8" else 16
+
+
+def _on_cpu(options: RunOptions, machine: Machine) -> bool:
+    return machine.gpu is None or options.device == "cpu" or options.vram == 0

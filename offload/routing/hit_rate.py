@@ -82,6 +82,20 @@ class HitRates:
         """Share of requests that hit in ``slots`` under a policy that knows both use and recency."""
         return max(self.kept(slots), self.recent(slots)) if self.known else self._uniform(slots)
 
+    def together(self, sequences: int, experts: int, slots: int) -> tuple[float, float]:
+        """(layer, expert) pairs that a token of each of ``sequences`` asks for, each once, in layers of ``experts``;
+        and the share of them that hits in ``slots``. Sequences are taken to choose independently: n of them ask for an
+        expert that a token chooses with probability p with 1 - (1 - p)^n."""
+        if not self.counts:
+            asked = self.keys * (1 - (1 - self.top_k / experts) ** sequences) if experts else 0.0
+            return asked, self._uniform(slots)
+        chances = [min(1.0, self.top_k * count / max(1, sum(row))) for row in self.counts for count in row]
+        wanted = [1 - (1 - chance) ** sequences for chance in sorted(chances, reverse=True)]
+        asked, missed = sum(wanted), sum(wanted[slots:])
+        if 0 < (kept := self.kept(slots)) < 1:  # what is recent hits, too
+            missed *= (1 - self.hits(slots)) / (1 - kept)
+        return asked, 1 - missed / asked if asked else 1.0
+
     def hottest(self, moe_layers: tuple[int, ...], slots: int) -> tuple[tuple[int, int], ...]:
         """The ``slots`` most used (layer, expert), most used first, ties in layer order; none if unknown."""
         ranked = sorted(

@@ -36,12 +36,12 @@ class Benchmark:
         if session.prompts is not None:
             session.prompts.reads = False  # what is measured is computed
         say("warm-up")
-        self._once(session, self._prompt(ids, 0), min(self.tokens, 16))
+        self._once(session, self.prompt(ids, 0), min(self.tokens, 16))
         session.finish_filling()
         runs = []
         for index in range(self.repeat):
             say(f"run {index + 1} of {self.repeat}")
-            runs.append(self._once(session, self._prompt(ids, index + 1), self.tokens))
+            runs.append(self._once(session, self.prompt(ids, index + 1), self.tokens))
         return runs
 
     def from_disk(self, session: Session, text: str) -> TokenRecord | None:
@@ -51,10 +51,11 @@ class Benchmark:
             return None
         session.save_prompts()
         session.prompts.reads = True
-        record = self._once(session, self._prompt(session.encode(text), self.repeat), 1)[0]
+        record = self._once(session, self.prompt(session.encode(text), self.repeat), 1)[0]
         return record if record.reused.disk else None
 
-    def _prompt(self, ids: Sequence[int], index: int) -> list[int]:
+    def prompt(self, ids: Sequence[int], index: int) -> list[int]:
+        """The prompt of repetition ``index``: another stretch of ``ids`` each time."""
         start = index * self.prompt_tokens
         return [ids[(start + place) % len(ids)] for place in range(self.prompt_tokens)]
 

@@ -22,6 +22,7 @@ from offload.routing.stats import RoutingStats
 from offload.run.draft_report import DraftReport
 from offload.run.readings import better, doubts, exceeded, read_after
 from offload.run.report import Environment, ExpertMap, Memory, Message, Prediction, RunReport, RunRequest, Subject
+from offload.run.sequence_speed import sequence_speeds
 from offload.run.speed import Bandwidth, DecodeSpeed, Run
 from offload.tiers import TIERS, Key, Tier
 from quant.checkpoint.checkpoint import Checkpoint
@@ -70,13 +71,14 @@ def account(
     warmup: int = 0,
     median: bool = False,
     draft: DraftReport | None = None,
+    together: Sequence[Run] | None = None,
 ) -> RunReport:
     """The report of ``runs`` in ``session``.
 
     ``command_line`` and ``messages`` are told as they are. ``bandwidth`` is what was probed for this run, by
     default what the session's machine was probed at; with ``again``, and where the run was faster than that
-    allows, it is read once more now and the better counts. ``draft`` is what a benchmark of drafts found. See
-    RunReport.of for ``warmup`` and ``median``.
+    allows, it is read once more now and the better counts. ``draft`` is what a benchmark of drafts found, ``together``
+    are the runs that several sequences are judged by, by default all. See RunReport.of for ``warmup`` and ``median``.
     """
     shape = session.shape
     memory = memory_of(session)  # before reading bandwidths again, which takes some
@@ -105,7 +107,15 @@ def account(
         draft=draft or _draft(session, runs),
         warmup=warmup,
         median=median,
+        sequences=sequence_speeds(runs if together is None else together, bandwidth, _compute_ms(session)),
     )
+
+
+def _compute_ms(session: Accounted) -> float:
+    """The least that the CPU's dot products take for a token; 0 where a GPU does most of them."""
+    if session.device.type != "cpu":
+        return 0.0
+    return 2e3 * session.plan.token_weights / (session.machine.int8_gops * 1e9)
 
 
 def _judged(

@@ -14,6 +14,7 @@ from typing import Any
 from offload.documents import save
 from offload.records import TokenRecord
 from offload.run.draft_report import DraftReport
+from offload.run.sequence_speed import SequenceSpeed, sequence_speeds
 from offload.run.speed import Bandwidth, DecodeSpeed, PrefillSpeed, Run
 from offload.tiers import TIERS, Tier
 
@@ -159,6 +160,7 @@ class RunReport:
     request: RunRequest = RunRequest()
     doubts: tuple[str, ...] = ()
     draft: DraftReport | None = None
+    sequences: tuple[SequenceSpeed, ...] = ()
 
     @classmethod
     def of(
@@ -177,11 +179,13 @@ class RunReport:
         draft: DraftReport | None = None,
         warmup: int = 0,
         median: bool = False,
+        sequences: Sequence[SequenceSpeed] | None = None,
     ) -> "RunReport":
         """Summarize ``runs``, each the records of one ``generate``.
 
         ``warmup`` decode steps at the start are left out of the speeds; ``median`` is for runs that repeat
-        one another: it takes the median run's rate instead of that of all together.
+        one another: it takes the median run's rate instead of that of all together. ``sequences`` None are told from
+        the runs.
         """
         decode = DecodeSpeed.of(runs, bandwidth, warmup=warmup, median=median)
         records = tuple(record for run in runs for record in run)
@@ -202,6 +206,7 @@ class RunReport:
             request=request,
             doubts=tuple(doubts),
             draft=draft,
+            sequences=sequence_speeds(runs, bandwidth) if sequences is None else tuple(sequences),
         )
 
     @property
@@ -222,6 +227,7 @@ class RunReport:
             "request": dataclasses.asdict(self.request),
             "prefill": {**dataclasses.asdict(self.prefill), "hit_rate": self.prefill.hit_rate},
             "decode": {**dataclasses.asdict(self.decode), "time_ms": self.decode.time_ms()},
+            "sequences": [dataclasses.asdict(speed) for speed in self.sequences],
             "bandwidth": {
                 **dataclasses.asdict(self.bandwidth),
                 "achieved": {f"{tier}_gb_s": self.achieved.get(tier) for tier in TIERS},
@@ -251,6 +257,8 @@ class RunReport:
             "phase": [record.phase for record in self.records],
             "tokens_in": [record.tokens_in for record in self.records],
             "ms": [round(record.seconds * 1e3, 4) for record in self.records],
+            "own_ms": [round(record.busy_seconds * 1e3, 4) for record in self.records],
+            "sequences": [record.sequences for record in self.records],
             "rss_bytes": [record.rss_bytes for record in self.records],
             "vram_bytes": [record.vram_bytes for record in self.records],
         }

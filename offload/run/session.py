@@ -93,8 +93,9 @@ class Session:
         self._dense: Arena | None = None
         if device.type == "cpu" and not isinstance(self.experts, MappedCache):
             self._dense = move_to_arena(self.model, loading)
-        kv = cache_of(self.shape, self.model.config, self.context, STORAGES[self.plan.kv_bits])
-        self.kv_pool = PagePool(self.shape, self.context, STORAGES[self.plan.kv_bits], device, dtype)
+        storage = STORAGES[self.plan.kv_bits]
+        kv = cache_of(self.shape, self.model.config, self.context, storage)
+        self.kv_pool = PagePool(self.shape, self.context, storage, device, dtype, self.plan.kv_sequences)
         self.decoder, notes = select_decoder(
             self.model, self.plan, self.experts, kv, self.routing, compute, device, graph=self.options.graph
         )

@@ -52,7 +52,7 @@ class PrefillSpeed:
     @classmethod
     def of(cls, runs: Sequence[Run], *, median: bool = False) -> "PrefillSpeed":
         """From each run's prefill; ``median`` takes the median run's rate: for runs that repeat."""
-        sums = [(sum(r.tokens_in for r in run), sum(r.seconds for r in run)) for run in map(_prefill, runs) if run]
+        sums = [(sum(r.tokens_in for r in run), sum(r.busy_seconds for r in run)) for run in map(_prefill, runs) if run]
         reused = sum((record.reused for run in runs for record in run), Reused())
         return cls(sum(n for n, _ in sums), sum(s for _, s in sums), *_rate(sums, median), reused)
 
@@ -64,7 +64,8 @@ class PrefillSpeed:
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """Tokens decoded one by one, and what a token took, in ms; the floor is None without bandwidths.
+    """Tokens decoded one by one, and what a token took of the model's time, in ms, which sequences that share their
+    steps divide among themselves; the floor is None without bandwidths.
 
     ``floor_ms_by_tier`` are the floor's parts, ``floor_limited_by`` what decides it, and
     ``fraction_of_floor`` floor ÷ median time: 1 where the run is as fast as the memory it reads.
@@ -91,9 +92,9 @@ class DecodeSpeed:
         if decoded and len(decoded[0]) > warmup:
             decoded[0] = decoded[0][warmup:]
         steps = [record for run in decoded for record in run]
-        sums = [(sum(r.tokens_in for r in run), sum(r.seconds for r in run)) for run in decoded if run]
+        sums = [(len(run), sum(record.busy_seconds for record in run)) for run in decoded if run]
         tokens_per_s, spread = _rate(sums, median)
-        times = sorted(1e3 * record.seconds / max(record.tokens_in, 1) for record in steps)
+        times = sorted(1e3 * record.busy_seconds for record in steps)
         tokens = sum(count for count, _ in sums)
         per_token: dict[Tier, int] = {}
         for tier in TIERS:
@@ -115,7 +116,7 @@ class DecodeSpeed:
             bytes_per_token=per_token,
             floor_ms_by_tier=parts,
             floor_ms_per_token=floor,
-            floor_limited_by=_LIMITS[limit] if limit else None,
+            floor_limited_by=floor_limit(limit),
             fraction_of_floor=floor / p50 if floor and p50 else None,
         )
 
@@ -161,6 +162,11 @@ def floor_of(parts: Mapping[Tier, float]) -> tuple[float | None, Tier | None]:
     if disk >= in_memory:
         return disk, "disk"
     return in_memory, max(memory, key=lambda tier: memory[tier])
+
+
+def floor_limit(tier: Tier | None) -> Limit | None:
+    """What a floor that ``tier`` decides is limited by."""
+    return _LIMITS[tier] if tier else None
 
 
 def percentile(ordered: Sequence[float], part: float) -> float | None:

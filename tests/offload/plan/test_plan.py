@@ -332,3 +332,32 @@ def test_no_context_is_offered_that_the_model_was_not_made_for() -> None:
     shape = replace(ModelShape.from_config(load_shape("scout")), max_position_embeddings=8192)
     with pytest.raises(BudgetError, match=r"--context 8192 \(all that the model was made for\)"):
         make_plan(shape, load_recipe("fast").schemes, described_machine("RTX 4090"), context=50_000_000)
+
+
+def test_several_sequences_are_predicted_by_the_experts_that_they_share() -> None:
+    plan = make_plan(SHAPES["mini-scout"], {"experts": Scheme("int4")}, machine(), ram="16GiB")
+    ones, twos, fours, eights = plan.together
+    assert [p.n for p in plan.together] == [1, 2, 4, 8]
+    assert ones.tokens_per_s == plan.predicted_tokens_per_s
+    assert ones.tokens_per_s < twos.tokens_per_s < fours.tokens_per_s < eights.tokens_per_s < 8 * ones.tokens_per_s
+    assert [p.experts_per_step / 16 for p in plan.together] == pytest.approx(
+        [16 * (1 - (15 / 16) ** n) for n in (1, 2, 4, 8)]
+    )
+
+
+def test_beside_a_gpu_sequences_take_turns() -> None:
+    plan = make_plan(SHAPES["scout"], {"experts": Scheme("int4")}, machine(gpu=RTX_4090))
+    assert {p.tokens_per_s for p in plan.together} == {plan.predicted_tokens_per_s}
+
+
+def test_the_kv_cache_has_room_for_as_many_sequences_as_fit_and_the_others_are_said_to_wait() -> None:
+    def planned(ram: str, sequences: int) -> Plan:
+        return make_plan(SHAPES["mini-scout"], {"experts": Scheme("int4")}, machine(), ram=ram, sequences=sequences)
+
+    one, eight = planned("16GiB", 1), planned("16GiB", 8)
+    assert (one.kv_sequences, eight.kv_sequences, eight.notes) == (1, 8, ())
+    assert eight.total("ram", "kv_cache") == 8 * one.total("ram", "kv_cache")
+    short = planned("2.4GiB", 100)
+    assert 1 <= short.kv_sequences < 100
+    within(short)
+    assert any("others wait" in note for note in short.notes)

@@ -94,3 +94,18 @@ def test_more_slots_never_hit_less(kind: str) -> None:
         rates = [rate(slots) for slots in range(65)]
         assert all(later >= earlier - 1e-9 for earlier, later in pairwise(rates))
         assert rates[0] < 0.01 and rates[64] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "zipf"])
+@pytest.mark.parametrize("sequences", [1, 2, 4, 8])
+def test_what_several_sequences_ask_for_is_foretold_with_each_expert_once(kind: str, sequences: int) -> None:
+    seen, slots = trace(KINDS[kind]), 24
+    known = HitRates.of(64, 1, seen if kind == "zipf" else None)
+    kept = set(known.hottest(tuple(range(LAYERS)), slots)) or {(layer, e) for layer in range(LAYERS) for e in range(6)}
+    steps = [set[tuple[int, int]]() for _ in range(TOKENS // sequences)]
+    for number, row in enumerate(seen.requests[: len(steps) * sequences]):
+        steps[number % len(steps)].update(enumerate(row))  # tokens far from each other: they choose independently
+    asked, hits = known.together(sequences, EXPERTS, slots)
+    assert asked == pytest.approx(sum(map(len, steps)) / len(steps), rel=0.03)
+    found = sum(len(step & kept) for step in steps) / sum(map(len, steps))
+    assert hits == pytest.approx(found, abs=0.03)

@@ -1,5 +1,6 @@
 """The benchmark and the account of it, on a real tiny model with experts on disk."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from offload.records import RunOptions, Sampling
 from offload.run.benchmark import Benchmark
 from offload.run.collect import account, disk_bytes_by_role, expert_map_of
 from offload.run.report import ExpertRequests
+from offload.run.sequence_bench import SequenceBenchmark
+from offload.run.sequence_speed import sequence_speeds
 from offload.run.session import Session
 from offload.run.speed import Bandwidth
 from quant.convert.convert import convert
@@ -25,7 +28,7 @@ SLOTS = 12  # of 4 layers × 8 experts
 def session(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     path = tmp_path_factory.mktemp("benchmark") / "model"
     convert(tiny("llama4_text"), path, {"experts": Scheme("int4")})
-    options = RunOptions(context=256, page_cache=True)
+    options = RunOptions(context=256, page_cache=True, sequences=4)
     with sessions.session(path, options, ram_slots=SLOTS, prompt_chunk=32) as opened:
         yield opened
 
@@ -41,6 +44,29 @@ def test_every_repetition_is_a_whole_prompt_and_all_the_tokens(session: Session)
 def test_a_text_shorter_than_the_prompts_is_repeated(session: Session) -> None:
     [run] = Benchmark(prompt_tokens=100, tokens=1, repeat=1).run(session, "short")
     assert run[0].tokens_in == 100
+
+
+def test_sequences_are_measured_where_as_many_share_a_step(session: Session) -> None:
+    bench = SequenceBenchmark(Benchmark(prompt_tokens=20, tokens=12, repeat=1), (1, 3))
+    assert bench.context * bench.sequences >= 3 * (20 + 12 + 1), "the KV cache holds all of them"
+    began = time.perf_counter()
+    runs = bench.run(session, TEXT, lambda line: None)
+    took = time.perf_counter() - began
+    assert {record.sequences for run in runs for record in run} == {1, 3}
+    assert sum(record.own_seconds for run in runs for record in run) < took, "time is told once"
+    one, three = sequence_speeds(runs, Bandwidth(ram_gb_s=20, disk_gb_s=1))
+    assert (one.n, three.n) == (1, 3) and three.steps >= 6
+    assert one.experts_per_step <= three.experts_per_step < 3 * one.experts_per_step, "shared experts count once"
+    assert three.per_sequence_tokens_per_s < three.tokens_per_s
+
+
+def test_a_prompt_that_arrives_is_timed_with_what_others_wait(session: Session) -> None:
+    bench = SequenceBenchmark(Benchmark(prompt_tokens=16, tokens=4, repeat=1), arriving=120)
+    found = bench.arrive(session, TEXT, lambda line: None)
+    assert found is not None and found.sequences == 3 and found.prompt_chunk == 32
+    assert 0 < found.chunk_ms <= 1e3 * found.first_token_s, "four chunks, and what others got between them"
+    assert found.longest_gap_ms >= found.step_ms > 0
+    assert SequenceBenchmark(Benchmark()).arrive(session, TEXT, lambda line: None) is None
 
 
 def test_an_empty_text_is_refused(session: Session) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from offload.records import TokenRecord
+from offload.run.sequence_speed import sequence_speeds
 from offload.run.speed import Bandwidth, DecodeSpeed, PrefillSpeed, floor_of, percentile
 from offload.tiers import Tier
 
@@ -77,3 +78,35 @@ def test_percentiles_interpolate() -> None:
     assert percentile([1.0, 2.0], 0.5) == 1.5
     assert percentile([1.0, 2.0, 3.0], 0.9) == pytest.approx(2.8)
     assert percentile([], 0.5) is None
+
+
+def shared(sequences: int, waited: float, own: float, ram: int = 0) -> TokenRecord:
+    tiers: dict[Tier, int] = {"ram": ram}
+    return TokenRecord("decode", 0, "", 1, waited, {"ram": 10}, tiers, sequences=sequences, own_seconds=own)
+
+
+def test_sequences_that_share_a_step_divide_its_time_and_its_bytes() -> None:
+    # Two sequences, ten steps of 20 ms that read 100 MB each, and a prompt of a third in between.
+    runs = [[shared(2, 0.020, 0.010, 50_000_000)] * 9 + [shared(2, 1.020, 0.010, 50_000_000)] for _ in range(2)]
+    speed = DecodeSpeed.of(runs, Bandwidth(ram_gb_s=10))
+    assert speed.tokens_per_s == pytest.approx(100), "20 tokens in 0.2 s of steps, whoever waited how long"
+    assert speed.ms_per_token_p50 == pytest.approx(10)
+    assert speed.floor_ms_per_token == pytest.approx(5)
+    assert speed.fraction_of_floor == pytest.approx(0.5)
+
+
+def test_each_number_of_sequences_has_a_floor_of_its_own() -> None:
+    alone = [shared(1, 0.010, 0.010, 80_000_000)] * 4
+    pair = [[shared(2, 0.015, 0.0075, 60_000_000)] * 6, [shared(2, 0.015, 0.0075, 60_000_000)] * 6]
+    one, two = sequence_speeds([alone, *pair], Bandwidth(ram_gb_s=10))
+    assert (one.n, one.steps, two.n, two.steps) == (1, 4, 2, 6)
+    assert two.tokens_per_s == pytest.approx(2 / 0.015) and two.per_sequence_tokens_per_s == pytest.approx(1 / 0.015)
+    assert two.bytes_per_step == {"ram": 120_000_000} and two.experts_per_step == 20
+    assert one.fraction_of_floor == pytest.approx(0.8) and two.fraction_of_floor == pytest.approx(0.8)
+    assert two.floor_limited_by == "ram bandwidth"
+
+
+def test_arithmetic_is_the_floor_where_it_takes_longer_than_reading() -> None:
+    [found] = sequence_speeds([[shared(4, 0.04, 0.01, 10_000_000)] * 4], Bandwidth(ram_gb_s=10), compute_ms=6.0)
+    assert (found.floor_ms_per_step, found.floor_limited_by) == (pytest.approx(24), "compute")
+    assert found.fraction_of_floor == pytest.approx(0.6)
