@@ -204,8 +204,8 @@ class TokenRecord:
     the KV cache is full before that. ``stop`` is the stop string that was met. Where ``sequences`` ran in the step, the
     counts are this one's share of it: all shares add up to what was asked for and read. So is ``own_seconds`` of the
     time that its steps took, while ``seconds`` is what its reader waited, turns of others among it (0: the same).
-    ``reused`` are tokens before those of a prefill that were there already. A step that was tried with ``drafted`` tokens
-    more (said on its first record) may give several; ``place`` says which this one is.
+    ``reused`` are tokens before those of a prefill that were there already. A step that was tried with ``drafted``
+    tokens more (said on its first record) may give several; ``place`` says which this one is.
     """
 
     phase: Literal["prefill", "decode"]

@@ -53,13 +53,14 @@ class SequenceBenchmark:
     @property
     def context(self) -> int:
         """Tokens that a sequence may have."""
-        return max(self.each.context, self.arriving + 1)
+        beside = self.each.prompt_tokens + _BEFORE + self.arriving if self.arriving else 0
+        return max(self.each.context, beside)
 
     @property
     def sequences(self) -> int:
         """How many of that length the KV cache must hold at once."""
-        beside = self.arriving + 1 + _WITH * (self.each.prompt_tokens + self.arriving) if self.arriving else 0
-        return -(-max(max(self.counts, default=1) * self.each.context, beside) // self.context)
+        others = _WITH * (self.each.prompt_tokens + _BEFORE + self.arriving // 4) if self.arriving else 0
+        return -(-max(max(self.counts, default=1) * self.each.context, self.arriving + others) // self.context)
 
     def run(self, session: Session, text: str, progress: Callable[[str], None]) -> list[list[TokenRecord]]:
         """The decode steps in which as many sequences were as was asked, those of each sequence."""

@@ -84,3 +84,22 @@ def test_a_prompt_is_computed_and_then_read_from_the_prompt_cache(model: Path, t
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["prefill"]["tokens"] == 300 and found["prefill"]["hit_rate"] == 0
         assert found["prompt_cache"]["tokens"] == 256 and found["prompt_cache"]["speedup"] > 0
+
+
+def test_several_sequences_are_measured_each_number_beside_its_floor(model: Path, tmp_path: Path) -> None:
+    page = tmp_path / "several.html"
+    done = invoke("bench", model, *SMALL, "--sequences", "1,3", "--arriving", "40", "--report", page, "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [row["n"] for row in found["sequences"]] == [1, 3]
+    for row in found["sequences"]:
+        assert row["floor_ms_per_step"] > 0 and row["floor_limited_by"] in ("ram bandwidth", "compute", "disk")
+    assert found["sequences"][1]["per_sequence_tokens_per_s"] < found["sequences"][1]["tokens_per_s"]
+    assert found["arrival"]["sequences"] == 3 and found["arrival"]["first_token_s"] > 0
+    assert "Sequences that shared steps" in page.read_text()
+
+
+@pytest.mark.parametrize("asked", ["0", "17", "1,,2", "two", "-1", "1;2", ""])
+def test_numbers_of_sequences_that_cannot_be_are_one_line(model: Path, asked: str) -> None:
+    done = invoke("bench", model, f"--sequences={asked}")
+    assert done.returncode == 2
+    assert "expected numbers from 1 to 16" in done.stderr
