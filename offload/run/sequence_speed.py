@@ -38,7 +38,13 @@ class SequenceSpeed:
         """From ``records`` of decode steps with as many sequences each; ``compute_ms`` is the least that arithmetic
         takes for a token."""
         count, sequences = len(records), records[0].sequences
-        steps = count / sequences
+        times: list[float] = []  # of steps, each as often as it had sequences
+        for record in records:
+            if record.place and times:  # a step may give several tokens
+                times[-1] += 1e3 * record.busy_seconds * sequences
+            else:
+                times.append(1e3 * record.busy_seconds * sequences)
+        steps = len(times) / sequences
         busy, waited = (sum(seconds) for seconds in zip(*((r.busy_seconds, r.seconds) for r in records), strict=True))
         totals = {tier: sum(record.bytes_read.get(tier, 0) for record in records) for tier in TIERS}
         read: dict[Tier, int] = {tier: round(total / steps) for tier, total in totals.items() if total}
@@ -46,7 +52,7 @@ class SequenceSpeed:
         limit: Limit | None = floor_limit(tier)
         if floor is not None and compute_ms * sequences > floor:
             floor, limit = compute_ms * sequences, "compute"
-        p50 = percentile(sorted(1e3 * record.busy_seconds * sequences for record in records), 0.5) or 0.0
+        p50 = percentile(sorted(times), 0.5) or 0.0
         return cls(
             n=sequences,
             steps=round(steps),
