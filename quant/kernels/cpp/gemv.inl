@@ -3,11 +3,13 @@
 // Within a group the products are whole numbers, which come out the same in any order. A step is a vector of packed
 // bytes, or the group that is longer; groups of one step follow each other, and steps are added up as RunSums adds up
 // vectors. Everything here and gemm keep to this order, so a row of y has the same bits for any number of tokens.
-//   across, one token: a row's products lie across vectors; those of kLanes steps are folded into one, a lane for each.
-//   down, more tokens: kLanes words of kLanes rows are transposed in registers, a lane for each row: nothing is folded.
+//   across: a row's products lie across vectors; those of kLanes steps are folded into one, a lane for each.
+//   down, never one token: kLanes words of kLanes rows are transposed in registers, a lane for each row: nothing is
+//   folded. That is less work for a few tokens, but kLanes rows at once come slower from the memory of some processors.
 
 constexpr int64_t kAhead = 8192;  // bytes of prefetch distance: measured best from 1 to 16 KiB
 constexpr int64_t kBlockAhead = 2048;  // and past the end of a block of rows, which is read column by column
+constexpr int kAcross = kBytes == 64 ? 6 : 1;  // tokens for which there is a choice: fewer registers hold fewer sums
 constexpr int kScaleRun = 2 * kLanes;  // groups whose scales are transposed at a time
 
 // kLanes rows of a weight; results of lanes before `skip` are somebody else's.
@@ -96,48 +98,53 @@ INLINE vb splat_word(const int8_t* four) {
 INLINE vb low_nibbles(vb packed) { return packed & 0x0f; }
 INLINE vb high_nibbles(vb packed) { return (vb)((vu)packed >> 4) & 0x0f; }
 
-// Sums of the step at `byte` of a row over what shares a lane; `count` of its bytes are left.
-template <int kBits, int kParts>
-INLINE vi step_dots(const uint8_t* from, int64_t count, const int8_t* q, int64_t byte) {
-  vi dots{};
+// Sums of the step at `byte` of a row over what shares a lane, for each token; `count` of its bytes are left. Packed
+// bytes are unpacked once for all tokens.
+template <int kBits, int kParts, int kTokens>
+INLINE void step_dots(const uint8_t* from, int64_t count, const Activations& a, int64_t byte, vi (&dots)[kTokens]) {
+  for (int t = 0; t < kTokens; ++t) dots[t] = vi{};
   for (int p = 0; p < kParts; ++p) {
     const vb packed = count < kBytes ? load_part(from + byte, count) : load<vb>(from + byte + p * kBytes);
-    const int8_t* x = q + activation_of<kBits>(byte + p * kBytes);
-    if constexpr (kBits == 4) {
-      dots = dot4(dots, low_nibbles(packed), load<vb>(x));
-      dots = dot4(dots, high_nibbles(packed), load<vb>(x + 64));
-    } else {
-      dots = dot8(dots, packed, load<vb>(x));
+    const int8_t* x = a.q + activation_of<kBits>(byte + p * kBytes);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t, x += a.q_stride) {
+      if constexpr (kBits == 4) {
+        dots[t] = dot4(dots[t], low_nibbles(packed), load<vb>(x));
+        dots[t] = dot4(dots[t], high_nibbles(packed), load<vb>(x + 64));
+      } else {
+        dots[t] = dot8(dots[t], packed, load<vb>(x));
+      }
     }
   }
-  return dots;
 }
 
-// Four steps: lane 4 i + j is what step j has in lanes 4 i to 4 i + 3.
-template <int kBits, int kGroup>
-INLINE vi four_steps(const uint8_t* from, const int8_t* q, int64_t byte) {
+// Four steps of each token: lane 4 i + j is what step j has in lanes 4 i to 4 i + 3.
+template <int kBits, int kGroup, int kTokens>
+INLINE void four_steps(const uint8_t* from, const Activations& a, int64_t byte, vi (&four)[kTokens]) {
   using F = Form<kBits, kGroup>;
-  auto pair = [&](int64_t at) __attribute__((always_inline)) {
-    return add_pairs<F::kSmall>(step_dots<kBits, F::kParts>(from, kBytes, q, at),
-                                step_dots<kBits, F::kParts>(from, kBytes, q, at + F::kStep));
-  };
-  const vi first = pair(byte);
-  return add_pairs<F::kSmallPairs>(first, pair(byte + 2 * F::kStep));
+  vi pairs[2][kTokens], dots[2][kTokens];
+  for (int i = 0; i < 2; ++i, byte += 2 * F::kStep) {
+    step_dots<kBits, F::kParts>(from, kBytes, a, byte, dots[0]);
+    step_dots<kBits, F::kParts>(from, kBytes, a, byte + F::kStep, dots[1]);
+    for (int t = 0; t < kTokens; ++t) pairs[i][t] = add_pairs<F::kSmall>(dots[0][t], dots[1][t]);
+  }
+  for (int t = 0; t < kTokens; ++t) four[t] = add_pairs<F::kSmallPairs>(pairs[0][t], pairs[1][t]);
 }
 
 // The same where the row ends: `bytes` are left.
-template <int kBits, int kGroup>
-static vi last_steps(const uint8_t* from, const int8_t* q, int64_t byte, int64_t bytes) {
+template <int kBits, int kGroup, int kTokens>
+static void last_steps(const uint8_t* from, const Activations& a, int64_t byte, int64_t bytes, vi (&four)[kTokens]) {
   using F = Form<kBits, kGroup>;
-  vi dots[4] = {};
+  vi dots[4][kTokens] = {};
   for (int i = 0; i < 4 && i * F::kStep < bytes; ++i)
-    dots[i] = step_dots<kBits, F::kParts>(from, bytes - i * F::kStep, q, byte + i * F::kStep);
-  return add_pairs<false>(add_pairs<false>(dots[0], dots[1]), add_pairs<false>(dots[2], dots[3]));
+    step_dots<kBits, F::kParts>(from, bytes - i * F::kStep, a, byte + i * F::kStep, dots[i]);
+  for (int t = 0; t < kTokens; ++t)
+    four[t] = add_pairs<false>(add_pairs<false>(dots[0][t], dots[1][t]), add_pairs<false>(dots[2][t], dots[3][t]));
 }
 
-// One token against rows one after the other, in the order in which they lie, which hardware prefetches best.
-template <int kBits, int kGroup>
-static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activations& a, float* y) {
+// A few tokens against rows one after the other, in the order in which they lie, which hardware prefetches best.
+template <int kBits, int kGroup, int kTokens>
+static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activations& a, float* y, int64_t ldy) {
   using F = Form<kBits, kGroup>;
   constexpr int kRun = kLanes * F::kSpans;  // groups of kLanes steps
   constexpr int64_t kFour = 4 * F::kStep;
@@ -146,45 +153,53 @@ static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activ
   for (int64_t row = row0; row < row1; ++row) {
     const uint8_t* from = w.packed + row * w.stride();
     const uint16_t* scale = w.scale + row * w.scale_stride();
-    float total = 0;
-    auto finish = [&](const vi (&quads)[kLanes / 4], int64_t g, const uint16_t* its_scale)
-                      __attribute__((always_inline)) {
-      vi dots[F::kSpans], sums;
-      vf weights[F::kSpans], factors, acc{};
-      join_quads(quads, dots);
+    float total[kTokens] = {};
+    vi quads[kTokens][kLanes / 4], four[kTokens];
+    auto finish = [&](int64_t g, const uint16_t* its_scale) __attribute__((always_inline)) {
+      vf weights[F::kSpans];
       scales_by_step<F::kSpans>(its_scale, weights);
-      for (int s = 0; s < F::kSpans; ++s) {
-        by_step<F::kSpans>(a.sum + g, s, sums);
-        by_step<F::kSpans>(a.scale + g, s, factors);
-        acc += to_float(dots[s] - F::kOffset * sums) * (weights[s] * factors);
+      for (int t = 0; t < kTokens; ++t) {
+        vi dots[F::kSpans], sums;
+        vf factors, acc{};
+        join_quads(quads[t], dots);
+        for (int s = 0; s < F::kSpans; ++s) {
+          by_step<F::kSpans>(a.sum + t * a.g_stride + g, s, sums);
+          by_step<F::kSpans>(a.scale + t * a.g_stride + g, s, factors);
+          acc += to_float(dots[s] - F::kOffset * sums) * (weights[s] * factors);
+        }
+        total[t] += sum_neighbours(acc);
       }
-      total += sum_neighbours(acc);
+    };
+    auto take = [&](int i) __attribute__((always_inline)) {
+      for (int t = 0; t < kTokens; ++t) quads[t][i] = four[t];
     };
     auto prefetch = [&](int64_t byte) __attribute__((always_inline)) {
       for (int line = 0; line < kFour; line += 64) __builtin_prefetch(from + byte + line + here, 0, 2);
     };
     int64_t g = 0, byte = 0;
     for (; g + kRun <= groups; g += kRun) {
-      vi quads[kLanes / 4];
 #pragma GCC unroll 1  // loads at few places, a row's stride apart: processors prefetch by place
       for (int i = 0; i < kLanes / 4; ++i, byte += kFour) {
         prefetch(byte);
-        quads[i] = four_steps<kBits, kGroup>(from, a.q, byte);
+        four_steps<kBits, kGroup>(from, a, byte, four);
+        take(i);
       }
-      finish(quads, g, scale + g);
+      finish(g, scale + g);
     }
     if (g < groups) {
-      vi quads[kLanes / 4] = {};
+      for (int t = 0; t < kTokens; ++t)
+        for (vi& quad : quads[t]) quad = vi{};
       for (int i = 0; byte < bytes; ++i, byte += kFour) {
         prefetch(byte);
-        quads[i] = byte + kFour <= bytes ? four_steps<kBits, kGroup>(from, a.q, byte)
-                                         : last_steps<kBits, kGroup>(from, a.q, byte, bytes - byte);
+        if (byte + kFour <= bytes) four_steps<kBits, kGroup>(from, a, byte, four);
+        else last_steps<kBits, kGroup>(from, a, byte, bytes - byte, four);
+        take(i);
       }
       uint16_t some[kRun] = {};
       __builtin_memcpy(some, scale + g, size_t(groups - g) * 2);
-      finish(quads, g, some);
+      finish(g, some);
     }
-    y[row] = total;
+    for (int t = 0; t < kTokens; ++t) y[t * ldy + row] = total[t];
   }
 }
 
@@ -278,10 +293,13 @@ static void gemv_down(const RowBlock& block, const Activations& a, float* y, int
 template <int kBits, int kGroup, int kTokens>
 static void gemv_some(const Weight& w, int64_t row0, int64_t row1, const Activations& a, int tokens, float* y,
                       int64_t ldy) {
-  if constexpr (kTokens == 1) {
-    gemv_across<kBits, kGroup>(w, row0, row1, a, y);
-  } else {
+  if constexpr (kTokens > 1) {
     if (tokens < kTokens) return gemv_some<kBits, kGroup, kTokens - 1>(w, row0, row1, a, tokens, y, ldy);
+  }
+  if constexpr (kTokens <= kAcross) {
+    if (kTokens <= across_tokens) return gemv_across<kBits, kGroup, kTokens>(w, row0, row1, a, y, ldy);
+  }
+  if constexpr (kTokens > 1) {
     each_block(w, row0, row1, [&](const RowBlock& block) {
       gemv_down<kBits, kGroup, kTokens>(block, a, y, ldy, block.ahead());
     });

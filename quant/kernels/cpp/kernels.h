@@ -130,6 +130,7 @@ struct Kernels {
 };
 
 const Kernels& kernels();  // the chosen instruction set
+extern const int across_tokens;          // up to so many, a product takes rows one after the other; see gemv.inl
 extern const int64_t prefetch_ahead[2];  // bytes that one token's product of 4 and of 8 bits asks ahead of itself
 
 inline float bf16_to_float(uint16_t bits) {
