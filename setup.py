@@ -5,13 +5,25 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path("quant/kernels/cpp")
 SOURCES = runpy.run_path(str(HERE.parent / "sources.py"))["sources_digest"](HERE)
 # Times of files say nothing of a module that was copied here.
 BUILT = any(SOURCES.encode() in built.read_bytes() for built in HERE.parent.glob("_native*.so"))
 
+
+class BuildExt(build_ext):
+    """Beside what lies there already, never over it: processes may have it mapped, and would end by a signal."""
+
+    def copy_extensions_to_source(self):
+        for built in HERE.parent.glob("_native*.so"):
+            built.unlink()
+        super().copy_extensions_to_source()
+
+
 setup(
+    cmdclass={"build_ext": BuildExt},
     ext_modules=[
         Extension(
             "quant.kernels._native",
