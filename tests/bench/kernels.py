@@ -71,7 +71,7 @@ def streamed(nbytes: int, call: Callable[[], object], rounds: int) -> dict[str, 
     rates, fractions = [], []
     call()
     for _ in range(rounds):
-        floor = native.read_bandwidth(1 << 28, 0.05)
+        floor = native.read_bandwidth(1 << 30, 0.05)
         rate = nbytes / statistics.median(seconds(call) for _ in range(3)) / 1e9
         rates.append(rate)
         fractions.append(rate / floor)
@@ -169,7 +169,7 @@ def main() -> None:
     native.set_isa(options.isa)
     rounds: int = options.rounds
     jobs: dict[str, Callable[[], dict[str, float]]] = {
-        "floor": lambda: {"gb_per_s": native.read_bandwidth(1 << 29, 1.0)},
+        "floor": lambda: {"gb_per_s": native.read_bandwidth(1 << 30, 1.0)},
         "decode int4 g128, 1 token": lambda: decode_gemv("int4", 1, rounds),
         "decode int8 g128, 1 token": lambda: decode_gemv("int8", 1, rounds),
         **{
