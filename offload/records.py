@@ -15,6 +15,7 @@ from quant.sizes import as_bytes
 
 Finish = Literal["", "eos", "stop", "length", "context", "cancelled"]
 FinishReason = Literal["stop", "length", "context"]
+_LONGEST = 2**31 - 1  # tokens are counted in 32 bits here and there
 _KV, _DEVICES, _DRAFTS = ("bf16", "int8"), ("auto", "cpu", "cuda"), (None, "ngram")
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
@@ -92,6 +93,8 @@ class RunOptions:
         for name, value, known in choices:
             if value not in known:
                 raise UsageError(f"{name} is {value!r}: expected {' or '.join(repr(one) for one in known if one)}")
+        if self.context is not None and not 1 <= self.context <= _LONGEST:
+            raise UsageError(f"the context is {self.context} tokens: expected 1 to {_LONGEST:,}")
         if self.sequences < 1:
             raise UsageError(f"sequences is {self.sequences}: expected at least 1")
         if self.prompt_cache_size is not None and self.prompt_cache is None:
