@@ -131,6 +131,10 @@ def one_line_errors(*, json: bool = False) -> Iterator[None]:
         _say_and_fail("MachineError", f"{_named(error)}{remedy}", MachineError.exit_code, json)
     except MemoryError:
         _say_and_fail("MachineError", _NO_MEMORY, MachineError.exit_code, json)
+    except SystemError as error:
+        if "error return without exception set" not in str(error):  # what Python makes of an error it has no room for
+            raise
+        _say_and_fail("MachineError", _NO_MEMORY, MachineError.exit_code, json)
     except RuntimeError as error:
         if "can't allocate memory" in str(error):  # torch's word for MemoryError
             said = _NO_MEMORY

@@ -53,7 +53,8 @@ NAMES = {"recipe", "policy", "gpu", "fit", "experts", "shared_expert", "dense_ml
 FILES = {"text", "calibrate", "imatrix", "routing", "merge", "reference", "model", "trace"}
 WRITTEN = {"report", "out", "save_imatrix"}
 FREE = {"prompt", "system", "stop", "cache", "keep", "source", "destination", "shape", "directory", "trace"}
-FREE |= {"host", "api_key", "allow_host", "allow_origin", "name"}
+FREE |= {"host", "api_key", "allow_host", "allow_origin", "name", "images_from"}
+FREE |= {"prompt_cache", "resume"}  # made where they are not
 BESIDE = {("quantize", "save_imatrix"): ["--imatrix", "TEXT"], ("quantize", "routing"): ["--target-bits", "6"]}
 
 

@@ -55,11 +55,11 @@ def recorded() -> Iterator[Answer]:
     """What generators compute meanwhile."""
     answer, real = Answer(), Batch._try
 
-    def seen(batch: Batch, rows: list[BatchRow], ids: list[list[int]]) -> Tensor:
-        before = [row.seen for row in rows]
-        logits = real(batch, rows, ids)
-        for row, start, its, new in zip(rows, before, logits[-len(rows) :], ids, strict=True):
-            answer.steps.append((tuple(row.tokens[: start + len(new)]), its.detach().float().clone()))
+    def seen(batch: Batch, rows: list[BatchRow], texts: list[list[int]], keep: list[int]) -> Tensor:
+        logits = real(batch, rows, texts, keep)
+        for text, its in zip(texts, logits.split(keep), strict=True):
+            for back, row in enumerate(reversed(its.detach().float().clone())):
+                answer.steps.append((tuple(text[: len(text) - back]), row))
         return logits
 
     Batch._try = seen  # type: ignore[method-assign]

@@ -90,10 +90,10 @@ def _greedy(session: Session, count: int = 20) -> tuple[list[int], torch.Tensor]
     """Tokens, and the logits that each was picked from."""
     seen: list[torch.Tensor] = []
     forward = session.runner._forward
-    session.runner._forward = lambda ids: (seen.append(forward(ids).clone()), seen[-1])[1]  # type: ignore[method-assign, func-returns-value]
+    session.runner._forward = lambda ids, keep=1: (seen.append(forward(ids, keep).clone()), seen[-1])[1]  # type: ignore[method-assign, func-returns-value]
     records = list(session.generate(PROMPT, Sampling(max_tokens=count, ignore_eos=True)))
     session.runner._forward = forward  # type: ignore[method-assign]
-    return [record.token_id for record in records], torch.stack(seen)
+    return [record.token_id for record in records], torch.cat(seen)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -174,10 +174,13 @@ def test_an_interrupt_ends_the_process_that_renders(monkeypatch: pytest.MonkeyPa
     render(TEMPLATES["roles"])
     kept = process()
 
-    def interrupted(*asked: object) -> None:
-        raise KeyboardInterrupt
+    class Interrupted:
+        def register(self, *asked: object) -> None: ...
 
-    monkeypatch.setattr("select.select", interrupted)
+        def poll(self, *asked: object) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("select.poll", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         render(NESTED + ENDS)
     assert kept is not None and kept.poll() is not None
