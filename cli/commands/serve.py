@@ -39,7 +39,8 @@ Parallel = Annotated[
     int | None, typer.Option("--parallel", min=1, metavar="N", help="Answers at once, at most (16; beside a GPU 1).")
 ]
 Timeout = Annotated[
-    float, typer.Option("--timeout", min=1, metavar="SECONDS", help="What a request may take, waiting included.")
+    float,
+    typer.Option("--timeout", min=1, max=31_536_000, metavar="SECONDS", help="What a request may take, and wait."),
 ]
 NoImages = Annotated[bool, typer.Option("--no-images", help="Take no images, and keep no memory free for them.")]
 ImagesFrom = Annotated[
