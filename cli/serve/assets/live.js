@@ -19,18 +19,25 @@
   };
   const figures = (rows) => rows.map(([name, value, unit]) =>
     made("div", "", made("dt", "", name), made("dd", "", made("div", "value", value, " ", made("span", "unit", unit)))));
-  const tone = (place) => (place < 5 ? `role${place}` : "role-other");
-  const tier = (name, unsorted) => {
+  // A role has one colour in all tiers: the five that take most in any of them have their own, the rest share one.
+  const colours = (memory) => {
+    const largest = new Map();
+    for (const { name, bytes } of Object.values(memory).flat())
+      largest.set(name, Math.max(bytes, largest.get(name) ?? 0));
+    const ordered = [...largest].toSorted((one, other) => other[1] - one[1]).map(([name]) => name);
+    return (role) => (ordered.indexOf(role.name) < 5 ? `role${ordered.indexOf(role.name)}` : "role-other");
+  };
+  const tier = (name, unsorted, tone) => {
     const roles = unsorted.toSorted((one, other) => other.bytes - one.bytes);
     const total = roles.reduce((sum, role) => sum + role.bytes, 0);
     const bar = made("div", `bar ${name}`);
-    roles.forEach((role, place) => {
-      const part = made("i", tone(place));
+    roles.forEach((role) => {
+      const part = made("i", tone(role));
       part.style.flex = `${role.bytes} 1 0`;
       bar.append(part);
     });
-    const listed = made("ul", "legend", ...roles.map((role, place) =>
-      made("li", tone(place), made("span", "swatch"), `${role.name} ${size(role.bytes)}`)));
+    const listed = made("ul", "legend", ...roles.map((role) =>
+      made("li", tone(role), made("span", "swatch"), `${role.name} ${size(role.bytes)}`)));
     return made("div", "tier", made("div", "head", made("b", "", NAMES[name]), size(total)), bar, listed);
   };
   const draw = (live) => {
@@ -41,8 +48,9 @@
       ["Limited by", live.limited_by, ""],
       ["Answers", String(live.running), live.waiting ? `and ${live.waiting} wait` : "under way"],
     ]));
+    const tone = colours(live.memory);
     find("tiers").replaceChildren(...Object.entries(live.memory)
-      .filter(([, roles]) => roles.length).map(([name, roles]) => tier(name, roles)));
+      .filter(([, roles]) => roles.length).map(([name, roles]) => tier(name, roles, tone)));
     const { counts, tiers } = live.experts;
     const most = Math.max(1, ...counts.flat()), shapes = new Map(), found = { vram: 0, ram: 0, disk: 0 };
     counts.forEach((row, y) => row.forEach((count, x) => {
