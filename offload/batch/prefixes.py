@@ -47,14 +47,20 @@ class Prefixes(Generic[Cached]):
     def __iter__(self) -> Iterator[Prefix[Cached]]:
         return iter(self._prefixes)
 
-    def keep(self, tokens: Sequence[int], kept: Cached) -> None:
-        """Remember ``tokens``, of which there is ``kept``."""
+    def keep(
+        self, tokens: Sequence[int], kept: Cached, instead_of: Prefix[Cached] | None = None
+    ) -> Prefix[Cached] | None:
+        """Remember ``tokens``, of which there is ``kept``, and forget another; returns what is remembered."""
+        if instead_of is not None and self.take(instead_of):
+            self._free(instead_of.kept)
         if not tokens:
             self._free(kept)
-            return
-        self._prefixes.append(Prefix.of(tokens, kept))
+            return None
+        prefix = Prefix.of(tokens, kept)
+        self._prefixes.append(prefix)
         if len(self._prefixes) > _MOST:
             self.forget()
+        return prefix
 
     def matching(
         self, tokens: Sequence[int], others: Iterable[Prefix[Cached]] = ()

@@ -207,6 +207,7 @@ class Batch(Runner):
     def _decode(self, rows: list[Sequence], *, draft: bool = True) -> None:
         drafts = self._drafted(rows) if draft else [[] for _ in rows]
         counts = [1 + len(drafted) for drafted in drafts]
+        self._keep_chunks(rows, counts)
         started = time.perf_counter()
         try:
             logits, used = self._run(
@@ -235,6 +236,20 @@ class Batch(Runner):
             tokens += self._choose(row, its, drafted)
         if self.drafts is not None:
             self.drafts.note(len(rows), sum(counts) - len(rows), tokens, seconds, used.read)
+
+    def _keep_chunks(self, rows: list[Sequence], counts: list[int]) -> None:
+        """Where a step takes a text over the end of a chunk, what came before stays while nobody needs its pages.
+
+        The next prompt often has this answer in other words (a call that was parsed and rendered anew), and so begins
+        like this text up to a token of the chunk that is over.
+        """
+        for row, count in zip(rows, counts, strict=True):
+            # A row takes a page more in each layer at most: a new one, or a copy of its last, which is shared now.
+            room = self.pool.counts.free >= len(rows) * self.pool.shape.num_layers
+            if row.cache is not None and room and row.cache.crosses(count):
+                before = row.cache.fork(row.seen)
+                if before is not None:
+                    row.border = self.prefixes.keep(row.tokens[: row.seen], before, row.border)
 
     def _drafted(self, rows: list[Sequence]) -> list[list[int]]:
         """What to try of each of ``rows`` beyond its next token."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from offload.batch.prefixes import Prefix
 from offload.generate.answer import Answer
 from offload.generate.drafts import Drafts, TextDrafts
 from offload.generate.prompt_cache import KeptText, Load
@@ -25,6 +26,7 @@ class Sequence:
         self.drafts: TextDrafts | None = None
         self.load: Load | None = None  # what is read of it from disk
         self.kept: KeptText | None = None
+        self.border: Prefix[PagedCache] | None = None  # what was run before a chunk ended, as long as it is kept
         self.reused = Reused()
         self.run: list[TokenRecord] = []
         self._answer: Answer | None = None

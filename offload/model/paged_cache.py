@@ -249,7 +249,13 @@ class PagedCache(SequenceCache):
         self.tables = torch.full((shape.num_layers, blocks), NO_PAGE, dtype=torch.int32)
         chunks = [shape.attention_chunk_size if i in shape.chunked_layers else 0 for i in range(shape.num_layers)]
         self.paged = [PagedLayer(pool, chunk, table) for chunk, table in zip(chunks, self.tables, strict=True)]
+        self._chunks = set(chunks) - {0}
         super().__init__(self.paged, pool.context)
+
+    def crosses(self, tokens: int) -> bool:
+        """Whether ``tokens`` more let a chunked layer forget the chunk that it is in."""
+        seen = self.paged[0].seen
+        return any((seen + tokens) // chunk > seen // chunk for chunk in self._chunks)
 
     def reserve(self, tokens: int) -> None:
         """Have pages in every layer for ``tokens`` more, all within one chunk.

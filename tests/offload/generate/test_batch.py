@@ -193,6 +193,26 @@ def test_a_prompt_that_begins_like_one_that_is_still_going_on_is_not_computed_ag
     assert found == [record.token_id for record in session.generate([*BASES[2], 4], max_tokens=4, ignore_eos=True)]
 
 
+def test_a_chunk_that_ended_in_an_answer_is_not_computed_again_for_the_next_prompt(
+    models: Callable[[str], Path],
+) -> None:
+    """An answer that comes back in other words, as a call does that was parsed and rendered anew."""
+    with sessions.session(models("llama4_text"), RunOptions(context=CONTEXT), ram_slots=64) as opened:
+        opened.finish_filling()
+        assert opened.shape.attention_chunk_size == 32
+        for length in (27, 61, 95):  # 95: the border comes right with the first token
+            prompt = [(7 * i + length) % 90 + 5 for i in range(length)]
+            list(opened.submit(prompt, max_tokens=8, ignore_eos=True))
+            again = [*prompt, 3, 4, 5]
+            stream = opened.submit(again, max_tokens=4, ignore_eos=True)
+            found = [record.token_id for record in stream]
+            assert stream.cached_tokens == length
+            opened.reset()
+            assert pages_in_use(opened) == 0
+            assert found == [record.token_id for record in opened.generate(again, max_tokens=4, ignore_eos=True)]
+            opened.reset()
+
+
 def test_sequences_that_do_not_fit_wait_and_it_is_said(session: Session) -> None:
     long = [(7 * i) % 90 + 5 for i in range(200)]
     streams = [session.submit([seed, *long], max_tokens=8, ignore_eos=True) for seed in (3, 4)]
