@@ -103,6 +103,11 @@ class NativeDecoder(Decoder):
         if self.lookahead is not None and readable and self._guess_tokens:
             self.stack.guess_tokens(rows, -(-len(parts) // _LAST))
 
+    @property
+    def same_in_chunks(self) -> bool:
+        """See Decoder."""
+        return not self.exact
+
     def forward(self, ids: Sequence[int], cache: SequenceCache, *, keep: int = 1) -> Tensor:
         """See Decoder. The native kernels read keys and values in pages."""
         assert isinstance(cache, PagedCache)

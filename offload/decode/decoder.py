@@ -65,6 +65,11 @@ class Decoder:
         """Whether several tokens that go on a sequence are run in one step; else they are run one after the other."""
         return True
 
+    @property
+    def same_in_chunks(self) -> bool:
+        """Whether a prompt comes to the same, to the bit, however it is cut into chunks."""
+        return False
+
     def launch(self, token: int) -> bool:
         """Begin the step of ``token`` before ``forward`` asks for it, and say whether that could be done. What
         goes wrong with it is raised by that ``forward``."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Tokens
 import torch
 from torch import Tensor
 
+from offload.batch.chunk_size import ChunkSize
 from offload.batch.pages import OutOfPages
 from offload.batch.prefixes import Prefix, Prefixes
 from offload.batch.scheduler import Scheduler
@@ -48,6 +49,7 @@ class Batch(Runner):
         self.prefixes = Prefixes[PagedCache](lambda cache: cache.free())
         self.prompts = prompts
         pool.counts.forget = self._forget
+        self._chunk = ChunkSize(parts.prompt_chunk)
         self._notes, self._asked, self._refused = notes, 0, -1
         self._rows: list[Sequence] = []  # of the step under way
 
@@ -61,6 +63,13 @@ class Batch(Runner):
         room = self.parts.context - len(ids)
         self.scheduler.add(Sequence(self._asked, ids, sampling, stream, room))
         self._asked += 1
+
+    @property
+    def chunk_beside(self) -> int:
+        """See Runner. Chunks stay long where each reads from disk what the one before did, and where their number
+        changes the last bits of a sum."""
+        free = self.experts.holds_all and self.decoder.same_in_chunks
+        return self._chunk.beside if free else self.parts.prompt_chunk
 
     def runs_only(self, stream: Stream) -> bool:
         """See Runner."""
@@ -184,10 +193,10 @@ class Batch(Runner):
     def _prefill(self, sequence: Sequence) -> None:
         if sequence.load is not None and not self._loaded(sequence):
             return
-        count = min(len(sequence.unseen), self.parts.prompt_chunk)
+        count = min(len(sequence.unseen), self.chunk_beside if self.scheduler.decoding else self.parts.prompt_chunk)
         if self.prompts is not None:
             count = min(count, self.prompts.cut(sequence.seen, count))
-        end = sequence.seen + count
+        end, started = sequence.seen + count, time.perf_counter()
         try:
             logits, used = self._run([sequence], [sequence.tokens[:end]], [1])
         except OutOfPages as error:
@@ -198,6 +207,7 @@ class Batch(Runner):
         except BaseException as error:  # noqa: BLE001 - it is raised where the stream is read
             self._end(sequence, error)
             return
+        self._chunk.note(count, time.perf_counter() - started)
         sequence.count(count, used)
         self._save(sequence)
         if not sequence.unseen:

@@ -136,6 +136,11 @@ class Runner:
         """Run ``most`` sequences at once, or as many as can be; how many that is."""
         return 1
 
+    @property
+    def chunk_beside(self) -> int:
+        """Tokens of a prompt that are run at once while others wait for their next token."""
+        return self.parts.prompt_chunk
+
     def add(self, ids: Sequence[int], sampling: Sampling, stream: Stream) -> None:
         """Let a prompt that was checked wait for its turn; ``stream`` is told what becomes of it."""
         raise NotImplementedError

@@ -14,6 +14,7 @@ from offload.run.session import Session
 
 _WITH = 3  # sequences that are being answered when a prompt arrives
 _BEFORE = 8  # tokens of each before it does
+_LEAST = 64  # tokens of a chunk, beside others
 _STEPS = 3  # normal steps, which beside a chunk of the prompt nobody waits longer than
 
 
@@ -21,7 +22,7 @@ _STEPS = 3  # normal steps, which beside a chunk of the prompt nobody waits long
 class Arrival:
     """A prompt of ``prompt_tokens`` that arrives while ``sequences`` others are being answered: when its first token
     came, the longest that one of the others waited for a token from then until it did, and what a step took before; a
-    chunk of ``prompt_chunk`` tokens takes ``chunk_ms`` on average."""
+    chunk of ``prompt_chunk`` tokens, as the last one beside others had, takes ``chunk_ms`` on average."""
 
     sequences: int
     prompt_tokens: int
@@ -59,7 +60,7 @@ class SequenceBenchmark:
     @property
     def sequences(self) -> int:
         """How many of that length the KV cache must hold at once."""
-        others = _WITH * (self.each.prompt_tokens + _BEFORE + self.arriving // 4) if self.arriving else 0
+        others = _WITH * (self.each.prompt_tokens + _BEFORE + 4 + self.arriving // _LEAST) if self.arriving else 0
         return -(-max(max(self.counts, default=1) * self.each.context, self.arriving + others) // self.context)
 
     def run(self, session: Session, text: str, progress: Callable[[str], None]) -> list[list[TokenRecord]]:
@@ -81,10 +82,9 @@ class SequenceBenchmark:
         if not self.arriving:
             return None
         progress(f"a prompt of {self.arriving:,} tokens beside {_WITH} sequences")
-        ids, chunk = session.encode(text), session.plan.prompt_chunk
+        ids = session.encode(text)
         session.reset()
-        chunks = -(-self.arriving // chunk)
-        most = min(_BEFORE + 4 * chunks, session.context - self.each.prompt_tokens)
+        most = min(_BEFORE + 4 + self.arriving // _LEAST, session.context - self.each.prompt_tokens)
         streams = [self._submit(session, self.each.prompt(ids, place), most) for place in range(_WITH)]
         before = [[next(stream) for _ in range(_BEFORE)] for stream in streams]
         steps = [r.seconds for run in before for r in run if r.phase == "decode" and r.sequences == _WITH]
@@ -93,6 +93,7 @@ class SequenceBenchmark:
         newcomer = self._submit(session, long, 1)
         first = next(newcomer)
         took = perf_counter() - started
+        chunk = session.runner.chunk_beside
         after = [list(stream) for stream in streams]
         gaps = [record.seconds for run in after for record in run]
         return Arrival(
@@ -102,7 +103,7 @@ class SequenceBenchmark:
             took,
             1e3 * max(gaps, default=0.0),
             1e3 * median(steps or [0.0]),
-            1e3 * first.busy_seconds / chunks,
+            1e3 * first.busy_seconds * chunk / self.arriving,
         )
 
     @staticmethod

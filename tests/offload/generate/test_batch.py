@@ -17,33 +17,16 @@ from offload.generate.stream import Stream
 from offload.model.paged_cache import PagedCache
 from offload.records import RunOptions, Sampling, TokenRecord
 from offload.run.session import Session
-from quant.convert.convert import convert
 from quant.errors import CheckpointError
-from quant.model.families import Role
-from quant.scheme import Scheme
 from tests import sessions
 from tests.checkpoints import FAMILIES
 from tests.drafting import Repeated, draft_by
 
 STEPS = int(os.environ.get("COLDSTREAM_STEPS", "60"))
-SCHEMES: dict[Role, Scheme] = {"experts": Scheme("int4", 32), "attention": Scheme("int8", 32)}
 SPLITS: dict[str, dict[str, Any]] = {"in ram": {"ram_slots": 64}, "on disk": {"ram_slots": 5, "fills": False}}
 CONTEXT = 384
 # A base and what may follow it, so that prompts begin alike.
 BASES = [list(range(5, 25)), [9, 8, 7, 6], [*range(40, 90), *range(30, 110)]]
-
-
-@pytest.fixture(scope="module")
-def models(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp("batch") / family
-            convert(tiny(family), made[family], SCHEMES)
-        return made[family]
-
-    return get
 
 
 @pytest.fixture
@@ -211,6 +194,35 @@ def test_a_chunk_that_ended_in_an_answer_is_not_computed_again_for_the_next_prom
             assert pages_in_use(opened) == 0
             assert found == [record.token_id for record in opened.generate(again, max_tokens=4, ignore_eos=True)]
             opened.reset()
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen3_moe"])
+def test_a_long_prompt_beside_others_is_run_in_short_chunks_to_the_same_bits(
+    family: str, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = [(7 * i) % 90 + 5 for i in range(300)]
+    options = RunOptions(context=CONTEXT, sequences=2)
+    with sessions.session(models(family), options, ram_slots=64) as session:
+        session.finish_filling()
+        lengths: list[int] = []
+        forward = session.decoder.forward
+
+        def noted(ids: Any, cache: Any, *, keep: int = 1) -> Any:
+            lengths.append(len(ids))
+            return forward(ids, cache, keep=keep)
+
+        monkeypatch.setattr(session.decoder, "forward", noted)
+        asked = Sampling(max_tokens=8, ignore_eos=True, logprobs=5)
+        alone = list(session.generate(long, asked))
+        session.reset()
+        batch_of(session)._chunk.note(64, 1.0)
+        monkeypatch.setattr(batch_of(session)._chunk, "note", lambda *took: None)
+        first = session.submit(BASES[0], max_tokens=60, ignore_eos=True)
+        next(first)
+        beside = list(session.submit(long, asked))
+        first.cancel()
+    assert lengths[0] == 300 and lengths[2:4] == [64, 64], lengths
+    assert [(r.token_id, r.logprobs) for r in beside] == [(r.token_id, r.logprobs) for r in alone]
 
 
 def test_sequences_that_do_not_fit_wait_and_it_is_said(session: Session) -> None:

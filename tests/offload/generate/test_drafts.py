@@ -16,31 +16,14 @@ from offload.generate.batch import Batch
 from offload.generate.generator import Generator
 from offload.records import RunOptions, Sampling, TokenRecord
 from offload.run.session import Session
-from quant.convert.convert import convert
-from quant.model.families import Role
-from quant.scheme import Scheme
 from tests import sessions
 from tests.checkpoints import FAMILIES
 from tests.drafting import Recorded, Repeated, draft_by
 
-SCHEMES: dict[Role, Scheme] = {"experts": Scheme("int4", 32), "attention": Scheme("int8", 32)}
 SPLITS: dict[Any, dict[str, Any]] = {"bf16": {"ram_slots": 64}, "int8": {"ram_slots": 5, "fills": False}}
 PROMPTS = [[*range(5, 25)], [9, 8, 7, 6, 9, 8, 7, 6], [(i * 37 + 11) % 90 + 3 for i in range(50)]]
 COUNT = 45  # past a page and, where a family attends in chunks, past several of these
 GREEDY = Sampling(max_tokens=COUNT, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def models(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp("drafts") / family
-            convert(tiny(family), made[family], SCHEMES)
-        return made[family]
-
-    return get
 
 
 @pytest.fixture
