@@ -29,6 +29,7 @@ from offload.records import Reused, Sampling, TokenRecord
 from offload.text.tokenizer import check_ids
 from quant.kernels.stack import MAX_ROWS
 
+QUEUED = "sequences waited for others to end: the KV cache had no room for all of them; --context makes room"
 _LOOK_SECONDS = 0.05  # between two looks at whether a read that is waited for is still wanted
 
 
@@ -311,21 +312,14 @@ class Batch(Runner):
         try:
             count, finished = sequence.choose(logits, draft, self)
         except BaseException as error:  # noqa: BLE001 - it is raised where the stream is read
-            self._take_back(sequence)
+            sequence.take_back()
             self._end(sequence, error)
             return 0
-        self._take_back(sequence)
+        sequence.take_back()
         self._save(sequence)
         if finished:
             self._end(sequence)
         return count
-
-    @staticmethod
-    def _take_back(sequence: Sequence) -> None:
-        """Forget what was run beyond the tokens of ``sequence``."""
-        chosen = max(len(sequence.tokens) - 1, 0) if sequence.sampling is not None else len(sequence.tokens)
-        if sequence.cache is not None and sequence.seen > chosen:
-            sequence.cache.rewind(chosen)
 
     def _save(self, sequence: Sequence) -> None:
         if self.prompts is not None and sequence.kept is not None and sequence.cache is not None:
@@ -344,9 +338,8 @@ class Batch(Runner):
         self._say_queued()
 
     def _say_queued(self) -> None:
-        note = "sequences waited for others to end: the KV cache had no room for all of them; --context makes room"
-        if note not in self._notes:
-            self._notes.append(note)
+        if QUEUED not in self._notes:
+            self._notes.append(QUEUED)
 
     def _end(self, sequence: Sequence, error: BaseException | None = None) -> None:
         """``sequence`` is over; what has been run of it stays for others that begin alike."""

@@ -62,6 +62,12 @@ class Sequence:
             if drafts is not None and self.sampling.drafts:
                 self.drafts = drafts.begin()
 
+    def take_back(self) -> None:
+        """Forget what was run beyond its tokens."""
+        chosen = max(len(self.tokens) - 1, 0) if self.sampling is not None else len(self.tokens)
+        if self.cache is not None and self.seen > chosen:
+            self.cache.rewind(chosen)
+
     def stop_loading(self) -> None:
         """Nothing more is read into its pages."""
         if self.load is not None:
