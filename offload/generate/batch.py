@@ -69,8 +69,7 @@ class Batch(Runner):
     def chunk_beside(self) -> int:
         """See Runner. Chunks stay long where each reads from disk what the one before did, and where their number
         changes the last bits of a sum."""
-        free = self.experts.holds_all and self.decoder.same_in_chunks
-        return self._chunk.beside if free else self.parts.prompt_chunk
+        return self._chunk.beside if self.experts.holds_all and self.decoder.same_in_chunks else self._chunk.most
 
     def runs_only(self, stream: Stream) -> bool:
         """See Runner."""
@@ -135,7 +134,6 @@ class Batch(Runner):
             pass
         if counts.free < needed and others:
             cache.free()
-            self._refused = counts.given_back
             self._say_queued()
             return False
         sequence.cache = cache
@@ -334,10 +332,10 @@ class Batch(Runner):
         assert stopped.cache is not None
         stopped.stop_loading()
         stopped.cache.free()
-        self._refused = self.pool.counts.given_back
         self._say_queued()
 
     def _say_queued(self) -> None:
+        self._refused = self.pool.counts.given_back
         if QUEUED not in self._notes:
             self._notes.append(QUEUED)
 
