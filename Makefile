@@ -24,8 +24,9 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/coldstream demo
 
+# Two test processes with two threads each: a thread that waits must leave its core to the others.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q --durations=5 -n 2 --dist worksteal $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --durations=5 -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
