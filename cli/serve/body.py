@@ -27,6 +27,9 @@ class Body(dict[str, Any]):
 
 
 def _whole(value: Any) -> Any:
+    """``value`` with whole numbers as such: to the description 1.0 is one, as to JavaScript."""
+    if isinstance(value, list) and any(isinstance(one, float) for one in value):
+        return [_whole(one) for one in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

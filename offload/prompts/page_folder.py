@@ -78,7 +78,7 @@ class PageFolder:
         self._make_room(layout.nbytes)
         part = path.with_name(f"{path.name}-{secrets.token_hex(4)}{_PART}")
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make()
             write_page_file(part, layout, key, tokens, pages, direct=direct)
             self._stamp(part, block, when)
             part.replace(path)
@@ -89,6 +89,12 @@ class PageFolder:
         self.spoiled.discard(path)
         self._written += layout.nbytes
         return layout.nbytes
+
+    def _make(self) -> None:
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # as /proc says it: not that a file has gone away meanwhile
+            raise OSError(errno.ENOTDIR, f"{self.folder.name} cannot be made there") from error
 
     def remove(self, path: Path) -> None:
         """``path`` is not as it was written: no longer use it."""

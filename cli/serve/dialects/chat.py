@@ -141,6 +141,8 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     kept = {"role": "system" if role == "developer" else role, "content": content}
     kept |= {name: said for name in _KEPT if isinstance(said := message.get(name), str)}
     if calls := message.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise ServeError(400, f"{where}.tool_calls is no list of calls", param=where)
         kept["tool_calls"] = [_called(call, f"{where}.tool_calls") for call in calls]
     return kept
 

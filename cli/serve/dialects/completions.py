@@ -33,6 +33,8 @@ async def completions(request: HttpRequest) -> Response:
         raise ServeError(400, "best_of other than n is not offered here", param="best_of")
     sampling = service.sampling({"max_tokens": _DEFAULT_TOKENS, "logprobs": body.get("logprobs"), **sampling_of(body)})
     ids = [service.session.encode(one) if isinstance(one, str) else one for one in _prompts(body["prompt"])]
+    if any(max(one, default=0) >= service.session.shape.vocab_size for one in ids):
+        raise ServeError(400, f"a token is beyond {service.session.shape.vocab_size - 1:,}", param="prompt")
     head: Document = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
     head |= {"created": int(time.time()), "model": service.name}
 

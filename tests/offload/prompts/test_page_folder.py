@@ -104,3 +104,8 @@ def test_only_its_own_files_are_counted_and_removed(tmp_path: Path) -> None:
     for number in range(3, 12):
         put(folder, key(number))
     assert all(path.read_bytes() == b"mine" * 50_000 for path in foreign) and not orphan.exists()
+
+
+def test_a_place_where_no_folder_can_be_made_is_not_taken_for_a_file_that_went_away() -> None:
+    with pytest.raises(NotADirectoryError, match="cannot be made there"):
+        put(PageFolder(Path("/proc"), "a" * 16, 4 * LAYOUT.nbytes), key(1))
