@@ -12,7 +12,7 @@ Fused experts ``experts.gate_up_proj`` ``[E, N, K]`` have theirs in ``experts.ga
 ``[E, ...]``. W = code · scale. A scale of activations (``input_scale``) is not part of a weight.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from quant.sources.weight import SourceWeight, expect, look_up
 
 _SCALE_DTYPES = ("BF16", "F16", "F32")
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().view(256, 1)
+_SHARED = ("tensor", "channel", "block")
 Block = tuple[int, int]
 
 
@@ -49,16 +50,25 @@ class Float8Weight(SourceWeight):
         return dense
 
 
-def float8_weights(raw: Checkpoint, scales: Sequence[str], blocks: Sequence[Block] = ()) -> Iterator[Float8Weight]:
+def float8_weights(
+    raw: Checkpoint, scales: Sequence[str], blocks: Sequence[Block] = (), shared: Collection[str] = _SHARED
+) -> Iterator[Float8Weight]:
     """Every fp8 weight of ``raw``. ``scales`` are the endings that its scale may have after the module's name,
-    ``blocks`` the block sizes that the config allows. Raises CheckpointError if there is no scale, or it does not fit.
+    ``blocks`` the block sizes and ``shared`` the parts of a weight with one scale (tensor, channel, block) that the
+    config allows. Raises CheckpointError if there is no scale, or it does not fit.
     """
     for entry in raw.entries.values():
         if entry.dtype == "F8_E4M3":
-            yield float8_weight(raw, entry, scales, blocks)
+            yield float8_weight(raw, entry, scales, blocks, shared)
 
 
-def float8_weight(raw: Checkpoint, weight: TensorEntry, scales: Sequence[str], blocks: Sequence[Block]) -> Float8Weight:
+def float8_weight(
+    raw: Checkpoint,
+    weight: TensorEntry,
+    scales: Sequence[str],
+    blocks: Sequence[Block],
+    shared: Collection[str] = _SHARED,
+) -> Float8Weight:
     """The weight that fp8 tensor ``weight`` makes with its scales."""
     owner = weight.key.removesuffix(".weight")
     names = [f"{owner}{'.weight' if owner != weight.key else ''}{ending}" for ending in scales]
@@ -68,20 +78,20 @@ def float8_weight(raw: Checkpoint, weight: TensorEntry, scales: Sequence[str], b
     if len(weight.shape) not in (2, 3) or 0 in weight.shape:
         raise CheckpointError(f"{weight.file}: tensor {weight.key} has shape {list(weight.shape)}: expected a matrix")
     *experts, rows, columns = weight.shape
-    grids = {size: (-(-rows // size[0]), -(-columns // size[1])) for size in _sizes(rows, columns, blocks)}
+    sizes = list(blocks) if "block" in shared else []
+    if "channel" in shared:  # a row's, or a column's where fused experts are transposed
+        sizes = [(1, columns), *([(rows, 1)] if experts and not blocks else []), *sizes]
+    if "tensor" in shared:
+        sizes = [(rows, columns), *sizes]
+    grids = {size: (-(-rows // size[0]), -(-columns // size[1])) for size in sizes}
     shapes = {(*experts, *grid): size for size, grid in reversed(grids.items())}
-    if not experts:
-        shapes |= {(): (rows, columns), (1,): (rows, columns)} | ({(rows,): (1, columns)} if rows > 1 else {})
-    else:
-        shapes |= {(*experts,): (rows, columns)}
+    if "channel" in shared and not experts and rows > 1:
+        shapes[rows,] = (1, columns)
+    if "tensor" in shared:
+        shapes |= {(*experts,): (rows, columns)} | ({} if experts else {(1,): (rows, columns)})
     expect(found, _SCALE_DTYPES, *shapes)
     block = shapes[found.shape]
     return Float8Weight(raw, weight.key, weight.shape, _form(block, rows, columns), (weight, found), block)
-
-
-def _sizes(rows: int, columns: int, blocks: Sequence[Block]) -> list[Block]:
-    """What one scale may be for: everything, a row, a column of a transposed matrix, or a block of the config's."""
-    return [(rows, columns), (1, columns), *([(rows, 1)] if not blocks else []), *blocks]
 
 
 def _form(block: Block, rows: int, columns: int) -> str:

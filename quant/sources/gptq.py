@@ -119,6 +119,8 @@ def transposed_weights(raw: Checkpoint, settings: Gptq | Awq) -> Iterator[Transp
         zeros = beside(raw, words, f"{module}.qzeros", "zero points")
         scales = beside(raw, words, f"{module}.scales", "scales")
         order = None if is_awq else raw.entries.get(f"{module}.g_idx")
+        if isinstance(settings, Gptq) and settings.desc_act and order is None:
+            beside(raw, words, f"{module}.g_idx", "order of columns, which desc_act in config.json asks for")
         if len(words.shape) != 2 or len(scales.shape) != 2 or 0 in (*words.shape, *scales.shape):
             raise CheckpointError(f"{words.file}: {module} has no matrices as qweight and scales: expected those")
         columns, rows = (words.shape[0], scales.shape[1]) if is_awq else (words.shape[0] * per_word, scales.shape[1])

@@ -11,7 +11,7 @@ A scale is for a group of columns, for a row (``[N, 1]``) or for the tensor (``[
 W = (value - zero point) · scale.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,11 +20,11 @@ from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.weight_files import TensorEntry
 from quant.errors import CheckpointError
 from quant.pack import unpack
+from quant.sources.settings import CompressedTensors
 from quant.sources.weight import Integers, SourceWeight, beside, checked_order, expect, scaled
 
 _SCALE_DTYPES = ("BF16", "F16", "F32")
 _BITS = (4, 8)
-IsSymmetric = Callable[[str, int], bool]  # by module and bits, as the config says
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,17 @@ class IntegerWeight(SourceWeight):
         return unpack(packed.t().contiguous(), self.width).t()[start:stop]
 
 
-def integer_weights(raw: Checkpoint, is_symmetric: IsSymmetric) -> Iterator[IntegerWeight]:
+def integer_weights(raw: Checkpoint, settings: CompressedTensors) -> Iterator[IntegerWeight]:
     """Every integer weight of ``raw``. Raises CheckpointError, naming it, for a tensor that is missing or unfit."""
     for key, entry in raw.entries.items():
         module, _, suffix = key.rpartition(".")
         if suffix == "weight_packed":
-            yield _packed(raw, entry, module, is_symmetric)
+            yield _packed(raw, entry, module, settings)
         elif suffix == "weight" and entry.dtype == "I8" and f"{module}.SCB" not in raw.entries:
-            yield _made(raw, entry, module, entry.shape, 8, is_symmetric)
+            yield _made(raw, entry, module, entry.shape, 8, settings)
 
 
-def _packed(raw: Checkpoint, packed: TensorEntry, module: str, is_symmetric: IsSymmetric) -> IntegerWeight:
+def _packed(raw: Checkpoint, packed: TensorEntry, module: str, settings: CompressedTensors) -> IntegerWeight:
     expect(packed, ("I32",), packed.shape if len(packed.shape) == 2 else (0, 0))
     said = beside(raw, packed, f"{module}.weight_shape", "shape")
     expect(said, ("I64", "I32"), (2,))
@@ -92,7 +92,7 @@ def _packed(raw: Checkpoint, packed: TensorEntry, module: str, is_symmetric: IsS
             f"{packed.file}: tensor {packed.key} is {list(packed.shape)} words for a {rows}x{columns} weight: expected "
             "4 or 8 bits for each, and words that end with a row"
         )
-    return _made(raw, packed, module, (rows, columns), bits, is_symmetric, said)
+    return _made(raw, packed, module, (rows, columns), bits, settings, said)
 
 
 def _made(
@@ -101,7 +101,7 @@ def _made(
     module: str,
     shape: tuple[int, ...],
     bits: int,
-    is_symmetric: IsSymmetric,
+    settings: CompressedTensors,
     *said: TensorEntry,
 ) -> IntegerWeight:
     if len(shape) != 2 or 0 in shape:
@@ -115,8 +115,14 @@ def _made(
             f"{scale.file}: tensor {scale.key} has {groups} groups for {columns} columns: expected groups of as many "
             "columns each"
         )
+    sizes = settings.group_sizes(bits)
+    if sizes and columns // groups not in [size or columns for size in sizes]:
+        expected = " or ".join("one" if size == 0 else f"one for {size} columns" for size in sizes)
+        raise CheckpointError(
+            f"{scale.file}: tensor {scale.key} has {groups} scales for {columns} columns: config.json says {expected}"
+        )
     zero, order = (raw.entries.get(f"{module}.weight_{name}") for name in ("zero_point", "g_idx"))
-    if is_symmetric(module, bits):
+    if settings.is_symmetric(module, bits):
         if zero is not None:
             raise CheckpointError(
                 f"{zero.file}: tensor {zero.key} is a zero point, but config.json says that the weights are symmetric"

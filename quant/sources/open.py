@@ -45,11 +45,14 @@ def open_source(path: Path | str, tokenizer: Path | None = None) -> Checkpoint:
 def _weights(raw: Checkpoint, method: str, settings: Settings) -> Iterator[SourceWeight]:
     if isinstance(settings, CompressedTensors):
         settings.check()
-        yield from float8_weights(raw, _SCALES, settings.blocks)
-        yield from integer_weights(raw, settings.is_symmetric)
+        yield from float8_weights(raw, _SCALES, settings.blocks, settings.strategies)
+        yield from integer_weights(raw, settings)
     elif isinstance(settings, FineGrainedFloat8):
         size = settings.weight_block_size
-        yield from float8_weights(raw, _INVERSE, [(size[0], size[1])] if size else [])
+        if size:
+            yield from float8_weights(raw, _INVERSE, [(size[0], size[1])], ("block",))
+        else:
+            yield from float8_weights(raw, _INVERSE)
     elif isinstance(settings, Gptq | Awq):
         yield from transposed_weights(raw, settings)
     elif method == "fbgemm_fp8":

@@ -31,6 +31,15 @@ class _Weights(_Record):
     group_size: int | None = None
     block_structure: _Block | None = None
 
+    @property
+    def columns(self) -> int | None:
+        """Columns that share a scale, 0 for all of a row; None if it does not say."""
+        if self.strategy in ("channel", "tensor"):
+            return 0
+        if self.strategy in ("group", None) and self.group_size is not None:
+            return max(self.group_size, 0)
+        return None
+
 
 class _Group(_Record):
     weights: _Weights | None = None
@@ -55,6 +64,19 @@ class CompressedTensors(_Record):
         """The block sizes of fp8 weights."""
         found = (one.block_structure for one in self.weights if one.type == "float" and one.block_structure)
         return list(dict.fromkeys((height, width) for height, width in found))
+
+    @property
+    def strategies(self) -> frozenset[str]:
+        """What a scale of fp8 weights may be for: tensor, channel or block; all where a group does not say."""
+        said = {one.strategy for one in self.weights if one.type == "float"}
+        known = frozenset(("tensor", "channel", "block") if self.blocks else ("tensor", "channel"))
+        return known & said if said and said <= known else known
+
+    def group_sizes(self, bits: int) -> list[int]:
+        """Columns that share a scale in integers of ``bits`` bits, 0 for all of a row; none where a group does not
+        say."""
+        found = [one.columns for one in self.weights if one.type == "int" and one.num_bits == bits]
+        return [] if None in found else sorted({size for size in found if size is not None})
 
     def is_symmetric(self, module: str, bits: int) -> bool:
         """Whether integers of ``bits`` bits have no zero points. Raises CheckpointError if it says both or nothing."""
@@ -96,6 +118,7 @@ class Gptq(_Record):
 
     bits: int
     group_size: int = -1
+    desc_act: bool | None = None
     checkpoint_format: Literal["gptq", "gptq_v2", ""] | None = None
 
 

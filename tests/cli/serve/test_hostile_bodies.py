@@ -1,4 +1,4 @@
-"""Bodies that no client should send: each is answered, or refused in one clear line; never a failure of the server's."""
+"""Bodies that no client should send: each is answered or refused in one line, and never fails the server."""
 
 import json
 from typing import Any

@@ -104,6 +104,17 @@ def test_blocks_are_what_transformers_makes_of_them(tiny: Tiny, tmp_path: Path) 
     rows_equal(tmp_path / "fp8", foreign(tiny("olmoe", num_hidden_layers=2), tmp_path / "fp8", store, config))
 
 
+@pytest.mark.parametrize("keep", [0, 1])
+def test_blocks_have_all_their_scales(tiny: Tiny, tmp_path: Path, keep: int) -> None:
+    foreign(
+        tiny("mixtral", **SMALL), tmp_path / "fp8", deepseek, {"quant_method": "fp8", "weight_block_size": [96, 128]}
+    )
+    scale = f"{EXPERT}.weight_scale_inv"
+    for name, cut in (("fewer", slice(keep, keep + 1)), ("flat", keep)):
+        with pytest.raises(CheckpointError, match=rf"{scale} has shape \[1.*\]: expected \[2, 1\]"):
+            open_source(edited(tmp_path / "fp8", tmp_path / name, lambda t, cut=cut: t.update({scale: t[scale][cut]})))
+
+
 def test_a_scale_for_each_row_as_fbgemm_has_it(tiny: Tiny, tmp_path: Path) -> None:
     def store(weight: Tensor) -> tuple[Tensors, Tensor]:
         scale = weight.float().abs().amax(1, keepdim=True) / 448
@@ -168,6 +179,8 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], str]] = {
         f"{SCALE} has no scales|{SCALE} has dtype F8_E4M3: expected BF16 or F16 or F32",
     ),
     "too few scales": (lambda t: t.update({SCALE: t[SCALE][1:]}), rf"{SCALE} has shape \[127, 1\]: expected"),
+    "scales of columns": (lambda t: t.update({SCALE: t[SCALE].t()}), rf"{SCALE} has shape \[1, 128\]: expected"),
+    "one scale": (lambda t: t.update({SCALE: t[SCALE][0]}), rf"{SCALE} has shape \[1\]: expected \[128, 1\]"),
     "the other fp8": (
         lambda t: t.update({f"{EXPERT}.weight": t[f"{EXPERT}.weight"].to(torch.float8_e5m2)}),
         f"{SCALE} is a part",

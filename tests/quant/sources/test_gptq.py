@@ -86,6 +86,10 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], str]] = {
         lambda t: t.update({PARTS["qzeros"]: t[PARTS["qzeros"]][:, :8]}),
         r"qzeros has shape \[4, 8\]: expected \[4, 16\]",
     ),
+    "no order": (
+        lambda t: t.pop(PARTS["g_idx"]),
+        "qweight has no order of columns, which desc_act in config.json asks",
+    ),
     "a short order": (lambda t: t.update({PARTS["g_idx"]: t[PARTS["g_idx"]][:8]}), r"g_idx has shape \[8\]"),
     "other bits": (
         lambda t: t.update({PARTS["qweight"]: torch.cat([t[PARTS["qweight"]]] * 2)}),

@@ -108,6 +108,11 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "words in F32": (lambda t: t.update({WORDS: t[WORDS].float()}), f"{WORDS} has dtype F32: expected I32"),
     "zero points in I8": (lambda t: t.update({ZERO: t[ZERO].to(torch.int8)}), f"{ZERO} has dtype I8: expected I32"),
     "three groups": (lambda t: t.update({SCALE: t[SCALE][:, :3]}), f"{SCALE} has 3 groups for 128 columns"),
+    "groups of half the size": (
+        lambda t: t.update({SCALE: t[SCALE].repeat(1, 2)}),
+        f"{SCALE} has 8 scales for 128 columns: config.json says one for 32 columns",
+    ),
+    "a scale per row": (lambda t: t.update({SCALE: t[SCALE][:, :1]}), f"{SCALE} has 1 scales for 128 columns"),
     "fewer words": (lambda t: t.update({WORDS: t[WORDS][:, 1:]}), rf"{WORDS} is \[128, 15\] words for a 128x128"),
     "fewer zero points": (lambda t: t.update({ZERO: t[ZERO][1:]}), rf"{ZERO} has shape \[15, 4\]: expected \[16, 4\]"),
     "a shape that is none": (lambda t: t.update({SHAPE: torch.tensor([-128, -128])}), f"{WORDS} is"),
