@@ -13,6 +13,7 @@ from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from offload.records import RunOptions
 
+MOST_AT_ONCE = 16  # rows of a step
 KEY_VARIABLE = "COLDSTREAM_API_KEY"
 Host = Annotated[
     str, typer.Option("--host", metavar="ADDRESS", help="Where to listen; beyond this machine with a key.")
@@ -93,6 +94,7 @@ def serve(
             f"--host {host} lets other machines ask, and no --api-key is given: give one, or say --unprotected too"
         )
     path = find_model(model)
+    run = replace(run, images=not no_images, sequences=min(parallel or 1, MOST_AT_ONCE))
     sampling.of(path, max_tokens=1)  # a broken generation_config.json is said before the model is loaded
     bound = bind(host, port)
     with seldom_collecting():
@@ -100,14 +102,15 @@ def serve(
         from cli.serve.service import Limits, Service
         from offload.vision.image_url import ImageSources
 
-    with bound, open_session(path, replace(run, images=not no_images), console) as session:
+    with bound, open_session(path, run, console) as session:
         settings, told = sampling.of(path, max_tokens=session.context)
         console.step(f"{told or 'sampling: greedy'}, where a request says nothing")
         limits = Limits(session.runner.limit_rows(parallel), queue, seconds=timeout)
         service = Service(session, name or path.resolve().name, settings, limits, ImageSources(images_from or ()))
+        room = session.plan.kv_sequences * session.context
         console.step(
             f"{limits.parallel} answers at once, {queue} more may wait; one may have {session.context:,} tokens with "
-            f"its prompt, and those under way share as many{'' if service.vision else '; no images'}"
+            f"its prompt, and those under way share {room:,}{'' if service.vision else '; no images'}"
         )
         app = make_app(service, Access(keys, [host, *(allow_host or ())], allow_origin or ()))
         serve_app(app, bound, console, f"coldstream: {service.name} listens at {address(bound)}")

@@ -21,6 +21,8 @@ _COUNTERS = {
     "prompt_cache_tokens": "Prompt tokens read from the prompt cache on disk",
     "prompt_cache_read_bytes": "Bytes read from the prompt cache on disk",
     "generated_tokens": "Tokens generated",
+    "drafted_tokens": "Tokens tried as drafts",
+    "accepted_tokens": "Tokens of drafts that were right",
     "expert_requests": "Experts asked for, by the tier that held them",
     "read_bytes": "Bytes that steps read, by tier",
 }
@@ -86,6 +88,10 @@ class Metrics:
             self.recent.append(record)
             self._times["step_seconds"].observe(record.seconds)
         self.count("generated_tokens")
+        if record.drafted:
+            self.count("drafted_tokens", record.drafted)
+        if record.place:
+            self.count("accepted_tokens")
         for tier, requests, read in self._by_tier:
             requests.inc(record.by_tier.get(tier, 0))
             read.inc(record.bytes_read.get(tier, 0))

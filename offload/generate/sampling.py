@@ -2,14 +2,13 @@
 come."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessor,
-    LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
@@ -38,11 +37,13 @@ class Sampler:
         self.logprobs: Logprobs | None = None
         self._top = sampling.logprobs
         self._matcher = None if sampling.grammar is None else _read(sampling.grammar, grammars)
-        self.processors = LogitsProcessorList()
+        # Called one by one: transformers' list of them looks up each one's signature for every token.
+        self.processors: list[Callable[[torch.LongTensor, torch.FloatTensor], Tensor]] = []
         if sampling.repetition_penalty is not None:
             self.processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
         if sampling.presence_penalty or sampling.frequency_penalty:
             self.processors.append(AnswerPenalty(sampling.presence_penalty or 0.0, sampling.frequency_penalty or 0.0))
+        self._look_back = bool(self.processors)  # those that follow take no notice of what came before
         bias: list[list[list[int] | float]] = [
             [[token], float(value)] for token, value in sampling.logit_bias.items() if value
         ]
@@ -78,8 +79,11 @@ class Sampler:
             return best
         own = scores = logits.detach().float().cpu()[None]
         if self.processors:
-            seen = [token for token in context if token < scores.shape[1]]  # a row of an image is no token of a text
-            scores = self.processors(cast(torch.LongTensor, torch.tensor([seen])), cast(torch.FloatTensor, scores))
+            before = context if self._look_back else context[-1:]
+            seen = [token for token in before if token < scores.shape[1]]  # a row of an image is no token of a text
+            ids = cast(torch.LongTensor, torch.tensor([seen]))
+            for processor in self.processors:
+                scores = processor(ids, cast(torch.FloatTensor, scores))
         best = int(scores[0].argmax())  # NaN counts as the greatest
         _check(float(scores[0, best]))
         token = best
