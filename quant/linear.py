@@ -68,7 +68,7 @@ class LinearWeight:
 
     @property
     def packed(self) -> Packed:
-        """An int4 or int8 weight."""
+        """A packed weight."""
         return Packed(self.scheme, self.tensors["weight_packed"], self.tensors["weight_scale"])
 
     def dense(self, dtype: torch.dtype) -> Tensor:

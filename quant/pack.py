@@ -4,7 +4,8 @@ Every kernel is tested against this module; it is written to be read, not to be 
 
 Legend: N out features, K in features, G = K / group_size groups, W the dense weight ``[N, K]``.
 
-The scale of a group is ``absmax / 7.5`` (int4) or ``absmax / 127.5`` (int8), computed in f32 and rounded to
+The scale of a group is ``absmax / 7.5`` (int4), ``absmax / 127.5`` (int8), ``absmax / 3.5`` (int3) or ``absmax / 1.5``
+(int2), computed in f32 and rounded to
 bf16: compressed-tensors' ``calculate_qparams`` for symmetric integers. Values are rounded half to even
 against the *stored* scale, so that what is dequantized is the nearest the format can hold.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from quant.errors import SchemeError
 from quant.scheme import Scheme
 
-_HALF_RANGE = {4: 7.5, 8: 127.5}
+_HALF_RANGE = {2: 1.5, 3: 3.5, 4: 7.5, 8: 127.5}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Packed:
 
 
 def quantize_absmax(weight: Tensor, scheme: Scheme) -> Packed:
-    """Round ``weight`` ``[N, K]`` (any float dtype) to ``scheme``, int4 or int8.
+    """Round ``weight`` ``[N, K]`` (any float dtype) to ``scheme``, int2 to int8.
 
     Raises SchemeError if the groups do not divide K or the weight has NaN or Inf.
     """
@@ -68,21 +69,30 @@ def quantize_absmax(weight: Tensor, scheme: Scheme) -> Packed:
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """int8 ``[N, K]`` → int32 ``[N, K·bits/32]``: value + 2^(bits-1), element i of a word at bits
-    ``bits·i``."""
-    per_word = 32 // bits
-    unsigned = values.to(torch.int64) + 2 ** (bits - 1)
-    shifts = torch.arange(per_word, dtype=torch.int64, device=values.device) * bits
-    words: Tensor = (unsigned.reshape(values.shape[0], -1, per_word) << shifts).sum(-1)
-    return words.to(torch.int32)  # wraps: the top bit of the word is the sign
+    """int8 ``[N, K]`` → int32 ``[N, K·bits/32]``: value + 2^(bits-1), element i of a row at bits ``bits·i``.
+
+    Eight values fill ``bits`` bytes; with 3 bits some of them lie across two words.
+    """
+    rows, columns = values.shape
+    eights = torch.nn.functional.pad(values, (0, -columns % 8)).reshape(rows, -1, 8)
+    runs = torch.zeros(eights.shape[:2], dtype=torch.int64, device=values.device)
+    for i in range(8):
+        runs |= (eights[..., i].to(torch.int64) + 2 ** (bits - 1)) << bits * i
+    octets = runs.view(torch.uint8).reshape(rows, -1, 8)[..., :bits]
+    return octets.reshape(rows, -1)[:, : columns * bits // 8].contiguous().view(torch.int32)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """int32 ``[N, K·bits/32]`` → int8 ``[N, K]``, the inverse of ``pack``."""
+    octets = packed.contiguous().view(torch.uint8)
+    if bits == 8:
+        return (octets ^ 128).view(torch.int8)
     if bits == 4:
-        octets = packed.contiguous().view(torch.uint8)
         return (torch.stack((octets & 15, octets >> 4), -1).flatten(-2).to(torch.int8)) - 8
-    return (packed.contiguous().view(torch.uint8) ^ 128).view(torch.int8)
+    runs = sum(octets[:, i::bits].to(torch.int32) << 8 * i for i in range(bits))  # [N, K/8], each with eight values
+    assert isinstance(runs, Tensor)
+    values = torch.stack([(runs >> bits * i & 2**bits - 1).to(torch.int8) for i in range(8)], -1)
+    return values.flatten(-2) - 2 ** (bits - 1)
 
 
 def dequantize(weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:

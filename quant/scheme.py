@@ -8,23 +8,28 @@ Packed formats, byte for byte:
   q in -8..7 stored as q + 8, element i of a word at bits 4·i (low nibble first). ``weight_scale`` bf16
   ``[N, G]``. ``weight_shape`` int64 ``[2]`` = (N, K). W = q · scale.
 * ``int8``: the same with four per int32 (``[N, K/4]``), q in -128..127 stored as q + 128.
+* ``int3``: the same with 32 in three int32 (``[N, K·3/32]``), q in -4..3 stored as q + 4, element i of the 32 at bits
+  3·i of the 96: the 11th and the 22nd lie across two words, and no bit is left over.
+* ``int2``: the same with sixteen per int32 (``[N, K/16]``), q in -2..1 stored as q + 2.
 * ``nf4``: bitsandbytes' own serialized form: ``weight`` uint8 ``[N·K/2, 1]`` (first element of a pair in
   the *high* nibble), ``weight.absmax`` f32 ``[N·K/64]``, ``weight.quant_map`` f32 ``[16]`` and
   ``weight.quant_state.bitsandbytes__nf4`` uint8 (JSON).
 * ``bf16``: ``weight`` bf16 ``[N, K]``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from quant.errors import SchemeError
 
-Kind = Literal["int4", "int8", "nf4", "bf16"]
+Kind = Literal["int4", "int8", "int3", "int2", "nf4", "bf16"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 GROUP_SIZES = (32, 64, 128, 256)
 NF4_BLOCK = 64
 
-_BITS: dict[Kind, int] = {"int4": 4, "int8": 8, "nf4": 4, "bf16": 16}
+_BITS: dict[Kind, int] = {"int4": 4, "int8": 8, "int3": 3, "int2": 2, "nf4": 4, "bf16": 16}
+PACKED: Mapping[int, Kind] = {2: "int2", 3: "int3", 4: "int4", 8: "int8"}  # by bits
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,13 @@ class Scheme:
 
     @property
     def is_packed(self) -> bool:
-        """True for the compressed-tensors ``pack-quantized`` kinds, int4 and int8."""
-        return self.kind in ("int4", "int8")
+        """True for the compressed-tensors ``pack-quantized`` kinds, int2 to int8."""
+        return self.kind in PACKED.values()
+
+    @property
+    def is_coarse(self) -> bool:
+        """True for packed kinds of so few levels that looking for a group's best scale pays: all but int8."""
+        return self.is_packed and self.bits <= 4
 
     @property
     def bits_per_weight(self) -> float:

@@ -72,7 +72,7 @@ def calibrate(
     ):
         raise UsageError(
             "--tune has nothing to tune: it moves attention, shared experts and dense MLPs, and none of them "
-            f"is to be int4 or int8 (asked for: {described(schemes)}): leave --tune out"
+            f"is to be packed (int2 to int8; asked for: {described(schemes)}): leave --tune out"
         )
     total = checkpoint.shape.num_layers
     job = {
@@ -287,7 +287,7 @@ def _output_squares(weight: Tensor, done: Rounded, hessian: Tensor) -> tuple[flo
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long()
     plain, target, scheme = weight[rows].float(), done.target[rows], done.packed.scheme
     chosen = Packed(scheme, done.packed.packed[rows], done.packed.scale[rows])
-    alone = search(plain, scheme) if scheme.kind == "int4" else quantize_absmax(plain, scheme)
+    alone = search(plain, scheme) if scheme.is_coarse else quantize_absmax(plain, scheme)
 
     def square(rows: Tensor) -> float:
         return max(float(((rows @ hessian) * rows).sum(dtype=torch.float64)), 0.0)

@@ -27,7 +27,7 @@ _EXPERTS = r"re:.*\.experts(\..+)?$"
 def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str]:
     """Refuse what no loader could read, before anything is written; returns remarks for the user.
 
-    Raises RecipeError for a role that cannot be quantized, nf4 beside int4 or int8, or nothing to quantize;
+    Raises RecipeError for a role that cannot be quantized, nf4 beside a packed kind, or nothing to quantize;
     SchemeError if a scheme does not fit a Linear, naming it.
     """
     for role in schemes:
@@ -43,7 +43,7 @@ def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str
     if any(s.kind == "nf4" for s in used.values()) and any(s.is_packed for s in used.values()):
         mixed = ", ".join(f"{ROLE_NAMES[role]} {scheme}" for role, scheme in used.items())
         raise RecipeError(
-            f"nf4 and int4 or int8 cannot be mixed in one checkpoint ({mixed}): the formats have different "
+            f"nf4 and int2 to int8 cannot be mixed in one checkpoint ({mixed}): the formats have different "
             "loaders; "
             "choose nf4 for all of them or for none"
         )

@@ -34,9 +34,10 @@ class Loader:
     divisor: int = 1
 
 
+_ALL = ("int2", "int3", "int4", "int8", "nf4", "bf16")
 ENGINES: Mapping[EngineName, Loader] = {
     "transformers": Loader(
-        "transformers 5.23", ("int4", "int8", "nf4", "bf16"), ("int4", "int8", "nf4", "bf16"), GROUP_SIZES
+        "transformers 5.23", _ALL, _ALL, GROUP_SIZES
     ),
     "vllm": Loader(
         "vLLM 0.33",

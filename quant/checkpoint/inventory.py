@@ -22,7 +22,7 @@ from quant.errors import CheckpointError, SchemeError
 from quant.model.families import Role
 from quant.model.mixed_precision import joined
 from quant.model.tensors import LinearSpec
-from quant.scheme import BF16, NF4_BLOCK, Scheme
+from quant.scheme import BF16, NF4_BLOCK, PACKED, Scheme
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -119,14 +119,14 @@ def _packed(checkpoint: CheckpointHeaders, spec: LinearSpec, packed: TensorEntry
     _check_dtype(checkpoint, scale, "BF16")
     words = packed.shape[1] if len(packed.shape) == 2 and packed.shape[0] == rows else 0
     groups = scale.shape[1] if len(scale.shape) == 2 and scale.shape[0] == rows else 0
-    bits = next((bits for bits in (4, 8) if words * 32 == columns * bits), None)
+    bits = next((bits for bits in PACKED if words * 32 == columns * bits), None)
     if bits is None or not groups or columns % groups:
         raise CheckpointError(
             f"{checkpoint.path}: {spec.module} is packed as {list(packed.shape)} with scales {list(scale.shape)} for a "
-            f"{rows}x{columns} weight: expected 4 or 8 bits in groups of whole columns"
+            f"{rows}x{columns} weight: expected 2, 3, 4 or 8 bits in groups of whole columns"
         )
     try:
-        scheme = Scheme("int4" if bits == 4 else "int8", columns // groups)
+        scheme = Scheme(PACKED[bits], columns // groups)
     except SchemeError as error:
         raise CheckpointError(f"{checkpoint.path}: {spec.module} cannot be run: {error}") from None
     return scheme, {"weight_packed": packed, "weight_scale": scale}

@@ -1,6 +1,6 @@
 """The ``quantization_config`` of a config.json as a typed record, and what it says each Linear is stored as.
 
-Two methods are known: compressed-tensors' packed int4 and int8, and bitsandbytes' nf4; whatever else such a
+Two methods are known: compressed-tensors' packed int2, int3, int4 and int8, and bitsandbytes' nf4; whatever else such a
 config may ask for (activations in few bits, rotations, a quantized KV cache) is refused rather than ignored.
 A module is matched as the formats' own loaders do it: compressed-tensors takes ``ignore`` first, then a
 group's targets by name, by regular expression and by class name; bitsandbytes skips names by suffix, or by
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from quant.errors import CheckpointError, SchemeError
 from quant.input_file import short, validated
 from quant.model.config import quantization_of
-from quant.scheme import BF16, Scheme
+from quant.scheme import BF16, PACKED, Scheme
 
 _SECONDS = 20.0  # for all names and expressions of one config
 _METHODS = ("compressed-tensors", "bitsandbytes")
@@ -45,13 +45,13 @@ class _Weights(_Record):
 
     def scheme(self) -> Scheme:
         plain = self.type == "int" and self.symmetric and self.group_size is not None
-        if self.num_bits not in (4, 8) or not plain:
+        if self.num_bits not in PACKED or not plain:
             raise CheckpointError(
                 f"this checkpoint has weights of {self.num_bits} bits, type {self.type}, strategy {self.strategy}: "
-                "expected symmetric int4 or int8 in groups"
+                "expected symmetric int2, int3, int4 or int8 in groups"
             )
         try:
-            return Scheme("int4" if self.num_bits == 4 else "int8", self.group_size or 0)
+            return Scheme(PACKED[self.num_bits], self.group_size or 0)
         except SchemeError as error:
             raise CheckpointError(f"this checkpoint cannot be run: {error}") from None
 
@@ -109,7 +109,7 @@ class Quantization:
 def quantization(config: Mapping[str, Any]) -> Quantization | None:
     """What the dict of a config.json says of quantization; None if that is nothing.
 
-    Raises CheckpointError for a method, or a form of one, that is not among compressed-tensors' packed int4 and
+    Raises CheckpointError for a method, or a form of one, that is not among compressed-tensors' packed int2 to
     int8 and bitsandbytes' nf4.
     """
     found = quantization_of(config)
@@ -121,7 +121,7 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
     method = found.get("quant_method")
     if method not in _METHODS:
         raise CheckpointError(
-            f"this checkpoint is quantized by {short(method)}: expected compressed-tensors (int4, int8) or "
+            f"this checkpoint is quantized by {short(method)}: expected compressed-tensors (int2 to int8) or "
             "bitsandbytes (nf4) to run; `coldstream quantize` makes that of many other forms"
         )
     if method == "bitsandbytes":
@@ -145,7 +145,7 @@ class _Packed(Quantization):
         for what, is_asked in asked.items():
             if is_asked:
                 raise CheckpointError(
-                    f"this checkpoint has {what}: expected compressed-tensors' pack-quantized int4 or int8 weights "
+                    f"this checkpoint has {what}: expected compressed-tensors' pack-quantized int2 to int8 weights "
                     "alone"
                 )
         super().__init__("compressed-tensors", [scheme for _, scheme in self._groups])

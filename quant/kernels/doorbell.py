@@ -20,6 +20,7 @@ from quant.errors import MachineError, SchemeError
 from quant.kernels.library import I32, I64, Pointer, addresses, call, fields, library
 from quant.kernels.moe import GatedMlp
 from quant.kernels.weight import CWeight
+from quant.scheme import PACKED
 
 # Words of ``BellBuffers.control``, each on a cache line of its own.
 RUNG, ANSWERED, STOP, LOST = 0, 32, 64, 96
@@ -164,9 +165,9 @@ class HostBell:
         self._features = samples[0].gate_proj.out_features
         self._stored = (_CBellLayer * layers)()
         for stored, sample in zip(self._stored, samples, strict=True):
-            if any(weight.kind not in ("int4", "int8") for weight in sample.weights):
+            if any(weight.kind not in PACKED.values() for weight in sample.weights):
                 kinds = ", ".join(weight.kind for weight in sample.weights)
-                raise SchemeError(f"experts in {kinds}: the doorbell serves int4 and int8")
+                raise SchemeError(f"experts in {kinds}: the doorbell serves int2 to int8")
             if (sample.gate_proj.out_features, sample.gate_proj.in_features) != (self._features, hidden):
                 raise SchemeError(f"experts of {sample.shapes}: expected hidden size {hidden} in every layer")
             stored.gate, stored.up, stored.down = sample.native

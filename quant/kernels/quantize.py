@@ -1,9 +1,9 @@
-"""Float weights to packed int4 or int8 in one native pass.
+"""Float weights to packed int2, int3, int4 or int8 in one native pass.
 
 Legend: N out features, K in features, G groups along K.
 
 The same arithmetic as the torch reference, to the bit: scale = bf16(absmax / 7.5) for int4 or bf16(absmax /
-127.5) for int8 (1.0 where that is zero), q = round_half_even(w / scale) clamped to the kind's range. With
+127.5) for int8, 3.5 and 1.5 for int3 and int2 (1.0 where that is zero), q = round_half_even(w / scale) clamped to the kind's range. With
 ``search``, that of ``quant.rounding.search``.
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.kernels.library import F64, I32, I64, Pointer, addresses, call, fields
-from quant.scheme import GROUP_SIZES, Kind
+from quant.scheme import GROUP_SIZES, Kind, Scheme
 
-_KINDS: dict[Kind, int] = {"int4": 0, "int8": 1}
+_KINDS: dict[Kind, int] = {"int4": 0, "int8": 1, "int3": 5, "int2": 6}
 _SOURCES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -38,7 +38,7 @@ class _CQuantizeStats(ctypes.Structure):
 
 
 class Quantized(NamedTuple):
-    """Packed int32 words ``[N, K/8]`` or ``[N, K/4]``, bf16 scales ``[N, G]``, and what the pass met.
+    """Packed int32 words ``[N, K·bits/32]``, bf16 scales ``[N, G]``, and what the pass met.
 
     ``finite`` is False if the source held a NaN or an infinity: then the packed values mean nothing.
     """
@@ -68,13 +68,13 @@ def quantize_pack(
 ) -> Quantized:
     """Quantize bf16, fp16 or f32 weights ``[N, K]``, or ``[K, N]`` if ``transposed``, per group.
 
-    ``search`` (int4 only) looks for each group's best scale and balances rounding against ``means`` (int32
+    ``search`` (not int8) looks for each group's best scale and balances rounding against ``means`` (int32
     ``[K]`` in -127..127), see ``quant.rounding.search``. The source may be a slice with a row stride of
     its own; its columns must be adjacent. Raises SchemeError for what cannot be packed, MachineError if the
     kernels are missing.
     """
     if kind not in _KINDS or group_size not in GROUP_SIZES:
-        raise SchemeError(f"{kind} with groups of {group_size} cannot be packed: expected int4 or int8, {GROUP_SIZES}")
+        raise SchemeError(f"{kind} with groups of {group_size} cannot be packed: expected int2 to int8, {GROUP_SIZES}")
     if source.dtype not in _SOURCES or source.device.type != "cpu" or source.dim() != 2:
         raise SchemeError(
             f"a {source.dim()}-D {source.dtype} tensor on {source.device} cannot be packed: "
@@ -85,12 +85,12 @@ def quantize_pack(
         raise SchemeError(f"{n}x{k} weights cannot be packed: groups of {group_size} do not divide {k}")
     if means is not None and (means.dtype != torch.int32 or means.shape != (k,) or not search):
         raise SchemeError(f"means of shape {tuple(means.shape)} {means.dtype}: expected int32 [{k}], for a search")
-    if search and kind != "int4":
-        raise SchemeError(f"{kind} has no searched scales: expected int4")
+    if search and kind == "int8":
+        raise SchemeError(f"{kind} has no searched scales: expected int2 to int4")
     means = None if means is None else means.contiguous()
     if source.stride(1) != 1 and source.shape[1] > 1:
         source = source.contiguous()
-    packed = torch.empty((n, k // (8 if kind == "int4" else 4)), dtype=torch.int32)
+    packed = torch.empty((n, k * Scheme(kind, group_size).bits // 32), dtype=torch.int32)
     scale = torch.empty((n, k // group_size), dtype=torch.bfloat16)
     tensors = addresses(source=source, packed=packed, scale=scale, means=means)
     job = _CQuantizeJob(n=n, k=k, stride=source.stride(0), **tensors)

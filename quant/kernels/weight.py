@@ -12,11 +12,11 @@ from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.kernels.library import I32, I64, Pointer, fields
-from quant.scheme import GROUP_SIZES, Kind
+from quant.scheme import GROUP_SIZES, PACKED, Kind
 
 NativeKind = Kind | Literal["f32", "f16"]  # of which nf4 is refused
-_CODES: dict[NativeKind, int] = {"int4": 0, "int8": 1, "bf16": 2, "f32": 3, "f16": 4}
-_PER_WORD: dict[NativeKind, int] = {"int4": 8, "int8": 4}
+_CODES: dict[NativeKind, int] = {"int4": 0, "int8": 1, "bf16": 2, "f32": 3, "f16": 4, "int3": 5, "int2": 6}
+_BITS: dict[NativeKind, int] = {kind: bits for bits, kind in PACKED.items()}
 _PLAIN: dict[NativeKind, torch.dtype] = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}
 
 
@@ -28,7 +28,7 @@ class CWeight(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Weight:
-    """One Linear's weight by address: packed int32 words ``[N, K/8]`` or ``[N, K/4]`` and bf16 scales
+    """One Linear's weight by address: packed int32 words ``[N, K·bits/32]`` and bf16 scales
     ``[N, G]``, or plain bf16, f16 or f32 rows ``[N, K]`` with ``scale_ptr`` 0 and ``group_size`` 0.
 
     Addresses need 4-byte alignment (scales: 2). Whoever makes a Weight keeps the memory alive while it is
@@ -49,7 +49,7 @@ class Weight:
         shape = f"{self.out_features}x{self.in_features} {self.kind}"
         if self.out_features < 1 or self.in_features < 1 or not self.packed_ptr:
             raise SchemeError(f"an empty {shape} weight: expected rows, columns and an address")
-        if self.kind in _PER_WORD:
+        if self.kind in _BITS:
             if self.group_size not in GROUP_SIZES or self.in_features % self.group_size or not self.scale_ptr:
                 raise SchemeError(
                     f"a {shape} weight in groups of {self.group_size}: expected a scale for each group of "
@@ -71,13 +71,13 @@ class Weight:
         """The weight that lies in ``packed`` int32 and ``scale`` bf16 ``[N, G]``, or in the plain matrix
         ``packed`` (bf16, f16 or f32); the tensors are kept alive. Raises SchemeError if they do not fit ``kind``.
         """
-        expected = (torch.int32, torch.bfloat16) if kind in _PER_WORD else (_PLAIN.get(kind), None)
+        expected = (torch.int32, torch.bfloat16) if kind in _BITS else (_PLAIN.get(kind), None)
         found = (packed.dtype, None if scale is None else scale.dtype)
         tensors = [packed] if scale is None else [packed, scale]
         if found != expected or any(t.dim() != 2 or not t.is_contiguous() or t.is_cuda for t in tensors):
             what = " and ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
             raise SchemeError(f"{what} is no {kind} weight: expected contiguous CPU matrices of {expected}")
-        n, k = packed.shape[0], packed.shape[1] * _PER_WORD.get(kind, 1)
+        n, k = packed.shape[0], packed.shape[1] * 32 // _BITS.get(kind, 32)
         if scale is None:
             return cls(kind, 0, n, k, packed.data_ptr(), 0, packed)
         groups = scale.shape[1]

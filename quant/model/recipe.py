@@ -3,7 +3,7 @@
 description = "…"            one line, shown by the commands
 [weights]                    a role that is not named stays bf16
 group_size = 128
-experts = "int4"             or "int4-g32", "int8", "nf4", "bf16"
+experts = "int4"             or "int4-g32", "int8", "int3", "int2", "nf4", "bf16"
 shared_expert = "int4"
 dense_mlp = "int4"
 attention = "bf16"

@@ -1,6 +1,6 @@
 """One block of a dense weight as the bytes of its stored tensors, and what the rounding cost.
 
-int4 and int8 go through the native kernel, which is tested bit for bit against ``quant.pack``; with a
+Packed kinds go through the native kernel, which is tested bit for bit against ``quant.pack``; with a
 curvature it finds the scales only, and values are rounded with feedback. nf4 goes through bitsandbytes, some
 rows at a time, because its CPU code needs many times the weight's size.
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant.errors import NonFiniteError
 from quant.kernels.quantize import quantize_pack
-from quant.pack import dequantize_nf4, quantize_nf4
+from quant.pack import dequantize_nf4, pack, quantize_nf4
 from quant.rounding.curvature import Curvature
 from quant.rounding.feedback import round_with_feedback
 from quant.scheme import Scheme
@@ -60,14 +60,14 @@ def encode_weight(
 
 
 def encode_by(weight: Tensor, scheme: Scheme, name: str, transposed: bool, curvature: Curvature) -> Encoded:
-    """As ``encode_weight`` for int4 (its scales searched) and int8, values rounded with feedback by ``curvature``,
+    """As ``encode_weight`` for packed kinds (scales searched, but for int8), values rounded with feedback by ``curvature``,
     some rows at a time."""
     dense = weight.t() if transposed else weight
     check_finite(dense, name)
     packed, scales, signal, noise = [], [], 0.0, 0.0
     for part in dense.split(max(64, _FEEDBACK_WEIGHTS // dense.shape[1])):
         source = part.float().contiguous()
-        scale = quantize_pack(source, scheme.kind, scheme.group_size, search=scheme.kind == "int4").scale
+        scale = quantize_pack(source, scheme.kind, scheme.group_size, search=scheme.is_coarse).scale
         values = round_with_feedback(source, scale, scheme, curvature)
         signal += _squares(source)
         groups = values.view(len(values), -1, scheme.group_size)
@@ -83,6 +83,8 @@ def _squares(tensor: Tensor) -> float:
 
 def packed_words(values: Tensor, bits: int) -> Tensor:
     """``quant.pack.pack`` without its wide temporaries: int8 ``[N, K]`` → int32 ``[N, K·bits/32]``."""
+    if bits < 4:
+        return pack(values, bits)
     octets = values.view(torch.uint8)
     if bits == 4:
         octets = octets.add(8)

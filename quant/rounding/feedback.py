@@ -22,7 +22,7 @@ class _CFeedbackJob(ctypes.Structure):
 
 
 def round_with_feedback(weight: Tensor, scale: Tensor, scheme: Scheme, curvature: Curvature) -> Tensor:
-    """int8 values ``[N, K]`` of ``weight`` f32 ``[N, K]`` for bf16 ``scale`` ``[N, G]``, int4 or int8.
+    """int8 values ``[N, K]`` of ``weight`` f32 ``[N, K]`` for bf16 ``scale`` ``[N, G]``, of a packed kind.
 
     The same for any number of threads. Between instruction sets, and beside
     ``quant.rounding.curvature.round_by``, sums are rounded differently, so that a value on the edge
@@ -36,8 +36,8 @@ def round_with_feedback(weight: Tensor, scale: Tensor, scheme: Scheme, curvature
             f"{weight.dtype} {n}x{k} weights, scales {tuple(scale.shape)} {scale.dtype} and a curvature of "
             f"{len(curvature.order)} columns: expected f32, [{n}, {k // scheme.group_size}] bf16 and {k}"
         )
-    if scheme.kind not in ("int4", "int8"):
-        raise SchemeError(f"{scheme} cannot be rounded with feedback: expected int4 or int8")
+    if not scheme.is_packed:
+        raise SchemeError(f"{scheme} cannot be rounded with feedback: expected int2 to int8")
     weight, scale = weight.contiguous(), scale.contiguous()
     values = torch.empty((n, k), dtype=torch.int8)
     low, high = value_range(scheme)

@@ -26,7 +26,12 @@ from quant.scheme import Scheme
 DAMPING = 0.01  # of the mean diagonal of H
 MAX_DAMPING = 1e4
 _SWEEPS = 3
-_FRACTIONS = tuple(j / 32 for j in range(21, 36))
+_FRACTIONS = {
+    8: (255 / 256, 1.0, 257 / 256),
+    4: tuple(j / 32 for j in range(21, 36)),
+    3: tuple(j / 32 for j in range(16, 37)),
+    2: tuple(j / 32 for j in range(12, 41)),
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,7 @@ def gptq(weight: Tensor, scheme: Scheme, hessian: Tensor, cross: Tensor | None =
     target = weight
     if cross is not None:
         target = weight + weight @ ((cross - hessian) @ torch.cholesky_inverse(torch.linalg.cholesky(damped)))
-    fractions = _FRACTIONS if scheme.bits == 4 else (255 / 256, 1.0, 257 / 256)
-    scale = best_scales(target, scheme, torch.diagonal(damped), fractions)
+    scale = best_scales(target, scheme, torch.diagonal(damped), _FRACTIONS[scheme.bits])
     values = _sweep(target, scale, factor, torch.argsort(torch.diagonal(damped), descending=True), scheme)
     scale, values = _improve(target, scale, values, damped, scheme)
     dense = values * scale.float().repeat_interleave(scheme.group_size, 1)

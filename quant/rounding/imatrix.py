@@ -27,12 +27,13 @@ from quant.input_file import parse_json, validated
 from quant.pack import Packed, dequantize, pack
 from quant.rounding.encode import Encoded, check_finite
 from quant.rounding.rounding import Rounder
-from quant.rounding.scales import best_scales
+from quant.rounding.scales import best_scales, value_range
+from quant.rounding.search import FRACTIONS
 from quant.scheme import Scheme
 
 VERSION = "coldstream importance matrix 1"
 MARK = b"coldstream importance matrix"  # in the header of every file that is one
-_FRACTIONS = tuple(j / 32 for j in range(22, 35))
+_FRACTIONS = {4: tuple(j / 32 for j in range(22, 35)), 3: FRACTIONS[3], 2: FRACTIONS[2]}
 _SWEEPS = 2
 _LEAST_REST = 0.05
 _SAME = TypeAdapter(Annotated[dict[str, str], Field(min_length=1)], config=ConfigDict(strict=True))
@@ -147,7 +148,7 @@ def imatrix_name(text: str) -> str:
 
 
 class Weighted:
-    """Rounds int4 by an importance matrix; ``other`` does the rest, at eight bits there is little to win."""
+    """Rounds int2 to int4 by an importance matrix; ``other`` does the rest, at eight bits there is little to win."""
 
     def __init__(self, imatrix: Imatrix, other: Rounder) -> None:
         self.imatrix, self._other = imatrix, other
@@ -156,7 +157,7 @@ class Weighted:
     def encode(self, weight: Tensor, scheme: Scheme, label: str, transposed: bool, module: str, row: int) -> Encoded:
         """See ``Rounder``."""
         moments = self.imatrix.moments.get(module)
-        if moments is None or scheme.kind != "int4":
+        if moments is None or not scheme.is_coarse:
             return self._other.encode(weight, scheme, label, transposed, module, row)
         check_finite(weight, label)
         dense = (weight.t() if transposed else weight).float()
@@ -175,17 +176,17 @@ class Weighted:
 
 
 def round_weighted(weight: Tensor, scheme: Scheme, moments: ChannelMoments) -> Packed:
-    """``weight`` f32 ``[N, K]`` in ``scheme``, int4, by ``moments``."""
+    """``weight`` f32 ``[N, K]`` in ``scheme``, int2 to int4, by ``moments``."""
     importance = moments.square + 1e-4 * moments.square.mean() + 1e-30
-    scale = best_scales(weight, scheme, importance, _FRACTIONS)
-    values = _descend(weight, scale.repeat_interleave(scheme.group_size, 1), moments)
+    scale = best_scales(weight, scheme, importance, _FRACTIONS[scheme.bits])
+    values = _descend(weight, scale.repeat_interleave(scheme.group_size, 1), moments, *value_range(scheme))
     return Packed(scheme, pack(values.to(torch.int8), scheme.bits), scale.to(torch.bfloat16))
 
 
-def _descend(weight: Tensor, scales: Tensor, moments: ChannelMoments) -> Tensor:
+def _descend(weight: Tensor, scales: Tensor, moments: ChannelMoments, low: int, high: int) -> Tensor:
     """Values ``[N, K]``: nearest ones, then one column at a time the best given the rest."""
     columns, steps = weight.t().contiguous(), scales.t().contiguous()  # [K, N]: a column is a row
-    values = (columns / steps).round_().clamp_(-8, 7)
+    values = (columns / steps).round_().clamp_(low, high)
     directions, rest = moments.directions.t().contiguous(), moments.rest  # [K, R]
     power = directions.square().sum(1)
     along = (values * steps - columns).t() @ directions  # [N, R]: the rows' errors along each direction
@@ -194,6 +195,6 @@ def _descend(weight: Tensor, scales: Tensor, moments: ChannelMoments) -> Tensor:
         for k in order:
             error = values[k] * steps[k] - columns[k]
             pull = along @ directions[k] - error * power[k]
-            values[k] = ((columns[k] - pull / (rest[k] + power[k])) / steps[k]).round_().clamp_(-8, 7)
+            values[k] = ((columns[k] - pull / (rest[k] + power[k])) / steps[k]).round_().clamp_(low, high)
             along.addr_(values[k] * steps[k] - columns[k] - error, directions[k])
     return values.t().contiguous()

@@ -39,7 +39,7 @@ class Nearest:
 
 class Search:
     """Without data, and better than ``Nearest``. Dense Linears are rounded with feedback, for inputs made up from the
-    weights (``quant.rounding.synthetic_inputs``). Experts, down_proj and the head: int4 takes the best scale of each
+    weights (``quant.rounding.synthetic_inputs``). Experts, down_proj and the head: int2 to int4 take the best scale of each
     group, balanced against the mean input (``quant.rounding.search``), int8 goes to nearest. nf4 is as bitsandbytes
     rounds."""
 
@@ -54,7 +54,7 @@ class Search:
         curvature = self._prior.of(module) if self._prior and scheme.is_packed else None
         if curvature is not None:
             return encode_by(weight, scheme, label, transposed, curvature)
-        if scheme.kind != "int4":
+        if not scheme.is_coarse:
             return encode_weight(weight, scheme, label, transposed)
         return encode_weight(weight, scheme, label, transposed, search=True, means=self._means.of(module))
 

@@ -12,7 +12,7 @@ from quant.scheme import Scheme
 
 
 def value_range(scheme: Scheme) -> tuple[int, int]:
-    """The lowest and the highest value of int4 or int8."""
+    """The lowest and the highest value of a packed kind."""
     top: int = 2 ** (scheme.bits - 1)
     return -top, top - 1
 

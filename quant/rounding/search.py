@@ -1,7 +1,7 @@
 """Rounding without data: the torch reference of a search for each group's scale, and of rounding that keeps
 sums.
 
-The format is symmetric, -8..7 for int4, so that one side reaches a level further. A scale may be negative,
+The format is symmetric, -8..7 for int4 (-4..3 for int3, -2..1 for int2), so that one side reaches a level further. A scale may be negative,
 which puts that level on the other side (llama.cpp's Q4_0 does the same). For each group the scale is taken,
 among fractions of absmax and both signs, that leaves the least squared error.
 
@@ -25,38 +25,39 @@ from quant.pack import Packed, pack
 from quant.scheme import Scheme
 
 UNIT = 256  # fixed point: parts of a step
-FRACTIONS = tuple(j / 32 for j in range(21, 35))  # scales tried, as parts of absmax / 8
+# Scales tried by bits, as parts of absmax / 8 (4, 2): fewer levels clip more.
+FRACTIONS = {bits: tuple(j / 32 for j in range(*ends)) for bits, ends in {4: (21, 35), 3: (16, 37), 2: (12, 41)}.items()}
 LEAST_STEP = 2.0**-100
 THETA_BITS, MAX_THETA, MAX_SHIFT, ROUNDS = 12, 2**19, 96, 3
 MAX_MEAN = 127
 
 
 def search(weight: Tensor, scheme: Scheme, means: Tensor | None = None) -> Packed:
-    """Quantize ``weight`` ``[N, K]`` to int4 by the best scale per group, balanced against ``means`` (int32
-    ``[K]`` in -127..127; None: not balanced). Raises SchemeError if the scheme does not fit or is not
-    int4."""
+    """Quantize ``weight`` ``[N, K]`` to int2, int3 or int4 by the best scale per group, balanced against ``means`` (int32
+    ``[K]`` in -127..127; None: not balanced). Raises SchemeError if the scheme does not fit or is
+    another."""
     rows, columns = weight.shape
     scheme.check("weight", rows, columns)
-    if scheme.kind != "int4":
-        raise SchemeError(f"{scheme} has no searched scales: expected int4")
-    size = scheme.group_size
+    if not scheme.is_coarse:
+        raise SchemeError(f"{scheme} has no searched scales: expected int2 to int4")
+    size, bits = scheme.group_size, scheme.bits
     groups = weight.float().reshape(rows, -1, size)
     absmax = groups.abs().amax(-1)
-    step = (absmax * 0.125).clamp_min(LEAST_STEP)
+    step = (absmax * 2.0 ** (1 - bits)).clamp_min(LEAST_STEP)
     least = torch.full_like(step, torch.inf)
     scale = torch.ones_like(step)
-    for fraction in FRACTIONS:
+    for fraction in FRACTIONS[bits]:
         for sign in (1.0, -1.0):
             tried = (step * (fraction * sign)).to(torch.bfloat16).float()
             fixed = _fixed(groups, tried)
-            missed = fixed - _rounded(fixed) * UNIT
+            missed = fixed - _rounded(fixed, bits) * UNIT
             error = missed.square().sum(-1).float() * (tried / step).square()
             better = error < least
             least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
     fixed = _fixed(groups, scale)
     if means is not None:
-        fixed = fixed + _balance(fixed, means.view(-1, size))
-    values = _rounded(fixed).to(torch.int8).reshape(rows, columns)
+        fixed = fixed + _balance(fixed, means.view(-1, size), bits)
+    values = _rounded(fixed, bits).to(torch.int8).reshape(rows, columns)
     scale = torch.where(absmax == 0, torch.ones_like(scale), scale)
     return Packed(scheme, pack(values, scheme.bits), scale.to(torch.bfloat16))
 
@@ -67,18 +68,19 @@ def _fixed(groups: Tensor, scale: Tensor) -> Tensor:
     return product.round().to(torch.int32)
 
 
-def _rounded(fixed: Tensor) -> Tensor:
-    return ((fixed + UNIT // 2) >> 8).clamp(-8, 7)
+def _rounded(fixed: Tensor, bits: int) -> Tensor:
+    top: int = 2 ** (bits - 1)
+    return ((fixed + UNIT // 2) >> 8).clamp(-top, top - 1)
 
 
-def _balance(fixed: Tensor, means: Tensor) -> Tensor:
+def _balance(fixed: Tensor, means: Tensor, bits: int) -> Tensor:
     """What to add to ``fixed`` ``[N, G, size]`` so that its rounding errors' sum weighted by ``means`` ``[G,
     size]`` is as near to zero as Newton's method comes in a few rounds."""
     norm = means.to(torch.int64).square().sum(-1).clamp_min(1)
     theta = torch.zeros(fixed.shape[:2], dtype=torch.int64)
     best, least = theta, torch.full_like(theta, 2**62)
     for done in range(ROUNDS + 1):
-        missed = fixed - _rounded(fixed + _shift(theta, means)) * UNIT
+        missed = fixed - _rounded(fixed + _shift(theta, means), bits) * UNIT
         bias = (missed * means).sum(-1)
         better = bias.abs() < least
         least, best = torch.where(better, bias.abs(), least), torch.where(better, theta, best)

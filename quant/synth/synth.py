@@ -42,8 +42,8 @@ from quant.synth.noise import Noise
 from quant.synth.skew import constant_for, router_rows, zipf_biases
 from quant.synth.tokenizer import MIN_VOCAB, write_tokenizer
 
-# Standard deviation of a uniformly random stored value, in units of its scale.
-_SPREAD = {"int4": math.sqrt(17.5), "int8": math.sqrt(5397.5), "nf4": 0.55}
+# Root mean square of a uniformly random stored value, in units of its scale; that of int4 and int8 leaves out the lowest.
+_SPREAD = {"int2": math.sqrt(1.5), "int3": math.sqrt(5.5), "int4": math.sqrt(17.5), "int8": math.sqrt(5397.5), "nf4": 0.55}
 _ROWS = 4096
 # By how much the hidden state's energy grows from the first layer to the last, measured on small shapes.
 _GROWTH = 0.34
@@ -231,7 +231,10 @@ class _Weights:
             yield f"{module}.weight_packed", self._noise.octets(module, scheme.kind, 0, weights * scheme.bits // 8)
             count = weights // scheme.group_size
             mean = std / _SPREAD[scheme.kind]
-            scales = self._noise.uniform(f"{module}.scale", 0.75 * mean, 1.25 * mean, torch.bfloat16, count)
+            low, high = 0.75 * mean, 1.25 * mean
+            if scheme.bits < 4:  # as with nf4: scales of both signs, because the levels have no mean of zero
+                low, high = -math.sqrt(3) * mean, math.sqrt(3) * mean
+            scales = self._noise.uniform(f"{module}.scale", low, high, torch.bfloat16, count)
             yield f"{module}.weight_scale", _zeroed(scales, columns // scheme.group_size if spared else 0)
         elif scheme.kind == "nf4":
             yield f"{module}.weight", self._noise.octets(module, scheme.kind, 0, weights // 2)

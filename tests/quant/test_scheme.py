@@ -21,7 +21,7 @@ def test_the_group_size_given_beside_counts_where_the_text_has_none() -> None:
     assert Scheme.parse("nf4", 128).group_size == 64 and Scheme.parse("bf16", 128).group_size == 0
 
 
-@pytest.mark.parametrize("text", ["int3", "int4-g", "int4-gx", "int4-g100", "", "q4_0"])
+@pytest.mark.parametrize("text", ["int5", "int4-g", "int4-gx", "int4-g100", "", "q4_0"])
 def test_what_is_no_scheme_is_refused_naming_what_is(text: str) -> None:
     with pytest.raises(SchemeError, match="expected"):
         Scheme.parse(text)

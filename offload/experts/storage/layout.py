@@ -23,7 +23,7 @@ def layer_layout(store: ExpertStore, layer: int) -> ExpertLayout:
             for suffix, tensor in place.tensors.items()
         )
         if any(place.transposed or not place.scheme.is_packed for place in record.weights.values()):
-            raise SchemeError(f"experts of layer {layer} are not int4 or int8")
+            raise SchemeError(f"experts of layer {layer} are not packed (int2 to int8)")
         found.add((schemes, offsets))
     if len(found) > 1:
         raise SchemeError(f"experts of layer {layer} are stored in {len(found)} ways: expected one")

@@ -28,7 +28,7 @@ static void quantize_activations(const float* x, int64_t k, int32_t kind, int32_
       sums += value;
       store(natural + i, __builtin_convertvector(value, vquarter));
     }
-    if (kind == kInt4) {
+    if (kind != kInt8) {
       for (int start = 0; start < group; start += 128) {
         const int64_t first = g * group + start;
         const int count = (group - start < 128 ? group - start : 128) / 2;

@@ -15,6 +15,14 @@ INLINE vi nibbles(const uint8_t* from) {
   return (vi)(word >> (lane % 8u * 4u) & 15u);
 }
 
+// Eight values of 2 or 3 bits in their order.
+template <int kBits>
+INLINE void widen_eight(const uint8_t* from, float scale, float* to) {
+  uint32_t run = 0;
+  __builtin_memcpy(&run, from, kBits);
+  for (int j = 0; j < 8; ++j) to[j] = float(int(run >> (j * kBits) & ((1u << kBits) - 1)) - (1 << (kBits - 1))) * scale;
+}
+
 static void widen_row(const Weight& w, int64_t row, int64_t first, int64_t count, float* to) {
   if (w.kind == kF32) {
     __builtin_memcpy(to, w.packed + row * w.stride() + first * 4, size_t(count) * 4);
@@ -29,6 +37,10 @@ static void widen_row(const Weight& w, int64_t row, int64_t first, int64_t count
       if (w.kind == kInt4) {
         for (int j = 0; j < 32; j += kLanes)
           store(to + i + j, to_float(nibbles(from + (i + j) / 2) - 8) * splat(s));
+      } else if (w.kind == kInt3) {
+        for (int j = 0; j < 32; j += 8) widen_eight<3>(from + (i + j) / 8 * 3, s, to + i + j);
+      } else if (w.kind == kInt2) {
+        for (int j = 0; j < 32; j += 8) widen_eight<2>(from + (i + j) / 8 * 2, s, to + i + j);
       } else {
         for (int j = 0; j < 32; ++j) to[i + j] = float(int(from[i + j]) - 128) * s;
       }

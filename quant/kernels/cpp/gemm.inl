@@ -2,40 +2,34 @@
 // registers.
 //
 // Panel: for every 4-byte word along K, one vector of each lane's row (int8), or its low and its high nibbles
-// (int4); a lane is an out feature, so nothing is summed across lanes. After it, f32 scales [G, kPanelRows].
+// (2 to 4 bits); a lane is an out feature, so nothing is summed across lanes. After it, f32 scales [G, kPanelRows].
 
 constexpr int kPanelRows = kVectors * kLanes;
 
 template <int kBits>
 static void unpack_panel(const Weight& w, int64_t row0, int count, uint8_t* panel, float* scales) {
-  const int64_t words = w.row_bytes() / 4, groups = w.groups();
+  const int64_t words = kBits == 8 ? w.k / 4 : w.k / 8, groups = w.groups();
   const int64_t stride = w.stride(), scale_stride = w.scale_stride();
-  constexpr int kParts = kBits == 4 ? 2 : 1;
+  constexpr int kParts = kBits == 8 ? 1 : 2;
   for (int v = 0; v < kVectors; ++v)
     for (int64_t word = 0; word < words; word += kLanes) {
       const int here = int(words - word < kLanes ? words - word : kLanes);
       vi m[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const int row = v * kLanes + i;
-        const uint8_t* from = w.packed + (row0 + row) * stride + word * 4;
-        if (row >= count) {
-          m[i] = vi{};
-        } else if (here == kLanes) {
-          m[i] = load<vi>(from);
-        } else {
-          uint8_t rest[kBytes] = {};
-          __builtin_memcpy(rest, from, size_t(here) * 4);
-          m[i] = load<vi>(rest);
-        }
+        const uint8_t* from = w.packed + (row0 + row) * stride + packed_bytes<kBits>(word * 4);
+        m[i] = row >= count      ? vi{}
+               : here == kLanes ? (vi)as_stored<kBits>(from, kBytes)
+                                : (vi)as_stored<kBits>(from, here * 4);
       }
       transpose(m);
       for (int i = 0; i < here; ++i) {
         uint8_t* to = panel + ((word + i) * kParts * kVectors + v) * kBytes;
-        if constexpr (kBits == 4) {
-          store(to, (vb)m[i] & 0x0f);
-          store(to + kVectors * kBytes, (vb)((vu)m[i] >> 4) & 0x0f);
-        } else {
+        if constexpr (kBits == 8) {
           store(to, m[i]);
+        } else {
+          store(to, low_nibbles((vb)m[i]));
+          store(to + kVectors * kBytes, high_nibbles((vb)m[i]));
         }
       }
     }
@@ -44,10 +38,10 @@ static void unpack_panel(const Weight& w, int64_t row0, int count, uint8_t* pane
       scales[g * kPanelRows + row] = row < count ? bf16_to_float(w.scale[(row0 + row) * scale_stride + g]) : 0.0f;
 }
 
+// kBits is 8 or 4, whatever the panel was unpacked from; `offset` is what stored values are above their own.
 template <int kBits, int kTokens>
-static void tile(const Weight& w, const uint8_t* panel, const float* scales, const Activations& a, int count,
+static void tile(const Weight& w, int offset, const uint8_t* panel, const float* scales, const Activations& a, int count,
                  float* y, int64_t ldy) {
-  constexpr int kOffset = kBits == 4 ? 8 : kOffset8;
   const int64_t groups = w.groups();
   constexpr int kSpan = kBytes * 8 / kBits;
   const int spans = w.group < kSpan ? kSpan / w.group : 1;  // groups in one vector of packed bytes
@@ -56,7 +50,7 @@ static void tile(const Weight& w, const uint8_t* panel, const float* scales, con
   for (int64_t g = 0; g < groups; ++g) {
     vi dot[kTokens][kVectors];
     for (int t = 0; t < kTokens; ++t)
-      for (int v = 0; v < kVectors; ++v) dot[t][v] = splat(-kOffset * a.sum[t * a.g_stride + g]);
+      for (int v = 0; v < kVectors; ++v) dot[t][v] = splat(-offset * a.sum[t * a.g_stride + g]);
     for (int part = 0; part < w.group; part += 128) {
       const int64_t first = g * w.group + part;
       const int steps = (w.group < 128 ? w.group : 128) * kBits / 32;
@@ -105,27 +99,28 @@ static void tile(const Weight& w, const uint8_t* panel, const float* scales, con
 }
 
 template <int kBits, int kTokens>
-INLINE void last_tile(const Weight& w, const uint8_t* panel, const float* scales, const Activations& a, int count,
+INLINE void last_tile(const Weight& w, int offset, const uint8_t* panel, const float* scales, const Activations& a, int count,
                       int tokens, float* y, int64_t ldy) {
   if constexpr (kTokens > 0) {
-    if (tokens == kTokens) tile<kBits, kTokens>(w, panel, scales, a, count, y, ldy);
-    else last_tile<kBits, kTokens - 1>(w, panel, scales, a, count, tokens, y, ldy);
+    if (tokens == kTokens) tile<kBits, kTokens>(w, offset, panel, scales, a, count, y, ldy);
+    else last_tile<kBits, kTokens - 1>(w, offset, panel, scales, a, count, tokens, y, ldy);
   }
 }
 
 template <int kBits>
 static void gemm_panel(const Weight& w, int64_t row0, int count, Activations a, int tokens, float* y, int64_t ldy,
                        uint8_t* panel) {
+  constexpr int kWide = kBits == 8 ? 8 : 4, kOffset = Form<kBits, 128>::kOffset;
   float* scales = reinterpret_cast<float*>(panel + round_up(w.k * kPanelRows, 64));
   unpack_panel<kBits>(w, row0, count, panel, scales);
   y += row0;
   for (; tokens >= kTileTokens; tokens -= kTileTokens, y += kTileTokens * ldy) {
-    tile<kBits, kTileTokens>(w, panel, scales, a, count, y, ldy);
+    tile<kWide, kTileTokens>(w, kOffset, panel, scales, a, count, y, ldy);
     a.q += kTileTokens * a.q_stride;
     a.scale += kTileTokens * a.g_stride;
     a.sum += kTileTokens * a.g_stride;
   }
-  last_tile<kBits, kTileTokens - 1>(w, panel, scales, a, count, tokens, y, ldy);
+  last_tile<kWide, kTileTokens - 1>(w, kOffset, panel, scales, a, count, tokens, y, ldy);
 }
 
 static void gemm(const Weight& w, int64_t row0, int64_t row1, const Activations& a, int tokens, float* y,
@@ -133,6 +128,8 @@ static void gemm(const Weight& w, int64_t row0, int64_t row1, const Activations&
   for (int64_t row = row0; row < row1; row += kPanelRows) {
     const int count = int(row1 - row < kPanelRows ? row1 - row : kPanelRows);
     if (w.kind == kInt4) gemm_panel<4>(w, row, count, a, tokens, y, ldy, panel);
+    else if (w.kind == kInt3) gemm_panel<3>(w, row, count, a, tokens, y, ldy, panel);
+    else if (w.kind == kInt2) gemm_panel<2>(w, row, count, a, tokens, y, ldy, panel);
     else gemm_panel<8>(w, row, count, a, tokens, y, ldy, panel);
   }
 }

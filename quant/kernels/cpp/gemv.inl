@@ -1,5 +1,8 @@
 // Rows of a packed weight against up to kGemvTokens tokens: every weight byte is read once and unpacked once.
 //
+// What has 2 or 3 bits becomes a vector of nibbles in registers and goes the way of 4 bits: `byte` counts bytes as they
+// were at 4 bits, `packed_bytes` says how many of them lie in memory.
+//
 // Within a group the products are whole numbers, which come out the same in any order. A step is a vector of packed
 // bytes, or the group that is longer; groups of one step follow each other, and steps are added up as RunSums adds up
 // vectors. Everything here and gemm keep to this order, so a row of y has the same bits for any number of tokens.
@@ -10,6 +13,7 @@
 constexpr int64_t kAhead = 8192;  // bytes of prefetch distance: measured best from 1 to 16 KiB
 constexpr int64_t kBlockAhead = 2048;  // and past the end of a block of rows, which is read column by column
 constexpr int kAcross = kBytes == 64 ? 6 : 1;  // tokens for which there is a choice: fewer registers hold fewer sums
+constexpr int kFewAcross = kAcross < 2 ? kAcross : 2;  // the same of 2 and 3 bits
 constexpr int kScaleRun = 2 * kLanes;  // groups whose scales are transposed at a time
 
 // kLanes rows of a weight; results of lanes before `skip` are somebody else's.
@@ -70,23 +74,28 @@ INLINE void store_lanes(const RowBlock& block, vf value, float* y) {
   }
 }
 
+template <int kBits>
+struct Width {
+  static constexpr int value = kBits;
+};
+
 // How a group lies in vectors of packed bytes: several of them in one, or one in several.
 template <int kBits, int kGroup>
 struct Form {
-  static constexpr int kOffset = kBits == 4 ? 8 : kOffset8;
-  static constexpr int kBytesOfGroup = kGroup * kBits / 8;
+  static constexpr int kOffset = kBits == 8 ? kOffset8 : 1 << (kBits - 1);
+  static constexpr int kBytesOfGroup = kBits == 8 ? kGroup : kGroup / 2;
   static constexpr int kSpans = kBytes > kBytesOfGroup ? kBytes / kBytesOfGroup : 1;
   static constexpr int kParts = kBytesOfGroup > kBytes ? kBytesOfGroup / kBytes : 1;
   static constexpr int kStep = kParts * kBytes;
   // The largest sum in a lane before lanes are added up; in 16 bits adding is cheaper.
-  static constexpr int kLargest = kBits == 4 ? kParts * 8 * 15 * 127 : 1 << 20;
+  static constexpr int kLargest = kBits == 8 ? 1 << 20 : kParts * 8 * ((1 << kBits) - 1) * 127;
   static constexpr bool kSmall = kLargest < 1 << 15, kSmallPairs = kLargest < 1 << 14;
 };
 
 // Where the activations of packed byte `byte` lie; those of the high nibbles follow 64 further on.
 template <int kBits>
 INLINE int64_t activation_of(int64_t byte) {
-  return kBits == 4 ? byte / 64 * 128 + byte % 64 : byte;
+  return kBits == 8 ? byte : byte / 64 * 128 + byte % 64;
 }
 
 INLINE vb splat_word(const int8_t* four) {
@@ -95,24 +104,24 @@ INLINE vb splat_word(const int8_t* four) {
   return (vb)splat(word);
 }
 
-INLINE vb low_nibbles(vb packed) { return packed & 0x0f; }
-INLINE vb high_nibbles(vb packed) { return (vb)((vu)packed >> 4) & 0x0f; }
-
 // Sums of the step at `byte` of a row over what shares a lane, for each token; `count` of its bytes are left. Packed
 // bytes are unpacked once for all tokens.
 template <int kBits, int kParts, int kTokens>
 INLINE void step_dots(const uint8_t* from, int64_t count, const Activations& a, int64_t byte, vi (&dots)[kTokens]) {
   for (int t = 0; t < kTokens; ++t) dots[t] = vi{};
   for (int p = 0; p < kParts; ++p) {
-    const vb packed = count < kBytes ? load_part(from + byte, count) : load<vb>(from + byte + p * kBytes);
+    const uint8_t* at = from + packed_bytes<kBits>(byte + p * kBytes);
     const int8_t* x = a.q + activation_of<kBits>(byte + p * kBytes);
+    vb even, odd;
+    if constexpr (kBits == 8) even = as_stored<8>(at, count);
+    else even_and_odd<kBits>(at, count, even, odd);
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t, x += a.q_stride) {
-      if constexpr (kBits == 4) {
-        dots[t] = dot4(dots[t], low_nibbles(packed), load<vb>(x));
-        dots[t] = dot4(dots[t], high_nibbles(packed), load<vb>(x + 64));
+      if constexpr (kBits == 8) {
+        dots[t] = dot8(dots[t], even, load<vb>(x));
       } else {
-        dots[t] = dot8(dots[t], packed, load<vb>(x));
+        dots[t] = dot4(dots[t], even, load<vb>(x));
+        dots[t] = dot4(dots[t], odd, load<vb>(x + 64));
       }
     }
   }
@@ -149,7 +158,7 @@ static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activ
   constexpr int kRun = kLanes * F::kSpans;  // groups of kLanes steps
   constexpr int64_t kFour = 4 * F::kStep;
   const int64_t here = prefetch_ahead[kBits == 8];
-  const int64_t groups = w.groups(), bytes = w.row_bytes();
+  const int64_t groups = w.groups(), bytes = groups * F::kBytesOfGroup;
   for (int64_t row = row0; row < row1; ++row) {
     const uint8_t* from = w.packed + row * w.stride();
     const uint16_t* scale = w.scale + row * w.scale_stride();
@@ -174,7 +183,8 @@ static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activ
       for (int t = 0; t < kTokens; ++t) quads[t][i] = four[t];
     };
     auto prefetch = [&](int64_t byte) __attribute__((always_inline)) {
-      for (int line = 0; line < kFour; line += 64) __builtin_prefetch(from + byte + line + here, 0, 2);
+      const uint8_t* at = from + packed_bytes<kBits>(byte);
+      for (int line = 0; line < packed_bytes<kBits>(kFour); line += 64) __builtin_prefetch(at + line + here, 0, 2);
     };
     int64_t g = 0, byte = 0;
     for (; g + kRun <= groups; g += kRun) {
@@ -204,30 +214,38 @@ static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activ
 }
 
 // kTokens tokens, whose sums stay in registers while words of a block of rows come by, transposed.
+// kBits is 8 or 4; what has fewer, `bits`, is unpacked to 4.
 template <int kBits, int kGroup, int kTokens>
-static void gemv_down(const RowBlock& block, const Activations& a, float* y, int64_t ldy, const uint8_t* ahead) {
+static void gemv_down(const RowBlock& block, int bits, const Activations& a, float* y, int64_t ldy, const uint8_t* ahead) {
   using F = Form<kBits, kGroup>;
   constexpr int kQuartersOfGroup = F::kBytesOfGroup / 16, kQuarters = kBytes / 16;
   constexpr int kRun = kQuarters < kQuartersOfGroup ? kQuarters : kQuartersOfGroup;  // of one group in one vector
   alignas(64) float scales[kScaleRun][kLanes];
-  const uint8_t* from = block.packed;
+  const int offset = kBits == 8 ? kOffset8 : 1 << (bits - 1);
+  int64_t byte = 0;
   vf acc[kTokens];
   RunSums<kTokens> sums;
   vi dot[kTokens], more[kTokens];  // two sums, whose additions need not wait for each other
   vi quarters[kQuarters][4];
-  auto read = [&](int64_t count) __attribute__((always_inline)) {
-    vi rows[kLanes];
-    const uint8_t* row = from;
+  vi rows[kLanes];
+  auto read_as = [&](auto width, int64_t count) __attribute__((always_inline)) {
+    constexpr int kWidth = decltype(width)::value;
+    const uint8_t* row = block.packed + packed_bytes<kWidth>(byte);
     for (int i = 0; i < kLanes; ++i, row += block.stride) {
       if (i % 4 == 0) OPAQUE(row);
-      if (i % (64 / kBytes) == 0) __builtin_prefetch(ahead + i * kBytes, 0, 2);
-      rows[i] = count < kBytes ? (vi)load_part(row, count) : load<vi>(row);
+      if (i % (64 / kBytes) == 0) __builtin_prefetch(ahead + packed_bytes<kWidth>(i * kBytes), 0, 2);
+      rows[i] = (vi)as_stored<kWidth>(row, count);
     }
-    ahead += kLanes * kBytes;
+    ahead += packed_bytes<kWidth>(kLanes * kBytes);
+  };
+  auto read = [&](int64_t count) __attribute__((always_inline)) {
+    if (kBits == 8 || bits == 4) read_as(Width<kBits>{}, count);
+    else if (bits == 3) read_as(Width<3>{}, count);
+    else read_as(Width<2>{}, count);
     part_rows(rows, quarters);
   };
   auto add = [&](int quarter) __attribute__((always_inline)) {
-    const int8_t* q = a.q + activation_of<kBits>(from - block.packed + quarter * 16);
+    const int8_t* q = a.q + activation_of<kBits>(byte + quarter * 16);
 #pragma GCC unroll 4
     for (int s = 0; s < kRun; ++s) {
       vi words[4];
@@ -239,19 +257,19 @@ static void gemv_down(const RowBlock& block, const Activations& a, float* y, int
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
           const int8_t* x = q + t * a.q_stride;
-          if constexpr (kBits == 4) {
-            dot[t] = dot4(dot[t], low_nibbles(packed), splat_word(x));
-            more[t] = dot4(more[t], high_nibbles(packed), splat_word(x + 64));
-          } else {
+          if constexpr (kBits == 8) {
             vi& to = i % 2 ? more[t] : dot[t];
             to = dot8(to, packed, splat_word(x));
+          } else {
+            dot[t] = dot4(dot[t], low_nibbles(packed), splat_word(x));
+            more[t] = dot4(more[t], high_nibbles(packed), splat_word(x + 64));
           }
         }
       }
     }
   };
   auto begin = [&](int64_t g) __attribute__((always_inline)) {
-    for (int t = 0; t < kTokens; ++t) dot[t] = splat(-F::kOffset * a.sum[t * a.g_stride + g]);
+    for (int t = 0; t < kTokens; ++t) dot[t] = splat(-offset * a.sum[t * a.g_stride + g]);
     for (int t = 0; t < kTokens; ++t) more[t] = vi{};
   };
   auto finish = [&](int64_t g, const float* scale) __attribute__((always_inline)) {
@@ -267,7 +285,7 @@ static void gemv_down(const RowBlock& block, const Activations& a, float* y, int
       for (int t = 0; t < kTokens; ++t) acc[t] = vf{};
       if constexpr (F::kSpans == 1) {
         begin(g0 + first);
-        for (int p = 0; p < F::kParts; ++p, from += kBytes) {
+        for (int p = 0; p < F::kParts; ++p, byte += kBytes) {
           read(kBytes);
           add(0);
         }
@@ -281,7 +299,7 @@ static void gemv_down(const RowBlock& block, const Activations& a, float* y, int
           add(s * kRun);
           finish(g0 + first + s, scales[first + s]);
         }
-        from += kBytes;
+        byte += kBytes;
       }
       sums.add(acc);
     }
@@ -296,12 +314,13 @@ static void gemv_some(const Weight& w, int64_t row0, int64_t row1, const Activat
   if constexpr (kTokens > 1) {
     if (tokens < kTokens) return gemv_some<kBits, kGroup, kTokens - 1>(w, row0, row1, a, tokens, y, ldy);
   }
-  if constexpr (kTokens <= kAcross) {
-    if (kTokens <= across_tokens) return gemv_across<kBits, kGroup, kTokens>(w, row0, row1, a, y, ldy);
+  if constexpr (kTokens <= (kBits < 4 ? kFewAcross : kAcross)) {
+    if (kTokens <= across_tokens || kTokens == 1) return gemv_across<kBits, kGroup, kTokens>(w, row0, row1, a, y, ldy);
   }
   if constexpr (kTokens > 1) {
+    constexpr int kWide = kBits == 8 ? 8 : 4;
     each_block(w, row0, row1, [&](const RowBlock& block) {
-      gemv_down<kBits, kGroup, kTokens>(block, a, y, ldy, block.ahead());
+      gemv_down<kWide, kGroup, kTokens>(block, kBits, a, y, ldy, block.ahead());
     });
   }
 }
@@ -320,5 +339,7 @@ static void gemv_groups(const Weight& w, int64_t row0, int64_t row1, const Activ
 static void gemv(const Weight& w, int64_t row0, int64_t row1, const Activations& a, int tokens, float* y,
                  int64_t ldy) {
   if (w.kind == kInt4) gemv_groups<4>(w, row0, row1, a, tokens, y, ldy);
+  else if (w.kind == kInt3) gemv_groups<3>(w, row0, row1, a, tokens, y, ldy);
+  else if (w.kind == kInt2) gemv_groups<2>(w, row0, row1, a, tokens, y, ldy);
   else gemv_groups<8>(w, row0, row1, a, tokens, y, ldy);
 }

@@ -97,6 +97,36 @@ INLINE vb load_part(const void* from, int64_t count) {
   return (vb)_mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - count), from);
 }
 
+// The bits of eight pairs of values of 2 or 3 bits in every 64 bits.
+template <int kBits>
+INLINE vb spread_pairs(const uint8_t* from, int64_t count) {
+  if constexpr (kBits == 2) {
+    const __m256i x = _mm256_maskz_loadu_epi8(uint32_t(~uint64_t(0) >> (64 - count / 2)), from);
+    return (vb)_mm512_cvtepu32_epi64(x);
+  } else {
+    const __m512i x = _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - count / 4 * 3), from);
+    alignas(64) static constexpr uint8_t kWhere[64] = {
+        0,  1,  2,  3,  4,  5,  5,  5,  6,  7,  8,  9,  10, 11, 11, 11, 12, 13, 14, 15, 16, 17, 17, 17, 18, 19, 20, 21,
+        22, 23, 23, 23, 24, 25, 26, 27, 28, 29, 29, 29, 30, 31, 32, 33, 34, 35, 35, 35, 36, 37, 38, 39, 40, 41, 41, 41,
+        42, 43, 44, 45, 46, 47, 47, 47};
+    return (vb)_mm512_permutexvar_epi8(_mm512_load_si512(kWhere), x);
+  }
+}
+
+// Eight bits from each of the eight places in every 64 bits, of which kBits are wanted.
+template <int kBits>
+INLINE vb picked(vb spread, uint64_t places) {
+  return (vb)_mm512_multishift_epi64_epi8(_mm512_set1_epi64(int64_t(places)), (__m512i)spread) & uint8_t((1 << kBits) - 1);
+}
+template <int kBits>
+INLINE vb even_of(vb spread) {
+  return picked<kBits>(spread, kBits == 2 ? 0x1c1814100c080400 : 0x2a241e18120c0600);
+}
+template <int kBits>
+INLINE vb odd_of(vb spread) {
+  return picked<kBits>(spread, kBits == 2 ? 0x1e1a16120e0a0602 : 0x2d27211b150f0903);
+}
+
 #include "lanes.inl"
 #include "kernels.inl"
 }  // namespace coldstream::avx512

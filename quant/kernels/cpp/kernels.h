@@ -8,7 +8,7 @@
 
 namespace coldstream {
 
-enum Kind : int32_t { kInt4 = 0, kInt8 = 1, kBf16 = 2, kF32 = 3, kF16 = 4 };
+enum Kind : int32_t { kInt4 = 0, kInt8 = 1, kBf16 = 2, kF32 = 3, kF16 = 4, kInt3 = 5, kInt2 = 6 };
 enum SourceType : int32_t { kSourceBf16 = 0, kSourceF16 = 1, kSourceF32 = 2 };
 
 // Status codes of the C functions; Python turns them into one-line errors.
@@ -24,10 +24,17 @@ struct Weight {
   const uint16_t* scale;  // bf16 [N, G]
   int64_t pitch = 0;      // columns from one row to the next; 0: k
 
-  bool is_packed() const { return kind == kInt4 || kind == kInt8; }
+  bool is_packed() const { return kind == kInt4 || kind == kInt8 || kind == kInt3 || kind == kInt2; }
   int64_t groups() const { return k / group; }
   int64_t bytes(int64_t columns) const {
-    return kind == kInt4 ? columns / 2 : kind == kInt8 ? columns : kind == kF32 ? columns * 4 : columns * 2;
+    switch (kind) {
+      case kInt2: return columns / 4;
+      case kInt3: return columns / 8 * 3;
+      case kInt4: return columns / 2;
+      case kInt8: return columns;
+      case kF32: return columns * 4;
+      default: return columns * 2;
+    }
   }
   int64_t row_bytes() const { return bytes(k); }
   int64_t stride() const { return bytes(pitch ? pitch : k); }      // bytes from one row to the next
@@ -47,7 +54,7 @@ struct QuantizeJob {
   int64_t n, k, stride;
   uint32_t* packed;
   uint16_t* scale;
-  int32_t search;        // int4 only: 0 rounds to nearest by absmax, 1 searches each group's scale
+  int32_t search;        // int2 to int4: 0 rounds to nearest by absmax, 1 searches each group's scale
   const int32_t* means;  // [K] in -127..127, what rounding errors are balanced against; or null
 };
 
@@ -63,7 +70,7 @@ struct FeedbackJob {
   int8_t* values;  // [N, K]
 };
 
-// T rows of activations as int8: blocks of 128 along K, in int4 layout the 64 even elements then the 64 odd
+// T rows of activations as int8: blocks of 128 along K, for 2 to 4 bits the 64 even elements then the 64 odd
 // ones (the order in which masking and shifting 64 packed bytes yields them), in int8 layout as they come.
 struct Activations {
   const int8_t* q;       // [T, q_stride], zero-padded to a multiple of 128
@@ -131,7 +138,7 @@ struct Kernels {
 
 const Kernels& kernels();  // the chosen instruction set
 extern const int across_tokens;          // up to so many, a product takes rows one after the other; see gemv.inl
-extern const int64_t prefetch_ahead[2];  // bytes that one token's product of 4 and of 8 bits asks ahead of itself
+extern const int64_t prefetch_ahead[2];  // bytes that one token's product of 2 to 4 and of 8 bits asks ahead of itself
 
 inline float bf16_to_float(uint16_t bits) {
   uint32_t wide = uint32_t(bits) << 16;

@@ -2,6 +2,7 @@
 #include "quantize.inl"
 #include "feedback.inl"
 #include "activations.inl"
+#include "unpack.inl"
 #include "gemv.inl"
 #include "gemm.inl"
 #include "dense.inl"

@@ -18,4 +18,28 @@ INLINE vi every(const char*, int);
 
 INLINE vb load_part(const void* from, int64_t count) { return copy_part(from, count); }
 
+// Pairs of values of 2 or 3 bits, a byte each: a lane takes the 16 or 24 bits of four.
+template <int kBits>
+INLINE vb spread_pairs(const uint8_t* from, int64_t count) {
+  uint32_t words[kBits] = {};
+  __builtin_memcpy(words, from, size_t(count * kBits / 4));
+  if constexpr (kBits == 2) {
+    const vu x = vu{words[0], words[0] >> 16, words[1], words[1] >> 16};
+    const vu y = (x & 0xffu) | (x << 8 & 0xff0000u);
+    return (vb)(y | y << 4);
+  } else {
+    const vu x = vu{words[0], words[0] >> 24 | words[1] << 8, words[1] >> 16 | words[2] << 16, words[2] >> 8};
+    return (vb)((x & 0x3fu) | (x << 2 & 0x3f00u) | (x << 4 & 0x3f0000u) | (x << 6 & 0x3f000000u));
+  }
+}
+
+template <int kBits>
+INLINE vb even_of(vb spread) {
+  return spread & uint8_t((1 << kBits) - 1);
+}
+template <int kBits>
+INLINE vb odd_of(vb spread) {
+  return (vb)((vu)spread >> kBits) & uint8_t((1 << kBits) - 1);
+}
+
 #include "lanes.inl"

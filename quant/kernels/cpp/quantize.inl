@@ -1,6 +1,6 @@
-// Float weights to packed int4/int8, one pass: largest magnitude, scale, quantize, pack, error.
+// Float weights to packed int2/int3/int4/int8, one pass: largest magnitude, scale, quantize, pack, error.
 //
-// scale = bf16(absmax / 7.5 or 127.5), rounded to nearest even; 1.0 where that is zero; q = round_half_even(w /
+// scale = bf16(absmax / 1.5, 3.5, 7.5 or 127.5), rounded to nearest even; 1.0 where that is zero; q = round_half_even(w /
 // scale) clamped to the kind's range. The same float operations as the torch reference, hence the same bits.
 
 constexpr int32_t kInfinityBits = 0x7f800000;
@@ -44,9 +44,26 @@ INLINE vu bf16_bits(vf value) {
 template <int kBits>
 struct Range {
   static constexpr int kLow = -(1 << (kBits - 1)), kHigh = (1 << (kBits - 1)) - 1;
-  static constexpr float kSpan = kBits == 4 ? 7.5f : 127.5f;
-  static constexpr int kPerWord = 32 / kBits;
+  static constexpr float kSpan = float(kHigh) + 0.5f;
 };
+
+// Stored values, a byte each, to packed bytes: eight of them fill kBits.
+template <int kBits>
+INLINE void pack_run(const uint8_t* values, int count, uint8_t* to) {
+  for (int i = 0; i < count; i += 8, to += kBits) {
+    uint32_t run = 0;
+    for (int j = 0; j < 8; ++j) run |= uint32_t(values[i + j]) << (j * kBits);
+    __builtin_memcpy(to, &run, kBits);
+  }
+}
+
+// Value i of 32 that share kBits words, a lane for each row; a value may lie across two words.
+template <int kBits>
+INLINE void put_value(vu (&words)[kBits], int i, vu value) {
+  const int word = i * kBits / 32, bit = i * kBits % 32;
+  words[word] |= value << bit;
+  if (bit + kBits > 32) words[word + 1] |= value >> (32 - bit);
+}
 
 // q of one vector, with its error added up. Clamping before rounding equals clamping after: the bounds are whole.
 template <int kBits>
@@ -85,8 +102,7 @@ static void rows_as(const QuantizeJob& job, int64_t row0, int64_t row1, Quantize
         vi q = quantize_vector<kBits>(load<vf>(values + i), scale, error, squares) - R::kLow;
         store(stored + i, __builtin_convertvector(q, vquarter));
       }
-      if (kBits == 4)
-        for (int i = 0; i < group / 2; ++i) to[i] = uint8_t(bytes[2 * i] | bytes[2 * i + 1] << 4);
+      if constexpr (kBits < 8) pack_run<kBits>(bytes, group, to);
     }
     stats->squared_error += sum(error);
     stats->squared_sum += sum(squares);
@@ -99,8 +115,8 @@ template <int kBits>
 static void column_block(const QuantizeJob& job, int64_t column, int count, int64_t g, QuantizeStats* stats) {
   using R = Range<kBits>;
   constexpr int kVectors = kColumns / kLanes;
-  const int group = job.group, words = group / R::kPerWord;
-  const int64_t groups = job.k / group, row_words = job.k / R::kPerWord;
+  const int group = job.group, words = group * kBits / 32;
+  const int64_t groups = job.k / group, row_words = job.k * kBits / 32;
   alignas(64) float values[256][kColumns];
   alignas(64) uint32_t packed[64][kColumns];
   if (count < kColumns) __builtin_memset(values, 0, sizeof(float) * kColumns * size_t(group));
@@ -118,13 +134,13 @@ static void column_block(const QuantizeJob& job, int64_t column, int count, int6
     vf scale = (vf)(scale_bits << 16);
     for (int i = 0; i < kLanes && v * kLanes + i < count; ++i)
       job.scale[(column + v * kLanes + i) * groups + g] = uint16_t(scale_bits[i]);
-    for (int w = 0; w < words; ++w) {
-      vu word{};
-      for (int i = 0; i < R::kPerWord; ++i) {
-        vf value = load<vf>(values[w * R::kPerWord + i] + v * kLanes);
-        word |= (vu)(quantize_vector<kBits>(value, scale, error, squares) - R::kLow) << (i * kBits);
+    for (int r = 0; r < group; r += 32) {
+      vu run[kBits] = {};
+      for (int i = 0; i < 32; ++i) {
+        vf value = load<vf>(values[r + i] + v * kLanes);
+        put_value<kBits>(run, i, (vu)(quantize_vector<kBits>(value, scale, error, squares) - R::kLow));
       }
-      store(packed[w] + v * kLanes, word);
+      for (int w = 0; w < kBits; ++w) store(packed[r / 32 * kBits + w] + v * kLanes, run[w]);
     }
   }
   for (int c = 0; c < count; ++c) {
@@ -138,9 +154,10 @@ static void column_block(const QuantizeJob& job, int64_t column, int count, int6
 #include "search.inl"
 
 static void quantize_rows(const QuantizeJob& job, int64_t row0, int64_t row1, QuantizeStats* stats) {
-  if (job.search) search_rows(job, row0, row1, stats);
-  else if (job.kind == kInt4) rows_as<4>(job, row0, row1, stats);
-  else rows_as<8>(job, row0, row1, stats);
+  if (job.kind == kInt8) rows_as<8>(job, row0, row1, stats);
+  else if (job.kind == kInt4) (job.search ? search_rows<4> : rows_as<4>)(job, row0, row1, stats);
+  else if (job.kind == kInt3) (job.search ? search_rows<3> : rows_as<3>)(job, row0, row1, stats);
+  else (job.search ? search_rows<2> : rows_as<2>)(job, row0, row1, stats);
 }
 
 static void quantize_columns(const QuantizeJob& job, int64_t column0, int64_t column1, int64_t group0,
@@ -148,8 +165,9 @@ static void quantize_columns(const QuantizeJob& job, int64_t column0, int64_t co
   for (int64_t g = group0; g < group1; ++g)
     for (int64_t column = column0; column < column1; column += kColumns) {
       int count = int(column1 - column < kColumns ? column1 - column : kColumns);
-      if (job.search) search_block(job, column, count, g, stats);
-      else if (job.kind == kInt4) column_block<4>(job, column, count, g, stats);
-      else column_block<8>(job, column, count, g, stats);
+      if (job.kind == kInt8) column_block<8>(job, column, count, g, stats);
+      else if (job.kind == kInt4) (job.search ? search_block<4> : column_block<4>)(job, column, count, g, stats);
+      else if (job.kind == kInt3) (job.search ? search_block<3> : column_block<3>)(job, column, count, g, stats);
+      else (job.search ? search_block<2> : column_block<2>)(job, column, count, g, stats);
     }
 }

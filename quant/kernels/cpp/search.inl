@@ -1,8 +1,12 @@
-// Rounding to int4 with a searched scale, balanced against the mean of the input: see quant/rounding/search.py, which this
+// Rounding to 2, 3 or 4 bits with a searched scale, balanced against the mean of the input: see quant/rounding/search.py, which this
 // equals to the bit. After the first product everything is integer arithmetic in 1/256 of a step, so that sums do
 // not depend on the vectors' width.
 
-constexpr int kFirstFraction = 21, kLastFraction = 34;  // of 32: scales tried, as parts of absmax / 8
+// Scales tried, as parts of absmax / -kLow, of 32: fewer levels clip more.
+template <int kBits>
+struct Tried {
+  static constexpr int kFirst = kBits == 4 ? 21 : kBits == 3 ? 16 : 12, kLast = kBits == 4 ? 34 : kBits == 3 ? 36 : 40;
+};
 constexpr float kLeastStep = 0x1p-100f;
 constexpr int kThetaBits = 12, kMaxShift = 96, kRounds = 3;
 constexpr int64_t kMaxTheta = 1 << 19;
@@ -19,9 +23,13 @@ INLINE int32_t total(vi value) {
 
 // The comparison does nothing to finite values; it keeps the product from being fused with what follows.
 INLINE vi to_fixed(vf value, vf inverse) { return rounded(larger(value * inverse, splat(-4e5f))); }
-INLINE vi level(vi fixed) { return within((fixed + 128) >> 8, -8, 7); }
+template <int kBits>
+INLINE vi level(vi fixed) {
+  return within((fixed + 128) >> 8, Range<kBits>::kLow, Range<kBits>::kHigh);
+}
+template <int kBits>
 INLINE vi squared_miss(vi fixed) {
-  vi miss = fixed - (within(fixed + 128, -2048, 2047) & ~255);
+  vi miss = fixed - (within(fixed + 128, Range<kBits>::kLow * 256, Range<kBits>::kHigh * 256 + 255) & ~255);
   return miss * miss;
 }
 INLINE vf inverse_of(vf scale) { return 1.0f / scale * 256.0f; }
@@ -39,6 +47,7 @@ struct Theta {  // Newton's method for one group; the best value so far is kept
   }
 };
 
+template <int kBits>
 static void search_rows(const QuantizeJob& job, int64_t row0, int64_t row1, QuantizeStats* stats) {
   const int group = job.group;
   const int64_t groups = job.k / group;
@@ -53,16 +62,16 @@ static void search_rows(const QuantizeJob& job, int64_t row0, int64_t row1, Quan
       for (int i = 0; i < group; i += kLanes) top = larger(top, load<vi>(values + i) & 0x7fffffff);
       const int32_t absmax_bits = largest(top);
       if (absmax_bits >= kInfinityBits) ++stats->nonfinite;
-      const vf step = larger((vf)splat(absmax_bits) * 0.125f, splat(kLeastStep));
+      const vf step = larger((vf)splat(absmax_bits) * (-1.0f / Range<kBits>::kLow), splat(kLeastStep));
       float least = __builtin_inff();
       vf scale = splat(1.0f);
-      for (int j = kFirstFraction; j <= kLastFraction; ++j) {
+      for (int j = Tried<kBits>::kFirst; j <= Tried<kBits>::kLast; ++j) {
         const vf tried = widened(bf16_bits(step * (float(j) / 32))), inverse = inverse_of(tried), ratio = tried / step;
         vi plus{}, minus{};
         for (int i = 0; i < group; i += kLanes) {
           const vi f = to_fixed(load<vf>(values + i), inverse);
-          plus += squared_miss(f);
-          minus += squared_miss(-f);
+          plus += squared_miss<kBits>(f);
+          minus += squared_miss<kBits>(-f);
         }
         const float weight = (ratio * ratio)[0];
         if (float(total(plus)) * weight < least) least = float(total(plus)) * weight, scale = tried;
@@ -81,7 +90,7 @@ static void search_rows(const QuantizeJob& job, int64_t row0, int64_t row1, Quan
           vi bias{};
           for (int i = 0; i < group; i += kLanes) {
             const vi f = load<vi>(fixed + i), mean = load<vi>(means + i);
-            bias += (f - (level(f + shift_of(theta, mean)) << 8)) * mean;
+            bias += (f - (level<kBits>(f + shift_of(theta, mean)) << 8)) * mean;
           }
           state.seen(total(bias), norm, round == kRounds);
         }
@@ -89,15 +98,15 @@ static void search_rows(const QuantizeJob& job, int64_t row0, int64_t row1, Quan
       const vi theta = splat(int32_t(state.best));
       for (int i = 0; i < group; i += kLanes) {
         const vi f = load<vi>(fixed + i);
-        const vi q = level(means ? f + shift_of(theta, load<vi>(means + i)) : f);
+        const vi q = level<kBits>(means ? f + shift_of(theta, load<vi>(means + i)) : f);
         const vf value = load<vf>(values + i), miss = value - to_float(q) * scale;
         error += miss * miss;
         squares += value * value;
-        store(bytes + i, __builtin_convertvector(q + 8, vquarter));
+        store(bytes + i, __builtin_convertvector(q - Range<kBits>::kLow, vquarter));
       }
       job.scale[row * groups + g] = absmax_bits ? uint16_t(uint32_t(((vi)scale)[0]) >> 16) : 0x3f80;
-      uint8_t* to = reinterpret_cast<uint8_t*>(job.packed) + (row * job.k + g * group) / 2;
-      for (int i = 0; i < group / 2; ++i) to[i] = uint8_t(bytes[2 * i] | bytes[2 * i + 1] << 4);
+      uint8_t* to = reinterpret_cast<uint8_t*>(job.packed) + (row * job.k + g * group) * kBits / 8;
+      pack_run<kBits>(bytes, group, to);
     }
     stats->squared_error += sum(error);
     stats->squared_sum += sum(squares);
@@ -105,10 +114,11 @@ static void search_rows(const QuantizeJob& job, int64_t row0, int64_t row1, Quan
 }
 
 // One block of columns of a transposed source: a lane is a row of the weight.
+template <int kBits>
 static void search_block(const QuantizeJob& job, int64_t column, int count, int64_t g, QuantizeStats* stats) {
   constexpr int kVectors = kColumns / kLanes;
-  const int group = job.group, words = group / 8;
-  const int64_t groups = job.k / group, row_words = job.k / 8;
+  const int group = job.group, words = group * kBits / 32;
+  const int64_t groups = job.k / group, row_words = job.k * kBits / 32;
   alignas(64) float values[256][kColumns];
   alignas(64) int32_t fixed[256][kLanes];
   alignas(64) uint32_t packed[32][kColumns];
@@ -125,15 +135,15 @@ static void search_block(const QuantizeJob& job, int64_t column, int count, int6
     vi top{};
     for (int r = 0; r < group; ++r) top = larger(top, load<vi>(values[r] + lane0) & 0x7fffffff);
     if (largest(top) >= kInfinityBits) ++stats->nonfinite;
-    const vf step = larger((vf)top * 0.125f, splat(kLeastStep));
+    const vf step = larger((vf)top * (-1.0f / Range<kBits>::kLow), splat(kLeastStep));
     vf least = splat(__builtin_inff()), scale = splat(1.0f);
-    for (int j = kFirstFraction; j <= kLastFraction; ++j) {
+    for (int j = Tried<kBits>::kFirst; j <= Tried<kBits>::kLast; ++j) {
       const vf tried = widened(bf16_bits(step * (float(j) / 32))), inverse = inverse_of(tried), ratio = tried / step;
       vi plus{}, minus{};
       for (int r = 0; r < group; ++r) {
         const vi f = to_fixed(load<vf>(values[r] + lane0), inverse);
-        plus += squared_miss(f);
-        minus += squared_miss(-f);
+        plus += squared_miss<kBits>(f);
+        minus += squared_miss<kBits>(-f);
       }
       const vf weight = ratio * ratio, up = to_float(plus) * weight, down = to_float(minus) * weight;
       scale = up < least ? tried : scale;
@@ -150,7 +160,7 @@ static void search_block(const QuantizeJob& job, int64_t column, int count, int6
       vi bias{};
       for (int r = 0; r < group; ++r) {
         const vi f = load<vi>(fixed[r]);
-        bias += (f - (level(f + shift_of(theta, splat(means[r]))) << 8)) * means[r];
+        bias += (f - (level<kBits>(f + shift_of(theta, splat(means[r]))) << 8)) * means[r];
       }
       store(biases, bias);
       for (int i = 0; i < kLanes; ++i) {
@@ -160,18 +170,18 @@ static void search_block(const QuantizeJob& job, int64_t column, int count, int6
       }
     }
     const vi theta = load<vi>(best);
-    for (int w = 0; w < words; ++w) {
-      vu word{};
-      for (int i = 0; i < 8; ++i) {
-        const int r = w * 8 + i;
+    for (int r0 = 0; r0 < group; r0 += 32) {
+      vu run[kBits] = {};
+      for (int i = 0; i < 32; ++i) {
+        const int r = r0 + i;
         const vi f = load<vi>(fixed[r]);
-        const vi q = level(means ? f + shift_of(theta, splat(means[r])) : f);
+        const vi q = level<kBits>(means ? f + shift_of(theta, splat(means[r])) : f);
         const vf value = load<vf>(values[r] + lane0), miss = value - to_float(q) * scale;
         error += miss * miss;
         squares += value * value;
-        word |= (vu)(q + 8) << (i * 4);
+        put_value<kBits>(run, i, (vu)(q - Range<kBits>::kLow));
       }
-      store(packed[w] + lane0, word);
+      for (int w = 0; w < kBits; ++w) store(packed[r0 / 32 * kBits + w] + lane0, run[w]);
     }
     const vu bits = (vu)scale >> 16;
     for (int i = 0; i < kLanes && lane0 + i < count; ++i)

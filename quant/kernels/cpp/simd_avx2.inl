@@ -57,4 +57,37 @@ INLINE vi every(const char* from, int part) {
 
 INLINE vb load_part(const void* from, int64_t count) { return copy_part(from, count); }
 
+// Pairs of values of 2 or 3 bits, a byte each.
+template <int kBits>
+INLINE vb spread_pairs(const uint8_t* from, int64_t count) {
+  uint8_t some[kBytes];
+  if (count < kBytes) {
+    __builtin_memset(some, 0, sizeof some);
+    __builtin_memcpy(some, from, size_t(count * kBits / 4));
+    from = some;
+  }
+  if constexpr (kBits == 2) {
+    const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from));
+    return (vb)_mm256_or_si256(x, _mm256_slli_epi16(x, 4));
+  } else {
+    // 12 bytes of each half; every 16 bits get the two bytes that hold their 12, those that begin within one moved up.
+    const __m256i x = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)from)),
+                                              _mm_loadu_si128((const __m128i*)(from + 8)), 1);
+    const __m256i where = _mm256_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11,  //
+                                           4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11, 12, 13, 14, 14, 15);
+    const __m256i up = _mm256_mullo_epi16(_mm256_shuffle_epi8(x, where), _mm256_set1_epi32(0x00010010));
+    return (vb)_mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(up, 4), _mm256_set1_epi16(0x003f)),
+                               _mm256_and_si256(_mm256_srli_epi16(up, 2), _mm256_set1_epi16(0x3f00)));
+  }
+}
+
+template <int kBits>
+INLINE vb even_of(vb spread) {
+  return spread & uint8_t((1 << kBits) - 1);
+}
+template <int kBits>
+INLINE vb odd_of(vb spread) {
+  return (vb)((vu)spread >> kBits) & uint8_t((1 << kBits) - 1);
+}
+
 #include "lanes.inl"

@@ -87,7 +87,7 @@ def arrange(x: Tensor, order: Tensor | None, scores: Tensor | None, out: Tensor,
 
 def _check(x: Tensor, weight: Packed, out: Tensor | None) -> None:
     packed, scale, scheme = weight.packed, weight.scale, weight.scheme
-    if not scheme.is_packed:
+    if scheme.kind not in ("int4", "int8"):
         raise SchemeError(f"a weight in {scheme}: expected int4 or int8")
     features = packed.shape[-1] * 32 // scheme.bits
     fits = packed.dim() == 2 and packed.dtype == torch.int32 and packed.is_contiguous()

@@ -21,7 +21,7 @@ Tiny = Callable[..., Path]
 INT4: dict[Role, Scheme] = {"experts": Scheme("int4")}
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int2", "int3", "int4", "int8", "nf4"])
 @pytest.mark.parametrize("family", ["llama4", "llama4_maverick", "mixtral"])
 def test_every_file_begins_its_data_on_a_page(tiny: Tiny, tmp_path: Path, family: str, kind: str) -> None:
     convert(tiny(family), tmp_path / "out", {"experts": Scheme.parse(kind)})
@@ -83,7 +83,7 @@ def test_the_header_is_padded_with_spaces_to_its_page() -> None:
     assert file.header.rstrip(b" ").endswith(b"}") and json.loads(file.header[8:])["tensor.99"]["dtype"] == "F32"
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8", "nf4", "bf16"])
+@pytest.mark.parametrize("kind", ["int2", "int3", "int4", "int8", "nf4", "bf16"])
 def test_body_bytes_are_what_the_scheme_counts(kind: str) -> None:
     scheme = Scheme.parse(kind)
     stored = stored_linear(LinearSpec("m", "experts", 256, 384), scheme)

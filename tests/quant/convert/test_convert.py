@@ -28,6 +28,7 @@ Tiny = Callable[..., Path]
 INT4 = {"experts": "int4"}
 INT8 = {"experts": "int8-g64", "shared_expert": "int8-g64"}
 MIXED = {"experts": "int4", "shared_expert": "int4-g32", "dense_mlp": "int8", "attention": "int8", "lm_head": "int8"}
+FEW = {"experts": "int3-g64", "shared_expert": "int2-g32", "attention": "int3-g32", "lm_head": "int8"}
 DENSE = {"attention": "int8-g32", "dense_mlp": "int4"}
 
 
@@ -49,7 +50,7 @@ def logits(folder: Path) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("roles", [INT4, INT8, MIXED, DENSE], ids=["int4", "int8", "mixed", "dense"])
+@pytest.mark.parametrize("roles", [INT4, INT8, MIXED, FEW, DENSE], ids=["int4", "int8", "mixed", "few", "dense"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_alone_computes_what_the_dequantized_model_computes(
     tiny: Tiny, tmp_path: Path, family: str, roles: dict[str, str]
@@ -79,12 +80,15 @@ def test_multimodal_llama4_loads_whole_and_sees_the_same_image(tiny: Tiny, tmp_p
     assert (outputs[0] - outputs[1]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("roles", [MIXED, FEW], ids=["mixed", "few"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compressed_tensors_unpacks_the_same_weights_bit_for_bit(tiny: Tiny, tmp_path: Path, family: str) -> None:
+def test_compressed_tensors_unpacks_the_same_weights_bit_for_bit(
+    tiny: Tiny, tmp_path: Path, family: str, roles: dict[str, str]
+) -> None:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    run(tiny(family), tmp_path / "out", MIXED)
+    run(tiny(family), tmp_path / "out", roles)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     groups = QuantizationConfig.model_validate(config).config_groups.values()
     unpacker = BaseCompressor.get_value_from_registry("pack-quantized")

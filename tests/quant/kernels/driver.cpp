@@ -73,13 +73,20 @@ float* normals(Heap& heap, Random& random, int64_t count, float factor = 1.0f) {
   return values;
 }
 
+bool is_packed(int32_t kind) { return kind == kInt2 || kind == kInt3 || kind == kInt4 || kind == kInt8; }
+int bits_of(int32_t kind) { return kind == kInt2 ? 2 : kind == kInt3 ? 3 : kind == kInt4 ? 4 : 8; }
+
 double element(const Weight& w, int64_t row, int64_t column) {
   if (w.kind == kF32) return reinterpret_cast<const float*>(w.packed)[row * w.k + column];
   if (w.kind == kBf16) return bf16_to_float(reinterpret_cast<const uint16_t*>(w.packed)[row * w.k + column]);
   const double scale = bf16_to_float(w.scale[row * w.groups() + column / w.group]);
-  if (w.kind == kInt8) return (w.packed[row * w.k + column] - 128) * scale;
-  const uint8_t byte = w.packed[(row * w.k + column) / 2];
-  return ((column % 2 ? byte >> 4 : byte & 15) - 8) * scale;
+  const int bits = bits_of(w.kind);
+  int value = 0;
+  for (int i = 0; i < bits; ++i) {
+    const int64_t at = (row * w.k + column) * bits + i;
+    value |= (w.packed[at / 8] >> at % 8 & 1) << i;
+  }
+  return (value - (1 << (bits - 1))) * scale;
 }
 
 Weight random_weight(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t n, int64_t k) {
@@ -95,7 +102,7 @@ Weight random_weight(Heap& heap, Random& random, int32_t kind, int32_t group, in
     return w;
   }
   QuantizeJob job{normals(heap, random, n * k, 0.2f), kSourceF32, kind, group, 0, n, k, k,
-                  heap.take<uint32_t>(n * k * (kind == kInt4 ? 4 : 8) / 32), heap.take<uint16_t>(n * k / group)};
+                  heap.take<uint32_t>(n * k * bits_of(kind) / 32), heap.take<uint16_t>(n * k / group)};
   QuantizeStats stats;
   require(cs_quantize(&job, &stats) == kOk && stats.nonfinite == 0, "quantize", n, k);
   w.packed = reinterpret_cast<uint8_t*>(job.packed);
@@ -104,7 +111,7 @@ Weight random_weight(Heap& heap, Random& random, int32_t kind, int32_t group, in
 }
 
 void check_transposed(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t n, int64_t k) {
-  const int64_t stride = n + 5, words = k * (kind == kInt4 ? 4 : 8) / 32;
+  const int64_t stride = n + 5, words = k * bits_of(kind) / 32;
   float* rows = normals(heap, random, n * k);
   float* columns = heap.take<float>((k - 1) * stride + n);
   for (int64_t i = 0; i < n; ++i)
@@ -363,10 +370,10 @@ void run_attention(Heap& heap, Random& random, int32_t storage, int64_t head_dim
 
 void run_all(unsigned seed, bool thorough) {
   Random random(seed);
-  for (int32_t kind : {kInt4, kInt8, kBf16, kF32})
+  for (int32_t kind : {kInt2, kInt3, kInt4, kInt8, kBf16, kF32})
     for (int32_t group : {32, 64, 128, 256}) {
       Heap heap;
-      const bool packed = kind == kInt4 || kind == kInt8;
+      const bool packed = is_packed(kind);
       if (packed) check_transposed(heap, random, kind, group, 1 + random.below(130), group * (1 + random.below(3)));
       for (int64_t tokens : {1, 2, 3, 4, 5, 17}) {
         const int64_t n = 1 + random.below(thorough ? 70 : 40);

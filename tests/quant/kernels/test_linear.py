@@ -13,6 +13,9 @@ from quant.pack import Packed, dequantize, pack, quantize_absmax
 from quant.scheme import GROUP_SIZES, Kind, Scheme
 
 
+KINDS: list[Kind] = ["int2", "int3", "int4", "int8"]
+
+
 def rounded(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """x as the kernels see it: int8 per group, scale absmax / 127."""
     groups = x.reshape(x.shape[0], -1, group_size)
@@ -36,7 +39,7 @@ def error(y: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> float:
     rows=st.integers(1, 90),
     groups=st.integers(1, 9),
     group_size=st.sampled_from(GROUP_SIZES),
-    kind=st.sampled_from(["int4", "int8"]),
+    kind=st.sampled_from(KINDS),
     tokens=st.integers(1, 65),
     spread=st.sampled_from([0.0, 1.0, 8.0]),
     seed=st.integers(0, 99),
@@ -65,13 +68,13 @@ def test_any_shape_equals_the_reference(isa: str) -> None:
     rows=st.integers(1, 40),
     groups=st.integers(1, 5),
     group_size=st.sampled_from(GROUP_SIZES),
-    kind=st.sampled_from(["int4", "int8"]),
+    kind=st.sampled_from(KINDS),
     tokens=st.sampled_from([1, 4, 6, 20]),
     seed=st.integers(0, 999),
 )
 def check_random_bytes(rows: int, groups: int, group_size: int, kind: Kind, tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    words = group_size * groups // (8 if kind == "int4" else 4)
+    words = group_size * groups * Scheme(kind).bits // 32
     packed = torch.randint(-(2**31), 2**31, (rows, words), generator=generator, dtype=torch.int64).to(torch.int32)
     bits = torch.randint(-(2**15), 2**15, (rows, groups), generator=generator, dtype=torch.int64)
     scale = bits.to(torch.int16).view(torch.bfloat16)
@@ -88,12 +91,13 @@ def test_any_bytes_are_some_weight(isa: str) -> None:
     check_random_bytes()
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 19])
 def test_integer_parts_are_exact(isa: str, kind: Kind, tokens: int) -> None:
     """Scales of one and whole activations up to 127 leave nothing to round: the result is the integer."""
     generator = torch.Generator().manual_seed(tokens)
-    half = 8 if kind == "int4" else 128
+    bits = Scheme(kind).bits
+    half = 2 ** (bits - 1)
     for group_size in GROUP_SIZES:
         q = torch.randint(-half, half, (45, 3 * group_size), generator=generator, dtype=torch.int8)
         q[0] = -half
@@ -101,13 +105,13 @@ def test_integer_parts_are_exact(isa: str, kind: Kind, tokens: int) -> None:
         x = torch.randint(-127, 128, (tokens, 3 * group_size), generator=generator).float()
         x[0] = 127.0
         x[:, ::group_size] = -127.0
-        words = pack(q, 4 if kind == "int4" else 8)
+        words = pack(q, bits)
         weight = Weight.from_tensors(kind, words, torch.ones(45, 3, dtype=torch.bfloat16))
         expected = (x.double() @ q.double().T).float()
         assert torch.equal(native.linear(x, weight), expected)
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize(("rows", "groups"), [(37, 5), (5, 3), (64, 16), (48, 41)])
 def test_a_token_gets_the_same_bits_in_any_company(

@@ -36,7 +36,7 @@ def hostile(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Ten
     rows=st.integers(1, 150),
     groups=st.integers(1, 5),
     group_size=st.sampled_from(GROUP_SIZES),
-    kind=st.sampled_from(["int4", "int8"]),
+    kind=st.sampled_from(["int2", "int3", "int4", "int8"]),
     dtype=st.sampled_from(DTYPES),
     margin=st.integers(0, 40),
     seed=st.integers(0, 99),
@@ -77,6 +77,7 @@ def test_packed_words_and_scales_equal_the_reference_to_the_bit(
     rows=st.integers(1, 90),
     groups=st.integers(1, 3),
     group_size=st.sampled_from(GROUP_SIZES),
+    kind=st.sampled_from(["int2", "int3", "int4"]),
     dtype=st.sampled_from(DTYPES),
     spread=st.sampled_from([None, 0, 3, 127]),
     seed=st.integers(0, 99),
@@ -87,6 +88,7 @@ def test_searched_scales_and_balanced_values_equal_the_reference_to_the_bit(
     rows: int,
     groups: int,
     group_size: int,
+    kind: Kind,
     dtype: torch.dtype,
     spread: int | None,
     seed: int,
@@ -101,10 +103,10 @@ def test_searched_scales_and_balanced_values_equal_the_reference_to_the_bit(
     native.set_isa(isa)
     try:
         source = weight.t().contiguous() if transposed else weight
-        got = quantize_pack(source, "int4", group_size, transposed, search=True, means=means)
+        got = quantize_pack(source, kind, group_size, transposed, search=True, means=means)
     finally:
         native.set_isa("")
-    expected = search(weight, Scheme("int4", group_size), means)
+    expected = search(weight, Scheme(kind, group_size), means)
     assert torch.equal(got.scale, expected.scale)
     assert torch.equal(got.packed, expected.packed)
     assert got.finite

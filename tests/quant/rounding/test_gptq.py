@@ -28,7 +28,7 @@ def product_error(rounded: Rounded, x: Tensor) -> float:
     return float((x @ (dequantize(rounded.packed) - weight()).t()).square().mean())
 
 
-@pytest.mark.parametrize("text", ["int4-g128", "int4-g32", "int8-g128"])
+@pytest.mark.parametrize("text", ["int2-g32", "int3-g64", "int4-g128", "int4-g32", "int8-g128"])
 def test_the_product_is_kept_better_than_by_rounding_to_nearest(text: str) -> None:
     x, scheme = correlated(), Scheme.parse(text)
     nearest = dequantize(quantize_absmax(weight(), scheme))

@@ -65,7 +65,7 @@ def routed(model: Any, num_experts: int) -> list[torch.Tensor]:
     return shares
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int2", "int3", "int4", "int8", "nf4"])
 def test_routing_is_uniform_by_construction(tmp_path: Path, kind: str) -> None:
     schemes = dict.fromkeys(QUANTIZABLE, Scheme.parse(kind))
     del schemes["lm_head"]
