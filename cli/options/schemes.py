@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 Experts = Annotated[
     str | None,
-    typer.Option(metavar="SCHEME", help="Routed experts: int2, int3, int4, int8, nf4 or bf16; int4-g32 sets its groups."),
+    typer.Option(
+        metavar="SCHEME", help="Routed experts: int2, int3, int4, int8, nf4 or bf16; int4-g32 sets its groups."
+    ),
 ]
 SharedExpert = Annotated[str | None, typer.Option(metavar="SCHEME", help="The shared expert.")]
 DenseMlp = Annotated[str | None, typer.Option(metavar="SCHEME", help="MLPs of layers without experts.")]

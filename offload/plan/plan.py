@@ -29,7 +29,7 @@ from offload.plan.placement import Fit, Fitter, PlanRow
 from offload.routing.hit_rate import HitRates, Routing
 from offload.tiers import TIERS, Key, Tier
 from quant.model.families import Role
-from quant.model.mixed_precision import scheme_of
+from quant.model.mixed_precision import few_bits, scheme_of
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 from quant.sizes import as_bytes, format_size
@@ -199,6 +199,12 @@ def make_plan(
         cold=cold,
     )
     plan = planner.plan(budget)
+    few = few_bits(schemes) if machine.gpu else []
+    unread = (
+        (f"{', '.join(few)}: no kernel of a GPU reads that yet, the CPU's do (--vram 0): arithmetic only",)
+        if few
+        else ()
+    )
     vram_seeds = planner.locality.hottest(shape.moe_layers, plan.vram_slots - plan.vram_reserve)
     return replace(
         plan,
@@ -207,7 +213,7 @@ def make_plan(
         gpu_rows=_gpu_rows(footprint, machine, plan.decode),
         prefetch_bytes=prefetch_bytes(machine) if machine.gpu else 0,
         guess_tokens=_head_fits_a_wait(footprint, machine),
-        notes=(*budget.notes, *_padding(footprint), *beyond(shape, context), *_queue(plan, sequences)),
+        notes=(*budget.notes, *_padding(footprint), *beyond(shape, context), *_queue(plan, sequences), *unread),
     )
 
 

@@ -36,9 +36,7 @@ class Loader:
 
 _ALL = ("int2", "int3", "int4", "int8", "nf4", "bf16")
 ENGINES: Mapping[EngineName, Loader] = {
-    "transformers": Loader(
-        "transformers 5.23", _ALL, _ALL, GROUP_SIZES
-    ),
+    "transformers": Loader("transformers 5.23", _ALL, _ALL, GROUP_SIZES),
     "vllm": Loader(
         "vLLM 0.33",
         ("int4", "int8", "bf16"),

@@ -2,8 +2,8 @@
 
 Legend: N out features, K in features, G groups along K.
 
-The same arithmetic as the torch reference, to the bit: scale = bf16(absmax / 7.5) for int4 or bf16(absmax /
-127.5) for int8, 3.5 and 1.5 for int3 and int2 (1.0 where that is zero), q = round_half_even(w / scale) clamped to the kind's range. With
+The same arithmetic as the torch reference, to the bit: scale = bf16(absmax / 1.5) for int2, 3.5 for int3, 7.5 for
+int4, 127.5 for int8 (1.0 where that is zero), q = round_half_even(w / scale) clamped to the kind's range. With
 ``search``, that of ``quant.rounding.search``.
 """
 

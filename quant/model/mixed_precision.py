@@ -59,6 +59,12 @@ def scheme_of(schemes: Mapping[Role, Scheme], linear: "LinearSpec") -> Scheme:
     return schemes.get(linear.role, BF16)
 
 
+def few_bits(schemes: Mapping[Role, Scheme]) -> list[str]:
+    """The packed schemes below 4 bits that some Linear has: the kernels of a GPU do not read them."""
+    used = schemes.modules.values() if isinstance(schemes, MixedPrecision) else schemes.values()
+    return sorted({str(scheme) for scheme in used if scheme.is_packed and scheme.bits < 4})
+
+
 def described(schemes: Mapping[Role, Scheme]) -> dict[str, str]:
     """What two runs of the same schemes share: each role's scheme, and the identity of a MixedPrecision."""
     named = {str(role): str(scheme) for role, scheme in schemes.items()}

@@ -60,8 +60,8 @@ def encode_weight(
 
 
 def encode_by(weight: Tensor, scheme: Scheme, name: str, transposed: bool, curvature: Curvature) -> Encoded:
-    """As ``encode_weight`` for packed kinds (scales searched, but for int8), values rounded with feedback by ``curvature``,
-    some rows at a time."""
+    """As ``encode_weight`` for packed kinds (scales searched, but for int8), values rounded with feedback by
+    ``curvature``, some rows at a time."""
     dense = weight.t() if transposed else weight
     check_finite(dense, name)
     packed, scales, signal, noise = [], [], 0.0, 0.0

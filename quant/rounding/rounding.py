@@ -39,9 +39,9 @@ class Nearest:
 
 class Search:
     """Without data, and better than ``Nearest``. Dense Linears are rounded with feedback, for inputs made up from the
-    weights (``quant.rounding.synthetic_inputs``). Experts, down_proj and the head: int2 to int4 take the best scale of each
-    group, balanced against the mean input (``quant.rounding.search``), int8 goes to nearest. nf4 is as bitsandbytes
-    rounds."""
+    weights (``quant.rounding.synthetic_inputs``). Experts, down_proj and the head: int2 to int4 take the best scale of
+    each group, balanced against the mean input (``quant.rounding.search``), int8 goes to nearest. nf4 is as
+    bitsandbytes rounds."""
 
     name = "search"
 

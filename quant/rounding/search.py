@@ -1,9 +1,9 @@
 """Rounding without data: the torch reference of a search for each group's scale, and of rounding that keeps
 sums.
 
-The format is symmetric, -8..7 for int4 (-4..3 for int3, -2..1 for int2), so that one side reaches a level further. A scale may be negative,
-which puts that level on the other side (llama.cpp's Q4_0 does the same). For each group the scale is taken,
-among fractions of absmax and both signs, that leaves the least squared error.
+The format is symmetric, -8..7 for int4 (-4..3 for int3, -2..1 for int2), so that one side reaches a level further. A
+scale may be negative, which puts that level on the other side (llama.cpp's Q4_0 does the same). For each group the
+scale is taken, among fractions of absmax and both signs, that leaves the least squared error.
 
 Then rounding is *balanced*. A layer norm's output has a mean per channel, and what rounding does to a row's
 product with it is the same for every token: a bias. With ``means`` m (small integers proportional to it), all
@@ -26,15 +26,17 @@ from quant.scheme import Scheme
 
 UNIT = 256  # fixed point: parts of a step
 # Scales tried by bits, as parts of absmax / 8 (4, 2): fewer levels clip more.
-FRACTIONS = {bits: tuple(j / 32 for j in range(*ends)) for bits, ends in {4: (21, 35), 3: (16, 37), 2: (12, 41)}.items()}
+FRACTIONS = {
+    bits: tuple(j / 32 for j in range(*ends)) for bits, ends in {4: (21, 35), 3: (16, 37), 2: (12, 41)}.items()
+}
 LEAST_STEP = 2.0**-100
 THETA_BITS, MAX_THETA, MAX_SHIFT, ROUNDS = 12, 2**19, 96, 3
 MAX_MEAN = 127
 
 
 def search(weight: Tensor, scheme: Scheme, means: Tensor | None = None) -> Packed:
-    """Quantize ``weight`` ``[N, K]`` to int2, int3 or int4 by the best scale per group, balanced against ``means`` (int32
-    ``[K]`` in -127..127; None: not balanced). Raises SchemeError if the scheme does not fit or is
+    """Quantize ``weight`` ``[N, K]`` to int2, int3 or int4 by the best scale per group, balanced against ``means``
+    (int32 ``[K]`` in -127..127; None: not balanced). Raises SchemeError if the scheme does not fit or is
     another."""
     rows, columns = weight.shape
     scheme.check("weight", rows, columns)

@@ -42,8 +42,14 @@ from quant.synth.noise import Noise
 from quant.synth.skew import constant_for, router_rows, zipf_biases
 from quant.synth.tokenizer import MIN_VOCAB, write_tokenizer
 
-# Root mean square of a uniformly random stored value, in units of its scale; that of int4 and int8 leaves out the lowest.
-_SPREAD = {"int2": math.sqrt(1.5), "int3": math.sqrt(5.5), "int4": math.sqrt(17.5), "int8": math.sqrt(5397.5), "nf4": 0.55}
+# Root mean square of a random stored value, in units of its scale; of int4 and int8 the lowest does not occur.
+_SPREAD = {
+    "int2": math.sqrt(1.5),
+    "int3": math.sqrt(5.5),
+    "int4": math.sqrt(17.5),
+    "int8": math.sqrt(5397.5),
+    "nf4": 0.55,
+}
 _ROWS = 4096
 # By how much the hidden state's energy grows from the first layer to the last, measured on small shapes.
 _GROWTH = 0.34

@@ -42,7 +42,7 @@ class ExpertLayout:
 
     def __post_init__(self) -> None:
         for scheme, features, name in ((self.gate_up, self.hidden, "gate_proj"), (self.down, self.inter, "down_proj")):
-            if not scheme.is_packed:
+            if scheme.kind not in ("int4", "int8"):
                 raise SchemeError(f"{name} is stored as {scheme}: the CUDA kernels read int4 and int8")
             if features < scheme.group_size or features % scheme.group_size:
                 raise SchemeError(f"{name} has {features} input features: groups of {scheme} do not divide")

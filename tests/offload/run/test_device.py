@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from offload.records import RunOptions
-from offload.run.device import choose_compute
+from offload.run.device import check_kernels, choose_compute
+from quant.errors import MachineError
 from quant.kernels import native
+from quant.scheme import Scheme
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,11 @@ def test_a_core_is_left_to_the_launch_of_steps(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
     choose_compute(RunOptions(threads=asked or None), torch.device(device))
     assert count == [used]
+
+
+def test_weights_that_no_gpu_kernel_reads_are_refused_on_a_gpu_alone() -> None:
+    schemes = {"experts": Scheme("int3"), "attention": Scheme("int8")}
+    check_kernels(schemes, torch.device("cpu"))
+    check_kernels({"experts": Scheme("int4")}, torch.device("cuda"))
+    with pytest.raises(MachineError, match="int3-g128.*--device cpu"):
+        check_kernels(schemes, torch.device("cuda"))

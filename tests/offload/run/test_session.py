@@ -91,12 +91,16 @@ def test_logits_and_greedy_text_equal_stock_transformers(
 
 
 @pytest.mark.parametrize("split", ["all in ram", "three slots, the rest on disk", "device window"])
-@pytest.mark.parametrize("experts", ["nf4", "bf16"])
-def test_nf4_and_bf16_experts_equal_stock_transformers(
+@pytest.mark.parametrize("experts", ["nf4", "bf16", "int3"])
+def test_experts_in_other_forms_equal_stock_transformers(
     experts: str, split: str, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    schemes: dict[Role, Scheme] = {"experts": Scheme("nf4")} if experts == "nf4" else {"attention": INT8}
-    convert(tiny("llama4_maverick"), tmp_path / "model", schemes)
+    schemes: dict[str, dict[Role, Scheme]] = {
+        "nf4": {"experts": Scheme("nf4")},
+        "bf16": {"attention": INT8},
+        "int3": {"experts": Scheme("int3", 32), "shared_expert": Scheme("int2", 32), "attention": Scheme("int3", 64)},
+    }
+    convert(tiny("llama4_maverick"), tmp_path / "model", schemes[experts])
     model = oracle.stock(tiny("llama4_maverick"), tmp_path / "model")
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([PROMPT])).logits[0, -1]

@@ -12,7 +12,6 @@ from quant.kernels.weight import NativeKind
 from quant.pack import Packed, dequantize, pack, quantize_absmax
 from quant.scheme import GROUP_SIZES, Kind, Scheme
 
-
 KINDS: list[Kind] = ["int2", "int3", "int4", "int8"]
 
 
