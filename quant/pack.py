@@ -79,7 +79,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
     for i in range(8):
         runs |= (eights[..., i].to(torch.int64) + 2 ** (bits - 1)) << bits * i
     octets = runs.view(torch.uint8).reshape(rows, -1, 8)[..., :bits]
-    return octets.reshape(rows, -1)[:, : columns * bits // 8].contiguous().view(torch.int32)
+    words: Tensor = octets.reshape(rows, -1)[:, : columns * bits // 8].contiguous().view(torch.int32)
+    return words
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:

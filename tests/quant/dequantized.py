@@ -8,7 +8,6 @@ that a quantized checkpoint is held against.
 import json
 import shutil
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.pack import Packed, dequantize
-from quant.scheme import Scheme
+from quant.scheme import PACKED, Scheme
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -36,7 +35,7 @@ def packed_weights(folder: Path) -> dict[str, Packed]:
             module = key.removesuffix(".weight_packed")
             columns = int(tensors[f"{module}.weight_shape"][1])
             scale = tensors[f"{module}.weight_scale"]
-            kind: Literal["int4", "int8"] = "int4" if packed.shape[1] * 8 == columns else "int8"
+            kind = PACKED[packed.shape[1] * 32 // columns]
             found[module] = Packed(Scheme(kind, columns // scale.shape[1]), packed, scale)
     return found
 

@@ -38,5 +38,5 @@ def test_weights_that_no_gpu_kernel_reads_are_refused_on_a_gpu_alone() -> None:
     schemes = {"experts": Scheme("int3"), "attention": Scheme("int8")}
     check_kernels(schemes, torch.device("cpu"))
     check_kernels({"experts": Scheme("int4")}, torch.device("cuda"))
-    with pytest.raises(MachineError, match="int3-g128.*--device cpu"):
+    with pytest.raises(MachineError, match=r"int3-g128.*--device cpu"):
         check_kernels(schemes, torch.device("cuda"))

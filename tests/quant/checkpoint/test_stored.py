@@ -61,7 +61,7 @@ def test_a_plain_config_says_nothing() -> None:
                 "quant_method": "compressed-tensors",
                 "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}},
             },
-            "symmetric int4 or int8",
+            "symmetric int2, int3, int4 or int8",
         ),
         (
             {

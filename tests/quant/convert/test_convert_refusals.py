@@ -158,7 +158,7 @@ def test_roles_that_stay_as_they_are(source: Path) -> None:
 
 def test_nf4_beside_int4(source: Path) -> None:
     mixed = {"experts": Scheme("nf4"), "lm_head": Scheme("int8")}
-    refused(source, RecipeError, "nf4 and int4 or int8 cannot be mixed", mixed)
+    refused(source, RecipeError, "nf4 and int2 to int8 cannot be mixed", mixed)
 
 
 def test_a_quantized_source_whose_config_does_not_say_so(source: Path) -> None:

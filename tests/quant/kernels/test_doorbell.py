@@ -180,7 +180,7 @@ def test_experts_in_another_form_are_refused() -> None:
     experts = Experts(Scheme("int4", 128))
     dense = [Weight.from_tensors("bf16", part.bfloat16()) for part in experts.dense[0]]
     table = torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(SchemeError, match="serves int4 and int8"):
+    with pytest.raises(SchemeError, match="serves int2 to int8"):
         HostBell(BellBuffers.allocate(1, 1, H, CPU), [GatedMlp(*dense)], table, scales_input=True, exact=True)
 
 

@@ -158,7 +158,7 @@ def test_shapes_and_dtypes_that_cannot_be_packed_are_refused() -> None:
         quantize_pack(torch.ones(4, 128), "int8", 128, search=True)
     with pytest.raises(SchemeError, match=r"expected int32 \[128\]"):
         quantize_pack(torch.ones(4, 128), "int4", 128, search=True, means=torch.ones(64, dtype=torch.int32))
-    with pytest.raises(SchemeError, match="expected int4 or int8"):
+    with pytest.raises(SchemeError, match="expected int2 to int8"):
         quantize_pack(torch.ones(4, 128), "nf4", 64)
 
 

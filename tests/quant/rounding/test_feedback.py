@@ -93,5 +93,5 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(SchemeError, match="expected f32"):
         round_with_feedback(weight.bfloat16(), scale, scheme, curvature(256))
     eight = quantize_absmax(weight, Scheme("int8", 64)).scale
-    with pytest.raises(SchemeError, match="expected int4 or int8"):
+    with pytest.raises(SchemeError, match="expected int2 to int8"):
         round_with_feedback(weight, eight, Scheme("nf4", 64), curvature(256))
