@@ -93,7 +93,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     runs = sum(octets[:, i::bits].to(torch.int32) << 8 * i for i in range(bits))  # [N, K/8], each with eight values
     assert isinstance(runs, Tensor)
     values = torch.stack([(runs >> bits * i & 2**bits - 1).to(torch.int8) for i in range(8)], -1)
-    return values.flatten(-2) - 2 ** (bits - 1)
+    top: int = 2 ** (bits - 1)
+    return values.flatten(-2) - top
 
 
 def dequantize(weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
