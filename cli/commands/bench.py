@@ -86,8 +86,9 @@ def bench(
     plan = Benchmark(prompt_tokens, tokens, repeat)
     several = SequenceBenchmark(plan, counts_of(sequences), arriving)
     shape = shape_of(resolve_config(str(path)))
-    context = max(plan.context, run.context or 0) if several.counts or arriving else shape.context(run.context)
-    run = replace(run, context=max(context, several.context), sequences=several.sequences)
+    if run.context is not None or several.counts or arriving or several.context > shape.context():
+        run = replace(run, context=max(run.context or 0, plan.context, several.context))
+    run = replace(run, sequences=several.sequences)
     console.step("measuring bandwidths")
     probe(path, refresh=True)
     peak_is_clean = forget_peak()

@@ -82,7 +82,7 @@ def eval(
 
 def _beyond(path: Path, context: int) -> list[str]:
     """A note if windows are longer than what the model was made for."""
-    from offload.plan.plan import beyond
+    from offload.plan.notes import beyond
     from quant.architecture.shape import shape_of
     from quant.model.hub import resolve_config
 

@@ -42,7 +42,7 @@ def plan(
     calibrate: Calibrate = None,
 ) -> None:
     """Say where every byte of a run of MODEL goes, what speed to expect, what limits it, and what a GiB
-    more buys.
+    more buys; how long a context may be, and what a longer one costs.
 
     A quantized MODEL is planned as it is, with the defaults for a run of --recipe. Otherwise --recipe, and of
     any MODEL schemes by hand, say what it will be stored as; a shape without either takes the recipe of its
@@ -53,7 +53,7 @@ def plan(
     from cli.terminal.words import number
     from offload.simulator.simulation import Simulation
 
-    run = plan_run(model, stored, target, replace(options, routing=routing), console)
+    run = plan_run(model, stored, target, replace(options, routing=routing), console, curve=True)
     made, shape, schemes = run.plan, run.model.shape, run.model.schemes
     replay = Simulation.of(shape, schemes, made, run.machine, run.model.wider)
     decode, prefill = replay.decode(_REPLAYED), replay.prefill()
@@ -154,7 +154,7 @@ def _billions(count: float) -> str:
 
 def _show(console: Console, model: str, run: "PlannedRun") -> None:
     from cli.steps.plan_run import stored_as
-    from cli.terminal.plan_table import advice, byte_table, machine_line, speeds
+    from cli.terminal.plan_table import advice, byte_table, contexts, machine_line, speeds
 
     console.prose(f"{model}: {_weights(run.model.shape)}")
     console.prose(stored_as(run.model))
@@ -162,4 +162,4 @@ def _show(console: Console, model: str, run: "PlannedRun") -> None:
     console.say()
     console.show(byte_table(run.plan))
     console.say()
-    console.rows([*speeds(run.plan), *advice(run.plan)])
+    console.rows([*speeds(run.plan), *contexts(run.plan), *advice(run.plan)])

@@ -31,7 +31,7 @@ Context = Annotated[
         "--context",
         min=1,
         metavar="TOKENS",
-        help="Tokens that a sequence may have (4096, or all that the model knows).",
+        help="Tokens that a sequence may have (4096, or more where experts leave room, up to what the model knows).",
     ),
 ]
 Kv = Annotated[Literal["bf16", "int8"] | None, typer.Option("--kv", help="How the KV cache is stored (bf16).")]

@@ -17,11 +17,13 @@ def plan_run(
     options: RunOptions,
     console: Console,
     prompt: int | None = None,
+    curve: bool = False,
 ) -> PlannedRun:
-    """The run of ``model``, with room and predictions for ``prompt`` tokens. Raises ColdstreamError."""
+    """The run of ``model``, with room and predictions for ``prompt`` tokens; ``curve`` compares other contexts. Raises
+    ColdstreamError."""
     subject = planned_model(model, stored.recipe, stored.by_hand())
     machine = target.find(model, options.over(subject.recipe).ram, console.step)
-    run = planned_run(subject, options, machine=machine, prompt=prompt)
+    run = planned_run(subject, options, machine=machine, prompt=prompt, curve=curve)
     if run.routing is not None and next(Path(model).glob("*.safetensors"), None) is not None:
         from quant.checkpoint.checkpoint import Checkpoint
         from quant.checkpoint.identity import model_id

@@ -31,6 +31,7 @@ _ORDER = (
     "vision",
 )
 _COLUMNS: dict[Tier, str] = {**TIER_NAMES, "disk": "only on disk"}
+_SEEN = 0.001  # of a speed, that is worth a word
 _UNKNOWN = "uniform routing assumed"
 
 
@@ -105,6 +106,23 @@ def _served(plan: Plan, tier: Tier) -> str:
     }[tier]
     share = percent(plan.hit_rates[tier])
     return f"{placed:,} of {plan.experts:,} {PLACES[tier]} for {share} of requests"
+
+
+def contexts(plan: Plan) -> list[Row]:
+    """How long a text may be, what twice as long costs, and tokens/s by context, with a cache that is full."""
+    by_length = {one.context: one for one in plan.contexts}
+    this, twice = by_length.get(plan.context), by_length.get(2 * plan.context)
+    if this is None:
+        return []
+    why = "as asked" if plan.context_asked else "the longest that costs no speed"
+    said = f"{plan.context:,} tokens ({why}, {size(this.kv_bytes)} of KV cache)"
+    if twice is not None:
+        cost = this.tokens_per_s - twice.tokens_per_s
+        said += f"; room for twice as many costs {number(cost)} tokens/s" if cost > _SEEN * this.tokens_per_s else ""
+    elif 2 * plan.context <= plan.context_limit:
+        said += "; twice as many do not fit"
+    curve = ", ".join(f"{one.context:,}: {number(one.full_tokens_per_s)}" for one in plan.contexts)
+    return [("context", said), ("", f"tokens/s once so many are there: {curve}")]
 
 
 def advice(plan: Plan) -> list[Row]:

@@ -24,6 +24,7 @@ class PageCounts:
         self.count = count
         self.forget: Callable[[], bool] = _nothing_to_forget
         self.given_back = 0  # how often a page became free
+        self.reached = 0  # pages that were ever in use
         self._users = [0] * count
         self._free = list(range(count - 1, -1, -1))
 
@@ -38,6 +39,7 @@ class PageCounts:
             if not self.forget():
                 raise OutOfPages(f"all {self.count:,} pages of the KV cache are in use: give it more with --context")
         page = self._free.pop()
+        self.reached = max(self.reached, page + 1)
         self._users[page] = 1
         return page
 

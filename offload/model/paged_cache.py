@@ -84,6 +84,13 @@ class PagePool:
             return self.shape.kv_nbytes(self.context, self.dtype.itemsize)
         return self.counts.count * KV_PAGE_TOKENS * self.token_nbytes
 
+    @property
+    def reached_nbytes(self) -> int:
+        """Bytes of pages that tokens have reached: the others take no memory on a CPU."""
+        if not self.shape.is_native or self._device.type != "cpu":
+            return self.nbytes
+        return self.counts.reached * KV_PAGE_TOKENS * self.token_nbytes
+
     def sequence(self) -> "PagedCache":
         """The cache of a new sequence."""
         return PagedCache(self)

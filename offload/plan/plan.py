@@ -13,6 +13,7 @@ from typing import Any
 
 from offload.hardware.probe import Machine
 from offload.plan.budget import Budget
+from offload.plan.context import ContextPrediction, curve_of, longest_that
 from offload.plan.cost_model import (
     KERNEL_STEP,
     ColdPath,
@@ -25,21 +26,23 @@ from offload.plan.cost_model import (
     rows_of,
 )
 from offload.plan.footprint import Footprint
+from offload.plan.notes import beyond, padding, queue, unread
 from offload.plan.placement import Fit, Fitter, PlanRow
 from offload.routing.hit_rate import HitRates, Routing
 from offload.tiers import TIERS, Key, Tier
 from quant.model.families import Role
-from quant.model.mixed_precision import few_bits, scheme_of
+from quant.model.mixed_precision import scheme_of
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
-from quant.sizes import as_bytes, format_size
+from quant.sizes import as_bytes
 
 __all__ = ["Plan", "PlanRow", "make_plan"]
 
 _NOTICEABLE = 0.001
+_CHUNK = 1024  # prompt tokens at once, that a longer context may not make fewer
 _COUNTS = (1, 2, 4, 8)  # of sequences, that speeds are predicted for
 # What a document has as it is.
-_RUN = ("context", "kv_sequences", "kv_bits", "prompt_chunk", "filled")
+_RUN = ("context", "context_asked", "context_limit", "kv_sequences", "kv_bits", "prompt_chunk", "filled")
 _SLOTS = ("slot_bytes", "experts", "vram_slots", "ram_slots", "vram_reserve")
 
 
@@ -74,7 +77,8 @@ class Plan:
     caches meanwhile. ``guess_tokens``: guess the next token while the disk is waited for, to read for it.
     ``fills``: fill free slots after the first token, instead of as experts are asked for. The KV cache has room for
     ``kv_sequences`` of ``context`` tokens each, ``together`` are the speeds of several, and a token is multiplied with
-    ``token_weights``.
+    ``token_weights``. ``contexts`` are this and others, for comparison; ``context_asked``: somebody said how long,
+    and of itself it is never longer than ``context_limit``.
     """
 
     machine: str
@@ -104,6 +108,9 @@ class Plan:
     kv_sequences: int = 1
     together: tuple[SequencePrediction, ...] = ()
     token_weights: int = 0
+    context_asked: bool = True
+    context_limit: int = 0
+    contexts: tuple[ContextPrediction, ...] = ()
 
     @property
     def predicted_tokens_per_s(self) -> float:
@@ -151,6 +158,7 @@ class Plan:
             "decode": {**asdict(self.decode), "ms_per_token": self.decode.ms_per_token},
             "prefill": asdict(self.prefill),
             "sequences": [prediction.to_json() for prediction in self.together],
+            "contexts": [prediction.to_json() for prediction in self.contexts],
             "with_one_more_gib": dict(self.gains),
             "notes": list(self.notes),
         }
@@ -163,7 +171,7 @@ def make_plan(
     *,
     vram: int | str | None = None,
     ram: int | str | None = None,
-    context: int = 4096,
+    context: int | None = None,
     kv_bits: int = 16,
     routing: Routing | None = None,
     prompt_chunk: int | None = None,
@@ -173,38 +181,36 @@ def make_plan(
     images: bool = False,
     wider: Mapping[Role, int] | None = None,
     sequences: int = 1,
+    curve: bool = False,
 ) -> Plan:
     """The plan of a run of ``shape`` in ``schemes`` on ``machine``.
 
     ``vram`` and ``ram`` are budgets in bytes or as people write them ("64GiB"), None for what the machine has;
-    ``vram`` 0 leaves the GPU alone.
+    ``vram`` 0 leaves the GPU alone. ``context`` None is the longest that costs no speed, 4,096 at
+    least and the model's own limit at most.
     ``kv_bits`` is 8, 16 or 32 (exact runs). ``slot_bytes`` is what an expert takes in memory, by default its
     size in whole pages. ``wider`` is what weights kept in f32 take beyond two bytes each, by role. ``images``
     keeps room to look at pictures. ``cold`` says how experts outside VRAM are computed beside a GPU, see ColdPath.
     ``sequences`` of ``context`` tokens each are to have room in the KV cache: fewer, where that is more than fits.
-    Raises BudgetError, with the nearest thing that fits, for what does not.
+    ``curve`` compares other contexts. Raises BudgetError, with the nearest thing that fits, for what does not.
     """
     vram, ram = (None if asked is None else as_bytes(asked) for asked in (vram, ram))
     if vram == 0:
         machine = replace(machine, gpu=None)
     budget = Budget.of(machine, vram, ram)
-    footprint = Footprint(shape, schemes, context, kv_bits, slot_bytes or 0, images, wider or {})
+    least = context or shape.context()
+    footprint = Footprint(shape, schemes, least, kv_bits, slot_bytes or 0, images, wider or {})
     fitter = Fitter(footprint, machine.gpu is not None, prompt_chunk)
     roomy = (replace(fitter, footprint=replace(footprint, sequences=count)) for count in range(sequences, 1, -1))
     planner = _Planner(
         fitter=next((more for more in roomy if more.fits(budget)), fitter),
         machine=machine,
         locality=HitRates.of(footprint.experts, shape.top_k, routing),
-        filled=min(filled, context),
+        filled=min(filled, least),
         cold=cold,
     )
-    plan = planner.plan(budget)
-    few = few_bits(schemes) if machine.gpu else []
-    unread = (
-        (f"{', '.join(few)}: no kernel of a GPU reads that yet, the CPU's do (--vram 0): arithmetic only",)
-        if few
-        else ()
-    )
+    chosen = planner if context else planner.with_context(planner.longest(budget, shape.grows_to))
+    plan = chosen.plan(budget)
     vram_seeds = planner.locality.hottest(shape.moe_layers, plan.vram_slots - plan.vram_reserve)
     return replace(
         plan,
@@ -213,17 +219,16 @@ def make_plan(
         gpu_rows=_gpu_rows(footprint, machine, plan.decode),
         prefetch_bytes=prefetch_bytes(machine) if machine.gpu else 0,
         guess_tokens=_head_fits_a_wait(footprint, machine),
-        notes=(*budget.notes, *_padding(footprint), *beyond(shape, context), *_queue(plan, sequences), *unread),
-    )
-
-
-def _queue(plan: Plan, sequences: int) -> tuple[str, ...]:
-    """That sequences will have to wait for one another, if the KV cache cannot be made for all of them."""
-    if plan.kv_sequences >= sequences:
-        return ()
-    return (
-        f"the KV cache has room for {plan.kv_sequences} of {sequences} sequences of {plan.context:,} tokens: others "
-        "wait for pages; a larger budget or a smaller --context makes room",
+        notes=(
+            *budget.notes,
+            *padding(footprint),
+            *beyond(shape, plan.context),
+            *queue(plan.kv_sequences, sequences, plan.context),
+            *unread(schemes, machine),
+        ),
+        context_asked=context is not None,
+        context_limit=max(shape.grows_to, shape.context()),
+        contexts=planner.contexts(budget, plan.context) if curve else (),
     )
 
 
@@ -244,28 +249,6 @@ def _head_fits_a_wait(footprint: Footprint, machine: Machine) -> bool:
     return 0 < head / machine.ram_gb_s < footprint.slot_bytes / machine.disk_gb_s
 
 
-def _padding(footprint: Footprint) -> tuple[str, ...]:
-    """What experts of different size cost in memory, where that is more than their pages' ends."""
-    largest, mean = footprint.shape.largest_expert(footprint.schemes), footprint.expert_bytes
-    if largest <= mean * 1.01:
-        return ()
-    return (
-        f"experts differ in size: a slot has room for the largest, {format_size(largest)}, the mean is "
-        f"{format_size(mean)}: {1 - mean / largest:.0%} of the memory for experts is padding",
-    )
-
-
-def beyond(shape: ModelShape, context: int) -> tuple[str, ...]:
-    """A note that ``context`` tokens are more than the model has learned to read, if they are."""
-    limit = shape.max_position_embeddings
-    if not 0 < limit < context:
-        return ()
-    return (
-        f"a context of {context:,} tokens is beyond the {limit:,} that this model was made for "
-        "(max_position_embeddings): what it makes of later ones may be no sense",
-    )
-
-
 @dataclass(frozen=True)
 class _Planner:
     fitter: Fitter
@@ -274,16 +257,54 @@ class _Planner:
     filled: int
     cold: ColdPath
 
-    def plan(self, budget: Budget) -> Plan:
-        footprint, fit = self.fitter.footprint, self.fitter.fit(budget)
+    def with_context(self, context: int) -> "_Planner":
+        footprint = replace(self.fitter.footprint, context=context)
+        return replace(self, fitter=replace(self.fitter, footprint=footprint))
+
+    def longest(self, budget: Budget, limit: int) -> int:
+        """The longest context up to ``limit`` with which decode and prefill are as fast as with this one."""
+        least = self.fitter.footprint.context
+        fit = self.fitter.fit(budget)
+        usual = self._speeds(fit, self.filled)
+
+        def fits(context: int) -> bool:
+            longer = self.with_context(context)
+            if not longer.fitter.fits(budget):
+                return False
+            room = longer.fitter.fit(budget)
+            speeds = zip(longer._speeds(room, self.filled), usual, strict=True)
+            return room.prompt_chunk >= min(fit.prompt_chunk, _CHUNK) and all(now >= then for now, then in speeds)
+
+        return longest_that(fits, least, limit)
+
+    def contexts(self, budget: Budget, chosen: int) -> tuple[ContextPrediction, ...]:
+        """What contexts beside ``chosen`` cost, as far as they fit."""
+        found = []
+        for context in curve_of(chosen, self.fitter.footprint.shape.grows_to):
+            planner = self.with_context(context)
+            if planner.fitter.fits(budget):
+                fit = planner.fitter.fit(budget)
+                speeds = [planner._speeds(fit, filled)[0] for filled in (self.filled, context)]
+                room = planner.fitter.footprint.kv_cache
+                found.append(ContextPrediction(context, room, fit.in_vram + fit.in_ram, *speeds))
+        return tuple(found)
+
+    def _speeds(self, fit: Fit, filled: int) -> tuple[float, float]:
+        """Tokens per second of decode with ``filled`` tokens in the KV cache, and of prefill."""
+        load = self._load(fit, filled)[0]
+        prompt = prefill(load, self.machine, self.filled, fit.prompt_chunk)
+        return decode(load, self.machine, self.cold).tokens_per_s, prompt.tokens_per_s
+
+    def _load(self, fit: Fit, filled: int) -> tuple[Workload, float, float]:
+        """What a token reads, and the shares of requests that find the expert in VRAM, and in VRAM or RAM."""
         vram_hits = self.locality.kept(fit.in_vram)  # VRAM starts with the hottest and changes slowly
         hits = max(vram_hits, self.locality.hits(fit.in_vram + fit.in_ram))
-        load = footprint.load(
-            filled=self.filled,
-            vram_hits=vram_hits,
-            hits=hits,
-            resident=(fit.in_vram + fit.in_ram) / (footprint.experts or 1),
-        )
+        resident, load = (fit.in_vram + fit.in_ram) / (self.fitter.footprint.experts or 1), self.fitter.footprint.load
+        return load(filled=filled, vram_hits=vram_hits, hits=hits, resident=resident), vram_hits, hits
+
+    def plan(self, budget: Budget) -> Plan:
+        footprint, fit = self.fitter.footprint, self.fitter.fit(budget)
+        load, vram_hits, hits = self._load(fit, self.filled)
         return Plan(
             machine=self.machine.name,
             vram=budget.vram,

@@ -154,12 +154,14 @@ def planned_run(
     machine: Machine | str | None = None,
     slot_bytes: int | None = None,
     prompt: int | None = None,
+    curve: bool = False,
 ) -> PlannedRun:
     """Decide a run of ``model`` (as planned_model takes it, in the schemes of ``recipe``; or what that
     returned) on ``machine``: a desktop with the card of that name, or by default this one.
 
     The run is to have room for ``prompt`` tokens, and speeds are predicted for as many (None: 512).
-    ``slot_bytes`` is what an expert takes in memory, where that is known from its tensors. Raises BudgetError,
+    ``slot_bytes`` is what an expert takes in memory, where that is known from its tensors; ``curve`` compares other
+    contexts. Raises BudgetError,
     with the nearest thing that fits, for what does not fit, ProfileError for a routing profile that is none
     or of another shape, and what planned_model raises.
     """
@@ -185,7 +187,7 @@ def planned_run(
         machine,
         vram=0 if options.device == "cpu" else options.vram,
         ram=options.ram,
-        context=options.context or max(shape.context(), prompt or 0),
+        context=options.context or (prompt if prompt and prompt > shape.context() else None),
         kv_bits=_kv_bits(options, shape, machine),
         routing=routing,
         prompt_chunk=options.prompt_chunk,
@@ -194,6 +196,7 @@ def planned_run(
         images=options.images and shape.reads_images,
         wider=subject.wider,
         sequences=options.sequences if _on_cpu(options, machine) and shape.is_native else 1,
+        curve=curve,
         cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
     )
     if options.device == "cpu" and options.vram:

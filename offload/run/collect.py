@@ -16,6 +16,7 @@ from offload.hardware.ledger import MemoryLedger, peak_resident_bytes, resident_
 from offload.hardware.probe import Machine
 from offload.hardware.system import cpu_name
 from offload.hardware.vram_limit import VramMeter
+from offload.model.paged_cache import PagePool
 from offload.plan.plan import Plan
 from offload.records import RunOptions
 from offload.routing.stats import RoutingStats
@@ -54,6 +55,7 @@ class Accounted(Protocol):
     experts: ExpertCache
     vram: VramMeter | None
     runner: Runner
+    kv_pool: PagePool
 
     def expert_tiers(self) -> dict[Key, Tier]:
         """Where each expert is now."""
@@ -174,6 +176,8 @@ def memory_of(session: Accounted) -> Memory:
     """The ledger's roles, the Python process before the model among them, beside the system's count."""
     entries = session.ledger.snapshot()
     ram = {"process": session.ledger.baseline_rss, **entries["ram"]}
+    if "kv_cache" in ram:
+        ram["kv_cache"] = session.kv_pool.reached_nbytes
     resident = resident_bytes()
     if session.vram is not None:
         session.vram.used()

@@ -34,7 +34,8 @@ class ModelShape:
     ``moe_layers`` are the layers that route; ``dense_intermediate`` is the width of the others' MLP (0 if
     there are none) and ``shared_intermediate`` that of the shared expert (0 if there is none).
     ``chunked_layers`` attend within chunks of ``attention_chunk_size`` tokens only, which bounds their KV
-    cache. ``vision_weights`` counts the vision tower's and projector's parameters (0 for text-only).
+    cache. ``vision_weights`` counts the vision tower's and projector's parameters (0 for text-only). ``grows_to`` is
+    how long a context may be that nobody asked for; 0: as ``context()`` says, for transformers computes attention.
     """
 
     family: Family
@@ -59,6 +60,7 @@ class ModelShape:
     head_norms: tuple[int, int] = (0, 0)
     vision_weights: int = 0
     attention_bias: bool = False
+    grows_to: int = 0
     vision_tower: VisionConfig | None = None
 
     @classmethod
@@ -174,7 +176,7 @@ class ModelShape:
                 yield sum(scheme_of(schemes, x).nbytes(x.out_features, x.in_features) for x in linears)
 
     def context(self, asked: int | None = None) -> int:
-        """Tokens that a run plans for: those asked for, else 4,096 or all that the model was made for."""
+        """Tokens that a run plans for at least: those asked for, else 4,096 or all that the model was made for."""
         return asked or min(_CONTEXT, self.max_position_embeddings or _CONTEXT)
 
     def kv_layers(self, context: int) -> Iterator[tuple[int, int]]:
@@ -324,6 +326,7 @@ def _of_record(family: Family, model_type: str, text: TextConfig, vision: Vision
         vision_weights=0 if vision is None else vision.weights(hidden),
         attention_bias=text.attention_bias and not isinstance(text, MixtralText),
         vision_tower=vision,
+        grows_to=text.grows_to,
     )
 
 

@@ -108,6 +108,13 @@ class TextConfig(_Record):
         raise NotImplementedError
 
     @property
+    def grows_to(self) -> int:
+        """See ModelShape: RoPE of two kinds changes within a text, and who clips q, k and v is left to transformers."""
+        rope = self.rope_parameters or self.rope_scaling
+        changes = rope is not None and rope.rope_type in ("dynamic", "longrope")
+        return 0 if changes or getattr(self, "clip_qkv", None) else self.max_position_embeddings
+
+    @property
     def key_value_heads(self) -> int:
         """Heads of keys and values."""
         return self.num_key_value_heads or self.num_attention_heads

@@ -208,7 +208,7 @@ def test_an_empty_profile_is_no_profile() -> None:
 def test_the_chunk_is_as_asked_or_the_largest_that_costs_little() -> None:
     shape, schemes = SHAPES["mini-scout"], load_recipe("mini-scout").schemes
     assert make_plan(shape, schemes, machine(), prompt_chunk=77).prompt_chunk == 77
-    roomy, tight = (make_plan(shape, schemes, machine(), ram=ram).prompt_chunk for ram in (16 * GIB, GIB))
+    roomy, tight = (make_plan(shape, schemes, machine(), ram=ram, context=4096).prompt_chunk for ram in (16 * GIB, GIB))
     assert roomy == 2048 and 16 <= tight < roomy
     assert make_plan(shape, schemes, machine(), context=100).prompt_chunk <= 100
 
@@ -361,3 +361,36 @@ def test_the_kv_cache_has_room_for_as_many_sequences_as_fit_and_the_others_are_s
     assert 1 <= short.kv_sequences < 100
     within(short)
     assert any("others wait" in note for note in short.notes)
+
+
+def test_a_context_that_nobody_asked_for_takes_what_the_experts_leave() -> None:
+    shape, schemes = SHAPES["mini-scout"], load_recipe("fast").schemes
+    roomy = make_plan(shape, schemes, machine(), ram=16 * GIB)
+    assert roomy.context == shape.max_position_embeddings and roomy.ram_slots == roomy.experts
+    whole = make_plan(shape, schemes, machine(), ram=16 * GIB, context=4096).total("ram") - FRAMEWORK_RAM
+    between = make_plan(shape, schemes, machine(), ram=whole + GIB // 4)
+    assert 4096 < between.context < roomy.context and between.ram_slots == between.experts
+    longer = make_plan(shape, schemes, machine(), ram=whole + GIB // 4, context=between.context + 1024)
+    assert longer.predicted_tokens_per_s < between.predicted_tokens_per_s
+
+
+@pytest.mark.parametrize("gpu", [None, RTX_4090], ids=["no GPU", "RTX 4090"])
+def test_where_experts_lack_room_no_speed_is_given_for_context_and_its_price_is_said(gpu: Gpu | None) -> None:
+    shape, schemes, on = SHAPES["scout"], load_recipe("fast").schemes, machine(gpu=gpu)
+    plan, usual = (make_plan(shape, schemes, on, ram=24 * GIB, context=asked, curve=True) for asked in (None, 4096))
+    assert plan.predicted_tokens_per_s == usual.predicted_tokens_per_s and plan.context >= 4096
+    assert not plan.context_asked and usual.context_asked
+    speeds = [one.tokens_per_s for one in usual.contexts]
+    assert len(speeds) > 3 and speeds == sorted(speeds, reverse=True) and speeds[-1] < speeds[0]
+    for one in usual.contexts:
+        again = make_plan(shape, schemes, on, ram=24 * GIB, context=one.context)
+        assert one.tokens_per_s == again.predicted_tokens_per_s >= one.full_tokens_per_s
+        assert one.kv_bytes == again.total("vram" if gpu else "ram", "kv_cache")
+
+
+def test_a_context_of_itself_is_no_longer_than_a_model_can_be_trusted_with() -> None:
+    config = load_shape("mini-scout")
+    scaled = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 5e5}
+    for change, most in (({}, 131_072), ({"max_position_embeddings": 2000}, 2000), ({"rope_scaling": scaled}, 4096)):
+        shape = ModelShape.from_config({**config, **change})
+        assert make_plan(shape, load_recipe("fast").schemes, machine(), ram=16 * GIB).context == most

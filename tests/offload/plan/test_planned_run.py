@@ -156,7 +156,7 @@ def test_a_run_has_room_for_its_prompt() -> None:
     model = PlannedModel(shape, {}, "by hand")
     card = planned_machine("", "RTX 4090", ram=512 * GIB)
     assert planned_run(model, machine=card, prompt=9000).plan.context == 9000
-    assert planned_run(model, machine=card, prompt=16).plan.context == shape.context()
+    assert planned_run(model, machine=card, prompt=16).plan.context >= shape.context()
     assert planned_run(model, RunOptions(context=256), machine=card, prompt=9000).plan.filled == 256
 
 

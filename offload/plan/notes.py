@@ -1,0 +1,51 @@
+"""What a plan has to say beside its numbers."""
+
+from collections.abc import Mapping
+
+from offload.hardware.probe import Machine
+from offload.plan.footprint import Footprint
+from quant.model.families import Role
+from quant.model.mixed_precision import few_bits
+from quant.model.shape import ModelShape
+from quant.scheme import Scheme
+from quant.sizes import format_size
+
+
+def queue(room: int, sequences: int, context: int) -> tuple[str, ...]:
+    """That sequences will have to wait for one another, if the KV cache cannot be made for all of them."""
+    if room >= sequences:
+        return ()
+    return (
+        f"the KV cache has room for {room} of {sequences} sequences of {context:,} tokens: others "
+        "wait for pages; a larger budget or a smaller --context makes room",
+    )
+
+
+def padding(footprint: Footprint) -> tuple[str, ...]:
+    """What experts of different size cost in memory, where that is more than their pages' ends."""
+    largest, mean = footprint.shape.largest_expert(footprint.schemes), footprint.expert_bytes
+    if largest <= mean * 1.01:
+        return ()
+    return (
+        f"experts differ in size: a slot has room for the largest, {format_size(largest)}, the mean is "
+        f"{format_size(mean)}: {1 - mean / largest:.0%} of the memory for experts is padding",
+    )
+
+
+def beyond(shape: ModelShape, context: int) -> tuple[str, ...]:
+    """A note that ``context`` tokens are more than the model has learned to read, if they are."""
+    limit = shape.max_position_embeddings
+    if not 0 < limit < context:
+        return ()
+    return (
+        f"a context of {context:,} tokens is beyond the {limit:,} that this model was made for "
+        "(max_position_embeddings): what it makes of later ones may be no sense",
+    )
+
+
+def unread(schemes: Mapping[Role, Scheme], machine: Machine) -> tuple[str, ...]:
+    """That a GPU's kernels do not read some of ``schemes``."""
+    few = few_bits(schemes) if machine.gpu else []
+    if not few:
+        return ()
+    return (f"{', '.join(few)}: no kernel of a GPU reads that yet, the CPU's do (--vram 0): arithmetic only",)
