@@ -18,7 +18,7 @@ from torch.nn.functional import rms_norm
 
 from offload.decode.decoder import Decoder, Row
 from offload.decode.embedding_rows import EmbeddingRows
-from offload.decode.native_moe import BlockTable, NativeMoe, is_native
+from offload.decode.native_moe import BlockTable, NativeMoe
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.reader import Priority
 from offload.experts.storage.store import ExpertStore
@@ -66,7 +66,7 @@ class NativeDecoder(Decoder):
     def reads(config: Any, store: ExpertStore) -> bool:
         """Whether the native kernels compute what ``config`` asks for, on experts stored like those of
         ``store``."""
-        return getattr(config, "clip_qkv", None) is None and is_read(store)
+        return getattr(config, "clip_qkv", None) is None and store.reads_native
 
     def weights_moved(self) -> None:
         """See Decoder. The native blocks hold addresses, so all of them are made anew."""
@@ -197,12 +197,6 @@ class NativeDecoder(Decoder):
             return None
         weight = self.lm_head.stored.descriptor  # None for f16, which torch multiplies
         return None if weight is None else Head(self.norm.weight.data, norm_eps(self.norm), weight)
-
-
-def is_read(store: ExpertStore) -> bool:
-    """Whether the native kernels read experts stored like those of ``store``."""
-    record = next((store.record(*key) for key in store.experts()[:1]), None)
-    return record is None or is_native(record.view(torch.empty(record.slot_bytes, dtype=torch.uint8)))
 
 
 def _attention(part: LayerParts) -> Attention:

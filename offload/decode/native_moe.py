@@ -104,8 +104,3 @@ class BlockTable:
     def evicted(self, key: Key) -> None:
         """Take an expert out before its slot is overwritten."""
         self.blocks[key[0]].block.clear_expert(key[1])
-
-
-def is_native(weights: ExpertWeights) -> bool:
-    """Whether the native block can run experts stored like these."""
-    return all(w.descriptor is not None for w in (weights.gate_proj, weights.up_proj, weights.down_proj))

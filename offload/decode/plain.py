@@ -12,7 +12,9 @@ from offload.decode.decoder import Decoder
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.model.kv_cache import SequenceCache
 from quant.architecture.meta_model import decoder_of
+from quant.kernels import native
 
+_AWAKE = 5000  # microseconds, of a layer's Python between two products
 _TRIAL = [3, 1, 4, 1, 5, 9, 2]
 _SAME = 0.02  # relative: what bf16 makes of another order of sums
 
@@ -24,9 +26,10 @@ class PlainDecoder(Decoder):
     def __init__(self, model: Any, experts: ExpertCache, device: torch.device, name: str, bound: Any = None) -> None:
         super().__init__()
         self.bound = self._stock = bound
+        self._alone = False  # one token is on its way, on the CPU
         self.model, self.experts, self.device, self.name = model, experts, device, name
         for layer in decoder_of(model).layers:
-            layer.register_forward_pre_hook(lambda *call: self.check_wanted())
+            layer.register_forward_pre_hook(lambda *call: self._at_layer())
 
     def forward(self, ids: Sequence[int], cache: SequenceCache, *, keep: int = 1) -> Tensor:
         """See Decoder."""
@@ -49,7 +52,26 @@ class PlainDecoder(Decoder):
         found = self._run(_TRIAL[4:], together, len(_TRIAL) - 4)
         return bool((found - expected).norm() <= _SAME * expected.norm())
 
+    def _at_layer(self) -> None:
+        self.check_wanted()
+        if self._alone:
+            native.keep_awake(_AWAKE)
+
     def _run(self, ids: Sequence[int], cache: SequenceCache, keep: int) -> Tensor:
+        if len(ids) > 1 or self.device.type != "cpu":
+            return self._call(ids, cache, keep)
+        # What torch does with one token is little, and its threads would keep the cores from those of the kernels,
+        # which stay awake: both cost more than all of the step's Python.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._alone = True
+        try:
+            return self._call(ids, cache, keep)
+        finally:
+            self._alone = False
+            torch.set_num_threads(threads)
+
+    def _call(self, ids: Sequence[int], cache: SequenceCache, keep: int) -> Tensor:
         inputs = torch.tensor([list(ids)], device=self.device)
         logits: Tensor = self.model(
             input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from offload.decode.cpu import NativeDecoder, is_read
+from offload.decode.cpu import NativeDecoder
 from offload.decode.decoder import Decoder
 from offload.decode.gpu import GraphDecoder, refusal
 from offload.decode.plain import PlainDecoder
@@ -35,7 +35,7 @@ def select_decoder(
     if not store.shape.is_native:
         notes.append(
             f"attention and routing of a {store.shape.family.name} model are computed by transformers' own modules, "
-            "with about a millisecond of Python per layer and token that the prediction does not count"
+            "with about a millisecond of Python per layer and token"
         )
     elif compute.native and not plan.vram_slots and NativeDecoder.reads(model.config, store):
         return NativeDecoder(model, store.shape, experts, routing, compute, guess_tokens=plan.guess_tokens), notes
@@ -59,7 +59,7 @@ def select_decoder(
         notes.append(f"decoding waits for the host in every layer instead of running as one CUDA graph: {reason}")
     if device.type == "cuda":
         return PlainDecoder(model, experts, device, compute.name, bound), notes
-    if compute.native and is_read(store):
+    if compute.native and store.reads_native:
         return PlainDecoder(model, experts, device, f"transformers' modules, {compute.name}", bound), notes
     notes.append(
         "experts stored like these are dequantized by torch or bitsandbytes before each use, many times slower "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from offload.experts.cache.tiered_cache import TieredCache
 from offload.experts.storage.store import ExpertWeights
 from offload.model.gate import Gate
 from offload.model.grouped_moe import GroupedExperts
+from offload.routing.frequency import Ids
 from offload.routing.stats import RoutingStats
 from quant.kernels.moe import GatedMlp, Job, mlp
 from quant.kernels.swiglu import SILU, SwiGlu
@@ -41,6 +43,7 @@ class ExpertRunner:
 
     def __post_init__(self) -> None:
         tiered = self.cache if isinstance(self.cache, TieredCache) else None
+        self._natively: bool | None = None
         self._grouped = None if tiered is None else GroupedExperts(tiered, self.scales_input)
 
     def run(self, layer: int, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
@@ -50,8 +53,38 @@ class ExpertRunner:
         grouped = self._grouped if self.gate == SILU and not self.cache.store.shape.expert_bias else None
         if len(chosen) > 1 and x.dtype == torch.bfloat16 and grouped is not None and grouped.reads(layer):
             return grouped.run(layer, x, chosen, ids, scores)
-        wanted = self.cache.stream(layer, sorted(set(ids.ravel().tolist())))
-        return self.sum_experts(x, chosen, scores, wanted, self.compute_expert)
+        experts = sorted(set(ids.ravel().tolist()))
+        if self._reads_native(x):
+            return self._native(layer, x, ids, scores, experts)
+        return self.sum_experts(x, chosen, scores, self.cache.stream(layer, experts), self.compute_expert)
+
+    def _reads_native(self, x: Tensor) -> bool:
+        """Whether the native kernels compute experts of ``x``, all of them alike."""
+        if not (self.compute.native and x.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad):
+            return False
+        if self._natively is None:
+            self._natively = isinstance(self.gate, SwiGlu) and self.cache.store.reads_native
+        return self._natively
+
+    def _native(self, layer: int, x: Tensor, ids: Ids, scores: Tensor, experts: list[int]) -> Tensor:
+        """As ``run``. Experts that are all there are one native call: threads need not be woken for each."""
+        tokens, k = ids.shape
+        flat, factors = ids.reshape(-1), scores.reshape(-1).float()
+        parts = torch.zeros(tokens * k, x.shape[1])
+        # Of a device's cache what is yielded may lie in a staging slot, which the next one takes.
+        resident = self._grouped is None and all(self.cache.whole((layer, expert)) for expert in experts)
+        jobs: list[Job] = []
+        for expert, weights in self.cache.stream(layer, experts):
+            places = torch.from_numpy(np.flatnonzero(flat == expert))
+            factor = factors[places]
+            scale = {"in_scale": factor} if self.scales_input else {"out_weight": factor}
+            jobs.append(Job(_gated(weights, self.gate), places // k, **scale, out_rows=places))
+            if not resident:  # what is yielded next may lie where this one does
+                mlp(jobs, x, parts, exact=self.compute.exact)
+                jobs = []
+        if jobs:
+            mlp(jobs, x, parts, exact=self.compute.exact)
+        return parts if k == 1 else parts.view(tokens, k, -1).sum(1)
 
     @property
     def compute_expert(self) -> Mlp:
@@ -89,6 +122,12 @@ def _native(weights: ExpertWeights, join: SwiGlu) -> GatedMlp | None:
         return None
     biases: Any = tuple(weight.tensors["bias"].float().contiguous() for weight in three if "bias" in weight.tensors)
     return GatedMlp(gate, up, down, biases or None, join)
+
+
+def _gated(weights: ExpertWeights, join: Gate) -> GatedMlp:
+    native = _native(weights, join) if isinstance(join, SwiGlu) else None
+    assert native is not None, "reads_native says so"
+    return native
 
 
 def _linear(x: Tensor, weight: LinearWeight, compute: Compute) -> Tensor:

@@ -37,6 +37,7 @@ DECODE_SERIAL = 0.45  # of the shorter of disk and memory time, the part that th
 PREFILL_SERIAL = 0.3
 CPU_LAYER_S = 0.04e-3  # per layer and step: norms, RoPE, handing work to threads
 STEP_S = 0.5e-3  # per token: embedding, sampling, text, the record
+STOCK_LAYER_S = 1.0e-3  # the same where transformers' own modules compute attention and routing, on a GPU, too
 # Beside a GPU nothing has been measured: these four are estimates.
 KERNEL_S = 2.0e-6  # a small kernel of a CUDA graph that waits for the one before it
 KERNELS = 15  # of them per layer in offload/decode/gpu_step.py, the products among them
@@ -79,6 +80,11 @@ class Workload:
     nf4: bool = False
     sequences: int = 1
     union: float | None = None
+    stock: bool = False
+
+    def layer_s(self, *, on_gpu: bool) -> float:
+        """Seconds of a layer that are not bytes or arithmetic."""
+        return layer_s(on_gpu=on_gpu, stock=self.stock)
 
     @property
     def requests(self) -> int:
@@ -115,6 +121,11 @@ class SpeedPrediction:
         return 1e3 / self.tokens_per_s
 
 
+def layer_s(*, on_gpu: bool, stock: bool) -> float:
+    """Seconds of a layer and step that are not bytes or arithmetic; see ``Workload.stock``."""
+    return STOCK_LAYER_S if stock else GPU_LAYER_S if on_gpu else CPU_LAYER_S
+
+
 def decode(load: Workload, machine: Machine, cold: ColdPath = "split") -> SpeedPrediction:
     """A token of each sequence at a time; beside a GPU one sequence after the other."""
     if machine.gpu is not None:
@@ -125,7 +136,7 @@ def decode(load: Workload, machine: Machine, cold: ColdPath = "split") -> SpeedP
         memory: dict[Limit, float] = {
             "ram bandwidth": (load.dense + count * load.kv + routed) / _rate(machine.ram_gb_s, OF_RAM),
             "compute": _arithmetic(load, machine, count * load.token_weights, routed),
-            "overhead": load.layers * CPU_LAYER_S + count * STEP_S,
+            "overhead": load.layers * load.layer_s(on_gpu=False) + count * STEP_S,
         }
         return _prediction(count, memory, disk, DECODE_SERIAL)
     return _beside_gpu(load, machine, machine.gpu, cold, disk)
@@ -150,7 +161,7 @@ def _beside_gpu(load: Workload, machine: Machine, gpu: Gpu, cold: ColdPath, disk
     memory: dict[Limit, float] = {
         "vram bandwidth": (load.dense + load.kv + load.vram_hits * load.requests * load.expert) / vram,
         slow: missed * miss,
-        "overhead": load.layers * GPU_LAYER_S + GPU_STEP_S,
+        "overhead": load.layers * load.layer_s(on_gpu=True) + GPU_STEP_S,
     }
     return _prediction(1, memory, disk, DECODE_SERIAL, share)
 
@@ -182,7 +193,7 @@ def read_ahead_s(load: Workload, machine: Machine) -> float:
         return 0.0
     vram, cpu = _rate(machine.gpu.vram_gb_s, OF_VRAM), _cpu_rate(machine, load.expert, load.expert_weights)
     dense = (load.dense + load.kv - load.head) / load.moe_layers - load.shared
-    idle = dense / vram + load.layers * GPU_LAYER_S / load.moe_layers + BELL_S
+    idle = dense / vram + load.layers * load.layer_s(on_gpu=True) / load.moe_layers + BELL_S
     quiet = load.vram_hits**load.top_k
     longer = (load.shared + load.top_k * load.expert) / vram - BELL_S
     in_ram = load.hits - load.vram_hits
@@ -274,7 +285,7 @@ def _chunk(load: Workload, machine: Machine, tokens: int, before: int, prompt: i
         if load.nf4:
             compute += touched * load.expert / _nf4_rate(machine)
         read = (load.dense + touched * load.expert) / _rate(machine.ram_gb_s, OF_RAM)
-        overhead = load.layers * CPU_LAYER_S + STEP_S
+        overhead = load.layers * load.layer_s(on_gpu=False) + STEP_S
         # Blocks of weights are multiplied while the next are read: the longer of both counts.
         if read > compute:
             return {"ram bandwidth": read, "overhead": overhead, "disk": disk}
@@ -283,7 +294,7 @@ def _chunk(load: Workload, machine: Machine, tokens: int, before: int, prompt: i
     compute = operations / _rate(gpu.bf16_tflops * 1e3, OF_GPU_COMPUTE)
     read = (load.dense + touched * load.expert) / _rate(gpu.vram_gb_s, OF_VRAM)
     copied = touched * (1 - load.vram_hits) * load.expert / _rate(gpu.h2d_gb_s, OF_PCIE)
-    overhead = load.layers * GPU_LAYER_S
+    overhead = load.layers * load.layer_s(on_gpu=True)
     name: Limit = "pcie" if copied > max(compute, read) else "compute" if compute > read else "vram bandwidth"
     return {name: max(copied, compute, read), "overhead": overhead, "disk": disk}
 

@@ -158,6 +158,7 @@ class Footprint:
             resident=resident,
             head=roles.get("lm_head", 0) or roles.get("embeddings", 0),
             nf4=experts.kind == "nf4",
+            stock=not shape.is_native,
         )
 
 

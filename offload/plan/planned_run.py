@@ -166,7 +166,10 @@ def planned_run(
     or of another shape, and what planned_model raises.
     """
     subject = model if isinstance(model, PlannedModel) else planned_model(model, recipe)
-    options, shape = (options or RunOptions()).over(subject.recipe), subject.shape
+    asked, shape = options or RunOptions(), subject.shape
+    if not shape.is_native and asked.kv is None and subject.recipe is not None:
+        asked = replace(asked, kv="bf16")  # a recipe's int8 is a wish, and this family's own attention has none
+    options = asked.over(subject.recipe)
     if not shape.is_native and options.kv == "int8":
         raise UsageError(
             f"--kv int8 is for families whose attention is computed here: a {shape.family.name} model keeps what its "

@@ -42,6 +42,7 @@ class Work:
     top_k: int
     attention_width: int
     nf4: bool
+    stock: bool = False
 
     @classmethod
     def of(cls, footprint: Footprint, filled: int) -> "Work":
@@ -91,6 +92,7 @@ class Work:
             top_k=shape.top_k,
             attention_width=shape.num_heads * shape.head_dim,
             nf4=schemes.get("experts", BF16).kind == "nf4",
+            stock=not shape.is_native,
         )
 
     @property
@@ -124,14 +126,14 @@ class Rates:
     cached: float = 0.0
 
     @classmethod
-    def of(cls, machine: Machine, *, nf4: bool = False) -> "Rates":
-        """Of ``machine``."""
+    def of(cls, machine: Machine, *, nf4: bool = False, stock: bool = False) -> "Rates":
+        """Of ``machine``; ``stock`` where transformers' own modules compute what is not an expert."""
         rates = cls(
             dimm=machine.ram_gb_s * 1e9 * cost.OF_RAM,
             cpu=machine.ram_gb_s * 1e9 * cost.OF_RAM,
             cpu_ops=machine.int8_gops * 1e9,
             disk=machine.disk_gb_s * 1e9 * cost.OF_DISK,
-            layer=cost.CPU_LAYER_S,
+            layer=cost.layer_s(on_gpu=False, stock=stock),
             step=cost.STEP_S,
             nf4=cost.NF4_GB_S_PER_CORE * machine.cores * 1e9 if nf4 else 0.0,
         )
@@ -141,7 +143,7 @@ class Rates:
         return replace(
             rates,
             dimm=cost.dimm_rate(machine),
-            layer=cost.GPU_LAYER_S,
+            layer=cost.layer_s(on_gpu=True, stock=stock),
             step=cost.GPU_STEP_S,
             ring=cost.BELL_S,
             vram=gpu.vram_gb_s * 1e9 * cost.OF_VRAM,

@@ -22,7 +22,8 @@ class Loader:
     """What one engine takes. ``kinds`` are the schemes of experts, ``others`` those of all other roles; ``groups`` the
     sizes that share a scale; ``alike`` whether the experts of a layer must have one scheme; ``fused_dense`` whether
     experts in bf16 are read beside quantized weights of other roles where they are stored fused; ``wrong`` families
-    whose quantized experts it computes wrongly."""
+    whose quantized experts it computes wrongly; ``single`` whether it reads single experts of a family whose own
+    checkpoints have a layer's in one tensor."""
 
     title: str
     kinds: tuple[str, ...]
@@ -32,11 +33,12 @@ class Loader:
     fused_dense: bool = True
     wrong: Mapping[str, str] | None = None
     divisor: int = 1
+    single: bool = True
 
 
 _ALL = ("int2", "int3", "int4", "int8", "nf4", "bf16")
 ENGINES: Mapping[EngineName, Loader] = {
-    "transformers": Loader("transformers 5.23", _ALL, _ALL, GROUP_SIZES),
+    "transformers": Loader("transformers 5.23", _ALL, _ALL, GROUP_SIZES, single=False),
     "vllm": Loader(
         "vLLM 0.33",
         ("int4", "int8", "bf16"),
@@ -62,7 +64,7 @@ def obstacles(shape: ModelShape, schemes: Schemes, loader: Loader) -> list[str]:
     """What keeps ``loader`` from loading a checkpoint of ``shape`` under ``schemes``, a sentence each; empty if
     nothing does."""
     found: dict[str, None] = {}
-    for rule in (_kinds, _groups, _layers, _fused, _wrong, _divisor, _nf4):
+    for rule in (_kinds, _groups, _layers, _fused, _wrong, _divisor, _nf4, _single):
         found.update(dict.fromkeys(rule(shape, schemes, loader)))
     return list(found)
 
@@ -119,3 +121,12 @@ def _nf4(shape: ModelShape, schemes: Schemes, loader: Loader) -> Iterator[str]:
     experts = any(role == "experts" and scheme.kind == "nf4" for role, scheme in _used(shape, schemes))
     if experts and "nf4" in loader.kinds and not shape.family.fused_transposed:
         yield f"experts of {shape.family.name} are in nf4: it takes those of Llama 4 only"
+
+
+def _single(shape: ModelShape, schemes: Schemes, loader: Loader) -> Iterator[str]:
+    quantized = any(role == "experts" and scheme != BF16 for role, scheme in _used(shape, schemes))
+    if quantized and not loader.single and not shape.is_native and not shape.merges_experts:
+        yield (
+            f"experts of {shape.family.name} lie one by one: it has no place for them, its own checkpoints of that "
+            "family hold a layer's in one tensor"
+        )

@@ -93,16 +93,18 @@ class Job:
     """One expert and the tokens it works for: rows ``tokens`` of x, or all of them.
 
     ``in_scale`` and ``out_weight``, one value per token of the job, scale the expert's input (Llama 4) or
-    output (every other family).
+    output (every other family). ``out_rows`` are the rows of the output, one per token of the job, where those are
+    not the tokens.
     """
 
     expert: GatedMlp
     tokens: Tensor | None = None
     in_scale: Tensor | None = None
     out_weight: Tensor | None = None
+    out_rows: Tensor | None = None
 
 
-def _job(job: Job, x: Tensor, kept: list[Tensor]) -> _CJob:
+def _job(job: Job, x: Tensor, kept: list[Tensor], rows: int) -> _CJob:
     tokens = job.tokens
     count = x.shape[0]
     if tokens is not None:
@@ -121,25 +123,36 @@ def _job(job: Job, x: Tensor, kept: list[Tensor]) -> _CJob:
             raise SchemeError(f"a job of {count} tokens has {factor.numel()} factors: expected one per token")
         kept.append(factor)
         factors.append(factor.data_ptr())
+    places = None
+    if job.out_rows is not None:
+        places = job.out_rows.to(torch.int32).contiguous()
+        if places.numel() != count or (count and not 0 <= int(places.min()) <= int(places.max()) < rows):
+            raise SchemeError(
+                f"a job of {count} tokens has {places.numel()} rows to write: expected as many in 0..{rows - 1}"
+            )
+        kept.append(places)
+    elif rows != x.shape[0]:
+        raise SchemeError(f"out has {rows} rows for {x.shape[0]} tokens: expected jobs that say which are theirs")
     expert, join = job.expert, job.expert.join
     biases = (None, None, None) if expert.biases is None else tuple(bias.data_ptr() for bias in expert.biases)
     place = None if tokens is None else tokens.data_ptr()
-    return _CJob(*expert.native, place, count, *factors, None, *biases, join.alpha, join.limit, join.offset)
+    into = None if places is None else places.data_ptr()
+    return _CJob(*expert.native, place, count, *factors, into, *biases, join.alpha, join.limit, join.offset)
 
 
 def mlp(jobs: Sequence[Job], x: Tensor, out: Tensor | None = None, *, exact: bool = False) -> Tensor:
     """out[t] += out_weight · down(silu(gate(in_scale · x[t])) · up(in_scale · x[t])), all jobs in one call.
 
-    x ``[T, H]``; ``out`` f32 ``[T, H]`` is added to, or starts at zero. The sum is taken in the order of the
-    jobs. Raises SchemeError if something does not fit.
+    x ``[T, H]``; ``out`` f32 ``[T, H]`` (or more rows, where all jobs have ``out_rows``) is added to, or starts at
+    zero. The sum is taken in the order of the jobs. Raises SchemeError if something does not fit.
     """
     for job in jobs:
         if job.expert.gate_proj.in_features != x.shape[-1]:
             raise SchemeError(f"x is {tuple(x.shape)}: the expert expects {job.expert.gate_proj.in_features} columns")
     x = float_rows(x, x.shape[-1], "x")
-    out = torch.zeros(x.shape) if out is None else output_rows(out, x.shape[0], x.shape[1])
+    out = torch.zeros(x.shape) if out is None else output_rows(out, out.shape[0], x.shape[1])
     kept: list[Tensor] = []
-    native = (_CJob * len(jobs))(*(_job(job, x, kept) for job in jobs))
+    native = (_CJob * len(jobs))(*(_job(job, x, kept, out.shape[0]) for job in jobs))
     call("mlp", native, len(jobs), x, x.stride(0), out, out.stride(0), exact)
     return out
 

@@ -22,6 +22,7 @@ __all__ = [
     "Weight",
     "isa",
     "isas",
+    "keep_awake",
     "linear",
     "mlp",
     "read_bandwidth",
@@ -58,6 +59,12 @@ def set_threads(count: int) -> None:
 def threads() -> int:
     """Threads that a native call uses, the caller included: fewer than wanted where the system starts no more."""
     return counted(int(library().cs_threads()))
+
+
+def keep_awake(microseconds: int) -> None:
+    """For that long, at most a second, have the threads look for work instead of going to sleep between calls: waking
+    one takes as long as a small product. Raises MachineError for a time that cannot be."""
+    call("keep_awake", I64(microseconds))
 
 
 def thread_note() -> str:

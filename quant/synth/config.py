@@ -15,18 +15,24 @@ _ARCHITECTURES = {
 
 def untrained_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the language model alone, ready for random weights: no vision tower, no end-of-text
-    token.
+    token. Raises UnknownFamilyError or CheckpointError for a family that transformers does not have.
     """
     text = dict(language_section(config))
     if config.get("model_type") == "llama4":
         text["model_type"] = "llama4_text"
-    text["architectures"] = [_ARCHITECTURES.get(str(text.get("model_type")), "")]
+    text["architectures"] = [_ARCHITECTURES.get(str(text.get("model_type"))) or _class_name(text)]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         text[name] = None
     text["dtype"] = "bfloat16"
     text.pop("torch_dtype", None)
     text.pop("quantization_config", None)
     return text
+
+
+def _class_name(text: Mapping[str, Any]) -> str:
+    from quant.architecture.meta_model import model_class, model_config  # imports transformers
+
+    return str(model_class(model_config(text)).__name__)
 
 
 def llama4_config(

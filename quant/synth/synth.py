@@ -51,6 +51,7 @@ _SPREAD = {
     "nf4": 0.55,
 }
 _ROWS = 4096
+_OUTPUTS = (".o_proj", ".out_proj", ".down_proj")  # Linears that add to the hidden state
 # By how much the hidden state's energy grows from the first layer to the last, measured on small shapes.
 _GROWTH = 0.34
 
@@ -167,12 +168,16 @@ class _Weights:
             yield from self._linear(linear)
 
     def _plain(self, spec: TensorSpec) -> Iterator[Tensor]:
-        if spec.role == "norm":
-            yield torch.ones(spec.shape, dtype=torch.bfloat16)
-        elif spec.role == "router":
-            yield self._router(spec)
-        else:
+        if spec.role == "embeddings":
             yield from self._embeddings()
+        elif spec.role == "router" and spec.shape == (self._shape.num_experts, self._shape.hidden_size):
+            yield self._router(spec)
+        elif spec.role == "norm" and spec.key.endswith(".weight"):
+            yield torch.ones(spec.shape, dtype=torch.bfloat16)
+        elif len(spec.shape) > 1:  # a gate of a shared expert, a convolution
+            yield from self._noise.normal(spec.key, 1 / math.sqrt(spec.shape[-1]), 0, spec.elements)
+        else:  # biases, sinks, states' rates
+            yield torch.zeros(spec.shape, dtype=torch.bfloat16)
 
     def _router(self, spec: TensorSpec) -> Tensor:
         generator = self._noise.generator(spec.key)
@@ -192,7 +197,8 @@ class _Weights:
 
     def _embeddings(self) -> Iterator[Tensor]:
         shape = self._shape
-        head = LinearSpec(f"{shape.prefix}lm_head", "lm_head", shape.vocab_size, shape.hidden_size)
+        named = next((linear for linear in shape.dense_linears() if linear.role == "lm_head"), None)
+        head = named or LinearSpec(f"{shape.prefix}lm_head", "lm_head", shape.vocab_size, shape.hidden_size)
         for row in range(0, shape.vocab_size, _ROWS):
             count = min(_ROWS, shape.vocab_size - row)
             if shape.tie_word_embeddings:
@@ -227,12 +233,14 @@ class _Weights:
         columns, weights = linear.in_features, linear.weights
         std = 1 / math.sqrt(columns)
         # What is added to the hidden state shrinks with depth, or the last layers would see only noise.
-        is_output = linear.projection == "down_proj" or linear.module.endswith(".o_proj")
+        is_output = linear.projection == "down_proj" or linear.module.endswith(_OUTPUTS)
         if is_output:
             std /= math.sqrt(2 * self._shape.num_layers)
         # The constant coordinate is left alone by every layer: the row that would write to it is zero.
         spared = is_output and self._constant != 0
         module = linear.module
+        if linear.bias:
+            yield f"{module}.bias", iter([torch.zeros(linear.out_features, dtype=torch.bfloat16)])
         if scheme.is_packed:
             yield f"{module}.weight_packed", self._noise.octets(module, scheme.kind, 0, weights * scheme.bits // 8)
             count = weights // scheme.group_size

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from offload.experts.storage.finite import ScalePlace
@@ -165,6 +166,14 @@ class ExpertStore:
         """Bytes of any expert, or None if they differ."""
         sizes = {self.record(*key).nbytes for key in self.experts()}
         return sizes.pop() if len(sizes) == 1 else None
+
+    @cached_property
+    def reads_native(self) -> bool:
+        """Whether the native kernels read experts that are stored like the first."""
+        for record in (self.record(*key) for key in self.experts()[:1]):
+            one = record.view(torch.empty(record.slot_bytes, dtype=torch.uint8))
+            return all(w.descriptor is not None for w in (one.gate_proj, one.up_proj, one.down_proj))
+        return True
 
     @cached_property
     def notes(self) -> list[str]:

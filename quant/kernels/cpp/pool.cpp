@@ -214,6 +214,12 @@ COLDSTREAM_API int32_t cs_set_threads(int32_t threads) {
   return kOk;
 }
 
+COLDSTREAM_API int32_t cs_keep_awake(int64_t microseconds) {
+  if (microseconds < 0 || microseconds > 1000000) return coldstream::kBadArgument;
+  coldstream::keep_awake(std::chrono::microseconds(microseconds));
+  return coldstream::kOk;
+}
+
 // How many there are, or a negative status; and how many there should be.
 COLDSTREAM_API int32_t cs_threads() {
   using namespace coldstream;

@@ -7,6 +7,7 @@ import pytest
 
 from offload.plan.planned_run import planned_model, planned_run
 from offload.records import RunOptions
+from quant.model.known_shapes import shape_names
 from tests.machines import GIB
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -15,7 +16,7 @@ CARDS = {"RTX 3060": 12, "RTX 4060 Ti 16GB": 16, "RTX 4090": 24, "RTX 5090": 32}
 
 def rows(page: str, begin: str) -> list[list[str]]:
     """The cells of the table of ``page`` whose heading begins with ``begin``."""
-    lines = (ROOT / "docs" / page).read_text().splitlines()
+    lines = (ROOT / page).read_text().splitlines()
     first = next(index for index, line in enumerate(lines) if line.startswith(begin))
     found = []
     for line in lines[first + 2 :]:
@@ -27,7 +28,7 @@ def rows(page: str, begin: str) -> list[list[str]]:
 
 def test_every_cell_of_models_and_cards_is_what_a_plan_says() -> None:
     model = ""
-    for name, ram, *cells in rows("choosing.md", "| | RAM |"):
+    for name, ram, *cells in rows("docs/choosing.md", "| | RAM |"):
         model = name.partition(",")[0].lower() or model
         subject = planned_model(model, "fast")
         for (card, vram), cell in zip(CARDS.items(), cells, strict=True):
@@ -42,7 +43,7 @@ def test_every_cell_of_models_and_cards_is_what_a_plan_says() -> None:
 def test_recipes_come_to_the_sizes_and_speeds_that_are_documented(model: str) -> None:
     column = {"scout": 2, "maverick": 3}[model]
     checked = 0
-    for cells in rows("quality.md", "| recipe | weights |"):
+    for cells in rows("docs/quality.md", "| recipe | weights |"):
         recipe, cell = cells[0].strip("`"), cells[column]
         found = re.fullmatch(r"([\d.]+) GiB, ([\d.]+)(?: tokens/s)?(?: \((.+)\))?", cell)
         if found:
@@ -51,3 +52,18 @@ def test_recipes_come_to_the_sizes_and_speeds_that_are_documented(model: str) ->
             assert float(f"{run.plan.predicted_tokens_per_s:.3g}") == pytest.approx(float(found[2]), abs=0.051), recipe
             checked += 1
     assert checked >= 3
+
+
+def test_every_line_of_the_readmes_models_is_what_a_plan_says() -> None:
+    found = rows("README.md", "| name | weights")
+    assert {cells[0].strip("`") for cells in found} | {"behemoth", "mini-scout", "llama-3.3-70b"} == set(shape_names())
+    for name, weights, how, size, speed in found:
+        subject = planned_model(name.strip("`"))
+        roles, shape = subject.shape.role_nbytes({}), subject.shape
+        total = sum(roles.values())
+        active = total - roles["experts"] * (1 - shape.top_k / (shape.num_experts or 1)) - roles.get("vision", 0)
+        assert weights == ", ".join(f"{count / 2e9:.{0 if count >= 2e10 else 1}f}B" for count in (total, active)), name
+        assert how == ("native" if shape.is_native else "transformers"), name
+        assert size == f"{subject.file_nbytes / 1e9:.1f} GB", name
+        plan = planned_run(subject, RunOptions(vram=45 * GIB // 2, ram=56 * GIB, context=8192), machine="RTX 4090").plan
+        assert speed == f"{float(f'{plan.predicted_tokens_per_s:.2g}'):g} tokens/s, {plan.limited_by}", name

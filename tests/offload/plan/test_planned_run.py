@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from offload.experts.storage.store import ExpertStore
+from offload.plan.cost_model import STOCK_LAYER_S
 from offload.plan.planned_run import PlannedModel, planned_machine, planned_model, planned_run
 from offload.records import RunOptions, Sampling
 from offload.simulator.simulation import Simulation
@@ -24,6 +25,7 @@ from quant.model.known_shapes import load_shape
 from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
+from tests.family_checkpoints import COMMON, FAMILIES
 from tests.machines import GIB, RTX_4090, machine
 
 
@@ -34,6 +36,19 @@ def test_what_was_asked_wins_over_the_recipe_and_the_recipe_over_defaults() -> N
     assert (run.options.vram, run.options.context) == (recipe.vram, recipe.context)
     assert (run.plan.ram, run.plan.vram, run.plan.context) == (40 * GIB, recipe.vram, recipe.context)
     assert run.plan.kv_bits == 8 and run.model.origin == "recipe scout-rtx4090"
+
+
+def test_a_recipes_cache_is_left_aside_where_a_familys_own_attention_keeps_it_and_an_asked_one_is_refused(
+    tmp_path: Path,
+) -> None:
+    config = {"model_type": "gpt_oss", **COMMON, **FAMILIES["gpt_oss"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    here = machine()
+    run = planned_run(str(tmp_path), RunOptions(ram=4 * GIB), recipe="fast", machine=here)
+    assert run.plan.kv_bits == 32 and load_recipe("fast").kv == "int8"
+    with pytest.raises(UsageError, match="--kv int8 is for families"):
+        planned_run(str(tmp_path), RunOptions(ram=4 * GIB, kv="int8"), recipe="fast", machine=here)
+    assert run.plan.decode.seconds["overhead"] >= 3 * STOCK_LAYER_S, "three layers of Python"
 
 
 def test_options_without_a_recipe_stay_as_they_are() -> None:

@@ -6,9 +6,11 @@ from typing import Any, get_args
 
 import pytest
 
+from quant.architecture.shape import shape_of
 from quant.checkpoint.engines import ENGINES, EngineName, obstacles
 from quant.checkpoint.inventory import open_headers
 from quant.scheme import Scheme
+from tests.family_checkpoints import COMMON, FAMILIES
 
 Tiny = Callable[..., Path]
 INT4 = {"experts": "int4"}
@@ -39,6 +41,14 @@ def test_what_an_engine_cannot_load_is_said(
     found = obstacles(open_headers(tiny(family)).shape, schemes, ENGINES[engine])
     assert bool(found) == bool(said)
     assert any(said in line for line in found) or not found
+
+
+@pytest.mark.parametrize(("family", "said"), [("gpt_oss", "it has no place for them"), ("qwen2_moe", "")])
+def test_single_experts_of_a_family_that_has_them_in_one_tensor_are_not_loaded(family: str, said: str) -> None:
+    shape = shape_of({"model_type": family, **COMMON, **FAMILIES[family]})
+    found = obstacles(shape, {"experts": Scheme("int4", 32)}, ENGINES["transformers"])
+    assert [said in line for line in found] == ([True] if said else [])
+    assert not obstacles(shape, {"attention": Scheme("int4", 32)}, ENGINES["transformers"])
 
 
 def test_every_engine_is_known_by_its_name() -> None:

@@ -10,7 +10,7 @@ from quant.checkpoint.config_groups import quantization_config
 from quant.checkpoint.stored import stored_schemes
 from quant.convert.convert import convert
 from quant.errors import CheckpointError
-from quant.model.families import Role
+from quant.model.families import Role, is_tabled
 from quant.model.known_shapes import load_shape, shape_names
 from quant.model.recipe import load_recipe, recipe_names
 from quant.model.shape import ModelShape
@@ -25,7 +25,10 @@ BY_HAND: list[dict[Role, Scheme]] = [
 ]
 
 
-@pytest.mark.parametrize("shape", shape_names())
+TABLED_SHAPES = [name for name in shape_names() if is_tabled(load_shape(name)["model_type"])]
+
+
+@pytest.mark.parametrize("shape", TABLED_SHAPES)
 @pytest.mark.parametrize("schemes", [*(load_recipe(name).schemes for name in recipe_names()), *BY_HAND], ids=str)
 def test_what_a_quantizer_writes_is_read_back(shape: str, schemes: dict[Role, Scheme]) -> None:
     config = load_shape(shape)

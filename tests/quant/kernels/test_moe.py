@@ -216,8 +216,24 @@ def test_experts_and_jobs_that_do_not_fit_are_refused() -> None:
         GatedMlp(expert.gate_proj, expert.up_proj, expert.gate_proj)
     with pytest.raises(SchemeError, match=r"outside 0\.\.2"):
         native.mlp([Job(expert, torch.tensor([0, 3]))], torch.zeros(3, H))
+    five = torch.zeros(5, H)
+    for rows in (torch.tensor([0, 1]), torch.tensor([5])):
+        with pytest.raises(SchemeError, match=r"rows to write: expected as many in 0\.\.4"):
+            native.mlp([Job(expert, torch.tensor([0]), out_rows=rows)], torch.zeros(3, H), five)
+    with pytest.raises(SchemeError, match="5 rows for 3 tokens"):
+        native.mlp([Job(expert, torch.tensor([0]))], torch.zeros(3, H), five)
     with pytest.raises(SchemeError, match="expected one per token"):
         native.mlp([Job(expert, out_weight=torch.ones(2))], torch.zeros(3, H))
+
+
+def test_jobs_write_to_rows_of_their_own_what_they_give_alone() -> None:
+    x, expert = torch.randn(3, H, generator=generator(0)), random_mlp(1)[0]
+    rows = torch.tensor([4, 1, 0, 6])
+    jobs = [Job(expert, torch.tensor([2, 0]), out_rows=rows[:2]), Job(expert, torch.tensor([1, 2]), out_rows=rows[2:])]
+    found = native.mlp(jobs, x, torch.zeros(7, H))
+    alone = torch.cat([native.mlp([Job(expert)], x[token : token + 1]) for token in (2, 0, 1, 2)])
+    assert torch.equal(found[rows], alone)
+    assert not found[[2, 3, 5]].any()
 
 
 @pytest.mark.parametrize("join", [SwiGlu(), SwiGlu(1.702, 7.0, 1.0), SwiGlu(1.0, 2.0, 0.0)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from offload.records import RunOptions
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import OutputError, SchemeError, UsageError
 from quant.model.families import QUANTIZABLE, Role
@@ -19,7 +20,9 @@ from quant.synth.noise import Noise
 from quant.synth.skew import zipf_biases, zipf_shares
 from quant.synth.synth import synthesize
 from quant.synth.tokenizer import write_tokenizer
+from tests.family_checkpoints import COMMON, FAMILIES
 from tests.quant.convert.test_convert_resume import contents
+from tests.sessions import prompt_logits, session
 
 FAST: dict[Role, Scheme] = {**dict.fromkeys(QUANTIZABLE, Scheme("int4")), "lm_head": Scheme("int8")}
 
@@ -193,6 +196,15 @@ def test_a_destination_that_is_taken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(OutputError, match="not empty"):
         synthesize(tiny_config(), tmp_path / "out", FAST)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe", "deepseek_v2", "qwen3_next"])
+def test_a_family_without_a_table_runs_on_random_weights(family: str, tmp_path: Path) -> None:
+    config = untrained_config({"model_type": family, **COMMON, **FAMILIES[family]})
+    synthesize(config, tmp_path / "out", {"experts": Scheme("int4", 32), "attention": Scheme("int8", 32)})
+    with session(tmp_path / "out", RunOptions(context=64), ram_slots=64) as running:
+        logits = prompt_logits(running, list(range(40)))
+    assert torch.isfinite(logits).all() and 0.2 < logits.std() < 4
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
