@@ -81,7 +81,7 @@ _TEMPLATES = (
     *("{{ messages | tojson }}", "{% include 'x' %}", "{{ messages[0]['content'] + 1 }}", "{{ none.none }}"),
 )
 _LINES = (
-    *('experts = "int3"', "experts = 4", "group_size = 0", "group_size = -1", "group_size = 7", "group_size = 1e99"),
+    *('experts = "int5"', "experts = 4", "group_size = 0", "group_size = -1", "group_size = 7", "group_size = 1e99"),
     *("ram = 0", 'ram = "nan"', 'ram = "1e99GiB"', "context = 0", "context = nan", "[run", "[weights]", "[other]"),
     *('layers = "x"', "= 1", "experts = []", "experts = {a = 1}", "x = " + "[" * 600, "\x00", 'ram = "-1GiB"'),
     *('gpu = "RTX 4090"', 'vram = "1GiB"', "kv = 8", "[[weights]]", "description = 1", 'routing = "/"'),

@@ -38,7 +38,7 @@ def test_what_is_named_by_hand_wins_over_the_recipe(demo_model: Path, tmp_path: 
     ("options", "code", "words"),
     [
         ([], 2, "give --recipe NAME"),
-        (["--experts", "int3"], 2, "--experts int3: unknown scheme 'int3'"),
+        (["--experts", "int5"], 2, "--experts int5: unknown scheme 'int5'"),
         (["--experts", "int4", "--group-size", "256"], 1, "use --group-size 32 or 64 or 128"),
         (["--experts", "nf4", "--lm-head", "int8"], 1, "cannot be mixed"),
         (["--recipe", "fast", "--group-size", "32"], 2, "--group-size 32 says nothing beside a recipe"),

@@ -32,7 +32,7 @@ def test_a_role_that_is_not_named_stays_bf16_and_one_may_have_its_own_groups() -
     [
         ({"weight": {}}, "unknown key weight"),
         ({"weights": {"expert": "int4"}}, "unknown key weights.expert"),
-        ({"weights": {"experts": "int3"}}, None),
+        ({"weights": {"experts": "int5"}}, None),
         ({"weights": 3}, "expected a table"),
         ({"weights": {"group_size": "128"}}, "expected a whole number"),
         ({"run": {"vram": "24 potatoes"}}, "run.vram: bad size"),
