@@ -153,6 +153,8 @@ static void weigh_pairs(const AttendTask& a, int r, int64_t first, int count, co
   a.top[r] = top;
 }
 
+#include "attend_few.inl"
+
 static void attend_pairs(const AttendTask& a) {
   const int64_t width = a.head_dim;
   if (a.exact || a.pool->storage == kCacheF32 || width % (2 * kLanes)) return attend(a);
@@ -168,6 +170,7 @@ static void attend_pairs(const AttendTask& a) {
     }
   }
   __builtin_memset(a.out, 0, size_t(a.rows * width) * 4);
+  if (a.rows <= kFewRows) return attend_few<kFewRows>(a, q);
   for (int64_t block = a.first / kKeyBlock; block * kKeyBlock < a.last; ++block) {
     const int64_t first = block * kKeyBlock;
     const int count = int(a.last - first < kKeyBlock ? a.last - first : kKeyBlock);

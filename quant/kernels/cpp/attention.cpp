@@ -7,6 +7,7 @@
 namespace coldstream {
 namespace {
 
+constexpr int64_t kRunsAtOnce = 64;  // whose sums wait to be merged: memory does not grow with the context
 constexpr int64_t kRunTokens = 512;  // keys of one run: its sums are merged with others' in order, whoever made them
 
 struct Step {
@@ -217,37 +218,49 @@ void attend_all(const Step& step, float* out, Scratch& scratch) {
   const Units all(step);
   const int64_t width = step.block.head_dim, count = int64_t(all.units.size());
   const bool shared = count < 4 * thread_count() && all.runs > count;
+  const int64_t at_once = shared ? std::min(all.runs, std::max<int64_t>(kRunsAtOnce, 4 * thread_count())) : count;
   const int64_t part_floats = all.rows * (width + 2);
-  float* queries = scratch.take<float>((shared ? all.runs : count) * all.rows * width);
-  float* sums = scratch.take<float>((shared ? all.runs : 2 * count) * part_floats);
+  float* queries = scratch.take<float>(at_once * all.rows * width);
+  float* sums = scratch.take<float>((count + at_once) * part_floats);
   auto part = [&](int64_t index) {
     float* base = sums + index * part_floats;
     return Part{base, base + all.rows * width, base + all.rows * (width + 1)};
   };
+  auto add = [&](const Unit& unit, int64_t run, int64_t index, const Part& more) {
+    const Part sum = part(index);
+    if (run) return merge(sum, more, unit.rows(), width);
+    std::memcpy(sum.out, more.out, size_t(unit.rows() * width) * 4);
+    std::memcpy(sum.top, more.top, size_t(unit.rows()) * 4);
+    std::memcpy(sum.total, more.total, size_t(unit.rows()) * 4);
+  };
   if (!shared) {
     parallel(count, [&](int64_t task, int) {
       const Unit& unit = all.units[size_t(task)];
-      float* q = queries + task * all.rows * width;
-      const Part sum = part(2 * task), more = part(2 * task + 1);
+      const Part more = part(count + task);
       for (int64_t run = 0; run < unit.runs; ++run) {
-        all.attend(unit, unit.first_run + run, q, run ? more : sum);
-        if (run) merge(sum, more, unit.rows(), width);
+        all.attend(unit, unit.first_run + run, queries + task * all.rows * width, more);
+        add(unit, run, task, more);
       }
-      all.finish(unit, sum, out);
+      all.finish(unit, part(task), out);
     });
     return;
   }
-  parallel(all.runs, [&](int64_t task, int) {
-    auto next = std::upper_bound(all.units.begin(), all.units.end(), task,
-                                 [](int64_t value, const Unit& unit) { return value < unit.part; });
-    const Unit& unit = *--next;
-    all.attend(unit, unit.first_run + task - unit.part, queries + task * all.rows * width, part(task));
-  });
-  parallel(count, [&](int64_t task, int) {
-    const Unit& unit = all.units[size_t(task)];
-    for (int64_t run = 1; run < unit.runs; ++run) merge(part(unit.part), part(unit.part + run), unit.rows(), width);
-    all.finish(unit, part(unit.part), out);
-  });
+  for (int64_t first = 0; first < all.runs; first += at_once) {
+    const int64_t last = std::min(first + at_once, all.runs);
+    parallel(last - first, [&](int64_t task, int) {
+      auto next = std::upper_bound(all.units.begin(), all.units.end(), first + task,
+                                   [](int64_t value, const Unit& unit) { return value < unit.part; });
+      const Unit& unit = *--next;
+      all.attend(unit, unit.first_run + first + task - unit.part, queries + task * all.rows * width,
+                 part(count + task));
+    });
+    parallel(count, [&](int64_t task, int) {
+      const Unit& unit = all.units[size_t(task)];
+      for (int64_t run = std::max(first, unit.part); run < std::min(last, unit.part + unit.runs); ++run)
+        add(unit, run - unit.part, task, part(count + run - first));
+    });
+  }
+  parallel(count, [&](int64_t task, int) { all.finish(all.units[size_t(task)], part(task), out); });
 }
 
 }  // namespace

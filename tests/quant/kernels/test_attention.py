@@ -284,6 +284,30 @@ def test_a_row_is_the_same_to_the_bit_whatever_is_computed_beside_it(
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8])
+def test_more_runs_than_wait_at_once_and_few_rows_give_the_same_bits(isa: str, storage: torch.dtype) -> None:
+    """Threads share what one token sees of 21,000 others; from 9 rows on keys and values are packed in memory."""
+    generator = torch.Generator().manual_seed(2)
+    wide, context = 64, 21_000
+    sizes = ((HEADS * wide, H), (KV * wide, H), (KV * wide, H), (H, HEADS * wide))
+    weights = [Weight.from_tensors("f32", torch.randn(*size, generator=generator) / size[1] ** 0.5) for size in sizes]
+    block = Attention(AttentionShape(HEADS, KV, wide), *weights)
+    pages, table = pages_for(context + 8, storage, wide)
+    for tensor in (pages.keys, pages.values):
+        tensor.copy_(torch.randint(-9, 9, tensor.shape, generator=generator))
+    for scale in (pages.key_scale, pages.value_scale):
+        if scale is not None:
+            scale.fill_(0.1)
+    x = torch.randn(8, H, generator=generator)
+    threads, found = native.threads(), []
+    for step, count in ((1, 2), (8, 2), (1, 1)):
+        native.set_threads(count)
+        found.append(torch.cat([block.run(x[i : i + step], context + i, pages, table) for i in range(0, 8, step)]))
+    native.set_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert found[0].abs().max() > 0.01 and found[0].isfinite().all()
+
+
 def test_tokens_without_room_and_shapes_that_do_not_fit_are_refused() -> None:
     stock, shape, _ = llama4(1)
     x, norm = inputs(4)
