@@ -52,8 +52,18 @@ class FileStates:
             )
 
     def listed(self, files: Iterable[Path]) -> list[list[object]]:
-        """Name, size and time of change of each of ``files``: the same for the same files on another day."""
-        return [[file.name, *self._states[file][:2]] for file in files]
+        """Name, size and time of change of each of ``files``: the same for the same files on another day.
+
+        Raises CheckpointError for one whose folder could not be listed when this was made.
+        """
+        found = [(file, self._states.get(file)) for file in files]
+        for file, state in found:
+            if state is None:
+                raise CheckpointError(
+                    f"{file.parent} could not be listed when {file.name} was opened: whether that changes cannot be "
+                    "seen; make the folder readable, and start again"
+                )
+        return [[file.name, *state[:2]] for file, state in found if state is not None]
 
 
 def _state(file: Path) -> State | str:
