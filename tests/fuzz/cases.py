@@ -223,7 +223,7 @@ def spoil(folder: Path, edit: Edit) -> None:
     """Do ``edit`` to its file in ``folder``; one whose file or place is not there changes nothing."""
     name, kind, *more = edit
     file = next(iter(sorted(folder.glob(name))), None)
-    if kind == "text":
+    if kind == "text" and (file is None or file.is_file()):
         (file or folder / name).write_text(more[0], errors="surrogatepass")
     if file is None or not file.is_file():
         return
