@@ -29,7 +29,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 NF4_BLOCK = 64
 
 _BITS: dict[Kind, int] = {"int4": 4, "int8": 8, "int3": 3, "int2": 2, "nf4": 4, "bf16": 16}
-PACKED: Mapping[int, Kind] = {2: "int2", 3: "int3", 4: "int4", 8: "int8"}  # by bits
+PACKED: Mapping[int, Kind] = {bits: kind for kind, bits in _BITS.items() if kind.startswith("int")}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from offload.records import RunOptions
 
-MOST_AT_ONCE = 16  # rows of a step
 KEY_VARIABLE = "COLDSTREAM_API_KEY"
 Host = Annotated[
     str, typer.Option("--host", metavar="ADDRESS", help="Where to listen; beyond this machine with a key.")
@@ -94,14 +93,15 @@ def serve(
             f"--host {host} lets other machines ask, and no --api-key is given: give one, or say --unprotected too"
         )
     path = find_model(model)
-    run = replace(run, images=not no_images, sequences=min(parallel or 1, MOST_AT_ONCE))
     sampling.of(path, max_tokens=1)  # a broken generation_config.json is said before the model is loaded
     bound = bind(host, port)
     with seldom_collecting():
         from cli.serve.app import make_app
         from cli.serve.service import Limits, Service
         from offload.vision.image_url import ImageSources
+        from quant.kernels.stack import MAX_ROWS
 
+    run = replace(run, images=not no_images, sequences=min(parallel or 1, MAX_ROWS))
     with bound, open_session(path, run, console) as session:
         settings, told = sampling.of(path, max_tokens=session.context)
         console.step(f"{told or 'sampling: greedy'}, where a request says nothing")

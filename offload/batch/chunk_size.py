@@ -1,7 +1,7 @@
 """ChunkSize: how many tokens of a prompt to run at once while others wait for their next token."""
 
 _SECONDS = 0.5  # that others wait for a chunk
-_LEAST = 64  # fewer cost more than they spare: every chunk reads all weights
+LEAST = 64  # fewer cost more than they spare: every chunk reads all weights
 _FIRST = 128  # before any speed is known
 
 
@@ -19,7 +19,7 @@ class ChunkSize:
 
     def note(self, tokens: int, seconds: float) -> None:
         """A chunk of ``tokens`` took so long. Short ones say little of long ones."""
-        if tokens >= _LEAST and seconds > 0:
-            self._beside = _LEAST
+        if tokens >= LEAST and seconds > 0:
+            self._beside = LEAST
             while 1.5 * self._beside <= tokens / seconds * _SECONDS and 2 * self._beside <= self.most:
                 self._beside *= 2

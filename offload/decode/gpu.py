@@ -32,7 +32,7 @@ from quant.errors import ColdstreamError, SchemeError
 from quant.kernels import native
 from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda.attention import KvRows
-from quant.kernels.doorbell import BellBuffers
+from quant.kernels.cuda.doorbell import BellBuffers
 from quant.model.shape import ModelShape
 from quant.sizes import format_size
 

@@ -27,10 +27,10 @@ from quant.kernels.attention import AttentionShape
 from quant.kernels.cuda import bell, fused
 from quant.kernels.cuda.attention import AttentionScratch, KvRows, decode_attention
 from quant.kernels.cuda.bell import Coming, Nothing, Outlook
+from quant.kernels.cuda.doorbell import BellBuffers
 from quant.kernels.cuda.experts import ChosenExperts, DecodeScratch, moe_decode
 from quant.kernels.cuda.fused import HeadNorms, TokenPlace
 from quant.kernels.cuda.layout import ExpertLayout
-from quant.kernels.doorbell import BellBuffers
 from quant.kernels.moe import RouterKind
 
 

@@ -14,7 +14,7 @@ from offload.experts.cache.tiered_cache import TieredCache
 from offload.model.fused_linear import LEAST_WEIGHT
 from offload.routing.frequency import Ids
 from offload.tiers import Key
-from quant.kernels.doorbell import BellBuffers, HostBell, first_byte
+from quant.kernels.cuda.doorbell import BellBuffers, HostBell, first_byte
 from quant.kernels.lookahead import FROM_EMBEDDING, FROM_PARTIAL, Lookahead
 
 

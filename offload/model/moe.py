@@ -10,7 +10,7 @@ Legend: T tokens, H hidden, E experts, k experts per token.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,6 @@ class ExpertRunner:
 
     def __post_init__(self) -> None:
         tiered = self.cache if isinstance(self.cache, TieredCache) else None
-        self._natively: bool | None = None
         self._grouped = None if tiered is None else GroupedExperts(tiered, self.scales_input)
 
     def run(self, layer: int, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
@@ -62,9 +61,11 @@ class ExpertRunner:
         """Whether the native kernels compute experts of ``x``, all of them alike."""
         if not (self.compute.native and x.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad):
             return False
-        if self._natively is None:
-            self._natively = isinstance(self.gate, SwiGlu) and self.cache.store.reads_native
-        return self._natively
+        return self._stored_natively
+
+    @cached_property
+    def _stored_natively(self) -> bool:
+        return isinstance(self.gate, SwiGlu) and self.cache.store.reads_native
 
     def _native(self, layer: int, x: Tensor, ids: Ids, scores: Tensor, experts: list[int]) -> Tensor:
         """As ``run``. Experts that are all there are one native call: threads need not be woken for each."""

@@ -7,6 +7,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from offload.batch.chunk_size import LEAST
 from offload.generate.stream import Stream
 from offload.records import Sampling, TokenRecord
 from offload.run.benchmark import Benchmark
@@ -14,7 +15,6 @@ from offload.run.session import Session
 
 _WITH = 3  # sequences that are being answered when a prompt arrives
 _BEFORE = 8  # tokens of each before it does
-_LEAST = 64  # tokens of a chunk, beside others
 _STEPS = 3  # normal steps, which beside a chunk of the prompt nobody waits longer than
 
 
@@ -60,7 +60,7 @@ class SequenceBenchmark:
     @property
     def sequences(self) -> int:
         """How many of that length the KV cache must hold at once."""
-        others = _WITH * (self.each.prompt_tokens + _BEFORE + 4 + self.arriving // _LEAST) if self.arriving else 0
+        others = _WITH * (self.each.prompt_tokens + _BEFORE + 4 + self.arriving // LEAST) if self.arriving else 0
         return -(-max(max(self.counts, default=1) * self.each.context, self.arriving + others) // self.context)
 
     def run(self, session: Session, text: str, progress: Callable[[str], None]) -> list[list[TokenRecord]]:
@@ -84,7 +84,7 @@ class SequenceBenchmark:
         progress(f"a prompt of {self.arriving:,} tokens beside {_WITH} sequences")
         ids = session.encode(text)
         session.reset()
-        most = min(_BEFORE + 4 + self.arriving // _LEAST, session.context - self.each.prompt_tokens)
+        most = min(_BEFORE + 4 + self.arriving // LEAST, session.context - self.each.prompt_tokens)
         streams = [self._submit(session, self.each.prompt(ids, place), most) for place in range(_WITH)]
         before = [[next(stream) for _ in range(_BEFORE)] for stream in streams]
         steps = [r.seconds for run in before for r in run if r.phase == "decode" and r.sequences == _WITH]

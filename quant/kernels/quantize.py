@@ -16,9 +16,9 @@ from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.kernels.library import F64, I32, I64, Pointer, addresses, call, fields
-from quant.scheme import GROUP_SIZES, Kind, Scheme
+from quant.kernels.weight import CODES
+from quant.scheme import GROUP_SIZES, PACKED, Kind, Scheme
 
-_KINDS: dict[Kind, int] = {"int4": 0, "int8": 1, "int3": 5, "int2": 6}
 _SOURCES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -73,7 +73,7 @@ def quantize_pack(
     its own; its columns must be adjacent. Raises SchemeError for what cannot be packed, MachineError if the
     kernels are missing.
     """
-    if kind not in _KINDS or group_size not in GROUP_SIZES:
+    if kind not in PACKED.values() or group_size not in GROUP_SIZES:
         raise SchemeError(f"{kind} with groups of {group_size} cannot be packed: expected int2 to int8, {GROUP_SIZES}")
     if source.dtype not in _SOURCES or source.device.type != "cpu" or source.dim() != 2:
         raise SchemeError(
@@ -94,7 +94,7 @@ def quantize_pack(
     scale = torch.empty((n, k // group_size), dtype=torch.bfloat16)
     tensors = addresses(source=source, packed=packed, scale=scale, means=means)
     job = _CQuantizeJob(n=n, k=k, stride=source.stride(0), **tensors)
-    job.source_type, job.kind, job.group = _SOURCES[source.dtype], _KINDS[kind], group_size
+    job.source_type, job.kind, job.group = _SOURCES[source.dtype], CODES[kind], group_size
     job.transposed, job.search = transposed, search
     stats = _CQuantizeStats()
     call("quantize", job, stats)

@@ -15,7 +15,7 @@ from quant.kernels.library import I32, I64, Pointer, fields
 from quant.scheme import GROUP_SIZES, PACKED, Kind
 
 NativeKind = Kind | Literal["f32", "f16"]  # of which nf4 is refused
-_CODES: dict[NativeKind, int] = {"int4": 0, "int8": 1, "bf16": 2, "f32": 3, "f16": 4, "int3": 5, "int2": 6}
+CODES: dict[NativeKind, int] = {"int4": 0, "int8": 1, "bf16": 2, "f32": 3, "f16": 4, "int3": 5, "int2": 6}
 _BITS: dict[NativeKind, int] = {kind: bits for bits, kind in PACKED.items()}
 _PLAIN: dict[NativeKind, torch.dtype] = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}
 
@@ -44,8 +44,8 @@ class Weight:
     owner: object = None
 
     def __post_init__(self) -> None:
-        if self.kind not in _CODES:
-            raise SchemeError(f"native kernels know no {self.kind!r}: expected one of {', '.join(_CODES)}")
+        if self.kind not in CODES:
+            raise SchemeError(f"native kernels know no {self.kind!r}: expected one of {', '.join(CODES)}")
         shape = f"{self.out_features}x{self.in_features} {self.kind}"
         if self.out_features < 1 or self.in_features < 1 or not self.packed_ptr:
             raise SchemeError(f"an empty {shape} weight: expected rows, columns and an address")
@@ -57,7 +57,7 @@ class Weight:
                 )
             if self.packed_ptr % 4 or self.scale_ptr % 2:
                 raise SchemeError(f"a {shape} weight at an odd address: expected a multiple of 4 (scales: of 2)")
-        fields = (_CODES[self.kind], self.group_size, self.out_features, self.in_features)
+        fields = (CODES[self.kind], self.group_size, self.out_features, self.in_features)
         object.__setattr__(self, "_native", CWeight(*fields, self.packed_ptr, self.scale_ptr or None))
 
     @property

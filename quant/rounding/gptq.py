@@ -21,17 +21,13 @@ from torch import Tensor
 from quant.errors import CheckpointError
 from quant.pack import Packed, pack
 from quant.rounding.scales import best_scales, value_range
+from quant.rounding.search import FRACTIONS
 from quant.scheme import Scheme
 
 DAMPING = 0.01  # of the mean diagonal of H
 MAX_DAMPING = 1e4
 _SWEEPS = 3
-_FRACTIONS = {
-    8: (255 / 256, 1.0, 257 / 256),
-    4: tuple(j / 32 for j in range(21, 36)),
-    3: tuple(j / 32 for j in range(16, 37)),
-    2: tuple(j / 32 for j in range(12, 41)),
-}
+_FRACTIONS = {8: (255 / 256, 1.0, 257 / 256), 4: tuple(j / 32 for j in range(21, 36)), 3: FRACTIONS[3], 2: FRACTIONS[2]}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from offload.experts.storage.arena import Arena
 from quant.kernels import native
-from quant.kernels.doorbell import RUNG, BellBuffers, HostBell, first_byte, store_release
+from quant.kernels.cuda.doorbell import RUNG, BellBuffers, HostBell, first_byte, store_release
 from quant.kernels.moe import GatedMlp
 from quant.kernels.native import Weight
 

@@ -1,4 +1,4 @@
-"""The step's end of the doorbell (``quant.kernels.doorbell``): ask the host for what the card leaves to it.
+"""The step's end of the doorbell (``quant.kernels.cuda.doorbell``): ask the host for what the card leaves to it.
 
 ``ring``, then the card's own part, then ``answer``: the host computes meanwhile. Nothing is asked, and
 nothing waited for, where all chosen experts are the card's.
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.kernels.cuda import runtime
+from quant.kernels.cuda.doorbell import ANSWERED, HEADER, LOST, RUNG, STOP, BellBuffers, load_acquire, store_release
 from quant.kernels.cuda.experts import HOST, VRAM, ChosenExperts
-from quant.kernels.doorbell import ANSWERED, HEADER, LOST, RUNG, STOP, BellBuffers, load_acquire, store_release
 
 PATIENCE = 1 << 26  # looks at the flag before a step gives up: a minute or more at one PCIe round trip each
 

@@ -24,7 +24,7 @@ from offload.run.session import Session
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import convert
 from quant.errors import CheckpointError, MachineError
-from quant.kernels.doorbell import Prefetched
+from quant.kernels.cuda.doorbell import Prefetched
 from quant.model.families import Role
 from quant.scheme import Scheme
 from tests import oracle, sessions

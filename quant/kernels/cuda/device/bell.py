@@ -11,7 +11,7 @@ NATIVE is False in Triton's interpreter, which knows no assembly and runs one pr
 import triton
 import triton.language as tl
 
-from quant.kernels import doorbell
+from quant.kernels.cuda import doorbell
 
 RUNG, ANSWERED = tl.constexpr(doorbell.RUNG), tl.constexpr(doorbell.ANSWERED)
 STOP, LOST = tl.constexpr(doorbell.STOP), tl.constexpr(doorbell.LOST)

@@ -190,7 +190,7 @@ def _attention(storage: torch.dtype, chunk: int) -> Callable[[], object]:
 
 def _bell() -> None:
     from quant.kernels.cuda import bell
-    from quant.kernels.doorbell import BellBuffers
+    from quant.kernels.cuda.doorbell import BellBuffers
 
     buffers = BellBuffers.allocate(1, 1, 5120, torch.device("cpu"))
     x, out = torch.zeros(1, 5120, dtype=torch.bfloat16), torch.zeros(1, 5120)
@@ -202,7 +202,7 @@ def _bell() -> None:
 
 def _hints() -> None:
     from quant.kernels.cuda import bell
-    from quant.kernels.doorbell import BellBuffers
+    from quant.kernels.cuda.doorbell import BellBuffers
 
     buffers = BellBuffers.allocate(1, 4, 5120, torch.device("cpu"))
     x, asked = torch.zeros(1, 5120, dtype=torch.bfloat16), _asked(4, 128)

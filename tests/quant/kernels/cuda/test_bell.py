@@ -10,8 +10,8 @@ import torch
 
 from quant.errors import SchemeError
 from quant.kernels.cuda import bell
+from quant.kernels.cuda.doorbell import ANSWERED, LOST, RUNG, STOP, BellBuffers, load_acquire, store_release
 from quant.kernels.cuda.experts import ChosenExperts
-from quant.kernels.doorbell import ANSWERED, LOST, RUNG, STOP, BellBuffers, load_acquire, store_release
 
 TOKENS, TOP_K, HIDDEN, INTER = 2, 2, 96, 256
 CHOSEN = torch.tensor([[0, 1], [2, -1]], dtype=torch.int32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quant.errors import MachineError, SchemeError
-from quant.kernels.doorbell import ANSWERED, RUNG, BellBuffers, HostBell, Prefetched, load_acquire, store_release
+from quant.kernels.cuda.doorbell import ANSWERED, RUNG, BellBuffers, HostBell, Prefetched, load_acquire, store_release
 from quant.kernels.moe import GatedMlp
 from quant.kernels.native import Weight
 from quant.pack import dequantize, quantize_absmax
