@@ -3,13 +3,13 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cli.serve.errors import ServeError, as_serve_error
+from cli.serve.mailbox import Mailbox
 from cli.serve.metrics import Metrics
-from cli.serve.parts import Parser, Part
+from cli.serve.parsing.parts import Parser, Part
 from offload.records import Sampling, TokenRecord
 
 if TYPE_CHECKING:  # it imports torch
@@ -113,21 +113,21 @@ class Answers:
     """The answers to ``request``, within ``seconds``. Iterate over ``steps``; whoever stops doing that calls ``close``.
     ``slots`` are those of all requests, by number."""
 
-    def __init__(self, request: Request, slots: dict[int, Slot], metrics: Metrics, seconds: float) -> None:
+    def __init__(
+        self, request: Request, slots: dict[int, Slot], metrics: Metrics, mailbox: Mailbox, seconds: float
+    ) -> None:
         self.request, self.usage = request, Usage()
         self.open = set(range(request.choices))  # answers that are not finished
         self.streams: list[Stream] = []
-        self._slots, self._metrics = slots, metrics
+        self._slots, self._metrics, self._mailbox = slots, metrics, mailbox
         self._queue: asyncio.Queue[tuple[int, TokenRecord | BaseException | None]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         late = ServeError(408, f"the answer took longer than the {seconds:g} s that --timeout allows", retry=False)
-        self._late = self._loop.call_later(seconds, self._queue.put_nowait, (0, late))
+        self._late = asyncio.get_running_loop().call_later(seconds, self._queue.put_nowait, (0, late))
 
     def tell(self, choice: int, said: TokenRecord | BaseException | None) -> None:
         """What has become of answer ``choice``. Callable from any thread."""
-        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (choice, said))
+        self._mailbox.put(self._queue.put_nowait, (choice, said))
 
     def begin(self, streams: "Sequence[Stream]") -> None:
         """These are under way."""

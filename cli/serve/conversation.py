@@ -12,8 +12,8 @@ from typing import Any
 
 from cli.serve.answers import Request
 from cli.serve.errors import ServeError, as_serve_error
-from cli.serve.parsers import HarmonyParser, MarkedParser
-from cli.serve.parts import Parser
+from cli.serve.parsing.parsers import HarmonyParser, MarkedParser
+from cli.serve.parsing.parts import Parser
 from cli.serve.service import Service
 from offload.generate.grammar import ANY_JSON, lark_grammar
 from offload.records import Sampling

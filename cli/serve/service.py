@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.serve.answers import Answers, Request, Slot
 from cli.serve.errors import ServeError, as_serve_error
+from cli.serve.mailbox import Mailbox
 from cli.serve.metrics import Metrics
 from offload.records import Sampling
 from offload.vision.image_url import ImageSources
@@ -52,6 +53,7 @@ class Service:
         self.started = int(time.time())
         self.metrics = Metrics(self.gauges)
         self.version = metadata.version("coldstream")
+        self._mailbox: Mailbox | None = None  # of the loop that requests come from
         self.looking = threading.Lock()  # one prompt's pictures are taken apart at a time: they are large
 
     @property
@@ -92,7 +94,10 @@ class Service:
         if request.choices > room:
             self.metrics.count("requests_refused")
             raise ServeError(429, f"{len(self.slots)} answers are under way or wait already", retry_after=RETRY_SECONDS)
-        answers = Answers(request, self.slots, self.metrics, self.limits.seconds)
+        if self._mailbox is None:
+            self._mailbox = Mailbox()
+            self.session.after_steps(self._mailbox.wake)
+        answers = Answers(request, self.slots, self.metrics, self._mailbox, self.limits.seconds)
         streams: list[Stream] = []
         try:
             if request.sampling.grammar is not None:  # read where it delays nobody, and before anything waits for it

@@ -39,6 +39,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closed = False
+        self.after_step: Callable[[], None] | None = None  # called by the thread that runs the model
 
     def submit(self, ids: Sequence[int], sampling: Sampling, told: Told | None = None) -> Stream:
         """Queue a prompt; returns at once. ``told`` is Stream's. Raises what ``Runner.check`` does."""
@@ -89,6 +90,8 @@ class Engine:
             except BaseException as error:  # noqa: BLE001 - raised where the streams are read, which would wait for ever
                 self._runner.end_all(error)
                 busy = False
+            if self.after_step is not None:
+                self.after_step()
 
     def _take(self, *, wait: bool) -> None:
         """Do what was asked in the meantime; ``wait`` until there is something."""

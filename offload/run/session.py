@@ -1,7 +1,7 @@
 """Session: a loaded model with its plan, caches and counts, ready to generate. What the commands talk to."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,6 +265,10 @@ class Session:
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         return self._engine.submit(ids, replace(sampling or Sampling(), **asked), told)
+
+    def after_steps(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called after every step, by the thread that runs the model."""
+        self._engine.after_step = call
 
     def generate(
         self, prompt: str | Sequence[int], sampling: Sampling | None = None, **asked: Any

@@ -12,7 +12,7 @@ from cli.serve.answers import Answers, Request
 from cli.serve.body import read
 from cli.serve.dialects.chat import finish_reason, sampling_of, usage_document, wants_usage
 from cli.serve.errors import ServeError
-from cli.serve.parsers import MarkedParser
+from cli.serve.parsing.parsers import MarkedParser
 from cli.serve.reply import DONE, Document, Events, reply
 from cli.serve.service import Service
 from offload.records import TokenRecord

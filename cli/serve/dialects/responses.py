@@ -13,7 +13,7 @@ from cli.serve.body import Body, read
 from cli.serve.conversation import Conversation, content_of, prepare, text_of
 from cli.serve.dialects.chat import call_id, effort, tool_of
 from cli.serve.errors import ServeError
-from cli.serve.parts import Part
+from cli.serve.parsing.parts import Part
 from cli.serve.reply import Document, Events, reply
 from cli.serve.service import Service
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cli.serve.parts import Part
+from cli.serve.parsing.parts import Part
 from offload.text.tool_formats import BROKEN, ToolFormat
 
 _OUTSIDE, _INSIDE = re.compile(r'["{}\[\]]'), re.compile(r'["\\]')  # of a string

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from cli.serve.calls import CallReader
-from cli.serve.parts import Part, Splitter
+from cli.serve.parsing.calls import CallReader
+from cli.serve.parsing.parts import Part, Splitter
 from offload.text.tool_formats import ToolFormat
 
 Schemas = Mapping[str, Any]  # of the arguments, by tool

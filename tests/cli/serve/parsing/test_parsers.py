@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from cli.serve.parsers import HarmonyParser, MarkedParser
-from cli.serve.parts import Parser, Part
+from cli.serve.parsing.parsers import HarmonyParser, MarkedParser
+from cli.serve.parsing.parts import Parser, Part
 from offload.text.tool_formats import (
     DEEPSEEK,
     DEEPSEEK_FENCED,
