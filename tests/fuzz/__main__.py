@@ -1,8 +1,9 @@
-"""``python -m tests.fuzz --seconds N --seed S [--only plan,quantize]``: draw and run cases; keep each new fault in
-``corpus``, as few edits as show it."""
+"""``python -m tests.fuzz --seconds N --seed S [--inputs N] [--only plan,quantize]``: draw and run cases; keep each new
+fault in ``corpus``, as few edits as show it."""
 
 import argparse
 import faulthandler
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -39,6 +40,7 @@ def main() -> int:
     """Exit code 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--inputs", type=int, default=2**63, help="stop after so many, if that is sooner")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--only", default=",".join(BASES), help="commands, with commas between them")
     asked = parser.parse_args()
@@ -53,13 +55,15 @@ def main() -> int:
         ground, folder = make_ground(Path(temporary) / "ground"), Path(temporary) / "case"
         last = Path(tempfile.gettempdir()) / f"coldstream-fuzz-{asked.seed}.json"  # stays if the process dies
         random, end = Random(asked.seed), time.monotonic() + asked.seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end and counts.total() < asked.inputs:
             case = draw(random, commands)
             last.write_text(str(case))
             found = outcome(case, ground, folder)
             counts[found.kind] += 1
             judged[found.judged] += found.kind == "ran"
             per_command[case.command] += 1
+            if counts.total() % 500 == 0:
+                print(f"{counts.total()} inputs, {len(seen)} faults", file=sys.stderr, flush=True)
             if found.is_fault and (found.kind, found.sign) not in seen:
                 seen.add((found.kind, found.sign))
                 if found.kind not in ("slow", "memory"):

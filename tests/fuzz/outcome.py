@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from types import FrameType
 
@@ -47,7 +48,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 class Outcome:
     """``kind``: ran, refused, or a fault (traceback, slow, memory, wrong, different); ``sign`` is the same for the same
     fault. ``judged`` is what an answer was held against: stock, clean (transformers does not take the input, and the
-    answer is the one of the input as it was), or nothing."""
+    answer is the one of the input without what it does not take), or nothing."""
 
     kind: str
     sign: str = ""
@@ -131,10 +132,10 @@ def _judged(case: Case, done: Finished, answer: Answer, ground: Path, folder: Pa
     except (StockRefusesError, _Stopped) as refused:
         if not case.edits:
             return Outcome("ran", judged="nothing", said=f"stock: {refused}")
-        clean = _clean_answer(replace(case, edits=()), ground, folder.with_name("clean"))
-        if clean is None or not (answer.steps or clean.steps):
+        cleaner = _with_less(case, ground, folder)
+        if not cleaner or not any(one.steps for one in (answer, *cleaner)):
             return Outcome("ran", judged="nothing", said=f"stock: {refused}")
-        if answer.equals(clean):
+        if any(answer.equals(clean) for clean in cleaner):
             return Outcome("ran", judged="clean")
         reason = f"transformers does not take it: {refused}"
         return Outcome("different", f"{case.command} from the clean answer, {_numberless(reason)[:99]}", reason)
@@ -180,6 +181,22 @@ def _differs_from_stock(case: Case, done: Finished, answer: Answer, folder: Path
         return ""
     continued = greedy_text(model, stock, ids, int(case.words[case.words.index("-n") + 1]))
     return "" if document["text"] == continued else f"text {document['text']!r} for transformers' {continued!r}"
+
+
+def _with_less(case: Case, ground: Path, folder: Path) -> list[Answer]:
+    """What ``case`` computes without some of its edits, as few as leave an answer that is known to be right."""
+    for count in reversed(range(len(case.edits))):
+        found: list[Answer] = []
+        for edits in combinations(case.edits, count):
+            less = replace(case, edits=edits)
+            if not edits and (clean := _clean_answer(less, ground, folder.with_name("clean"))):
+                return [clean]
+            if edits:
+                ended, answer = _outcome(less, ground, folder.with_name(f"less-{count}"))
+                found += [answer] * (ended.judged in ("stock", "clean"))
+        if found:
+            return found
+    return []
 
 
 @cache
