@@ -25,6 +25,7 @@ CALIBRATION_WINDOW = 512  # tokens of a text that are run as one
 IMAGE_TILES = 136  # of one prompt: eight pictures of sixteen tiles and the whole, or as many small ones
 ROW_TILES = 17  # of one picture
 TILES_AT_ONCE = 4
+_ATTENTION_BLOCK, _ATTENTION_ROWS, _RUNS = 256, 96, 64  # of attention.cpp and kernels.h
 MIN_EXPERT_TOKENS = 64  # that an expert must see on average
 
 
@@ -96,22 +97,37 @@ class Footprint:
         """Bytes of activations while ``chunk`` tokens run beside a full cache; f32 on the CPU, bf16 on a GPU.
 
         The residual stream and what norms and blocks make of it; queries, keys and values; gate, up and their
-        product in the widest MLP; two attention masks; keys and values of one layer as attention reads them;
-        logits; on a GPU what grouped products need, and routers in f32 that guess a layer ahead; on the CPU,
-        routers and norms in f32 beside their stored form.
+        product in the widest MLP; what attention needs beside its cache; logits; on a GPU what grouped products
+        need, and routers in f32 that guess a layer ahead; on the CPU, routers and norms in f32 beside their stored
+        form.
         """
         shape, size = self.shape, 2 if on_gpu else 4
         query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         widest = max(shape.shared_intermediate, shape.expert_intermediate, shape.dense_intermediate)
         states = chunk * (6 * shape.hidden_size + 3 * (query + 2 * key) + 3 * widest) * size
-        longest = max((tokens for _, tokens in shape.kv_layers(self.context)), default=0)
         if on_gpu:  # rows per token and choice: arranged, between the halves of an expert, and out of it
             states += chunk * shape.top_k * (2 * shape.hidden_size + shape.expert_intermediate) * size
             states += 4 * len(shape.moe_layers) * shape.num_experts * shape.hidden_size
-        attention = 2 * chunk * (longest + chunk) + 2 * longest * key * size
+        attention = self._attention(chunk, size, on_gpu=on_gpu)
         logits = 2 * shape.vocab_size * 4
         plain = (t.elements for t in shape.plain_tensors() if t.role != "embeddings")
         return states + attention + logits + (0 if on_gpu else 4 * sum(plain)) + SLACK
+
+    def _attention(self, chunk: int, size: int, *, on_gpu: bool) -> int:
+        """Bytes beside the cache. The CPU's own kernels keep the queries and sums of the rows that look at keys
+        together, in ``_ATTENTION_BLOCK`` tokens, and of ``_RUNS`` runs of keys that are to be merged, however long the
+        context is. Transformers' modules, and a prompt on a GPU, take two masks, and one layer's keys and values as
+        attention reads them."""
+        shape = self.shape
+        width, kv_heads = shape.head_dim, shape.num_kv_heads
+        if not on_gpu and shape.is_native and self.schemes.get("experts", BF16).kind != "nf4":
+            group = shape.num_heads // kv_heads
+            heads = min(group, _ATTENTION_ROWS)
+            tokens = _ATTENTION_ROWS // heads
+            units = kv_heads * -(-group // heads) * -(-min(chunk, _ATTENTION_BLOCK) // tokens)
+            return 4 * _ATTENTION_ROWS * (units * (3 * width + 4) + _RUNS * (2 * width + 2))
+        longest = max((tokens for _, tokens in shape.kv_layers(self.context)), default=0)
+        return 2 * chunk * (longest + chunk) + 2 * longest * kv_heads * width * size
 
     def image_workspace(self, *, on_gpu: bool) -> int:
         """Bytes that looking at pictures takes at most, 0 for a run of text: pixels of ``IMAGE_TILES`` tiles in bf16

@@ -9,6 +9,7 @@ from offload.plan.footprint import Footprint
 from quant.model.known_shapes import load_shape
 from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
+from quant.scheme import Scheme
 
 MINI = ModelShape.from_config({**load_shape("mini-scout"), "attention_chunk_size": 256})
 
@@ -32,7 +33,10 @@ def test_a_slot_is_whole_pages_and_holds_an_expert() -> None:
     assert Footprint(MINI, {}, 1, 16, slot_bytes=12288).slot_bytes == 12288
 
 
-def test_scratch_grows_with_the_chunk_and_the_context() -> None:
-    short, long = Footprint(MINI, {}, 512, 16), Footprint(MINI, {}, 8192, 16)
-    assert short.scratch(16, on_gpu=False) < short.scratch(512, on_gpu=False) < long.scratch(512, on_gpu=False)
+def test_scratch_grows_with_the_chunk_and_with_the_context_only_where_masks_do() -> None:
+    short, long = Footprint(MINI, {}, 512, 16), Footprint(MINI, {}, 131072, 16)
+    assert short.scratch(16, on_gpu=False) < short.scratch(512, on_gpu=False) == long.scratch(512, on_gpu=False)
     assert short.scratch(512, on_gpu=True) < short.scratch(512, on_gpu=False)
+    assert short.scratch(512, on_gpu=True) < long.scratch(512, on_gpu=True)
+    dequantized = [Footprint(MINI, {"experts": Scheme("nf4")}, context, 16) for context in (512, 131072)]
+    assert dequantized[0].scratch(512, on_gpu=False) < dequantized[1].scratch(512, on_gpu=False)
