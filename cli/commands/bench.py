@@ -40,6 +40,15 @@ Arriving = Annotated[
         help="Also measure a prompt of so many that arrives while 3 are answered.",
     ),
 ]
+Filled = Annotated[
+    int,
+    typer.Option(
+        "--filled",
+        min=0,
+        metavar="N",
+        help="Tokens in the KV cache before each prompt, with random keys and values: what a long context costs.",
+    ),
+]
 _MOST = 16  # sequences in a step
 
 
@@ -56,14 +65,16 @@ def bench(
     draft_errors: DraftErrors = 0.1,
     sequences: Sequences = None,
     arriving: Arriving = 0,
+    filled: Filled = 0,
     report: Report = None,
 ) -> None:
     """Measure MODEL: prefill and decode apart, after a warm-up, as medians with their spread.
 
     Bandwidths are measured before and after, and the better counts. The floor is the time to read a token's bytes
     at those. With --sequences, several texts at a time follow, each number beside its own floor: the bytes of all
-    experts that any of them asks for, or the arithmetic where that takes longer. With --draft, tasks are then run with
-    and without drafts: free text, quoting, editing, a recorded answer.
+    experts that any of them asks for, or the arithmetic where that takes longer. With --filled, prompts come after
+    so many tokens that were not computed. With --draft, tasks are then run with and without drafts: free text,
+    quoting, editing, a recorded answer.
     """
     from cli.steps.finish import check_page, command_line, finish
     from cli.steps.open_model import find_model, open_session
@@ -71,6 +82,8 @@ def bench(
     from cli.terminal.run_summary import INDENT, arrival_line
 
     check_page(report)
+    if filled and run.prompt_cache is not None:
+        raise UsageError("--filled puts random keys and values before the prompts: leave out --prompt-cache")
     path = find_model(model)
     source = read_text(text) if text else sample_text()
     with seldom_collecting():
@@ -83,7 +96,7 @@ def bench(
     from quant.architecture.shape import shape_of
     from quant.model.hub import resolve_config
 
-    plan = Benchmark(prompt_tokens, tokens, repeat)
+    plan = Benchmark(prompt_tokens, tokens, repeat, filled)
     several = SequenceBenchmark(plan, counts_of(sequences), arriving)
     shape = shape_of(resolve_config(str(path)))
     if run.context is not None or several.counts or arriving or several.context > shape.context():
@@ -92,7 +105,7 @@ def bench(
     console.step("measuring bandwidths")
     probe(path, refresh=True)
     peak_is_clean = forget_peak()
-    with open_session(path, run, console) as session:
+    with open_session(path, run, console, filled or None) as session:
         if not peak_is_clean:
             session.notes.append("the peak of resident memory includes what measuring the machine took")
         runs = plan.run(session, source, console.step)
@@ -110,7 +123,12 @@ def bench(
             together=together,
         )
         console.say()
-        extra: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens, "repeat": repeat}
+        extra: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens, "repeat": repeat, "filled": filled}
+        if filled:
+            console.prose(
+                f"behind {filled:,} tokens of random keys and values, which take as long to read as those of a text; "
+                "what the model said means nothing"
+            )
         loaded = plan.from_disk(session, source)
         if loaded is not None:
             extra["prompt_cache"] = _loaded(loaded, runs[-1][0].seconds, prompt_tokens, measured.bandwidth.disk_gb_s)

@@ -168,6 +168,7 @@ DOCUMENTS: dict[str, Schema] = {
             prompt_tokens=count("of each prompt"),
             tokens=count("decoded after each"),
             repeat=count("measured repetitions"),
+            filled=count("tokens of random keys and values before each prompt"),
             prompt_cache=record(
                 "with --prompt-cache: the last prompt, read from disk",
                 tokens=count("read"),

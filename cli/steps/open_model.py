@@ -19,13 +19,14 @@ def find_model(model: str) -> Path:
     return resolve_model(model)
 
 
-def open_session(path: Path, run: RunOptions, console: Console) -> "Session":
-    """The session of the model in ``path``, its notes said. Raises ColdstreamError."""
+def open_session(path: Path, run: RunOptions, console: Console, filled: int | None = None) -> "Session":
+    """The session of the model in ``path``, its notes said, its speed predicted for ``filled`` tokens in the KV cache.
+    Raises ColdstreamError."""
     with seldom_collecting():
         from offload.run.session import Session
 
     with progress_bar(console, "loading", "bytes") as show:
-        session = Session.open(path, run, progress=console.step, loading=show)
+        session = Session.open(path, run, progress=console.step, loading=show, filled=filled)
     console.step(f"loaded in {session.load_seconds:.1f} s, {session.kernel}")
     console.notes([*session.notes, *session.plan.notes])
     if console.verbose:

@@ -131,7 +131,7 @@ class Session:
             if bound is None
             else Generator(parts, bound, self.notes, drafts)
         )
-        self._engine = Engine(self.runner)
+        self.engine = Engine(self.runner)
         if run.routing is not None and self.plan.fills and not self.experts.holds_all:
             self.experts.fill()
         self.load_seconds = time.perf_counter() - started
@@ -145,12 +145,14 @@ class Session:
         recipe: str | None = None,
         progress: Say | None = None,
         loading: Progress = nobody,
+        filled: int | None = None,
         **asked: Any,
     ) -> "Session":
         """Plan the run of ``model`` (a directory or a Hub id) on this machine and load it.
 
         ``asked`` are fields of RunOptions, over those of ``options``; what neither says is the ``recipe``'s.
-        ``progress`` is told what takes time, ``loading`` how many bytes are where they will stay. Raises
+        ``progress`` is told what takes time, ``loading`` how many bytes are where they will stay; speeds are predicted
+        for ``filled`` tokens in the KV cache (512). Raises
         CheckpointError, BudgetError, MachineError, ProfileError, RecipeError, UsageError, each with one clear line.
         """
         say = progress or (lambda text: None)
@@ -167,7 +169,7 @@ class Session:
         if allowance is not None:
             options = replace(options, vram=allowance.planned)
         try:
-            run = planned_run(planned, options, machine=machine, slot_bytes=store.slot_bytes)
+            run = planned_run(planned, options, machine=machine, slot_bytes=store.slot_bytes, prompt=filled)
         except BudgetError as error:
             raise (allowance.explain(error) if allowance is not None else error) from None
         say("loading the model")
@@ -218,7 +220,7 @@ class Session:
     @property
     def cached_tokens(self) -> int:
         """Tokens that the KV cache holds."""
-        return self._engine.call(lambda: self.runner.cached_tokens)
+        return self.engine.call(lambda: self.runner.cached_tokens)
 
     def encode(self, text: str, images: Sequence[ImageSource] = ()) -> list[int]:
         """Token ids of ``text``, as the tokenizer itself begins and ends one, and of ``images`` (paths, bytes of files
@@ -264,11 +266,11 @@ class Session:
         not fit the context; the stream raises CheckpointError if the disk fails and MachineError if the GPU does.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._engine.submit(ids, replace(sampling or Sampling(), **asked), told)
+        return self.engine.submit(ids, replace(sampling or Sampling(), **asked), told)
 
     def after_steps(self, call: Callable[[], None]) -> None:
         """Have ``call`` called after every step, by the thread that runs the model."""
-        self._engine.after_step = call
+        self.engine.after_step = call
 
     def generate(
         self, prompt: str | Sequence[int], sampling: Sampling | None = None, **asked: Any
@@ -294,24 +296,24 @@ class Session:
     def report(self, *, command: str = "session", warmup: int = 1) -> RunReport:
         """What the latest runs did, at most 16 of them: speeds, memory by tier and role, expert hits, beside
         what was predicted. The first ``warmup`` decode steps, which meet cold caches, do not count as speed."""
-        runs = self._engine.call(lambda: [list(run) for run in self.runner.runs])
+        runs = self.engine.call(lambda: [list(run) for run in self.runner.runs])
         return account(self, runs, command=command, warmup=warmup)
 
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
         """See ``Runner.prefill``."""
-        return self._engine.call(lambda: self.runner.prefill(prompt))
+        return self.engine.call(lambda: self.runner.prefill(prompt))
 
     def finish_filling(self) -> None:
         """Wait until every expert that has a slot is in it. Raises CheckpointError if the disk fails."""
-        self._engine.call(self._fill)
+        self.engine.call(self._fill)
 
     def save_prompts(self) -> None:
         """Write all that the KV cache holds of sequences that are over to the prompt cache, if there is one: by itself
         only whole blocks are, the rest when the session is closed."""
         prompts, runner = self.prompts, self.runner
         if prompts is not None and isinstance(runner, Batch):
-            self._engine.call(lambda: prompts.save_tails(runner.prefixes))
-            self._engine.call(prompts.flush)
+            self.engine.call(lambda: prompts.save_tails(runner.prefixes))
+            self.engine.call(prompts.flush)
 
     def _fill(self) -> None:
         self.runner.finish_load(now=True)
@@ -321,11 +323,11 @@ class Session:
 
     def reset(self) -> None:
         """Forget the conversation; the experts stay where they are."""
-        self._engine.call(self.runner.reset)
+        self.engine.call(self.runner.reset)
 
     def expert_tiers(self) -> dict[Key, Tier]:
         """Where each expert is now."""
-        return self._engine.call(self._tiers)
+        return self.engine.call(self._tiers)
 
     def _tiers(self) -> dict[Key, Tier]:
         self.decoder.synchronize()
@@ -333,7 +335,7 @@ class Session:
 
     def close(self) -> None:
         """End every sequence, write what the prompt cache is to keep of them, stop reading and close the files."""
-        self._engine.close()
+        self.engine.close()
         self.save_prompts()
         if self.prompts is not None:
             self.prompts.close()

@@ -52,6 +52,17 @@ def test_drafts_are_measured_by_tasks(model: Path) -> None:
     assert draft["drafted"] == sum(task["drafted"] for task in draft["tasks"].values())
 
 
+def test_a_long_context_need_not_be_computed_and_is_not_kept_on_disk(model: Path, tmp_path: Path) -> None:
+    done = invoke("bench", model, *SMALL, "--filled", "300", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["filled"] == 300 and found["context"] >= 300 + 40 + 6
+    assert found["prefill"]["tokens"] == 2 * 40 and found["prefill"]["reused"]["memory"] == 2 * 300
+    refused = invoke("bench", model, *SMALL, "--filled", "300", "--prompt-cache", tmp_path)
+    assert refused.returncode == 2 and "--filled puts random keys" in refused.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_floor_is_below_the_measurement(document: dict[str, dict[str, object]]) -> None:
     fraction = document["decode"]["fraction_of_floor"]
     assert isinstance(fraction, float)

@@ -46,6 +46,17 @@ def test_a_text_shorter_than_the_prompts_is_repeated(session: Session) -> None:
     assert run[0].tokens_in == 100
 
 
+def test_prompts_come_after_random_keys_and_values_and_nobody_finds_these_afterwards(session: Session) -> None:
+    plain = Benchmark(prompt_tokens=20, tokens=3, repeat=1).run(session, TEXT)[0]
+    filled = Benchmark(prompt_tokens=20, tokens=3, repeat=2, filled=150)
+    assert filled.context == 150 + 20 + 3 + 1
+    for run in filled.run(session, TEXT):
+        assert run[0].tokens_in == 20 and run[0].reused.memory == 150
+        assert run[1].bytes_read["ram"] > plain[1].bytes_read["ram"]
+    assert session.cached_tokens == 0
+    assert session.kv_pool.counts.free == session.kv_pool.counts.count
+
+
 def test_sequences_are_measured_where_as_many_share_a_step(session: Session) -> None:
     bench = SequenceBenchmark(Benchmark(prompt_tokens=20, tokens=12, repeat=1), (1, 3))
     assert bench.context * bench.sequences >= 3 * (20 + 12 + 1), "the KV cache holds all of them"

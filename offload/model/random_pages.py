@@ -1,0 +1,50 @@
+"""A KV cache filled with random keys and values, to measure what comes after a long text without computing it.
+
+What attention does with them takes as long as with a text's own: every page is read, every score is made. Only what the
+model then says means nothing.
+"""
+
+import torch
+
+from offload.model.paged_cache import PagedCache, PagePool
+from quant.kernels.attention import KvPages
+
+_PATTERNS = (
+    31  # pages that are made; the others are copies, which are not quicker to read: all are longer than any cache
+)
+_SCALE = 3.0 / 127  # of int8: three standard deviations are the largest
+
+
+@torch.inference_mode()  # as pages are written
+def random_sequence(pool: PagePool, tokens: int, seed: int = 0) -> PagedCache:
+    """A sequence of ``tokens`` in pages of ``pool``, on a CPU. Raises OutOfPages."""
+    cache = pool.sequence()
+    try:
+        places = cache.make_places(tokens)
+    except BaseException:
+        cache.free()
+        raise
+    patterns = _patterns(pool, seed)
+    pages = pool.pages
+    for index, (_, _, page) in enumerate(places):
+        for to, made in zip(_tensors(pages), _tensors(patterns), strict=True):
+            to[page] = made[index % _PATTERNS]
+    cache.filled(tokens)
+    return cache
+
+
+def _tensors(pages: KvPages) -> list[torch.Tensor]:
+    return [t for t in (pages.keys, pages.values, pages.key_scale, pages.value_scale) if t is not None]
+
+
+def _patterns(pool: PagePool, seed: int) -> KvPages:
+    """Keys and values of a normal distribution, such that scores are neither all alike nor all of one key."""
+    generator = torch.Generator().manual_seed(seed)
+    made = KvPages.allocate(_PATTERNS, pool.shape.num_kv_heads, pool.shape.head_dim, pool.dtype)
+    for data in (made.keys, made.values):
+        values = torch.randn(data.shape, generator=generator)
+        data.copy_((values / _SCALE).round().clamp(-127, 127) if pool.dtype == torch.int8 else values)
+    for scale in (made.key_scale, made.value_scale):
+        if scale is not None:
+            scale.fill_(_SCALE)
+    return made
