@@ -8,6 +8,7 @@ import typer
 
 from cli.options.output import Report, takes_console
 from cli.options.run import Model, takes_run_and_prompt_options
+from cli.options.typed import typed_path
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from offload.records import RunOptions, TokenRecord
@@ -18,7 +19,9 @@ Tokens = Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Token
 Repeat = Annotated[int, typer.Option("--repeat", min=1, metavar="N", help="Measured repetitions, after one warm-up.")]
 Text = Annotated[
     Path | None,
-    typer.Option("--text", metavar="FILE", help="Text the prompts are cut from (Python source, if left out)."),
+    typer.Option(
+        "--text", parser=typed_path, metavar="FILE", help="Text the prompts are cut from (Python source, if left out)."
+    ),
 ]
 DraftErrors = Annotated[
     float,

@@ -9,7 +9,7 @@ import typer
 from cli.options.output import Report, takes_console
 from cli.options.run import Model, takes_run_and_prompt_options
 from cli.options.sampling import AskedSampling, takes_sampling
-from cli.options.typed import typed_text
+from cli.options.typed import typed_path, typed_text
 from cli.terminal import interrupt
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
@@ -21,7 +21,12 @@ System = Annotated[
 
 Resume = Annotated[
     Path | None,
-    typer.Option("--resume", metavar="FILE", help="Go on with the conversation in FILE, and save every answer to it."),
+    typer.Option(
+        "--resume",
+        parser=typed_path,
+        metavar="FILE",
+        help="Go on with the conversation in FILE, and save every answer to it.",
+    ),
 ]
 NoImages = Annotated[bool, typer.Option("--no-images", help="Keep no memory free to look at images with (/image).")]
 

@@ -7,9 +7,12 @@ import typer
 
 from cli.options.engine import Engine
 from cli.options.output import takes_console
+from cli.options.typed import typed_path
 from cli.terminal.console import Console
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A model directory.", show_default=False)]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", parser=typed_path, help="A model directory.", show_default=False)
+]
 
 
 @takes_console

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.options.output import takes_console
+from cli.options.typed import typed_path
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from cli.terminal.visible import visible
@@ -20,7 +21,12 @@ from offload.records import RunOptions, Sampling
 
 Keep = Annotated[
     Path,
-    typer.Option("--keep", metavar="DIR", help="Where model, profile and report page are left; an earlier demo's go."),
+    typer.Option(
+        "--keep",
+        parser=typed_path,
+        metavar="DIR",
+        help="Where model, profile and report page are left; an earlier demo's go.",
+    ),
 ]
 
 PROMPT = "def read(path):"

@@ -8,6 +8,7 @@ import typer
 
 from cli.options.output import Report, takes_console
 from cli.options.run import Model
+from cli.options.typed import typed_path
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from cli.terminal.progress import progress_bar
@@ -16,12 +17,17 @@ if TYPE_CHECKING:
     from offload.quality.evaluate import Evaluation
 
 Reference = Annotated[str, typer.Option("--reference", metavar="SRC", help="The checkpoint that MODEL was made from.")]
-Text = Annotated[Path, typer.Option("--text", metavar="FILE", help="Text that neither was calibrated on.")]
+Text = Annotated[
+    Path, typer.Option("--text", parser=typed_path, metavar="FILE", help="Text that neither was calibrated on.")
+]
 Windows = Annotated[int, typer.Option("--windows", min=0, metavar="N", help="Windows to run; 0 runs the whole text.")]
 Context = Annotated[int, typer.Option("--context", min=2, metavar="TOKENS", help="Tokens of a window.")]
 Kv = Annotated[Literal["bf16", "int8"] | None, typer.Option("--kv", help="Store keys and values like this (exact).")]
 Cache = Annotated[
-    Path | None, typer.Option("--cache", metavar="DIR", help="Keeps reference predictions (~/.cache/coldstream).")
+    Path | None,
+    typer.Option(
+        "--cache", parser=typed_path, metavar="DIR", help="Keeps reference predictions (~/.cache/coldstream)."
+    ),
 ]
 Slots = Annotated[
     int | None, typer.Option("--expert-slots", min=2, metavar="N", help="Experts in memory at once (a layer's).")

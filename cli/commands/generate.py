@@ -10,7 +10,7 @@ import typer
 from cli.options.output import Report, takes_console
 from cli.options.run import Model, takes_run_and_prompt_options
 from cli.options.sampling import AskedSampling, takes_sampling
-from cli.options.typed import typed_text
+from cli.options.typed import typed_path, typed_text
 from cli.terminal import interrupt
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
@@ -22,7 +22,12 @@ Prompt = Annotated[
 ]
 Image = Annotated[
     list[Path] | None,
-    typer.Option("--image", metavar="FILE", help="An image, where PROMPT says <|image|> or before it; again for more."),
+    typer.Option(
+        "--image",
+        parser=typed_path,
+        metavar="FILE",
+        help="An image, where PROMPT says <|image|> or before it; again for more.",
+    ),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")]

@@ -13,6 +13,7 @@ from cli.options.machine import AskedMachine, takes_machine
 from cli.options.output import takes_console
 from cli.options.run import ModelOrShape, Routing, takes_budgets
 from cli.options.schemes import AskedSchemes, takes_schemes
+from cli.options.typed import typed_path
 from cli.terminal.console import Console
 from offload.records import RunOptions
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 Calibrate = Annotated[
     Path | None,
-    typer.Option("--calibrate", metavar="FILE", help="Say what `quantize --calibrate FILE` takes of memory."),
+    typer.Option(
+        "--calibrate", parser=typed_path, metavar="FILE", help="Say what `quantize --calibrate FILE` takes of memory."
+    ),
 ]
 _REPLAYED = 32  # tokens
 _BYTES_PER_TOKEN = 4

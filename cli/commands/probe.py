@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options.output import takes_console
+from cli.options.typed import typed_path
 from cli.terminal.console import Console
 
 if TYPE_CHECKING:
     from offload.hardware.probe import Machine
 
-Directory = Annotated[Path, typer.Argument(metavar="[DIR]", help="Measure the disk that this directory lies on.")]
+Directory = Annotated[
+    Path, typer.Argument(metavar="[DIR]", parser=typed_path, help="Measure the disk that this directory lies on.")
+]
 Refresh = Annotated[bool, typer.Option("--refresh", help="Measure again, even if it was done before.")]
 
 

@@ -7,6 +7,7 @@ import typer
 
 from cli.options.output import takes_console
 from cli.options.run import Model, takes_run_options
+from cli.options.typed import typed_path
 from cli.terminal.console import Console
 from cli.terminal.progress import progress_bar
 from offload.records import RunOptions
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
     from offload.run.session import Session
 
 Text = Annotated[
-    list[Path], typer.Option("--text", metavar="FILE", help="Text to run; may be given again, - is stdin.")
+    list[Path],
+    typer.Option("--text", parser=typed_path, metavar="FILE", help="Text to run; may be given again, - is stdin."),
 ]
-Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the profile goes.")]
+Out = Annotated[Path, typer.Option("--out", parser=typed_path, metavar="FILE", help="Where the profile goes.")]
 Merge = Annotated[
     list[Path] | None,
-    typer.Option("--merge", metavar="FILE", help="Add this profile of the same model; may be given again."),
+    typer.Option(
+        "--merge", parser=typed_path, metavar="FILE", help="Add this profile of the same model; may be given again."
+    ),
 ]
 Tokens = Annotated[int | None, typer.Option("--tokens", min=1, metavar="N", help="Stop after this many tokens.")]
 Trace = Annotated[bool, typer.Option("--trace", help="Keep the order of requests too, for simulate and rank-policies.")]

@@ -14,6 +14,7 @@ from cli.options.output import Destination, takes_console
 from cli.options.rounding import AskedRounding, takes_rounding
 from cli.options.run import WITH_WEIGHTS, Routing
 from cli.options.schemes import AskedSchemes, takes_schemes
+from cli.options.typed import typed_path
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from cli.terminal.progress import progress_bar
@@ -60,7 +61,10 @@ def quantize(
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            "--tokenizer", metavar="DIR", help="Where the tokenizer and config.json are that a GGUF file lacks."
+            "--tokenizer",
+            parser=typed_path,
+            metavar="DIR",
+            help="Where the tokenizer and config.json are that a GGUF file lacks.",
         ),
     ] = None,
     engine: ForEngine = None,

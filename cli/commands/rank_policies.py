@@ -9,6 +9,7 @@ import typer
 
 from cli.options.output import takes_console
 from cli.options.run import WITH_CONFIG, Ram, Recipe
+from cli.options.typed import typed_name
 from cli.terminal.console import Console
 from offload.routing.eviction import DEFAULT_POLICY
 from offload.routing.policy_replay import CLAIRVOYANT, PolicyHitRates, replay_policies, sizes_of
@@ -19,10 +20,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 TraceName = Annotated[
-    str, typer.Argument(metavar="TRACE", help="A file of `profile --trace`, or uniform, zipf, recency, drift: made up.")
+    str,
+    typer.Argument(
+        parser=typed_name,
+        metavar="TRACE",
+        help="A file of `profile --trace`, or uniform, zipf, recency, drift: made up.",
+    ),
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help=f"Predict speeds for this model. {WITH_CONFIG}.")
+    str | None,
+    typer.Option("--model", parser=typed_name, metavar="MODEL", help=f"Predict speeds for this model. {WITH_CONFIG}."),
 ]
 Tokens = Annotated[
     int | None, typer.Option("--tokens", min=8, max=100_000, metavar="N", help="Tokens of the trace to use.")

@@ -9,13 +9,17 @@ import typer
 from cli.options.output import takes_console
 from cli.options.run import Model, takes_run_and_prompt_options
 from cli.options.sampling import AskedSampling, takes_sampling
+from cli.options.typed import typed_name
 from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from offload.records import RunOptions
 
 KEY_VARIABLE = "COLDSTREAM_API_KEY"
 Host = Annotated[
-    str, typer.Option("--host", metavar="ADDRESS", help="Where to listen; beyond this machine with a key.")
+    str,
+    typer.Option(
+        "--host", parser=typed_name, metavar="ADDRESS", help="Where to listen; beyond this machine with a key."
+    ),
 ]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N", help="0: any that is free.")]
 ApiKey = Annotated[
@@ -29,12 +33,18 @@ Unprotected = Annotated[
 ]
 AllowHost = Annotated[
     list[str] | None,
-    typer.Option("--allow-host", metavar="NAME", help="A name of this server, of a proxy for example."),
+    typer.Option(
+        "--allow-host", parser=typed_name, metavar="NAME", help="A name of this server, of a proxy for example."
+    ),
 ]
 AllowOrigin = Annotated[
-    list[str] | None, typer.Option("--allow-origin", metavar="URL", help="A site whose pages may ask, http://… .")
+    list[str] | None,
+    typer.Option("--allow-origin", parser=typed_name, metavar="URL", help="A site whose pages may ask, http://… ."),
 ]
-Name = Annotated[str | None, typer.Option("--name", metavar="TEXT", help="What clients call the model (its folder).")]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", parser=typed_name, metavar="TEXT", help="What clients call the model (its folder)."),
+]
 Parallel = Annotated[
     int | None, typer.Option("--parallel", min=1, metavar="N", help="Answers at once, at most (16; beside a GPU 1).")
 ]
@@ -47,6 +57,7 @@ ImagesFrom = Annotated[
     list[str] | None,
     typer.Option(
         "--images-from",
+        parser=typed_name,
         metavar="HOST|FOLDER/",
         help="Fetch images that a request names by their address there; '*': anywhere public.",
     ),

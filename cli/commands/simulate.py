@@ -10,6 +10,7 @@ from cli.options.machine import AskedMachine, takes_machine
 from cli.options.output import Report, takes_console
 from cli.options.run import ModelOrShape, Recipe, takes_budgets
 from cli.options.schemes import AskedSchemes
+from cli.options.typed import typed_name
 from cli.terminal.console import Console
 from offload.records import RunOptions
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 TraceName = Annotated[
     str,
     typer.Option(
-        "--trace", metavar="TRACE", help="Routing: a file of `profile --trace`, or uniform, zipf, recency, drift."
+        "--trace",
+        parser=typed_name,
+        metavar="TRACE",
+        help="Routing: a file of `profile --trace`, or uniform, zipf, recency, drift.",
     ),
 ]
 Tokens = Annotated[int, typer.Option("--tokens", min=8, max=100_000, metavar="N", help="Tokens to decode.")]

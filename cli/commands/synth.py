@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options.output import directory, takes_console
+from cli.options.output import takes_console
 from cli.options.run import WITH_CONFIG
 from cli.options.schemes import AskedSchemes, takes_schemes
+from cli.options.typed import typed_path
 from cli.terminal.console import Console
 from cli.terminal.progress import progress_bar
 from quant.errors import UsageError
@@ -29,7 +30,7 @@ def synth(
     shape: Annotated[str | None, typer.Argument(metavar="[SHAPE]", help=f"Whose shape. {WITH_CONFIG}.")] = None,
     destination: Annotated[
         Path | None,
-        typer.Argument(metavar="DST", parser=directory, help="A new or empty directory.", show_default=False),
+        typer.Argument(metavar="DST", parser=typed_path, help="A new or empty directory.", show_default=False),
     ] = None,
     hidden: Annotated[
         int, typer.Option(min=1, help="Without SHAPE: hidden size, a multiple of the group size.")

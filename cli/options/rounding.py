@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cli.options.groups import expands
+from cli.options.typed import typed_path
 from quant.errors import UsageError
 
 if TYPE_CHECKING:  # it imports torch
@@ -16,7 +17,8 @@ Method = Annotated[
     Literal["search", "rtn"], typer.Option("--rounding", help="search: the best without data; rtn: plain absmax.")
 ]
 Calibrate = Annotated[
-    Path | None, typer.Option("--calibrate", metavar="FILE", help="Round by GPTQ on this text (slower, better).")
+    Path | None,
+    typer.Option("--calibrate", parser=typed_path, metavar="FILE", help="Round by GPTQ on this text (slower, better)."),
 ]
 Tune = Annotated[
     int,
@@ -32,11 +34,14 @@ ImatrixFile = Annotated[
     Path | None,
     typer.Option(
         "--imatrix",
+        parser=typed_path,
         metavar="FILE",
         help="Round by how strongly this text excites each input channel; or by a matrix that was saved.",
     ),
 ]
-SaveImatrix = Annotated[Path | None, typer.Option("--save-imatrix", metavar="FILE", help="Keep it for another run.")]
+SaveImatrix = Annotated[
+    Path | None, typer.Option("--save-imatrix", parser=typed_path, metavar="FILE", help="Keep it for another run.")
+]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cli.options.groups import complete, expands
+from cli.options.typed import typed_name, typed_path
 from offload.records import RunOptions
 from offload.routing.eviction import DEFAULT_POLICY, POLICIES, check_policy
 from quant.errors import ProfileError
@@ -39,6 +40,7 @@ Recipe = Annotated[
     str | None,
     typer.Option(
         "--recipe",
+        parser=typed_name,
         metavar="NAME|FILE",
         help=f"Schemes and defaults for a run: {', '.join(recipe_names())}, or a TOML file.",
         autocompletion=complete(recipe_names()),
@@ -46,7 +48,12 @@ Recipe = Annotated[
 ]
 Routing = Annotated[
     Path | None,
-    typer.Option("--routing", metavar="FILE", help="Routing profile that seeds placement (coldstream profile)."),
+    typer.Option(
+        "--routing",
+        parser=typed_path,
+        metavar="FILE",
+        help="Routing profile that seeds placement (coldstream profile).",
+    ),
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None, typer.Option("--device", help="Where to compute (auto: a GPU if any).")
@@ -95,7 +102,12 @@ Draft = Annotated[
 
 PromptFolder = Annotated[
     Path | None,
-    typer.Option("--prompt-cache", metavar="DIR", help="Keep here what is computed of prompts, for later runs."),
+    typer.Option(
+        "--prompt-cache",
+        parser=typed_path,
+        metavar="DIR",
+        help="Keep here what is computed of prompts, for later runs.",
+    ),
 ]
 PromptSize = Annotated[
     int | None,

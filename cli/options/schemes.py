@@ -51,7 +51,7 @@ class AskedSchemes:
     @classmethod
     def of(cls, recipe: str | None, group_size: int | None, **roles: Any) -> "AskedSchemes":
         """As the command line gives it: None is a role that was not named."""
-        return cls(recipe, {role: text for role, text in roles.items() if text}, group_size)  # type: ignore[misc]
+        return cls(recipe, {role: text for role, text in roles.items() if text is not None}, group_size)  # type: ignore[misc]
 
     def load_recipe(self) -> "LoadedRecipe | None":
         """The recipe, if one is named. Raises UsageError if nobody knows it, RecipeError for what is in it."""

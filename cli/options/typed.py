@@ -1,6 +1,9 @@
-"""Text that is typed as an argument: UTF-8, whatever the locale says."""
+"""Text and paths that are typed as arguments: text is UTF-8, whatever the locale says, and a path has a name."""
 
 import os
+from pathlib import Path
+
+import typer
 
 from quant.errors import InputError
 
@@ -26,3 +29,17 @@ def typed_text(value: str | None) -> str | None:
 def typed_texts(values: list[str] | None) -> list[str]:
     """Each of ``values`` as text; none for None. Raises InputError as ``typed_text`` does."""
     return [text for value in values or () if (text := typed_text(value)) is not None]
+
+
+def typed_name(value: str) -> str:
+    """``value`` unless it is empty: then most often a variable of a script was not set, and without the option
+    something else would be meant. Raises typer.BadParameter."""
+    if not value.strip():
+        raise typer.BadParameter("found an empty name: leave the option out, or give one")
+    return value
+
+
+def typed_path(value: str | Path) -> Path:
+    """``value`` as a path. Raises typer.BadParameter for an empty one, which Python takes for the folder one stands
+    in."""
+    return Path(typed_name(str(value)))

@@ -49,12 +49,14 @@ ARGUMENTS = {  # positions in VALID of what must be there
     "rank-policies": [0, 2],
     "demo": [],
 }
+EMPTY = {("check", 0), ("probe", 0), ("rank-policies", 0), ("rank-policies", 2)}  # whose parser refuses ""
 NAMES = {"recipe", "policy", "gpu", "fit", "experts", "shared_expert", "dense_mlp", "attention", "lm_head"}
 FILES = {"text", "calibrate", "imatrix", "routing", "merge", "reference", "model", "trace"}
 WRITTEN = {"report", "out", "save_imatrix"}
 FREE = {"prompt", "system", "stop", "cache", "keep", "source", "destination", "shape", "directory", "trace"}
 FREE |= {"host", "api_key", "allow_host", "allow_origin", "name", "images_from"}
 FREE |= {"prompt_cache", "resume"}  # made where they are not
+TEXTS = {"system", "stop"}  # which may be empty
 BESIDE = {("quantize", "save_imatrix"): ["--imatrix", "TEXT"], ("quantize", "routing"): ["--target-bits", "6"]}
 
 
@@ -68,8 +70,10 @@ def cases() -> Iterator[tuple[str, list[str], int]]:
     for command in COMMANDS:
         for position in ARGUMENTS[command]:
             words = list(VALID[command])
-            words[position + (words[position].startswith("--"))] = "ABSENT"
-            yield command, words, 1
+            place = position + words[position].startswith("--")
+            yield command, [*words[:place], "ABSENT", *words[place + 1 :]], 1
+            code = 2 if (command, place) in EMPTY else 1
+            yield command, [*words[:place], "", *words[place + 1 :]], code
         yield command, [*VALID[command], "--no-such-option"], 2
         yield command, [*VALID[command], "--quiet", "--verbose"], 2
         for parameter in parameters(command):
@@ -77,6 +81,9 @@ def cases() -> Iterator[tuple[str, list[str], int]]:
             words = [*VALID[command], *BESIDE.get((command, name), [])]
             if parameter.param_type_name == "argument" or getattr(parameter, "is_flag", False):
                 continue
+            if name not in TEXTS:
+                for empty in ("", " "):
+                    yield command, [*words, option, empty], 1 if name == "reference" else 2
             if name in FILES:
                 yield command, [*words, option, "ABSENT"], 1
             elif name in WRITTEN:
