@@ -27,6 +27,7 @@ Kind = Literal["int4", "int8", "int3", "int2", "nf4", "bf16"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 GROUP_SIZES = (32, 64, 128, 256)
 NF4_BLOCK = 64
+LEAST_BITS = 4  # of what is chosen where nobody asks for fewer: every kernel reads them
 
 _BITS: dict[Kind, int] = {"int4": 4, "int8": 8, "int3": 3, "int2": 2, "nf4": 4, "bf16": 16}
 PACKED: Mapping[int, Kind] = {bits: kind for kind, bits in _BITS.items() if kind.startswith("int")}

@@ -19,6 +19,7 @@ from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from cli.terminal.progress import progress_bar
 from quant.errors import ProfileError, RecipeError, UsageError
+from quant.scheme import LEAST_BITS
 
 if TYPE_CHECKING:
     from cli.steps.find_values import Values
@@ -131,7 +132,7 @@ def quantize(
                 console.result(made.to_json() | dict(made.details))
                 return
             _claim(staging, checkpoint, resume)
-        _check_space(staging, values, schemes, roles)
+        _check_space(staging, values, schemes, roles, LEAST_BITS if goal is None else goal.least_bits)
         plain = values.rounder(console)
         if repack:
             plain = Repacked(checkpoint, plain)
@@ -183,7 +184,9 @@ def _described(goal: Goal, roles: "list[Role]", fixed: "Mapping[Role, Scheme]", 
     return {**asdict(goal), "roles": list(roles), "fixed": named, "routing": profile}
 
 
-def _check_space(staging: "Staging", values: "Values", schemes: "Mapping[Role, Scheme]", roles: "list[Role]") -> None:
+def _check_space(
+    staging: "Staging", values: "Values", schemes: "Mapping[Role, Scheme]", roles: "list[Role]", least_bits: int
+) -> None:
     """Refuse a file system that lacks room for the result, or for what a calibration keeps until then."""
     from quant.allocation.units import units_of
     from quant.convert.convert import check_space
@@ -196,7 +199,7 @@ def _check_space(staging: "Staging", values: "Values", schemes: "Mapping[Role, S
         streams = 2 * 2 * 4 * values.windows.tokens * shape.hidden_size  # of two layers, two each, in f32
         beside = streams
     if roles:
-        units = units_of(shape, roles)
+        units = units_of(shape, roles, least_bits=least_bits)
         least = sum(min(unit.nbytes(scheme) for scheme in unit.candidates()) for unit in units)
         check_free(staging.nearest, beside + least * (2 if beside else 1) - staging.nbytes)
     else:

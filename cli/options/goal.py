@@ -8,6 +8,7 @@ import typer
 from cli.options.groups import expands
 from cli.options.run import Context, Ram, Vram
 from quant.errors import UsageError
+from quant.scheme import LEAST_BITS
 from quant.sizes import parse_size
 
 TargetBits = Annotated[
@@ -35,6 +36,25 @@ Fit = Annotated[
         "of this machine (this); with --vram, --ram, --context.",
     ),
 ]
+Speed = Annotated[
+    float | None,
+    typer.Option(
+        "--speed",
+        metavar="TOKENS/S",
+        min=0.01,
+        help="With --fit: the best that is predicted to decode so fast there, whatever lies on disk.",
+    ),
+]
+LeastBits = Annotated[
+    int,
+    typer.Option(
+        "--least-bits",
+        metavar="BITS",
+        min=2,
+        max=LEAST_BITS,
+        help="Let routed experts have 3 bits, or 2 and 3, where they are worth no more.",
+    ),
+]
 PerExpert = Annotated[
     bool,
     typer.Option(
@@ -47,7 +67,7 @@ PerExpert = Annotated[
 
 @dataclass(frozen=True)
 class Goal:
-    """What the bits are chosen for: one of ``bits``, ``size`` and ``fit``."""
+    """What the bits are chosen for: one of ``bits``, ``size`` and ``fit``, the last by memory or by ``speed``."""
 
     bits: float | None
     size: int | None
@@ -56,6 +76,8 @@ class Goal:
     vram: int | None
     ram: int | None
     context: int | None
+    speed: float | None = None
+    least_bits: int = LEAST_BITS
 
     @classmethod
     def of(cls, **asked: Any) -> "Goal | None":
@@ -65,11 +87,12 @@ class Goal:
         if len(named) > 1:
             options = {"bits": "--target-bits", "size": "--target-size", "fit": "--fit"}
             raise UsageError(f"{' and '.join(options[name] for name in named)} are two goals: give one")
-        extras = [f"--{name}" for name in ("vram", "ram", "context") if asked[name] is not None]
+        extras = [f"--{name}" for name in ("vram", "ram", "context", "speed") if asked[name] is not None]
         if goal.fit is None and extras:
             raise UsageError(f"{' and '.join(extras)} say what --fit is to fit: give --fit, or leave them out")
-        if not named and goal.per_expert:
-            raise UsageError("--per-expert needs a goal: --target-bits, --target-size or --fit")
+        for option, given in (("--per-expert", goal.per_expert), ("--least-bits", goal.least_bits < LEAST_BITS)):
+            if not named and given:
+                raise UsageError(f"{option} needs a goal: --target-bits, --target-size or --fit")
         return goal if named else None
 
 
@@ -82,7 +105,9 @@ takes_goal = expands(
         "vram": (Vram, None),
         "ram": (Ram, None),
         "context": (Context, None),
+        "speed": (Speed, None),
         "per_expert": (PerExpert, False),
+        "least_bits": (LeastBits, LEAST_BITS),
     },
     Goal.of,
 )

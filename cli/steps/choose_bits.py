@@ -72,7 +72,7 @@ class BitChoice:
         from quant.allocation.findings import kept_allocation
 
         console = self.console
-        units, kept = split_roles(self.checkpoint, roles, self.fixed, self.goal.per_expert)
+        units, kept = split_roles(self.checkpoint, roles, self.fixed, self.goal.per_expert, self.goal.least_bits)
         found = kept_allocation(self.folder / "allocation.json", self.job, units) if self.resume else None
         allocation = found or self._chosen(units, kept)
         mixture = allocation.mixture(kept)
@@ -102,7 +102,7 @@ class BitChoice:
             allocation = allocator.by_size(goal.size)
         else:
             fitting = _Fitting(self.checkpoint, goal, self.console)
-            allocation = allocator.by_fit(fitting)
+            allocation = allocator.by_fit(fitting, fitting.wanted)
             self.console.step(fitting.said(allocation.mixture(kept)))
         keep_allocation(self.folder / "allocation.json", self.job, allocation)
         return allocation
@@ -157,7 +157,7 @@ class BitChoice:
             "state": checkpoint.states.listed(checkpoint.files),
             "text": windows.identity,
             "rounding": self.rounder.name,
-            "units": [unit.name for unit in units],
+            "units": [f"{unit.name} {unit.least_bits}" for unit in units],
         }
         tokens = min(windows.tokens, sample_tokens(checkpoint, units))
         how = f"divergence on {tokens:,} tokens of the text, each part rounded alone"
@@ -187,15 +187,20 @@ class BitChoice:
 
 
 class _Fitting:
-    """What --fit is to fit: a machine, budgets and a context."""
+    """What --fit is to fit: a machine, budgets and a context, and maybe a speed."""
 
     def __init__(self, checkpoint: "Checkpoint", goal: Goal, console: Console) -> None:
         from offload.records import RunOptions
 
-        self.checkpoint = checkpoint
+        self.checkpoint, self.speed = checkpoint, goal.speed
         self.options = RunOptions(vram=goal.vram, ram=goal.ram, context=goal.context)
         target = AskedMachine(gpu=None if goal.fit == "this" else goal.fit)
         self.machine = target.find(checkpoint.path, goal.ram, console.step)
+
+    @property
+    def wanted(self) -> str:
+        """What schemes have to do, for a refusal."""
+        return f"{self.speed:g} tokens/s" if self.speed is not None else "with every expert in memory"
 
     def plan(self, schemes: "Mapping[Role, Scheme]") -> "Plan":
         """The plan of a run there. Raises BudgetError if there is none."""
@@ -207,22 +212,26 @@ class _Fitting:
         return planned_run(model, self.options, machine=self.machine).plan
 
     def __call__(self, schemes: "Mapping[Role, Scheme]") -> bool:
-        """Whether every expert is in memory then."""
+        """Whether every expert is in memory then or, where a speed was asked for, that is predicted."""
         from quant.errors import BudgetError
 
         try:
             plan = self.plan(schemes)
         except BudgetError:
             return False
+        if self.speed is not None:
+            return plan.predicted_tokens_per_s >= self.speed
         return plan.vram_slots + plan.ram_slots >= plan.experts
 
     def said(self, schemes: "Mapping[Role, Scheme]") -> str:
         """What was fitted into, and how."""
         plan = self.plan(schemes)
         hot = min(plan.vram_slots, plan.experts)
-        warm = plan.experts - hot
+        warm = min(plan.ram_slots, plan.experts - hot)
+        cold = plan.experts - hot - warm
         places = [f"{hot:,} experts in {format_size(plan.vram)} of VRAM"] if hot else []
         places += [f"{warm:,} experts in {format_size(plan.ram)} of RAM"] if warm else []
+        places += [f"{cold:,} on disk"] if cold else []
         return (
             f"fits {self.machine.name}: {', '.join(places)}, beside a context of {plan.context:,} tokens; "
             f"{plan.predicted_tokens_per_s:,.1f} tokens/s predicted (--vram, --ram and --context set others)"

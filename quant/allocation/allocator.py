@@ -14,7 +14,7 @@ from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.parts import plan_conversion
 from quant.errors import BudgetError, UsageError
 from quant.model.families import ROLE_NAMES, Role
-from quant.scheme import Scheme
+from quant.scheme import LEAST_BITS, Scheme
 from quant.sizes import format_size
 
 _ROUNDING = 1e-3  # as the largest is printed
@@ -71,8 +71,8 @@ class Allocator:
         """Bytes of the whole checkpoint."""
         return plan_conversion(self.checkpoint, allocation.mixture(self.fixed)).layout.nbytes
 
-    def by_fit(self, fits: Fits) -> Allocation:
-        """The least loss whose schemes ``fits``. Raises BudgetError if nothing does."""
+    def by_fit(self, fits: Fits, wanted: str = "with every expert in memory") -> Allocation:
+        """The least loss whose schemes ``fits``. Raises BudgetError if nothing does what is ``wanted``."""
         found: list[Allocation] = []
         for capped in self._caps():
             least, most = self._least(capped), self._most(capped)
@@ -93,10 +93,15 @@ class Allocator:
         if not found:
             least = self._least(self.choices)
             raise BudgetError(
-                f"even {least.bits:.3f} bits per weight ({format_size(least.nbytes)}) do not fit with every "
-                "expert in memory: use --target-bits or --target-size, and the disk holds the cold experts"
+                f"even {least.bits:.3f} bits per weight ({format_size(least.nbytes)}) do not fit {wanted}: use "
+                f"{self._remedy()}--target-bits or --target-size, and the disk holds the cold experts"
             )
         return min(found, key=lambda one: one.loss)
+
+    def _remedy(self) -> str:
+        """What lets experts be smaller, if anything does."""
+        least = min((c.unit.least_bits for c in self.choices if c.unit.role == "experts"), default=2)
+        return f"--least-bits {' or '.join(str(bits) for bits in range(least - 1, 1, -1))}, " if least > 2 else ""
 
     def _allocate(self, choices: Sequence[Choices], budget: int) -> Allocation:
         """The best of what the experts may be together: of one width, unless ``uneven``; of one scheme where
@@ -151,11 +156,15 @@ def _narrowed(choices: Sequence[Choices], keeps: Callable[[Option], bool]) -> It
 
 
 def split_roles(
-    checkpoint: Checkpoint, open_roles: Sequence[Role], fixed: Mapping[Role, Scheme], per_expert: bool
+    checkpoint: Checkpoint,
+    open_roles: Sequence[Role],
+    fixed: Mapping[Role, Scheme],
+    per_expert: bool,
+    least_bits: int = LEAST_BITS,
 ) -> tuple[list[Unit], list[tuple[Unit, Scheme]]]:
     """The units to choose for, and those of ``fixed`` roles with their scheme. Raises UsageError if there is
     nothing to choose, or a fixed scheme has no place beside the chosen ones."""
-    units = units_of(checkpoint.shape, open_roles, "expert" if per_expert else "layer")
+    units = units_of(checkpoint.shape, open_roles, "expert" if per_expert else "layer", least_bits)
     if not units:
         raise UsageError("nothing to choose bits for: leave at least one role of the model to be allocated")
     for role, scheme in fixed.items():

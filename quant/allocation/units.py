@@ -3,7 +3,8 @@
 Loaders fuse q, k and v, and gate_proj and up_proj, so these are stored alike. A layer's routed experts are
 one unit, all three projections of them: vLLM reads one scheme per layer and refuses a layer whose projections
 differ, and experts that are stored alike are computed in one native call, and in one launch on a GPU. Each
-expert is a unit of its own where that is asked for.
+expert is a unit of its own where that is asked for. Routed experts may have fewer bits than what every token reads:
+down to ``least_bits``, which is 4 unless somebody asks for less.
 
 Legend: E experts.
 """
@@ -15,26 +16,28 @@ from typing import Literal
 from quant.model.families import Role
 from quant.model.shape import ModelShape
 from quant.model.tensors import LinearSpec
-from quant.scheme import Scheme
+from quant.scheme import LEAST_BITS, Scheme
 
 UnitPart = Literal["qkv", "o", "gate_up", "down", "all"]
 Granularity = Literal["layer", "expert"]
-CANDIDATES = tuple(
-    Scheme.parse(text) for text in ("int4-g128", "int4-g64", "int4-g32", "int8-g128", "int8-g64", "int8-g32")
+_FEW = ("int2-g64", "int2-g32", "int3-g128", "int3-g64")
+CANDIDATES = tuple(  # by rising size
+    Scheme.parse(text) for text in (*_FEW, "int4-g128", "int4-g64", "int4-g32", "int8-g128", "int8-g64", "int8-g32")
 )
 _PARTS: Mapping[str, UnitPart] = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "down_proj": "down"}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """``linears`` share a scheme. ``layer`` is None for the head; ``expert`` is None for what is no routed
-    expert, and for all experts of a layer together."""
+    """``linears`` share a scheme of ``least_bits`` or more. ``layer`` is None for the head; ``expert`` is None for what
+    is no routed expert, and for all experts of a layer together."""
 
     role: Role
     layer: int | None
     part: UnitPart
     linears: tuple[LinearSpec, ...]
     expert: int | None = None
+    least_bits: int = LEAST_BITS
 
     @property
     def name(self) -> str:
@@ -55,22 +58,28 @@ class Unit:
         """The schemes whose groups divide every Linear of the unit; of int8, where small groups buy next to
         nothing, the one with the largest."""
         widths = {linear.in_features for linear in self.linears}
-        fitting = [s for s in CANDIDATES if all(width % s.group_size == 0 for width in widths)]
-        return tuple(s for s in fitting if s.kind == "int4" or s == _largest_int8(fitting))
+        wide_enough = (s for s in CANDIDATES if s.bits >= self.least_bits)
+        fitting = [s for s in wide_enough if all(width % s.group_size == 0 for width in widths)]
+        return tuple(s for s in fitting if s.is_coarse or s == _largest_int8(fitting))
 
 
 def _largest_int8(schemes: Sequence[Scheme]) -> Scheme:
     return max((s for s in schemes if s.kind == "int8"), key=lambda s: s.group_size)
 
 
-def units_of(shape: ModelShape, roles: Sequence[Role], granularity: Granularity = "layer") -> list[Unit]:
-    """The units of ``roles`` in model order."""
+def units_of(
+    shape: ModelShape, roles: Sequence[Role], granularity: Granularity = "layer", least_bits: int = LEAST_BITS
+) -> list[Unit]:
+    """The units of ``roles`` in model order; routed experts may have ``least_bits``, the others 4."""
     grouped: dict[tuple[Role, int | None, UnitPart, int | None], list[LinearSpec]] = {}
     for linear in _linears(shape, roles):
         expert = linear.expert if granularity == "expert" else None
         key = (linear.role, linear.layer, _part(linear), expert)
         grouped.setdefault(key, []).append(linear)
-    return [Unit(role, layer, part, tuple(linears), expert) for (role, layer, part, expert), linears in grouped.items()]
+    return [
+        Unit(role, layer, part, tuple(linears), expert, least_bits if role == "experts" else LEAST_BITS)
+        for (role, layer, part, expert), linears in grouped.items()
+    ]
 
 
 def _linears(shape: ModelShape, roles: Sequence[Role]) -> Iterator[LinearSpec]:

@@ -5,7 +5,9 @@ Source text is the running interpreter's own standard library; chats are made of
 os.path.join do?"). The modules in held_out.txt beside this script are never seen in training, by name and by
 content, and the loss on them is reported at the end, with the loss on chats about docstrings kept back.
 
-Usage: python train.py OUT [--minutes 26]
+``--begin MODEL`` trains a checkpoint on, with its tokenizer, instead of random weights; ``grow.py`` makes wider ones.
+
+Usage: python train.py OUT [--minutes 26] [--hidden 256] [--begin MODEL]
 
 transformers' Llama 4 runs every expert on every token; training runs only the chosen one (SparseMoe): the
 same function, several times faster.
@@ -182,16 +184,16 @@ def train_tokenizer(texts: list[str]) -> Tokenization:
     )
 
 
-def config() -> Llama4TextConfig:
-    """Scout's architecture at a hundredth of its width: all layers MoE, three chunked and one NoPE."""
+def config(hidden: int) -> Llama4TextConfig:
+    """Scout's architecture in little: all layers MoE, three chunked and one NoPE, rows of ``hidden`` weights."""
     return Llama4TextConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=128,
-        intermediate_size_mlp=256,
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        intermediate_size_mlp=2 * hidden,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
         head_dim=32,
         max_position_embeddings=1024,
         num_local_experts=16,
@@ -244,9 +246,16 @@ def head_loss(head: nn.Module, hidden: Tensor, rows: Tensor) -> tuple[float, Ten
 
 
 def train(
-    model: Llama4ForCausalLM, text: Tensor, chats: Tensor, minutes: float, steps: int | None, batch: int, length: int
+    model: Llama4ForCausalLM,
+    text: Tensor,
+    chats: Tensor,
+    minutes: float,
+    steps: int | None,
+    batch: int,
+    length: int,
+    peak: float = 3e-3,
 ) -> int:
-    """AdamW for ``minutes`` or ``steps``, learning rate up to 3e-3, then a cosine; returns steps done."""
+    """AdamW for ``minutes`` or ``steps``, learning rate up to ``peak``, then a cosine; returns steps done."""
     blocks = [module for module in model.modules() if isinstance(module, SparseMoe)]
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
@@ -261,7 +270,7 @@ def train(
         progress = step / steps if steps is not None else elapsed / minutes
         if progress >= 1:
             return step
-        rate = 3e-3 * min(1.0, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * progress))
+        rate = peak * min(1.0, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = rate
         of_chats = round(batch * CHAT_SHARE)
@@ -292,6 +301,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=24, help="sequences per step, default 24")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence, default 256")
     parser.add_argument("--corpus-mb", type=float, default=math.inf, help="read only so much source text")
+    parser.add_argument(
+        "--hidden", type=int, default=128, help="row width, default 128; 256 is what GGUF's blocks of 256 fill"
+    )
+    parser.add_argument("--begin", type=Path, metavar="MODEL", help="train this one on")
+    parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate, default 3e-3")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -304,14 +318,16 @@ def main(arguments: list[str]) -> None:
     modules = list(sources(options.corpus_mb))
     pairs = [pair for name, text in modules for pair in questions(name, text)]
     kept_back, asked = pairs[::KEPT_BACK], [pair for i, pair in enumerate(pairs) if i % KEPT_BACK]
-    tokenizer = train_tokenizer([text for _, text in modules])
+    begin = options.begin
+    tokenizer = Tokenization.from_pretrained(begin) if begin else train_tokenizer([text for _, text in modules])
     text = stream(tokenizer, [f"{BEGIN}{text}{END}" for _, text in modules])
     chats = stream(tokenizer, [as_chat(pair) for pair in asked])
     print(f"{len(modules)} modules, {len(text):,} tokens; {len(asked)} chats, {len(chats):,} tokens", flush=True)
 
-    model = sparse(Llama4ForCausalLM(config()))
+    fresh = None if begin else Llama4ForCausalLM(config(options.hidden))
+    model = sparse(fresh or Llama4ForCausalLM.from_pretrained(begin, dtype=torch.float32))
     started = time.monotonic()
-    steps = train(model, text, chats, options.minutes, options.steps, options.batch, options.length)
+    steps = train(model, text, chats, options.minutes, options.steps, options.batch, options.length, options.rate)
     minutes = (time.monotonic() - started) / 60
 
     model.eval().to(torch.bfloat16).save_pretrained(options.out)

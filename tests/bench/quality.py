@@ -49,11 +49,12 @@ Method = Callable[[str, Tensor], Tensor]
 
 
 class Ruler:
-    """The stock demo model, whose weights can be replaced, and its original predictions."""
+    """A stock model (the demo model, or one like it), whose weights can be replaced, and its original predictions."""
 
-    def __init__(self, windows: int | None) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
-        self.ids = Windows.cut((DEMO / "held_out.txt").read_text(), load_tokenizer(DEMO), 512, windows).ids
+    def __init__(self, windows: int | None, folder: Path = DEMO) -> None:
+        self.folder = folder
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.ids = Windows.cut((DEMO / "held_out.txt").read_text(), load_tokenizer(folder), 512, windows).ids
         self.weights = dict(self._weights())
         self.original = {module: weight.clone() for module, weight in self.weights.items()}
         self.reference = [self._predict(window) for window in self.ids]
@@ -61,7 +62,7 @@ class Ruler:
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every quantized Linear's weight ``[N, K]`` as a view of the model's parameters, by checkpoint
         module."""
-        shape, parameters = Checkpoint.open(DEMO).shape, dict(self.model.named_parameters())
+        shape, parameters = Checkpoint.open(self.folder).shape, dict(self.model.named_parameters())
         for spec in shape.dense_linears():
             if spec.role in ROLES:
                 yield spec.module, parameters[f"{spec.module}.weight"].data
@@ -137,10 +138,10 @@ def calibrated(schemes: Mapping[Role, Scheme], text: str = "calibration.txt", pa
     return stored_in(folder / "out")
 
 
-def command(*asked: str) -> Method:
-    """What ``coldstream quantize`` makes of the demo model, the head left alone."""
+def command(*asked: str, model: Path = DEMO) -> Method:
+    """What ``coldstream quantize`` makes of ``model``, the head left alone."""
     folder = Path(tempfile.mkdtemp()) / "out"
-    words = ("quantize", str(DEMO), str(folder), "--lm-head", "bf16", *asked)
+    words = ("quantize", str(model), str(folder), "--lm-head", "bf16", *asked)
     subprocess.run([sys.executable, "-m", "cli.main", *words], check=True, cwd=DEMO.parent.parent)
     return stored_in(folder)
 

@@ -1,5 +1,6 @@
 """The training script makes the same kind of checkpoint as the one that ships, and training helps."""
 
+import importlib.util
 import json
 import math
 import os
@@ -111,3 +112,17 @@ def load_script(path: Path) -> Any:
     sys.modules["demo_train"] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_grown_model_has_the_small_ones_function(demo_model: Path) -> None:
+    spec = importlib.util.spec_from_file_location("grow", demo_model / "grow.py")
+    assert spec is not None and spec.loader is not None
+    grow = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(grow)
+    small = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    large = grow.grown(small)
+    ids = torch.randint(6, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(large(input_ids=ids).logits, small(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+    gate_up = large.model.layers[0].feed_forward.experts.gate_up_proj
+    assert gate_up.shape == (16, 256, 512) and not torch.equal(gate_up[:, :128], gate_up[:, 128:])

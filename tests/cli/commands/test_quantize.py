@@ -177,6 +177,22 @@ def test_a_card_that_holds_everything_gets_the_most_bits(demo_model: Path, tmp_p
     assert refused.returncode == 1 and "even 4.125 bits per weight" in refused.stderr
 
 
+def test_routed_experts_alone_get_fewer_than_four_bits_where_that_is_allowed(demo_model: Path, tmp_path: Path) -> None:
+    asked = ("--target-bits", "3.2", "--least-bits", "2", "--per-expert", "--lm-head", "bf16", "--json")
+    found = json.loads(invoke("quantize", demo_model, tmp_path / "out", *asked).stdout)["allocation"]
+    assert 3.1 < found["bits"] <= 3.2
+    kinds = {(unit["role"] == "experts", unit["scheme"][:4]) for unit in found["units"]}
+    assert (True, "int2") in kinds and (True, "int3") in kinds
+    assert all(routed or kind in ("int4", "int8") for routed, kind in kinds)
+
+
+def test_a_speed_that_no_bits_reach_is_refused_with_what_may_be_tried(demo_model: Path, tmp_path: Path) -> None:
+    asked = ("quantize", demo_model, tmp_path / "out", "--fit", "RTX 4090", "--speed", "1e6")
+    answer = invoke(*asked)
+    assert answer.returncode == 1 and "do not fit 1e+06 tokens/s: use --least-bits 3 or 2" in answer.stderr
+    assert "least-bits" not in invoke(*asked, "--least-bits", "2").stderr
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -187,6 +203,9 @@ def test_a_card_that_holds_everything_gets_the_most_bits(demo_model: Path, tmp_p
         (["--target-size", "1MB"], "the smallest that this checkpoint gets"),
         (["--experts", "int4", "--ram", "8GiB"], "say what --fit is to fit"),
         (["--experts", "int4", "--per-expert"], "--per-expert needs a goal"),
+        (["--experts", "int4", "--least-bits", "2"], "--least-bits needs a goal"),
+        (["--target-bits", "5", "--speed", "10"], "--speed say what --fit is to fit"),
+        (["--target-bits", "3", "--least-bits", "3"], "are too few"),
         (["--experts", "int4", "--save-imatrix", "x"], "give the text with --imatrix"),
         (["--experts", "int4", "--imatrix", "a", "--calibrate", "b"], "give one of them"),
         (["--experts", "nf4", "--target-bits", "4.5"], "has no place beside int4 and int8"),

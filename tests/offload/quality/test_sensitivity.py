@@ -71,6 +71,31 @@ def test_an_experts_share_follows_its_tokens(tiny: Tiny) -> None:
             assert max(losses) > 2 * min(losses)
 
 
+def test_routed_experts_may_have_fewer_bits_and_what_every_token_reads_may_not(tiny: Tiny) -> None:
+    checkpoint = Checkpoint.open(tiny("llama4_maverick"))
+    units = units_of(checkpoint.shape, ROLES, least_bits=2)
+    assert {unit.candidates()[0].bits for unit in units if unit.role == "experts"} == {2}
+    assert {unit.candidates()[0].bits for unit in units if unit.role != "experts"} == {4}
+    experts = [unit for unit in units if unit.role == "experts"]
+    [choice] = sensitivities(checkpoint, experts[:1], IDS[:1], Nearest())
+    losses = {option.scheme.bits: option.loss for option in choice.options}
+    assert losses[2] > 2 * losses[3] > 4 * losses[4] > 0
+
+
+def test_a_speed_is_met_with_the_most_bits_that_meet_it(tiny: Tiny, measured: list[Choices]) -> None:
+    made = allocator(tiny("llama4_maverick"), measured)
+    most, wanted = made.by_bits(8.125).nbytes, made.by_bits(5.0).nbytes
+
+    def fits(schemes: object) -> bool:
+        assert isinstance(schemes, MixedPrecision)
+        return sum(s.nbytes(*sizes[m]) for m, s in schemes.modules.items()) <= wanted
+
+    sizes = {x.module: (x.out_features, x.in_features) for x in made.checkpoint.shape.linears()}
+    assert 0.9 * wanted < made.by_fit(fits, "9 tokens/s").nbytes <= wanted < most
+    with pytest.raises(BudgetError, match="do not fit 9 tokens/s: use --least-bits 3 or 2, --target-bits"):
+        made.by_fit(lambda schemes: False, "9 tokens/s")
+
+
 def test_losses_are_kept_for_the_same_job_only(tmp_path: Path, measured: list[Choices]) -> None:
     units, file = [choice.unit for choice in measured], tmp_path / "work" / "sensitivity.json"
     assert kept_losses(file, {"text": "a"}, units) is None
