@@ -15,7 +15,7 @@ import torch
 
 from tests import conftest  # noqa: F401  no network, Triton's interpreter
 from tests.fuzz.cases import BASES, Case, draw
-from tests.fuzz.ground import make_ground
+from tests.fuzz.ground import make_ground, measure_nothing
 from tests.fuzz.outcome import Outcome, outcome
 
 _KINDS = ("ran", "refused", "traceback", "wrong", "different", "slow", "memory")
@@ -46,6 +46,7 @@ def main() -> int:
     asked = parser.parse_args()
     commands = tuple(asked.only.split(","))
     faulthandler.enable()
+    measure_nothing()
     torch.set_num_threads(1)  # tiny models are no work for more
     counts: Counter[str] = Counter()
     judged: Counter[str] = Counter()
