@@ -74,7 +74,9 @@ def _save_tokenizer(file: GgufFile, folder: Path) -> None:
     try:
         load: Any = PreTrainedTokenizerFast.from_pretrained
         load(str(file.path.parent), gguf_file=file.path.name).save_pretrained(folder)
-    except Exception as error:  # noqa: BLE001 - whatever a foreign vocabulary makes of it
+    except BaseException as error:  # whatever a foreign vocabulary makes of it, a panic of the library in Rust, too
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(
             f"{file.path}: its tokenizer cannot be read ({type(error).__name__}: {short(str(error))}): {DIRECTORY}"
         ) from None

@@ -57,6 +57,20 @@ _ARCHITECTURES: Mapping[str, Callable[[Read], dict[str, Any]]] = {
     "qwen3moe": _qwen3_moe,
     "olmoe": _olmoe,
 }
+# Keys of the architecture that change nothing about these models, and those that do not while they have such a value.
+_WITHOUT_MEANING = {"vocab_size", "expert_feed_forward_length", "attention.layer_norm_epsilon"}
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.sliding_window": (0,),
+    "expert_gating_func": (0, 1),  # softmax
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0.0, 1.0),
+    "leading_dense_block_count": (0,),
+}
 _COMMON = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -81,7 +95,7 @@ def gguf_config(file: GgufFile, directory: Path | None) -> dict[str, Any]:
         )
     if kind == "llama" and not said.get("llama.expert_count"):
         raise CheckpointError(f"{file.path} is a dense model of architecture llama: expected one with experts")
-    if ROPE in file.tensors or said.get(f"{kind}.rope.scaling.type", "none") not in ("none", ""):
+    if ROPE in file.tensors or _is_scaled(said, f"{kind}.rope."):
         raise CheckpointError(f"{file.path} has a scaled rotary embedding, which GGUF does not say all of: {DIRECTORY}")
 
     def read(name: str) -> Any:
@@ -100,9 +114,39 @@ def gguf_config(file: GgufFile, directory: Path | None) -> dict[str, Any]:
     }
     if (size := said.get(f"{kind}.attention.key_length")) is not None and kind != "olmoe":
         found["head_dim"] = size
-    found |= {f"{name}_token_id": said.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    _check_rest(file, kind, found)
+    for name in ("bos", "eos"):
+        found[f"{name}_token_id"] = token = said.get(f"tokenizer.ggml.{name}_token_id")
+        if token is not None and type(token) is not int:
+            raise CheckpointError(f"{file.path}: tokenizer.ggml.{name}_token_id is {short(token)}: expected a number")
     dense = _dense_layers(file, found)
     return found | ({"mlp_only_layers": dense} if dense else {})
+
+
+def _is_scaled(said: Mapping[str, Any], prefix: str) -> bool:
+    """Whether positions are scaled for the rotary embedding; a factor without a type is linear."""
+    kind = said.get(f"{prefix}scaling.type")
+    factors = [said.get(prefix + name, 1.0) for name in ("scaling.factor", "scale_linear")]
+    return kind not in (None, "none", "") or (kind is None and any(factor not in (0.0, 1.0) for factor in factors))
+
+
+def _check_rest(file: GgufFile, kind: str, found: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a setting of the architecture that ``found`` does not have in it."""
+    size = found.get("head_dim")
+    if size is None and isinstance(found["hidden_size"], int) and isinstance(found["num_attention_heads"], int):
+        size = found["hidden_size"] // max(1, found["num_attention_heads"])
+    neutral = {
+        **_NEUTRAL,
+        **dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), (size,)),
+        "expert_weights_norm": (found.get("norm_topk_prob", True),),
+    }
+    read = {*_COMMON.values(), *_WITHOUT_MEANING, "feed_forward_length", "expert_count", "expert_used_count"}
+    for key, value in file.metadata.items():
+        name = key.removeprefix(f"{kind}.")
+        if name == key or name in read or name.startswith(("rope.scaling.", "rope.scale_linear")):
+            continue
+        if value not in neutral.get(name, ()):
+            raise CheckpointError(f"{file.path} says {key} = {short(value)}, which is not read from GGUF: {DIRECTORY}")
 
 
 def _dense_layers(file: GgufFile, found: Mapping[str, Any]) -> list[int]:

@@ -23,11 +23,12 @@ from quant.errors import CheckpointError
 from quant.input_file import opened, short
 
 _MOST_BYTES = 256 * 2**20  # of metadata: a vocabulary of a million tokens has some 40 MiB
-_MOST_ENTRIES, _MOST_TENSORS, _MOST_DIMS, _MOST_SPLITS, _MOST_VALUES = 2**16, 2**20, 4, 2**10, 2**22
+_MOST_ENTRIES, _MOST_TENSORS, _MOST_DIMS, _MOST_SPLITS, _MOST_VALUES = 2**16, 2**20, 4, 2**10, 2**23
 _STEP = 2**20
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _SPLIT = re.compile(r"^(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_Info = tuple[str, tuple[int, ...], int, int]  # name, shape, type, offset
 _TYPES = {kind.value: kind for kind in GGMLQuantizationType}
 
 
@@ -66,8 +67,14 @@ def read_gguf(path: Path) -> GgufFile:
     count = metadata.get("split.count", 1)
     if not isinstance(count, int) or not 1 <= count <= _MOST_SPLITS:
         raise CheckpointError(f"{path}: split.count is {short(count)}: expected 1 to {_MOST_SPLITS}")
-    for file in _others(path, count) if count > 1 else ():
-        for name, tensor in _read_one(file)[1].items():
+    for number, file in enumerate(_others(path, count) if count > 1 else (), 1):
+        its, more = _read_one(file)
+        if (its.get("split.no", number), its.get("split.count", count)) != (number, count):
+            raise CheckpointError(
+                f"{file} says that it is part {short(its.get('split.no'))} of {short(its.get('split.count'))}, from 0 "
+                f"on: expected part {number} of {count}"
+            )
+        for name, tensor in more.items():
             if name in tensors:
                 raise CheckpointError(f"{file} and {tensors[name].file} both hold {name}: expected every tensor once")
             tensors[name] = tensor
@@ -110,17 +117,38 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
             metadata[name] = cursor.value(cursor.number("I"))
         infos = [cursor.tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
+        if not _is_alignment(alignment):
             raise CheckpointError(f"{path}: general.alignment is {short(alignment)}: expected a power of two")
         start = -(-cursor.place // alignment) * alignment
-        tensors: dict[str, GgufTensor] = {}
-        for name, shape, kind, offset in infos:
-            tensor = _placed(path, name, shape, kind, start + offset)
-            if name in tensors or tensor.offset + tensor.nbytes > size:
-                state = "there twice" if name in tensors else f"beyond the file's end at {size:,} bytes"
-                raise CheckpointError(f"{path} is truncated or corrupt: tensor {short(name)} is {state}")
-            tensors[name] = tensor
+        tensors = _follow(path, infos, start, alignment, size)
     return metadata, tensors
+
+
+def _follow(path: Path, infos: list[_Info], start: int, alignment: int, size: int) -> dict[str, GgufTensor]:
+    """The tensors, which must lie one after the other up to the file's end, as llama.cpp reads them: a wrong type or
+    shape then shows."""
+    tensors: dict[str, GgufTensor] = {}
+    end = start
+    for name, shape, kind, offset in infos:
+        tensor = _placed(path, name, shape, kind, start + offset)
+        state = ""
+        if name in tensors:
+            state = "there twice"
+        elif tensor.offset != end:
+            state = f"at {offset:,}: expected {end - start:,}, where the tensor before it ends"
+        elif tensor.offset + tensor.nbytes > size:
+            state = f"beyond the file's end at {size:,} bytes"
+        if state:
+            raise CheckpointError(f"{path} is truncated or corrupt: tensor {short(name)} is {state}")
+        tensors[name] = tensor
+        end = -(-(tensor.offset + tensor.nbytes) // alignment) * alignment
+    if size > end:
+        raise CheckpointError(f"{path} is corrupt: after its last tensor it has {size - end:,} bytes: expected none")
+    return tensors
+
+
+def _is_alignment(value: object) -> bool:
+    return type(value) is int and 1 <= value <= 2**20 and value & (value - 1) == 0
 
 
 def _placed(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
@@ -142,6 +170,7 @@ class _Cursor:
         self._path, self._descriptor = path, descriptor
         self._limit = min(size, _MOST_BYTES)
         self._data = bytearray()
+        self._values = 0
         self.place = 0
 
     def take(self, count: int) -> bytes:
@@ -176,14 +205,15 @@ class _Cursor:
         if kind != _ARRAY or depth > 1:
             raise CheckpointError(f"{self._path} is corrupt: its metadata has a value of type {kind}")
         inner, count = self.number("I"), self.number("Q")
-        if count > _MOST_VALUES:
-            raise CheckpointError(f"{self._path} is corrupt: its metadata has an array of {count} values")
+        self._values += count
+        if self._values > _MOST_VALUES:
+            raise CheckpointError(f"{self._path} is corrupt: its metadata has arrays of {self._values} values and more")
         if inner in _NUMBERS:
             form = _NUMBERS[inner]
             return list(struct.unpack(f"<{count}{form}", self.take(count * struct.calcsize("<" + form))))
         return [self.value(inner, depth + 1) for _ in range(count)]
 
-    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+    def tensor(self) -> _Info:
         """A tensor's name, shape, type and offset."""
         name, dims = self.text(), self.number("I")
         if dims > _MOST_DIMS:

@@ -50,15 +50,15 @@ def gguf_weights(raw: Checkpoint, file: GgufFile, shape: ModelShape) -> Iterator
     """Every weight of the model by the name that its family has for it. What has no such name is left out."""
     for tensor in file.tensors.values():
         for key, expert in _names(tensor.name, shape):
-            yield _weight(raw, tensor, key, expert, _heads(file.architecture, tensor.name, shape))
+            yield _weight(raw, tensor, key, expert, shape.num_experts, _heads(file.architecture, tensor.name, shape))
 
 
-def _weight(raw: Checkpoint, tensor: GgufTensor, key: str, expert: int | None, heads: int) -> GgufWeight:
+def _weight(raw: Checkpoint, tensor: GgufTensor, key: str, expert: int | None, experts: int, heads: int) -> GgufWeight:
     dims, first = tensor.shape, 0
-    if expert is not None and len(dims) == 3:
+    if expert is not None:
+        if len(dims) != 3 or dims[0] != experts:
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} is {list(dims)}: expected {experts} experts")
         dims, first = dims[1:], expert * dims[1]
-        if expert >= tensor.shape[0]:
-            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} has {tensor.shape[0]} experts: expected more")
     parts = (raw.entries[tensor.name],)
     if heads and (len(dims) != 2 or dims[0] % (2 * heads)):
         raise CheckpointError(f"{tensor.file}: tensor {tensor.name} is {list(dims)}: expected rows of {heads} heads")
