@@ -27,6 +27,15 @@ from quant.sources.weight import Integers, SourceWeight, beside, expect, look_up
 _STATE = ".quant_state.bitsandbytes__"
 _STATE_BYTES = 4096
 _BY_127 = 7.874015718698502e-3  # 1/127 as bitsandbytes writes it
+# What its kernels compute with, whatever levels are stored.
+_LEVELS = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": tuple(sign * level / 12 for sign in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+}
 _Size = Annotated[int, Field(ge=1, le=2**40)]
 _Block = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 
@@ -130,6 +139,8 @@ def _four_bits(raw: Checkpoint, weight: TensorEntry) -> FourBitWeight:
     half = -(-count // 2)
     expect(weight, ("U8",), (half, 1), (1, half), (half,))
     expect(levels, ("F32",), (16,))
+    if not torch.allclose(raw.read(levels.key), torch.tensor(_LEVELS[said.quant_type]), 0, 1e-6):
+        raise CheckpointError(f"{levels.file}: tensor {levels.key} has other levels than those of {said.quant_type}")
     nested: tuple[TensorEntry, ...] = ()
     if said.nested_blocksize is not None:
         table = beside(raw, absmax, f"{key}.nested_quant_map", "levels")

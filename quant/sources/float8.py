@@ -85,8 +85,6 @@ def float8_weight(
         sizes = [(rows, columns), *sizes]
     grids = {size: (-(-rows // size[0]), -(-columns // size[1])) for size in sizes}
     shapes = {(*experts, *grid): size for size, grid in reversed(grids.items())}
-    if "channel" in shared and not experts and rows > 1:
-        shapes[rows,] = (1, columns)
     if "tensor" in shared:
         shapes |= {(*experts,): (rows, columns)} | ({} if experts else {(1,): (rows, columns)})
     expect(found, _SCALE_DTYPES, *shapes)

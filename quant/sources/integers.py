@@ -109,7 +109,8 @@ def _made(
     rows, columns = shape
     scale = beside(raw, values, f"{module}.weight_scale", "scales")
     groups = scale.shape[1] if len(scale.shape) == 2 and scale.shape[0] == rows else 1
-    expect(scale, _SCALE_DTYPES, (rows, groups), (1,), (), *([(1, 1)] if rows > 1 else []))
+    single = ((1,), (), (1, 1)) if settings.has_one_scale(bits) else ()
+    expect(scale, _SCALE_DTYPES, (rows, groups), *single)
     if not groups or columns % groups:
         raise CheckpointError(
             f"{scale.file}: tensor {scale.key} has {groups} groups for {columns} columns: expected groups of as many "

@@ -56,7 +56,7 @@ def _weights(raw: Checkpoint, method: str, settings: Settings) -> Iterator[Sourc
     elif isinstance(settings, Gptq | Awq):
         yield from transposed_weights(raw, settings)
     elif method == "fbgemm_fp8":
-        yield from float8_weights(raw, _SCALES)
+        yield from float8_weights(raw, _SCALES, shared=("channel",))
     elif method == "mxfp4":
         yield from mxfp4_weights(raw)
     else:

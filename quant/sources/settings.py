@@ -78,6 +78,11 @@ class CompressedTensors(_Record):
         found = [one.columns for one in self.weights if one.type == "int" and one.num_bits == bits]
         return [] if None in found else sorted({size for size in found if size is not None})
 
+    def has_one_scale(self, bits: int) -> bool:
+        """Whether integers of ``bits`` bits may have one scale for all of a weight."""
+        found = {one.strategy for one in self.weights if one.type == "int" and one.num_bits == bits}
+        return not found or bool(found & {"tensor", None})
+
     def is_symmetric(self, module: str, bits: int) -> bool:
         """Whether integers of ``bits`` bits have no zero points. Raises CheckpointError if it says both or nothing."""
         found = {one.symmetric for one in self.weights if one.type == "int" and one.num_bits == bits}
