@@ -66,7 +66,7 @@ def plan(
         _show(console, model, run)
         replayed = (
             f"{number(decode.tokens_per_s)} tokens/s, prefill {number(prefill.tokens_per_s)}: the same run event by "
-            "event, which counts waits that the arithmetic above does not (coldstream simulate)"
+            "event; its waits make it slower than the arithmetic above, its overlaps faster (coldstream simulate)"
         )
         console.rows([("replayed", replayed), *_files(run.model), *caution(run.machine)])
         if calibration is not None:

@@ -65,10 +65,17 @@ class Messages:
         return Said("\n".join(lines).rstrip()[: -len(QUOTES)].strip("\n"), quoted=True)
 
     def agree(self, question: str) -> bool:
-        """Whether the person says yes, as Enter alone does; no if there is none."""
+        """Whether the person says yes, as Enter alone does; no if there is none. What is neither is asked again: it
+        was typed as a message."""
+        asked = f"{question} [Y/n] "
         with suppress(KeyboardInterrupt):
-            answer = self._answer(f"{question} [Y/n] ") if self.terminal else None
-            return answer is not None and answer.strip().lower() in ("", "y", "yes")
+            while self.terminal and (answer := self._answer(asked)) is not None:
+                match answer.strip().lower():
+                    case "" | "y" | "yes":
+                        return True
+                    case "n" | "no":
+                        return False
+                asked = "Enter for yes, n for no: "
         return False
 
     def _plain_line(self, prompt: str) -> str | None:

@@ -202,8 +202,10 @@ def planned_run(
         curve=curve,
         cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
     )
-    if options.device == "cpu" and options.vram:
-        plan = replace(plan, notes=(*plan.notes, "--vram has no meaning here: the run is on the CPU"))
+    if idle := _idle(options, machine):
+        plan = replace(
+            plan, notes=(*plan.notes, f"the run is on the CPU, where this changes nothing: {', '.join(idle)}")
+        )
     return PlannedRun(subject, options, machine, plan, routing)
 
 
@@ -213,6 +215,19 @@ def _kv_bits(options: RunOptions, shape: ModelShape, machine: Machine) -> int:
     ):  # transformers' caches are of the activations' dtype
         return 32
     return 8 if options.kv == "int8" else 16
+
+
+def _idle(options: RunOptions, machine: Machine) -> list[str]:
+    """What was asked, here or by a recipe, that only a GPU could do; the plan itself says it of a machine without."""
+    if not _on_cpu(options, machine):
+        return []
+    asked = {
+        "a budget for VRAM": options.device == "cpu" and bool(options.vram),
+        "--no-graph": not options.graph,
+        "--warm": bool(options.prefetch_bytes),
+        "--regain": options.regain,
+    }
+    return [name for name, given in asked.items() if given]
 
 
 def _on_cpu(options: RunOptions, machine: Machine) -> bool:

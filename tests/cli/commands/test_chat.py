@@ -338,6 +338,8 @@ def test_a_person_is_asked_before_turns_are_left_out(screen: Callable[..., Termi
     chat.read_until("tokens/s")
     chat.type("Second " + "word " * 20 + "\r")
     chat.read_until("Go on without the oldest turn? [Y/n] ")
+    chat.type("What else?\r")
+    chat.read_until("n for no: ")
     chat.type("n\r")
     chat.read_until("not sent")
     assert len(conversation(chat, tmp_path / "c.json")) == 2

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from offload.experts.storage.store import ExpertStore
+from offload.hardware.gpu import Gpu
 from offload.plan.cost_model import STOCK_LAYER_S
 from offload.plan.planned_run import PlannedModel, planned_machine, planned_model, planned_run
 from offload.records import RunOptions, Sampling
@@ -163,7 +164,19 @@ def test_a_name_that_is_nothing_is_refused() -> None:
 def test_the_cpu_alone_is_planned_without_a_card_and_says_so() -> None:
     run = planned_run("mini-scout", RunOptions(device="cpu", vram=GIB), machine=machine(gpu=RTX_4090))
     assert run.plan.vram == run.plan.vram_slots == 0
-    assert any("--vram has no meaning" in note for note in run.plan.notes)
+    assert run.plan.notes[-1].endswith("changes nothing: a budget for VRAM")
+
+
+@pytest.mark.parametrize("there", [None, RTX_4090], ids=["no card", "a card that is left alone"])
+def test_what_only_a_gpu_could_do_is_said_to_change_nothing_on_the_cpu(there: Gpu | None) -> None:
+    asked = RunOptions(vram=0, graph=False, prefetch_bytes=2**20, regain=True)
+    notes = planned_run("mini-scout", asked, machine=machine(gpu=there)).plan.notes
+    assert notes[-1].endswith("changes nothing: --no-graph, --warm, --regain")
+    assert not any(
+        "changes nothing" in note for note in planned_run("mini-scout", machine=machine(gpu=there)).plan.notes
+    )
+    used = planned_run("mini-scout", RunOptions(graph=False, regain=True), machine=machine(gpu=RTX_4090)).plan.notes
+    assert not any("changes nothing" in note for note in used)
 
 
 def test_a_run_has_room_for_its_prompt() -> None:
