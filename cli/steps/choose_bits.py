@@ -10,6 +10,7 @@ from cli.options.machine import AskedMachine
 from cli.options.schemes import AUTO, GROUP_SIZE, AskedSchemes
 from cli.terminal.console import Console
 from cli.terminal.progress import progress_bar
+from quant.scheme import LEAST_BITS
 from quant.sizes import format_size
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ class BitChoice:
         goal = self.goal
         choices, how = self._choices(units)
         self.checkpoint.check_unchanged()
-        allocator = Allocator(self.checkpoint, choices, kept, how, uneven=goal.per_expert)
+        allocator = Allocator(
+            self.checkpoint, choices, kept, how, uneven=goal.per_expert or goal.least_bits < LEAST_BITS
+        )
         if goal.bits is not None:
             allocation = allocator.by_bits(goal.bits)
         elif goal.size is not None:
@@ -128,13 +131,14 @@ class BitChoice:
         largest = shape.largest_expert(mixture)
         if goal.per_expert and largest > mean * 1.01:
             yield (
-                f"experts take up to {format_size(largest)}, {format_size(mean)} in the mean: a run needs memory as if "
-                f"all were the largest ({largest / mean - 1:.0%} more), and computes experts stored unlike most of "
-                "their layer in calls of their own"
+                f"experts take up to {format_size(largest)}, {format_size(mean)} in the mean: VRAM holds as many as if "
+                f"all were the largest ({largest / mean - 1:.0%} more), RAM on a CPU what each takes; a GPU computes "
+                "experts stored unlike most of their layer in calls of their own"
             )
-        if goal.bits is not None and not goal.per_expert and allocation.bits < 0.97 * goal.bits < 8:
+        even = not goal.per_expert and goal.least_bits == LEAST_BITS
+        if goal.bits is not None and even and allocation.bits < 0.97 * goal.bits < 8:
             yield (
-                f"{goal.bits:g} bits are not used up: all experts have one width, because memory has to have room for "
+                f"{goal.bits:g} bits are not used up: all experts have one width, because a slot in VRAM has room for "
                 "the largest; --per-expert lifts that"
             )
 

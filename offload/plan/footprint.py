@@ -6,7 +6,7 @@ Legend: T tokens of a prompt chunk, H hidden, I intermediate.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,10 +15,13 @@ from offload.plan.cost_model import Workload
 from quant.checkpoint.layout import PAGE
 from quant.errors import InputError
 from quant.model.families import Role
+from quant.model.mixed_precision import MixedPrecision
 from quant.model.shape import ModelShape
 from quant.scheme import BF16, Scheme
 from quant.sizes import KV_PAGE_TOKENS
 
+HUGE_PAGE = 2 * MIB
+_LARGE = 16 * HUGE_PAGE
 # What allocators, threads and the reader keep.
 SLACK = 48 * MIB
 CALIBRATION_WINDOW = 512  # tokens of a text that are run as one
@@ -35,7 +38,8 @@ class Footprint:
     ``sequences``.
 
     ``slot_bytes`` is what one expert takes in an arena: whole pages, as direct I/O wants them, and where
-    experts differ as many as the largest needs. With ``images`` there is room to look at pictures. ``wider`` is
+    experts differ as many as the largest needs. Beside a GPU all slots are that large; on the CPU an expert takes
+    what it needs, ``mean_slot_bytes`` in the mean. With ``images`` there is room to look at pictures. ``wider`` is
     what the weights of a role that are not quantized take beyond two bytes each, where they are kept in f32.
     """
 
@@ -53,6 +57,30 @@ class Footprint:
             object.__setattr__(
                 self, "slot_bytes", slot_bytes_of(self.shape.largest_expert(self.schemes) + self._wider_expert)
             )
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Bytes of every routed expert where they differ in size, else none."""
+        mixed = self.experts and isinstance(self.schemes, MixedPrecision)
+        sizes = list(self.shape.expert_sizes(self.schemes)) if mixed else []
+        return sizes if len(set(sizes)) > 1 else []
+
+    @cached_property
+    def mean_slot_bytes(self) -> int:
+        """What an expert takes in an arena where none takes more than it needs."""
+        if not self._sizes:
+            return self.slot_bytes
+        grain = granularity(self.slot_bytes)
+        taken = sum(-(-(size + self._wider_expert) // grain) for size in self._sizes) * grain
+        # What is said to lie across one more page than it has bytes for does so in every size.
+        beyond = self.slot_bytes - slot_bytes_of(max(self._sizes) + self._wider_expert)
+        return min(self.slot_bytes, -(-taken // len(self._sizes)) + max(0, beyond))
+
+    def used_bytes(self, shares: Sequence[float]) -> int:
+        """Bytes of an expert that is asked for, if ``shares`` of the requests go to each: none, to all alike."""
+        if not (self._sizes and shares):
+            return self.expert_bytes
+        return round(sum(size * share for size, share in zip(self._sizes, shares, strict=True))) + self._wider_expert
 
     @cached_property
     def expert_bytes(self) -> int:
@@ -216,6 +244,12 @@ def check_calibration(shape: ModelShape, tokens: int, *, counted: bool = True) -
             f"the calibration text has {about}{tokens:,} tokens in whole windows, of which an expert sees "
             f"{each:,} on average: expected at least {MIN_EXPERT_TOKENS}, so a text of {needed:,} tokens"
         )
+
+
+def granularity(slot_bytes: int) -> int:
+    """The bytes in which an expert takes memory where experts differ in size, the largest of ``slot_bytes``: large ones
+    lie in huge pages, which no two of them can share."""
+    return HUGE_PAGE if slot_bytes >= _LARGE else PAGE
 
 
 def slot_bytes_of(expert_bytes: int) -> int:

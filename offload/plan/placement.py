@@ -34,7 +34,7 @@ class PlanRow:
 @dataclass(frozen=True)
 class Fit:
     """A placement within a budget: ``vram_slots`` and ``ram_slots`` expert slots, of which ``in_vram``
-    and ``in_ram`` are home to an expert each."""
+    and ``in_ram`` are home to an expert each; ``ram_bytes`` are what experts in RAM take at the most."""
 
     rows: tuple[PlanRow, ...]
     prompt_chunk: int
@@ -42,6 +42,7 @@ class Fit:
     ram_slots: int
     in_vram: int
     in_ram: int
+    ram_bytes: int
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ class Fitter:
         free = self._free(budget, rows)
         vram_slots = min(total, free["vram"] // slot) if self.on_gpu else 0
         in_vram = vram_slots - vram_reserve(vram_slots, total)
-        ram_slots = min(max(total - in_vram, self._least("ram")), free["ram"] // slot)
+        mean = slot if self.on_gpu else self.footprint.mean_slot_bytes
+        ram_slots = min(max(total - in_vram, self._least("ram")), free["ram"] // mean)
         in_ram = min(ram_slots, total - in_vram)
-        rows += self._experts(in_vram, in_ram, vram_slots, ram_slots)
-        return Fit(tuple(row for row in rows if row.nbytes), chunk, vram_slots, ram_slots, in_vram, in_ram)
+        ram_bytes = ram_slots * mean if mean == slot else min(free["ram"], total * mean)
+        rows += self._experts(in_vram, in_ram, vram_slots, ram_bytes)
+        return Fit(tuple(row for row in rows if row.nbytes), chunk, vram_slots, ram_slots, in_vram, in_ram, ram_bytes)
 
     def fits(self, budget: Budget) -> bool:
         """Whether there is a placement at all."""
@@ -120,7 +123,7 @@ class Fitter:
             rows.append(PlanRow("framework", "vram", FRAMEWORK_VRAM))
         return rows
 
-    def _experts(self, in_vram: int, in_ram: int, vram_slots: int, ram_slots: int) -> list[PlanRow]:
+    def _experts(self, in_vram: int, in_ram: int, vram_slots: int, ram_bytes: int) -> list[PlanRow]:
         size, slot = self.footprint.expert_bytes, self.footprint.slot_bytes
         return [
             PlanRow("experts_hot", "vram", in_vram * size),
@@ -128,7 +131,7 @@ class Fitter:
             PlanRow("experts_cold", "disk", (self.footprint.experts - in_vram - in_ram) * size),
             PlanRow("padding", "vram", vram_slots * slot - in_vram * size),
             # And the slots that hold no expert for good: what passes through on its way to the GPU.
-            PlanRow("padding", "ram", in_ram * (slot - size) + (ram_slots - in_ram) * slot),
+            PlanRow("padding", "ram", max(0, ram_bytes - in_ram * size)),
         ]
 
     def _refusal(self, budget: Budget, short: Mapping[Literal["vram", "ram"], int]) -> str:

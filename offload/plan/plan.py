@@ -28,6 +28,7 @@ from offload.plan.cost_model import (
 from offload.plan.footprint import Footprint
 from offload.plan.notes import beyond, padding, queue, unread
 from offload.plan.placement import Fit, Fitter, PlanRow
+from offload.plan.sequences import SequencePrediction
 from offload.routing.hit_rate import HitRates, Routing
 from offload.tiers import TIERS, Key, Tier
 from quant.model.families import Role
@@ -44,20 +45,6 @@ _COUNTS = (1, 2, 4, 8)  # of sequences, that speeds are predicted for
 # What a document has as it is.
 _RUN = ("context", "context_asked", "context_limit", "kv_sequences", "kv_bits", "prompt_chunk", "filled")
 _SLOTS = ("slot_bytes", "experts", "vram_slots", "ram_slots", "vram_reserve")
-
-
-@dataclass(frozen=True)
-class SequencePrediction:
-    """Decode with ``n`` sequences in each step, which ask for ``experts_per_step`` different experts."""
-
-    n: int
-    tokens_per_s: float
-    experts_per_step: float
-    limited_by: Limit
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**asdict(self), "per_sequence_tokens_per_s": self.tokens_per_s / self.n}
 
 
 @dataclass(frozen=True)
@@ -78,7 +65,7 @@ class Plan:
     ``fills``: fill free slots after the first token, instead of as experts are asked for. The KV cache has room for
     ``kv_sequences`` of ``context`` tokens each, ``together`` are the speeds of several, and a token is multiplied with
     ``token_weights``. ``contexts`` are this and others, for comparison; ``context_asked``: somebody said how long,
-    and of itself it is never longer than ``context_limit``.
+    and of itself it is never longer than ``context_limit``. ``ram_bytes`` are what experts in RAM take at the most.
     """
 
     machine: str
@@ -111,6 +98,7 @@ class Plan:
     context_asked: bool = True
     context_limit: int = 0
     contexts: tuple[ContextPrediction, ...] = ()
+    ram_bytes: int = 0
 
     @property
     def predicted_tokens_per_s(self) -> float:
@@ -221,7 +209,7 @@ def make_plan(
         guess_tokens=_head_fits_a_wait(footprint, machine),
         notes=(
             *budget.notes,
-            *padding(footprint),
+            *(padding(footprint) if machine.gpu else ()),
             *beyond(shape, plan.context),
             *queue(plan.kv_sequences, sequences, plan.context),
             *unread(schemes, machine),
@@ -299,8 +287,9 @@ class _Planner:
         """What a token reads, and the shares of requests that find the expert in VRAM, and in VRAM or RAM."""
         vram_hits = self.locality.kept(fit.in_vram)  # VRAM starts with the hottest and changes slowly
         hits = max(vram_hits, self.locality.hits(fit.in_vram + fit.in_ram))
-        resident, load = (fit.in_vram + fit.in_ram) / (self.fitter.footprint.experts or 1), self.fitter.footprint.load
-        return load(filled=filled, vram_hits=vram_hits, hits=hits, resident=resident), vram_hits, hits
+        footprint, resident = self.fitter.footprint, (fit.in_vram + fit.in_ram) / (self.fitter.footprint.experts or 1)
+        load = footprint.load(filled=filled, vram_hits=vram_hits, hits=hits, resident=resident)
+        return replace(load, expert=footprint.used_bytes(self.locality.shares())), vram_hits, hits
 
     def plan(self, budget: Budget) -> Plan:
         footprint, fit = self.fitter.footprint, self.fitter.fit(budget)
@@ -318,6 +307,7 @@ class _Planner:
             experts=footprint.experts,
             vram_slots=fit.vram_slots,
             ram_slots=fit.ram_slots,
+            ram_bytes=fit.ram_bytes,
             vram_reserve=fit.vram_slots - fit.in_vram,
             vram_seeds=(),
             hit_rates={"vram": vram_hits, "ram": hits - vram_hits, "disk": 1 - hits},

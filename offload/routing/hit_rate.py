@@ -78,6 +78,10 @@ class HitRates:
         window = tokens + ((slots - held) / (missed * self.top_k) if missed else 0.0)
         return 1 - sum(_beyond(tail, window) for tail in tails) / len(tails)
 
+    def shares(self) -> list[float]:
+        """The part of all requests that goes to each expert, layer after layer; none if unknown."""
+        return [count / max(1, sum(row)) / len(self.counts) for row in self.counts for count in row]
+
     def hits(self, slots: int) -> float:
         """Share of requests that hit in ``slots`` under a policy that knows both use and recency."""
         return max(self.kept(slots), self.recent(slots)) if self.known else self._uniform(slots)

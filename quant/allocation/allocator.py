@@ -26,7 +26,7 @@ Fits = Callable[[Mapping[Role, Scheme]], bool]
 class Allocator:
     """Chooses for ``choices``; ``fixed`` units keep the scheme they were given, and count towards sizes.
 
-    A slot in memory has room for the largest expert, so one layer of int8 experts would double the memory
+    A slot in VRAM has room for the largest expert, so one layer of int8 experts would double the memory
     that all others take: unless ``uneven``, all of them have the same width.
     """
 

@@ -161,15 +161,16 @@ class ModelShape:
         if not isinstance(schemes, MixedPrecision):
             one = self.expert_nbytes(schemes.get("experts", BF16))
             return one * self.num_experts * len(self.moe_layers)
-        return sum(self._mixed_nbytes(schemes))
+        return sum(self.expert_sizes(schemes))
 
     def largest_expert(self, schemes: Mapping[Role, Scheme]) -> int:
         """Bytes of the largest routed expert."""
         if not isinstance(schemes, MixedPrecision):
             return self.expert_nbytes(schemes.get("experts", BF16))
-        return max(self._mixed_nbytes(schemes), default=0)
+        return max(self.expert_sizes(schemes), default=0)
 
-    def _mixed_nbytes(self, schemes: Mapping[Role, Scheme]) -> Iterator[int]:
+    def expert_sizes(self, schemes: Mapping[Role, Scheme]) -> Iterator[int]:
+        """Bytes of every routed expert, layer after layer."""
         for layer in self.moe_layers:
             for expert in range(self.num_experts):
                 linears = self.expert_linears(layer, expert)

@@ -1,4 +1,4 @@
-"""Native kernels against the memory floor: ``python -m tests.bench.kernels [--isa avx2] [--json]``.
+"""Native kernels against the memory floor: ``python -m tests.bench.kernels [--isa avx2] [--only int2] [--json]``.
 
 The floor comes first: what all threads together read from a buffer of huge pages, probed again beside every
 decode figure, because shared machines drift. Decode figures are GB/s of weights and scales, prefill ones
@@ -21,7 +21,7 @@ from torch import Tensor
 from quant.kernels import native
 from quant.kernels.native import Attention, AttentionShape, GatedMlp, KvPages, MoeBlock, Weight
 from quant.kernels.quantize import quantize_pack
-from quant.scheme import Kind
+from quant.scheme import Kind, Scheme
 
 HIDDEN, INNER, EXPERTS = 2048, 4096, 16  # mini-scout
 HUGE = 2 * 2**20
@@ -44,7 +44,7 @@ class Weights:
 
     def take(self, kind: Kind, n: int, k: int, group: int = 128) -> Weight:
         """A random ``[n, k]`` weight of ``kind`` in the next free bytes."""
-        words, scales = n * k // (2 if kind == "int4" else 1), n * k // group * 2
+        words, scales = n * k * Scheme(kind).bits // 8, n * k // group * 2
         start = self.used
         self.used += words + scales
         assert self.used <= self.nbytes
@@ -57,7 +57,7 @@ class Weights:
 def bytes_of(weight: Weight) -> int:
     """Bytes of packed words and scales."""
     values = weight.out_features * weight.in_features
-    return values // (2 if weight.kind == "int4" else 1) + values // weight.group_size * 2
+    return values * Scheme(weight.kind).bits // 8 + values // weight.group_size * 2
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -78,10 +78,10 @@ def streamed(nbytes: int, call: Callable[[], object], rounds: int) -> dict[str, 
     return {"gb_per_s": statistics.median(rates), "fraction_of_floor": statistics.median(fractions)}
 
 
-def decode_gemv(kind: Kind, tokens: int, rounds: int) -> dict[str, float]:
+def decode_gemv(kind: Kind, tokens: int, rounds: int, group: int = 128) -> dict[str, float]:
     """One large matrix against a few tokens."""
-    n = 2**29 // HIDDEN // (1 if kind == "int4" else 2)
-    weight = Weights(2**29).take(kind, n, HIDDEN)
+    n = 2**28 * 8 // HIDDEN // Scheme(kind).bits
+    weight = Weights(2**29).take(kind, n, HIDDEN, group)
     x, out = torch.randn(tokens, HIDDEN), torch.empty(tokens, n)
     return streamed(bytes_of(weight), lambda: native.linear(x, weight, out=out), rounds)
 
@@ -91,7 +91,7 @@ def in_cache(kind: Kind, tokens: int, rounds: int) -> dict[str, float]:
 
     Processor time, so that other programs matter little; the difference of two sizes, so that calling costs nothing.
     """
-    sizes = 512 // (1 if kind == "int4" else 2), 128 // (1 if kind == "int4" else 2)
+    sizes = 2048 // Scheme(kind).bits, 512 // Scheme(kind).bits
     weights = Weights(2**21)
     x, used = torch.randn(tokens, HIDDEN), native.threads()
     pairs = [(weights.take(kind, n, HIDDEN), torch.empty(tokens, n)) for n in sizes]
@@ -164,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--isa", default="", help="instruction set (default: the best)")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default="", help="figures whose name holds this")
     parser.add_argument("--json", action="store_true", help="only the JSON document")
     options = parser.parse_args()
     native.set_isa(options.isa)
@@ -177,8 +178,12 @@ def main() -> None:
             for kind, tokens in (("int4", 2), ("int4", 4), ("int4", 8), ("int8", 4))
         },
         **{
+            f"decode {kind} g{group}, 1 token": lambda kind=kind, group=group: decode_gemv(kind, 1, rounds, group)
+            for kind, group in (("int3", 128), ("int3", 64), ("int2", 64), ("int2", 32))
+        },
+        **{
             f"from cache {kind} g128, {tokens} tokens": lambda kind=kind, tokens=tokens: in_cache(kind, tokens, rounds)
-            for kind in ("int4", "int8")
+            for kind in ("int4", "int8", "int3", "int2")
             for tokens in (1, 2, 4, 8)
         },
         "decode layers, mini-scout": lambda: decode_layers(rounds),
@@ -191,6 +196,8 @@ def main() -> None:
     }
     report: dict[str, object] = {"isa": native.isa(), "threads": native.threads()}
     for name, job in jobs.items():
+        if options.only not in name:
+            continue
         figures = job()
         report[name] = figures
         if not options.json:

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
+from offload.experts.cache.watcher import Watcher
 from offload.experts.storage.arena import Arena
 from offload.experts.storage.reader import Priority, Reader, ReadRequest
 from offload.experts.storage.slot_table import SlotTable
@@ -33,25 +34,12 @@ class Counters:
     used_bytes: dict[Tier, int] = field(default_factory=lambda: {"vram": 0, "ram": 0, "disk": 0})
 
 
-class Watcher(Protocol):
-    """Is told what each host slot holds: native code can then find experts, and wait for them, without asking."""
-
-    def coming(self, key: Key, weights: ExpertWeights) -> None:
-        """``key``'s bytes will be read to where ``weights`` view them, valid until it is evicted."""
-
-    def arrived(self, key: Key, whole: bool) -> None:
-        """``key``'s bytes are all there, or could not be read. Called by a reading thread."""
-
-    def evicted(self, key: Key) -> None:
-        """``key``'s slot will be overwritten."""
-
-
 class ExpertCache:
     """Serves the experts of ``store`` from ``ram_slots`` host slots, where ``reader`` brings them from disk.
 
-    There are at least two slots unless every expert has one. ``frequency`` says which experts are worth a free
-    slot (None: nothing is known), ``policy`` which to forget where none is free. With ``transfer`` its device can
-    read the slots.
+    There are at least two slots unless every expert has one; experts that differ in size take ``ram_bytes`` together.
+    ``frequency`` says which are worth a free slot (None: nothing is known), ``policy`` which to forget where none is
+    free. With ``transfer`` its device can read the slots.
     """
 
     def __init__(
@@ -61,12 +49,15 @@ class ExpertCache:
         policy: Policy,
         *,
         ram_slots: int,
+        ram_bytes: int | None = None,
         frequency: ExpertFrequency | None = None,
         transfer: Transfer | None = None,
     ) -> None:
         self.store, self.reader, self.frequency = store, reader, frequency
-        self.arena = Arena(ram_slots, store.slot_bytes, transfer)
-        self.host, self.policy = SlotTable(ram_slots), policy
+        self.arena = Arena(ram_slots, store.slot_bytes, transfer, limit=ram_bytes)
+        self.host = SlotTable(ram_slots, ram_bytes, lambda key: self.arena.taken(store.record(*key).slot_bytes))
+        self.policy = policy
+        self._holds_all = len(list(self.host.fitting(store.experts()))) == store.count
         self.counters = Counters()
         self.requests: dict[int, Counter[Tier]] = {layer: Counter() for layer in store.shape.moe_layers}
         self._pending: dict[Key, ReadRequest] = {}
@@ -89,7 +80,7 @@ class ExpertCache:
     @property
     def holds_all(self) -> bool:
         """Whether every expert has a slot of its own."""
-        return self.arena.slots >= self.store.count
+        return self._holds_all
 
     def tier_of(self, key: Key) -> Tier:
         """Where ``key`` is now; an expert still on its way counts as on disk."""
@@ -189,7 +180,7 @@ class ExpertCache:
         for index, key in enumerate(ordered):
             # Keep reads in flight for the next few, locked so that they do not evict one another.
             locked = set(ordered[index : index + window])
-            while waiting and waiting[0] in locked and (waiting[0] == key or self._has_slot(locked)):
+            while waiting and waiting[0] in locked and (waiting[0] == key or self._has_slot(waiting[0], locked)):
                 self._request(waiting.pop(0), Priority.DEMAND, locked)
             yield key[1], self._weights(key, locked)
             self.policy.touch(key)
@@ -198,7 +189,7 @@ class ExpertCache:
         """Begin reading those of ``keys`` on disk, as many as may be in flight at once, in other slots than ``keep``'s
         if there are any; returns what is not to be evicted. Raises CheckpointError for one that could not be read."""
         first = set(keys[: self.window()])
-        locked = first | set(keep[: max(0, self.arena.slots - 1 - len(first))])
+        locked = first | set(keep[: max(0, self.arena.whole - 1 - len(first))])
         for key in keys[: len(first)]:
             if (pending := self._pending.get(key)) is not None and pending.error is not None:
                 self._land(key)
@@ -218,7 +209,7 @@ class ExpertCache:
                 if key in self._pending:
                     self.reader.promote(self._pending[key], priority)
                 continue
-            if not self.host.free and len(self._taken(protected)) >= len(self.host.slot_of):
+            if not self.host.has_room(key, self.host.slot_of.keys() - self._taken(protected)):
                 return
             self._request(key, priority, protected)
 
@@ -227,7 +218,7 @@ class ExpertCache:
         most frequent of those that are nowhere yet or, where nothing is known, the first on disk."""
         absent = [key for key in self.store.experts() if key not in self.host and not self.on_device(key)]
         ranked = absent if self.frequency is None else self.frequency.ordered(absent)
-        chosen = set(ranked[: len(self.host.free)])
+        chosen = set(self.host.fitting(ranked))
         for key in absent:
             if key in chosen:
                 self._request(key, Priority.FILL, {key})
@@ -239,14 +230,15 @@ class ExpertCache:
 
     def window(self) -> int:
         """How many experts of one layer may be in flight at once."""
-        return max(1, min(_IN_FLIGHT, self.arena.slots - 1))
+        return max(1, min(_IN_FLIGHT, self.arena.whole - 1))
 
     def _busy(self) -> set[Key]:
         return {key for key, request in self._pending.items() if not request.done.is_set()}
 
-    def _has_slot(self, locked: set[Key]) -> bool:
-        """Whether a slot can be had that none of ``locked`` has and no device reads."""
-        return bool(self.host.free or self._busy() - locked) or len(self._taken(locked)) < len(self.host.slot_of)
+    def _has_slot(self, key: Key, locked: set[Key]) -> bool:
+        """Whether ``key`` can have a slot that none of ``locked`` has and no device reads."""
+        held = self.host.slot_of.keys()
+        return self.host.has_room(key, held - (held & (locked | self.in_use())))
 
     def _taken(self, locked: set[Key]) -> set[Key]:
         """Experts whose slots may not be given to another."""
@@ -254,7 +246,7 @@ class ExpertCache:
 
     def _host_slot(self, key: Key, locked: set[Key]) -> int:
         """A host slot for ``key``: a free one, an idle expert's, or one that is being filled for later."""
-        while not self.host.free:
+        while not self.host.has_room(key):
             reading = self._busy()  # asked once: a read may end at any time
             taken = reading | self._taken(locked)
             if len(taken) < len(self.host.slot_of):
@@ -304,8 +296,8 @@ class ExpertCache:
             if pending is not None:
                 self.reader.promote(pending, priority)
             return
-        slot = self._host_slot(key, locked)
-        record = self.store.record(*key)
+        slot, record = self._host_slot(key, locked), self.store.record(*key)
+        self.arena.trim(slot, record.slot_bytes)
         then = self._announce(key)
         self._pending[key] = self.reader.submit(record, self.arena.buffer(slot), priority, key[0], then)
         self.counters.fetched["disk"] += record.nbytes

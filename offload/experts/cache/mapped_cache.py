@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
-from offload.experts.cache.expert_cache import ExpertCache, Watcher
+from offload.experts.cache.expert_cache import ExpertCache
+from offload.experts.cache.watcher import Watcher
 from offload.experts.storage.mapped_files import MappedFiles
 from offload.experts.storage.reader import Priority, Reader
 from offload.experts.storage.store import ExpertRecord, ExpertStore, ExpertWeights
@@ -16,8 +17,10 @@ class MappedCache(ExpertCache):
     the page cache, if that has it: those experts are ``mapped``. ``fill`` copies all of them; ``files`` is None
     once that is done."""
 
-    def __init__(self, store: ExpertStore, reader: Reader, policy: Policy, *, ram_slots: int) -> None:
-        super().__init__(store, reader, policy, ram_slots=ram_slots)
+    def __init__(
+        self, store: ExpertStore, reader: Reader, policy: Policy, *, ram_slots: int, ram_bytes: int | None = None
+    ) -> None:
+        super().__init__(store, reader, policy, ram_slots=ram_slots, ram_bytes=ram_bytes)
         self.files: MappedFiles | None = MappedFiles(reader)
         self.mapped: dict[Key, ExpertWeights] = {}
 

@@ -33,6 +33,11 @@ def expert_cache_of(store: ExpertStore, reader: Reader, run: PlannedRun, device:
             seeds=plan.vram_seeds or frequency.ordered(store.experts()),
             regain=run.options.regain,
         )
+    slots, nbytes = plan.ram_slots, None
+    if store.expert_nbytes is None:  # they differ in size: as many of the smallest as there is memory for
+        nbytes = min(plan.ram_bytes, plan.ram_slots * store.slot_bytes)
+        slots = min(store.count, nbytes // store.least_slot_bytes)
     if reader.direct and reader.page_cached and plan.ram_slots >= store.count:
-        return MappedCache(store, reader, policy, ram_slots=plan.ram_slots)
-    return ExpertCache(store, reader, policy, ram_slots=plan.ram_slots, frequency=frequency if counts else None)
+        return MappedCache(store, reader, policy, ram_slots=slots, ram_bytes=nbytes)
+    known = frequency if counts else None
+    return ExpertCache(store, reader, policy, ram_slots=slots, ram_bytes=nbytes, frequency=known)

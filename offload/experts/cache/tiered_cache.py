@@ -248,12 +248,12 @@ class TieredCache(ExpertCache):
 
     def read_behind(self, key: Key, *, evict: bool) -> None:
         """See ``HostSource``."""
-        if key not in self.host and (self.host.free or (evict and self._has_slot({key}))):
+        if key not in self.host and (self.host.free or (evict and self._has_slot(key, {key}))):
             self._request(key, Priority.FILL, {key})
 
     def demand_source(self, key: Key, locked: set[Key], *, wait: bool) -> bool:
         """See ``HostSource``."""
-        if key not in self.host and (wait or self._has_slot(locked)):
+        if key not in self.host and (wait or self._has_slot(key, locked)):
             self._request(key, Priority.DEMAND, {key} if wait else locked)
         if wait or (key in self._pending and self._pending[key].done.is_set()):
             self._land(key)

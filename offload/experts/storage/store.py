@@ -153,6 +153,11 @@ class ExpertStore:
         return max((self.record(*key).slot_bytes for key in self.experts()), default=PAGE)
 
     @cached_property
+    def least_slot_bytes(self) -> int:
+        """Bytes of a slot that holds the smallest expert."""
+        return min((self.record(*key).slot_bytes for key in self.experts()), default=PAGE)
+
+    @cached_property
     def count(self) -> int:
         """How many experts there are in all layers."""
         return len(self.shape.moe_layers) * self.shape.num_experts

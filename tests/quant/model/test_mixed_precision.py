@@ -20,7 +20,7 @@ from tests.quant.convert.test_convert import logits
 from tests.quant.dequantized import dequantized_twin, packed_weights
 
 Tiny = Callable[..., Path]
-ALL = [Scheme.parse(text) for text in ("int4-g128", "int4-g64", "int4-g32", "int8-g128")]
+ALL = [Scheme.parse(text) for text in ("int4-g128", "int4-g64", "int4-g32", "int8-g128", "int3-g64", "int2-g32")]
 
 
 def mixed(shape: ModelShape, granularity: Granularity = "layer") -> MixedPrecision:

@@ -18,6 +18,20 @@ def test_without_a_device_nothing_is_pinned() -> None:
     assert not any(map(made.device_address, range(5))) and made.notes == []
 
 
+@pytest.mark.parametrize(("slot", "grain"), [(5 * PAGE, PAGE), (33 * 2**20, 2 * 2**20)])
+def test_where_experts_differ_a_slot_gives_back_what_the_next_one_leaves_over(slot: int, grain: int) -> None:
+    made = Arena(3, slot, limit=2 * slot)
+    assert made.nbytes == 2 * slot and made.taken(grain + 1) == 2 * grain
+    for index in range(3):
+        made.trim(index, slot)
+        made.slot(index)[:slot].fill_(index + 1)
+    made.trim(1, grain + 1)
+    assert made.slot(1)[: 2 * grain].eq(2).all() and made.slot(1)[2 * grain : slot].eq(0).all()
+    made.trim(1, slot)
+    assert made.slot(1)[:grain].eq(2).all()
+    assert made.slot(0)[:slot].eq(1).all() and made.slot(2)[:slot].eq(3).all()
+
+
 def test_every_slot_of_a_pinned_arena_has_a_device_address() -> None:
     class Shifted(LaggingTransfer):
         """Its addresses are not the host's, as on some systems."""
