@@ -22,6 +22,7 @@ from offload.decode.native_moe import BlockTable, NativeMoe
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.reader import Priority
 from offload.experts.storage.store import ExpertStore
+from offload.model.gate import Gate
 from offload.model.kv_cache import SequenceCache
 from offload.model.layer_parts import LayerParts, all_layer_parts, norm_eps
 from offload.model.paged_cache import PagedCache
@@ -31,6 +32,7 @@ from quant.kernels.attention import Attention
 from quant.kernels.lookahead import Lookahead
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, mlp
 from quant.kernels.stack import MAX_ROWS, DenseBlock, Head, Segment, Stack, Stop
+from quant.kernels.swiglu import SILU, SwiGlu
 from quant.kernels.weight import Weight
 from quant.linear import Compute, QuantLinear
 from quant.model.shape import ModelShape
@@ -54,8 +56,10 @@ class NativeDecoder(Decoder):
         compute: Compute,
         *,
         guess_tokens: bool = True,
+        join: SwiGlu = SILU,
     ) -> None:
         super().__init__()
+        self.join = join
         self.model, self.shape, self.experts, self.routing = model, shape, experts, routing
         self.name, self.exact, self._guess_tokens = compute.name, compute.exact, guess_tokens
         self.norm, self.lm_head = model.model.norm, model.lm_head
@@ -63,10 +67,12 @@ class NativeDecoder(Decoder):
         self.weights_moved()
 
     @staticmethod
-    def reads(config: Any, store: ExpertStore) -> bool:
-        """Whether the native kernels compute what ``config`` asks for, on experts stored like those of
-        ``store``."""
-        return getattr(config, "clip_qkv", None) is None and store.reads_native
+    def reads(config: Any, store: ExpertStore, join: Gate = SILU) -> bool:
+        """Whether the native kernels compute what ``config`` asks for, on experts stored like those of ``store`` whose
+        gate and up are joined by ``join``."""
+        if not store.shape.layers_on_cpu or getattr(config, "clip_qkv", None) is not None:
+            return False
+        return isinstance(join, SwiGlu) and store.reads_native and store.reads_biases
 
     def weights_moved(self) -> None:
         """See Decoder. The native blocks hold addresses, so all of them are made anew."""
@@ -76,7 +82,9 @@ class NativeDecoder(Decoder):
         self.lookahead: Lookahead | None = None
         if not experts.holds_all:
             routers = [part.router for part in routed if part.router is not None]
-            self.lookahead = Lookahead(routers, [part.mlp_norm for part in routed], shape.top_k, MAX_ROWS)
+            norms, biases = [part.mlp_norm for part in routed], [part.router_bias for part in routed]
+            added = [bias for bias in biases if bias is not None]
+            self.lookahead = Lookahead(routers, norms, shape.top_k, MAX_ROWS, added)
         self._rows: list[int] = []  # whose step was the last
         self.attentions = [_attention(part) for part in parts]
         self.moes: dict[int, NativeMoe] = {}
@@ -84,7 +92,7 @@ class NativeDecoder(Decoder):
         blocks: list[MoeBlock | DenseBlock] = []
         for index, part in enumerate(parts):
             if part.router is not None:
-                block = _moe_block(part, part.router)
+                block = _moe_block(part, part.router, join=self.join)
                 self.moes[index] = NativeMoe(
                     index, block, experts, self.routing, self.exact, shape.moe_layers, self.lookahead
                 )
@@ -203,13 +211,13 @@ def _attention(part: LayerParts) -> Attention:
     linears = (part.q_proj, part.k_proj, part.v_proj, part.o_proj)
     q, k, v, o = map(_weight, linears)
     biases = (part.q_proj.bias, part.k_proj.bias, part.v_proj.bias, part.o_proj.bias)
-    return Attention(part.shape, q, k, v, o, part.attention_norm, part.q_norm, part.k_norm, biases)
+    return Attention(part.shape, q, k, v, o, part.attention_norm, part.q_norm, part.k_norm, biases, part.sinks)
 
 
-def _moe_block(part: LayerParts, router: Tensor) -> MoeBlock:
+def _moe_block(part: LayerParts, router: Tensor, join: SwiGlu) -> MoeBlock:
     shared = None if part.mlp is None else _gated(part.mlp)
     weight = Weight.from_tensors("f32", router.float().contiguous())
-    return MoeBlock(weight, part.top_k, part.router_kind, shared, None, part.mlp_norm, part.eps)
+    return MoeBlock(weight, part.top_k, part.router_kind, shared, None, part.mlp_norm, part.eps, part.router_bias, join)
 
 
 def _dense_mlp(part: LayerParts, gated: GatedMlp, exact: bool) -> _Mlp:

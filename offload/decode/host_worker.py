@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offload.decode.native_moe import gated
 from offload.experts.cache.tiered_cache import TieredCache
 from offload.model.fused_linear import LEAST_WEIGHT
+from offload.model.moe import native_expert
 from offload.routing.frequency import Ids
 from offload.tiers import Key
 from quant.kernels.cuda.doorbell import BellBuffers, HostBell, first_byte
 from quant.kernels.lookahead import FROM_EMBEDDING, FROM_PARTIAL, Lookahead
+from quant.kernels.swiglu import SILU
 
 
 class HostWorker:
@@ -41,7 +42,7 @@ class HostWorker:
         store, shape = cache.store, cache.store.shape
         self.cache, self._layers = cache, shape.moe_layers
         records = [store.record(layer, 0) for layer in shape.moe_layers]
-        samples = [gated(r.view(torch.empty(r.slot_bytes, dtype=torch.uint8))) for r in records]
+        samples = [native_expert(r.view(torch.empty(r.slot_bytes, dtype=torch.uint8)), SILU) for r in records]
         self.bell = HostBell(
             buffers,
             samples,
@@ -65,7 +66,7 @@ class HostWorker:
         normed = self.bell.buffers.x.clone()  # the next request overwrites it
         self.bell.begin()
         for expert, weights in self.cache.fetch(layer, request.experts):
-            self.bell.add(expert, first_byte(gated(weights)))
+            self.bell.add(expert, first_byte(native_expert(weights, SILU)))
         self.bell.answer()
         if self.lookahead is not None:
             # Without the norm's weight it is the residual stream but for a positive factor.

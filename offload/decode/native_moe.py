@@ -15,6 +15,7 @@ from torch import Tensor
 
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.store import ExpertWeights
+from offload.model.moe import native_expert
 from offload.routing.stats import RoutingStats
 from offload.tiers import Key
 from quant.kernels.lookahead import Lookahead
@@ -61,7 +62,8 @@ class NativeMoe:
         if shared:
             mlp(shared, result.normed, out, exact=self.exact)
         for expert, weights in self.cache.stream(self.layer, experts):
-            mlp(self.block.routed_jobs(result, {expert: gated(weights)}), result.normed, out, exact=self.exact)
+            jobs = self.block.routed_jobs(result, {expert: native_expert(weights, self.block.join)})
+            mlp(jobs, result.normed, out, exact=self.exact)
         return out
 
     def _record(self, result: MoeResult) -> list[int]:
@@ -76,13 +78,6 @@ class NativeMoe:
             self.cache.prefetch(keys, {(self.layer, expert) for expert in experts})
 
 
-def gated(weights: ExpertWeights) -> GatedMlp:
-    """The native descriptors of a resident expert."""
-    parts = [w.descriptor for w in (weights.gate_proj, weights.up_proj, weights.down_proj)]
-    assert all(part is not None for part in parts)
-    return GatedMlp(*parts)  # type: ignore[arg-type]
-
-
 class BlockTable:
     """Keeps the native blocks' tables of experts in step with the cache."""
 
@@ -93,7 +88,7 @@ class BlockTable:
     def coming(self, key: Key, weights: ExpertWeights) -> None:
         """Enter where an expert will be."""
         if id(weights) not in self._gated:  # kept with the weights: an id is theirs only while they live
-            self._gated[id(weights)] = weights, gated(weights)
+            self._gated[id(weights)] = weights, native_expert(weights, self.blocks[key[0]].block.join)
         _, expert = self._gated[id(weights)]
         self.blocks[key[0]].block.set_expert(key[1], expert, ready=False)
 

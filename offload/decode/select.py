@@ -8,37 +8,33 @@ from offload.decode.cpu import NativeDecoder
 from offload.decode.decoder import Decoder
 from offload.decode.gpu import GraphDecoder, refusal
 from offload.decode.plain import PlainDecoder
-from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.cache.oom import retry_with_less_vram
 from offload.experts.cache.tiered_cache import TieredCache
+from offload.model.moe import ExpertRunner
 from offload.plan.plan import Plan
-from offload.routing.stats import RoutingStats
-from quant.linear import Compute
+from quant.kernels.swiglu import SwiGlu
 
 
 def select_decoder(
-    model: Any,
-    plan: Plan,
-    experts: ExpertCache,
-    kv: Any,
-    routing: RoutingStats,
-    compute: Compute,
-    device: torch.device,
-    *,
-    graph: bool,
+    model: Any, plan: Plan, runner: ExpertRunner, kv: Any, device: torch.device, *, graph: bool
 ) -> tuple[Decoder, list[str]]:
-    """The decoder of transformers' ``model``, and what a user should know of the choice. ``graph``: decode with
-    one launch per token where experts are on a device. Raises BudgetError or MachineError if the device has no
-    memory for it."""
+    """The decoder of transformers' ``model``, whose experts ``runner`` runs, and what a user should know of the choice.
+    ``graph``: decode with one launch per token where experts are on a device. Raises BudgetError or MachineError if the
+    device has no memory for it."""
+    experts, routing, compute, gate = runner.cache, runner.routing, runner.compute, runner.gate
     store, notes = experts.store, list[str]()
-    bound = None if store.shape.is_native else kv
+    bound = None if store.shape.keeps_pages else kv
+    if compute.native and not plan.vram_slots and NativeDecoder.reads(model.config, store, gate):
+        assert isinstance(gate, SwiGlu)
+        decoder = NativeDecoder(
+            model, store.shape, experts, routing, compute, guess_tokens=plan.guess_tokens, join=gate
+        )
+        return decoder, notes
     if not store.shape.is_native:
         notes.append(
             f"attention and routing of a {store.shape.family.name} model are computed by transformers' own modules, "
             "with about a millisecond of Python per layer and token"
         )
-    elif compute.native and not plan.vram_slots and NativeDecoder.reads(model.config, store):
-        return NativeDecoder(model, store.shape, experts, routing, compute, guess_tokens=plan.guess_tokens), notes
     if graph and store.shape.is_native and isinstance(experts, TieredCache):
         reason = refusal(model.config, store)
         if reason is None:

@@ -43,7 +43,7 @@ def prompt_cache_of(
     options, shape = session.options, session.shape
     if options.prompt_cache is None:
         return None
-    if not shape.is_native:
+    if not shape.keeps_pages:
         notes.append(f"{_NOT_KEPT}what attention keeps of a {shape.family.name} model does not lie in pages")
         return None
     if not shared or session.device.type != "cpu":

@@ -16,7 +16,8 @@ from quant.model.shape import ModelShape
 @dataclass(frozen=True)
 class LayerParts:
     """One layer. ``mlp`` is the shared expert of a MoE layer or all of a dense one: a module with gate_proj,
-    up_proj and down_proj; ``router`` ``[E, H]`` is None in a dense layer."""
+    up_proj and down_proj; ``router`` ``[E, H]`` is None in a dense layer, ``router_bias`` ``[E]`` and ``sinks``
+    ``[heads]`` where there are none."""
 
     shape: AttentionShape
     q_proj: Any
@@ -32,6 +33,8 @@ class LayerParts:
     router: Tensor | None
     router_kind: RouterKind
     top_k: int
+    router_bias: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 def all_layer_parts(model: Any, shape: ModelShape) -> list[LayerParts]:
@@ -45,6 +48,7 @@ def layer_parts(layer: Any, config: Any, *, is_moe: bool) -> LayerParts:
     attention, block = layer.self_attn, layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     kind, top_k = router_kind(layer) if is_moe else ("softmax", 0)
+    bias, sinks = getattr(router_of(layer), "bias", None) if is_moe else None, getattr(attention, "sinks", None)
     return LayerParts(
         attention_shape(layer, config),
         attention.q_proj,
@@ -60,6 +64,8 @@ def layer_parts(layer: Any, config: Any, *, is_moe: bool) -> LayerParts:
         router_weight(layer).data if is_moe else None,
         kind,
         top_k,
+        None if bias is None else bias.data,
+        None if sinks is None else sinks.data,
     )
 
 
@@ -109,13 +115,20 @@ def router_kind(layer: Any) -> tuple[RouterKind, int]:
     """How the router of a MoE layer scores, and how many experts it chooses."""
     if hasattr(layer, "feed_forward"):  # Llama 4
         return "sigmoid_input", int(layer.feed_forward.top_k)
-    normalized = getattr(layer.mlp.gate, "norm_topk_prob", True)
-    return "softmax_normalized" if normalized else "softmax", int(layer.mlp.gate.top_k)
+    router = router_of(layer)
+    normalized = getattr(router, "norm_topk_prob", True)
+    return "softmax_normalized" if normalized else "softmax", int(router.top_k)
+
+
+def router_of(layer: Any) -> Any:
+    """The router of a MoE layer."""
+    block = layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp
+    return block.router if hasattr(block, "router") else block.gate
 
 
 def router_weight(layer: Any) -> Any:
     """The router's parameter ``[E, H]``."""
-    return layer.feed_forward.router.weight if hasattr(layer, "feed_forward") else layer.mlp.gate.weight
+    return router_of(layer).weight
 
 
 def norm_eps(norm: Any) -> float:

@@ -24,7 +24,7 @@ from offload.model.gate import Gate
 from offload.model.grouped_moe import GroupedExperts
 from offload.routing.frequency import Ids
 from offload.routing.stats import RoutingStats
-from quant.kernels.moe import GatedMlp, Job, mlp
+from quant.kernels.moe import GatedMlp, Job, mlp, reads_bias
 from quant.kernels.swiglu import SILU, SwiGlu
 from quant.linear import Compute, LinearWeight, matmul
 
@@ -79,7 +79,7 @@ class ExpertRunner:
             places = torch.from_numpy(np.flatnonzero(flat == expert))
             factor = factors[places]
             scale = {"in_scale": factor} if self.scales_input else {"out_weight": factor}
-            jobs.append(Job(_gated(weights, self.gate), places // k, **scale, out_rows=places))
+            jobs.append(Job(native_expert(weights, self.gate), places // k, **scale, out_rows=places))
             if not resident:  # what is yielded next may lie where this one does
                 mlp(jobs, x, parts, exact=self.compute.exact)
                 jobs = []
@@ -107,28 +107,26 @@ class ExpertRunner:
 
 def expert_mlp(x: Tensor, weights: ExpertWeights, compute: Compute, gate: Gate = SILU) -> Tensor:
     """down(gate(gate_proj(x), up_proj(x))), x ``[T, H]`` → ``[T, H]``."""
-    if compute.native and x.dtype == torch.float32 and isinstance(gate, SwiGlu) and not x.requires_grad:
-        native = _native(weights, gate)
-        if native is not None:
-            return mlp([Job(native)], x, exact=compute.exact)
+    known = compute.native and x.dtype == torch.float32 and isinstance(gate, SwiGlu) and not x.requires_grad
+    three = (weights.gate_proj, weights.up_proj, weights.down_proj)
+    if known and all(weight.descriptor is not None for weight in three):
+        return mlp([Job(native_expert(weights, gate))], x, exact=compute.exact)
     inner = gate(_linear(x, weights.gate_proj, compute), _linear(x, weights.up_proj, compute))
     return _linear(inner, weights.down_proj, compute)
 
 
-def _native(weights: ExpertWeights, join: SwiGlu) -> GatedMlp | None:
-    """The native kernels' descriptors of an expert, or None where they do not read its form."""
+def native_expert(weights: ExpertWeights, join: Gate) -> GatedMlp:
+    """The native kernels' descriptors of an expert in a form that they read, its biases where they lie if they can be
+    read there."""
     three = (weights.gate_proj, weights.up_proj, weights.down_proj)
     gate, up, down = (weight.descriptor for weight in three)
-    if gate is None or up is None or down is None:
-        return None
-    biases: Any = tuple(weight.tensors["bias"].float().contiguous() for weight in three if "bias" in weight.tensors)
-    return GatedMlp(gate, up, down, biases or None, join)
-
-
-def _gated(weights: ExpertWeights, join: Gate) -> GatedMlp:
-    native = _native(weights, join) if isinstance(join, SwiGlu) else None
-    assert native is not None, "reads_native says so"
-    return native
+    assert gate is not None and up is not None and down is not None and isinstance(join, SwiGlu)
+    if "bias" not in weights.gate_proj.tensors:
+        return GatedMlp(gate, up, down, None, join)
+    biases: Any = tuple(weight.tensors["bias"] for weight in three)
+    if not all(map(reads_bias, biases)):
+        biases = tuple(bias.float().contiguous() for bias in biases)
+    return GatedMlp(gate, up, down, biases, join)
 
 
 def _linear(x: Tensor, weight: LinearWeight, compute: Compute) -> Tensor:

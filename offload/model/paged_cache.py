@@ -80,14 +80,14 @@ class PagePool:
     @property
     def nbytes(self) -> int:
         """Bytes of all pages, used or not; of what transformers' own attention keeps where that is what runs."""
-        if not self.shape.is_native:
+        if not self.shape.keeps_pages:
             return self.shape.kv_nbytes(self.context, self.dtype.itemsize)
         return self.counts.count * KV_PAGE_TOKENS * self.token_nbytes
 
     @property
     def reached_nbytes(self) -> int:
         """Bytes of pages that tokens have reached: the others take no memory on a CPU."""
-        if not self.shape.is_native or self._device.type != "cpu":
+        if not self.shape.keeps_pages or self._device.type != "cpu":
             return self.nbytes
         return self.counts.reached * KV_PAGE_TOKENS * self.token_nbytes
 

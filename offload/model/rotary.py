@@ -48,7 +48,7 @@ class RotaryAngles:
     def span(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines f32 ``[T, r/2]`` of ``count`` tokens from position ``first`` on."""
         found = self._rotary(torch.zeros(1, 1, 1), torch.arange(first, first + count)[None])
-        if isinstance(found, tuple):  # repeated for the two halves of a head
-            half = found[0].shape[-1] // 2
+        if isinstance(found, tuple):  # in most families repeated for the two halves of a head
+            half = self._rotary.inv_freq.numel()
             return found[0][0, :, :half].contiguous(), found[1][0, :, :half].contiguous()
         return found[0].real.contiguous(), found[0].imag.contiguous()  # Llama 4

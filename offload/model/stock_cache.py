@@ -101,7 +101,7 @@ class StockCache(DynamicCache):
 
 def cache_of(shape: ModelShape, config: Any, context: int, storage: Storage) -> Any:
     """The cache of a run of ``shape``: a KVCache in ``storage`` where attention is ours, else a StockCache."""
-    return KVCache(shape, context, storage) if shape.is_native else StockCache(shape, config, context)
+    return KVCache(shape, context, storage) if shape.keeps_pages else StockCache(shape, config, context)
 
 
 def _goes_back(layer: Any) -> bool:

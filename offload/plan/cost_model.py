@@ -58,7 +58,8 @@ class Workload:
     ``dense``), ``head`` those of the head (likewise). ``dense_weights``, ``head_weights`` and
     ``expert_weights`` count weights, for arithmetic. ``vram_hits`` and ``hits`` are the shares of requests
     that find the expert in VRAM, and in VRAM or RAM. ``sequences`` get a token in each decode step, which together ask
-    for ``union`` different experts (None: those of one).
+    for ``union`` different experts (None: those of one). ``stock`` and ``stock_on_gpu``: transformers' own modules
+    compute attention and routing.
     """
 
     dense: int
@@ -81,10 +82,11 @@ class Workload:
     sequences: int = 1
     union: float | None = None
     stock: bool = False
+    stock_on_gpu: bool = False
 
     def layer_s(self, *, on_gpu: bool) -> float:
         """Seconds of a layer that are not bytes or arithmetic."""
-        return layer_s(on_gpu=on_gpu, stock=self.stock)
+        return layer_s(on_gpu=on_gpu, stock=self.stock_on_gpu if on_gpu else self.stock)
 
     @property
     def requests(self) -> int:

@@ -108,7 +108,7 @@ class Footprint:
     @property
     def kv_cache(self) -> int:
         """Bytes of the KV cache with the full context of every sequence, in whole pages."""
-        if not self.shape.is_native:
+        if not self.shape.keeps_pages:
             return self.sequences * self.kv_at(self.context)
         per_page = KV_PAGE_TOKENS * 2 * self.shape.num_kv_heads * self.shape.head_dim
         return int(self.sequences * self.shape.kv_pages(self.context) * per_page * self._kv_bytes_per_value)
@@ -148,7 +148,7 @@ class Footprint:
         attention reads them."""
         shape = self.shape
         width, kv_heads = shape.head_dim, shape.num_kv_heads
-        if not on_gpu and shape.is_native and self.schemes.get("experts", BF16).kind != "nf4":
+        if not on_gpu and shape.layers_on_cpu and self.schemes.get("experts", BF16).kind != "nf4":
             group = shape.num_heads // kv_heads
             heads = min(group, _ATTENTION_ROWS)
             tokens = _ATTENTION_ROWS // heads
@@ -202,7 +202,8 @@ class Footprint:
             resident=resident,
             head=roles.get("lm_head", 0) or roles.get("embeddings", 0),
             nf4=experts.kind == "nf4",
-            stock=not shape.is_native,
+            stock=not shape.layers_on_cpu,
+            stock_on_gpu=not shape.is_native,
         )
 
 

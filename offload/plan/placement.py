@@ -58,6 +58,12 @@ class Fitter:
         """The tier of all that every token reads."""
         return "vram" if self.on_gpu else "ram"
 
+    @property
+    def grows_to(self) -> int:
+        """See ModelShape; where transformers computes attention beside a GPU, no longer than asked."""
+        shape = self.footprint.shape
+        return shape.grows_to if shape.is_native or not self.on_gpu else 0
+
     def fit(self, budget: Budget) -> Fit:
         """The placement. Raises BudgetError with the numbers and the nearest thing that fits."""
         chunk = self.prompt_chunk or self._chunk(budget)

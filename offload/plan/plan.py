@@ -197,7 +197,7 @@ def make_plan(
         filled=min(filled, least),
         cold=cold,
     )
-    chosen = planner if context else planner.with_context(planner.longest(budget, shape.grows_to))
+    chosen = planner if context else planner.with_context(planner.longest(budget, fitter.grows_to))
     plan = chosen.plan(budget)
     vram_seeds = planner.locality.hottest(shape.moe_layers, plan.vram_slots - plan.vram_reserve)
     return replace(
@@ -215,7 +215,7 @@ def make_plan(
             *unread(schemes, machine),
         ),
         context_asked=context is not None,
-        context_limit=max(shape.grows_to, shape.context()),
+        context_limit=max(fitter.grows_to, shape.context()),
         contexts=planner.contexts(budget, plan.context) if curve else (),
     )
 
@@ -268,7 +268,7 @@ class _Planner:
     def contexts(self, budget: Budget, chosen: int) -> tuple[ContextPrediction, ...]:
         """What contexts beside ``chosen`` cost, as far as they fit."""
         found = []
-        for context in curve_of(chosen, self.fitter.footprint.shape.grows_to):
+        for context in curve_of(chosen, self.fitter.grows_to):
             planner = self.with_context(context)
             if planner.fitter.fits(budget):
                 fit = planner.fitter.fit(budget)

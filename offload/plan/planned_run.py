@@ -15,6 +15,7 @@ from offload.plan.cost_model import with_prefetch_bytes
 from offload.plan.plan import Plan, make_plan
 from offload.records import RunOptions
 from quant.architecture.shape import shape_of
+from quant.checkpoint.config_groups import check_groups, in_fitting_groups
 from quant.checkpoint.headers import CheckpointHeaders
 from quant.checkpoint.inventory import open_headers, schemes_of_tensors, wider_bytes
 from quant.checkpoint.stored import stored_schemes
@@ -79,7 +80,8 @@ def planned_model(
 
     A quantized model that runs stays as it is under a recipe, which gives a run its defaults, as in every command.
     Of a directory with weights the headers are read, and what a run (of a source: a conversion) would refuse is
-    refused. Of a Hub id only the config is fetched. Raises CheckpointError, UsageError and RecipeError.
+    refused. Of a Hub id only the config is fetched. Raises CheckpointError, UsageError, RecipeError, and
+    SchemeError for groups that do not divide what they are asked for.
     """
     name = str(model)
     config = resolve_config(name)
@@ -89,6 +91,7 @@ def planned_model(
     if schemes or (named is not None and not _runs_quantized(config, shape)):
         origin = f"recipe {named.name}" if named else "by hand"
         over = {**(named.schemes if named else {}), **(schemes or {})}
+        check_groups(shape, over)
         if not has_files:
             return PlannedModel(shape, over, origin, named)
         source = _source(Path(name), config)
@@ -104,7 +107,9 @@ def planned_model(
     if stored is not None:
         return PlannedModel(shape, stored, _under(named), named)
     default = load_recipe(name if name in shape_names() and name in recipe_names() else _DEFAULT_RECIPE)
-    return PlannedModel(shape, default.schemes, f"recipe {default.name}", default)
+    fitting = in_fitting_groups(shape, default.schemes)  # nobody asked for its groups
+    origin = f"recipe {default.name}" + (", in smaller groups" if fitting != default.schemes else "")
+    return PlannedModel(shape, fitting, origin, default)
 
 
 def _under(recipe: Recipe | None) -> str:
@@ -167,13 +172,13 @@ def planned_run(
     """
     subject = model if isinstance(model, PlannedModel) else planned_model(model, recipe)
     asked, shape = options or RunOptions(), subject.shape
-    if not shape.is_native and asked.kv is None and subject.recipe is not None:
+    if not shape.keeps_pages and asked.kv is None and subject.recipe is not None:
         asked = replace(asked, kv="bf16")  # a recipe's int8 is a wish, and this family's own attention has none
     options = asked.over(subject.recipe)
-    if not shape.is_native and options.kv == "int8":
+    if not shape.keeps_pages and options.kv == "int8":
         raise UsageError(
-            f"--kv int8 is for families whose attention is computed here: a {shape.family.name} model keeps what its "
-            "own attention keeps, in the dtype of the activations; leave it out"
+            "--kv int8 is for families whose attention keeps keys and values of every token and nothing else: a "
+            f"{shape.family.name} model's keeps something else, in the dtype of the activations; leave it out"
         )
     routing = None
     if options.routing is not None:
@@ -198,7 +203,7 @@ def planned_run(
         filled=prompt or 512,
         images=options.images and shape.reads_images,
         wider=subject.wider,
-        sequences=options.sequences if _on_cpu(options, machine) and shape.is_native else 1,
+        sequences=options.sequences if _on_cpu(options, machine) and shape.keeps_pages else 1,
         curve=curve,
         cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
     )
@@ -211,7 +216,7 @@ def planned_run(
 
 def _kv_bits(options: RunOptions, shape: ModelShape, machine: Machine) -> int:
     if options.exact or (
-        _on_cpu(options, machine) and not shape.is_native
+        _on_cpu(options, machine) and not shape.keeps_pages
     ):  # transformers' caches are of the activations' dtype
         return 32
     return 8 if options.kv == "int8" else 16

@@ -96,9 +96,7 @@ class Session:
         storage = STORAGES[self.plan.kv_bits]
         kv = cache_of(self.shape, self.model.config, self.context, storage)
         self.kv_pool = PagePool(self.shape, self.context, storage, device, dtype, self.plan.kv_sequences)
-        self.decoder, notes = select_decoder(
-            self.model, self.plan, self.experts, kv, self.routing, compute, device, graph=self.options.graph
-        )
+        self.decoder, notes = select_decoder(self.model, self.plan, runner, kv, device, graph=self.options.graph)
         self.kernel = self.decoder.name
         said = [*self.reader.notes, *(store.notes if self.reader.direct else ())]
         self.notes = [*said, *(self.vram.allowance.notes if self.vram is not None else ()), *notes]

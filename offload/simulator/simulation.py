@@ -128,7 +128,7 @@ class Simulation:
         trace counts them, seed the placement), or by the plan's hit rates without one."""
         steps = self.steps(tokens, trace, counts, policy)
         work = Work.of(self.footprint, self.plan.filled)
-        rates = Rates.of(self.machine, nf4=work.nf4, stock=work.stock)
+        rates = Rates.of(self.machine, nf4=work.nf4, stock=work.stock, stock_on_gpu=work.stock_on_gpu)
         engine = EventEngine(rates.table())
         decoder = SimulatedDecode(engine, work, rates, self.part, AHEAD)
         warmup = min(_WARMUP, len(steps) - 1)
@@ -175,7 +175,7 @@ class Simulation:
         """A prompt of ``tokens``, by default as many as the plan predicts for."""
         plan, tokens = self.plan, tokens or self.plan.filled
         work, found = Work.of(self.footprint, tokens), self._scan_shares()
-        rates = Rates.of(self.machine, nf4=work.nf4, stock=work.stock)
+        rates = Rates.of(self.machine, nf4=work.nf4, stock=work.stock, stock_on_gpu=work.stock_on_gpu)
         engine = EventEngine(rates.table(), watching=True)
         prompt = Prompt(engine, work, rates, found, _WINDOW)
         meter = _Meter(engine)

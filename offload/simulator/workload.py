@@ -43,6 +43,7 @@ class Work:
     attention_width: int
     nf4: bool
     stock: bool = False
+    stock_on_gpu: bool = False
 
     @classmethod
     def of(cls, footprint: Footprint, filled: int) -> "Work":
@@ -92,7 +93,8 @@ class Work:
             top_k=shape.top_k,
             attention_width=shape.num_heads * shape.head_dim,
             nf4=schemes.get("experts", BF16).kind == "nf4",
-            stock=not shape.is_native,
+            stock=not shape.layers_on_cpu,
+            stock_on_gpu=not shape.is_native,
         )
 
     @property
@@ -126,8 +128,9 @@ class Rates:
     cached: float = 0.0
 
     @classmethod
-    def of(cls, machine: Machine, *, nf4: bool = False, stock: bool = False) -> "Rates":
-        """Of ``machine``; ``stock`` where transformers' own modules compute what is not an expert."""
+    def of(cls, machine: Machine, *, nf4: bool = False, stock: bool = False, stock_on_gpu: bool = False) -> "Rates":
+        """Of ``machine``; ``stock`` where transformers' own modules compute what is not an expert, on the CPU or beside
+        a GPU."""
         rates = cls(
             dimm=machine.ram_gb_s * 1e9 * cost.OF_RAM,
             cpu=machine.ram_gb_s * 1e9 * cost.OF_RAM,
@@ -143,7 +146,7 @@ class Rates:
         return replace(
             rates,
             dimm=cost.dimm_rate(machine),
-            layer=cost.layer_s(on_gpu=True, stock=stock),
+            layer=cost.layer_s(on_gpu=True, stock=stock_on_gpu),
             step=cost.GPU_STEP_S,
             ring=cost.BELL_S,
             vram=gpu.vram_gb_s * 1e9 * cost.OF_VRAM,

@@ -7,9 +7,10 @@ from typing import Any
 from quant.architecture.checkpoint_names import Place
 from quant.architecture.structure import Structure, structure_of
 from quant.errors import CheckpointError
-from quant.model.families import PROJECTIONS, Family, Projection, Role, TensorName
+from quant.model.families import CPU_LAYERS, PROJECTIONS, Family, Projection, Role, TensorName
 from quant.model.shape import ModelShape
 from quant.model.tensors import FusedForm, LinearSpec, TensorSpec
+from quant.sizes import KV_PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,24 @@ class GeneralShape(ModelShape):
             tie_word_embeddings=found.tied,
             max_position_embeddings=int(getattr(text, "max_position_embeddings", None) or 0),
             vision_weights=sum(tensor.elements for tensor in found.vision),
+            grows_to=_grows_to(kind, text),
             structure=found,
         )
 
     @property
     def is_native(self) -> bool:
         return False
+
+    @property
+    def layers_on_cpu(self) -> bool:
+        return self.model_type in CPU_LAYERS
+
+    @property
+    def keeps_pages(self) -> bool:
+        caches = self.structure.step.caches
+        alike = {(cache.heads, cache.width, cache.state) for cache in caches} == {(self.num_kv_heads, self.head_dim, 0)}
+        # Pages of tokens that a window has left are kept, which transformers' cache of the family does without.
+        return alike and (self.layers_on_cpu or not any(cache.window for cache in caches))
 
     @property
     def expert_bias(self) -> bool:
@@ -92,6 +105,9 @@ class GeneralShape(ModelShape):
         for layer, cache in enumerate(self.structure.step.caches):
             tokens = min(context, cache.window) if cache.window else context
             yield layer, tokens if cache.per_token else 0
+
+    def kv_pages(self, context: int) -> int:
+        return self.num_layers * -(-context // KV_PAGE_TOKENS)
 
     def kv_nbytes(self, context: int, bytes_per_value: float = 2) -> int:
         caches = self.structure.step.caches
@@ -160,3 +176,10 @@ class GeneralShape(ModelShape):
 
     def is_ignored(self, key: str) -> bool:
         return any(pattern.search(key) for pattern in self.structure.ignored)
+
+
+def _grows_to(kind: str, text: Any) -> int:
+    """See ModelShape: of a family whose attention is computed here, unless its RoPE changes within a text."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    changes = rope.get("rope_type", "default") in ("dynamic", "longrope")
+    return 0 if changes or kind not in CPU_LAYERS else int(getattr(text, "max_position_embeddings", None) or 0)

@@ -20,11 +20,13 @@ _TOKENS = 3
 @dataclass(frozen=True)
 class LayerCache:
     """What one layer keeps: ``per_token`` values of each token, of the last ``window`` only (0: of all), and
-    ``state`` values however long the text is."""
+    ``state`` values however long the text is. ``heads`` of ``width`` where that is keys and as many values, else 0."""
 
     per_token: int
     window: int
     state: int
+    heads: int = 0
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,15 @@ def watch_step(model: Any, experts: list[str]) -> MetaStep:
 
 
 def _layer_cache(layer: Any) -> LayerCache:
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     tokens = 0 if keys is None else sum(t.numel() for t in (keys, values) if t is not None)
     indexer = getattr(layer, "indexer_keys", None)
+    heads = width = 0
+    plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and indexer is None
+    if plain and keys is not None and values is not None and keys.shape == values.shape:
+        _, heads, _, width = keys.shape
     tokens += 0 if indexer is None else indexer.numel()
     states = 0
     for name in ("conv_states", "recurrent_states"):
@@ -103,4 +111,4 @@ def _layer_cache(layer: Any) -> LayerCache:
         for tensor in held.values() if isinstance(held, dict) else held or ():
             states += 0 if tensor is None else tensor.numel()
     window = int(getattr(layer, "sliding_window", 0) or 0)
-    return LayerCache(tokens // (_TOKENS + 1), window, states)
+    return LayerCache(tokens // (_TOKENS + 1), window, states, heads, width)

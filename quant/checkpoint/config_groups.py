@@ -11,6 +11,7 @@ dense modules' group where it dequantizes while loading.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from quant.checkpoint.targets import mixed_targets
@@ -18,7 +19,7 @@ from quant.errors import RecipeError
 from quant.model.families import QUANTIZABLE, ROLE_NAMES, Family, Role
 from quant.model.mixed_precision import MixedPrecision, scheme_of
 from quant.model.shape import ModelShape
-from quant.scheme import BF16, Scheme
+from quant.scheme import BF16, GROUP_SIZES, Scheme
 
 _LAYER = re.compile(r"^.*?layers\.\d+\.(.+)$")
 _EXPERTS = r"re:.*\.experts(\..+)?$"
@@ -47,9 +48,7 @@ def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str
             "loaders; "
             "choose nf4 for all of them or for none"
         )
-    one = shape.expert_linears(shape.moe_layers[0], 0) if shape.moe_layers else ()
-    for linear in shape.linears() if isinstance(schemes, MixedPrecision) else (*shape.dense_linears(), *one):
-        scheme_of(schemes, linear).check(linear.module, linear.out_features, linear.in_features)
+    check_groups(shape, schemes)
     notes = []
     if isinstance(schemes, MixedPrecision):
         _check_fusable(shape, schemes)
@@ -65,6 +64,28 @@ def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str
     if shape.tie_word_embeddings and schemes.get("lm_head", BF16) != BF16:
         notes.append("lm_head is tied to the embeddings, which are kept as they are: its scheme is not used")
     return notes
+
+
+def check_groups(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> None:
+    """Raise SchemeError if a scheme does not fit a Linear, naming it and the groups that do."""
+    one = shape.expert_linears(shape.moe_layers[0], 0) if shape.moe_layers else ()
+    for linear in shape.linears() if isinstance(schemes, MixedPrecision) else (*shape.dense_linears(), *one):
+        scheme_of(schemes, linear).check(linear.module, linear.out_features, linear.in_features)
+
+
+def in_fitting_groups(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> dict[Role, Scheme]:
+    """``schemes`` with the largest groups, no larger than theirs, that divide every Linear of a role; bf16 where none
+    does."""
+    return {role: _in_fitting_groups(shape, role, scheme) for role, scheme in schemes.items()}
+
+
+def _in_fitting_groups(shape: ModelShape, role: Role, scheme: Scheme) -> Scheme:
+    one = shape.expert_linears(shape.moe_layers[0], 0) if shape.moe_layers else ()
+    widths = {linear.in_features for linear in (*shape.dense_linears(), *one) if linear.role == role}
+    sizes = [size for size in GROUP_SIZES if size <= scheme.group_size and not any(width % size for width in widths)]
+    if not scheme.is_packed:
+        return scheme
+    return replace(scheme, group_size=max(sizes)) if sizes else BF16
 
 
 def _unlike_experts(shape: ModelShape, mixture: MixedPrecision) -> list[str]:

@@ -27,7 +27,7 @@ QkNorm = Literal["none", "per_head", "full_width"]
 ROPES: dict[RopeKind, int] = {"none": 0, "interleaved": 1, "halves": 2}
 QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "full_width": 2}
 _STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_VECTORS = ("norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias")
+_VECTORS = ("norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias", "sinks")
 MAX_HEAD_DIM = 256
 
 
@@ -143,7 +143,7 @@ class CAttention(ctypes.Structure):
         (F32, "qk_eps scaling temperature_floor temperature_scale"),
         (I64, "chunk window"),
         (CWeight, "q k v o"),
-        (Pointer, "q_bias k_bias v_bias o_bias"),
+        (Pointer, "q_bias k_bias v_bias o_bias sinks"),
     )
 
 
@@ -151,7 +151,8 @@ class Attention:
     """One layer's attention block on weights that lie anywhere.
 
     With ``norm`` (RMSNorm weight ``[H]``) it computes x + attention(norm(x)), else attention(x). ``q_norm``
-    and ``k_norm`` are ``[d]`` (per head) or full width; ``biases`` f32 of q, k, v and o, each optional.
+    and ``k_norm`` are ``[d]`` (per head) or full width; ``biases`` f32 of q, k, v and o, each optional. ``sinks``
+    ``[h]`` are scores that take part in each head's softmax and have no value (gpt-oss).
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class Attention:
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None),
+        sinks: Tensor | None = None,
     ) -> None:
         self.shape, self.weights = shape, (q_proj, k_proj, v_proj, o_proj)
         self.hidden = q_proj.in_features
@@ -174,10 +176,10 @@ class Attention:
         if found != expected:
             raise SchemeError(f"projections are {found}: expected {expected}")
         norms = {"none": (0, 0), "per_head": (shape.head_dim, shape.head_dim), "full_width": (q_width, kv_width)}
-        wanted = (self.hidden, *norms[shape.qk_norm], q_width, kv_width, kv_width, self.hidden)
-        vectors = [None if v is None else v.float().contiguous() for v in (norm, q_norm, k_norm, *biases)]
+        wanted = (self.hidden, *norms[shape.qk_norm], q_width, kv_width, kv_width, self.hidden, shape.heads)
+        vectors = [None if v is None else v.float().contiguous() for v in (norm, q_norm, k_norm, *biases, sinks)]
         if any(v is not None and v.numel() != size for v, size in zip(vectors, wanted, strict=True)):
-            raise SchemeError(f"norms or biases do not fit: expected sizes {wanted}")
+            raise SchemeError(f"norms, biases or sinks do not fit: expected sizes {wanted}")
         if shape.qk_norm != "none" and (vectors[1] is None or vectors[2] is None):
             raise SchemeError("a q and k norm without weights: expected q_norm and k_norm")
         self._vectors = dict(zip(_VECTORS, vectors, strict=True))  # kept alive for the native block

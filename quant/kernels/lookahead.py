@@ -39,22 +39,29 @@ class CLookahead(ctypes.Structure):
         (CWeight, "routers"),
         (I32, "layers experts top_k depth bins slots"),
         (F32, "trust memory"),
-        (Pointer, "edges right guesses counts"),
+        (Pointer, "edges right guesses counts bias"),
     )
 
 
 class Lookahead:
-    """Guesses for a model's MoE layers, numbered from 0; ``routers`` ``[E, H]`` and ``norms`` ``[H]``, one of
-    each per layer, for steps of up to ``rows`` tokens.
+    """Guesses for a model's MoE layers, numbered from 0; ``routers`` ``[E, H]``, ``norms`` ``[H]`` and, where routers
+    have them, ``biases`` ``[E]``, one of each per layer, for steps of up to ``rows`` tokens.
 
     ``right`` f32 ``[4, DEPTH, bins]`` is how often guesses were right, by what they were made from, how many
     layers ahead (less one), and margin.
     """
 
-    def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], top_k: int, rows: int = 1) -> None:
+    def __init__(
+        self,
+        routers: Sequence[Tensor],
+        norms: Sequence[Tensor],
+        top_k: int,
+        rows: int = 1,
+        biases: Sequence[Tensor] = (),
+    ) -> None:
         self.layers, self.experts, self.top_k = len(routers), routers[0].shape[0], top_k
-        # A token's norm is one positive factor on all logits of a layer: it does not change which are
-        # largest.
+        # A token's norm is one positive factor on all logits of a layer: without biases it does not change which
+        # are largest.
         weighted = [router.float() * norm.float() for router, norm in zip(routers, norms, strict=True)]
         self._routers = torch.cat(weighted)  # [L · E, H]
         self._edges = torch.tensor(_MARGINS)
@@ -62,7 +69,10 @@ class Lookahead:
         slots = rows * (2 * DEPTH + 2)  # two guesses by each of the layers before, two from embeddings
         self._guesses = torch.zeros(self.layers, slots, 2 + top_k, dtype=torch.int32)
         self._counts = torch.zeros(self.layers, dtype=torch.int32)
-        tensors = addresses(edges=self._edges, right=self.right, guesses=self._guesses, counts=self._counts)
+        self._bias = torch.cat([bias.float() for bias in biases]) if biases else None  # [L · E]
+        tensors = addresses(
+            bias=self._bias, edges=self._edges, right=self.right, guesses=self._guesses, counts=self._counts
+        )
         self.native = CLookahead(depth=DEPTH, bins=len(_MARGINS) + 1, trust=TRUST, memory=_MEMORY, **tensors)
         self.native.routers, self.native.slots = Weight.from_tensors("f32", self._routers).native, slots
         self.native.layers, self.native.experts, self.native.top_k = self.layers, self.experts, top_k
@@ -90,6 +100,9 @@ class Lookahead:
             return []
         rows = self._routers[(here + 1) * self.experts : (here + 2) * self.experts]
         logits = linear(x, Weight.from_tensors("f32", rows)).numpy()
+        if self._bias is not None:
+            bias = self._bias[(here + 1) * self.experts : (here + 2) * self.experts]
+            logits = logits / x.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-10).numpy() + bias.numpy()
         chosen = np.argpartition(-logits, self.top_k - 1, -1)[:, : self.top_k]
         wanted = np.bincount(chosen.ravel(), minlength=self.experts)
         order = np.argsort(-wanted, kind="stable").tolist()

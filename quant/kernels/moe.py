@@ -23,19 +23,23 @@ from quant.kernels.library import F32, I32, I64, Pointer, addresses, call, field
 from quant.kernels.product import linear
 from quant.kernels.rows import float_rows, output_rows
 from quant.kernels.swiglu import SILU, SwiGlu
-from quant.kernels.weight import CWeight, Weight
+from quant.kernels.weight import CODES, CWeight, Weight
 
 RouterKind = Literal["sigmoid_input", "softmax", "softmax_normalized"]
 ROUTERS: dict[RouterKind, int] = {"sigmoid_input": 0, "softmax": 1, "softmax_normalized": 2}
-_ENTRY = 10  # per expert: six addresses, three forms, the state
-_STATE = 9
+_ENTRY = 14  # per expert: six addresses of weights, three of biases, three forms, the biases' kind, the state
+_STATE = 13
+_BIAS_KINDS = {torch.float32: CODES["f32"], torch.bfloat16: CODES["bf16"]}
 READY, COMING, ABSENT, FAILED = 1, 2, 0, 3
 
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """down_proj(join(gate_proj(x), up_proj(x))): H → I → H; ``join`` is silu(g) · u by default. ``biases``, f32 ``[I]``
-    twice and ``[H]``, are added to what the three weights give. Raises SchemeError if shapes do not chain."""
+    """down_proj(join(gate_proj(x), up_proj(x))): H → I → H; ``join`` is silu(g) · u by default.
+
+    ``biases``, ``[I]`` twice and ``[H]``, all f32 or all bf16, are added to what the three weights give. Raises
+    SchemeError if shapes do not chain.
+    """
 
     gate_proj: Weight
     up_proj: Weight
@@ -52,8 +56,10 @@ class GatedMlp:
                 f"{(down.out_features, down.in_features)} do not chain: expected [I, H], [I, H], [H, I]"
             )
         for bias, weight in zip(self.biases or (), self.weights, strict=False):
-            if bias.shape != (weight.out_features,) or bias.dtype != torch.float32 or not bias.is_contiguous():
-                raise SchemeError(f"a bias {tuple(bias.shape)} {bias.dtype}: expected f32 [{weight.out_features}]")
+            if bias.shape != (weight.out_features,) or not reads_bias(bias) or bias.dtype != self.biases[0].dtype:  # type: ignore[index]
+                raise SchemeError(
+                    f"a bias {tuple(bias.shape)} {bias.dtype}: expected [{weight.out_features}], all f32 or all bf16"
+                )
 
     @property
     def weights(self) -> tuple[Weight, Weight, Weight]:
@@ -77,15 +83,31 @@ class GatedMlp:
 
     @cached_property
     def entry(self) -> list[int]:
-        """A row of ``MoeBlock.table`` but for its state: the addresses, and how each weight is packed."""
-        return [*self.pointers, *(n.kind | n.group << 32 for n in self.native)]
+        """A row of ``MoeBlock.table`` but for its state: the addresses, and how weights and biases are stored."""
+        forms = (n.kind | n.group << 32 for n in self.native)
+        return [*self.pointers, *self.bias_pointers, *forms, self.bias_kind]
+
+    @property
+    def bias_pointers(self) -> list[int]:
+        """Addresses of the biases of gate_proj, up_proj and down_proj, 0 for none."""
+        return [0, 0, 0] if self.biases is None else [bias.data_ptr() for bias in self.biases]
+
+    @property
+    def bias_kind(self) -> int:
+        """What the biases are stored in, as the native code numbers it."""
+        return _BIAS_KINDS[torch.float32 if self.biases is None else self.biases[0].dtype]
+
+
+def reads_bias(bias: Tensor) -> bool:
+    """Whether the native kernels read ``bias`` where it lies."""
+    return bias.dtype in _BIAS_KINDS and bias.is_contiguous()
 
 
 class _CJob(ctypes.Structure):
     _fields_ = fields(
         (CWeight, "gate up down"), (Pointer, "tokens"), (I64, "count"), (Pointer, "in_scale out_weight out_rows")
     )
-    _fields_ += fields((Pointer, "gate_bias up_bias down_bias"), (F32, "alpha limit offset"))
+    _fields_ += fields((Pointer, "gate_bias up_bias down_bias"), (I32, "bias_kind"), (F32, "alpha limit offset"))
 
 
 @dataclass(frozen=True)
@@ -134,7 +156,7 @@ def _job(job: Job, x: Tensor, kept: list[Tensor], rows: int) -> _CJob:
     elif rows != x.shape[0]:
         raise SchemeError(f"out has {rows} rows for {x.shape[0]} tokens: expected jobs that say which are theirs")
     expert, join = job.expert, job.expert.join
-    biases = (None, None, None) if expert.biases is None else tuple(bias.data_ptr() for bias in expert.biases)
+    biases = (*(pointer or None for pointer in expert.bias_pointers), expert.bias_kind)
     place = None if tokens is None else tokens.data_ptr()
     into = None if places is None else places.data_ptr()
     return _CJob(*expert.native, place, count, *factors, into, *biases, join.alpha, join.limit, join.offset)
@@ -164,8 +186,11 @@ class CMoeBlock(ctypes.Structure):
         (Pointer, "norm"),
         (F32, "eps"),
         (I32, "router_kind experts top_k"),
-        (CWeight, "router gate up down"),
+        (CWeight, "router"),
+        (Pointer, "router_bias"),
+        (CWeight, "gate up down"),
         (Pointer, "table"),
+        (F32, "alpha limit offset"),
         (I32, "shared"),
         (CWeight, "shared_gate shared_up shared_down shared_router"),
     )
@@ -196,9 +221,10 @@ class MoeBlock:
     ``router`` is a plain weight ``[E, H]``. ``router_kind``: ``sigmoid_input`` (Llama 4: sigmoid of the logit
     scales the expert's input), ``softmax`` (over all experts, weighs outputs) or ``softmax_normalized`` (over
     the chosen). ``shared`` runs on every token, weighed by sigmoid(``shared_router``) if given. With ``norm``
-    (RMSNorm weight ``[H]``) the block computes x + moe(norm(x)), else moe(x).
+    (RMSNorm weight ``[H]``) the block computes x + moe(norm(x)), else moe(x). ``router_bias`` ``[E]`` is added to the
+    logits; ``join`` joins gate and up of the routed experts.
 
-    ``table`` int64 ``[E, 10]`` holds where each expert is and whether its bytes are there; ``set_expert`` and
+    ``table`` int64 ``[E, 14]`` holds where each expert is and whether its bytes are there; ``set_expert`` and
     ``clear_expert`` fill it and hold on to the weights.
     """
 
@@ -211,6 +237,8 @@ class MoeBlock:
         shared_router: Weight | None = None,
         norm: Tensor | None = None,
         eps: float = 1e-5,
+        router_bias: Tensor | None = None,
+        join: SwiGlu = SILU,
     ) -> None:
         if router.kind not in ("bf16", "f32"):
             raise SchemeError(f"a router in {router.kind}: expected bf16 or f32")
@@ -219,6 +247,10 @@ class MoeBlock:
         self.router, self.top_k, self.router_kind = router, top_k, router_kind
         self.shared, self.shared_router = shared, shared_router
         self.norm = None if norm is None else norm.float().contiguous()
+        self.router_bias = None if router_bias is None else router_bias.float().contiguous()
+        if self.router_bias is not None and self.router_bias.shape != (router.out_features,):
+            raise SchemeError(f"a router bias {tuple(self.router_bias.shape)}: expected [{router.out_features}]")
+        self.join = join
         self.table = torch.zeros(router.out_features, _ENTRY, dtype=torch.int64)
         self._rows: npt.NDArray[np.int64] = self.table.numpy()
         self._resident: dict[int, GatedMlp] = {}
@@ -228,7 +260,9 @@ class MoeBlock:
             raise SchemeError(f"router, norm and shared expert disagree about the hidden size {hidden}")
         block = CMoeBlock(eps=eps, router_kind=ROUTERS[router_kind], experts=router.out_features, top_k=top_k)
         block.norm = None if self.norm is None else self.norm.data_ptr()
+        block.router_bias = None if self.router_bias is None else self.router_bias.data_ptr()
         block.router, block.table = router.native, self.table.data_ptr()
+        block.alpha, block.limit, block.offset = join.alpha, join.limit, join.offset
         if shared is not None:
             block.shared = 1
             block.shared_gate, block.shared_up, block.shared_down = shared.native
@@ -251,6 +285,8 @@ class MoeBlock:
             self.native.gate, self.native.up, self.native.down = weights.native
         if weights.shapes != self._shapes:
             raise SchemeError(f"expert {expert} is of shapes {weights.shapes}: expected {self._shapes} as the others")
+        if weights.join != self.join:
+            raise SchemeError(f"expert {expert} joins gate and up by {weights.join}: expected {self.join}")
         self._resident[expert] = weights
         self._rows[expert, :_STATE] = weights.entry
         self.publish(expert, READY if ready else COMING)

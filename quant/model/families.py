@@ -87,6 +87,9 @@ QWEN3_MOE = Family(name="qwen3_moe", model_types=("qwen3_moe",), block="mlp", ru
 OLMOE = Family(name="olmoe", model_types=("olmoe",), block="mlp", runtime_block="mlp", router="gate")
 FAMILIES: tuple[Family, ...] = (LLAMA4, MIXTRAL, QWEN3_MOE, OLMOE)
 
+# Families without a table whose layers the CPU's kernels compute whole, all read off transformers' modules.
+CPU_LAYERS: tuple[str, ...] = ("gpt_oss",)
+
 
 def is_tabled(model_type: object) -> bool:
     """Whether the names and numbers of ``model_type`` are in the tables here."""

@@ -92,7 +92,17 @@ class ModelShape:
 
     @property
     def is_native(self) -> bool:
-        """Whether the kernels for whole layers know the family: attention, router and shared expert as well."""
+        """Whether our tables name the family's parts: the kernels then compute whole layers, on any device."""
+        return True
+
+    @property
+    def layers_on_cpu(self) -> bool:
+        """Whether the CPU's kernels compute whole layers: attention, router and shared expert as well."""
+        return True
+
+    @property
+    def keeps_pages(self) -> bool:
+        """Whether attention keeps keys and values and nothing else, every layer alike: then in pages of our own."""
         return True
 
     @property
@@ -152,9 +162,13 @@ class ModelShape:
         return FusedForm(base, self.family.fused_transposed, False, False)
 
     def expert_nbytes(self, scheme: Scheme) -> int:
-        """Bytes of one routed expert's three projections under ``scheme``."""
+        """Bytes of one routed expert's three projections under ``scheme``, and of their biases in bf16."""
         up = scheme.nbytes(self.expert_intermediate, self.hidden_size)
-        return 2 * up + scheme.nbytes(self.hidden_size, self.expert_intermediate)
+        return 2 * up + scheme.nbytes(self.hidden_size, self.expert_intermediate) + self._bias_nbytes
+
+    @property
+    def _bias_nbytes(self) -> int:
+        return 2 * (2 * self.expert_intermediate + self.hidden_size) if self.expert_bias else 0
 
     def experts_nbytes(self, schemes: Mapping[Role, Scheme]) -> int:
         """Bytes of all routed experts."""
@@ -174,7 +188,9 @@ class ModelShape:
         for layer in self.moe_layers:
             for expert in range(self.num_experts):
                 linears = self.expert_linears(layer, expert)
-                yield sum(scheme_of(schemes, x).nbytes(x.out_features, x.in_features) for x in linears)
+                yield self._bias_nbytes + sum(
+                    scheme_of(schemes, x).nbytes(x.out_features, x.in_features) for x in linears
+                )
 
     def context(self, asked: int | None = None) -> int:
         """Tokens that a run plans for at least: those asked for, else 4,096 or all that the model was made for."""
@@ -282,9 +298,9 @@ def _of_record(family: Family, model_type: str, text: TextConfig, vision: Vision
     chunked: tuple[int, ...] = ()
     chunk = 0
     if isinstance(text, Llama4Text):
-        moe_layers = _llama4_moe_layers(text)
+        moe_layers = text.routed_layers
         shared, dense = inter, text.intermediate_size_mlp
-        chunked, chunk = _llama4_chunked_layers(text), text.attention_chunk_size
+        chunked, chunk = text.chunked_layers, text.attention_chunk_size
     elif isinstance(text, Qwen3MoeText):
         plain = set(text.mlp_only_layers or ())
         moe_layers = tuple(i for i in range(layers) if i not in plain and (i + 1) % text.decoder_sparse_step == 0)
@@ -329,18 +345,3 @@ def _of_record(family: Family, model_type: str, text: TextConfig, vision: Vision
         vision_tower=vision,
         grows_to=text.grows_to,
     )
-
-
-def _llama4_moe_layers(text: Llama4Text) -> tuple[int, ...]:
-    if text.moe_layers is not None:
-        return tuple(sorted(set(text.moe_layers)))
-    step = text.interleave_moe_layer_step
-    return tuple(range(step - 1, text.num_hidden_layers, step))
-
-
-def _llama4_chunked_layers(text: Llama4Text) -> tuple[int, ...]:
-    if text.layer_types is not None:
-        return tuple(i for i, kind in enumerate(text.layer_types) if kind == "chunked_attention")
-    layers = text.num_hidden_layers
-    rope = text.no_rope_layers or [int((i + 1) % text.no_rope_layer_interval != 0) for i in range(layers)]
-    return tuple(i for i, uses_rope in enumerate(rope[:layers]) if uses_rope)

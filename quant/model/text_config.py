@@ -247,6 +247,23 @@ class Llama4Text(_LocalExperts):
     def experts(self) -> int:
         return self.num_local_experts
 
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """The layers that route."""
+        if self.moe_layers is not None:
+            return tuple(sorted(set(self.moe_layers)))
+        step = self.interleave_moe_layer_step
+        return tuple(range(step - 1, self.num_hidden_layers, step))
+
+    @property
+    def chunked_layers(self) -> tuple[int, ...]:
+        """The layers that attend in chunks."""
+        if self.layer_types is not None:
+            return tuple(i for i, kind in enumerate(self.layer_types) if kind == "chunked_attention")
+        layers = self.num_hidden_layers
+        rope = self.no_rope_layers or [int((i + 1) % self.no_rope_layer_interval != 0) for i in range(layers)]
+        return tuple(i for i, uses_rope in enumerate(rope[:layers]) if uses_rope)
+
     @model_validator(mode="after")
     def _lists_fit_the_layers(self) -> "Llama4Text":
         layers = self.num_hidden_layers

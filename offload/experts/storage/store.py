@@ -21,6 +21,7 @@ from quant.checkpoint.inventory import NF4_STATE, find_weight
 from quant.checkpoint.layout import ITEMSIZE, PAGE
 from quant.checkpoint.nf4_state import check_nf4_state
 from quant.checkpoint.weight_files import TensorEntry
+from quant.kernels.moe import reads_bias
 from quant.linear import LinearWeight
 from quant.model.families import Projection
 from quant.model.tensors import LinearSpec
@@ -178,6 +179,15 @@ class ExpertStore:
         for record in (self.record(*key) for key in self.experts()[:1]):
             one = record.view(torch.empty(record.slot_bytes, dtype=torch.uint8))
             return all(w.descriptor is not None for w in (one.gate_proj, one.up_proj, one.down_proj))
+        return True
+
+    @cached_property
+    def reads_biases(self) -> bool:
+        """Whether the native kernels read the biases of experts that are stored like the first where they lie."""
+        for record in (self.record(*key) for key in self.experts()[:1]):
+            one = record.view(torch.empty(record.slot_bytes, dtype=torch.uint8))
+            three = (one.gate_proj, one.up_proj, one.down_proj)
+            return all(reads_bias(weight.tensors["bias"]) for weight in three if "bias" in weight.tensors)
         return True
 
     @cached_property

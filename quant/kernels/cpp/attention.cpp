@@ -195,10 +195,16 @@ class Units {
 
   void finish(const Unit& unit, const Part& sum, float* out) const {
     const int64_t width = step_.block.head_dim;
+    const float* sinks = step_.block.sinks;
     for (int64_t t = 0, r = 0; t < unit.tokens; ++t)
       for (int64_t h = 0; h < unit.heads; ++h, ++r) {
-        float* to = row_of(unit, t, h, out);
-        for (int64_t i = 0; i < width; ++i) to[i] = sum.out[r * width + i] / sum.total[r];
+        float *to = row_of(unit, t, h, out), total = sum.total[r], shrink = 1.0f;
+        if (sinks) {
+          const float sink = sinks[unit.head + h], top = std::max(sum.top[r], sink);
+          shrink = std::exp(sum.top[r] - top);
+          total = total * shrink + std::exp(sink - top);
+        }
+        for (int64_t i = 0; i < width; ++i) to[i] = sum.out[r * width + i] * shrink / total;
       }
   }
 

@@ -20,6 +20,7 @@ struct AttentionBlock {
   int64_t chunk, window;                       // 0: off
   Weight q, k, v, o;
   const float *q_bias, *k_bias, *v_bias, *o_bias;  // f32 or null
+  const float* sinks;  // [heads] or null: a score that takes part in the softmax and has no value (gpt-oss)
 };
 
 // New tokens of one sequence, at `position` and after: some rows of what a block computes. `pages` is the sequence's

@@ -17,6 +17,17 @@ float deviation(const float* values, int count) {
   return float(std::sqrt(squares / count));
 }
 
+// Without a bias a token's norm is one positive factor on all logits of a layer, and does not matter.
+void add_bias(const Lookahead& f, int32_t here, const float* x, int64_t rows, int64_t width, float* logits) {
+  const float* bias = f.bias + int64_t(here + 1) * f.experts;
+  for (int64_t row = 0; row < rows; ++row) {
+    double squares = 0;
+    for (int64_t i = 0; i < f.routers.k; ++i) squares += double(x[row * f.routers.k + i]) * x[row * f.routers.k + i];
+    const float factor = float(1 / std::sqrt(squares / double(f.routers.k) + 1e-20));
+    for (int64_t i = 0; i < width; ++i) logits[row * width + i] = logits[row * width + i] * factor + bias[i];
+  }
+}
+
 }  // namespace
 
 void guess(const Lookahead& f, GuessKind kind, int32_t here, const float* x, int64_t rows,
@@ -33,6 +44,7 @@ void guess(const Lookahead& f, GuessKind kind, int32_t here, const float* x, int
     Product product{ahead, x, ahead.k, rows, logits.data(), ahead.n, {}};
     multiply(&product, 1, true, scratch);
   }
+  if (f.bias) add_bias(f, here, x, rows, width, logits.data());
   const int next = std::min(f.top_k, f.experts - 1);  // the best that is not chosen; with all chosen the last one is
   std::vector<int32_t> order(static_cast<size_t>(f.experts));
   for (int distance = 0; distance < reach; ++distance) {

@@ -22,6 +22,7 @@ struct Lookahead {
   float* right;          // [kGuessKinds, D, B]: how often such guesses were right
   int32_t* guesses;      // [L, slots, 2 + k]: index into `right`, the token's row in the step, experts
   int32_t* counts;       // [L]: slots in use
+  const float* bias;     // [L * E] or null: added to the logits of the normed state
 };
 
 struct Expected {

@@ -16,6 +16,7 @@ struct Piece {
   const float* x;  // [count, K]
   int64_t ldx;
   float *gate, *up, *down;
+  const float *gate_bias, *up_bias, *down_bias;  // of the job, in f32
 
   int64_t token(int64_t i) const { return job->tokens ? job->tokens[first + i] : first + i; }
   int64_t out_row(int64_t i) const { return job->out_rows ? job->out_rows[first + i] : token(i); }
@@ -50,13 +51,23 @@ void gather(Piece& piece, const float* x, int64_t ldx, Scratch& scratch) {
 }
 
 // Biases and the numbers of a job's own, so that silu_multiply does the rest: silu(a * g) / a is g * sigmoid(a * g).
-void prepare(const Job& job, float* gate, float* up, float scale) {
+void prepare(const Piece& piece, float* gate, float* up, float scale) {
+  const Job& job = *piece.job;
   for (int64_t i = 0; i < job.gate.n; ++i) {
-    const float g = std::min(gate[i] * scale + (job.gate_bias ? job.gate_bias[i] : 0.0f), job.limit);
-    const float u = up[i] * scale + (job.up_bias ? job.up_bias[i] : 0.0f);
+    const float g = std::min(gate[i] * scale + (piece.gate_bias ? piece.gate_bias[i] : 0.0f), job.limit);
+    const float u = up[i] * scale + (piece.up_bias ? piece.up_bias[i] : 0.0f);
     gate[i] = job.alpha * g;
     up[i] = (std::max(-job.limit, std::min(u, job.limit)) + job.offset) / job.alpha;
   }
+}
+
+// `count` values of `kind`, bf16 or f32, as f32: themselves, or widened.
+const float* widened(const void* values, int32_t kind, int64_t count, Scratch& scratch) {
+  if (!values || kind == kF32) return static_cast<const float*>(values);
+  float* to = scratch.take<float>(count);
+  const uint16_t* halves = static_cast<const uint16_t*>(values);
+  for (int64_t i = 0; i < count; ++i) to[i] = bf16_to_float(halves[i]);
+  return to;
 }
 
 void run_batch(std::vector<Piece>& pieces, const float* x, int64_t ldx, float* out, int64_t ldout, bool exact) {
@@ -69,6 +80,9 @@ void run_batch(std::vector<Piece>& pieces, const float* x, int64_t ldx, float* o
     piece.gate = scratch.take<float>(piece.count * inner);
     piece.up = scratch.take<float>(piece.count * inner);
     piece.down = scratch.take<float>(piece.count * piece.job->down.n);
+    piece.gate_bias = widened(piece.job->gate_bias, piece.job->bias_kind, inner, scratch);
+    piece.up_bias = widened(piece.job->up_bias, piece.job->bias_kind, inner, scratch);
+    piece.down_bias = widened(piece.job->down_bias, piece.job->bias_kind, piece.job->down.n, scratch);
     products.push_back({piece.job->gate, piece.x, piece.ldx, piece.count, piece.gate, inner, {}});
     products.push_back({piece.job->up, piece.x, piece.ldx, piece.count, piece.up, inner, {}});
   }
@@ -89,7 +103,7 @@ void run_batch(std::vector<Piece>& pieces, const float* x, int64_t ldx, float* o
     const int64_t inner = piece->job->gate.n;
     float *gate = piece->gate + i * inner, *up = piece->up + i * inner, scale = piece->in_scale(i);
     if (!piece->job->is_silu()) {
-      prepare(*piece->job, gate, up, scale);
+      prepare(*piece, gate, up, scale);
       scale = 1.0f;
     }
     table.silu_multiply(gate, up, inner, scale);
@@ -102,9 +116,9 @@ void run_batch(std::vector<Piece>& pieces, const float* x, int64_t ldx, float* o
   each((n + step - 1) / step, int64_t(rows.size()) * n, [&](int64_t task, int) {
     const int64_t column = task * step, width = std::min(step, n - column);
     for (const auto& [piece, i] : rows) {
-      float* to = out + piece->out_row(i) * ldout + column;
-      table.add_scaled(to, piece->down + i * n + column, width, piece->out_weight(i));
-      if (piece->job->down_bias) table.add_scaled(to, piece->job->down_bias + column, width, piece->out_weight(i));
+      float* part = piece->down + i * n + column;  // whole before it is weighed, as where parts are summed later
+      if (piece->down_bias) table.add_scaled(part, piece->down_bias + column, width, 1.0f);
+      table.add_scaled(out + piece->out_row(i) * ldout + column, part, width, piece->out_weight(i));
     }
   });
 }
@@ -122,7 +136,7 @@ void run_jobs(const Job* jobs, int64_t count, const float* x, int64_t ldx, float
         batch.clear();
         rows = 0;
       }
-      batch.push_back({&jobs[j], first, take, nullptr, 0, nullptr, nullptr, nullptr});
+      batch.push_back({&jobs[j], first, take, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr});
       rows += take;
       first += take;
     }

@@ -14,7 +14,8 @@ struct Job {
   const float* in_scale;    // [count] or null: scales the expert's input, as Llama 4's router does
   const float* out_weight;  // [count] or null: scales its output, as every other router does
   const int32_t* out_rows;  // rows of out; null: as `tokens`
-  const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;  // [I], [I], [H], or null
+  const void *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;  // [I], [I], [H], or null
+  int32_t bias_kind = kF32;  // or kBf16
   float alpha = 1, limit = std::numeric_limits<float>::infinity(), offset = 0;  // what gate and up are joined by: see run_jobs
 
   bool is_silu() const { return !gate_bias && !up_bias && alpha == 1 && offset == 0 && !(limit < 1e30f); }

@@ -48,6 +48,8 @@ void route(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, c
   Scratch scratch;
   Product product{block.router, routing.normed, hidden, tokens, routing.logits, block.experts, {}};
   multiply(&product, 1, true, scratch);
+  for (int64_t t = 0; block.router_bias && t < tokens; ++t)
+    table.add_scaled(routing.logits + t * block.experts, block.router_bias, block.experts, 1.0f);
   for (int64_t t = 0; t < tokens; ++t)
     choose(block, routing.logits + t * block.experts, routing.chosen + t * block.top_k,
            routing.weights + t * block.top_k);
@@ -77,7 +79,14 @@ Job routed_job(const MoeBlock& block, int32_t expert, const int32_t* tokens, int
           count,
           scales_input ? weights : nullptr,
           scales_input ? nullptr : weights,
-          nullptr};
+          nullptr,
+          reinterpret_cast<const void*>(e.gate_bias),
+          reinterpret_cast<const void*>(e.up_bias),
+          reinterpret_cast<const void*>(e.down_bias),
+          int32_t(e.bias_kind),
+          block.alpha,
+          block.limit,
+          block.offset};
 }
 
 // The shared expert's job, if there is one; `weights` keeps the sigmoid of its own router.

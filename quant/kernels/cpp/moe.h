@@ -10,11 +10,13 @@ enum Router : int32_t { kSigmoidInput = 0, kSoftmax = 1, kSoftmaxNormalized = 2 
 
 enum ExpertState : int64_t { kAbsent = 0, kReady = 1, kComing = 2, kFailed = 3 };
 
-// One expert: the addresses of its three weights, how each is packed (kind | group << 32), and whether the bytes are
-// there. Whoever brings them writes everything else first and the state last, by `publish`.
+// One expert: the addresses of its three weights and of their biases (0: none), how each weight is packed (kind |
+// group << 32) and in what the biases are, and whether the bytes are there. Whoever brings them writes everything else
+// first and the state last, by `publish`.
 struct ExpertEntry {
   int64_t gate, gate_scale, up, up_scale, down, down_scale;
-  int64_t gate_form, up_form, down_form;
+  int64_t gate_bias, up_bias, down_bias;
+  int64_t gate_form, up_form, down_form, bias_kind;
   int64_t state;
 };
 
@@ -23,8 +25,10 @@ struct MoeBlock {
   float eps;
   int32_t router_kind, experts, top_k;
   Weight router;
+  const float* router_bias;  // [experts] or null
   Weight gate, up, down;  // the shapes that all routed experts share; the rest comes from the table
   ExpertEntry* table;     // [experts]
+  float alpha, limit, offset;    // what gate and up of a routed expert are joined by: see run_jobs
   int32_t shared;                // 1 if there is a shared expert
   Weight shared_gate, shared_up, shared_down;
   Weight shared_router;  // [1, H]: a sigmoid that weighs the shared expert's output; k = 0 for none

@@ -18,6 +18,7 @@ from offload.model.paged_cache import PagedCache
 from offload.records import RunOptions, Sampling, TokenRecord
 from offload.run.session import Session
 from quant.errors import CheckpointError
+from quant.model.families import CPU_LAYERS
 from tests import sessions
 from tests.checkpoints import FAMILIES
 from tests.drafting import Repeated, draft_by
@@ -81,7 +82,7 @@ def pages_in_use(session: Session) -> int:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *CPU_LAYERS, "glm4_moe"])  # the last by transformers' modules
 def test_random_schedules_leak_nothing_and_change_no_text(
     family: str, split: str, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +197,7 @@ def test_a_chunk_that_ended_in_an_answer_is_not_computed_again_for_the_next_prom
             opened.reset()
 
 
-@pytest.mark.parametrize("family", ["llama4", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama4", "qwen3_moe", *CPU_LAYERS])
 def test_a_long_prompt_beside_others_is_run_in_short_chunks_to_the_same_bits(
     family: str, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from quant.errors import UsageError
 from quant.model.families import Role
 from quant.scheme import Scheme
 from tests import sessions
+from tests.family_checkpoints import FAMILIES as OTHERS
 from tests.family_checkpoints import make_family
 
 SCHEMES: dict[Role, Scheme] = {"experts": Scheme("int4", 32), "attention": Scheme("int8", 32)}
@@ -31,6 +32,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunks of 320": ("llama4_text", {"attention_chunk_size": 320}),
     "chunks of 32": ("llama4_text", {}),
     "no chunks": ("qwen3_moe", {}),
+    "windows": ("gpt_oss", {"sliding_window": 160}),
+    "transformers' modules": ("glm4_moe", {}),
 }
 GREEDY = Sampling(max_tokens=6, ignore_eos=True)
 
@@ -43,7 +46,12 @@ def models(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
         if name not in made:
             family, options = MODELS[name]
             made[name] = tmp_path_factory.mktemp("kept") / "model"
-            convert(tiny(family, max_position_embeddings=CONTEXT, **options), made[name], SCHEMES)
+            options = {**options, "max_position_embeddings": CONTEXT}
+            others = family in OTHERS
+            source = (
+                make_family(family, tmp_path_factory.mktemp("source"), **options) if others else tiny(family, **options)
+            )
+            convert(source, made[name], SCHEMES)
         return made[name]
 
     return get

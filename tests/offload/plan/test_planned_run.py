@@ -21,12 +21,13 @@ from offload.simulator.simulation import Simulation
 from offload.simulator.workload import Work
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.quantize import quantize
-from quant.errors import CheckpointError, UsageError
+from quant.errors import CheckpointError, SchemeError, UsageError
+from quant.model.families import Role
 from quant.model.known_shapes import load_shape
 from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
-from tests.family_checkpoints import COMMON, FAMILIES
+from tests.family_checkpoints import COMMON, FAMILIES, make_family
 from tests.machines import GIB, RTX_4090, machine
 
 
@@ -42,7 +43,7 @@ def test_what_was_asked_wins_over_the_recipe_and_the_recipe_over_defaults() -> N
 def test_a_recipes_cache_is_left_aside_where_a_familys_own_attention_keeps_it_and_an_asked_one_is_refused(
     tmp_path: Path,
 ) -> None:
-    config = {"model_type": "gpt_oss", **COMMON, **FAMILIES["gpt_oss"]}
+    config = {"model_type": "deepseek_v3", **COMMON, **FAMILIES["deepseek_v3"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     here = machine()
     run = planned_run(str(tmp_path), RunOptions(ram=4 * GIB), recipe="fast", machine=here)
@@ -228,3 +229,27 @@ def test_options_are_copied_compared_and_kept_like_any_frozen_dataclass() -> Non
     assert asdict(options)["ram"] == 64 * GIB and pickle.loads(pickle.dumps(options)) == options
     with pytest.raises(FrozenInstanceError):
         options.ram = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("model", "group"), [("gpt-oss-20b", 128), ("glm-4.5-air", 128), ("deepseek-v2-lite", 256)])
+def test_groups_that_do_not_divide_a_model_are_refused_as_quantize_refuses_them(model: str, group: int) -> None:
+    roles: tuple[Role, ...] = ("experts", "dense_mlp", "attention", "lm_head", "shared_expert")
+    with pytest.raises(SchemeError, match=r"groups of \d+ do not divide: use --group-size"):
+        planned_model(model, schemes={role: Scheme("int4", group) for role in roles})
+
+
+def test_what_nobody_asked_for_is_planned_in_groups_that_fit() -> None:
+    model = planned_model("glm-4.5-air")
+    assert model.schemes["dense_mlp"] == Scheme("int4", 64) and model.schemes["experts"] == Scheme("int4", 128)
+    assert model.origin == "recipe fast, in smaller groups"
+    with pytest.raises(SchemeError, match="do not divide"):
+        planned_model("glm-4.5-air", "fast")
+
+
+def test_sizes_count_the_biases_of_experts(tmp_path: Path) -> None:
+    make_family("gpt_oss", tmp_path / "source")
+    quantize(tmp_path / "source", tmp_path / "model", experts=Scheme("int4", 32))
+    made = planned_model(tmp_path / "model")
+    listed = sum(entry.file_nbytes for entry in Checkpoint.open(tmp_path / "model").entries.values())
+    small = sum(e.file_nbytes for k, e in Checkpoint.open(tmp_path / "model").entries.items() if "weight_shape" in k)
+    assert made.file_nbytes == listed - small

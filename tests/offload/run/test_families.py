@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from offload.decode.cpu import NativeDecoder
 from offload.generate.generator import Generator
 from offload.records import RunOptions, Sampling
 from offload.run.session import Session
 from quant.architecture.meta_model import model_class, model_config
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.convert import ConversionReport, convert
-from quant.model.families import Role
+from quant.model.families import CPU_LAYERS, Role
 from quant.scheme import Scheme
 from tests import oracle, sessions
 from tests.drafting import Recorded, draft_by
@@ -73,12 +74,10 @@ def test_logits_greedy_text_and_a_second_turn_equal_stock_transformers(
 ) -> None:
     one = made(family)
     with _session(one.path, ram_slots=64) as session:
-        assert isinstance(session.runner, Generator)  # its one cache is transformers' own
-        logits = session.runner._prefill(PROMPT)
-        session.reset()
-        session.runner.prompt_chunk = 15
-        in_chunks = session.runner._prefill(PROMPT)
-        session.reset()
+        # Where its one cache is transformers' own, one sequence is run at a time.
+        assert isinstance(session.runner, Generator) == (session.decoder.bound is not None)
+        logits = sessions.prompt_logits(session, PROMPT)
+        in_chunks = sessions.prompt_logits(session, PROMPT[:15], PROMPT[15:30], PROMPT[30:])
         answer = [record.token_id for record in session.generate(PROMPT, GREEDY)]
         turn = [*PROMPT, *answer, 7, 8, 9]
         second = [record.token_id for record in session.generate(turn, GREEDY)]
@@ -108,10 +107,25 @@ def _greedy(model: Any, ids: list[int]) -> list[int]:
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_on_disk_give_the_same_text(family: str, made: Callable[[str], Made]) -> None:
     one = made(family)
-    with _session(one.path, ram_slots=4, fills=False) as session:
-        records = list(session.generate(PROMPT, GREEDY))
-    assert [record.token_id for record in records] == one.tokens
-    assert sum(record.misses for record in records) > 0
+    for slots in (4, 13) if family in CPU_LAYERS else (4,):
+        with _session(one.path, ram_slots=slots, fills=False) as session:
+            records = list(session.generate(PROMPT, GREEDY))
+            assert isinstance(session.decoder, NativeDecoder) == (family in CPU_LAYERS)
+            assert any("transformers' own modules" in note for note in session.notes) == (family not in CPU_LAYERS)
+        assert [record.token_id for record in records] == one.tokens
+        assert sum(record.misses for record in records) > 0
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe"])
+def test_keys_and_values_in_int8_cost_their_rounding_and_no_more(family: str, made: Callable[[str], Made]) -> None:
+    one = made(family)
+    with sessions.session(one.path, RunOptions(context=400, kv="int8"), ram_slots=64) as session:
+        assert session.kv_pool.dtype == torch.int8
+        logits = sessions.prompt_logits(session, PROMPT)
+    with sessions.session(one.path, RunOptions(context=400, kv="bf16"), ram_slots=64) as session:
+        wide = sessions.prompt_logits(session, PROMPT)
+    assert 0 < (logits - wide).norm() < 0.05 * wide.norm()
+    assert (logits - one.logits).norm() < 0.1 * one.logits.norm()
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in FUSED])

@@ -168,7 +168,8 @@ void run_lookahead(Heap& heap, Random& random) {
   std::fill(counts, counts + layers, 0);
   Lookahead lookahead{random_weight(heap, random, kF32, 0, layers * experts, hidden), int32_t(layers), int32_t(experts),
                       top_k, depth, bins, slots, 0.75f, 0.9f, edges, right,
-                      heap.take<int32_t>(layers * slots * (2 + top_k)), counts};
+                      heap.take<int32_t>(layers * slots * (2 + top_k)), counts,
+                      random.below(2) ? normals(heap, random, layers * experts) : nullptr};
   int32_t* pairs = heap.take<int32_t>(2 * depth * top_k);
   for (int token = 0; token < 3; ++token)
     for (int32_t here = -1; here < layers; ++here) {
@@ -187,12 +188,19 @@ void run_moe(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t to
   const int64_t hidden = 3 * group, inner = 2 * group, experts = 5, top_k = 2;
   std::vector<ExpertEntry> table;
   MoeBlock block{};
+  const bool biased = random.below(2);
+  auto half = [&](int64_t count) {
+    uint16_t* values = heap.take<uint16_t>(count);
+    for (int64_t i = 0; i < count; ++i) values[i] = uint16_t(0x3c00 + random.below(0x200) + (random.below(2) << 15));
+    return values;
+  };
   for (int64_t e = 0; e < experts; ++e) {
     Mlp mlp = random_mlp(heap, random, kind, group, hidden, inner);
     auto at = [](const void* pointer) { return int64_t(reinterpret_cast<intptr_t>(pointer)); };
     const int64_t form = kind | int64_t(group) << 32;
     table.push_back({at(mlp.gate.packed), at(mlp.gate.scale), at(mlp.up.packed), at(mlp.up.scale), at(mlp.down.packed),
-                     at(mlp.down.scale), form, form, form, kReady});
+                     at(mlp.down.scale), biased ? at(half(inner)) : 0, biased ? at(half(inner)) : 0,
+                     biased ? at(half(hidden)) : 0, form, form, form, kBf16, kReady});
     block.gate = mlp.gate;
     block.up = mlp.up;
     block.down = mlp.down;
@@ -204,7 +212,11 @@ void run_moe(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t to
   block.experts = int32_t(experts);
   block.top_k = int32_t(top_k);
   block.router = random_weight(heap, random, kBf16, 0, experts, hidden);
+  block.router_bias = biased ? normals(heap, random, experts) : nullptr;
   block.table = table.data();
+  block.alpha = biased ? 1.702f : 1.0f;
+  block.limit = biased ? 7.0f : std::numeric_limits<float>::infinity();
+  block.offset = biased ? 1.0f : 0.0f;
   block.shared = 1;
   block.shared_gate = shared.gate;
   block.shared_up = shared.up;

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Llama4TextConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, Llama4TextConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 from transformers.models.llama4.modeling_llama4 import Llama4TextAttention, Llama4TextRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRotaryEmbedding
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
@@ -203,6 +204,52 @@ def test_packed_projections_and_rounded_activations(isa: str) -> None:
     positions = rotary(x, torch.arange(20)[None])
     check_block(stock, block, norm, positions, x, mask(20))
     check_block(stock, block, norm, positions, x, mask(20), tolerance=0.03, exact=False)
+
+
+def gpt_oss(kind: str) -> tuple[Any, AttentionShape, Any, int]:
+    yarn = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    config = GptOssConfig(**COMMON, layer_types=[kind], num_hidden_layers=1, sliding_window=9, rope_parameters=yarn)
+    config._attn_implementation = "eager"
+    stock = GptOssAttention(config, 0).eval()
+    randomize(stock)
+    with torch.no_grad():
+        stock.sinks.copy_(torch.tensor([-40.0, -1.0, 2.0, 30.0]))  # one that is nothing, one that is nearly all
+    window = 9 if kind == "sliding_attention" else 0
+    return stock, AttentionShape(HEADS, KV, D, "halves", eps=EPS, window=window), GptOssRotaryEmbedding(config), window
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_sinks_windows_biases_and_yarn_of_gpt_oss(isa: str, kind: str) -> None:
+    stock, shape, rotary, window = gpt_oss(kind)
+    x, norm = inputs(40)
+    cosine, sine = rotary(x, torch.arange(40)[None])
+    projections = [stock.q_proj, stock.k_proj, stock.v_proj, stock.o_proj]
+    biases: Any = tuple(p.bias.detach() for p in projections)
+    block = Attention(shape, *map(plain, projections), norm, biases=biases, sinks=stock.sinks.detach())  # type: ignore[arg-type]
+    with torch.no_grad():
+        normed = torch.nn.functional.rms_norm(x, (H,), norm, EPS)
+        expected = x + stock(normed[None], (cosine, sine), mask(40, window=window))[0][0]
+    cache = pages_for(40)
+    for start, end in ((0, 17), (17, 39), (39, 40)):
+        found = block.run(x[start:end], start, *cache, cosine[0, start:end], sine[0, start:end], exact=True)
+        torch.testing.assert_close(found, expected[start:end], rtol=1e-4, atol=1e-4)
+
+
+def test_sinks_take_their_part_once_however_many_runs_the_keys_are_in(isa: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    sizes = ((HEADS * D, H), (KV * D, H), (KV * D, H), (H, HEADS * D))
+    weights = [Weight.from_tensors("f32", torch.randn(*size, generator=generator) / size[1] ** 0.5) for size in sizes]
+    sinks = torch.tensor([6.0, -2.0, 0.5, 9.0])
+    block = Attention(AttentionShape(HEADS, KV, D), *weights, sinks=sinks)
+    x = torch.randn(1500, H, generator=generator)
+    found = block.run(x, 0, *pages_for(1500), exact=True)
+    q, k, v, o = (weight.owner for weight in weights)
+    heads = ((x @ w.T).view(1500, -1, D).transpose(0, 1) for w in (q, k, v))  # type: ignore[union-attr]
+    queries, keys, values = (part.repeat_interleave(HEADS // len(part), 0) for part in heads)
+    scores = queries @ keys.transpose(1, 2) * D**-0.5 + mask(1500)[0]
+    weighed = torch.cat((scores, sinks[:, None, None].expand(-1, 1500, 1)), 2).softmax(2)[..., :-1]
+    expected = (weighed @ values).transpose(0, 1).reshape(1500, -1) @ o.T  # type: ignore[union-attr]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("storage", "tolerance"), [(torch.bfloat16, 5e-3), (torch.int8, 1e-2)])

@@ -29,6 +29,23 @@ def test_a_hidden_state_that_does_not_change_is_guessed_right_nearest_layer_firs
     assert lookahead.guess(FROM_OUTPUT, DEPTH + 1, x) == []  # nothing follows the last layer
 
 
+def test_biases_of_routers_count_as_much_as_beside_a_normed_state() -> None:
+    torch.manual_seed(1)
+    routers, norms = [torch.randn(8, 64) for _ in range(3)], [torch.rand(64) + 0.5 for _ in range(3)]
+    biases = [torch.randn(8) * 6 for _ in range(3)]
+    lookahead = Lookahead(routers, norms, 2, biases=biases)
+    x = torch.randn(40, 64) * 30
+    logits = [torch.nn.functional.rms_norm(x, (64,), norms[i]) @ routers[i].T + biases[i] for i in range(3)]
+    plain = [torch.nn.functional.rms_norm(x, (64,), norms[i]) @ routers[i].T for i in range(3)]
+    for row in range(40):
+        expected = [(layer, e) for layer in (1, 2) for e in logits[layer][row].topk(2).indices.tolist()]
+        assert lookahead.guess(FROM_OUTPUT, 0, x[row : row + 1]) == expected
+    assert any(not torch.equal(a.argmax(1), b.argmax(1)) for a, b in zip(logits, plain, strict=True))
+    wanted = logits[1].topk(2).indices.flatten().bincount(minlength=8)
+    guessed = [expert for _, expert in lookahead.for_prompt(0, x)]
+    assert [int(wanted[expert]) for expert in guessed] == sorted(wanted[wanted > 0].tolist(), reverse=True)
+
+
 def test_every_expert_is_guessed_where_a_token_takes_them_all() -> None:
     lookahead, _ = _made(experts=3, top_k=3)
     guessed = lookahead.guess(FROM_OUTPUT, 0, torch.randn(1, 64))

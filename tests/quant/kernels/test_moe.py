@@ -1,10 +1,12 @@
 """Fused MoE blocks equal the blocks that transformers runs, and say which experts they miss."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import Llama4TextConfig, OlmoeConfig, Qwen2MoeConfig
+from transformers import GptOssConfig, Llama4TextConfig, OlmoeConfig, Qwen2MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
@@ -149,6 +151,35 @@ def shared_interface_block(stock: Any, top_k: int, kind: RouterKind, shared: boo
     return block
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_of_router_and_experts_and_a_clamped_gate_equal_the_stock_module(isa: str, dtype: torch.dtype) -> None:
+    config = GptOssConfig(hidden_size=H, intermediate_size=INNER, num_local_experts=E, num_experts_per_tok=3)
+    stock = GptOssMLP(config).eval()
+    experts = stock.experts
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            values = torch.randn(parameter.shape, generator=generator(parameter.numel()))
+            parameter.copy_((values * 0.3).to(dtype) if parameter.dim() < 3 else values * 0.1)
+    block = MoeBlock(
+        Weight.from_tensors("f32", stock.router.weight.detach()),
+        3,
+        "softmax_normalized",
+        router_bias=stock.router.bias.detach(),
+        join=SwiGlu(experts.alpha, experts.limit, 1.0),
+    )
+    for e in range(E):
+        gate, gate_dense = packed(experts.gate_up_proj[e, :, ::2].detach().T.contiguous())
+        up, up_dense = packed(experts.gate_up_proj[e, :, 1::2].detach().T.contiguous())
+        down, down_dense = packed(experts.down_proj[e].detach().T.contiguous())
+        both, last = experts.gate_up_proj_bias[e].detach().to(dtype), experts.down_proj_bias[e].detach().to(dtype)
+        biases = (both[::2].contiguous(), both[1::2].contiguous(), last)
+        block.set_expert(e, GatedMlp(gate, up, down, biases, block.join))
+        with torch.no_grad():
+            experts.gate_up_proj[e] = torch.stack((gate_dense, up_dense), 1).flatten(0, 1).T
+            experts.down_proj[e] = down_dense.T
+    check_block(block, stock)
+
+
 def check_block(block: MoeBlock, stock: Any) -> None:
     for tokens in (1, 3, 40):
         x = torch.randn(tokens, H, generator=generator(tokens))
@@ -212,6 +243,12 @@ def test_experts_and_jobs_that_do_not_fit_are_refused() -> None:
     plain = Weight.from_tensors("f32", torch.zeros(H, H))
     with pytest.raises(SchemeError, match=r"expected .* as the others"):
         block.set_expert(1, GatedMlp(plain, plain, plain))
+    with pytest.raises(SchemeError, match="joins gate and up by"):
+        block.set_expert(1, replace(expert, join=SwiGlu(1.702, 7.0, 1.0)))
+    with pytest.raises(SchemeError, match="all f32 or all bf16"):
+        replace(expert, biases=(torch.zeros(INNER), torch.zeros(INNER), torch.zeros(H).half()))
+    with pytest.raises(SchemeError, match=r"a router bias \(5,\): expected \[6\]"):
+        MoeBlock(Weight.from_tensors("f32", torch.zeros(E, H)), 1, "softmax", router_bias=torch.zeros(5))
     with pytest.raises(SchemeError, match="do not chain"):
         GatedMlp(expert.gate_proj, expert.up_proj, expert.gate_proj)
     with pytest.raises(SchemeError, match=r"outside 0\.\.2"):
