@@ -92,6 +92,8 @@ class Metrics:
             self.count("drafted_tokens", record.drafted)
         if record.place:
             self.count("accepted_tokens")
-        for tier, requests, read in self._by_tier:
-            requests.inc(record.by_tier.get(tier, 0))
-            read.inc(record.bytes_read.get(tier, 0))
+        for tier, requests, read in self._by_tier:  # each takes a lock, and most are 0
+            if asked := record.by_tier.get(tier):
+                requests.inc(asked)
+            if nbytes := record.bytes_read.get(tier):
+                read.inc(nbytes)

@@ -1,12 +1,14 @@
 """What `coldstream serve` bears, by trial; the figures of docs/serve.md. The tests hold a sample of each.
 
     coldstream quantize recipes/demo MODEL --recipe demo
-    python -m tests.bench.serving MODEL schemas agent chaos load overhead [--seconds 600]
+    python -m tests.bench.serving MODEL schemas agent chaos load together overhead [--seconds 600]
 
 schemas   200 random schemas: JSON by each, temperature 1; every finished answer is valid
 agent     40 turns with tools, up to 8,000 tokens: what is computed of all prompts beside what the last one has
 chaos     500 requests as no client should make them, a good one after every ten
-load      8 clients, mixed lengths: errors, tokens/s beside what the engine gives alone, memory, descriptors
+load      8 clients, mixed lengths: errors, tokens/s, memory, descriptors
+together  8 clients with as many requests each, in turn with the same requests by 8 threads of a process without a
+          server: the seconds of both
 overhead  one client: the time between streamed tokens beside that of the same steps without a server
 
 The last line is one JSON document.
@@ -22,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +177,55 @@ def load(server: Running, client: openai.OpenAI, seconds: float = 60.0, clients:
         time.sleep(min(5.0, seconds / 10))
         readings.append((server.rss_bytes, server.descriptors))
     half = readings[len(readings) // 4 :]  # after it has warmed up
+    last = half[len(half) // 2 :]
     return {
         "clients": clients,
         "seconds": seconds,
         "errors": failed,
         "tokens_per_s": round(sum(tokens) / seconds, 1),
         "memory_growth": round(max(rss for rss, _ in half) / half[0][0] - 1, 4),
-        "descriptors": max(count for _, count in half) - min(count for _, count in half),
+        # Most at once: a client between two requests has none.
+        "descriptors": max(count for _, count in last) - max(count for _, count in half[: len(half) // 2]),
     }
+
+
+def together(
+    server: Running, client: openai.OpenAI, model: Path, rounds: int = 3, each: int = 2, clients: int = 8
+) -> dict[str, Any]:
+    """``clients`` at once with ``each`` requests one after another, by the server and without it, in turn."""
+    chance = random.Random(0)
+    asked = [
+        [(" ".join(chance.choices(WORDS, k=chance.randint(1, 60))), chance.randint(8, 160)) for _ in range(each)]
+        for _ in range(clients)
+    ]
+    bias = {int(token): value for token, value in BIAS.items()}
+
+    def through(text: str, length: int) -> None:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": length, "logit_bias": BIAS}
+        *_, end_of_text, done = stream(server, {**body, "stream": True, "temperature": 0})
+        assert done == "data: [DONE]\n" and '"finish_reason":"length"' in end_of_text
+
+    with Session.open(model, context=1024, sequences=clients) as session:
+
+        def without(text: str, length: int) -> None:
+            prompt = session.encode_chat([{"role": "user", "content": text}])
+            assert sum(1 for _ in session.generate(prompt, max_tokens=length, logit_bias=bias)) == length
+
+        def timed(answer: Callable[[str, int], None]) -> float:
+            def work(mine: list[tuple[str, int]]) -> None:
+                for text, length in mine:
+                    answer(text, length)
+
+            began = time.perf_counter()
+            with ThreadPoolExecutor(clients) as pool:
+                list(pool.map(work, asked))
+            return round(time.perf_counter() - began, 3)
+
+        timed(through), timed(without)  # what is loaded later is not counted
+        pairs = [(timed(through), timed(without)) for _ in range(rounds)]
+    tokens = sum(length for mine in asked for _, length in mine)
+    shares = [round(alone / served, 3) for served, alone in pairs]
+    return {"tokens": tokens, "seconds": pairs, "shares": shares, "share": statistics.median(shares)}
 
 
 def overhead(server: Running, client: openai.OpenAI, rounds: int = 12, length: int = 300) -> dict[str, Any]:
@@ -226,7 +270,7 @@ def alone(model: Path, rounds: int = 12, length: int = 300) -> float:
 
 
 TRIALS: dict[str, Callable[..., dict[str, Any]]] = {
-    trial.__name__: trial for trial in (schemas, agent, chaos, load, overhead)
+    trial.__name__: trial for trial in (schemas, agent, chaos, load, together, overhead)
 }
 
 
@@ -235,6 +279,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("trials", nargs="+", choices=TRIALS)
     parser.add_argument("--seconds", type=float, default=60.0, help="of load")
+    parser.add_argument("--requests", type=int, default=2, help="of each client in a round of together")
     asked = parser.parse_args()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -244,10 +289,14 @@ def main() -> None:
                 model, context = Path(shutil.copytree(asked.model, Path(folder) / "long")), 20_000
                 config = json.loads((model / "config.json").read_text())
                 (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16384}))
-            server = Running(model, "--api-key", KEY, "--context", str(context))
+            several = ("--parallel", "8") if name == "together" else ()
+            server = Running(model, "--api-key", KEY, "--context", str(context), *several)
             try:
                 with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=600) as client:
-                    options = {"seconds": asked.seconds} if name == "load" else {}
+                    options: dict[str, Any] = {
+                        "load": {"seconds": asked.seconds},
+                        "together": {"model": model, "each": asked.requests},
+                    }.get(name, {})
                     found[name] = TRIALS[name](server, client, **options)
                     print(f"{name}: {found[name]}", flush=True)
             finally:
