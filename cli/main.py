@@ -48,6 +48,8 @@ def main() -> None:
     """Run the command line. Exits 0 when done, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
     # torch's OpenMP threads otherwise spin, idle, on the cores that the native kernels work on.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # numpy's OpenBLAS, of which nothing is used, otherwise starts threads, and interrupts the process where it cannot.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _open_streams()
     interrupt.install()
     try:

@@ -207,6 +207,20 @@ def limited(limit: str, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_no_threads_are_started_that_nothing_uses() -> None:
+    code = """if True:
+        import sys
+        from cli.main import main
+        sys.argv = ["coldstream", "--version"]
+        main()
+        import numpy, threading, pathlib
+        print(len(list(pathlib.Path("/proc/self/task").iterdir())))
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "1", done.stderr
+
+
 def test_too_few_files_are_one_line() -> None:
     done = limited("ulimit -n 16", "plan", "mini-scout")
     assert done.returncode == 1

@@ -6,6 +6,7 @@ Legend: a block is 128 tokens; chunks of 256 and more are what a chunked layer a
 import os
 import random
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,39 @@ def test_what_cannot_be_written_is_said_once(models: Callable[[str], Path], tmp_
         (note,) = [note for note in session.notes if "not kept" in note]
         assert "File too large" in note
     assert files(tmp_path) == kept
+
+
+def _replace_by_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("somebody's")
+
+
+def _replace_by_link(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to(folder.with_name("nowhere") / "at all")
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [(shutil.rmtree, ""), (_replace_by_file, "Not a directory"), (_replace_by_link, "File exists")],
+    ids=["removed", "a file", "a link to nowhere"],
+)
+def test_a_folder_that_goes_away_in_the_midst_of_a_run_costs_it_a_note(
+    models: Callable[[str], Path], tmp_path: Path, change: Callable[[Path], object], note: str
+) -> None:
+    model, folder = models("no chunks"), tmp_path / "cache"
+    with opened(model, None) as session:
+        expected = said(session, text_of(300, seed=2))[0]
+    with opened(model, folder) as session:
+        said(session, text_of(300))
+        assert session.prompts is not None
+        session.prompts.flush()
+        change(folder)
+        assert said(session, text_of(300, seed=2))[0] == expected
+        assert in_use(session) == 0
+        notes = [said for said in session.notes if "not kept" in said]
+    assert [note in said for said in notes] == [True] * bool(note)
+    assert note or files(folder), "where it was removed, it is made again"
 
 
 def test_a_family_whose_state_is_not_in_pages_says_so(tmp_path: Path) -> None:
