@@ -9,6 +9,7 @@ import io
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -40,6 +41,7 @@ COMMANDS: dict[str, str] = {
     "demo": "The whole path, quantize to report, on a small model.",
 }
 PIPE_CLOSED = 141
+_OTHER_THREADS = 16  # those that read, write and compute beside OpenMP's
 FEWEST_FILES = 64  # open at once: Python's libraries, a model's shards, pipes
 WRONG_USAGE: Any = typer.BadParameter.__mro__[2]  # typer's ClickException, which it does not export
 
@@ -50,6 +52,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # numpy's OpenBLAS, of which nothing is used, otherwise starts threads, and interrupts the process where it cannot.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of many texts at once; there is only ever one
     _open_streams()
     interrupt.install()
     try:
@@ -202,6 +205,23 @@ def _check_files() -> None:
         raise MachineError(f"this process may open {soft} files: {_FEW_FILES}")
 
 
+def _starts_threads(count: int) -> bool:
+    """Whether the system lets this process have ``count`` more threads."""
+    end, started = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=end.wait)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        return False
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
+    return True
+
+
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     # Inside typer too: it has its own idea of Ctrl-C and of a closed pipe, which differs between versions.
     @wraps(command)
@@ -211,6 +231,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 raise MachineError(f"coldstream runs on Linux and in WSL2, found {sys.platform}: run it there")
             if kwargs.get("json"):
                 check_stdout()
+            if not _starts_threads((os.cpu_count() or 1) + _OTHER_THREADS):
+                os.environ["OMP_NUM_THREADS"] = "1"  # OpenMP ends the process where it cannot have as many as it wants
             command(*args, **kwargs)
             sys.stdout.flush()
 

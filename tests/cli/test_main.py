@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,22 @@ def test_no_threads_are_started_that_nothing_uses() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "1", done.stderr
+
+
+def test_where_few_threads_start_openmp_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert invoke("plan", "mini-scout").returncode == 0 and os.environ["OMP_NUM_THREADS"] == "7"
+    start, left = threading.Thread.start, iter([None] * 3)
+
+    def refused(thread: threading.Thread) -> None:
+        if next(left, thread) is thread:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    before = threading.active_count()
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    assert invoke("rank-policies", "uniform", "--sizes", "2", "--tokens", "8").returncode == 0
+    assert os.environ["OMP_NUM_THREADS"] == "1" and threading.active_count() == before
 
 
 def test_too_few_files_are_one_line() -> None:
