@@ -65,7 +65,8 @@ class RunOptions:
     is taken again once that has left it. ``images`` keeps room to look at pictures, if the model can.
     ``prompt_cache`` is a folder in which what is computed of prompts is kept for later runs, at most
     ``prompt_cache_size`` bytes of it (None: 50 GiB).
-    ``draft`` tries tokens that the text itself suggests, where that pays.
+    ``draft`` tries tokens that the text itself suggests, where that pays; ``draft_model`` those that a second, smaller
+    model of the same tokenizer does, a directory or a Hub id.
     """
 
     vram: Converted[int | str | None, int | None] = Converted(_bytes, None)
@@ -86,6 +87,7 @@ class RunOptions:
     prompt_cache: Converted[str | Path | None, Path | None] = Converted(_path, None)
     prompt_cache_size: Converted[int | str | None, int | None] = Converted(_bytes, None)
     draft: Literal["ngram"] | None = None
+    draft_model: Converted[str | Path | None, Path | None] = Converted(_path, None)
     sequences: int = 1
 
     def __post_init__(self) -> None:
@@ -97,6 +99,8 @@ class RunOptions:
             raise UsageError(f"the context is {self.context} tokens: expected 1 to {_LONGEST:,}")
         if self.sequences < 1:
             raise UsageError(f"sequences is {self.sequences}: expected at least 1")
+        if self.draft is not None and self.draft_model is not None:
+            raise UsageError("two kinds of drafts were asked for: expected --draft or --draft-model")
         if self.prompt_cache_size is not None and self.prompt_cache is None:
             raise UsageError("a size of the prompt cache was given and no folder: give --prompt-cache, too")
 

@@ -41,6 +41,9 @@ class Recorded:
         drafted = [token if self._random.random() >= self._errors else (token + 1) % 97 for token in tokens]
         return Proposal(drafted, [20] * len(drafted))
 
+    def close(self) -> None:
+        pass
+
 
 class Repeated(NgramIndex):
     """What the text itself says, and anything where it says nothing."""

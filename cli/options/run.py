@@ -100,6 +100,14 @@ Draft = Annotated[
     typer.Option("--draft", help="Try tokens that the text itself suggests, several per step, where that pays."),
 ]
 
+DraftModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft-model",
+        metavar="MODEL",
+        help="Try tokens that this smaller model of the same tokenizer suggests, where that pays.",
+    ),
+]
 PromptFolder = Annotated[
     Path | None,
     typer.Option(
@@ -138,7 +146,7 @@ def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
 takes_budgets = expands(
     "options",
     {"vram": (Vram, None), "ram": (Ram, None), "context": (Context, None), "kv": (Kv, None)}
-    | {"prompt_chunk": (PromptChunk, None)},
+    | {"prompt_chunk": (PromptChunk, None), "draft_model": (DraftModel, None)},
     RunOptions,
 )
 _RUN: dict[str, tuple[Any, Any]] = {
@@ -158,6 +166,7 @@ _RUN: dict[str, tuple[Any, Any]] = {
     "prefetch_bytes": (PrefetchBytes, None),
     "regain": (Regain, False),
     "draft": (Draft, None),
+    "draft_model": (DraftModel, None),
 }
 takes_run_options = expands("run", _RUN, run_options)
 takes_run_and_prompt_options = expands(

@@ -235,8 +235,8 @@ REPORT: dict[str, Schema] = {
     ),
     "draft": maybe(
         record(
-            "what came of drafts; null without --draft",
-            kind=text("ngram: from the text itself"),
+            "what came of drafts; null without --draft and --draft-model",
+            kind=text("ngram: from the text itself; model: from a draft model"),
             **DRAFTED,
             speedup=maybe(number("over all tasks; null where nothing ran without drafts")),
             tasks=by(

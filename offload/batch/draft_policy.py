@@ -19,6 +19,7 @@ from offload.tiers import Tier
 _LEVELS = (2, 3, 4, 6, 9, 17)  # the least evidence of each level
 _PRIOR = (0.15, 0.25, 0.4, 0.55, 0.7, 0.85)
 _PRIOR_WEIGHT, _SESSION_WEIGHT = 3.0, 4.0
+_PRIOR_MEAN = 0.7
 _MEMORY = 64.0  # observations after which old ones fade
 _LATEST = 8.0  # steps of a kind whose mean is its time
 _FADE = 0.995  # of what a measurement counts, for each step after it
@@ -46,6 +47,11 @@ class Acceptance:
         self._right[level] = (self._right[level] + right) * fade
         if self._whole is not None:
             self._whole.note(evidence, right)
+
+    @property
+    def mean(self) -> float:
+        """The chance that a token is right of which nothing is known yet."""
+        return (sum(self._right) + _PRIOR_WEIGHT * _PRIOR_MEAN) / (sum(self._seen) + _PRIOR_WEIGHT)
 
     def of(self, evidence: int) -> float:
         """The chance that a token with so much ``evidence`` is right."""
@@ -158,9 +164,35 @@ class DraftPolicy:
             none[index] += 1
         return none
 
-    def note(self, sequences: int, drafted: int, tokens: int, seconds: float, read: Mapping[Tier, int]) -> None:
-        """A step of ``sequences`` with ``drafted`` tokens more gave ``tokens`` in ``seconds`` and ``read`` so much."""
+    def may_lose(self, seconds: float) -> bool:
+        """Whether drafts may be made that take ``seconds``: they have won as much, or may lose it."""
+        return not self._balance < 0 and seconds <= self._balance + (self.times.of(1) or 0.0)
+
+    def depth(self, sequences: int, texts: int, most: int, each: float) -> int:
+        """How many tokens to draft for each of ``texts`` among ``sequences``, ``most`` at most, before anything is
+        known of them, where drafting one takes ``each`` seconds."""
+        plain = self.times.of(sequences)
+        if plain is None or self._balance < 0 or self._since_plain >= _STALE:
+            return 0
+        chance, together, tokens = self.acceptance.mean, 1.0, float(sequences)
+        best, rate = 0, (_GAIN + _DISK_GAIN * self.times.disk_share) * sequences / plain
+        for depth in range(1, most + 1):
+            together *= chance
+            tokens += texts * together
+            seconds = (self.times.of(sequences + texts * depth) or 0.0) + texts * depth * each
+            if seconds - plain > self._balance + plain:
+                break
+            if tokens / seconds > rate:
+                best, rate = depth, tokens / seconds
+        return best
+
+    def note(
+        self, sequences: int, drafted: int, tokens: int, seconds: float, read: Mapping[Tier, int], cost: float = 0.0
+    ) -> None:
+        """A step of ``sequences`` with ``drafted`` tokens more gave ``tokens`` in ``seconds`` and ``read`` so much;
+        what was drafted had taken ``cost`` seconds before."""
         self.times.note(sequences + drafted, seconds, read)
+        self._balance -= cost
         plain, took = self.times.of(sequences), self.times.of(sequences + drafted)
         if plain is None or took is None:
             return

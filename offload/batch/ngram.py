@@ -51,6 +51,9 @@ class NgramIndex:
             found.append(tokens[place] if place < known else found[place - known])
         return Proposal(found, [length + i for i in range(most)])
 
+    def close(self) -> None:
+        """The text is over: nothing is kept of it elsewhere."""
+
     def _longest(self) -> tuple[int, int]:
         tokens, end = self._tokens, len(self._tokens) - 1
         best, longest = -1, 0

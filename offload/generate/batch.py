@@ -342,7 +342,7 @@ class Batch(Runner):
     def _end(self, sequence: Sequence, error: BaseException | None = None) -> None:
         """``sequence`` is over; what has been run of it stays for others that begin alike."""
         self.scheduler.remove(sequence)
-        sequence.stop_loading()
+        sequence.close()
         if sequence.cache is not None:
             self.prefixes.keep(sequence.tokens[: sequence.seen], sequence.cache)
         if sequence.run:

@@ -28,6 +28,9 @@ class Source(Protocol):
     def propose(self, most: int) -> Proposal:
         """At most ``most`` tokens that may follow."""
 
+    def close(self) -> None:
+        """The text is over."""
+
 
 class TextDrafts:
     """What ``source`` proposes for one text, and how often that was right. ``whole`` knows all texts."""
@@ -41,6 +44,10 @@ class TextDrafts:
         """Have a proposal of at most ``most`` tokens for what follows ``tokens``."""
         self._source.extend(tokens)
         self.proposal = self._source.propose(min(most, _DEEPEST))
+
+    def close(self) -> None:
+        """The text is over."""
+        self._source.close()
 
     @property
     def chances(self) -> list[float]:
@@ -87,12 +94,15 @@ class Drafts:
 
 def drafts_of(options: RunOptions, shape: ModelShape, machine: Machine, dense_bytes: int) -> Drafts | None:
     """The drafts that ``options`` ask for; ``dense_bytes`` are read by every step."""
-    if options.draft is None:
-        return None
+    return None if options.draft is None else Drafts(DraftPolicy(step_times(shape, machine, dense_bytes)))
+
+
+def step_times(shape: ModelShape, machine: Machine, dense_bytes: int) -> StepTimes:
+    """What steps of a model of ``shape`` take on ``machine``, as far as bytes tell."""
     rates: dict[Tier, float | None] = {"ram": machine.ram_gb_s, "disk": machine.disk_gb_s}
 
     def union(rows: int) -> float:
         experts, top_k = shape.num_experts, shape.top_k
         return experts * (1 - (1 - top_k / experts) ** rows) / top_k if top_k else 1.0
 
-    return Drafts(DraftPolicy(StepTimes(union, rates.get, dense_bytes)))
+    return StepTimes(union, rates.get, dense_bytes)

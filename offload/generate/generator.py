@@ -116,6 +116,15 @@ class Generator(Runner):
         self.finish_load()
         answer = Answer(context, sampling, self, room)
         drafts = self._drafts(sampling)
+        try:
+            yield from self._decode(context, answer, drafts, turn)
+        finally:
+            if drafts is not None:
+                drafts.close()
+
+    def _decode(
+        self, context: list[int], answer: Answer, drafts: TextDrafts | None, turn: int
+    ) -> Iterator[TokenRecord]:
         run: list[TokenRecord] = []
         self.runs.append(run)
         started = time.perf_counter()

@@ -74,6 +74,12 @@ class Sequence:
             self.load.cancel()
             self.load = None
 
+    def close(self) -> None:
+        """It is over."""
+        self.stop_loading()
+        if self.drafts is not None:
+            self.drafts.close()
+
     def count(self, tokens: int, used: Used) -> None:
         """A step has run ``tokens`` of it, and its part of that ``used`` so much."""
         self._tokens_in += tokens

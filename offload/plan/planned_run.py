@@ -4,14 +4,16 @@ Every command and Session decide a run here, so that what is planned, simulated,
 Needs no torch, and of a model only its config.json, and its files' headers where it has any.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.hardware.gpu_catalog import described_machine
 from offload.hardware.probe import Machine, Say, probe
 from offload.plan.cost_model import with_prefetch_bytes
+from offload.plan.placement import PlanRow
 from offload.plan.plan import Plan, make_plan
 from offload.records import RunOptions
 from quant.architecture.shape import shape_of
@@ -19,7 +21,7 @@ from quant.checkpoint.config_groups import check_groups, in_fitting_groups
 from quant.checkpoint.headers import CheckpointHeaders
 from quant.checkpoint.inventory import open_headers, schemes_of_tensors, wider_bytes
 from quant.checkpoint.stored import stored_schemes
-from quant.errors import CheckpointError, UsageError
+from quant.errors import BudgetError, CheckpointError, UsageError
 from quant.model.config import quantization_of
 from quant.model.families import Role
 from quant.model.hub import resolve_config
@@ -27,6 +29,7 @@ from quant.model.known_shapes import shape_names
 from quant.model.recipe import Recipe, load_recipe, recipe_names
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
+from quant.sizes import format_size
 
 if TYPE_CHECKING:  # imports numpy, which a plan without a profile does without
     from offload.routing.stats import RoutingStats
@@ -63,13 +66,14 @@ class PlannedModel:
 @dataclass(frozen=True)
 class PlannedRun:
     """A run that is decided: ``options`` as asked, with the recipe's defaults where nothing was asked;
-    ``routing`` the profile that the options name."""
+    ``routing`` the profile that the options name, ``draft`` the run of the draft model, whose bytes are in the plan."""
 
     model: PlannedModel
     options: RunOptions
     machine: Machine
     plan: Plan
     routing: "RoutingStats | None" = None
+    draft: "PlannedRun | None" = None
 
 
 def planned_model(
@@ -189,12 +193,11 @@ def planned_run(
         machine = planned_machine("" if isinstance(model, PlannedModel) else model, machine, ram=options.ram)
     if options.prefetch_bytes is not None:
         machine = with_prefetch_bytes(machine, options.prefetch_bytes)
-    plan = make_plan(
+    made = partial(
+        make_plan,
         shape,
         subject.schemes,
-        machine,
         vram=0 if options.device == "cpu" else options.vram,
-        ram=options.ram,
         context=options.context or (prompt if prompt and prompt > shape.context() else None),
         kv_bits=_kv_bits(options, shape, machine),
         routing=routing,
@@ -207,11 +210,48 @@ def planned_run(
         curve=curve,
         cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
     )
+    plan, draft = made(machine, ram=options.ram), None
+    if options.draft_model is not None:
+        draft = _draft_run(options.draft_model, options, machine, plan)
+        plan = _beside(draft.plan, made, machine, options.ram)
     if idle := _idle(options, machine):
         plan = replace(
             plan, notes=(*plan.notes, f"the run is on the CPU, where this changes nothing: {', '.join(idle)}")
         )
-    return PlannedRun(subject, options, machine, plan, routing)
+    return PlannedRun(subject, options, machine, plan, routing, draft)
+
+
+def _draft_run(model: Path, options: RunOptions, machine: Machine, plan: Plan) -> PlannedRun:
+    """The run of the draft ``model`` beside ``plan``: on the CPU, all of it in RAM."""
+    subject = planned_model(model)
+    limit = subject.shape.max_position_embeddings or plan.context
+    asked = RunOptions(
+        context=min(plan.context, limit),
+        kv=options.kv if subject.shape.is_native else None,
+        device="cpu",
+        exact=options.exact,
+        page_cache=options.page_cache,
+        threads=options.threads,
+        sequences=plan.kv_sequences,
+    )
+    found = planned_run(subject, asked, machine=replace(machine, gpu=None))
+    if found.plan.ram_slots < found.plan.experts:
+        raise BudgetError(
+            f"the draft model {model} does not fit into {format_size(found.plan.ram)} of RAM: drafts pay only if "
+            "all of it is there; leave out --draft-model, or take a smaller one"
+        )
+    return found
+
+
+def _beside(draft: Plan, made: Callable[..., Plan], machine: Machine, ram: int | None) -> Plan:
+    """The plan of what is left of ``ram`` beside a ``draft`` model, whose bytes are in it."""
+    size = draft.total("ram") - draft.framework_bytes
+    less = replace(machine, ram_available_bytes=max(0, machine.ram_available_bytes - size))
+    try:
+        plan = made(less, ram=None if ram is None else max(0, ram - size))
+    except BudgetError as error:
+        raise BudgetError(f"beside a draft model of {format_size(size)}: {error}") from None
+    return replace(plan, ram=plan.ram + size, rows=(*plan.rows, PlanRow("draft_model", "ram", size)))
 
 
 def _kv_bits(options: RunOptions, shape: ModelShape, machine: Machine) -> int:

@@ -91,6 +91,9 @@ class RecordedAnswer:
         found = self._drafted[self._seen : self._seen + most]
         return Proposal(found, [_CERTAIN] * len(found))
 
+    def close(self) -> None:
+        """See Source."""
+
 
 def _rate(runs: Sequence[Sequence[TokenRecord]]) -> float:
     decoded = [[record.seconds for record in run if record.phase == "decode"] for run in runs]

@@ -36,6 +36,7 @@ from offload.records import RunOptions, Sampling, TokenRecord
 from offload.routing.stats import RoutingStats
 from offload.run.collect import account
 from offload.run.device import check_kernels, choose_compute, choose_device, measured_machine
+from offload.run.draft_model import begin_drafting
 from offload.run.report import RunReport
 from offload.text.tokenizer import encode, encode_chat, load_tokenizer, text_files
 from offload.tiers import Key, Tier
@@ -68,8 +69,7 @@ class Session:
         started = time.perf_counter()
         self.store, self.checkpoint, self.shape = store, store.checkpoint, store.shape
         self.schemes, self.options, self.machine, self.plan = run.model.schemes, run.options, run.machine, run.plan
-        self.device = device
-        self.context = run.plan.context
+        self.device, self.context = device, run.plan.context
         self.vram: VramMeter | None = None
         if device.type == "cuda":
             self.vram = VramMeter(device, allowance or Allowance.claim(device, self.options.vram))
@@ -90,20 +90,17 @@ class Session:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         check_rope(text_config(self.checkpoint), self.context)
         self.model = load_model(self.checkpoint, runner, compute, dtype, device, loading, self._read_dense)
-        self._dense: Arena | None = None
-        if device.type == "cpu" and not isinstance(self.experts, MappedCache):
-            self._dense = move_to_arena(self.model, loading)
+        in_place = device.type != "cpu" or isinstance(self.experts, MappedCache)
+        self._dense: Arena | None = None if in_place else move_to_arena(self.model, loading)
         storage = STORAGES[self.plan.kv_bits]
         kv = cache_of(self.shape, self.model.config, self.context, storage)
         self.kv_pool = PagePool(self.shape, self.context, storage, device, dtype, self.plan.kv_sequences)
         self.decoder, notes = select_decoder(self.model, self.plan, runner, kv, device, graph=self.options.graph)
-        self.kernel = self.decoder.name
+        self.kernel, self._dtype = self.decoder.name, dtype
         said = [*self.reader.notes, *(store.notes if self.reader.direct else ())]
         self.notes = [*said, *(self.vram.allowance.notes if self.vram is not None else ()), *notes]
-        if thread_note := native.thread_note():
-            self.notes.append(thread_note)
+        self.notes += filter(None, [native.thread_note()])
         self.tokenizer = load_tokenizer(self.checkpoint.path)
-        self._dtype = dtype
         self._images: Images | None = None
         self.checkpoint.check_unchanged(*text_files(self.checkpoint.path))
         parts = ModelParts(
@@ -130,6 +127,7 @@ class Session:
             else Generator(parts, bound, self.notes, drafts)
         )
         self.engine = Engine(self.runner)
+        self.draft: Session | None = None  # that of the draft model
         if run.routing is not None and self.plan.fills and not self.experts.holds_all:
             self.experts.fill()
         self.load_seconds = time.perf_counter() - started
@@ -172,7 +170,9 @@ class Session:
             raise (allowance.explain(error) if allowance is not None else error) from None
         say("loading the model")
         with gpu_errors():
-            return cls(store, run, device, allowance, loading)
+            session = cls(store, run, device, allowance, loading)
+        session.draft = begin_drafting(session, run, cls)
+        return session
 
     def _enter_experts(self) -> None:
         """Enter the slots and files of routed experts in the ledger."""
@@ -337,9 +337,9 @@ class Session:
         self.save_prompts()
         if self.prompts is not None:
             self.prompts.close()
-        self.decoder.close()
-        self.reader.close()
-        self.experts.close()
+        for owned in (self.draft, self.decoder, self.reader, self.experts):
+            if owned is not None:
+                owned.close()
 
     def __enter__(self) -> "Session":
         return self
