@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,10 @@ from cli.terminal.console import Console
 from cli.terminal.imports import seldom_collecting
 from offload.records import RunOptions, TokenRecord
 from quant.errors import UsageError
+
+if TYPE_CHECKING:  # they import torch
+    from offload.run.benchmark import Benchmark
+    from offload.run.stock_benchmark import StockSpeed
 
 PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Tokens of each prompt.")]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Tokens decoded after each prompt.")]
@@ -52,6 +56,13 @@ Filled = Annotated[
         help="Tokens in the KV cache before each prompt, with random keys and values: what a long context costs.",
     ),
 ]
+Against = Annotated[
+    Literal["accelerate"] | None,
+    typer.Option(
+        "--against",
+        help="Also run MODEL by transformers with accelerate's offload, in a process of its own: accelerate.",
+    ),
+]
 _MOST = 16  # sequences in a step
 
 
@@ -69,6 +80,7 @@ def bench(
     sequences: Sequences = None,
     arriving: Arriving = 0,
     filled: Filled = 0,
+    against: Against = None,
     report: Report = None,
 ) -> None:
     """Measure MODEL: prefill and decode apart, after a warm-up, as medians with their spread.
@@ -77,12 +89,13 @@ def bench(
     at those. With --sequences, several texts at a time follow, each number beside its own floor: the bytes of all
     experts that any of them asks for, or the arithmetic where that takes longer. With --filled, prompts come after
     so many tokens that were not computed. With --draft, tasks are then run with and without drafts: free text,
-    quoting, editing, a recorded answer.
+    quoting, editing, a recorded answer. With --against, one prompt and its tokens are run by transformers before, its
+    weights placed by accelerate within the same --ram and --vram, for a quarter of an hour at most.
     """
     from cli.steps.finish import check_page, command_line, finish
     from cli.steps.open_model import find_model, open_session
     from cli.steps.texts import read_text, sample_text
-    from cli.terminal.run_summary import INDENT, arrival_line
+    from cli.terminal.run_summary import INDENT, against_line, arrival_line
 
     check_page(report)
     if filled and run.prompt_cache is not None:
@@ -105,6 +118,10 @@ def bench(
     if run.context is not None or several.counts or arriving or several.context > shape.context():
         run = replace(run, context=max(run.context or 0, plan.context, several.context))
     run = replace(run, sequences=several.sequences)
+    other = None
+    if against is not None:
+        console.step("transformers with accelerate's offload, in a process of its own")
+        other = _run_stock(path, run, plan, source)
     console.step("measuring bandwidths")
     probe(path, refresh=True)
     peak_is_clean = forget_peak()
@@ -139,7 +156,19 @@ def bench(
         if arrival is not None:
             extra["arrival"] = arrival.to_json()
             console.rows([("arrival", arrival_line(arrival))], INDENT)
+        if other is not None:
+            extra["against"] = other.to_json()
+            console.rows([("against", against_line(other, measured))], INDENT)
         finish(measured, console, report, extra)
+
+
+def _run_stock(path: Path, run: RunOptions, plan: "Benchmark", source: str) -> "StockSpeed":
+    """What transformers and accelerate make of the first prompt that is measured here."""
+    from offload.run.stock_benchmark import StockBenchmark
+    from offload.text.tokenizer import encode, load_tokenizer
+
+    prompt = plan.prompt(encode(load_tokenizer(path), source), 1)
+    return StockBenchmark(path, prompt, plan.tokens, run.ram, 0 if run.device == "cpu" else run.vram).run()
 
 
 def _loaded(record: TokenRecord, computed: float, prompt_tokens: int, disk_gb_s: float | None) -> dict[str, Any]:

@@ -190,9 +190,23 @@ DOCUMENTS: dict[str, Schema] = {
                 chunk_ms=number("a chunk of the prompt, mean"),
                 bound_ms=number("three steps and a chunk: no gap should be longer"),
             ),
+            against=record(
+                "with --against: the same directory by others",
+                engine=text("name and version"),
+                ram_bytes=maybe(count("of the budget that it was given; null: what there is")),
+                vram_bytes=maybe(count("likewise; 0: no GPU")),
+                load_seconds=maybe(number("null: it was not loaded")),
+                placed=maybe(record("bytes of weights by accelerate's map", vram=count(), ram=count(), disk=count())),
+                prefill_tokens_per_s=maybe(number()),
+                tokens_per_s=maybe(number("decoded")),
+                ms_per_token_p50=maybe(number("median")),
+                peak_rss_bytes=count("resident at most, whatever the budget"),
+                failed=maybe(text("why there is no more; null: it ran to the end")),
+            ),
         ),
         "prompt_cache",
         "arrival",
+        "against",
     ),
     "eval": without(
         record(

@@ -10,6 +10,7 @@ from offload.tiers import TIERS, role_name
 
 if TYPE_CHECKING:  # it imports torch
     from offload.run.sequence_bench import Arrival
+    from offload.run.stock_benchmark import StockSpeed
 
 INDENT = "  "
 _ROLES = 4  # of a tier, the largest
@@ -87,6 +88,28 @@ def arrival_line(found: "Arrival") -> str:
         f"{number(found.first_token_s)} s; the others waited {number(found.longest_gap_ms)} ms at most (a chunk of "
         f"{found.prompt_chunk:,} takes {number(found.chunk_ms)} ms, a step {number(found.step_ms)})"
     )
+
+
+def against_line(found: "StockSpeed", ours: RunReport) -> str:
+    """What transformers and accelerate made of the same directory."""
+    parts = [found.engine + ":"]
+    for name, theirs, here in (
+        ("decode", found.tokens_per_s, ours.decode.tokens_per_s),
+        ("prefill", found.prefill_tokens_per_s, ours.prefill.tokens_per_s),
+    ):
+        if theirs:
+            times = f", {number(here / theirs)} times as fast" if here else ""
+            parts.append(f"{name} {number(theirs)} tokens/s (here {number(here or 0)}{times});")
+    if found.failed:
+        parts.append(f"{found.failed};")
+    if found.load_seconds is not None:
+        parts.append(f"loaded in {number(found.load_seconds)} s;")
+    if found.peak_rss_bytes:
+        budget = (
+            "" if found.ram_bytes is None else f" where --ram says {size(found.ram_bytes)}, which bounds its map alone"
+        )
+        parts.append(f"peak {size(found.peak_rss_bytes)} resident{budget}")
+    return " ".join(parts).removesuffix(";")
 
 
 def _predicted(report: RunReport) -> str:

@@ -114,3 +114,14 @@ def test_numbers_of_sequences_that_cannot_be_are_one_line(model: Path, asked: st
     done = invoke("bench", model, f"--sequences={asked}")
     assert done.returncode == 2
     assert "expected numbers from 1 to 16" in done.stderr
+
+
+def test_the_same_directory_by_transformers_and_accelerate_stands_beside_it(model: Path) -> None:
+    done = invoke("bench", model, *SMALL, "--repeat", "1", "--against", "accelerate", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["against"]
+    assert found["engine"].startswith("transformers ") and found["failed"] is None
+    assert found["tokens_per_s"] > 0 and found["prefill_tokens_per_s"] > 0 and found["placed"]["ram"] > 0
+    done = invoke("bench", model, *SMALL, "--repeat", "1", "--against", "accelerate", "--ram", "1GiB")
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "times as fast" in said and "which bounds its map alone" in said
