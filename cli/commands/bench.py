@@ -87,7 +87,7 @@ def bench(
 
     Bandwidths are measured before and after, and the better counts. The floor is the time to read a token's bytes
     at those. With --sequences, several texts at a time follow, each number beside its own floor: the bytes of all
-    experts that any of them asks for, or the arithmetic where that takes longer. With --filled, prompts come after
+    experts that any of them asks for, or int8 products where these take longer. With --filled, prompts come after
     so many tokens that were not computed. With --draft, tasks are then run with and without drafts: free text,
     quoting, editing, a recorded answer. With --against, one prompt and its tokens are run by transformers before, its
     weights placed by accelerate within the same --ram and --vram, for a quarter of an hour at most.
@@ -130,7 +130,7 @@ def bench(
             session.notes.append("the peak of resident memory includes what measuring the machine took")
         runs = plan.run(session, source, console.step)
         drafts = DraftBenchmark(prompt_tokens, tokens, repeat, draft_errors).run(session, source, console.step)
-        together = several.run(session, source, console.step) if several.counts else None
+        together = several.run(session, source, console.step)
         arrival = several.arrive(session, source, console.step)
         measured = account(
             session,

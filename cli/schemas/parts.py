@@ -144,6 +144,9 @@ SEQUENCES = many(
         floor_ms_per_step=maybe(number("the least that a step can take")),
         floor_limited_by=maybe(LIMIT),
         fraction_of_floor=maybe(number("floor ÷ median")),
+        ram_gb_s=maybe(number("by which the floor is told: read beside these runs, if all experts are in RAM")),
+        read_ms_per_step=maybe(number("the least that reading takes")),
+        products_ms_per_step=maybe(number("the least that int8 products take; in the floor, of each role the longer")),
     ),
     "by the number of sequences",
 )

@@ -113,6 +113,9 @@ def sequence_rows(report: RunReport) -> list[tuple[str, str]]:
         said += f"({number(speed.ms_per_step_p50)} ms and {number(speed.experts_per_step)} experts per step)"
         if speed.fraction_of_floor is not None and speed.floor_limited_by:
             said += f"; {percent(speed.fraction_of_floor)} of the floor by {limit_name(speed.floor_limited_by)}"
+            if speed.products_ms_per_step is not None:
+                said += f" (reading {number(speed.read_ms_per_step or 0)} ms at {number(speed.ram_gb_s or 0)} GB/s, "
+                said += f"products {number(speed.products_ms_per_step)} ms)"
         rows.append((f"{speed.n} sequence{'s' * (speed.n > 1)}", said))
     return rows
 

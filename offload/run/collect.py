@@ -23,15 +23,15 @@ from offload.routing.stats import RoutingStats
 from offload.run.draft_report import DraftReport
 from offload.run.readings import better, doubts, exceeded, read_after
 from offload.run.report import Environment, ExpertMap, Memory, Message, Prediction, RunReport, RunRequest, Subject
-from offload.run.sequence_speed import sequence_speeds
+from offload.run.sequence_speed import Arithmetic, Together, sequence_speeds
 from offload.run.speed import Bandwidth, DecodeSpeed, Run
 from offload.tiers import TIERS, Key, Tier
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.kernels import native
 from quant.model.families import Role
-from quant.model.mixed_precision import MixedPrecision
+from quant.model.mixed_precision import MixedPrecision, scheme_of
 from quant.model.shape import ModelShape
-from quant.scheme import Scheme
+from quant.scheme import BF16, Scheme
 
 _PACKAGES = ("coldstream", "torch", "transformers", "bitsandbytes", "safetensors")
 
@@ -73,7 +73,7 @@ def account(
     warmup: int = 0,
     median: bool = False,
     draft: DraftReport | None = None,
-    together: Sequence[Run] | None = None,
+    together: Together | None = None,
 ) -> RunReport:
     """The report of ``runs`` in ``session``.
 
@@ -109,15 +109,23 @@ def account(
         draft=draft or _draft(session, runs),
         warmup=warmup,
         median=median,
-        sequences=sequence_speeds(runs if together is None else together, bandwidth, _compute_ms(session)),
+        sequences=sequence_speeds(together or Together(runs), bandwidth, _arithmetic(session, together)),
     )
 
 
-def _compute_ms(session: Accounted) -> float:
-    """The least that the CPU's dot products take for a token; 0 where a GPU does most of them."""
-    if session.device.type != "cpu":
-        return 0.0
-    return 2e3 * session.plan.token_weights / (session.machine.int8_gops * 1e9)
+def _arithmetic(session: Accounted, together: Together | None) -> Arithmetic | None:
+    """The int8 products of a step, where their rate was measured and the CPU does them all."""
+    if together is None or not together.dot_rate or session.device.type != "cpu" or session.options.exact:
+        return None
+    shape, dense = session.shape, dict[Role, tuple[int, int]]()
+    for linear in shape.dense_linears():
+        scheme = scheme_of(session.schemes, linear)
+        if scheme.is_packed:
+            size, weights = dense.get(linear.role, (0, 0))
+            dense[linear.role] = size + scheme.nbytes(linear.out_features, linear.in_features), weights + linear.weights
+    packed = session.schemes.get("experts", BF16).is_packed
+    routed = shape.expert_weights * shape.top_k * len(shape.moe_layers) if packed else 0
+    return Arithmetic(together.dot_rate, tuple(dense.values()), routed)
 
 
 def _judged(

@@ -14,7 +14,7 @@ from typing import Any
 from offload.documents import save
 from offload.records import TokenRecord
 from offload.run.draft_report import DraftReport
-from offload.run.sequence_speed import SequenceSpeed, sequence_speeds
+from offload.run.sequence_speed import SequenceSpeed, Together, sequence_speeds
 from offload.run.speed import Bandwidth, DecodeSpeed, PrefillSpeed, Run
 from offload.tiers import TIERS, Tier
 
@@ -206,7 +206,7 @@ class RunReport:
             request=request,
             doubts=tuple(doubts),
             draft=draft,
-            sequences=sequence_speeds(runs, bandwidth) if sequences is None else tuple(sequences),
+            sequences=sequence_speeds(Together(runs), bandwidth) if sequences is None else tuple(sequences),
         )
 
     @property

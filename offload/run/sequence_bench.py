@@ -11,11 +11,16 @@ from offload.batch.chunk_size import LEAST
 from offload.generate.stream import Stream
 from offload.records import Sampling, TokenRecord
 from offload.run.benchmark import Benchmark
+from offload.run.sequence_speed import Together
 from offload.run.session import Session
+from quant.kernels import native
 
 _WITH = 3  # sequences that are being answered when a prompt arrives
 _BEFORE = 8  # tokens of each before it does
 _STEPS = 3  # normal steps, which beside a chunk of the prompt nobody waits longer than
+_READ_S = 0.1  # that RAM is read for beside each run
+_DOTS_S = 0.02  # the same of dot products
+_CACHES = 512 * 2**20  # bytes that a processor's caches may hold the most of
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,16 @@ class SequenceBenchmark:
         others = _WITH * (self.each.prompt_tokens + _BEFORE + 4 + self.arriving // LEAST) if self.arriving else 0
         return -(-max(max(self.counts, default=1) * self.each.context, self.arriving + others) // self.context)
 
-    def run(self, session: Session, text: str, progress: Callable[[str], None]) -> list[list[TokenRecord]]:
-        """The decode steps in which as many sequences were as was asked, those of each sequence."""
-        ids, found = session.encode(text), list[list[TokenRecord]]()
+    def run(self, session: Session, text: str, progress: Callable[[str], None]) -> Together | None:
+        """The decode steps in which as many sequences were as was asked, those of each sequence, RAM being read before
+        and after each run; None if nothing was asked for."""
+        if not self.counts:
+            return None
+        ids, found, rates = session.encode(text), list[list[TokenRecord]](), dict[int, float]()
+        dots = [0.0]  # a core that others use for a moment makes the rate too low, nothing makes it too high
+        before = _ram_gb_s(session)
         for count in self.counts:
+            beside = list[float]()  # a run is judged by the better of both: memory that others use gives too little
             for turn in range(self.each.repeat):
                 progress(f"{count} sequences, run {turn + 1} of {self.each.repeat}")
                 session.reset()
@@ -75,7 +86,13 @@ class SequenceBenchmark:
                 for run in [list(stream) for stream in streams]:
                     # The first has waited for the prompts of those that came later.
                     found.append([r for r in run if r.phase == "decode" and r.sequences == count][1:])
-        return [run for run in found if run]
+                after = _ram_gb_s(session)
+                dots.append(native.dot_rate(_DOTS_S) if session.device.type == "cpu" else 0.0)
+                beside.append(max(before, after))
+                before = after
+            if all(beside):
+                rates[count] = median(beside)
+        return Together([run for run in found if run], rates, max(dots) or None)
 
     def arrive(self, session: Session, text: str, progress: Callable[[str], None]) -> Arrival | None:
         """A long prompt beside others, if one was asked for."""
@@ -109,3 +126,13 @@ class SequenceBenchmark:
     @staticmethod
     def _submit(session: Session, prompt: Sequence[int], tokens: int) -> Stream:
         return session.submit(prompt, Sampling(max_tokens=tokens, ignore_eos=True))
+
+
+def _ram_gb_s(session: Session) -> float:
+    """GB/s of reading the experts where they lie, which takes no memory; 0 where not all of them are there, or some
+    leave parts of their slots untouched, or caches may hold them."""
+    experts = session.experts
+    whole = experts.holds_all and experts.store.expert_nbytes is not None
+    if session.device.type != "cpu" or not whole or experts.arena.memory.nbytes < _CACHES:
+        return 0.0
+    return native.read_rate(experts.arena.memory, _READ_S)

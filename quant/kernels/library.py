@@ -79,7 +79,8 @@ def library() -> ctypes.CDLL:
     loaded.cs_isa.restype = ctypes.c_char_p
     loaded.cs_isa_at.restype = ctypes.c_char_p
     loaded.cs_set_isa.argtypes = [ctypes.c_char_p]
-    loaded.cs_read_bandwidth.restype = ctypes.c_double
+    for rate in (loaded.cs_read_bandwidth, loaded.cs_read_rate, loaded.cs_dot_rate):
+        rate.restype = ctypes.c_double
     forced = os.environ.get("COLDSTREAM_ISA", "")
     if forced:
         choose_isa(loaded, forced)

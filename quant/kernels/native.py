@@ -4,9 +4,11 @@ Everything here runs on one thread pool of its own, in which the calling thread 
 the interpreter lock during a call; two calls at once wait for each other.
 """
 
+from torch import Tensor
+
 from quant.errors import MachineError
 from quant.kernels.attention import Attention, AttentionShape, KvPages
-from quant.kernels.library import F64, I32, I64, call, choose_isa, counted, library, usable_isas
+from quant.kernels.library import F64, I32, I64, Pointer, call, choose_isa, counted, library, usable_isas
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, MoeResult, mlp
 from quant.kernels.product import linear
 from quant.kernels.weight import Weight
@@ -20,12 +22,14 @@ __all__ = [
     "MoeBlock",
     "MoeResult",
     "Weight",
+    "dot_rate",
     "isa",
     "isas",
     "keep_awake",
     "linear",
     "mlp",
     "read_bandwidth",
+    "read_rate",
     "set_isa",
     "set_threads",
     "thread_note",
@@ -86,4 +90,19 @@ def read_bandwidth(nbytes: int = 1 << 30, seconds: float = 1.0) -> float:
     rate = float(library().cs_read_bandwidth(I64(nbytes), F64(seconds)))
     if rate < 0:
         raise MachineError(f"{nbytes} bytes for the bandwidth probe cannot be allocated: ask for fewer")
+    return rate
+
+
+def read_rate(memory: Tensor, seconds: float = 0.1) -> float:
+    """GB/s at which all threads together read ``memory``, all of which is there, for about ``seconds``: see
+    ``read_bandwidth``. 0 of less than a MiB."""
+    return max(0.0, float(library().cs_read_rate(Pointer(memory.data_ptr()), I64(memory.nbytes), F64(seconds))))
+
+
+def dot_rate(seconds: float = 0.1) -> float:
+    """10^9 products of bytes per second, added up, by all threads together, as fast as the instruction goes that the
+    kernels use: in registers, which no product of weights is faster than."""
+    rate = float(library().cs_dot_rate(F64(seconds)))
+    if rate < 0:
+        raise MachineError("no memory to time dot products with")
     return rate

@@ -92,6 +92,11 @@ class Arena:
             self._map.madvise(mmap.MADV_DONTNEED, begin + now, before - now)
         self._touched[index] = now
 
+    @property
+    def memory(self) -> Tensor:
+        """All slots, uint8 ``[slots · slot_bytes]``."""
+        return self._memory
+
     def slot(self, index: int) -> Tensor:
         """Slot ``index`` as uint8 ``[slot_bytes]``."""
         return self._memory[index * self.slot_bytes : (index + 1) * self.slot_bytes]

@@ -134,6 +134,7 @@ struct Kernels {
   void (*add_scaled)(float* y, const float* x, int64_t count, float factor);
   void (*attend)(const AttendTask&);
   uint64_t (*checksum)(const char* bytes, int64_t count);  // count is a multiple of 1024
+  int64_t (*dot_products)(int64_t rounds);  // of bytes in registers, as fast as they go: how many
 };
 
 const Kernels& kernels();  // the chosen instruction set

@@ -61,11 +61,14 @@ def test_sequences_are_measured_where_as_many_share_a_step(session: Session) -> 
     bench = SequenceBenchmark(Benchmark(prompt_tokens=20, tokens=12, repeat=1), (1, 3))
     assert bench.context * bench.sequences >= 3 * (20 + 12 + 1), "the KV cache holds all of them"
     began = time.perf_counter()
-    runs = bench.run(session, TEXT, lambda line: None)
+    together = bench.run(session, TEXT, lambda line: None)
     took = time.perf_counter() - began
+    assert together is not None and together.dot_rate, "what the cores can do is measured beside it"
+    assert not together.ram_gb_s, "experts that are not all in RAM are not read for it"
+    runs = together.runs
     assert {record.sequences for run in runs for record in run} == {1, 3}
     assert sum(record.own_seconds for run in runs for record in run) < took, "time is told once"
-    one, three = sequence_speeds(runs, Bandwidth(ram_gb_s=20, disk_gb_s=1))
+    one, three = sequence_speeds(together, Bandwidth(ram_gb_s=20, disk_gb_s=1))
     assert (one.n, three.n) == (1, 3) and three.steps >= 6
     assert one.experts_per_step <= three.experts_per_step < 3 * one.experts_per_step, "shared experts count once"
     assert three.per_sequence_tokens_per_s < three.tokens_per_s

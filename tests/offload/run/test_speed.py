@@ -3,7 +3,7 @@
 import pytest
 
 from offload.records import TokenRecord
-from offload.run.sequence_speed import sequence_speeds
+from offload.run.sequence_speed import Arithmetic, Together, sequence_speeds
 from offload.run.speed import Bandwidth, DecodeSpeed, PrefillSpeed, floor_of, percentile
 from offload.tiers import Tier
 
@@ -98,7 +98,7 @@ def test_sequences_that_share_a_step_divide_its_time_and_its_bytes() -> None:
 def test_each_number_of_sequences_has_a_floor_of_its_own() -> None:
     alone = [shared(1, 0.010, 0.010, 80_000_000)] * 4
     pair = [[shared(2, 0.015, 0.0075, 60_000_000)] * 6, [shared(2, 0.015, 0.0075, 60_000_000)] * 6]
-    one, two = sequence_speeds([alone, *pair], Bandwidth(ram_gb_s=10))
+    one, two = sequence_speeds(Together([alone, *pair]), Bandwidth(ram_gb_s=10))
     assert (one.n, one.steps, two.n, two.steps) == (1, 4, 2, 6)
     assert two.tokens_per_s == pytest.approx(2 / 0.015) and two.per_sequence_tokens_per_s == pytest.approx(1 / 0.015)
     assert two.bytes_per_step == {"ram": 120_000_000} and two.experts_per_step == 20
@@ -106,7 +106,20 @@ def test_each_number_of_sequences_has_a_floor_of_its_own() -> None:
     assert two.floor_limited_by == "ram bandwidth"
 
 
-def test_arithmetic_is_the_floor_where_it_takes_longer_than_reading() -> None:
-    [found] = sequence_speeds([[shared(4, 0.04, 0.01, 10_000_000)] * 4], Bandwidth(ram_gb_s=10), compute_ms=6.0)
-    assert (found.floor_ms_per_step, found.floor_limited_by) == (pytest.approx(24), "compute")
-    assert found.fraction_of_floor == pytest.approx(0.6)
+def test_products_are_the_floor_of_weights_that_they_take_longer_for_than_reading() -> None:
+    # 40 MB in all at 10 GB/s: 1 ms for 10 MB that all rows multiply, 3 for experts; 4 rows times 10 and 5 million
+    # weights at 10^10 products a second: 4 ms and 2.
+    steps = Together([[shared(4, 0.04, 0.005, 10_000_000)] * 4])
+    arithmetic = Arithmetic(dot_rate=10, dense=((10_000_000, 10_000_000),), routed=5_000_000)
+    [found] = sequence_speeds(steps, Bandwidth(ram_gb_s=10), arithmetic)
+    assert (found.floor_ms_per_step, found.floor_limited_by) == (pytest.approx(7), "compute")
+    assert (found.read_ms_per_step, found.products_ms_per_step) == (pytest.approx(4), pytest.approx(6))
+    assert found.fraction_of_floor == pytest.approx(0.35)
+
+
+def test_a_floor_is_told_by_memory_as_it_was_beside_those_runs() -> None:
+    alone, pair = [shared(1, 0.01, 0.01, 80_000_000)] * 4, [shared(2, 0.015, 0.0075, 60_000_000)] * 6
+    one, two = sequence_speeds(Together([alone, pair, pair], {2: 20.0}), Bandwidth(ram_gb_s=10))
+    assert (one.ram_gb_s, two.ram_gb_s) == (10, 20)
+    assert one.fraction_of_floor == pytest.approx(0.8) and two.fraction_of_floor == pytest.approx(0.4)
+    assert two.products_ms_per_step is None, "nobody measured them"

@@ -25,6 +25,7 @@ int32_t cs_set_threads(int32_t);
 int32_t cs_set_isa(const char*);
 const char* cs_isa_at(int32_t);
 double cs_read_bandwidth(int64_t, double);
+double cs_dot_rate(double);
 int32_t cs_quantize(const QuantizeJob*, QuantizeStats*);
 int32_t cs_linear(const Weight*, const float*, int64_t, int64_t, float*, int64_t, int32_t);
 int32_t cs_mlp(const Job*, int64_t, const float*, int64_t, float*, int64_t, int32_t);
@@ -415,6 +416,7 @@ int main() {
   require(cs_read_bandwidth(4 << 20, 0.01) > 0, "read_bandwidth");
   for (int i = 0; const char* isa = cs_isa_at(i); ++i) {
     require(cs_set_isa(isa) == kOk, "set_isa", i);
+    require(cs_dot_rate(0.001) > 0, "dot_rate", i);
     run_all(unsigned(i), true);
   }
   require(cs_set_isa("") == kOk && cs_set_isa("none") == kBadArgument, "set_isa");

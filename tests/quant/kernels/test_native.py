@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,6 +128,31 @@ def test_thread_counts_that_make_no_sense_are_refused() -> None:
 
 def test_read_bandwidth_is_a_plausible_rate() -> None:
     assert 0.1 < native.read_bandwidth(1 << 24, 0.02) < 5000
+
+
+def test_memory_that_is_there_is_read_as_fast_as_new_memory() -> None:
+    there = torch.zeros(1 << 24, dtype=torch.uint8)
+    assert 0.1 < native.read_rate(there, 0.02) < 5000
+    assert native.read_rate(there[:1000]) == 0
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_no_product_is_faster_than_the_dot_products_it_is_made_of(isa: str) -> None:
+    n, k, tokens = 512, 2048, 256
+    weight = Weight.from_tensors(
+        "int8", torch.randint(-9, 9, (n, k // 4), dtype=torch.int32), torch.ones(n, 16).bfloat16()
+    )
+    x, out, took = torch.randn(tokens, k), torch.empty(tokens, n), []
+    native.set_isa(isa)
+    try:
+        for _ in range(5):
+            start = time.perf_counter()
+            native.linear(x, weight, out=out)
+            took.append(time.perf_counter() - start)
+        best = max(native.dot_rate(0.05) for _ in range(3))
+    finally:
+        native.set_isa("")
+    assert n * k * tokens / min(took) / 1e9 < best < 1e5
 
 
 _FEW_THREADS = """
