@@ -72,6 +72,8 @@ class NativeDecoder(Decoder):
         gate and up are joined by ``join``."""
         if not store.shape.layers_on_cpu or getattr(config, "clip_qkv", None) is not None:
             return False
+        if getattr(config, "hidden_act", "silu") != "silu" or getattr(config, "mlp_bias", False):
+            return False
         return isinstance(join, SwiGlu) and store.reads_native and store.reads_biases
 
     def weights_moved(self) -> None:
@@ -80,7 +82,7 @@ class NativeDecoder(Decoder):
         parts = all_layer_parts(self.model, shape)
         routed = [part for part in parts if part.router is not None]
         self.lookahead: Lookahead | None = None
-        if not experts.holds_all:
+        if routed and not experts.holds_all:
             routers = [part.router for part in routed if part.router is not None]
             norms, biases = [part.mlp_norm for part in routed], [part.router_bias for part in routed]
             added = [bias for bias in biases if bias is not None]
@@ -193,6 +195,8 @@ class NativeDecoder(Decoder):
 
     def _note(self) -> None:
         """Count what the rows of a step chose, each expert of a layer once, and what it had to wait for."""
+        if not self._moe_layers:
+            return
         chosen = self.stack.chosen_by_all().astype(np.int64)
         self.routing.record_step(chosen.swapaxes(0, 1))  # [T, L, k]
         used = chosen.reshape(len(chosen), -1).tolist()

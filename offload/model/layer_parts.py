@@ -103,12 +103,12 @@ def attention_shape(layer: Any, config: Any) -> AttentionShape:
 def attention_window(layer: Any, config: Any) -> int:
     """How many tokens the attention of ``layer`` looks back at, itself included; 0 for all of them.
 
-    Most families keep it in each layer's attention. Mixtral keeps it in the config alone, where a model of
+    Most families keep it in each layer's attention. Mistral and Mixtral keep it in the config alone, where a model of
     another family may carry it without meaning.
     """
     if hasattr(layer.self_attn, "sliding_window"):
         return layer.self_attn.sliding_window or 0
-    return (config.sliding_window or 0) if config.model_type == "mixtral" else 0
+    return (config.sliding_window or 0) if config.model_type in ("mistral", "mixtral") else 0
 
 
 def router_kind(layer: Any) -> tuple[RouterKind, int]:

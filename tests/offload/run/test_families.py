@@ -76,6 +76,7 @@ def test_logits_greedy_text_and_a_second_turn_equal_stock_transformers(
     with _session(one.path, ram_slots=64) as session:
         # Where its one cache is transformers' own, one sequence is run at a time.
         assert isinstance(session.runner, Generator) == (session.decoder.bound is not None)
+        assert isinstance(session.decoder, NativeDecoder) == (family in CPU_LAYERS)
         logits = sessions.prompt_logits(session, PROMPT)
         in_chunks = sessions.prompt_logits(session, PROMPT[:15], PROMPT[15:30], PROMPT[30:])
         answer = [record.token_id for record in session.generate(PROMPT, GREEDY)]
@@ -110,7 +111,6 @@ def test_experts_on_disk_give_the_same_text(family: str, made: Callable[[str], M
     for slots in (4, 13) if family in CPU_LAYERS else (4,):
         with _session(one.path, ram_slots=slots, fills=False) as session:
             records = list(session.generate(PROMPT, GREEDY))
-            assert isinstance(session.decoder, NativeDecoder) == (family in CPU_LAYERS)
             assert any("transformers' own modules" in note for note in session.notes) == (family not in CPU_LAYERS)
         assert [record.token_id for record in records] == one.tokens
         assert sum(record.misses for record in records) > 0
