@@ -48,6 +48,7 @@ def make_app(service: Service, access: Access) -> Starlette:
     routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in asked.items()]
     routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in told.items()]
     handlers: Any = dict.fromkeys((ServeError, ColdstreamError, HTTPException, ClientGone, Exception), _failed)
+    handlers[RuntimeError] = _failed_to_start
     app = Starlette(routes=routes, middleware=[Middleware(Guard, access=access)], exception_handlers=handlers)
     app.state.service = service
     return app
@@ -61,6 +62,14 @@ async def _failed(request: Request, error: Exception) -> Response:
         said = f"there is no {request.url.path}" if error.status_code == 404 else str(error.detail)
         return error_response(request.url.path, ServeError(error.status_code, said))
     return error_response(request.url.path, as_serve_error(error))
+
+
+async def _failed_to_start(request: Request, error: RuntimeError) -> Response:
+    """What a request is told for which the system starts no thread. Raises ``error`` if it is another: the log says
+    more of those."""
+    if as_serve_error(error).status != 503:
+        raise error
+    return await _failed(request, error)
 
 
 async def openapi(request: Request) -> Response:
