@@ -22,7 +22,9 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from quant.convert.convert import convert
 from quant.errors import ColdstreamError
+from quant.scheme import Scheme
 from quant.sources.open import open_source
 from tests import hostile
 from tests.quant.sources import test_bitsandbytes, test_float8, test_gptq, test_integers
@@ -292,6 +294,19 @@ def test_a_config_is_what_the_library_makes_of_it_or_refused(stored: tuple[Kind,
                 judged(kind, folder, parts, other, clean)
             except Exception as error:
                 raise AssertionError(f"{place}: {hostile.at(other, place[:-1])}: {error}") from error
+
+
+def test_a_scale_that_is_no_number_is_refused_by_name(
+    stored: tuple[Kind, Path, Tensors, Tensor], tmp_path: Path
+) -> None:
+    _, folder, parts, _ = stored
+    tensors = tensors_of(folder)
+    endings = ("nested_absmax", "scale", "scale_inv", "scales", "SCB", "absmax")
+    name = next(name for ending in endings for name in parts if name.endswith(ending))
+    tensors[f"{MODULE}.{name}"].view(-1)[-1] = float("nan")
+    save(folder, tensors)
+    with pytest.raises(ColdstreamError, match=re.escape(MODULE)):
+        convert(folder, tmp_path / "out", {"experts": Scheme("int4", 32)}, rounding="rtn")
 
 
 def test_experts_in_mxfp4_are_what_transformers_makes_of_them_or_refused(tiny: Tiny, tmp_path: Path) -> None:
