@@ -116,6 +116,7 @@ def one_line_errors(*, json: bool = False) -> Iterator[None]:
     except ColdstreamError as error:
         _say_and_fail(type(error).__name__, str(error), error.exit_code, json)
     except WRONG_USAGE as error:
+        error.message = error.message.removeprefix("Value error, ")  # of pydantic, which reads choices for typer
         shown = io.StringIO()
         error.show(shown)
         print(visible(shown.getvalue()), end="", file=sys.stderr)

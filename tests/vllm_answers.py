@@ -24,7 +24,7 @@ def main() -> None:
     }
     from vllm import LLM, SamplingParams
 
-    _multiply_by_torch()
+    multiply_by_torch()
     settings = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=1)
     kept = []  # one that is let go of takes what the next one needs with it
     for folder in sys.argv[1:]:
@@ -48,7 +48,8 @@ def main() -> None:
         print("ANSWER " + json.dumps(answer), flush=True)
 
 
-def _multiply_by_torch() -> None:
+def multiply_by_torch() -> None:
+    """Have vLLM compute with int4 experts (``moe_backend="emulation"``) and packed Linears on any processor."""
     import torch
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.layers.fused_moe.experts.int4_emulation_moe import Int4EmulationTritonExperts

@@ -40,9 +40,10 @@ def _about(report: RunReport) -> dict[str, str]:
         for tier, count in (("VRAM", request.vram_bytes), ("RAM", request.ram_bytes))
         if count
     ]
+    layers = len(report.expert_map.moe_layers)
+    experts = f"{layers} MoE layers of {subject.num_experts} experts, {subject.top_k} per token"
     return {
-        "Model": f"{subject.family}, {len(report.expert_map.moe_layers)} MoE layers of "
-        f"{subject.num_experts} experts, {subject.top_k} per token",
+        "Model": f"{subject.family}, {experts if layers else 'no experts'}",
         "Stored as": stored,
         "Budgets": f"{' and '.join(budgets)}, Python and its libraries included" if budgets else "",
         "Context": f"{subject.context:,} tokens",

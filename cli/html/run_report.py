@@ -10,7 +10,7 @@ from cli.html.request import request_section
 from cli.html.step_plots import memory_plot, requests_plot, time_plot
 from cli.html.token_time import speed_section, time_section
 from cli.terminal import words
-from cli.terminal.words import number, percent, size
+from cli.terminal.words import how_many, number, percent, size
 from offload.run.report import RunReport
 
 _COMPARED: tuple[Compared, ...] = (
@@ -79,6 +79,12 @@ def _figures(report: RunReport) -> str:
     vram = f"; {size(memory.peak_vram_bytes)} of VRAM" if memory.peak_vram_bytes else ""
     requests = report.experts.hits + report.experts.misses
     of_floor = "Of the floor’s speed"
+    hits = (
+        "Expert hits at decode",
+        percent(report.decode_experts.hit_rate),
+        "",
+        f"{percent(report.experts.hit_rate)} of all {requests:,} requests, prompts included",
+    )
     cards = [
         (
             "Decode",
@@ -86,14 +92,9 @@ def _figures(report: RunReport) -> str:
             "tokens/s",
             f"{number(decode.ms_per_token_p50)} ms per token, 9 of 10 under {number(decode.ms_per_token_p90)}",
         ),
-        ("Prefill", number(prefill.tokens_per_s), "tokens/s", f"{prefill.tokens:,} prompt tokens"),
+        ("Prefill", number(prefill.tokens_per_s), "tokens/s", how_many(prefill.tokens, "prompt token")),
         (of_floor, words.floor_share(report), "", floor),
-        (
-            "Expert hits at decode",
-            percent(report.decode_experts.hit_rate),
-            "",
-            f"{percent(report.experts.hit_rate)} of all {requests:,} requests, prompts included",
-        ),
+        *([hits] if requests else []),
         ("Peak memory", size(memory.peak_rss_bytes), "", f"resident{vram}"),
     ]
     return figures(cards, [of_floor] if report.doubts else [])

@@ -181,9 +181,12 @@ def _figures(setup: Simulation, decode: SimulatedPhase, prefill: SimulatedPhase)
             "tokens/s",
             f"a prompt of {prefill.tokens:,}; the plan says {number(plan.predicted_prefill_tokens_per_s)}",
         ),
-        ("Hits in VRAM" if gpu else "Hits in RAM", percent(decode.hit_rates["vram" if gpu else "ram"]), "", slots),
     ]
-    if gpu:
+    if plan.experts:
+        cards.append(
+            ("Hits in VRAM" if gpu else "Hits in RAM", percent(decode.hit_rates["vram" if gpu else "ram"]), "", slots)
+        )
+    if plan.experts and gpu:
         cards.append(("Swaps", number(decode.swaps_per_token), "per token", f"{size(plan.slot_bytes)} each"))
     return figures(cards)
 

@@ -94,7 +94,7 @@ def memory_plot(
 
 def requests_plot(records: Sequence[TokenRecord], readouts: dict[str, list[str]]) -> str:
     """Where the experts asked for were, as shares of each bin's requests."""
-    if not any(record.by_tier for record in records):
+    if not any(any(record.by_tier.values()) for record in records):
         return ""
     bins = Bins(len(records))
     groups = [records[start:end] for start, end in bins.spans]

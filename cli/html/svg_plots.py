@@ -30,7 +30,8 @@ class Bins:
         """Where round step numbers fall, the first and last step always named."""
         if self.count < 2:
             return [(0.0, "1")]
-        inner = [value for value in nice_ticks(self.count, 5) if 0.06 < value / self.count < 0.9]
+        round_ones = [value for value in nice_ticks(self.count, 5) if value >= 2 and value.is_integer()]
+        inner = [value for value in round_ones if 0.06 < value / self.count < 0.9]
         return [(0.0, "1"), *((value / self.count, f"{value:,.0f}") for value in inner), (1.0, f"{self.count:,}")]
 
 

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from cli.serve.errors import ServeError
 from cli.serve.service import Service
+from cli.terminal.words import limit_name
 from offload.run.collect import bandwidth_of, expert_map_of, memory_of
 from offload.run.speed import DecodeSpeed
 from offload.tiers import TIERS, role_name
@@ -49,7 +50,7 @@ def _live(service: Service) -> dict[str, object]:
         "model": service.name,
         "tokens_per_s": len(recent) / seconds if seconds else None,
         "hit_rate": hits / (hits + misses) if hits + misses else None,
-        "limited_by": speed.floor_limited_by or session.plan.limited_by,
+        "limited_by": limit_name(speed.floor_limited_by or session.plan.limited_by),
         "running": min(len(service.slots), service.limits.parallel),
         "waiting": max(0, len(service.slots) - service.limits.parallel),
         "memory": {

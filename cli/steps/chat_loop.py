@@ -93,7 +93,13 @@ class ChatLoop:
         question: dict[str, Any] = {"role": "user", "content": text}
         if self._shown:
             question["images"] = self._shown
-        ids = self._fitted(question)
+        try:
+            ids = self._fitted(question)
+        except ColdstreamError:
+            if self._shown:  # or no later message would get through either
+                self._shown = []
+                self.console.prose("(no image is shown any more: /image PATH shows one again)")
+            raise
         if ids is None:
             return
         records: list[TokenRecord] = []
@@ -188,6 +194,9 @@ class ChatLoop:
             case "/file":
                 raise UsageError("/file needs a path: /file PATH, and what you want to say about it")
             case "/image" if rest:
+                from offload.vision.images import check_looking  # it imports torch
+
+                check_looking(self.session.shape, room=self.session.options.images)
                 path, text = _path_and_text(rest)
                 open_image(path)  # said now, not with the next message
                 self._shown = [*self._shown, str(path)]
@@ -249,11 +258,11 @@ def _path_and_text(rest: str) -> tuple[Path, str]:
 
 def _speed(records: list[TokenRecord]) -> str:
     """``84 tokens, 12.3 tokens/s, 96 % expert hits``: of what came after the prompt."""
-    from cli.terminal.words import number, percent
+    from cli.terminal.words import how_many, number, percent
 
     decoded = records[1:]
     seconds = sum(record.seconds for record in decoded)
-    said = [f"{len(records):,} token{'s' if len(records) > 1 else ''}"]
+    said = [how_many(len(records), "token")]
     if seconds > 0:
         said.append(f"{number(len(decoded) / seconds)} tokens/s")
     hits, misses = (sum(getattr(record, kind) for record in decoded or records) for kind in ("hits", "misses"))

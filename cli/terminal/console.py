@@ -81,8 +81,9 @@ class Console:
             self.rich.print(table)
             return
         headings, *rows = zip(*columns, strict=True)
+        names = [heading.replace("\n", " ") for heading in headings[1:]]
         for label, *cells in rows:
-            said = ", ".join(f"{name} {cell}".strip() for name, cell in zip(headings[1:], cells, strict=True) if cell)
+            said = ", ".join(f"{name} {cell}".strip() for name, cell in zip(names, cells, strict=True) if cell)
             self.prose(f"{label}: {said}", 4)
 
     @staticmethod

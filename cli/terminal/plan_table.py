@@ -90,7 +90,8 @@ def speeds(plan: Plan) -> list[Row]:
         rows.append(("together", f"tokens/s of several sequences: {', '.join(several)}"))
     served = ", ".join(_served(plan, tier) for tier in TIERS if plan.hit_rates[tier] > 0)
     known = "by the routing profile" if plan.routing_known else _UNKNOWN
-    rows.append(("experts", f"{served} ({known})"))
+    if plan.experts:
+        rows.append(("experts", f"{served} ({known})"))
     share = decode.cpu_share
     if share is not None and plan.hit_rates["vram"] < 1 and 0 < share < 1:
         rows.append(("", f"of what is not in VRAM the CPU computes {percent(share)}, the rest crosses PCIe"))

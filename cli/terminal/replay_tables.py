@@ -74,9 +74,10 @@ def rows(setup: Simulation, decode: SimulatedPhase, prefill: SimulatedPhase) -> 
             f"{setup.plan.prompt_chunk:,}, limited by {limit_name(prefill.limited_by)} (by arithmetic "
             f"{number(setup.plan.predicted_prefill_tokens_per_s)})",
         ),
-        ("experts", f"requests found theirs {served}"),
     ]
-    if setup.machine.gpu and decode.hit_rates["vram"] < 1:
+    if served:
+        found.append(("experts", f"requests found theirs {served}"))
+    if served and setup.machine.gpu and decode.hit_rates["vram"] < 1:
         found.append(("", f"of a miss the GPU reads {percent(setup.part)} in place, the CPU does the rest"))
     return found
 

@@ -3,7 +3,17 @@
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from cli.terminal.words import TIER_NAMES, bandwidth_share, deviation, limit_name, number, percent, sequence_rows, size
+from cli.terminal.words import (
+    TIER_NAMES,
+    bandwidth_share,
+    deviation,
+    how_many,
+    limit_name,
+    number,
+    percent,
+    sequence_rows,
+    size,
+)
 from offload.run.draft_report import DraftReport, DraftTask
 from offload.run.report import RunReport
 from offload.tiers import TIERS, role_name
@@ -44,7 +54,9 @@ def _prefill(report: RunReport) -> str:
     prefill = report.prefill
     if not prefill.tokens:
         return ""
-    return f"{number(prefill.tokens_per_s)} tokens/s ({prefill.tokens:,} tokens in {number(prefill.seconds)} s)"
+    return (
+        f"{number(prefill.tokens_per_s)} tokens/s ({how_many(prefill.tokens, 'token')} in {number(prefill.seconds)} s)"
+    )
 
 
 def _reused(report: RunReport) -> str:

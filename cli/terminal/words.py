@@ -50,6 +50,11 @@ def number(value: float | None) -> str:
     return f"{value:,.{places}f}"
 
 
+def how_many(count: int, what: str) -> str:
+    """``1 token``, ``1,024 tokens``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def percent(part: float | None) -> str:
     """``part`` of 1 in percent; a dash for None."""
     if part is None:

@@ -31,8 +31,9 @@ def select_decoder(
         )
         return decoder, notes
     if not store.shape.is_native:
+        said = ("attention and routing", "are") if store.shape.moe_layers else ("attention", "is")
         notes.append(
-            f"attention and routing of a {store.shape.family.name} model are computed by transformers' own modules, "
+            f"{said[0]} of a {store.shape.family.name} model {said[1]} computed by transformers' own modules, "
             "with about a millisecond of Python per layer and token"
         )
     if graph and store.shape.is_native and isinstance(experts, TieredCache):

@@ -41,11 +41,11 @@ from offload.run.report import RunReport
 from offload.text.tokenizer import encode, encode_chat, load_tokenizer, text_files
 from offload.tiers import Key, Tier
 from offload.vision.image_file import ImageSource
-from offload.vision.images import Images, Message, has_images
+from offload.vision.images import Images, Message, check_looking, has_images
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.identity import model_id
 from quant.checkpoint.inventory import schemes_of_tensors, wider_bytes
-from quant.errors import BudgetError, UsageError
+from quant.errors import BudgetError
 from quant.kernels import native
 from quant.model.hub import resolve_model
 from quant.model.recipe import load_recipe
@@ -241,10 +241,7 @@ class Session:
 
     def _looking(self) -> Images:
         """What looks at images, made when the first comes."""
-        if not self.shape.reads_images:
-            raise UsageError("images were given, and this model reads text only here: expected a Llama 4 that sees")
-        if not self.options.images:
-            raise UsageError("images were given, and this run kept no room for them: open the session with images=True")
+        check_looking(self.shape, room=self.options.images)
         if self._images is None:
             self._images = Images(self.checkpoint, self.model, self.tokenizer, self.device, self._dtype)
         return self._images

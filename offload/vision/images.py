@@ -12,8 +12,20 @@ from offload.vision.processor import PLACEHOLDER, ImageProcessor
 from offload.vision.tower import VisionTower
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import UsageError
+from quant.model.shape import ModelShape
 
 Message = Mapping[str, Any]
+
+
+def check_looking(shape: ModelShape, *, room: bool) -> None:
+    """Raises UsageError where no images can be looked at: by what the model is, or as memory has no ``room`` for it."""
+    if not shape.reads_images:
+        raise UsageError("images were given, and this model reads text only here: expected a Llama 4 that sees")
+    if not room:
+        raise UsageError(
+            "images were given, and this run kept no room for them: expected a chat or server without --no-images, a "
+            "session with images=True"
+        )
 
 
 class Images:

@@ -288,6 +288,12 @@ def test_errors_in_the_program_itself_are_not_hidden() -> None:
         raise RuntimeError("a bug")
 
 
+@pytest.mark.parametrize("words", [("--kv", "int4"), ("--device", "tpu"), ("--draft", "x")])
+def test_a_choice_that_is_none_is_named_beside_those_that_are(words: tuple[str, str]) -> None:
+    said = coldstream("generate", "nowhere", "x", *words).stderr
+    assert f"Invalid value for '{words[0]}': '{words[1]}' is not one of '" in said
+
+
 def test_wrong_usage_shows_foreign_characters_harmlessly() -> None:
     done = invoke("plan", "mini-scout", "--\x1b[31m")
     assert done.returncode == 2

@@ -3,6 +3,7 @@
 {
   const SVG = "http://www.w3.org/2000/svg";
   const NAMES = { vram: "VRAM", ram: "RAM", disk: "Disk" };
+  const SPACES = { ...NAMES, disk: "Files" }; // as reports have it: all of the model is there, whatever else holds it
   const map = find("map"), status = find("live-status");
   const size = (bytes) => {
     const units = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -28,7 +29,11 @@
     return (role) => (ordered.indexOf(role.name) < 5 ? `role${ordered.indexOf(role.name)}` : "role-other");
   };
   const tier = (name, unsorted, tone) => {
-    const roles = unsorted.toSorted((one, other) => other.bytes - one.bytes);
+    const sorted = unsorted.toSorted((one, other) => other.bytes - one.bytes);
+    const small = sorted.filter((role) => tone(role) === "role-other");
+    const roles = sorted.filter((role) => !small.includes(role));
+    if (small.length) roles.push({ name: small.length === 1 ? small[0].name : "other",
+      bytes: small.reduce((sum, role) => sum + role.bytes, 0) });
     const total = roles.reduce((sum, role) => sum + role.bytes, 0);
     const bar = made("div", `bar ${name}`);
     roles.forEach((role) => {
@@ -38,10 +43,13 @@
     });
     const listed = made("ul", "legend", ...roles.map((role) =>
       made("li", tone(role), made("span", "swatch"), `${role.name} ${size(role.bytes)}`)));
-    return made("div", "tier", made("div", "head", made("b", "", NAMES[name]), size(total)), bar, listed);
+    return made("div", "tier", made("div", "head", made("b", "", SPACES[name]), size(total)), bar, listed);
   };
   const draw = (live) => {
-    const speed = live.tokens_per_s === null ? "–" : live.tokens_per_s.toFixed(1);
+    find("model").textContent = live.model;
+    document.title = `${live.model} · Coldstream`;
+    const rate = live.tokens_per_s;
+    const speed = rate === null ? "–" : rate < 100 ? rate.toPrecision(3) : Math.round(rate).toLocaleString("en");
     find("speeds").replaceChildren(...figures([
       ["Decode", speed, "tokens/s"],
       ["Expert hits", percent(live.hit_rate), ""],
@@ -52,6 +60,8 @@
     find("tiers").replaceChildren(...Object.entries(live.memory)
       .filter(([, roles]) => roles.length).map(([name, roles]) => tier(name, roles, tone)));
     const { counts, tiers } = live.experts;
+    find("experts").hidden = !counts.length; // of a dense model
+    if (!counts.length) return;
     const most = Math.max(1, ...counts.flat()), shapes = new Map(), found = { vram: 0, ram: 0, disk: 0 };
     counts.forEach((row, y) => row.forEach((count, x) => {
       const where = tiers[y][x], inset = where === "disk" ? 0.22 : 0.06, side = 1 - 2 * inset;
@@ -71,16 +81,16 @@
     }));
     find("legend").replaceChildren(...Object.entries(found).filter(([, count]) => count).map(([name, count]) =>
       made("li", name, made("span", "swatch"), `${NAMES[name]}: ${count}`)));
-    find("model").textContent = live.model;
   };
-  let asking = false;
+  let asking = false, named = false;
   const look = async () => {
-    if (asking || document.hidden || getComputedStyle(find("live")).display === "none") return;
+    if (asking || document.hidden || (named && getComputedStyle(find("live")).display === "none")) return;
     asking = true;
     try {
       const response = await fetch("/live", { headers: Access.headers() });
       if (response.status === 401) Access.refused();
       if (response.ok) draw(await response.json());
+      named ||= response.ok;
       status.textContent = response.ok || response.status === 401 ? "" : `The live view failed: ${response.status}`;
     } catch {
       status.textContent = "The server does not answer.";

@@ -65,6 +65,23 @@ def test_what_cannot_be_shown_is_one_line(
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("words", [(), ("--no-images",)], ids=["text", "no room"])
+def test_a_chat_goes_on_after_an_image_that_cannot_be_looked_at(
+    words: tuple[str, ...], seeing: Path, model: Path, pictures: list[Path]
+) -> None:
+    talk = f"/image '{pictures[0]}' what?\n/image {pictures[1]}\nHello\n"
+    done = invoke("chat", seeing if words else model, *words, "-n", "2", "--json", stdin=talk)
+    assert done.returncode == 0, done.stderr
+    assert [m["content"] for m in json.loads(done.stdout)["messages"] if m["role"] == "user"] == ["Hello"]
+
+
+def test_a_chat_goes_on_after_an_image_for_which_there_is_no_room(seeing: Path, pictures: list[Path]) -> None:
+    talk = f"/image '{pictures[0]}'\n{'word ' * 200}\nHello\n"
+    done = invoke("chat", seeing, "--context", "100", "-n", "2", stdin=talk)
+    assert "no image is shown any more" in done.stderr and done.stderr.count("coldstream: error") == 1
+    assert "tokens/s" in done.stderr, "Hello was answered"
+
+
 def test_a_model_of_text_says_that_it_cannot_look(model: Path, pictures: list[Path]) -> None:
     done = invoke("generate", model, "x", "--image", pictures[0], "-n", "1")
     assert done.returncode != 0 and "reads text only" in done.stderr

@@ -156,7 +156,22 @@ def test_the_live_view_shows_every_expert_and_byte(opened: Page) -> None:
     expect(live.locator("#tiers")).to_contain_text("routed experts")
     expect(live.locator("#speeds")).to_contain_text("tokens/s")
     expect(live.locator("#speeds")).to_contain_text("100 %")
+    expect(live.locator("#speeds")).to_contain_text("RAM bandwidth")
+    assert live.locator("#tiers .tier").first.locator(".legend li").count() == 6, (
+        "what is small is one colour and one name"
+    )
+    expect(live.locator("#tiers")).to_contain_text("Files")
+    assert opened.title() == f"{opened.locator('#model').inner_text()} · Coldstream"
     shown(opened, "wide")
+
+
+def test_a_model_without_experts_has_no_map_of_them(opened: Page) -> None:
+    expect(opened.locator("#experts")).to_be_visible()
+    told = json.loads(opened.evaluate("fetch('/live', { headers: Access.headers() }).then((answer) => answer.text())"))
+    dense = told | {"experts": {"layers": [], "counts": [], "tiers": []}, "hit_rate": None}
+    opened.route("**/live", lambda route: route.fulfill(json=dense))
+    expect(opened.locator("#experts")).to_be_hidden()
+    expect(opened.locator("#live-status")).to_have_text("")
 
 
 @pytest.mark.parametrize("opened", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True)
@@ -181,6 +196,8 @@ def test_a_phone_has_room_for_all_of_it(opened: Page) -> None:
     settle(opened)
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390
     shown(opened, "phone")
+    opened.reload()
+    expect(opened.locator("#model")).not_to_have_text("Coldstream")
     opened.get_by_role("button", name="Live view").click()
     expect(opened.locator("#tiers")).to_contain_text("routed experts")
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390

@@ -1,12 +1,14 @@
 """The same client tests against vLLM: whoever outgrows one machine changes an address and nothing else.
 
 ``COLDSTREAM_VLLM=/path/to/python pytest tests/cli/serve/test_vllm.py``, as tests/quant/convert/test_vllm.py has it. The
-model is the demo's source: vLLM's kernels for the CPU take no int8 attention. Every test of the dialects that needs
-no more than a client is run; one that cannot pass there says why, and fails if it does.
+directory is the quantized demo; where vLLM's kernels for the CPU take none of its schemes, torch multiplies
+(tests/vllm_answers.py, which vLLM loads as a plugin). Every test of the dialects that needs no more than a client is
+run; one that cannot pass there says why, and fails if it does.
 """
 
 import inspect
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -20,6 +22,7 @@ import httpx2
 import openai
 import pytest
 
+from tests import vllm_answers
 from tests.cli.serve import test_tools
 from tests.cli.serve.dialects import test_chat, test_completions, test_messages, test_responses
 from tests.cli.serve.running import KEY
@@ -30,7 +33,6 @@ SECONDS = 900  # that a busy machine may take to start it
 OWN_ERRORS = "vLLM has its own words, codes or shape for what it refuses"
 OTHERWISE = {
     "chat: what_the_cache_holds_of_a_conversation_is_told": "vLLM keeps whole blocks of 128 tokens, and has no timings",
-    "completions: logprobs_are_lists": "vLLM lists the token that ends a text, which is not in it",
     "messages: a_line_of_accounts_that_changes_does_not_defeat_the_cache": "vLLM has no such line in mind",
     "messages: a_result_goes_back_and_tools_count": "vLLM leaves out tools that a template does not name",
     "messages: errors_have_anthropics_shape": OWN_ERRORS,
@@ -66,19 +68,26 @@ def _cases() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def vllm(demo_model: Path) -> Iterator[dict[str, Any]]:
+def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Clients of vLLM's own server, by the names of the fixtures."""
+    plugin = tmp_path_factory.mktemp("plugin")
+    shutil.copy(vllm_answers.__file__, plugin)
+    about = plugin / "plain-0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: plain\nVersion: 0\n")
+    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nplain = vllm_answers:multiply_by_torch\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     asked = ["--served-model-name", "any", "--api-key", KEY, "--max-model-len", "512", "--enforce-eager"]
+    asked += ["--moe-backend", "emulation", "--dtype", "float32"]
     asked += ["--enable-auto-tool-choice", "--tool-call-parser", "llama4_pythonic", "--enable-prompt-tokens-details"]
     # A model of nonsense would fill a document with spaces to its limit.
     asked += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
     quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     process = subprocess.Popen(
-        [PYTHON, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(demo_model), "--port", port, *asked],
-        env=os.environ | quiet | {"PYTHONPATH": ""},
+        [PYTHON, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", port, *asked],
+        env=os.environ | quiet | {"PYTHONPATH": str(plugin)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

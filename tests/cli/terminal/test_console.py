@@ -85,3 +85,5 @@ def test_no_word_is_broken_however_narrow_the_terminal_is(
     assert not [word for word in words if word not in err.replace(":", " ").replace(",", " ").split()]
     for number in ("500.00 MiB", "1001.98 MiB", "400.00 MiB"):
         assert number in err
+    if ":" in err:  # a sentence a row
+        assert "only on disk 1001.98 MiB" in err and len(err.splitlines()) == len(rows)
