@@ -50,7 +50,9 @@ class PagePool:
         if device != "cpu":
             return KvPages.allocate(*size, self.dtype, device)
         # In huge pages, which the disk writes into at its full rate.
-        return KvPages.allocate(*size, self.dtype, memory=lambda nbytes: Arena(1, nbytes).slot(0))
+        return KvPages.allocate(
+            *size, self.dtype, memory=lambda nbytes: Arena(1, nbytes).slot(0), native=shape.is_native
+        )
 
     @property
     def page_nbytes(self) -> tuple[int, int]:
@@ -224,27 +226,28 @@ class PagedLayer(CachedLayer):
 
     def _write(self, key_states: Tensor, value_states: Tensor, start: int) -> None:
         page, row = self._places(start, start + key_states.shape[2])
-        pages = self.pool.pages
-        parts = ((key_states, pages.keys, pages.key_scale), (value_states, pages.values, pages.value_scale))
-        for states, data, scales in parts:
+        pages, stored = self.pool.pages, list[Tensor]()
+        for states, scales in ((key_states, pages.key_scale), (value_states, pages.value_scale)):
             values = states[0].transpose(0, 1)  # [T, h, d]
             if scales is not None:
                 scale = values.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
                 scales[page, :, row] = scale[..., 0]
                 values = (values.float() / scale).round()
-            data[page, :, row] = values.to(data.dtype)
+            stored.append(values)
+        pages.write(page, row, *stored)
 
     def _read(self, start: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         page, row = self._places(start, end)
         pages = self.pool.pages
 
-        def gather(data: Tensor, scales: Tensor | None) -> Tensor:
-            values = data[page, :, row].to(dtype)  # [T, h, d]
+        def states(stored: Tensor, scales: Tensor | None) -> Tensor:
+            values = stored.to(dtype)  # [T, h, d]
             if scales is not None:
                 values = values * scales[page, :, row, None].to(dtype)
             return values.transpose(0, 1)[None]
 
-        return gather(pages.keys, pages.key_scale), gather(pages.values, pages.value_scale)
+        keys, values = pages.read(page, row)
+        return states(keys, pages.key_scale), states(values, pages.value_scale)
 
 
 class PagedCache(SequenceCache):

@@ -8,6 +8,7 @@ import torch
 
 from offload.model.paged_cache import PagedCache, PagePool
 from quant.kernels.attention import KvPages
+from quant.sizes import KV_PAGE_TOKENS
 
 _PATTERNS = (
     31  # pages that are made; the others are copies, which are not quicker to read: all are longer than any cache
@@ -41,9 +42,11 @@ def _patterns(pool: PagePool, seed: int) -> KvPages:
     """Keys and values of a normal distribution, such that scores are neither all alike nor all of one key."""
     generator = torch.Generator().manual_seed(seed)
     made = KvPages.allocate(_PATTERNS, pool.shape.num_kv_heads, pool.shape.head_dim, pool.dtype)
-    for data in (made.keys, made.values):
-        values = torch.randn(data.shape, generator=generator)
-        data.copy_((values / _SCALE).round().clamp(-127, 127) if pool.dtype == torch.int8 else values)
+    place = torch.arange(_PATTERNS * KV_PAGE_TOKENS)
+    states = [torch.randn(len(place), *made.keys.shape[1::2], generator=generator) for _ in range(2)]
+    if pool.dtype == torch.int8:
+        states = [(state / _SCALE).round().clamp(-127, 127) for state in states]
+    made.write(place // KV_PAGE_TOKENS, place % KV_PAGE_TOKENS, *states)
     for scale in (made.key_scale, made.value_scale):
         if scale is not None:
             scale.fill_(_SCALE)

@@ -20,7 +20,7 @@ from quant.checkpoint.layout import PAGE
 from quant.errors import InputError
 from quant.kernels.checksum import checksums
 
-FILE_VERSION = 1
+FILE_VERSION = 2
 _MOST_PARTS = 1000  # of one system call (IOV_MAX is 1,024)
 _SUMS = "xxh64"
 

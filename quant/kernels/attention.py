@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import SchemeError
-from quant.kernels.library import F32, I32, I64, Pointer, addresses, call, fields
+from quant.kernels.library import F32, I32, I64, Pointer, addresses, call, fields, isa
 from quant.kernels.rows import float_rows, output_rows
 from quant.kernels.weight import CWeight, Weight
 from quant.sizes import KV_PAGE_TOKENS as PAGE_TOKENS
@@ -27,6 +27,9 @@ QkNorm = Literal["none", "per_head", "full_width"]
 ROPES: dict[RopeKind, int] = {"none": 0, "interleaved": 1, "halves": 2}
 QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "full_width": 2}
 _STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_INT8_BLOCKS = 3
+_BLOCK = 64  # keys, in pages in blocks
+_BYTE_ISAS = ("avx512bf16", "avx512")  # whose int8 dot products read pages in blocks where they lie
 _VECTORS = ("norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias", "sinks")
 MAX_HEAD_DIM = 256
 
@@ -75,7 +78,8 @@ class CKvPool(ctypes.Structure):
 class KvPages:
     """Keys and values in pages ``[P, g, PAGE_TOKENS, d]``, f32, bf16 or int8 (then with f32 scales
     ``[P, g, PAGE_TOKENS]``). A page holds what one layer keeps of PAGE_TOKENS tokens of a sequence; entry i of a
-    table int32 names the page of tokens i · PAGE_TOKENS and after.
+    table int32 names the page of tokens i · PAGE_TOKENS and after. In ``blocks`` an int8 page of a head lies as dot
+    products want it: keys ``[2, d/4, 64 tokens, 4]`` with 128 added, values ``[32, d, 4 tokens]``.
 
     Raises SchemeError for tensors that do not fit together.
     """
@@ -84,6 +88,7 @@ class KvPages:
     values: Tensor
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
+    blocks: bool = False
 
     def __post_init__(self) -> None:
         keys, values, scales = self.keys, self.values, (self.key_scale, self.value_scale)
@@ -93,6 +98,8 @@ class KvPages:
             raise SchemeError(f"KV pages in {keys.dtype} and {values.dtype}: expected f32, bf16 or int8")
         if keys.dtype == torch.int8 and any(s is None or s.shape != keys.shape[:3] for s in scales):
             raise SchemeError("int8 KV pages need f32 scales, one per head and token")
+        if self.blocks and (keys.dtype != torch.int8 or keys.shape[3] % 4):
+            raise SchemeError(f"KV pages in {keys.dtype} of {keys.shape[3]} channels cannot lie in blocks")
         if any(t is not None and not t.is_contiguous() for t in (keys, values, *scales)):
             raise SchemeError("KV pages must be contiguous")
 
@@ -105,9 +112,10 @@ class KvPages:
         dtype: torch.dtype,
         device: str = "cpu",
         memory: Callable[[int], Tensor] | None = None,
+        native: bool = True,
     ) -> "KvPages":
-        """``pages`` pages; memory that no token has reached costs nothing on a CPU. ``memory`` gives so many bytes of
-        it, by default torch does."""
+        """``pages`` pages, in blocks where the processor reads those fastest and ``native`` kernels do; memory that no
+        token has reached costs nothing on a CPU. ``memory`` gives so many bytes of it, by default torch does."""
         shape = (pages, kv_heads, PAGE_TOKENS)
 
         def empty(size: tuple[int, ...], kind: torch.dtype) -> Tensor:
@@ -118,13 +126,38 @@ class KvPages:
         keys, values = (empty((*shape, head_dim), dtype) for _ in range(2))
         if dtype != torch.int8:
             return cls(keys, values)
-        return cls(keys, values, *(empty(shape, torch.float32) for _ in range(2)))
+        blocks = native and device == "cpu" and head_dim % _BLOCK == 0 and isa() in _BYTE_ISAS
+        return cls(keys, values, empty(shape, torch.float32), empty(shape, torch.float32), blocks)
+
+    def write(self, page: Tensor, row: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values ``[T, g, d]`` as they are stored, without scales, at these pages and rows ``[T]``."""
+        if self.blocks:
+            of_keys, of_values = self._blocks()
+            # The dimension of heads stays where it is, so indexed ones come first: [T, g, d/4, 4] and [T, g, d].
+            of_keys[page, :, row // _BLOCK, :, row % _BLOCK] = (keys.to(torch.int8) ^ -128).unflatten(-1, (-1, 4))
+            of_values[page, :, row // 4, :, row % 4] = values.to(torch.int8)
+        else:
+            self.keys[page, :, row] = keys.to(self.keys.dtype)
+            self.values[page, :, row] = values.to(self.values.dtype)
+
+    def read(self, page: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[T, g, d]`` as they are stored, without scales, of these pages and rows ``[T]``."""
+        if not self.blocks:
+            return self.keys[page, :, row], self.values[page, :, row]
+        of_keys, of_values = self._blocks()
+        keys = of_keys[page, :, row // _BLOCK, :, row % _BLOCK].flatten(-2) ^ -128
+        return keys, of_values[page, :, row // 4, :, row % 4]
+
+    def _blocks(self) -> tuple[Tensor, Tensor]:
+        pages, heads, tokens, width = self.keys.shape
+        keys = self.keys.view(pages, heads, tokens // _BLOCK, width // 4, _BLOCK, 4)
+        return keys, self.values.view(pages, heads, tokens // 4, width, 4)
 
     @cached_property
     def native(self) -> CKvPool:
         """The pages for native calls."""
         tensors = addresses(**{name: getattr(self, name) for name in ("keys", "values", "key_scale", "value_scale")})
-        return CKvPool(**tensors, storage=_STORAGES[self.keys.dtype])
+        return CKvPool(**tensors, storage=_INT8_BLOCKS if self.blocks else _STORAGES[self.keys.dtype])
 
     @property
     def nbytes(self) -> int:

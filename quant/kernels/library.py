@@ -90,6 +90,12 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def isa() -> str:
+    """The instruction set in use."""
+    name: bytes = library().cs_isa()
+    return name.decode()
+
+
 def counted(threads: int) -> int:
     """What ``cs_threads`` said. Raises MachineError if there was no memory to start any."""
     check(min(threads, 0), "threads")

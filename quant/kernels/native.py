@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quant.errors import MachineError
 from quant.kernels.attention import Attention, AttentionShape, KvPages
-from quant.kernels.library import F64, I32, I64, Pointer, call, choose_isa, counted, library, usable_isas
+from quant.kernels.library import F64, I32, I64, Pointer, call, choose_isa, counted, isa, library, usable_isas
 from quant.kernels.moe import GatedMlp, Job, MoeBlock, MoeResult, mlp
 from quant.kernels.product import linear
 from quant.kernels.weight import Weight
@@ -35,12 +35,6 @@ __all__ = [
     "thread_note",
     "threads",
 ]
-
-
-def isa() -> str:
-    """The instruction set in use."""
-    name: bytes = library().cs_isa()
-    return name.decode()
 
 
 def isas() -> list[str]:

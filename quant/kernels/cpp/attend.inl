@@ -9,17 +9,18 @@ struct CachedPage {
   const char *rows, *next;
   const float* scale;
   int32_t storage;
+  bool values;
 };
 
 static CachedPage cached_page(const AttendTask& a, bool values, int64_t block) {
   const KvPool& pool = *a.pool;
   const int64_t size = pool.storage == kCacheF32 ? 4 : pool.storage == kCacheBf16 ? 2 : 1;
-  const int64_t next = (block + 1) * kPageTokens < a.last ? block + 1 : block;
+  const int64_t next = (block + 1) * kPageTokens < a.ahead ? block + 1 : block;
   const char* base = static_cast<const char*>(values ? pool.values : pool.keys);
   auto head = [&](int64_t which) { return (int64_t(a.pages[which]) * a.kv_heads + a.kv_head) * kPageTokens; };
   const float* scales = values ? pool.value_scale : pool.key_scale;
   return {base + head(block) * a.head_dim * size, base + head(next) * a.head_dim * size,
-          scales ? scales + head(block) : nullptr, pool.storage};
+          scales ? scales + head(block) : nullptr, pool.storage, values};
 }
 
 static void widen_cached(const CachedPage& page, int64_t row, int64_t width, float* to) {
@@ -29,6 +30,11 @@ static void widen_cached(const CachedPage& page, int64_t row, int64_t width, flo
     __builtin_memcpy(to, page.rows + row * width * 4, size_t(width) * 4);
   } else if (page.storage == kCacheBf16) {
     widen_run(page.rows, kSourceBf16, row * width, int(width), to);
+  } else if (page.storage == kCacheInt8Blocks) {
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(page.rows);
+    const float scale = page.scale[row];
+    for (int64_t i = 0; i < width; ++i)
+      to[i] = float(page.values ? int8_t(bytes[value_place(row, i, width)]) : bytes[key_place(row, i, width)] - 128) * scale;
   } else {
     const int8_t* bytes = reinterpret_cast<const int8_t*>(page.rows) + row * width;
     const float scale = page.scale[row];

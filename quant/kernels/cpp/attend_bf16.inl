@@ -1,21 +1,12 @@
 // Softmax attention with the processor's bf16 dot products: pairs of channels for the scores, pairs of keys for the
-// values, twice as fast as f32. Queries and weights are rounded to bf16, cached keys and values are what they are (int8
-// is exact in bf16). Keys of a page are transposed once for all rows of the task, its values interleaved once.
+// values, twice as fast as f32. Queries and weights are rounded to bf16, cached keys and values are what they are. Keys of
+// a page are transposed once for all rows of the task, its values interleaved once.
 
 constexpr int kMostPairs = 128;  // of channels
 constexpr int kTileRows = 6;
 typedef __m512bh bh;
 
 INLINE bh to_bf16(vf low, vf high) { return _mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
-
-// 32 cached channels as bf16.
-INLINE __m512i load_cached(const char* row, int64_t channel, bool int8) {
-  if (!int8) return _mm512_loadu_si512(row + channel * 2);
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + channel));
-  const vf low = (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-  const vf high = (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-  return (__m512i)to_bf16(low, high);
-}
 
 INLINE bh splat_pair(const uint16_t* pair) {
   int32_t word;
@@ -25,15 +16,14 @@ INLINE bh splat_pair(const uint16_t* pair) {
 
 // to[pair of channels][key]; keys past `count` are zero.
 static void pack_keys(const CachedPage& page, int64_t width, int count, uint32_t (*to)[kKeyBlock]) {
-  const bool int8 = page.storage == kCacheInt8;
-  const int64_t row_bytes = int8 ? width : width * 2;
+  const int64_t row_bytes = width * 2;
   for (int key = 0; key < count; key += kLanes)
     for (int64_t channel = 0; channel < width; channel += 2 * kLanes) {
       vi m[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        if (channel * row_bytes / width % 64 == 0)
-          __builtin_prefetch(page.next + (key + i) * row_bytes + channel * row_bytes / width, 0, 2);
-        m[i] = key + i < count ? (vi)load_cached(page.rows + (key + i) * row_bytes, channel, int8) : vi{};
+        const int64_t place = (key + i) * row_bytes + channel * 2;
+        __builtin_prefetch(page.next + place, 0, 2);
+        m[i] = key + i < count ? load<vi>(page.rows + place) : vi{};
       }
       transpose(m);
       for (int i = 0; i < kLanes; ++i) store(to[channel / 2 + i] + key, m[i]);
@@ -42,20 +32,17 @@ static void pack_keys(const CachedPage& page, int64_t width, int count, uint32_t
 
 // to[pair of keys][channel]; a last key without a second one is paired with zeros.
 static void pack_values(const CachedPage& page, int64_t width, int count, uint32_t (*to)[2 * kMostPairs]) {
-  const bool int8 = page.storage == kCacheInt8;
-  const int64_t row_bytes = int8 ? width : width * 2;
+  const int64_t row_bytes = width * 2;
   uint16_t order[2 * kLanes];  // one of the first row, one of the second
   for (int i = 0; i < 2 * kLanes; ++i) order[i] = uint16_t(i / 2 + i % 2 * 2 * kLanes);
   const __m512i low = _mm512_loadu_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(kLanes));
   for (int key = 0; key < count; key += 2)
     for (int64_t channel = 0; channel < width; channel += 2 * kLanes) {
-      const char* row = page.rows + key * row_bytes;
-      if (channel * row_bytes / width % 64 == 0) {
-        __builtin_prefetch(page.next + key * row_bytes + channel * row_bytes / width, 0, 2);
-        __builtin_prefetch(page.next + (key + 1) * row_bytes + channel * row_bytes / width, 0, 2);
-      }
-      const __m512i a = load_cached(row, channel, int8);
-      const __m512i b = key + 1 < count ? load_cached(row + row_bytes, channel, int8) : _mm512_setzero_si512();
+      const int64_t place = key * row_bytes + channel * 2;
+      __builtin_prefetch(page.next + place, 0, 2);
+      __builtin_prefetch(page.next + place + row_bytes, 0, 2);
+      const __m512i a = _mm512_loadu_si512(page.rows + place);
+      const __m512i b = key + 1 < count ? _mm512_loadu_si512(page.rows + place + row_bytes) : _mm512_setzero_si512();
       store(to[key / 2] + channel, (vi)_mm512_permutex2var_epi16(a, low, b));
       store(to[key / 2] + channel + kLanes, (vi)_mm512_permutex2var_epi16(a, high, b));
     }
@@ -100,21 +87,8 @@ static void pair_tiles(const uint32_t* panel, int64_t stride, const uint16_t* x,
     pair_rows<kTileRows, 2>(panel + i, stride, x, ldx, pairs, add, rows, y + i, ldy);
 }
 
-// e^x for x up to 0, to 4e-5: finer than the bf16 that it is rounded to. A polynomial in the fraction of log2.
-INLINE vf rough_exponential(vf x) {
-  const vf power = larger(splat(-126.0f), x * 1.44269504088896341f);  // in this order a NaN stays one
-  const vf whole = (vf)_mm512_roundscale_ps((__m512)power, 0), r = power - whole;
-  vf p = splat(9.61813e-3f);
-  p = p * r + 5.550411e-2f;
-  p = p * r + 2.4022651e-1f;
-  p = p * r + 6.9314718e-1f;
-  p = p * r + 1.0f;
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
-}
-
 // Scores of one row to weights in bf16; the row's output so far is scaled to the new maximum.
-static void weigh_pairs(const AttendTask& a, int r, int64_t first, int count, const float* key_scale,
-                        const float* value_scale, float* scores, uint16_t* weights) {
+static void weigh_pairs(const AttendTask& a, int r, int64_t first, int count, float* scores, uint16_t* weights) {
   const int64_t from = a.from[r] - first, to = a.to[r] - first;
   const int low = int(from < 0 ? 0 : from < count ? from : count), high = int(to < 0 ? 0 : to < count ? to : count);
   if (low >= high) {
@@ -126,7 +100,6 @@ static void weigh_pairs(const AttendTask& a, int r, int64_t first, int count, co
   vf largest_of = nothing;
   for (int i = 0; i < kKeyBlock; i += kLanes) {
     vf score = load<vf>(scores + i);
-    if (key_scale) score *= load<vf>(key_scale + i);
     const vi key = lanes + i;
     score = (key >= low) & (key < high) ? score : nothing;
     largest_of = larger(score, largest_of);
@@ -142,7 +115,6 @@ static void weigh_pairs(const AttendTask& a, int r, int64_t first, int count, co
       // The polynomial stops at e^-87: what lies outside the row's keys must be zero itself.
       pair[j] = score == nothing ? vf{} : rough_exponential(score - top);
       total += pair[j];
-      if (value_scale) pair[j] = score == nothing ? vf{} : pair[j] * load<vf>(value_scale + i + j * kLanes);
     }
     store(weights + i, to_bf16(pair[0], pair[1]));
   }
@@ -157,7 +129,7 @@ static void weigh_pairs(const AttendTask& a, int r, int64_t first, int count, co
 
 static void attend_pairs(const AttendTask& a) {
   const int64_t width = a.head_dim;
-  if (a.exact || a.pool->storage == kCacheF32 || width % (2 * kLanes)) return attend(a);
+  if (a.exact || a.pool->storage != kCacheBf16 || width % (2 * kLanes)) return attend_plain_or_bytes(a);
   alignas(64) float scores[kAttendRows][kKeyBlock];
   alignas(64) uint16_t q[kAttendRows][2 * kMostPairs], weights[kAttendRows][kKeyBlock];
   alignas(64) uint32_t keys[kMostPairs][kKeyBlock], values[kKeyBlock / 2][2 * kMostPairs];
@@ -178,8 +150,7 @@ static void attend_pairs(const AttendTask& a) {
     pack_keys(its_keys, width, count, keys);
     pair_tiles(keys[0], kKeyBlock, q[0], 2 * kMostPairs, int(width / 2), false, a.rows, round_up(count, 2 * kLanes),
                scores[0], kKeyBlock);
-    for (int r = 0; r < a.rows; ++r)
-      weigh_pairs(a, r, first, count, its_keys.scale, its_values.scale, scores[r], weights[r]);
+    for (int r = 0; r < a.rows; ++r) weigh_pairs(a, r, first, count, scores[r], weights[r]);
     pack_values(its_values, width, count, values);
     pair_tiles(values[0], 2 * kMostPairs, weights[0], kKeyBlock, (count + 1) / 2, true, a.rows, width, a.out, width);
   }

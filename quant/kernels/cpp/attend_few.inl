@@ -7,17 +7,16 @@ constexpr int kFewRows = 8;
 template <int kRows>
 static void score_few(const CachedPage& page, int64_t width, int count, const uint16_t (*q)[2 * kMostPairs],
                       float (*scores)[kKeyBlock]) {
-  const bool int8 = page.storage == kCacheInt8;
-  const int64_t row_bytes = int8 ? width : width * 2;
+  const int64_t row_bytes = width * 2;
   for (int key = 0; key < count; key += kLanes) {
     __m512 acc[kRows];
     for (int r = 0; r < kRows; ++r) acc[r] = _mm512_setzero_ps();
     for (int64_t channel = 0; channel < width; channel += 2 * kLanes) {
       vi m[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        if (channel * row_bytes / width % 64 == 0)
-          __builtin_prefetch(page.next + (key + i) * row_bytes + channel * row_bytes / width, 0, 2);
-        m[i] = key + i < count ? (vi)load_cached(page.rows + (key + i) * row_bytes, channel, int8) : vi{};
+        const int64_t place = (key + i) * row_bytes + channel * 2;
+        __builtin_prefetch(page.next + place, 0, 2);
+        m[i] = key + i < count ? load<vi>(page.rows + place) : vi{};
       }
       transpose(m);
       for (int i = 0; i < kLanes; ++i)
@@ -27,15 +26,8 @@ static void score_few(const CachedPage& page, int64_t width, int count, const ui
   }
 }
 
-// 16 channels of two rows as pairs of bf16, (first row, second row).
-INLINE bh pair_rows_int8(const char* a, const char* b) {
-  const __m512i low = (__m512i)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)a)));
-  const __m512i high = (__m512i)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)b)));
-  // Whole numbers up to 127 have 16 zeros at the end: bf16 is the upper half.
-  return (bh)_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(low, 16), high);
-}
-
-INLINE bh pair_rows_bf16(const char* a, const char* b) {
+// 16 channels of two rows as pairs, (first row, second row).
+INLINE bh pair_rows(const char* a, const char* b) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)a));
   const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)b));
   return (bh)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
@@ -44,23 +36,18 @@ INLINE bh pair_rows_bf16(const char* a, const char* b) {
 // out[r] += weights[r] · values of the first `count` keys of a page, 32 channels at a time.
 template <int kRows>
 static void add_few(const CachedPage& page, int64_t width, int count, const uint16_t (*weights)[kKeyBlock], float* out) {
-  const bool int8 = page.storage == kCacheInt8;
-  const int64_t row_bytes = int8 ? width : width * 2;
+  const int64_t row_bytes = width * 2;
   alignas(64) static const char zeros[64] = {};
   for (int64_t channel = 0; channel < width; channel += 2 * kLanes) {
-    const int64_t byte = channel * row_bytes / width;
     __m512 acc[kRows][2];
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < 2; ++v) acc[r][v] = _mm512_loadu_ps(out + r * width + channel + v * kLanes);
     for (int key = 0; key < count; key += 2) {
-      const char* a = page.rows + key * row_bytes + byte;
+      const char* a = page.rows + key * row_bytes + channel * 2;
       const char* b = key + 1 < count ? a + row_bytes : zeros;
-      if (byte % 64 == 0) {
-        __builtin_prefetch(page.next + key * row_bytes + byte, 0, 2);
-        __builtin_prefetch(page.next + (key + 1) * row_bytes + byte, 0, 2);
-      }
-      const bh first = int8 ? pair_rows_int8(a, b) : pair_rows_bf16(a, b);
-      const bh second = int8 ? pair_rows_int8(a + kLanes, b + kLanes) : pair_rows_bf16(a + 2 * kLanes, b + 2 * kLanes);
+      __builtin_prefetch(page.next + key * row_bytes + channel * 2, 0, 2);
+      __builtin_prefetch(page.next + (key + 1) * row_bytes + channel * 2, 0, 2);
+      const bh first = pair_rows(a, b), second = pair_rows(a + 2 * kLanes, b + 2 * kLanes);
       for (int r = 0; r < kRows; ++r) {
         const bh weight = splat_pair(weights[r] + key);
         acc[r][0] = _mm512_dpbf16_ps(acc[r][0], weight, first);
@@ -84,7 +71,7 @@ static void attend_few(const AttendTask& a, const uint16_t (*q)[2 * kMostPairs])
     const CachedPage its_keys = cached_page(a, false, block), its_values = cached_page(a, true, block);
     score_few<kRows>(its_keys, a.head_dim, count, q, scores);
     for (int r = 0; r < kRows; ++r)
-      weigh_pairs(a, r, first, count, its_keys.scale, its_values.scale, scores[r], weights[r]);
+      weigh_pairs(a, r, first, count, scores[r], weights[r]);
     add_few<kRows>(its_values, a.head_dim, count, weights, a.out);
   }
 }

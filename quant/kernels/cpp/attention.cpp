@@ -87,8 +87,15 @@ void store_head(const KvPool& pool, bool values, int64_t row, const float* from,
       finite &= std::isfinite(from[i]);
     }
     const float scale = absmax / 127.0f;
-    int8_t* to = static_cast<int8_t*>(base) + row * width;
-    for (int64_t i = 0; i < width; ++i) to[i] = finite ? int8_t(std::nearbyint(from[i] / scale)) : int8_t(1);
+    const bool blocks = pool.storage == kCacheInt8Blocks;
+    const int64_t token = row % kPageTokens;
+    int8_t* to = static_cast<int8_t*>(base) + (blocks ? row - token : row) * width;
+    for (int64_t i = 0; i < width; ++i) {
+      const int value = finite ? int(std::nearbyint(from[i] / scale)) : 1;
+      if (!blocks) to[i] = int8_t(value);
+      else if (values) to[value_place(token, i, width)] = int8_t(value);
+      else to[key_place(token, i, width)] = int8_t(uint8_t(value + 128));
+    }
     (values ? pool.value_scale : pool.key_scale)[row] = finite ? scale : NAN;
   }
 }
@@ -189,8 +196,8 @@ class Units {
       highest = position + 1;
     }
     kernels().attend({&step_.pool, unit.segment->pages, q, from, until, b.kv_heads, unit.kv_head, width,
-                      std::max(first, lowest), std::min(first + kRunTokens, highest), int(unit.rows()), step_.exact, to.out, to.top,
-                      to.total});
+                      std::max(first, lowest), std::min(first + kRunTokens, highest), highest, int(unit.rows()), step_.exact,
+                      to.out, to.top, to.total});
   }
 
   void finish(const Unit& unit, const Part& sum, float* out) const {

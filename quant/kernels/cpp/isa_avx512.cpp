@@ -129,6 +129,7 @@ INLINE vb odd_of(vb spread) {
 
 #include "lanes.inl"
 #include "kernels.inl"
+#include "attend_int8.inl"
 }  // namespace coldstream::avx512
 TARGET_END
 
@@ -141,7 +142,7 @@ TARGET_END
 #endif
 
 namespace coldstream {
-const Kernels avx512_kernels = avx512::table("avx512", avx512::attend);
+const Kernels avx512_kernels = avx512::table("avx512", avx512::attend_plain_or_bytes);
 #if defined(COLDSTREAM_HAS_AVX512BF16)
 const Kernels avx512bf16_kernels = avx512::table("avx512bf16", avx512::attend_pairs);
 #endif

@@ -79,12 +79,16 @@ struct Activations {
   int64_t q_stride, g_stride;
 };
 
-enum CacheStorage : int32_t { kCacheF32 = 0, kCacheBf16 = 1, kCacheInt8 = 2 };
+constexpr int kBlockKeys = 64;
+
+enum CacheStorage : int32_t { kCacheF32 = 0, kCacheBf16 = 1, kCacheInt8 = 2, kCacheInt8Blocks = 3 };
 
 constexpr int kPageTokens = 128;
 
 // Keys and values of any layers and sequences in pages [kv_heads, kPageTokens, head_dim], each of one layer and of
-// tokens [128 i, 128 i + 128) of one sequence. Which page holds them, a table says: entry i.
+// tokens [128 i, 128 i + 128) of one sequence. Which page holds them, a table says: entry i. In kCacheInt8Blocks a head's
+// page lies as dot products want it: keys [2][head_dim / 4][64 tokens][4 channels], with 128 added, values [32][head_dim]
+// [4 tokens]. That takes a head_dim of whole words.
 struct KvPool {
   void *keys, *values;
   float *key_scale, *value_scale;  // int8 only: [pages, kv_heads, kPageTokens]
@@ -102,6 +106,7 @@ struct AttendTask {
   const float* q;        // [rows, head_dim], scaled
   const int64_t *from, *to;
   int64_t kv_heads, kv_head, head_dim, first, last;
+  int64_t ahead;  // keys up to here are in pages and will be wanted soon
   int rows;
   bool exact;  // f32 throughout; else what is not cached in f32 may be multiplied in bf16
   float *out, *top, *total;  // [rows, head_dim], [rows], [rows]
@@ -147,6 +152,12 @@ inline float bf16_to_float(uint16_t bits) {
   std::memcpy(&value, &wide, 4);
   return value;
 }
+
+// Where channel d of a head's token lies in a page of kCacheInt8Blocks.
+inline int64_t key_place(int64_t token, int64_t d, int64_t width) {
+  return ((token / kBlockKeys * (width / 4) + d / 4) * kBlockKeys + token % kBlockKeys) * 4 + d % 4;
+}
+inline int64_t value_place(int64_t token, int64_t d, int64_t width) { return (token / 4 * width + d) * 4 + token % 4; }
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 

@@ -279,6 +279,75 @@ def test_rounding_queries_and_weights_to_bf16_costs_its_rounding_and_no_more(
         assert (found - expected).abs().max() < 1e-2 * expected.abs().max(), (start, end)
 
 
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 256])
+def test_int8_dot_products_are_finer_than_bf16_ones(head_dim: int) -> None:
+    """16 bits of a query and of a weight: what is lost is a tenth of what bf16 loses, also where one key has all of a
+    page's weight."""
+    isas = set(native.isas()) & {"avx512", "avx512bf16"}
+    if not isas:
+        pytest.skip("this processor has no AVX-512 VNNI")
+    generator = torch.Generator().manual_seed(head_dim)
+    widths = ((6 * head_dim, H), (KV * head_dim, H), (KV * head_dim, H), (H, 6 * head_dim))
+    weights = [Weight.from_tensors("f32", torch.randn(n, k, generator=generator) / k**0.5) for n, k in widths]
+    for scaling in (head_dim**-0.5, 3.0):  # flat, and one key above all
+        block = Attention(AttentionShape(6, KV, head_dim, scaling=scaling), *weights)  # type: ignore[arg-type]
+        x = torch.randn(700, H, generator=generator)
+        exact, rounded = pages_for(700, torch.int8, head_dim), pages_for(700, torch.int8, head_dim)
+        for start, end in ((0, 690), (690, 699), (699, 700)):
+            expected = block.run(x[start:end], start, *exact, exact=True)
+            found = block.run(x[start:end], start, *rounded)
+            assert (found - expected).norm() < (3e-4 if scaling < 1 else 3e-3) * expected.norm(), (scaling, start)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+def test_pages_in_blocks_hold_the_same_and_give_the_same_bits(isa: str, head_dim: int) -> None:
+    """Every instruction set reads pages that lie as dot products want them, and torch what was written natively."""
+    generator = torch.Generator().manual_seed(head_dim)
+    sizes = ((HEADS * head_dim, H), (KV * head_dim, H), (KV * head_dim, H), (H, HEADS * head_dim))
+    matrices = [torch.randn(*size, generator=generator) / size[1] ** 0.5 for size in sizes]
+    block = Attention(AttentionShape(HEADS, KV, head_dim), *(Weight.from_tensors("f32", m) for m in matrices))
+    x = torch.randn(300, H, generator=generator)
+    pages, table = pages_for(300, torch.int8, head_dim)
+    place = torch.arange(300)
+    page, row = table[place // PAGE_TOKENS].long(), place % PAGE_TOKENS
+    found, stored = [], []
+    for blocks in (False, True):
+        laid = replace(pages, blocks=blocks)
+        found.append([block.run(x[:299], 0, laid, table), block.run(x[299:], 299, laid, table)])
+        stored.append(laid.read(page, row))
+        copy = replace(laid, keys=torch.zeros_like(laid.keys), values=torch.zeros_like(laid.values))
+        copy.write(page, row, *stored[-1])
+        assert all(torch.equal(a, b) for a, b in zip(copy.read(page, row), stored[-1], strict=True))
+        again = block.run(x[299:], 299, copy, table)
+        assert torch.equal(again, found[-1][1])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*stored, strict=True))
+    with pytest.raises(SchemeError, match="cannot lie in blocks"):
+        KvPages(torch.zeros(1, KV, PAGE_TOKENS, 64), torch.zeros(1, KV, PAGE_TOKENS, 64), blocks=True)
+
+
+@pytest.mark.parametrize("poison", ["query", "key", "value"])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.int8])
+def test_what_is_not_finite_is_never_hidden(isa: str, storage: torch.dtype, poison: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    sizes = ((HEADS * 64, H), (KV * 64, H), (KV * 64, H), (H, HEADS * 64))
+    matrices = [torch.randn(*size, generator=generator) / size[1] ** 0.5 for size in sizes]
+    block = Attention(AttentionShape(HEADS, KV, 64), *(Weight.from_tensors("f32", m) for m in matrices))
+    pages, table = pages_for(200, storage, 64)
+    x = torch.randn(200, H, generator=generator)
+    block.run(x[:199], 0, pages, table)
+    page = int(table[0])
+    if poison == "query":
+        x[199] = float("nan")
+    elif storage == torch.int8:
+        scale = pages.key_scale if poison == "key" else pages.value_scale
+        assert scale is not None
+        scale[page, :, 5] = float("nan")
+    else:
+        (pages.keys if poison == "key" else pages.values)[page, :, 5, 3] = float("nan")
+    assert block.run(x[199:], 199, pages, table).isnan().any()
+
+
 def test_long_contexts_are_cut_into_runs_and_merged(isa: str) -> None:
     stock, shape, rotary = llama4(1)
     x, norm = inputs(1100)
