@@ -1,6 +1,7 @@
 """Any sequences at any times: nothing leaks, and each gets the text that it gets alone.
 
-``COLDSTREAM_STEPS`` sets how many steps of random schedules are run per family: 60 by default.
+``COLDSTREAM_STEPS`` sets how many steps of random schedules are run per family: 60 by default. Half of the texts are
+drafted for by their own words, half by a draft model that has pages for two of them only.
 """
 
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from offload.generate.batch import Batch
+from offload.generate.model_drafts import DraftModel
 from offload.generate.stream import Stream
 from offload.model.paged_cache import PagedCache
 from offload.records import RunOptions, Sampling, TokenRecord
@@ -91,9 +93,14 @@ def test_random_schedules_leak_nothing_and_change_no_text(
     with (
         sessions.session(models(family), options, **SPLITS[split]) as session,
         sessions.session(models(family), options, **SPLITS[split]) as other,
+        sessions.session(models("mixtral"), RunOptions(context=CONTEXT // 2, sequences=2), ram_slots=64) as draft,
     ):
-        texts, batch = Texts(other), batch_of(session)
-        draft_by(session, Repeated)
+        texts, batch, pool = Texts(other), batch_of(session), draft.kv_pool
+        model = DraftModel(
+            draft.decoder, draft.experts, pool.sequence, tokens=256, context=CONTEXT // 2, chunk=32, notes=[]
+        )
+        draft_by(session, lambda: Repeated() if chance.random() < 0.5 else model.begin())
+        draft.finish_filling()
         if session.plan.fills:
             session.finish_filling()
             other.finish_filling()
@@ -145,6 +152,7 @@ def test_random_schedules_leak_nothing_and_change_no_text(
         assert not batch.scheduler.running and not batch.scheduler.waiting
         session.reset()
         assert pages_in_use(session) == 0, "pages were not given back"
+        assert pool.counts.free == pool.counts.count, "the draft model's pages were not given back"
         busy = [key for key in session.store.experts() if session.experts.reading(key)]
         session.experts.wait()
         assert not busy or split == "on disk"
