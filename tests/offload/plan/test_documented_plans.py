@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.terminal.words import limit_name
 from offload.plan.planned_run import planned_model, planned_run
 from offload.records import RunOptions
 from quant.model.known_shapes import shape_names
@@ -66,4 +67,4 @@ def test_every_line_of_the_readmes_models_is_what_a_plan_says() -> None:
         assert how == ("native" if shape.is_native else "transformers"), name
         assert size == f"{subject.file_nbytes / 1e9:.1f} GB", name
         plan = planned_run(subject, RunOptions(vram=45 * GIB // 2, ram=56 * GIB, context=8192), machine="RTX 4090").plan
-        assert speed == f"{float(f'{plan.predicted_tokens_per_s:.2g}'):g} tokens/s, {plan.limited_by}", name
+        assert speed == f"{float(f'{plan.predicted_tokens_per_s:.2g}'):g} tokens/s, {limit_name(plan.limited_by)}", name
