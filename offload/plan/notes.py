@@ -43,9 +43,12 @@ def beyond(shape: ModelShape, context: int) -> tuple[str, ...]:
     )
 
 
-def unread(schemes: Mapping[Role, Scheme], machine: Machine) -> tuple[str, ...]:
-    """That a GPU's kernels do not read some of ``schemes``."""
+def untried(schemes: Mapping[Role, Scheme], machine: Machine) -> tuple[str, ...]:
+    """That a GPU's kernels of some of ``schemes`` have run on no card."""
     few = few_bits(schemes) if machine.gpu else []
     if not few:
         return ()
-    return (f"{', '.join(few)}: no kernel of a GPU reads that yet, the CPU's do (--vram 0): arithmetic only",)
+    return (
+        f"{', '.join(few)}: a GPU's kernels for that compile and, interpreted, equal the reference, but no card "
+        "has run them yet (--vram 0 leaves the GPU alone)",
+    )

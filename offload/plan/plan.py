@@ -26,7 +26,7 @@ from offload.plan.cost_model import (
     rows_of,
 )
 from offload.plan.footprint import Footprint
-from offload.plan.notes import beyond, padding, queue, unread
+from offload.plan.notes import beyond, padding, queue, untried
 from offload.plan.placement import Fit, Fitter, PlanRow
 from offload.plan.sequences import SequencePrediction
 from offload.routing.hit_rate import HitRates, Routing
@@ -212,7 +212,7 @@ def make_plan(
             *(padding(footprint) if machine.gpu else ()),
             *beyond(shape, plan.context),
             *queue(plan.kv_sequences, sequences, plan.context),
-            *unread(schemes, machine),
+            *untried(schemes, machine),
         ),
         context_asked=context is not None,
         context_limit=max(fitter.grows_to, shape.context()),

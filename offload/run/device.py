@@ -1,7 +1,7 @@
 """Where a run computes, and with which kernels."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,9 +12,6 @@ from offload.records import RunOptions
 from quant.errors import BudgetError, MachineError
 from quant.kernels import native
 from quant.linear import Compute
-from quant.model.families import Role
-from quant.model.mixed_precision import few_bits
-from quant.scheme import Scheme
 
 _AMPERE = (8, 0)  # compute capability
 
@@ -34,15 +31,6 @@ def choose_device(options: RunOptions) -> torch.device:
         )
     # With its number: not all that torch does with a device guesses which one is meant.
     return torch.device("cuda", torch.cuda.current_device()) if use else torch.device("cpu")
-
-
-def check_kernels(schemes: Mapping[Role, Scheme], device: torch.device) -> None:
-    """Raise MachineError for weights that no kernel of ``device`` reads."""
-    if device.type == "cuda" and (few := few_bits(schemes)):
-        raise MachineError(
-            f"this model has weights in {', '.join(few)}, and the kernels of a GPU read int4 and int8: run it on the "
-            "CPU with --device cpu, or quantize it to int4"
-        )
 
 
 def choose_compute(options: RunOptions, device: torch.device) -> Compute:

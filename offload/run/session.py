@@ -35,7 +35,7 @@ from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
 from offload.records import RunOptions, Sampling, TokenRecord
 from offload.routing.stats import RoutingStats
 from offload.run.collect import account
-from offload.run.device import check_kernels, choose_compute, choose_device, measured_machine
+from offload.run.device import choose_compute, choose_device, measured_machine
 from offload.run.draft_model import begin_drafting
 from offload.run.report import RunReport
 from offload.text.tokenizer import encode, encode_chat, load_tokenizer, text_files
@@ -159,7 +159,6 @@ class Session:
         allowance = Allowance.claim(device, options.vram) if device.type == "cuda" else None
         machine = measured_machine(store.checkpoint.path, options, device, say)
         stored = schemes_of_tensors(store.checkpoint)
-        check_kernels(stored, device)
         planned = PlannedModel(store.shape, stored, "as stored", wider=wider_bytes(store.checkpoint))
         options = replace(options, device="cpu" if allowance is None else "cuda")
         if allowance is not None:

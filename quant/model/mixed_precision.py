@@ -60,7 +60,7 @@ def scheme_of(schemes: Mapping[Role, Scheme], linear: "LinearSpec") -> Scheme:
 
 
 def few_bits(schemes: Mapping[Role, Scheme]) -> list[str]:
-    """The packed schemes below 4 bits that some Linear has: the kernels of a GPU do not read them."""
+    """The packed schemes below 4 bits that some Linear has."""
     used = schemes.modules.values() if isinstance(schemes, MixedPrecision) else schemes.values()
     return sorted({str(scheme) for scheme in used if scheme.is_packed and scheme.bits < 4})
 

@@ -100,7 +100,10 @@ def launch_experts(x: Tensor, asked: ChosenExperts, layout: ExpertLayout, scratc
     tokens, top_k = asked.chosen.shape
     tables = (asked.chosen, asked.scores, asked.addresses, asked.places, asked.gpu_rows)
     common = {"TOP_K": top_k, "SCALES_INPUT": asked.scales_input, "ALIGNMENT": layout.alignment, **OPTIONS}
-    forms = [gemv.Rows(scheme.bits, scheme.group_size, ROWS, WORDS) for scheme in (layout.gate_up, layout.down)]
+    forms = [
+        gemv.Rows(scheme.bits, scheme.group_size, ROWS, words_at_once(scheme.bits))
+        for scheme in (layout.gate_up, layout.down)
+    ]
     sizes = (layout.hidden, layout.inter, *layout.gate_up_row, *layout.offsets[:4])
     gemv.gate_up_kernel[(tokens * top_k, -(-layout.inter // ROWS))](
         x, *tables, scratch.hidden, *sizes, FORM=forms[0], **common
@@ -110,6 +113,11 @@ def launch_experts(x: Tensor, asked: ChosenExperts, layout: ExpertLayout, scratc
     gemv.down_kernel[(tokens, -(-layout.hidden // ROWS))](
         scratch.hidden, *tables, out, *sizes, CHOICES=choices, FORM=forms[1], **common
     )
+
+
+def words_at_once(bits: int) -> int:
+    """Words of a row that a step takes; at 3 bits threes of them, with 32 weights each to hold in registers."""
+    return WORDS // 4 if bits == 3 else WORDS
 
 
 def _check(x: Tensor, asked: ChosenExperts, layout: ExpertLayout, scratch: DecodeScratch, out: Tensor) -> None:

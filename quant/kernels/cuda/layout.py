@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.pack import Packed, dequantize
-from quant.scheme import Scheme
+from quant.scheme import PACKED, Scheme
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _TENSORS = tuple((name, suffix) for name in _PROJECTIONS for suffix in ("weight_packed", "weight_scale"))
@@ -42,8 +42,8 @@ class ExpertLayout:
 
     def __post_init__(self) -> None:
         for scheme, features, name in ((self.gate_up, self.hidden, "gate_proj"), (self.down, self.inter, "down_proj")):
-            if scheme.kind not in ("int4", "int8"):
-                raise SchemeError(f"{name} is stored as {scheme}: the CUDA kernels read int4 and int8")
+            if not scheme.is_packed:
+                raise SchemeError(f"{name} is stored as {scheme}: the CUDA kernels read int2 to int8")
             if features < scheme.group_size or features % scheme.group_size:
                 raise SchemeError(f"{name} has {features} input features: groups of {scheme} do not divide")
         packed = self.offsets[::2]
@@ -130,12 +130,12 @@ class ExpertLayout:
 
 def _scheme(packed: Tensor, scale: Tensor, in_features: int) -> Scheme:
     bits = packed.shape[1] * 32 // in_features
-    if packed.dtype != torch.int32 or scale.dtype != torch.bfloat16 or bits not in (4, 8):
+    if packed.dtype != torch.int32 or scale.dtype != torch.bfloat16 or bits not in PACKED:
         raise SchemeError(
-            f"{packed.dtype} {tuple(packed.shape)} for {in_features} input features: expected int4 or int8 "
+            f"{packed.dtype} {tuple(packed.shape)} for {in_features} input features: expected int2 to int8 "
             "in int32 words with bf16 scales"
         )
-    return Scheme("int4" if bits == 4 else "int8", in_features // scale.shape[1])
+    return Scheme(PACKED[bits], in_features // scale.shape[1])
 
 
 def _host_bytes(address: int, count: int) -> Tensor:

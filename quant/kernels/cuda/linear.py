@@ -10,10 +10,10 @@ from torch import Tensor
 
 from quant.errors import SchemeError
 from quant.kernels.cuda import runtime
-from quant.kernels.cuda.experts import OPTIONS, ROWS, WORDS
+from quant.kernels.cuda.experts import OPTIONS, ROWS, words_at_once
 from quant.pack import Packed, dequantize
 
-_BLOCK = 128  # features: a step of the tensor-core kernels takes 16 words, 128 features at 4 bit, 64 at 8
+_BLOCK = 512  # features: a step of the tensor-core kernels takes at most so many, 16 units of 32 at 3 bits
 # (most tokens, rows, tokens, warps, stages) of a tensor-core tile; few tokens want many small programs.
 _TILES = ((16, 32, 16, 2, 5), (1 << 40, 128, 64, 8, 3))
 
@@ -47,13 +47,13 @@ def launch_linear(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tenso
     if tokens == 1:
         from quant.kernels.cuda.device import gemv
 
-        form = gemv.Rows(bits, group, ROWS, WORDS)
+        form = gemv.Rows(bits, group, ROWS, words_at_once(bits))
         grid = (-(-rows // ROWS),)
         gemv.gemv_kernel[grid](x, packed, scale, y, rows, row_words, groups, ADD=adds, FORM=form, **OPTIONS)
         return y
     from quant.kernels.cuda.device import gemm
 
-    tile_rows, tile_tokens, warps, stages = tile_sizes(tokens)
+    tile_rows, tile_tokens, warps, stages = tile_sizes(tokens, bits)
     width = arranged_width(features)
     arranged = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
     arrange(x, None, None, arranged, bits, 1)
@@ -65,13 +65,15 @@ def launch_linear(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tenso
     return y
 
 
-def tile_sizes(tokens: int) -> tuple[int, int, int, int]:
+def tile_sizes(tokens: int, bits: int) -> tuple[int, int, int, int]:
     """(rows, tokens, warps, stages) of a tensor-core tile for ``tokens`` tokens on one weight."""
-    return next(rest for most, *rest in _TILES if tokens <= most)  # type: ignore[return-value]
+    rows, least, warps, stages = next(rest for most, *rest in _TILES if tokens <= most)
+    # At 3 bits a step's activations are four times those of 4 bits: shared memory and registers hold less of them.
+    return (min(rows, 64), min(least, 32), warps, 1) if bits == 3 else (rows, least, warps, stages)
 
 
 def arranged_width(features: int) -> int:
-    """Features of an arranged row: ``features`` up to a whole number of blocks, at either width."""
+    """Features of an arranged row: ``features`` up to a whole number of blocks, of any width."""
     return -(-features // _BLOCK) * _BLOCK
 
 
@@ -87,8 +89,8 @@ def arrange(x: Tensor, order: Tensor | None, scores: Tensor | None, out: Tensor,
 
 def _check(x: Tensor, weight: Packed, out: Tensor | None) -> None:
     packed, scale, scheme = weight.packed, weight.scale, weight.scheme
-    if scheme.kind not in ("int4", "int8"):
-        raise SchemeError(f"a weight in {scheme}: expected int4 or int8")
+    if not scheme.is_packed:
+        raise SchemeError(f"a weight in {scheme}: expected int2 to int8")
     features = packed.shape[-1] * 32 // scheme.bits
     fits = packed.dim() == 2 and packed.dtype == torch.int32 and packed.is_contiguous()
     fits &= features % scheme.group_size == 0 and scale.shape == (packed.shape[0], features // scheme.group_size)

@@ -16,9 +16,10 @@ from torch.nn.functional import linear, silu
 from quant.errors import SchemeError
 from quant.kernels.cuda import runtime
 from quant.kernels.cuda.layout import ExpertLayout
-from quant.kernels.cuda.linear import arrange, arranged_width
+from quant.kernels.cuda.linear import arrange, arranged_width, tile_sizes
 
-_ROWS, _TOKENS, _WARPS, _STAGES = 128, 64, 8, 3
+_MANY = 1 << 30  # tokens: a prompt's
+_WARPS = tile_sizes(_MANY, 4)[2]
 _EXPERTS = 16  # a call's experts are looked through in a power of two, at least this: fewer kernels to compile
 
 
@@ -140,22 +141,27 @@ def launch_prefill(
     if out.dtype != torch.bfloat16:
         raise SchemeError(f"out is {out.dtype}: the CUDA kernels write bf16 (--exact runs on the CPU)")
     pairs, count = groups.order.shape[0], experts.shape[0]
-    tiles = -(-pairs // _TOKENS) + min(count, pairs)
+    schemes = (layout.gate_up, layout.down)
+    sizes_of = [tile_sizes(_MANY, scheme.bits) for scheme in schemes]
+    tokens = min(size[1] for size in sizes_of)  # tiles of both are the same tokens
+    tiles = -(-pairs // tokens) + min(count, pairs)
     hidden_width = scratch.hidden.shape[1]
-    cut = (_ROWS, _TOKENS, _STAGES, runtime.operand())
-    forms = [gemm.Tile(scheme.bits, scheme.group_size, *cut) for scheme in (layout.gate_up, layout.down)]
+    forms = [
+        gemm.Tile(scheme.bits, scheme.group_size, rows, tokens, stages, runtime.operand())
+        for scheme, (rows, _, _, stages) in zip(schemes, sizes_of, strict=True)
+    ]
     slots = max(_EXPERTS, triton.next_power_of_2(count))
-    options = {"num_warps": _WARPS, "num_stages": _STAGES, "enable_fp_fusion": True}
+    options = {"num_warps": _WARPS, "num_stages": max(form.stages for form in forms), "enable_fp_fusion": True}
     common = {"ALIGNMENT": layout.alignment, "EXPERTS": slots, **options}
     tables = (experts, groups.starts, addresses)
     sizes = (count, layout.inter, *layout.gate_up_row, scratch.tokens.shape[1], hidden_width, *layout.offsets[:4])
-    gemm.grouped_gate_up_kernel[(tiles, -(-hidden_width // _ROWS))](
+    gemm.grouped_gate_up_kernel[(tiles, -(-hidden_width // forms[0].rows))](
         scratch.tokens, *tables, scratch.hidden, *sizes, DOWN_BITS=layout.down.bits, TILE=forms[0], **common
     )
     sorted_pairs = (scratch.hidden, groups.order, groups.scores)
     sizes = (count, layout.hidden, *layout.down_row, hidden_width, *layout.offsets[4:])
     scaled = not groups.scales_input
-    gemm.grouped_down_kernel[(tiles, -(-layout.hidden // _ROWS))](
+    gemm.grouped_down_kernel[(tiles, -(-layout.hidden // forms[1].rows))](
         *sorted_pairs, *tables, out, *sizes, SCALES_OUTPUT=scaled, TILE=forms[1], **common
     )
 

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from offload.records import RunOptions
-from offload.run.device import check_kernels, choose_compute
-from quant.errors import MachineError
+from offload.run.device import choose_compute
 from quant.kernels import native
-from quant.scheme import Scheme
 
 
 @pytest.mark.parametrize(
@@ -32,11 +30,3 @@ def test_a_core_is_left_to_the_launch_of_steps(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
     choose_compute(RunOptions(threads=asked or None), torch.device(device))
     assert count == [used]
-
-
-def test_weights_that_no_gpu_kernel_reads_are_refused_on_a_gpu_alone() -> None:
-    schemes = {"experts": Scheme("int3"), "attention": Scheme("int8")}
-    check_kernels(schemes, torch.device("cpu"))
-    check_kernels({"experts": Scheme("int4")}, torch.device("cuda"))
-    with pytest.raises(MachineError, match=r"int3-g128.*--device cpu"):
-        check_kernels(schemes, torch.device("cuda"))

@@ -1,15 +1,16 @@
 """Packed weights times many tokens, on tensor cores.
 
-A step takes 16 words of each row. Element i of those words, for i in 0..7 (0..3 at 8 bit), makes an operand
+A step takes 16 units of each row: words, at 3 bits threes of them. Element i of those, for i in 0..7 (0..3 at 8 bit,
+0..15 at 2, 0..31 at 3), makes an operand
 ``[N, 16]`` of its own in registers: words go from global through shared memory straight into the layout the
 tensor core wants, so weights are never written anywhere unpacked. Opposite to operand i lie the activations
-of elements i, which is why activations are stored arranged: blocks of 16 words, within a block element by
+of elements i, which is why activations are stored arranged: blocks of 16 units, within a block element by
 element. The order of a sum's terms is free as long as both sides agree.
 
 A group that spans the step's words has its scale applied to the step's sum, in f32; smaller groups have it
 applied to the weights, which then are rounded to bf16 as dequantized weights are.
 
-Legend: K in features, N rows of a tile, T tokens of a tile, W = 16 words.
+Legend: K in features, N rows of a tile, T tokens of a tile, W = 16 units.
 """
 
 from typing import Any, NamedTuple
@@ -17,9 +18,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from quant.kernels.cuda.device.words import matrix, weight
+from quant.kernels.cuda.device.words import matrix, weight, weight_of_three
 
-STEP_WORDS = tl.constexpr(16)
+STEP_UNITS = tl.constexpr(16)
 
 
 class Tile(NamedTuple):
@@ -37,10 +38,10 @@ class Tile(NamedTuple):
 @triton.jit
 def source_feature(position, BITS: tl.constexpr):
     """Which feature lies at ``position`` of an arranged row."""
-    PER_WORD: tl.constexpr = 32 // BITS
-    BLOCK: tl.constexpr = STEP_WORDS * PER_WORD
+    VALUES: tl.constexpr = 32 if BITS == 3 else 32 // BITS
+    BLOCK: tl.constexpr = STEP_UNITS * VALUES
     within = position % BLOCK
-    return position - within + (within % STEP_WORDS) * PER_WORD + within // STEP_WORDS
+    return position - within + (within % STEP_UNITS) * VALUES + within // STEP_UNITS
 
 
 @triton.jit
@@ -64,34 +65,48 @@ def arrange_kernel(
 
 
 @triton.jit
+def _value(first, second, third, i: tl.constexpr, BITS: tl.constexpr):
+    """Element ``i`` of each unit."""
+    return weight_of_three(first, second, third, i) if BITS == 3 else weight(first, i, BITS)
+
+
+@triton.jit
 def tile_product(packed, scale, x, rows, tokens, live_tokens, row_words, groups, width, TILE: tl.constexpr):
     """W[rows]·x[tokens]ᵀ → f32 ``[N, T]``; ``x`` arranged, ``width`` features per arranged row."""
     ROWS: tl.constexpr = TILE.rows
     TOKENS: tl.constexpr = TILE.tokens
     BITS: tl.constexpr = TILE.bits
     OPERAND: tl.constexpr = TILE.operand
-    PER_WORD: tl.constexpr = 32 // BITS
-    GROUP_WORDS: tl.constexpr = TILE.group // PER_WORD
+    VALUES: tl.constexpr = 32 if BITS == 3 else 32 // BITS
+    GROUP_UNITS: tl.constexpr = TILE.group // VALUES
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    lane = tl.arange(0, STEP_WORDS)
+    lane = tl.arange(0, STEP_UNITS)
     row_places = packed + rows[:, None] * row_words
     token_places = x + tokens[None, :] * width + lane[:, None]
-    for start in tl.range(0, row_words, STEP_WORDS, num_stages=TILE.stages):
-        word = start + lane
-        values = tl.load(row_places + word[None, :], mask=(word < row_words)[None, :], other=0)
-        if GROUP_WORDS >= STEP_WORDS:
+    units = row_words // 3 if BITS == 3 else row_words
+    for start in tl.range(0, units, STEP_UNITS, num_stages=TILE.stages):
+        unit = start + lane
+        live = (unit < units)[None, :]
+        places = row_places + (unit * 3 if BITS == 3 else unit)[None, :]
+        values = tl.load(places, mask=live, other=0)
+        second = values
+        third = values
+        if BITS == 3:
+            second, third = tl.load(places + 1, mask=live, other=0), tl.load(places + 2, mask=live, other=0)
+        if GROUP_UNITS >= STEP_UNITS:
             part = tl.zeros((ROWS, TOKENS), tl.float32)
-            for i in tl.static_range(PER_WORD):
-                four = tl.load(token_places + start * PER_WORD + i * STEP_WORDS, mask=live_tokens[None, :], other=0.0)
-                part = tl.dot(weight(values, i, BITS).to(OPERAND), four.to(OPERAND), part)
-            scales = tl.load(scale + rows * groups + start // GROUP_WORDS).to(tl.float32)
+            for i in tl.static_range(VALUES):
+                four = tl.load(token_places + start * VALUES + i * STEP_UNITS, mask=live_tokens[None, :], other=0.0)
+                part = tl.dot(_value(values, second, third, i, BITS).to(OPERAND), four.to(OPERAND), part)
+            scales = tl.load(scale + rows * groups + start // GROUP_UNITS).to(tl.float32)
             total += part * scales[:, None]
         else:
-            places = scale + rows[:, None] * groups + (word // GROUP_WORDS)[None, :]
-            scales = tl.load(places, mask=(word < row_words)[None, :], other=0.0).to(tl.float32)
-            for i in tl.static_range(PER_WORD):
-                four = tl.load(token_places + start * PER_WORD + i * STEP_WORDS, mask=live_tokens[None, :], other=0.0)
-                total = tl.dot((weight(values, i, BITS) * scales).to(OPERAND), four.to(OPERAND), total)
+            places = scale + rows[:, None] * groups + (unit // GROUP_UNITS)[None, :]
+            scales = tl.load(places, mask=live, other=0.0).to(tl.float32)
+            for i in tl.static_range(VALUES):
+                four = tl.load(token_places + start * VALUES + i * STEP_UNITS, mask=live_tokens[None, :], other=0.0)
+                value = _value(values, second, third, i, BITS)
+                total = tl.dot((value * scales).to(OPERAND), four.to(OPERAND), total)
     return total
 
 
@@ -102,7 +117,8 @@ def gemm_kernel(
     """out[t, n] = Σ W[n, k]·x[t, k]; with ADD, f32 out is added to."""
     token = tl.program_id(0) * TILE.tokens + tl.arange(0, TILE.tokens)
     row = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)
-    row_words = tl.multiple_of(row_words, 4)
+    if TILE.bits >= 4:  # whole groups; of fewer bits they may be two words or three
+        row_words = tl.multiple_of(row_words, 4)
     read = tl.minimum(row, features - 1).to(tl.int64)
     y = tile_product(packed, scale, x, read, token.to(tl.int64), token < count, row_words, groups, width, TILE)
     places = out + token.to(tl.int64)[None, :] * features + row[:, None]
@@ -158,7 +174,8 @@ def grouped_gate_up_kernel(
     address = tl.load(addresses + expert)
     if address == 0:
         return
-    row_words = tl.multiple_of(row_words, 4)
+    if TILE.bits >= 4:  # whole groups; of fewer bits they may be two words or three
+        row_words = tl.multiple_of(row_words, 4)
     token = begin + tl.arange(0, TILE.tokens)
     live = token < end
     position = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)
@@ -201,7 +218,8 @@ def grouped_down_kernel(
     address = tl.load(addresses + expert)
     if address == 0:
         return
-    row_words = tl.multiple_of(row_words, 4)
+    if TILE.bits >= 4:  # whole groups; of fewer bits they may be two words or three
+        row_words = tl.multiple_of(row_words, 4)
     token = begin + tl.arange(0, TILE.tokens)
     live = token < end
     row = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)

@@ -4,7 +4,7 @@ A program takes ROWS rows; its warps lie along K, so that a warp reads 512 conti
 time, 16 bytes per lane. Sums stay in registers, one per word of the tile, until the end of the row: no
 exchange between lanes inside the loop, and enough loads in flight without a pipeline.
 
-Legend: K in features, W words of a row per step, N rows per program.
+Legend: K in features, W units of a row per step (words; at 3 bits three of them), N rows per program.
 """
 
 from typing import NamedTuple
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from quant.kernels.cuda.device.words import matrix, word_dot
+from quant.kernels.cuda.device.words import few_dot, matrix, word_dot
 
 
 class Rows(NamedTuple):
     """What a kernel is compiled for: the weight's ``bits`` and ``group``, the ``rows`` of a program and the
-    ``words`` of each that it takes in a step."""
+    ``words`` of each that it takes in a step (units, at 3 bits)."""
 
     bits: int
     group: int
@@ -50,20 +50,36 @@ def _activations(x, word, live, BITS: tl.constexpr):
 
 
 @triton.jit
+def _few(packed, rows, unit, live, row_words, x, BITS: tl.constexpr):
+    """Each unit's weights of 2 or 3 bits times their activations, f32 ``[N, W]``."""
+    places = packed + rows[:, None] * row_words + (unit * 3 if BITS == 3 else unit)[None, :]
+    first = _stream(places, live)
+    second = first
+    third = first
+    if BITS == 3:
+        second, third = _stream(places + 1, live), _stream(places + 2, live)
+    return few_dot(first, second, third, x, unit, live, BITS)
+
+
+@triton.jit
 def row_dots(packed, scale, x, rows, used, row_words, groups, FORM: tl.constexpr):
     """Σ W[row, k]·x[k] over the first ``used`` words of each row → f32 ``[N]``."""
     ROWS: tl.constexpr = FORM.rows
     WORDS: tl.constexpr = FORM.words
     BITS: tl.constexpr = FORM.bits
-    GROUP_WORDS: tl.constexpr = FORM.group * BITS // 32
+    GROUP_UNITS: tl.constexpr = FORM.group // 32 if BITS == 3 else FORM.group * BITS // 32
     total = tl.zeros((ROWS, WORDS), tl.float32)
-    for start in range(0, used, WORDS):
-        word = start + tl.arange(0, WORDS)
-        live = word < used
-        values = _stream(packed + rows[:, None] * row_words + word[None, :], live)
-        scales = _scales(scale, rows, word, live, groups, GROUP_WORDS)
-        first, second = _activations(x, word, live, BITS)
-        total += word_dot(values, first, second, BITS) * scales
+    units = used // 3 if BITS == 3 else used
+    for start in range(0, units, WORDS):
+        unit = start + tl.arange(0, WORDS)
+        live = unit < units
+        scales = _scales(scale, rows, unit, live, groups, GROUP_UNITS)
+        if BITS < 4:
+            total += _few(packed, rows, unit, live, row_words, x, BITS) * scales
+        else:
+            values = _stream(packed + rows[:, None] * row_words + unit[None, :], live)
+            first, second = _activations(x, unit, live, BITS)
+            total += word_dot(values, first, second, BITS) * scales
     return tl.sum(total, 1)
 
 
@@ -71,7 +87,8 @@ def row_dots(packed, scale, x, rows, used, row_words, groups, FORM: tl.constexpr
 def gemv_kernel(x, packed, scale, out, features, row_words, groups, ADD: tl.constexpr, FORM: tl.constexpr):
     """out[n] = Σ W[n, k]·x[k] for one token; with ADD, f32 out[n] is added to."""
     row = tl.program_id(0).to(tl.int64) * FORM.rows + tl.arange(0, FORM.rows)
-    row_words = tl.multiple_of(row_words, 4)
+    if FORM.bits >= 4:  # whole groups; of fewer bits they may be two words or three
+        row_words = tl.multiple_of(row_words, 4)
     read = tl.minimum(row, features - 1)
     y = row_dots(packed, scale, x, read, row_words, row_words, groups, FORM)
     if ADD:
@@ -123,24 +140,32 @@ def gate_up_kernel(
     begin = tl.program_id(1) * ROWS
     if begin >= mine:
         return
-    row_words = tl.multiple_of(row_words, 4)
+    if FORM.bits >= 4:  # whole groups; of fewer bits they may be two words or three
+        row_words = tl.multiple_of(row_words, 4)
     row = begin + tl.arange(0, ROWS)
     read = tl.minimum(row, inter - 1).to(tl.int64)
     token = x + (pair // TOP_K).to(tl.int64) * features
     gate_words, gate_scales = matrix(address, gate_packed, gate_scale, ALIGNMENT)
     up_words, up_scales = matrix(address, up_packed, up_scale, ALIGNMENT)
     BITS: tl.constexpr = FORM.bits
-    GROUP_WORDS: tl.constexpr = FORM.group * BITS // 32
+    GROUP_UNITS: tl.constexpr = FORM.group // 32 if BITS == 3 else FORM.group * BITS // 32
     gate = tl.zeros((ROWS, WORDS), tl.float32)
     up = tl.zeros((ROWS, WORDS), tl.float32)
-    for start in range(0, row_words, WORDS):
-        word = start + tl.arange(0, WORDS)
-        live = word < row_words
-        place = read[:, None] * row_words + word[None, :]
-        gate_values, up_values = _stream(gate_words + place, live), _stream(up_words + place, live)
-        first, second = _activations(token, word, live, BITS)
-        gate += word_dot(gate_values, first, second, BITS) * _scales(gate_scales, read, word, live, groups, GROUP_WORDS)
-        up += word_dot(up_values, first, second, BITS) * _scales(up_scales, read, word, live, groups, GROUP_WORDS)
+    units = row_words // 3 if BITS == 3 else row_words
+    for start in range(0, units, WORDS):
+        unit = start + tl.arange(0, WORDS)
+        live = unit < units
+        gate_factors = _scales(gate_scales, read, unit, live, groups, GROUP_UNITS)
+        up_factors = _scales(up_scales, read, unit, live, groups, GROUP_UNITS)
+        if BITS < 4:
+            gate += _few(gate_words, read, unit, live, row_words, token, BITS) * gate_factors
+            up += _few(up_words, read, unit, live, row_words, token, BITS) * up_factors
+        else:
+            place = read[:, None] * row_words + unit[None, :]
+            gate_values, up_values = _stream(gate_words + place, live), _stream(up_words + place, live)
+            first, second = _activations(token, unit, live, BITS)
+            gate += word_dot(gate_values, first, second, BITS) * gate_factors
+            up += word_dot(up_values, first, second, BITS) * up_factors
     gated, linear = tl.sum(gate, 1), tl.sum(up, 1)
     if SCALES_INPUT:
         score = tl.load(scores + pair)
@@ -178,7 +203,8 @@ def down_kernel(
     ROWS: tl.constexpr = FORM.rows
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(row, features - 1).to(tl.int64)
-    row_words = tl.multiple_of(row_words, 4)
+    if FORM.bits >= 4:  # whole groups; of fewer bits they may be two words or three
+        row_words = tl.multiple_of(row_words, 4)
     # All choices are looked up at once: one after the other, each would wait three times for memory.
     index = tl.arange(0, CHOICES)
     asked = index < TOP_K
@@ -192,7 +218,9 @@ def down_kernel(
     for choice in range(TOP_K):
         here = index == choice
         address = tl.sum(tl.where(here, found, 0), 0)
-        used = tl.multiple_of(tl.sum(tl.where(here, mine, 0), 0) * FORM.bits // 32, 4)
+        used = tl.sum(tl.where(here, mine, 0), 0) * FORM.bits // 32
+        if FORM.bits >= 4:
+            used = tl.multiple_of(used, 4)
         pair = (token * TOP_K + choice).to(tl.int64)
         words, scales = matrix(address, down_packed, down_scale, ALIGNMENT)
         y = row_dots(words, scales, hidden + pair * inter, read, used, row_words, groups, FORM)

@@ -1,4 +1,7 @@
-"""Packed words in registers: from an int32 of four or eight weights to f32 values.
+"""Packed words in registers: from an int32 of four, eight or sixteen weights to f32 values.
+
+Weights of 3 bits come 32 in three words, the 11th and the 22nd of them across two. What kernels count are therefore
+units: words, or threes of them at 3 bits.
 
 A weight is turned into a float without a conversion instruction: its bits are masked where they lie, and the
 exponent of a power of two is put above them. A field at bit ``s`` of the mantissa of 2^(23-s) makes the value
@@ -27,6 +30,28 @@ def weight(words, i: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def weight_of_three(first, second, third, i: tl.constexpr):
+    """Element ``i`` of each unit of three words of 3-bit weights: f32 in -4..3, exact."""
+    BIT: tl.constexpr = 3 * i
+    SHIFT: tl.constexpr = BIT % 32
+    word = first if BIT < 32 else second if BIT < 64 else third
+    if SHIFT > 29:  # the rest of it begins the next word
+        after = second if BIT < 32 else third
+        # Shifted in from the left comes the sign, which the masks take away.
+        LOW: tl.constexpr = (1 << (32 - SHIFT)) - 1
+        field = ((word >> SHIFT) & LOW) | ((after << (32 - SHIFT)) & (7 - LOW))
+        PLACE: tl.constexpr = 0
+    elif SHIFT > 20:
+        field = (word >> 16) & (7 << (SHIFT - 16))
+        PLACE: tl.constexpr = SHIFT - 16
+    else:
+        field = word & (7 << SHIFT)
+        PLACE: tl.constexpr = SHIFT
+    EXPONENT: tl.constexpr = (127 + 23 - PLACE) << 23
+    return (field | EXPONENT).to(tl.float32, bitcast=True) - (2.0 ** (23 - PLACE) + 4.0)
+
+
+@triton.jit
 def activation(four, i: tl.constexpr):
     """bf16 number ``i`` of four in an int64, as f32."""
     half = four.to(tl.int32) if i < 2 else (four >> 32).to(tl.int32)
@@ -44,6 +69,21 @@ def word_dot(words, first, second, BITS: tl.constexpr):
     for i in tl.static_range(1, 32 // BITS):
         four = first if i < 4 else second
         total += weight(words, i, BITS) * activation(four, i % 4)[None, :]
+    return total
+
+
+@triton.jit
+def few_dot(first, second, third, x, unit, live, BITS: tl.constexpr):
+    """``word_dot`` for units of 2 or 3 bits, whose activations ``x`` bf16 are loaded on the way, four at a time."""
+    VALUES: tl.constexpr = 32 if BITS == 3 else 16
+    fours = x.to(tl.pointer_type(tl.int64)) + unit * (VALUES // 4)
+    four = tl.load(fours, mask=live, other=0)
+    total = tl.zeros(first.shape, tl.float32)
+    for i in tl.static_range(VALUES):
+        if i % 4 == 0:
+            four = tl.load(fours + i // 4, mask=live, other=0)
+        value = weight_of_three(first, second, third, i) if BITS == 3 else weight(first, i, BITS)
+        total += value * activation(four, i % 4)[None, :]
     return total
 
 

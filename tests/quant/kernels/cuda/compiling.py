@@ -112,9 +112,9 @@ def report(calls: dict[str, Callable[[], object]], archs: list[int]) -> Iterator
 
 def _layout(bits: int, group: int) -> Any:
     from quant.kernels.cuda.layout import ExpertLayout
-    from quant.scheme import Scheme
+    from quant.scheme import PACKED, Scheme
 
-    scheme = Scheme("int4" if bits == 4 else "int8", group)
+    scheme = Scheme(PACKED[bits], group)
     return ExpertLayout(5120, 8192, scheme, scheme, tuple(16 * i for i in range(6)))
 
 
@@ -143,14 +143,14 @@ def _experts(bits: int, group: int, top_k: int = 1) -> Callable[[], object]:
 def _linear(bits: int, group: int, tokens: int, adds: bool = False) -> Callable[[], object]:
     from quant.kernels.cuda import linear
     from quant.pack import Packed
-    from quant.scheme import Scheme
+    from quant.scheme import PACKED, Scheme
 
     def call() -> None:
         x = torch.zeros(tokens, 5120, dtype=torch.bfloat16)
         packed = torch.zeros(8192, 5120 * bits // 32, dtype=torch.int32)
         scale = torch.zeros(8192, 5120 // group, dtype=torch.bfloat16)
         out = torch.zeros(tokens, 8192) if adds else None
-        linear.launch_linear(x, Packed(Scheme("int4" if bits == 4 else "int8", group), packed, scale), out)
+        linear.launch_linear(x, Packed(Scheme(PACKED[bits], group), packed, scale), out)
 
     return call
 
@@ -225,6 +225,10 @@ MORE = {
     "attention bf16": _attention(torch.bfloat16, 0),
     "hints top-4": _hints,
     "prefill int4-g32": _prefill(4, 32, scales_input=False),
+    "experts int2-g64": _experts(2, 64),
+    "experts int3-g128": _experts(3, 128),
+    "prefill int2-g64": _prefill(2, 64, scales_input=True),
+    "prefill int3-g128": _prefill(3, 128, scales_input=True),
 }
 
 

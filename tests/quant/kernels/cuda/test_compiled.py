@@ -31,8 +31,8 @@ def compiled(arch: int) -> list[dict[str, Any]]:
 def test_what_is_compiled_is_what_the_design_counts_on(arch: int) -> None:
     """One test per card, because compiling takes the time."""
     kernels = compiled(arch)
-    for kernel in kernels:  # nothing spills, and shared memory suffices
-        assert kernel["spilled"] == 0, kernel
+    for kernel in kernels:  # nothing spills (of 32 operands in a row four words), and shared memory suffices
+        assert kernel["spilled"] <= (16 if kernel["kernel"].startswith("prefill int3") else 0), kernel
         assert kernel["shared"] <= SHARED[arch], kernel
         assert kernel["registers"] <= 192, kernel
     if arch == 89:
@@ -41,10 +41,14 @@ def test_what_is_compiled_is_what_the_design_counts_on(arch: int) -> None:
 
 
 def reads_are_wide(kernels: list[dict[str, Any]]) -> None:
-    """Packed weights are read 16 bytes at a time."""
+    """Packed weights are read 16 bytes at a time; of 2 and 3 bits, whose rows need not begin there, less."""
     for kernel in kernels:
-        name = kernel["kernel"].rsplit("/", 1)[1]
-        if name in ("gate_up_kernel", "down_kernel", "linear_kernel"):
+        label, name = kernel["kernel"].rsplit("/", 1)
+        if not label.startswith(("experts int2", "experts int3")) and name in (
+            "gate_up_kernel",
+            "down_kernel",
+            "linear_kernel",
+        ):
             assert kernel["wide_loads"] >= (4 if name == "gate_up_kernel" else 2), kernel
 
 

@@ -21,6 +21,8 @@ CASES = {
     "int4-g32, hidden no multiple of the tile": (Scheme("int4", 32), Scheme("int4", 32), 1120, 96),
     "int8-g64 and int4-g64": (Scheme("int8", 64), Scheme("int4", 64), 192, 64),
     "int4-g32 and int8-g32": (Scheme("int4", 32), Scheme("int8", 32), 32, 608),
+    "int3-g128 and int2-g64": (Scheme("int3", 128), Scheme("int2", 64), 128, 192),
+    "int2-g32 and int3-g32": (Scheme("int2", 32), Scheme("int3", 32), 544, 96),
 }
 
 
@@ -144,7 +146,7 @@ def test_what_does_not_fit_is_refused() -> None:
     nf4 = dict.fromkeys(mixed, Scheme("nf4"))
     with pytest.raises(SchemeError, match="in one scheme"):
         ExpertLayout.from_offsets(64, 64, mixed, offsets)
-    with pytest.raises(SchemeError, match="read int4 and int8"):
+    with pytest.raises(SchemeError, match="read int2 to int8"):
         ExpertLayout.from_offsets(64, 64, nf4, offsets)
 
 

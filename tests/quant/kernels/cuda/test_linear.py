@@ -27,6 +27,15 @@ HALF = 2**-7  # bf16, which the interpreter cuts off instead of rounding
         ("int8", 128, 40, 256, 70),
         ("int8", 32, 140, 32, 33),
         ("int8", 64, 31, 320, 16),
+        ("int2", 64, 40, 192, 1),
+        ("int2", 32, 17, 1056, 1),
+        ("int2", 256, 33, 512, 8),
+        ("int2", 64, 20, 320, 17),
+        ("int3", 128, 200, 384, 1),
+        ("int3", 32, 17, 1056, 1),
+        ("int3", 256, 20, 768, 1),
+        ("int3", 64, 33, 576, 9),
+        ("int3", 32, 40, 96, 33),
     ],
 )
 def test_equals_the_reference(
@@ -39,7 +48,8 @@ def test_equals_the_reference(
     moved = x.to(device), Packed(weight.scheme, weight.packed.to(device), weight.scale.to(device))
     # Groups of less than 16 words are applied to the weights before the tensor core, in bf16 on a card; there
     # sums of exact products are cut off after each step, not rounded.
-    exact = device.type == "cpu" or tokens == 1 or group * weight.scheme.bits >= 512
+    values = 32 if kind == "int3" else 32 // weight.scheme.bits  # of a unit
+    exact = device.type == "cpu" or tokens == 1 or group >= 16 * values
     slack = 1e-6 if device.type == "cpu" else 1e-5
     added = linear.launch_linear(*moved, start.clone().to(device))
     assert_near(added, linear.linear_reference(x, weight, start.clone()), slack if exact else HALF)

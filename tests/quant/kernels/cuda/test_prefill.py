@@ -16,7 +16,7 @@ HALVES = 4e-2
 
 def unarranged(rows: torch.Tensor, features: int, bits: int) -> torch.Tensor:
     """Arranged rows in the order of their features."""
-    blocks = rows.view(rows.shape[0], -1, 32 // bits, 16)
+    blocks = rows.view(rows.shape[0], -1, 32 if bits == 3 else 32 // bits, 16)
     return blocks.transpose(2, 3).reshape(rows.shape[0], -1)[:, :features]
 
 
@@ -27,6 +27,8 @@ def unarranged(rows: torch.Tensor, features: int, bits: int) -> torch.Tensor:
         (Scheme("int4", 128), Scheme("int4", 128), 256, 128, 70, 1),
         (Scheme("int8", 32), Scheme("int4", 64), 160, 320, 33, 2),
         (Scheme("int4", 32), Scheme("int8", 64), 96, 192, 5, 3),
+        (Scheme("int2", 64), Scheme("int3", 32), 320, 96, 21, 1),
+        (Scheme("int3", 128), Scheme("int2", 64), 128, 640, 5, 2),
     ],
 )
 def test_equals_the_reference_in_any_order_of_calls(
