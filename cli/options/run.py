@@ -104,6 +104,7 @@ DraftModel = Annotated[
     Path | None,
     typer.Option(
         "--draft-model",
+        parser=typed_path,
         metavar="MODEL",
         help="Try tokens that this smaller model of the same tokenizer suggests, where that pays.",
     ),

@@ -51,7 +51,7 @@ ARGUMENTS = {  # positions in VALID of what must be there
 }
 EMPTY = {("check", 0), ("probe", 0), ("rank-policies", 0), ("rank-policies", 2)}  # whose parser refuses ""
 NAMES = {"recipe", "policy", "gpu", "fit", "experts", "shared_expert", "dense_mlp", "attention", "lm_head"}
-FILES = {"text", "calibrate", "imatrix", "routing", "merge", "reference", "model", "trace"}
+FILES = {"draft_model", "text", "calibrate", "imatrix", "routing", "merge", "reference", "model", "trace"}
 WRITTEN = {"report", "out", "save_imatrix"}
 FREE = {"prompt", "system", "stop", "cache", "keep", "source", "destination", "shape", "directory", "trace"}
 FREE |= {"host", "api_key", "allow_host", "allow_origin", "name", "images_from"}
