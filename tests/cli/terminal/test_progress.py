@@ -32,6 +32,9 @@ def test_the_time_left_is_the_mean_pace_of_what_this_run_did_and_runs_down() -> 
     at.now += 10
     assert clock.said() == "33 of 48 layers, 4 min 50 s left"
     at.now += 500
+    assert clock.said() == "33 of 48 layers, 4 min 0 s left"  # for the 12 after this one, however long it takes
+    clock.tell(47, 48)
+    at.now += 500
     assert clock.said().endswith("nearly done")
     clock.tell(48, 48)
     assert clock.said() == "48 of 48 layers"
@@ -47,6 +50,17 @@ def test_bytes_have_sizes_and_a_rate() -> None:
     at.now += 4
     clock.tell(2**30, 2**32)
     assert clock.said() == "1.00 GiB of 4.00 GiB, 268 MB/s, 12 s left"
+
+
+def test_where_columns_are_few_the_time_left_is_what_stays() -> None:
+    at = Time()
+    clock = Clock("bytes", at)
+    clock.tell(0, 2**32)
+    at.now += 4
+    clock.tell(2**30, 2**32)
+    full, sizes = "1.00 GiB of 4.00 GiB, 268 MB/s, 12 s left", "1.00 GiB of 4.00 GiB, 12 s left"
+    said = [clock.said(room) for room in (len(full), 40, len(sizes), 30, 15, 9, 2)]
+    assert said == [full, sizes, sizes, "25 %, 12 s left", "25 %, 12 s left", "12 s left", "25 %"]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +91,15 @@ def test_a_bar_appears_on_a_terminal_and_is_gone_in_the_end(monkeypatch: pytest.
         assert "copying" in plain and "of 3 layers" in plain
     staged = drawn(Console(), 0.3, title="")
     assert "stage one" in staged and "stage two" in staged
+
+
+@pytest.mark.parametrize("width", [24, 36, 50, 80, 120])
+def test_a_bar_never_takes_two_lines(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress, "_QUICK", 0.01)
+    monkeypatch.setattr(progress, "_SETTLE", 0.01)
+    plain = drawn(Console(), 0.3, title="comparing, line by line", width=width)
+    assert "comparing" in plain and plain.count("\n") == 1  # when it ends
 
 
 def test_nothing_is_drawn_that_would_be_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
