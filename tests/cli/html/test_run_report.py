@@ -58,6 +58,9 @@ const pick = async (name, content) => {
 };
 seen.nonsense = await pick("notes.txt", "Dear diary");
 seen.compared = await pick("other.json", JSON.stringify(other));
+const slow = JSON.parse(mine), decoded = slow.timeline.phase.lastIndexOf("decode");
+for (let back = 0; back < 10; back++) slow.timeline.ms[decoded - back] = 98765;
+seen.slow = await pick("slow.json", JSON.stringify(slow));
 seen.images = document.images.length;
 seen.resources = performance.getEntriesByType("resource").map((entry) => entry.name);
 seen.width = innerWidth; seen.content = document.documentElement.scrollWidth;
@@ -322,4 +325,5 @@ def test_a_browser_shows_the_page_and_all_that_its_scripts_add(tmp_path: Path, w
     assert "expected a report page" in seen["nonsense"]
     assert "−50 %, worse" in seen["compared"]
     assert EVIL in seen["compared"]
+    assert "cut off: 98,765 ms" in seen["slow"] and "cut off" not in seen["compared"]
     assert seen["images"] == 0
