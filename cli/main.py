@@ -4,12 +4,12 @@ Only the module of the command that was asked for is imported, and each of those
 function, so that ``--help`` answers at once. A command is a function of its module's name.
 """
 
+import _thread
 import errno
 import io
 import os
 import resource
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -208,18 +208,19 @@ def _check_files() -> None:
 
 def _starts_threads(count: int) -> bool:
     """Whether the system lets this process have ``count`` more threads."""
-    end, started = threading.Event(), list[threading.Thread]()
+    # Not threading.Thread: where memory is short, that waits for ever for a thread that ended before it could say so.
+    held = list[Any]()
     try:
         for _ in range(count):
-            thread = threading.Thread(target=end.wait)
-            thread.start()
-            started.append(thread)
-    except RuntimeError:
+            lock = _thread.allocate_lock()
+            lock.acquire()
+            _thread.start_new_thread(lock.acquire, ())
+            held.append(lock)
+    except (RuntimeError, MemoryError):
         return False
     finally:
-        end.set()
-        for thread in started:
-            thread.join()
+        for lock in held:
+            lock.release()
     return True
 
 

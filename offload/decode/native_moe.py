@@ -50,8 +50,8 @@ class NativeMoe:
         return result.out
 
     def finish(self, x: Tensor, result: MoeResult) -> Tensor:
-        """The block for ``x``, whose routing ``result`` found an expert missing: reads begin, what is
-        resident is computed meanwhile, and each missing expert as its bytes arrive."""
+        """The block for ``x``, whose routing ``result`` found an expert missing: reads begin, and each
+        expert is computed as its bytes arrive; where a token has several, in the order in which they are summed."""
         self.cache.reap()
         experts = self._record(result)
         keys = [(self.layer, expert) for expert in experts]
@@ -61,7 +61,8 @@ class NativeMoe:
         shared = self.block.shared_job(result)
         if shared:
             mlp(shared, result.normed, out, exact=self.exact)
-        for expert, weights in self.cache.stream(self.layer, experts):
+        stream = self.cache.stream_in_order if self.block.top_k > 1 else self.cache.stream
+        for expert, weights in stream(self.layer, experts):
             jobs = self.block.routed_jobs(result, {expert: native_expert(weights, self.block.join)})
             mlp(jobs, result.normed, out, exact=self.exact)
         return out

@@ -166,24 +166,32 @@ class ExpertCache:
             self._land(key)
 
     def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
-        """Yield each of ``experts`` with its weights, residents first, the others as their bytes arrive.
-
-        A yielded weight is valid until the next one is asked for. Raises CheckpointError if the disk fails.
-        """
+        """Yield each of ``experts`` with its weights, residents first, the others as their bytes arrive. A yielded
+        weight is valid until the next one is asked for. Raises CheckpointError if the disk fails."""
         tiers = self.count(layer, experts)
         yield from self.serve_from_host(sorted(tiers, key=lambda key: tiers[key] == "disk"))
 
-    def serve_from_host(self, ordered: Sequence[Key]) -> Iterator[tuple[int, ExpertWeights]]:
-        """Yield each of ``ordered`` from its host slot, fetched where it has none; see ``stream``."""
-        window = self.window()
-        waiting = list(ordered)
+    def stream_in_order(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
+        """As ``stream``, by their numbers: what adds them up gets the same to the bit whatever was resident."""
+        yield from self.serve_from_host(sorted(self.count(layer, experts)), keep=True)
+
+    def serve_from_host(self, ordered: Sequence[Key], keep: bool = False) -> Iterator[tuple[int, ExpertWeights]]:
+        """Yield each of ``ordered`` from its host slot, fetched where it has none; with ``keep``, as far as there is
+        room, those that have one keep it until their turn. See ``stream``."""
+        window, waiting = self.window(), list(ordered)
         for index, key in enumerate(ordered):
             # Keep reads in flight for the next few, locked so that they do not evict one another.
-            locked = set(ordered[index : index + window])
+            locked = self._kept(ordered[index:]) if keep else set(ordered[index : index + window])
             while waiting and waiting[0] in locked and (waiting[0] == key or self._has_slot(waiting[0], locked)):
                 self._request(waiting.pop(0), Priority.DEMAND, locked)
             yield key[1], self._weights(key, locked)
             self.policy.touch(key)
+
+    def _kept(self, keys: Sequence[Key]) -> set[Key]:
+        """The first of ``keys``, those that are read next, and as many residents as leave a slot for these."""
+        there = [key for key in keys if key in self.host and key not in self._pending]
+        first = {keys[0], *[key for key in keys if key not in there][: self.window()]}
+        return first | set(there[: max(0, self.arena.whole - 1 - len(first))])
 
     def demand(self, keys: Sequence[Key], keep: Sequence[Key] = ()) -> set[Key]:
         """Begin reading those of ``keys`` on disk, as many as may be in flight at once, in other slots than ``keep``'s
