@@ -43,21 +43,23 @@ def test_the_time_left_is_the_mean_pace_of_what_this_run_did_and_runs_down() -> 
     assert clock.said() == "0 of 8 layers"
 
 
-def test_bytes_have_sizes_and_a_rate() -> None:
+def quarter_of_bytes() -> Clock:
+    """1 GiB of 4 is done after 4 s."""
     at = Time()
     clock = Clock("bytes", at)
     clock.tell(0, 2**32)
     at.now += 4
     clock.tell(2**30, 2**32)
+    return clock
+
+
+def test_bytes_have_sizes_and_a_rate() -> None:
+    clock = quarter_of_bytes()
     assert clock.said() == "1.00 GiB of 4.00 GiB, 268 MB/s, 12 s left"
 
 
 def test_where_columns_are_few_the_time_left_is_what_stays() -> None:
-    at = Time()
-    clock = Clock("bytes", at)
-    clock.tell(0, 2**32)
-    at.now += 4
-    clock.tell(2**30, 2**32)
+    clock = quarter_of_bytes()
     full, sizes = "1.00 GiB of 4.00 GiB, 268 MB/s, 12 s left", "1.00 GiB of 4.00 GiB, 12 s left"
     said = [clock.said(room) for room in (len(full), 40, len(sizes), 30, 15, 9, 2)]
     assert said == [full, sizes, sizes, "25 %, 12 s left", "25 %, 12 s left", "12 s left", "25 %"]
