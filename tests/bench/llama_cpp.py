@@ -34,7 +34,7 @@ from offload.quality.windows import Windows
 from offload.text.tokenizer import load_tokenizer
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.scheme import Scheme
-from tests.bench.quality import DEMO, Method, Ruler, command
+from tests.bench.quality import DEMO, Method, Ruler, command, measured_row
 
 BLOCK = 256
 KINDS = {"Q2_K": 10, "IQ2_XS": 20, "Q3_K_M": 12, "IQ3_S": 26, "IQ4_XS": 30, "Q4_K_M": 15}  # llama_ftype
@@ -222,9 +222,7 @@ def main() -> None:
     methods = [theirs(LlamaCpp(arguments.libraries), arguments.model, ruler)]
     methods += [ours(arguments.model, ruler)] if arguments.ours else []
     for name, bits, method in (one for group in methods for one in group):
-        found[name] = {"bits": bits, **ruler.measure(method)}
-        kl, error, perplexity = (found[name][key] for key in ("kl", "kl_error", "perplexity"))
-        print(f"{name:40} {bits:6.3f} bits  KL {kl:.4f} ± {error:.4f}  perplexity {perplexity:.2f}", flush=True)
+        found[name] = measured_row(ruler, name, bits, method)
     print(json.dumps(found))
 
 

@@ -163,6 +163,14 @@ def _by_hand(scheme: str) -> list[str]:
     return [word for role in ROLES for word in (f"--{role.replace('_', '-')}", scheme)]
 
 
+def measured_row(ruler: Ruler, name: str, bits: float, method: Method) -> dict[str, float]:
+    """What ``method``, of so many ``bits`` per weight, costs by ``ruler``; its row is printed."""
+    row = {"bits": bits, **ruler.measure(method)}
+    kl, error, perplexity = (row[key] for key in ("kl", "kl_error", "perplexity"))
+    print(f"{name:40} {bits:6.3f} bits  KL {kl:.4f} ± {error:.4f}  perplexity {perplexity:.2f}", flush=True)
+    return row
+
+
 def main() -> None:
     """Print a line per method as it is measured, then the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -211,9 +219,7 @@ def main() -> None:
         except ImportError as error:
             print(f"{name:18} skipped: {error}")
             continue
-        found[name] = {"bits": bits, **ruler.measure(method)}
-        kl, error, perplexity = (found[name][key] for key in ("kl", "kl_error", "perplexity"))
-        print(f"{name:18} {bits:6.3f} bits  KL {kl:.4f} ± {error:.4f}  perplexity {perplexity:.2f}", flush=True)
+        found[name] = measured_row(ruler, name, bits, method)
     print(json.dumps(found))
 
 
