@@ -80,3 +80,20 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "rotated.jpg": _rotated,
     "animated.gif": _animated,
 }
+
+
+def make_video(path: Path, seconds: int = 6, rate: int = 10) -> Path:
+    """A film of ``rate`` pictures a second whose red is ``4 · index`` and whose green is what is left."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(seconds * rate):
+            pixels = np.empty((48, 64, 3), np.uint8)
+            pixels[...] = (4 * index % 256, 255 - 4 * index % 256, 128)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path

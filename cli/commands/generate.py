@@ -29,6 +29,19 @@ Image = Annotated[
         help="An image, where PROMPT says <|image|> or before it; again for more.",
     ),
 ]
+VideoFile = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--video",
+        parser=typed_path,
+        metavar="FILE",
+        help="A video, as pictures at even distances with their times; placed like an image, after those.",
+    ),
+]
+Frames = Annotated[
+    int | None,
+    typer.Option("--frames", min=1, max=128, metavar="N", help="Pictures of each --video.", show_default="32"),
+]
 Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")]
 
@@ -43,6 +56,8 @@ def generate(
     run: RunOptions,
     console: Console,
     image: Image = None,
+    video: VideoFile = None,
+    frames: Frames = None,
     chat: Chat = False,
     ignore_eos: IgnoreEos = False,
     report: Report = None,
@@ -55,6 +70,7 @@ def generate(
     from cli.steps.messages import with_parts
     from cli.steps.open_model import find_model, open_session
     from cli.steps.texts import read_text
+    from quant.errors import UsageError
     from quant.output_file import check_stdout
 
     check_stdout()
@@ -64,12 +80,18 @@ def generate(
     with seldom_collecting():
         from offload.run.collect import account
         from offload.run.report import Message
+        from offload.vision.video_file import FRAMES, Video
 
     text = read_text(Path("-")) if prompt == "-" else prompt
-    pictures = [str(file) for file in image or ()]
-    with open_session(path, replace(run, images=bool(pictures)), console) as session:
-        question = {"role": "user", "content": text, "images": pictures}
-        ids = session.encode_chat(with_parts([question])) if chat else session.encode(text, pictures)
+    if frames is not None and not video:
+        raise UsageError("--frames says how many pictures a --video becomes, and none was given")
+    videos = [Video(file, frames or FRAMES) for file in video or ()]
+    with open_session(path, replace(run, images=bool(image or videos)), console) as session:
+        if chat:
+            question = {"role": "user", "content": text, "images": image or (), "videos": videos}
+            ids = session.encode_chat(with_parts([question]))
+        else:
+            ids = session.encode(text, [*(image or ()), *videos])
         console.step(told)
         records: list[TokenRecord] = []
         with interrupt.StopRequest() as stop, suppress(KeyboardInterrupt):

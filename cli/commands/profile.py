@@ -1,5 +1,7 @@
 """``coldstream profile``: run text through a model and save which experts it routes to."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +19,17 @@ if TYPE_CHECKING:
     from offload.run.session import Session
 
 Text = Annotated[
-    list[Path],
+    list[Path] | None,
     typer.Option("--text", parser=typed_path, metavar="FILE", help="Text to run; may be given again, - is stdin."),
+]
+Image = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image",
+        parser=typed_path,
+        metavar="FILE",
+        help="An image to run, counted apart, too; may be given again. An image, a text or both must be given.",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", parser=typed_path, metavar="FILE", help="Where the profile goes.")]
 Merge = Annotated[
@@ -35,15 +46,16 @@ Trace = Annotated[bool, typer.Option("--trace", help="Keep the order of requests
 @takes_run_options
 def profile(
     model: Model,
-    text: Text,
     run: RunOptions,
     console: Console,
+    text: Text = None,
+    image: Image = None,
     out: Out = Path("routing.json"),
     merge: Merge = None,
     tokens: Tokens = None,
     trace: Trace = False,
 ) -> None:
-    """Run text through MODEL and save its routing: counts and reuse distances.
+    """Run text and images through MODEL and save its routing: counts and reuse distances.
 
     The profile seeds placement in later runs (--routing) and is refused by any other model.
     """
@@ -59,24 +71,33 @@ def profile(
     from quant.errors import UsageError
     from quant.model.hub import resolve_config
 
-    source = "\n".join(read_text(file) for file in text)
+    if not text and not image:
+        raise UsageError("there is nothing to run: expected --text FILE, --image FILE, or both")
+    source = "\n".join(read_text(file) for file in text or ())
     shape = shape_of(resolve_config(str(path)))
     if not shape.moe_layers:
         raise UsageError(f"a {shape.family.name} model without experts routes nothing: there is no profile to take")
     others = [RoutingStats.load(file, shape) for file in merge or ()]
-    with open_session(path, run, console) as session:
+    with open_session(path, replace(run, images=bool(image)), console) as session:
         for other in others:
             other.check(session.routing.model_id)
-        if trace:
-            session.routing.trace = []
-        seconds = run_text(session, source, tokens, console)
-        stats, seen = session.routing, session.routing.tokens
+        stats = session.routing
+        if trace or image:
+            stats.trace = []
+        seconds = run_text(session, source, tokens, console) if text else 0.0
+        seconds += run_images(session, image or (), console)
+        seen, seen_images = stats.tokens, stats.image_tokens
+        if not trace:
+            stats.trace = None
         for other in others:
             stats.merge(other)
         stats.save(out)
         console.say()
         show_routing(stats, console)
-        console.step(f"{seen:,} tokens in {seconds:.1f} s; profile of {stats.tokens:,} tokens written to {out}")
+        of_images = f", {seen_images:,} of them of images" if seen_images else ""
+        console.step(
+            f"{seen:,} tokens{of_images} in {seconds:.1f} s; profile of {stats.tokens:,} tokens written to {out}"
+        )
         console.result(profile_document(stats, out, seen, seconds))
 
 
@@ -101,6 +122,29 @@ def run_text(session: "Session", text: str, limit: int | None, console: Console)
     return time.perf_counter() - started
 
 
+def run_images(session: "Session", images: Sequence[Path], console: Console) -> float:
+    """Run each image as a prompt of its own, and count what its rows ask for; returns the seconds it took. The
+    session's routing keeps a trace."""
+    import time
+
+    import numpy as np
+
+    stats, started = session.routing, time.perf_counter()
+    with progress_bar(console, "running the images", "images") as show:
+        for number, file in enumerate(images, 1):
+            ids = np.array(session.encode("", [file]))
+            before = stats.tokens
+            session.reset()
+            session.prefill(ids.tolist())
+            new = stats.tokens - before
+            assert stats.trace is not None
+            seen = np.concatenate(stats.trace)[-new:]  # what the cache holds of the prompt's beginning is not run
+            stats.count_images(seen[ids[-new:] >= session.shape.vocab_size])
+            show(number, len(images), "")
+    session.reset()
+    return time.perf_counter() - started
+
+
 def profile_document(stats: "RoutingStats", out: Path, seen: int, seconds: float) -> dict[str, object]:
     """What ``--json`` prints."""
     return {
@@ -108,6 +152,8 @@ def profile_document(stats: "RoutingStats", out: Path, seen: int, seconds: float
         "model_id": stats.model_id,
         "tokens": stats.tokens,
         "tokens_run": seen,
+        "image_tokens": stats.image_tokens,
+        "image_overlap": stats.image_overlap(),
         "seconds": seconds,
         "moe_layers": stats.moe_layers,
         "num_experts": stats.num_experts,
@@ -126,9 +172,13 @@ def show_routing(stats: "RoutingStats", console: Console) -> None:
     table = Table(title=f"Share of requests to the most used experts ({stats.tokens:,} tokens)")
     for name in ("layer", "top 10 %", "top 25 %", "top 50 %", f"entropy (of {uniform:.2f} bits)"):
         table.add_column(name, justify="right")
-    for skew in stats.skew():
+    overlaps = stats.image_overlap()
+    if overlaps:
+        table.add_column("images alike", justify="right")
+    for index, skew in enumerate(stats.skew()):
         shares = [f"{100 * share:.1f} %" for share in (skew.top10, skew.top25, skew.top50)]
-        table.add_row(str(skew.layer), *shares, f"{skew.entropy:.2f}")
+        alike = [f"{100 * overlaps[index]:.1f} %"] if overlaps else []
+        table.add_row(str(skew.layer), *shares, f"{skew.entropy:.2f}", *alike)
     console.show(table)
     console.say(heat_map(stats, min(128, console.width - 8) if console.rich.is_terminal else 128))
 

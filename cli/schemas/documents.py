@@ -68,6 +68,10 @@ PROFILED: dict[str, Schema] = {
     "model_id": text(),
     "tokens": count("that the profile counts"),
     "tokens_run": count("of them in this run"),
+    "image_tokens": count("of all, those that are rows of images"),
+    "image_overlap": many(
+        number("how alike images and text use the experts of a layer, 0 to 1"), "by layer; empty unless both were seen"
+    ),
     "seconds": number(),
     "moe_layers": many(count()),
     **SEEN,

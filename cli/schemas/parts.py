@@ -128,8 +128,10 @@ MESSAGE = without(
         role=one_of("who speaks", "system", "user", "assistant"),
         content=text(),
         images=many(text("a path"), "images that come before the text"),
+        videos=many(text("a path"), "videos that come before the text"),
     ),
     "images",
+    "videos",
 )
 SEQUENCES = many(
     record(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 HELP = (
     ("/file PATH [TEXT]", "say what is in the file, and TEXT after it"),
     ("/image PATH [TEXT]", "show it an image, and say TEXT about it; without TEXT, the next message is about it"),
+    ("/video PATH [TEXT]", "show it pictures of a video, in the same way"),
     ("/reset", "forget the conversation"),
     ("/system TEXT", "tell the model TEXT first, and begin anew; without TEXT, tell it nothing"),
     ("/stats", "the run so far: speed, memory, expert hits"),
@@ -54,7 +55,7 @@ class ChatLoop:
         self.system = system
         self._first: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         self.messages = self._first
-        self._shown: list[str] = []  # paths of images for the next message
+        self._shown: dict[str, list[str]] = {}  # paths of images and videos for the next message
         self._dropped = 0  # turns that the model no longer sees
         self.session.reset()
 
@@ -90,15 +91,13 @@ class ChatLoop:
 
         Raises BudgetError if the text does not fit the context, CheckpointError if the chat template refuses it.
         """
-        question: dict[str, Any] = {"role": "user", "content": text}
-        if self._shown:
-            question["images"] = self._shown
+        question: dict[str, Any] = {"role": "user", "content": text, **self._shown}
         try:
             ids = self._fitted(question)
         except ColdstreamError:
             if self._shown:  # or no later message would get through either
-                self._shown = []
-                self.console.prose("(no image is shown any more: /image PATH shows one again)")
+                self._shown = {}
+                self.console.prose("(nothing is shown any more: /image PATH or /video PATH shows it again)")
             raise
         if ids is None:
             return
@@ -128,7 +127,7 @@ class ChatLoop:
     def _keep(self, question: dict[str, Any], records: list[TokenRecord]) -> None:
         if not records:
             return
-        self._shown = []
+        self._shown = {}
         self.runs.append(records)
         reply = "".join(record.text for record in records)
         self.messages = [*self.messages, question, {"role": "assistant", "content": reply}]
@@ -193,19 +192,10 @@ class ChatLoop:
                 self.answer(self._file(rest))
             case "/file":
                 raise UsageError("/file needs a path: /file PATH, and what you want to say about it")
-            case "/image" if rest:
-                from offload.vision.images import check_looking  # it imports torch
-
-                check_looking(self.session.shape, room=self.session.options.images)
-                path, text = _path_and_text(rest)
-                open_image(path)  # said now, not with the next message
-                self._shown = [*self._shown, str(path)]
-                if text:
-                    self.answer(text)
-                else:
-                    self.console.prose(f"({path} is shown with the next message)")
-            case "/image":
-                raise UsageError("/image needs a path: /image PATH, and what you want to say about it")
+            case "/image" | "/video" if rest:
+                self._show(word[1:], rest)
+            case "/image" | "/video":
+                raise UsageError(f"{word} needs a path: {word} PATH, and what you want to say about it")
             case "/reset":
                 self.begin(self.system)
                 self.console.prose("(the conversation is forgotten)")
@@ -224,6 +214,23 @@ class ChatLoop:
                 raise UsageError("/save needs a file: /save FILE")
             case _:
                 self.console.prose(f"{word} is no command; /help lists them")
+
+    def _show(self, kind: str, rest: str) -> None:
+        """Show the ``image`` or ``video`` that ``rest`` begins with; what follows there is said about it."""
+        from offload.vision.images import check_looking  # it imports torch
+        from offload.vision.video_file import TILE_SIDE, Video
+
+        check_looking(self.session.shape, room=self.session.options.images)
+        path, text = _path_and_text(rest)
+        if kind == "video":  # what is wrong with it is said now, not with the next message
+            Video(path).sampled(TILE_SIDE)
+        else:
+            open_image(path)
+        self._shown = {**self._shown, f"{kind}s": [*self._shown.get(f"{kind}s", ()), str(path)]}
+        if text:
+            self.answer(text)
+        else:
+            self.console.prose(f"({path} is shown with the next message)")
 
     def _file(self, rest: str) -> str:
         """The text of the file that ``rest`` begins with, which may be quoted, and what follows it there."""

@@ -19,6 +19,7 @@ class _Turn(BaseModel):
     role: Literal["system", "user", "assistant"]
     content: str
     images: list[str] | None = None
+    videos: list[str] | None = None
 
 
 class _Saved(BaseModel):

@@ -89,13 +89,14 @@ class Messages:
 
 
 def with_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """``messages`` as a session takes them: of one with ``images``, paths, these are parts before its text."""
+    """``messages`` as a session takes them: of one with ``images`` or ``videos``, paths or Videos, these are parts
+    before its text."""
     return [{"role": message["role"], "content": _content(message)} for message in messages]
 
 
-def _content(message: Mapping[str, Any]) -> str | list[dict[str, str]]:
+def _content(message: Mapping[str, Any]) -> str | list[dict[str, Any]]:
     text: str = message["content"]
-    shown = [{"type": "image", "image": path} for path in message.get("images", ())]
+    shown = [{"type": kind, kind: path} for kind in ("image", "video") for path in message.get(f"{kind}s", ())]
     return [*shown, {"type": "text", "text": text}] if shown else text
 
 

@@ -39,6 +39,8 @@ class _Counted(BaseModel):
     tokens: _Count
     counts: list[list[_Count]]
     reuse: list[list[_Count]]
+    image_tokens: _Count = 0
+    image_counts: list[list[_Count]] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class RoutingStats:
         self._tokens = 0
         self._counts: Ids = np.zeros((layers, experts), np.int64)
         self._reuse: Ids = np.zeros((layers, _REUSE_BINS), np.int64)
+        self.image_tokens = 0  # of all tokens, those known to be rows of images; and what they asked for, [L, E]
+        self.image_counts: Ids = np.zeros((layers, experts), np.int64)
         self.trace: list[Ids] | None = [] if keep_trace else None  # per step [T, L, k]
         self._last_used: Ids = np.full((layers, experts), -1, np.int64)
         self._step: list[Ids] = []
@@ -99,6 +103,12 @@ class RoutingStats:
         if len(self._waiting) >= _BATCH:
             self._flushed()
 
+    def count_images(self, chosen: Ids) -> None:
+        """Of the tokens that were recorded, ``chosen`` int64 ``[T, L, k]`` were rows of images."""
+        for index in range(chosen.shape[1]):
+            self.image_counts[index] += np.bincount(chosen[:, index].ravel(), minlength=self.num_experts)
+        self.image_tokens += len(chosen)
+
     def _flushed(self) -> "RoutingStats":
         """Count what waits: many steps at once, because numpy's price is per call."""
         if self._waiting:
@@ -125,6 +135,15 @@ class RoutingStats:
         """How uneven each layer's use is."""
         return [self._skew(layer, self.counts[i]) for i, layer in enumerate(self.moe_layers)]
 
+    def image_overlap(self) -> list[float]:
+        """How alike images and text use each layer's experts: Σ min(p, q) over experts of their shares of requests, 1
+        where both ask for the same, 0 where nothing is asked for by both. Empty unless both were seen."""
+        text = self.counts - self.image_counts
+        if not text.any() or not self.image_counts.any():
+            return []
+        shares = (use / np.maximum(use.sum(1, keepdims=True), 1) for use in (text, self.image_counts))
+        return [float(least) for least in np.minimum(*shares).sum(1)]
+
     def _skew(self, layer: int, counts: Ids) -> LayerSkew:
         total = max(int(counts.sum()), 1)
         shares = np.sort(counts)[::-1] / total
@@ -139,6 +158,8 @@ class RoutingStats:
         self._tokens += other.tokens
         self._counts += other.counts
         self._reuse += other.reuse
+        self.image_tokens += other.image_tokens
+        self.image_counts += other.image_counts
 
     def check(self, model_id: str) -> None:
         """Raise ProfileError unless these are statistics of the model ``model_id``."""
@@ -159,6 +180,8 @@ class RoutingStats:
             "tokens": self.tokens,
             "counts": self.counts.tolist(),
             "reuse": self.reuse.tolist(),
+            "image_tokens": self.image_tokens,
+            "image_counts": self.image_counts.tolist() if self.image_tokens else None,
             "trace": None if not self.trace else np.concatenate(self.trace).tolist(),
         }
 
@@ -185,12 +208,17 @@ class RoutingStats:
                 f"{path} is of a model that takes {found.top_k} experts per token, this one {shape.top_k}"
             )
         stats._tokens = found.tokens
-        for name in ("counts", "reuse"):
-            rows, columns = getattr(stats, name).shape
-            given: list[list[int]] = getattr(found, name)
-            if len(given) != rows or any(len(row) != columns for row in given):
+        stats.image_tokens = found.image_tokens
+        for name, counts in (("counts", stats._counts), ("reuse", stats._reuse), ("image_counts", stats.image_counts)):
+            rows, columns = counts.shape
+            given: list[list[int]] | None = getattr(found, name)
+            if given is None and not found.image_tokens:
+                continue
+            if given is None or len(given) != rows or any(len(row) != columns for row in given):
                 raise ProfileError(f"{path} is a damaged routing profile: {name} is not {rows} rows of {columns}")
-            setattr(stats, f"_{name}", np.array(given, np.int64))
+            counts[:] = given
+        if (stats.image_counts > stats._counts).any() or stats.image_tokens > stats._tokens:
+            raise ProfileError(f"{path} is a damaged routing profile: images have more than all tokens")
         if data.get("trace"):
             stats.trace = [np.array(checked_steps(data, path), np.int64)]
         return stats

@@ -1,6 +1,7 @@
 """Images: what a session needs to look at pictures, in one object."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,13 +9,15 @@ import torch
 from offload.text.tokenizer import chat_text
 from offload.vision.image_file import ImageSource, open_image
 from offload.vision.image_tokens import ImageEmbedding, ImageTokens
-from offload.vision.processor import PLACEHOLDER, ImageProcessor
+from offload.vision.processor import PLACEHOLDER, ImageProcessor, around_places
 from offload.vision.tower import VisionTower
+from offload.vision.video_file import Video
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.errors import UsageError
 from quant.model.shape import ModelShape
 
 Message = Mapping[str, Any]
+Source = ImageSource | Video
 
 
 def check_looking(shape: ModelShape, *, room: bool) -> None:
@@ -42,18 +45,35 @@ class Images:
         self.tokens = ImageTokens(checkpoint.shape.vocab_size, VisionTower(checkpoint, device, dtype).encode)
         model.set_input_embeddings(ImageEmbedding(model.get_input_embeddings(), self.tokens))
 
-    def encode(self, text: str, sources: Sequence[ImageSource], *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text`` with images. A text without places for them (PLACEHOLDER) has them before it.
+    def encode(self, text: str, sources: Sequence[Source], *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text`` with images and videos. A text without places for them (PLACEHOLDER) has them before
+        it. A video becomes its pictures, each after its time.
 
-        Raises InputError for a file that is no image, and for places that do not match the images.
+        Raises InputError for a file that is no image or video, and for places that do not match them.
         """
-        images = [open_image(source, f"image {index}") for index, source in enumerate(sources, 1)]
         if PLACEHOLDER not in text:
-            text = PLACEHOLDER * len(images) + text
+            text = PLACEHOLDER * len(sources) + text
+        text, pictures = self._with_frames(text, sources)
+        images = [open_image(source, f"image {index}") for index, source in enumerate(pictures, 1)]
         ids, pixels = self._processor.encode(text, images, add_special_tokens=add_special_tokens)
         places = [place for found in self.tokens.add(pixels, self._processor.rows_per_tile) for place in found]
         rows = iter(places)
         return [next(rows) if token == self._processor.image_token else token for token in ids]
+
+    def _with_frames(self, text: str, sources: Sequence[Source]) -> tuple[str, list[ImageSource]]:
+        """``text`` with a line for each picture of a video in its place, and all pictures."""
+        parts = around_places(text, len(sources))
+        told, pictures = parts[0], list[ImageSource]()
+        for source, part in zip(sources, parts[1:], strict=True):
+            if isinstance(source, Video):
+                frames = source.sampled(self._processor.tile_side)
+                told += "".join(f"{frame.clock} {PLACEHOLDER}\n" for frame in frames)
+                pictures += [frame.image for frame in frames]
+            else:
+                told += PLACEHOLDER
+                pictures.append(source)
+            told += part
+        return told, pictures
 
     def encode_chat(
         self,
@@ -61,27 +81,31 @@ class Images:
         tools: Sequence[Mapping[str, Any]] | None = None,
         switches: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation whose contents may be lists of parts: ``{"type": "text", "text": …}`` and
-        ``{"type": "image", "image": …}`` with a path, a file's bytes or an image of Pillow's. ``tools`` and
-        ``switches`` as in ``tokenizer.encode_chat``."""
+        """Token ids of a conversation whose contents may be lists of parts: ``{"type": "text", "text": …}``,
+        ``{"type": "image", "image": …}`` with a path, a file's bytes or an image of Pillow's, and
+        ``{"type": "video", "video": …}`` with a path or a Video. ``tools`` and ``switches`` as in
+        ``tokenizer.encode_chat``."""
         told, sources = without_images(messages)
         return self.encode(chat_text(self._tokenizer, told, tools, switches), sources, add_special_tokens=False)
 
 
 def has_images(messages: Sequence[Message]) -> bool:
-    """Whether a part of a message is an image."""
-    return any(_is_image(part) for message in messages for part in _parts(message))
+    """Whether a part of a message is an image or a video."""
+    return any(_source(part) is not None for message in messages for part in _parts(message))
 
 
-def without_images(messages: Sequence[Message]) -> tuple[list[Message], list[ImageSource]]:
-    """``messages`` as a chat template takes them, and the images in their order."""
+def without_images(messages: Sequence[Message]) -> tuple[list[Message], list[Source]]:
+    """``messages`` as a chat template takes them, and the images and videos in their order. To a template both are
+    images: none of Llama 4 knows videos."""
     told: list[Message] = []
-    sources: list[ImageSource] = []
+    sources: list[Source] = []
     for message in messages:
-        parts = _parts(message)
-        sources += [part["image"] for part in parts if _is_image(part)]
-        plain = [{"type": "image"} if _is_image(part) else part for part in parts]
-        told.append({**message, "content": plain} if parts else message)
+        plain: list[Mapping[str, Any]] = []
+        for part in _parts(message):
+            source = _source(part)
+            plain.append(part if source is None else {"type": "image"})
+            sources += [] if source is None else [source]
+        told.append({**message, "content": plain} if plain else message)
     return told, sources
 
 
@@ -90,9 +114,12 @@ def _parts(message: Message) -> list[Mapping[str, Any]]:
     return content if isinstance(content, list) else []
 
 
-def _is_image(part: Mapping[str, Any]) -> bool:
-    if part.get("type") != "image":
-        return False
-    if "image" not in part:
-        raise UsageError("a message has a part of type 'image' without an 'image': expected a path, bytes or a picture")
-    return True
+def _source(part: Mapping[str, Any]) -> Source | None:
+    """What a part shows; None for one of text."""
+    kind = part.get("type")
+    if kind not in ("image", "video"):
+        return None
+    if kind not in part:
+        raise UsageError(f"a message has a part of type '{kind}' without '{kind}': expected what is to be shown")
+    shown: Source = part[kind]
+    return Video(Path(shown)) if kind == "video" and isinstance(shown, str | Path) else shown

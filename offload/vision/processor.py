@@ -42,7 +42,8 @@ class ImageProcessor:
     def __init__(self, checkpoint: Checkpoint, tokenizer: Any) -> None:
         self._tokenizer, self.image_token = tokenizer, _image_token(checkpoint)
         self._cutting, counting = _settings(checkpoint.path)
-        patches = (self._cutting.size.height // counting.patch_size) ** 2
+        self.tile_side = self._cutting.size.height
+        patches = (self.tile_side // counting.patch_size) ** 2
         self.rows_per_tile = patches // round(1 / counting.pixel_shuffle_ratio**2)
 
     def encode(
@@ -51,14 +52,9 @@ class ImageProcessor:
         """Token ids of ``text``, in which each PLACEHOLDER stands for the next of ``images``; and each image's
         pixels, bf16 ``[T, 3, S, S]``. One id is ``image_token`` for each row that an image becomes.
 
-        Raises InputError if there are not as many placeholders as images, or the text has image tokens of its own.
+        Raises InputError as ``around_places``, and if the text has image tokens of its own.
         """
-        parts = text.split(PLACEHOLDER)
-        if len(parts) - 1 != len(images):
-            raise InputError(
-                f"the text has {len(parts) - 1} places for images ({PLACEHOLDER}) and {len(images)} images were "
-                "given: expected one place for each"
-            )
+        parts = around_places(text, len(images))
         joined, pixels = parts[0], list[Tensor]()
         for image, part in zip(images, parts[1:], strict=True):
             tiles, grid = cut(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), self._cutting)
@@ -77,6 +73,18 @@ class ImageProcessor:
         tile = "<|patch|>" * self.rows_per_tile
         row = "<|tile_x_separator|>".join([tile] * columns) + "<|tile_y_separator|>"
         return f"<|image_start|>{row * rows if rows * columns > 1 else ''}{PLACEHOLDER}{tile}<|image_end|>"
+
+
+def around_places(text: str, count: int) -> list[str]:
+    """What ``text`` says before, between and after its ``count`` PLACEHOLDERs. Raises InputError if it has not so
+    many."""
+    parts = text.split(PLACEHOLDER)
+    if len(parts) - 1 != count:
+        raise InputError(
+            f"the text has {len(parts) - 1} places for images ({PLACEHOLDER}) and {count} images were given: "
+            "expected one place for each"
+        )
+    return parts
 
 
 def _image_token(checkpoint: Checkpoint) -> int:

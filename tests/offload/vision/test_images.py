@@ -11,6 +11,7 @@ from offload.records import RunOptions
 from offload.run.session import Session
 from offload.text.tokenizer import load_tokenizer
 from offload.vision.processor import ImageProcessor
+from offload.vision.video_file import Video
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.convert.quantize import quantize
 from quant.errors import InputError, UsageError
@@ -130,7 +131,7 @@ def test_images_that_cannot_be_looked_at_are_refused(models: tuple[Path, Path], 
             session.encode("", [images.picture(100, 30, seed=seed) for seed in range(40)])
         with pytest.raises(InputError, match="1 places"):
             session.encode("<|image|>", SEEN)
-        with pytest.raises(UsageError, match="without an 'image'"):
+        with pytest.raises(UsageError, match="without 'image'"):
             session.encode_chat([{"role": "user", "content": [{"type": "image"}]}])
 
 
@@ -141,3 +142,19 @@ def test_the_plan_counts_what_looking_takes(models: tuple[Path, Path]) -> None:
     plain = planned_run(str(models[1]), RunOptions(), machine=machine()).plan
     seeing = planned_run(str(models[1]), RunOptions(images=True), machine=machine()).plan
     assert plain.total("ram", "images") == 0 < seeing.total("ram", "images")
+
+
+def test_a_video_is_its_pictures_each_after_its_time(models: tuple[Path, Path], tmp_path: Path) -> None:
+    film = Video(images.make_video(tmp_path / "v.mp4"), 3)
+    with sessions.session(models[1], RunOptions(context=400, images=True), ram_slots=64) as session:
+        frames = film.sampled(28)
+        told = "".join(f"{frame.clock} <|image|>\n" for frame in frames)
+        pictures = [frame.image for frame in frames]
+        assert session.encode("see <|image|> now", [film]) == session.encode(f"see {told} now", pictures)
+        assert session.encode("what?", [SEEN[0], film]) == session.encode(f"<|image|>{told}what?", [SEEN[0], *pictures])
+        part = {"type": "video", "video": film}
+        turn = {"role": "user", "content": [part, {"type": "text", "text": "what?"}]}
+        plain = session._looking().encode(f"[user] {told}what?[assistant] ", pictures, add_special_tokens=False)
+        assert session.encode_chat([turn]) == plain
+        with pytest.raises(UsageError, match="without 'video'"):
+            session.encode_chat([{"role": "user", "content": [{"type": "video"}]}])
