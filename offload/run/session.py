@@ -40,7 +40,7 @@ from offload.run.draft_model import begin_drafting
 from offload.run.report import RunReport
 from offload.text.tokenizer import encode, encode_chat, load_tokenizer, text_files
 from offload.tiers import Key, Tier
-from offload.vision.images import Images, Message, Source, check_looking, has_images
+from offload.vision.images import Images, Message, Shown, check_looking, has_images
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.identity import model_id
 from quant.checkpoint.inventory import schemes_of_tensors, wider_bytes
@@ -218,7 +218,7 @@ class Session:
         """Tokens that the KV cache holds."""
         return self.engine.call(lambda: self.runner.cached_tokens)
 
-    def encode(self, text: str, images: Sequence[Source] = ()) -> list[int]:
+    def encode(self, text: str, images: Sequence[Shown] = ()) -> list[int]:
         """Token ids of ``text``, as the tokenizer itself begins and ends one, and of ``images`` (paths, bytes of files
         or Pillow's, and Videos), which stand where the text says ``<|image|>``, or before it.
         Raises InputError for no text, and what is no image; UsageError where no images can be looked at.

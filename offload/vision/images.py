@@ -17,7 +17,7 @@ from quant.errors import UsageError
 from quant.model.shape import ModelShape
 
 Message = Mapping[str, Any]
-Source = ImageSource | Video
+Shown = ImageSource | Video
 
 
 def check_looking(shape: ModelShape, *, room: bool) -> None:
@@ -45,7 +45,7 @@ class Images:
         self.tokens = ImageTokens(checkpoint.shape.vocab_size, VisionTower(checkpoint, device, dtype).encode)
         model.set_input_embeddings(ImageEmbedding(model.get_input_embeddings(), self.tokens))
 
-    def encode(self, text: str, sources: Sequence[Source], *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, sources: Sequence[Shown], *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text`` with images and videos. A text without places for them (PLACEHOLDER) has them before
         it. A video becomes its pictures, each after its time.
 
@@ -60,7 +60,7 @@ class Images:
         rows = iter(places)
         return [next(rows) if token == self._processor.image_token else token for token in ids]
 
-    def _with_frames(self, text: str, sources: Sequence[Source]) -> tuple[str, list[ImageSource]]:
+    def _with_frames(self, text: str, sources: Sequence[Shown]) -> tuple[str, list[ImageSource]]:
         """``text`` with a line for each picture of a video in its place, and all pictures."""
         parts = around_places(text, len(sources))
         told, pictures = parts[0], list[ImageSource]()
@@ -94,11 +94,11 @@ def has_images(messages: Sequence[Message]) -> bool:
     return any(_source(part) is not None for message in messages for part in _parts(message))
 
 
-def without_images(messages: Sequence[Message]) -> tuple[list[Message], list[Source]]:
+def without_images(messages: Sequence[Message]) -> tuple[list[Message], list[Shown]]:
     """``messages`` as a chat template takes them, and the images and videos in their order. To a template both are
     images: none of Llama 4 knows videos."""
     told: list[Message] = []
-    sources: list[Source] = []
+    sources: list[Shown] = []
     for message in messages:
         plain: list[Mapping[str, Any]] = []
         for part in _parts(message):
@@ -114,12 +114,12 @@ def _parts(message: Message) -> list[Mapping[str, Any]]:
     return content if isinstance(content, list) else []
 
 
-def _source(part: Mapping[str, Any]) -> Source | None:
+def _source(part: Mapping[str, Any]) -> Shown | None:
     """What a part shows; None for one of text."""
     kind = part.get("type")
     if kind not in ("image", "video"):
         return None
     if kind not in part:
         raise UsageError(f"a message has a part of type '{kind}' without '{kind}': expected what is to be shown")
-    shown: Source = part[kind]
+    shown: Shown = part[kind]
     return Video(Path(shown)) if kind == "video" and isinstance(shown, str | Path) else shown

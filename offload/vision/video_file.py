@@ -13,7 +13,7 @@ from PIL import Image
 
 from quant.errors import InputError, UsageError
 
-MOST_PIXELS = 10_000_000  # 4096 × 2304 and a little: a decoder keeps some twenty such pictures, 0.3 GB
+_MOST_PIXELS = 10_000_000  # 4096 × 2304 and a little: a decoder keeps some twenty such pictures, 0.3 GB
 MOST_FRAMES = 128  # a picture of one tile each, of the 136 tiles that a prompt may have
 # Containers that hold their own data: of playlists and lists of files, FFmpeg would open what they name.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,ogg,asf,m4v,h264,hevc,gif"
@@ -95,8 +95,8 @@ def _sampled(container: Any, path: Path, count: int, side: int) -> Iterator[Fram
     if stream.codec_context is None:
         raise InputError(f"{path} has pictures in a coding that FFmpeg does not know: expected a common video")
     width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > MOST_PIXELS:
-        raise InputError(f"{path} is too large: expected at most {MOST_PIXELS:,} pixels, found {width:,} × {height:,}")
+    if width * height > _MOST_PIXELS:
+        raise InputError(f"{path} is too large: expected at most {_MOST_PIXELS:,} pixels, found {width:,} × {height:,}")
     stream.thread_type = "NONE"  # pictures one by one, no threads that a budget does not know
     duration = _duration(container, stream)
     if duration is None:
