@@ -2,10 +2,13 @@
 
 A file that a command was asked for is checked before the work (``check_output``) and appears by a rename when
 it is whole (``replacing``), so that a run that fails leaves what was there. Only a file of the kind that is about
-to be written is ever replaced; its beginning says what it is.
+to be written is ever replaced; its beginning says what it is. A run that is killed can leave a draft,
+``.coldstream-`` and a hash of the name: the next one for the same name takes it over.
 """
 
 import errno
+import fcntl
+import hashlib
 import os
 import secrets
 import stat
@@ -92,26 +95,58 @@ def replacing(path: Path) -> Iterator[Path]:
             yield path
             return
         target = Path(os.path.realpath(path))
-        draft = _draft(target)
-        try:
+        with _drafted(target) as draft:
             yield draft
             _move(draft, target)
-        finally:
-            if draft != target:
-                with suppress(OSError):
-                    draft.unlink(missing_ok=True)
 
 
-def _draft(target: Path) -> Path:
-    """A new empty file beside ``target``, or in its place where nothing new can be made there."""
-    draft = target.with_name(f".coldstream-{secrets.token_hex(4)}")
+@contextmanager
+def _drafted(target: Path) -> Iterator[Path]:
+    """An empty file beside ``target`` that is removed afterwards; ``target`` where nothing new can be made there."""
+    usual = target.with_name(f".coldstream-{hashlib.blake2b(os.fsencode(target.name), digest_size=8).hexdigest()}")
     try:
-        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        draft, descriptor = _new_draft(usual)
     except OSError as error:
         if error.errno not in _NOT_REPLACED or not target.is_file():
             raise
-        return target
-    return draft
+        yield target
+        return
+    try:
+        yield draft
+    finally:
+        with suppress(OSError):
+            if draft.stat().st_ino == os.fstat(descriptor).st_ino:  # it was not moved to its place
+                draft.unlink()
+        with suppress(OSError):
+            os.close(descriptor)
+
+
+def _new_draft(usual: Path) -> tuple[Path, int]:
+    """An empty draft, ``usual`` if that can be had, and a descriptor of it, which holds its lock."""
+    if (descriptor := _taken(usual)) is not None:
+        return usual, descriptor
+    other = usual.with_name(f"{usual.name}-{secrets.token_hex(4)}")
+    return other, os.open(other, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _taken(draft: Path) -> int | None:
+    """A descriptor of ``draft``, emptied and locked, new or as a killed run left it; None if a run is writing it, or if
+    it is nothing that a run of this user would have left. Raises OSError if nothing can be made there."""
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError:
+        if os.path.lexists(draft):
+            return None
+        raise
+    with suppress(OSError):  # without locks there is another name
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found, named = os.fstat(descriptor), draft.lstat()
+        is_file = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == os.geteuid()
+        if is_file and (found.st_dev, found.st_ino) == (named.st_dev, named.st_ino):
+            os.ftruncate(descriptor, 0)
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _move(draft: Path, target: Path) -> None:
@@ -160,9 +195,8 @@ def check_output(path: Path | None, option: str, mark: bytes) -> None:
             os.close(os.open(target, os.O_WRONLY))
         if not os.statvfs(target.parent).f_bavail:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        draft = _draft(target)
-        if draft != target:
-            draft.unlink()
+        with _drafted(target):
+            pass
 
 
 def save_output(path: Path, data: bytes, mark: bytes) -> None:

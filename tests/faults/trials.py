@@ -5,8 +5,10 @@
 Each trial runs `coldstream quantize SOURCE FOLDER/out …` in a fork of this process, with the N-th counted call
 disturbed as ``--how`` says, then the same with ``--resume``, twice, and compares every file with those of a run
 that was left alone. What a run left is resumed, or found complete, once: a later trial that leaves the same names and
-bytes is not tried again. ``--on source`` counts calls on the source instead. Prints one JSON document: how many calls
-there were, how many trials were made, how many different things they left, and those that did not end the same.
+bytes is not tried again. ``--on source`` counts calls on the source instead. ``{folder}`` in an option is the folder
+that holds the destination: what is written there, as by ``--save-imatrix {folder}/matrix.safetensors``, is disturbed
+and compared, too. Prints one JSON document: how many calls there were, how many trials were made, how many different
+things they left, and those that did not end the same.
 """
 
 import argparse
@@ -129,7 +131,8 @@ class Trials:
         out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        sys.argv = ["coldstream", "quantize", str(self.source), str(destination), *self.options, *more]
+        options = [option.replace("{folder}", str(destination.parent)) for option in self.options]
+        sys.argv = ["coldstream", "quantize", str(self.source), str(destination), *options, *more]
         from cli.main import main
 
         under = str(self.source if self.on == "source" else destination.parent) + "/"
@@ -204,7 +207,7 @@ def main() -> None:
     asked.folder.mkdir(parents=True, exist_ok=True)
     with _fresh(trials.folder / "whole") as folder:
         whole = trials.go(folder / "out", how=(_COUNT, 0, False))
-        expected = contents(folder / "out")
+        expected = contents(folder)
     _import(whole.modules)
     failures, made, codes = [], 0, dict[int, int]()
     ended_well: set[frozenset[tuple[str, str]]] = set()  # what a first run left that was resumed
@@ -225,7 +228,7 @@ def main() -> None:
                 continue
             second = third = trials.go(folder / "out", "--resume")
             found, resumed = contents(folder), _state(folder)
-            same = {name.removeprefix("out/"): value for name, value in found.items()} == expected
+            same = found == expected
             if resumed not in complete:
                 third = trials.go(folder / "out", "--resume")
                 if third.code == 0 and "already complete" in third.said and _state(folder) == resumed:
@@ -233,7 +236,7 @@ def main() -> None:
             if first.is_clean and second.code == 0 and same and resumed in complete:
                 ended_well.add(left_behind)
             else:
-                left = sorted(set(found) ^ {f"out/{name}" for name in expected})
+                left = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
                 said_each = [ended.said[-600:] for ended in (first, second, third)]
                 ended = [first.code, second.code, third.code]
                 failures.append({"at": at, "codes": ended, "same": same, "differing": left[:5], "said": said_each})

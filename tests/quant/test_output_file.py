@@ -175,3 +175,30 @@ def test_a_file_keeps_its_permissions(tmp_path: Path) -> None:
     path.chmod(0o640)
     save_output(path, OURS, MARK)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_a_killed_run_left_is_taken_over_by_the_next_and_nothing_else_is(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with replacing(path) as draft:
+        draft.write_bytes(b"new: our kind")
+        usual = draft
+    usual.write_bytes(b"half of something, longer than what follows")
+    save_output(path, OURS, MARK)
+    assert path.read_bytes() == OURS and list(tmp_path.iterdir()) == [path]
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"a thesis")
+    for put in (usual.symlink_to, usual.hardlink_to, lambda _: usual.mkdir(), lambda _: os.mkfifo(usual)):
+        put(foreign)
+        save_output(path, OURS, MARK)
+        assert foreign.read_bytes() == b"a thesis" and sorted(tmp_path.iterdir()) == sorted([usual, foreign, path])
+        usual.rmdir() if usual.is_dir() and not usual.is_symlink() else usual.unlink()
+
+
+def test_two_runs_that_write_one_file_have_a_draft_each(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with replacing(path) as first:
+        first.write_bytes(b"first")
+        with replacing(path) as second:
+            second.write_bytes(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]

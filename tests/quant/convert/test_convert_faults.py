@@ -51,13 +51,16 @@ def test_a_run_whose_source_cannot_be_read_for_a_while_is_resumed_to_the_same_by
 
 @pytest.mark.parametrize(
     "options",
-    ["--target-bits 5 --calibrate {text} --tune 1", "--target-bits 5 --imatrix {text} --save-imatrix {matrix}"],
+    [
+        "--target-bits 5 --calibrate {text} --tune 1",
+        "--target-bits 5 --imatrix {text} --save-imatrix {{folder}}/matrix.safetensors",
+    ],
     ids=["calibrated and tuned", "by importance"],
 )
 def test_a_run_that_measures_first_is_resumed_to_the_same_bytes(smallest: Path, tmp_path: Path, options: str) -> None:
-    text, matrix = tmp_path / "text.txt", tmp_path / "matrix.safetensors"
+    text = tmp_path / "text.txt"
     text.write_text("to be, or not to be: that is the question\n" * 30)
-    words = [word.format(text=text, matrix=matrix) for word in options.split()]
+    words = [word.format(text=text) for word in options.split()]
     found = run(
         smallest,
         tmp_path / "trials",
