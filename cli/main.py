@@ -21,6 +21,7 @@ import typer
 from cli.terminal import interrupt
 from cli.terminal.console import Console
 from cli.terminal.visible import visible
+from cli.terminal.wrong_usage import WRONG_USAGE, usage_line
 from quant.errors import ColdstreamError, MachineError
 from quant.output_file import check_stdout
 
@@ -43,7 +44,6 @@ COMMANDS: dict[str, str] = {
 PIPE_CLOSED = 141
 _OTHER_THREADS = 16  # those that read, write and compute beside OpenMP's
 FEWEST_FILES = 64  # open at once: Python's libraries, a model's shards, pipes
-WRONG_USAGE: Any = typer.BadParameter.__mro__[2]  # typer's ClickException, which it does not export
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def run(words: list[str]) -> None:
         asked = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS", "")
         completing = "_COLDSTREAM_COMPLETE" in os.environ
         app = build_app(_command_in(asked.split()[1:] if completing else words))
-        code = app(words, prog_name="coldstream", standalone_mode=False)
+        code = app(words or ["--help"], prog_name="coldstream", standalone_mode=False)
     if code:
         raise SystemExit(code)
 
@@ -82,7 +82,6 @@ def build_app(wanted: str | None = None) -> typer.Typer:
         name="coldstream",
         help="Quantize the experts of a Mixture-of-Experts model and stream them over VRAM, RAM and disk.",
         rich_markup_mode=None,
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
     app.callback()(_root)
@@ -116,11 +115,7 @@ def one_line_errors(*, json: bool = False) -> Iterator[None]:
     except ColdstreamError as error:
         _say_and_fail(type(error).__name__, str(error), error.exit_code, json)
     except WRONG_USAGE as error:
-        error.message = error.message.removeprefix("Value error, ")  # of pydantic, which reads choices for typer
-        shown = io.StringIO()
-        error.show(shown)
-        print(visible(shown.getvalue()), end="", file=sys.stderr)
-        _fail("UsageError", error.format_message(), error.exit_code, json)
+        _say_and_fail("UsageError", usage_line(error), error.exit_code, json)
     except (KeyboardInterrupt, typer.Abort):
         print("\ncoldstream: interrupted", file=sys.stderr)
         _fail("Interrupted", "interrupted", interrupt.INTERRUPTED, json)

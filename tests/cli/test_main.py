@@ -95,8 +95,39 @@ def test_a_users_error_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path) -> 
 def test_wrong_usage_exits_2_without_a_traceback(arguments: list[str]) -> None:
     done = coldstream(*arguments)
     assert done.returncode == 2
-    assert "rror" in done.stderr
-    assert "Traceback" not in done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("coldstream: error: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["genrate"], "no such command 'genrate'. Did you mean 'generate'?; see `coldstream --help`"),
+        (
+            ["generate", "m"],
+            "missing argument 'PROMPT': expected coldstream generate [OPTIONS] MODEL PROMPT; "
+            "see `coldstream generate --help`",
+        ),
+        (["plan", "m", "--gqu", "x"], "no such option: --gqu (Possible options: --gpu"),
+        (["bench", "m", "--repeat", "0"], "--repeat 0: expected 1 or more; see `coldstream bench --help`"),
+        (["bench", "m", "--repeat", "1.5"], "--repeat 1.5: expected a whole number; see"),
+        (["serve", "m", "--port", "99999"], "--port 99999: expected 65,535 or less; see"),
+        (["generate", "m", "p", "--report", ""], "--report: found an empty name: leave the option out, or give one"),
+        (["generate", "m", "p", "--stop"], "option '--stop' requires an argument"),
+    ],
+)
+def test_wrong_usage_is_one_line_with_what_was_found_and_expected_and_a_document(words: list[str], said: str) -> None:
+    done = invoke(*words)
+    assert done.returncode == 2 and not done.stdout
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"coldstream: error: {said}")
+    done = invoke("plan", "m", "--json", *words)
+    assert done.returncode == 2 and json.loads(done.stdout)["error"]["kind"] == "UsageError"
+
+
+def test_no_words_at_all_are_answered_by_the_help() -> None:
+    done = invoke()
+    assert done.returncode == 0 and "Usage: coldstream" in done.stdout and "generate" in done.stdout
 
 
 def test_a_bad_size_says_what_a_size_looks_like() -> None:
@@ -297,7 +328,7 @@ def test_errors_in_the_program_itself_are_not_hidden() -> None:
 @pytest.mark.parametrize("words", [("--kv", "int4"), ("--device", "tpu"), ("--draft", "x")])
 def test_a_choice_that_is_none_is_named_beside_those_that_are(words: tuple[str, str]) -> None:
     said = coldstream("generate", "nowhere", "x", *words).stderr
-    assert f"Invalid value for '{words[0]}': '{words[1]}' is not one of '" in said
+    assert f"coldstream: error: {words[0]}: '{words[1]}' is not one of '" in said
 
 
 def test_wrong_usage_shows_foreign_characters_harmlessly() -> None:

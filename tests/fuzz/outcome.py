@@ -104,7 +104,7 @@ def _wrong(case: Case, done: Finished, folder: Path) -> str:
     """What is not as it must be about the end of a command; empty if nothing is."""
     if done.returncode not in (0, 1, 2):
         return f"exit code {done.returncode}"
-    errors = [line for line in done.stderr.splitlines() if line.startswith(("coldstream: error: ", "Error: "))]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("coldstream: error: ")]
     if done.returncode and len(errors) != 1 and case.command != "chat":  # which has one for every message
         return f"{len(errors)} error lines"
     if done.returncode == 0 and errors and case.command != "chat":
