@@ -39,7 +39,9 @@ def _of_a_value(error: Any) -> str | None:
     if parameter is None or not isinstance(error, typer.BadParameter) or not error.message:
         return None
     names = [*getattr(parameter, "opts", ())]
-    name = max(names, key=len) if names and names[0].startswith("-") else parameter.make_metavar(error.ctx).strip("{}[]")
+    name = (
+        max(names, key=len) if names and names[0].startswith("-") else parameter.make_metavar(error.ctx).strip("{}[]")
+    )
     cause = error.__cause__
     details = getattr(cause, "errors", list)()
     if details:
