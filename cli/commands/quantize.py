@@ -90,7 +90,7 @@ def quantize(
         from quant.convert.convert import convert, job_of, made_before
     from quant.checkpoint.config_groups import check_schemes
     from quant.destination.staging import Staging
-    from quant.model.hub import resolve_model
+    from quant.model.hub import is_hub_id, resolve_model
     from quant.rounding.imatrix import MARK
     from quant.rounding.repack import Repacked, own_schemes
     from quant.sources.checkpoint import SourceCheckpoint
@@ -103,8 +103,10 @@ def quantize(
     check_output(asked.save_imatrix, "--save-imatrix", MARK)
     if repack and (goal is not None or stored != AskedSchemes() or asked.text is not None or asked.imatrix is not None):
         raise UsageError(_REPACK)
+    # What is here is looked at before the schemes; what is to be downloaded, after them.
+    path = Path(source) if is_gguf(source) else None if is_hub_id(source) else resolve_model(source)
     schemes: Mapping[Role, Scheme] = {} if goal is not None or repack else stored.schemes()
-    path = Path(source) if is_gguf(source) else resolve_model(source)
+    path = path or resolve_model(source)
     checkpoint = open_source(path, tokenizer)
     if isinstance(checkpoint, SourceCheckpoint):
         console.step(f"{path} has {checkpoint.forms}")
@@ -129,6 +131,8 @@ def quantize(
         if resume and staging.is_published:
             if (made := made_before(staging, job)) is not None:
                 console.step(f"already complete: {staging.destination}")
+                if asked.save_imatrix is not None:
+                    console.notes(["nothing was measured, so --save-imatrix has nothing to save"])
                 console.result(made.to_json() | dict(made.details))
                 return
             _claim(staging, checkpoint, resume)

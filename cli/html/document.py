@@ -6,6 +6,7 @@ in the page itself forbids every request.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -79,9 +80,14 @@ def text(said: str) -> str:
     return escape(said.translate(_PICTURES))
 
 
+def prose(said: str) -> str:
+    """``said`` as ``text`` has it, with what stands between backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", text(said))
+
+
 def section(title: str, body: str, *, note: str = "", css: str = "") -> str:
     """A card with a heading; ``note`` is plain text under it."""
-    said = f'<p class="quiet">{text(note)}</p>' if note else ""
+    said = f'<p class="quiet">{prose(note)}</p>' if note else ""
     return f'<section class="{css}"><h2>{title}</h2>{said}{body}</section>'
 
 
@@ -98,7 +104,7 @@ def figures(cards: Sequence[tuple[str, str, str, str]], doubtful: Sequence[str] 
 
 def banners(doubts: Sequence[str]) -> str:
     """What makes a page's figures unreliable, each in a line that stands out."""
-    return "".join(f'<p class="doubt banner">{text(sentence(doubt))}.</p>' for doubt in doubts)
+    return "".join(f'<p class="doubt banner">{prose(sentence(doubt))}.</p>' for doubt in doubts)
 
 
 def facts(rows: Mapping[str, str]) -> str:
@@ -113,12 +119,12 @@ def facts(rows: Mapping[str, str]) -> str:
 
 def none(said: str) -> str:
     """A sentence that stands where there is nothing to show."""
-    return f'<p class="quiet">{text(sentence(said))}.</p>'
+    return f'<p class="quiet">{prose(sentence(said))}.</p>'
 
 
 def notes_section(notes: Sequence[str]) -> str:
     """A card with a line for each note."""
-    listed = "".join(f"<li>{text(note)}</li>" for note in notes)
+    listed = "".join(f"<li>{prose(note)}</li>" for note in notes)
     return section("Notes", f'<ul class="notes">{listed}</ul>' if listed else none("nothing out of the ordinary"))
 
 

@@ -1,6 +1,7 @@
 """What was run, first on the page: the command to copy, the model and how it is stored, the budgets, and what
 was asked and answered."""
 
+import re
 from collections.abc import Sequence
 
 from cli.html.document import facts, section, text
@@ -24,12 +25,17 @@ def command(line: str) -> str:
     """A command line with a button that copies it."""
     if not line:
         return ""
-    # A word of the command stays on one line if it fits, lest --ram becomes - and -ram.
-    words = " ".join(f"<span>{text(word)}</span>" for word in line.split(" "))
+    # A word stays on one line if it fits, lest --ram becomes - and -ram; a path that does not breaks at its slashes.
+    words = " ".join(f"<span>{_breakable(word)}</span>" for word in line.split(" "))
     return (
         f'<div class="command"><pre tabindex="0" id="command">{words}</pre>'
         '<button type="button" data-copy="command">Copy</button></div>'
     )
+
+
+def _breakable(word: str) -> str:
+    parts = re.findall(r"[^/=]*[/=]+|[^/=]+", word)
+    return text(word) if len(parts) < 2 else "".join(f"<span>{text(part)}</span>" for part in parts)
 
 
 def _about(report: RunReport) -> dict[str, str]:

@@ -78,6 +78,7 @@ class Values:
         self.checkpoint.check_unchanged()
         if self.asked.save_imatrix is not None:
             found.save(self.asked.save_imatrix)
+            console.step(f"saved the importance matrix: {self.asked.save_imatrix}")
         return found
 
     def calibrated(

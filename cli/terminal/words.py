@@ -67,7 +67,9 @@ def percent(part: float | None) -> str:
 
 
 def deviation(part: float) -> str:
-    """A signed difference in percent: ``+4 %``."""
+    """A signed difference in percent: ``+4 %``; from three times as much on, how many times: ``11×``."""
+    if part >= 2:
+        return f"{1 + part:.2g}×" if part < 9 else f"{1 + part:,.0f}×"
     return f"{100 * part:+.0f} %".replace("-", "−")
 
 

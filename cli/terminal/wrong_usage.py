@@ -42,8 +42,7 @@ def _of_a_value(error: Any) -> str | None:
     name = (
         max(names, key=len) if names and names[0].startswith("-") else parameter.make_metavar(error.ctx).strip("{}[]")
     )
-    cause = error.__cause__
-    details = getattr(cause, "errors", list)()
+    details: list[Any] = getattr(error.__cause__, "errors", list)()
     if details:
         kind, found, context = details[0]["type"], details[0].get("input"), details[0].get("ctx", {})
         if kind in _EXPECTED:

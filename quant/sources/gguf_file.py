@@ -22,6 +22,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from quant.errors import CheckpointError
 from quant.input_file import opened, short
 
+_PADDING_BYTES = 2**20  # looked at at once
 _MOST_BYTES = 256 * 2**20  # of metadata: a vocabulary of a million tokens has some 40 MiB
 _MOST_ENTRIES, _MOST_TENSORS, _MOST_DIMS, _MOST_SPLITS, _MOST_VALUES = 2**16, 2**20, 4, 2**10, 2**23
 _STEP = 2**20
@@ -120,12 +121,13 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         if not _is_alignment(alignment):
             raise CheckpointError(f"{path}: general.alignment is {short(alignment)}: expected a power of two")
         start = -(-cursor.place // alignment) * alignment
-        tensors = _follow(path, infos, start, alignment, size)
+        tensors, end = _follow(path, infos, start, alignment, size)
+        _check_padding(path, descriptor, end, size)
     return metadata, tensors
 
 
-def _follow(path: Path, infos: list[_Info], start: int, alignment: int, size: int) -> dict[str, GgufTensor]:
-    """The tensors, which must lie one after the other up to the file's end, as llama.cpp reads them: a wrong type or
+def _follow(path: Path, infos: list[_Info], start: int, alignment: int, size: int) -> tuple[dict[str, GgufTensor], int]:
+    """The tensors, which must lie one after the other, as llama.cpp reads them, and where they end: a wrong type or
     shape then shows."""
     tensors: dict[str, GgufTensor] = {}
     end = start
@@ -142,9 +144,18 @@ def _follow(path: Path, infos: list[_Info], start: int, alignment: int, size: in
             raise CheckpointError(f"{path} is truncated or corrupt: tensor {short(name)} is {state}")
         tensors[name] = tensor
         end = -(-(tensor.offset + tensor.nbytes) // alignment) * alignment
-    if size > end:
-        raise CheckpointError(f"{path} is corrupt: after its last tensor it has {size - end:,} bytes: expected none")
-    return tensors
+    return tensors, end
+
+
+def _check_padding(path: Path, descriptor: int, end: int, size: int) -> None:
+    """Zeros may follow the last tensor: padding to a block or a page. Other bytes are refused, which llama.cpp passes
+    over: they are the rest of a last tensor whose type or shape is wrong, or of something else in the same file."""
+    for at in range(end, size, _PADDING_BYTES):
+        found = os.pread(descriptor, min(_PADDING_BYTES, size - at), at)
+        if found.count(0) != len(found):
+            raise CheckpointError(
+                f"{path} is corrupt: after its last tensor it has {size - end:,} bytes: expected none, or zeros"
+            )
 
 
 def _is_alignment(value: object) -> bool:

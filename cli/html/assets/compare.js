@@ -32,7 +32,8 @@ if (document.getElementById("compare-open")) {
     const by = points ? 100 * (ours - theirs) : 100 * (ours / theirs - 1);
     if (Math.abs(by) < 0.05) return ["same", ""];
     const sign = by > 0 ? "+" : "−", size = Math.abs(by);
-    const text = `${sign}${size >= 10 ? size.toFixed(0) : size.toFixed(1)} ${points ? "points" : "%"}`;
+    const short = (value) => value >= 10 ? value.toFixed(0) : value.toFixed(1);
+    const text = !points && by >= 200 ? `${short(ours / theirs)}×` : `${sign}${short(size)} ${points ? "points" : "%"}`;
     const good = better === "" || size < 1 ? "" : (by > 0) === (better === "more") ? "better" : "worse";
     return [good ? `${text}, ${good}` : text, good];
   };

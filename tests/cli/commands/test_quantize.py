@@ -222,14 +222,21 @@ def test_goals_that_cannot_be_are_refused_in_one_line(
 def test_an_importance_matrix_is_measured_once_and_used_again(demo_model: Path, tmp_path: Path) -> None:
     text, saved = tmp_path / "text.txt", tmp_path / "im.safetensors"
     text.write_text((demo_model / "calibration.txt").read_text()[:12_000])
-    asked = ("--experts", "int4", "--json")
-    first = invoke("quantize", demo_model, tmp_path / "a", *asked, "--imatrix", text, "--save-imatrix", saved)
-    assert first.returncode == 0, first.stderr
-    again = invoke("quantize", demo_model, tmp_path / "b", *asked, "--imatrix", saved)
-    report = json.loads((tmp_path / "b" / "quantization_report.json").read_text())
-    assert report["rounding"].startswith("imatrix ")
-    one, two = (json.loads(answer.stdout)["roles"]["experts"]["sqnr_db"] for answer in (first, again))
+    measured = ("quantize", demo_model, tmp_path / "a", "--experts", "int4", "--imatrix", text, "--save-imatrix", saved)
+    first = invoke(*measured)
+    assert first.returncode == 0 and f"saved the importance matrix: {saved}" in " ".join(first.stderr.split())
+    assert "nothing was measured, so --save-imatrix has nothing to save" in invoke(*measured, "--resume").stderr
+    again = invoke("quantize", demo_model, tmp_path / "b", "--experts", "int4", "--imatrix", saved)
+    assert again.returncode == 0, again.stderr
+    reports = [json.loads((tmp_path / name / "quantization_report.json").read_text()) for name in "ab"]
+    assert reports[1]["rounding"].startswith("imatrix ")
+    one, two = (report["roles"]["experts"]["sqnr_db"] for report in reports)
     assert one == pytest.approx(two, abs=0.01)  # directions are saved in bf16
+
+
+def test_a_source_that_has_no_weights_is_said_before_what_is_missing_else(tmp_path: Path) -> None:
+    answer = invoke("quantize", "scout", tmp_path / "out")
+    assert answer.returncode == 1 and "scout is the name of a shape, which has no weights" in answer.stderr
 
 
 def test_calibrating_with_a_target_measures_what_bits_are_worth_first(demo_model: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_numbers_keep_three_digits_and_signs_are_typographic() -> None:
     ]
     assert deviation(-0.214) == "−21 %"
     assert deviation(0.04) == "+4 %"
+    assert [deviation(part) for part in (1.9, 2.0, 8.96, 10.0, 1234.0)] == ["+190 %", "3×", "10×", "11×", "1,235×"]
     assert [percent(part) for part in (0.956, 0.004, 0.0001, 0, None)] == ["96 %", "0.4 %", "< 0.1 %", "0 %", "–"]
 
 

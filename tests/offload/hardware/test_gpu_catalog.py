@@ -53,7 +53,7 @@ def test_a_card_of_another_kind_is_not_taken_for_one_that_is_known(unlike: str) 
     with pytest.raises(UsageError) as error:
         find_card(unlike)
     suggested = re.findall(r"mean (.*)\?", str(error.value))
-    assert suggested == (["RTX 4090"] if "4090" in unlike else [])
+    assert suggested == (["RTX 4090 or RTX 4090 D"] if "4090" in unlike else [])
 
 
 def test_an_unknown_card_is_answered_with_the_nearest_names() -> None:

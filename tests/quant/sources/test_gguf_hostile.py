@@ -111,6 +111,12 @@ def test_a_setting_that_would_change_the_answer_is_not_passed_over(
     assert family
 
 
+@pytest.mark.parametrize("more", [1, 31, 4096, 2**20 + 5])
+def test_zeros_after_the_last_tensor_are_padding(whole: tuple[str, Path, Tensors], tmp_path: Path, more: int) -> None:
+    (tmp_path / "model.gguf").write_bytes(whole[1].read_bytes() + bytes(more))
+    assert not is_right_or_refused(tmp_path / "model.gguf", whole[2])
+
+
 def test_a_setting_of_its_usual_value_changes_nothing(whole: tuple[str, Path, Tensors], tmp_path: Path) -> None:
     family, path, meant = whole
     parts, config = GgufBytes.read(path), open_source(path).config
@@ -170,7 +176,7 @@ WHOLE: dict[str, tuple[Callable[[GgufBytes], object], str]] = {
     "an alignment of none": (lambda g: g.values.update({"general.alignment": (U32, 0)}), "expected a power of two"),
     "an alignment of true": (lambda g: g.values.update({"general.alignment": (BOOL, True)}), "expected a power of two"),
     "another alignment": (lambda g: g.values.update({"general.alignment": (U32, 4096)}), "is truncated or corrupt"),
-    "more bytes": (lambda g: setattr(g, "body", g.body + bytes(4096)), "4,096 bytes: expected none"),
+    "more bytes": (lambda g: setattr(g, "body", g.body + bytes(4095) + b"x"), "4,096 bytes: expected none"),
     "fewer bytes": (lambda g: setattr(g, "body", g.body[:-64]), "beyond the file's end"),
     "split in none": (lambda g: g.values.update({"split.count": (U32, 0)}), "split.count is 0"),
     "split in a text": (lambda g: g.values.update({"split.count": (TEXT, "2")}), "split.count is '2'"),
