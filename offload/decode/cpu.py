@@ -27,6 +27,7 @@ from offload.model.kv_cache import SequenceCache
 from offload.model.layer_parts import LayerParts, all_layer_parts, norm_eps
 from offload.model.paged_cache import PagedCache
 from offload.model.rotary import RotaryAngles
+from offload.model.router import Router
 from offload.routing.stats import RoutingStats
 from quant.kernels.attention import Attention
 from quant.kernels.lookahead import Lookahead
@@ -72,7 +73,8 @@ class NativeDecoder(Decoder):
         gate and up are joined by ``join``."""
         if not store.shape.layers_on_cpu or getattr(config, "clip_qkv", None) is not None:
             return False
-        if getattr(config, "hidden_act", "silu") != "silu" or getattr(config, "mlp_bias", False):
+        biased = getattr(config, "mlp_bias", False) or getattr(config, "use_bias", False)
+        if getattr(config, "hidden_act", "silu") != "silu" or biased:
             return False
         return isinstance(join, SwiGlu) and store.reads_native and store.reads_biases
 
@@ -84,9 +86,15 @@ class NativeDecoder(Decoder):
         self.lookahead: Lookahead | None = None
         if routed and not experts.holds_all:
             routers = [part.router for part in routed if part.router is not None]
-            norms, biases = [part.mlp_norm for part in routed], [part.router_bias for part in routed]
-            added = [bias for bias in biases if bias is not None]
-            self.lookahead = Lookahead(routers, norms, shape.top_k, MAX_ROWS, added)
+            self.lookahead = Lookahead(
+                [router.weight for router in routers],
+                [part.mlp_norm for part in routed],
+                shape.top_k,
+                MAX_ROWS,
+                [router.bias for router in routers if router.bias is not None],
+                [router.correction for router in routers if router.correction is not None],
+                routers[0].selection,
+            )
         self._rows: list[int] = []  # whose step was the last
         self.attentions = [_attention(part) for part in parts]
         self.moes: dict[int, NativeMoe] = {}
@@ -218,10 +226,21 @@ def _attention(part: LayerParts) -> Attention:
     return Attention(part.shape, q, k, v, o, part.attention_norm, part.q_norm, part.k_norm, biases, part.sinks)
 
 
-def _moe_block(part: LayerParts, router: Tensor, join: SwiGlu) -> MoeBlock:
-    shared = None if part.mlp is None else _gated(part.mlp)
-    weight = Weight.from_tensors("f32", router.float().contiguous())
-    return MoeBlock(weight, part.top_k, part.router_kind, shared, None, part.mlp_norm, part.eps, part.router_bias, join)
+def _moe_block(part: LayerParts, router: Router, join: SwiGlu) -> MoeBlock:
+    weight = Weight.from_tensors("f32", router.weight.float().contiguous())
+    shared, gate = None if part.mlp is None else _gated(part.mlp), part.shared_router
+    return MoeBlock(
+        weight,
+        router.top_k,
+        router.selection,
+        shared,
+        None if gate is None else Weight.from_tensors("f32", gate.float().contiguous()),
+        part.mlp_norm,
+        part.eps,
+        router.bias,
+        join,
+        router.correction,
+    )
 
 
 def _dense_mlp(part: LayerParts, gated: GatedMlp, exact: bool) -> _Mlp:

@@ -77,7 +77,7 @@ class GraphDecoder(PlainDecoder):
         self.worker = HostWorker(
             buffers,
             cache,
-            [p.router for p in routed if p.router is not None],
+            [p.router.weight for p in routed if p.router is not None],
             [p.mlp_norm for p in routed],
             exact=exact,
             prefetch_bytes=prefetch_bytes,

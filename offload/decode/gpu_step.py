@@ -31,7 +31,7 @@ from quant.kernels.cuda.doorbell import BellBuffers
 from quant.kernels.cuda.experts import ChosenExperts, DecodeScratch, moe_decode
 from quant.kernels.cuda.fused import HeadNorms, TokenPlace
 from quant.kernels.cuda.layout import ExpertLayout
-from quant.kernels.moe import RouterKind
+from quant.kernels.routing import RouterKind
 
 
 class ExpertTables(Protocol):
@@ -162,7 +162,7 @@ class DecodeStep:
         self.inputs = StepInputs(hidden, rotated, device)
         self.gpu_rows = torch.tensor([gpu_rows], dtype=torch.int32, device=device)
         routed = [parts for parts in layers if parts.router is not None]
-        top_k = max(parts.top_k for parts in routed)
+        top_k = max(p.router.top_k for p in routed if p.router is not None)
         self.chosen = torch.zeros(len(routed), 1, top_k, dtype=torch.int32, device=device)
         self._scores = torch.zeros(len(routed), 1, top_k, device=device)
         self.residual = torch.zeros(1, hidden, device=device)
@@ -178,7 +178,7 @@ class DecodeStep:
         attends: dict[int, AttentionScratch] = {}
         scratches: dict[int, DecodeScratch] = {}
         built: list[_Layer] = []
-        routed = [(p.router, p.mlp_norm) for p in layers if p.router is not None]
+        routed = [(p.router.weight, p.mlp_norm) for p in layers if p.router is not None]
         routers = routers_with_next(routed, self._hints, device)
         row = 0
         for parts, kv in zip(layers, rows, strict=True):
@@ -194,9 +194,8 @@ class DecodeStep:
             moe = None
             if parts.router is not None:
                 places = (self.tables.addresses[row], self.tables.places[row], self.gpu_rows)
-                scales_input = parts.router_kind == "sigmoid_input"
-                asked = ChosenExperts(self.chosen[row], self._scores[row], *places, scales_input)
-                moe = _Moe(row, routers[row], parts.router_kind, asked)
+                asked = ChosenExperts(self.chosen[row], self._scores[row], *places, parts.router.selection.scales_input)
+                moe = _Moe(row, routers[row], parts.router.selection.kind, asked)
                 row += 1
             norms = None
             if parts.q_norm is not None and parts.k_norm is not None:

@@ -3,21 +3,24 @@
 Families differ in names and in a handful of switches; both are read off the loaded modules here, once.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from quant.kernels.attention import AttentionShape
-from quant.kernels.moe import RouterKind
+from offload.model.router import Router, router_of
+from quant.kernels.attention import AttentionShape, QkNorm, RopeKind
+from quant.kernels.routing import Selection
 from quant.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
 class LayerParts:
     """One layer. ``mlp`` is the shared expert of a MoE layer or all of a dense one: a module with gate_proj,
-    up_proj and down_proj; ``router`` ``[E, H]`` is None in a dense layer, ``router_bias`` ``[E]`` and ``sinks``
-    ``[heads]`` where there are none."""
+    up_proj and down_proj; ``shared_router`` ``[1, H]`` weighs it, where there is one. ``router`` is None in a dense
+    layer, ``sinks`` ``[heads]`` where there are none."""
 
     shape: AttentionShape
     q_proj: Any
@@ -30,25 +33,28 @@ class LayerParts:
     mlp_norm: Tensor
     eps: float
     mlp: Any
-    router: Tensor | None
-    router_kind: RouterKind
-    top_k: int
-    router_bias: Tensor | None = None
+    router: Router | None
+    shared_router: Tensor | None = None
     sinks: Tensor | None = None
 
 
 def all_layer_parts(model: Any, shape: ModelShape) -> list[LayerParts]:
-    """The parts of every layer of transformers' ``model``."""
-    layers = enumerate(model.model.layers)
-    return [layer_parts(layer, model.config, is_moe=index in shape.moe_layers) for index, layer in layers]
+    """The parts of every layer of transformers' ``model``, whose routers all choose alike. Raises CheckpointError for a
+    router that is not understood."""
+    found: list[LayerParts] = []
+    known: Selection | None = None
+    for index, layer in enumerate(model.model.layers):
+        found.append(layer_parts(layer, model.config, is_moe=index in shape.moe_layers, selection=known))
+        router = found[-1].router
+        known = known if router is None else router.selection
+    return found
 
 
-def layer_parts(layer: Any, config: Any, *, is_moe: bool) -> LayerParts:
-    """The parts of transformers' decoder layer ``layer``."""
+def layer_parts(layer: Any, config: Any, *, is_moe: bool, selection: Selection | None = None) -> LayerParts:
+    """The parts of transformers' decoder layer ``layer``; its router chooses by ``selection``, if that is known."""
     attention, block = layer.self_attn, layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp
-    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    kind, top_k = router_kind(layer) if is_moe else ("softmax", 0)
-    bias, sinks = getattr(router_of(layer), "bias", None) if is_moe else None, getattr(attention, "sinks", None)
+    q_norm, k_norm = head_norms(attention)
+    sinks, gate = getattr(attention, "sinks", None), getattr(block, "shared_expert_gate", None)
     return LayerParts(
         attention_shape(layer, config),
         attention.q_proj,
@@ -60,19 +66,32 @@ def layer_parts(layer: Any, config: Any, *, is_moe: bool) -> LayerParts:
         layer.input_layernorm.weight.data.float(),
         layer.post_attention_layernorm.weight.data.float(),
         norm_eps(layer.input_layernorm),
-        getattr(block, "shared_expert", None) if is_moe else block,
-        router_weight(layer).data if is_moe else None,
-        kind,
-        top_k,
-        None if bias is None else bias.data,
+        shared_expert(block) if is_moe else block,
+        router_of(block, selection) if is_moe else None,
+        None if gate is None else gate.weight.data,
         None if sinks is None else sinks.data,
     )
+
+
+def shared_expert(block: Any) -> Any:
+    """The shared expert of a MoE block, however many it is made of; None if there is none."""
+    names = ("shared_expert", "shared_experts", "shared_mlp")
+    return next((found for name in names if (found := getattr(block, name, None)) is not None), None)
+
+
+def head_norms(attention: Any) -> tuple[Any, Any]:
+    """The norms of queries and keys; None where there are none."""
+    found = [
+        next((norm for name in names if (norm := getattr(attention, name, None)) is not None), None)
+        for names in (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm"))
+    ]
+    return found[0], found[1]
 
 
 def attention_shape(layer: Any, config: Any) -> AttentionShape:
     """What the attention of ``layer`` computes."""
     stock = layer.self_attn
-    q_norm = getattr(stock, "q_norm", None)
+    q_norm, _ = head_norms(stock)
     common: dict[str, Any] = {
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
@@ -93,11 +112,19 @@ def attention_shape(layer: Any, config: Any) -> AttentionShape:
             temperature_scale=float(stock.attn_scale) if tuned else 0.0,
             chunk=config.attention_chunk_size if chunked else 0,
         )
-    per_head = q_norm is not None and q_norm.weight.numel() == stock.head_dim
-    kind = "none" if q_norm is None else "per_head" if per_head else "full_width"
-    window = attention_window(layer, config)
-    qk_eps = norm_eps(q_norm) if q_norm is not None else 1e-5
-    return AttentionShape(**common, rope="halves", qk_norm=kind, qk_eps=qk_eps, window=window)  # type: ignore[arg-type]
+    kind: QkNorm = "none"
+    if q_norm is not None:
+        kind = "full_width" if q_norm.weight.numel() != stock.head_dim else "per_head"
+        # Hunyuan alone norms what RoPE has rotated, and calls its norms otherwise.
+        kind = "per_head_after_rope" if hasattr(stock, "query_layernorm") else kind
+    window, qk_eps = attention_window(layer, config), norm_eps(q_norm) if q_norm is not None else 1e-5
+    return AttentionShape(**common, rope=rope_kind(stock), qk_norm=kind, qk_eps=qk_eps, window=window)
+
+
+def rope_kind(attention: Any) -> RopeKind:
+    """Which pairs of channels RoPE rotates, by what the module's own ``rotate_half`` does."""
+    rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    return "interleaved" if rotate is not None and rotate(torch.arange(4.0)).tolist() == [-1, 0, -3, 2] else "halves"
 
 
 def attention_window(layer: Any, config: Any) -> int:
@@ -109,26 +136,6 @@ def attention_window(layer: Any, config: Any) -> int:
     if hasattr(layer.self_attn, "sliding_window"):
         return layer.self_attn.sliding_window or 0
     return (config.sliding_window or 0) if config.model_type in ("mistral", "mixtral") else 0
-
-
-def router_kind(layer: Any) -> tuple[RouterKind, int]:
-    """How the router of a MoE layer scores, and how many experts it chooses."""
-    if hasattr(layer, "feed_forward"):  # Llama 4
-        return "sigmoid_input", int(layer.feed_forward.top_k)
-    router = router_of(layer)
-    normalized = getattr(router, "norm_topk_prob", True)
-    return "softmax_normalized" if normalized else "softmax", int(router.top_k)
-
-
-def router_of(layer: Any) -> Any:
-    """The router of a MoE layer."""
-    block = layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp
-    return block.router if hasattr(block, "router") else block.gate
-
-
-def router_weight(layer: Any) -> Any:
-    """The router's parameter ``[E, H]``."""
-    return router_of(layer).weight
 
 
 def norm_eps(norm: Any) -> float:

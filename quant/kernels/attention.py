@@ -23,9 +23,9 @@ from quant.kernels.weight import CWeight, Weight
 from quant.sizes import KV_PAGE_TOKENS as PAGE_TOKENS
 
 RopeKind = Literal["none", "interleaved", "halves"]
-QkNorm = Literal["none", "per_head", "full_width"]
+QkNorm = Literal["none", "per_head", "full_width", "per_head_after_rope"]
 ROPES: dict[RopeKind, int] = {"none": 0, "interleaved": 1, "halves": 2}
-QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "full_width": 2}
+QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "full_width": 2, "per_head_after_rope": 3}
 _STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _INT8_BLOCKS = 3
 _BLOCK = 64  # keys, in pages in blocks
@@ -39,10 +39,11 @@ class AttentionShape:
     """What one layer's attention computes.
 
     ``rope`` rotates pairs of neighbours (``interleaved``, Llama 4) or of halves (most others), or nothing
-    (NoPE layers). ``qk_norm`` is an RMSNorm of q and k before RoPE, ``l2_norm`` the weightless one per head
-    after it (Llama 4), both with ``qk_eps``. ``temperature_floor`` and ``temperature_scale`` scale q on NoPE
-    layers by log1p(floor((position + 1) / floor)) · scale + 1; floor 0 turns that off. ``chunk`` and
-    ``window`` limit what a token sees to its own chunk or the last ``window`` tokens; 0 is no limit.
+    (NoPE layers). ``qk_norm`` is an RMSNorm of q and k, before RoPE unless it says after, ``l2_norm``
+    the weightless one per head after it (Llama 4), both with ``qk_eps``. ``temperature_floor`` and
+    ``temperature_scale`` scale q on NoPE layers by log1p(floor((position + 1) / floor)) · scale + 1; floor 0 turns
+    that off. ``chunk`` and ``window`` limit what a token sees to its own chunk or the last ``window`` tokens; 0 is no
+    limit.
     ``scaling`` 0 is 1/√d.
     """
 
@@ -208,8 +209,16 @@ class Attention:
         expected = ((q_width, self.hidden), (kv_width, self.hidden), (kv_width, self.hidden), (self.hidden, q_width))
         if found != expected:
             raise SchemeError(f"projections are {found}: expected {expected}")
-        norms = {"none": (0, 0), "per_head": (shape.head_dim, shape.head_dim), "full_width": (q_width, kv_width)}
-        wanted = (self.hidden, *norms[shape.qk_norm], q_width, kv_width, kv_width, self.hidden, shape.heads)
+        norms = {"none": (0, 0), "full_width": (q_width, kv_width)}
+        wanted = (
+            self.hidden,
+            *norms.get(shape.qk_norm, (shape.head_dim, shape.head_dim)),
+            q_width,
+            kv_width,
+            kv_width,
+            self.hidden,
+            shape.heads,
+        )
         vectors = [None if v is None else v.float().contiguous() for v in (norm, q_norm, k_norm, *biases, sinks)]
         if any(v is not None and v.numel() != size for v, size in zip(vectors, wanted, strict=True)):
             raise SchemeError(f"norms, biases or sinks do not fit: expected sizes {wanted}")

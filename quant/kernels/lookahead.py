@@ -18,10 +18,12 @@ from torch import Tensor
 
 from quant.kernels.library import F32, I32, Pointer, addresses, call, fields, library
 from quant.kernels.product import linear
+from quant.kernels.routing import CSelection, Selection
 from quant.kernels.rows import float_rows
 from quant.kernels.weight import CWeight, Weight
 
 DEPTH = 6
+BY_LOGITS = Selection("softmax")  # the largest logits are chosen
 # Read for guesses that have been right this often: a wrong one costs the disk as much as a right one.
 TRUST = 0.75
 _MEMORY = 0.98  # what one guess leaves of the past
@@ -39,13 +41,15 @@ class CLookahead(ctypes.Structure):
         (CWeight, "routers"),
         (I32, "layers experts top_k depth bins slots"),
         (F32, "trust memory"),
-        (Pointer, "edges right guesses counts bias"),
+        (Pointer, "edges right guesses counts bias correction"),
+        (CSelection, "selection"),
     )
 
 
 class Lookahead:
     """Guesses for a model's MoE layers, numbered from 0; ``routers`` ``[E, H]``, ``norms`` ``[H]`` and, where routers
-    have them, ``biases`` ``[E]``, one of each per layer, for steps of up to ``rows`` tokens.
+    have them, ``biases`` and ``corrections`` ``[E]``, one of each per layer, for steps of up to ``rows`` tokens;
+    ``selection`` is what they choose by.
 
     ``right`` f32 ``[4, DEPTH, bins]`` is how often guesses were right, by what they were made from, how many
     layers ahead (less one), and margin.
@@ -58,6 +62,8 @@ class Lookahead:
         top_k: int,
         rows: int = 1,
         biases: Sequence[Tensor] = (),
+        corrections: Sequence[Tensor] = (),
+        selection: Selection = BY_LOGITS,
     ) -> None:
         self.layers, self.experts, self.top_k = len(routers), routers[0].shape[0], top_k
         # A token's norm is one positive factor on all logits of a layer: without biases it does not change which
@@ -70,11 +76,19 @@ class Lookahead:
         self._guesses = torch.zeros(self.layers, slots, 2 + top_k, dtype=torch.int32)
         self._counts = torch.zeros(self.layers, dtype=torch.int32)
         self._bias = torch.cat([bias.float() for bias in biases]) if biases else None  # [L · E]
+        self._correction = torch.cat([one.float() for one in corrections]) if corrections else None  # [L · E]
+        self._selection = selection
         tensors = addresses(
-            bias=self._bias, edges=self._edges, right=self.right, guesses=self._guesses, counts=self._counts
+            correction=self._correction,
+            bias=self._bias,
+            edges=self._edges,
+            right=self.right,
+            guesses=self._guesses,
+            counts=self._counts,
         )
         self.native = CLookahead(depth=DEPTH, bins=len(_MARGINS) + 1, trust=TRUST, memory=_MEMORY, **tensors)
         self.native.routers, self.native.slots = Weight.from_tensors("f32", self._routers).native, slots
+        self.native.selection = selection.native
         self.native.layers, self.native.experts, self.native.top_k = self.layers, self.experts, top_k
 
     def guess(self, kind: int, here: int, x: Tensor) -> list[tuple[int, int]]:
@@ -99,11 +113,15 @@ class Lookahead:
         if here + 1 >= self.layers:
             return []
         rows = self._routers[(here + 1) * self.experts : (here + 2) * self.experts]
-        logits = linear(x, Weight.from_tensors("f32", rows)).numpy()
-        if self._bias is not None:
-            bias = self._bias[(here + 1) * self.experts : (here + 2) * self.experts]
-            logits = logits / x.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-10).numpy() + bias.numpy()
-        chosen = np.argpartition(-logits, self.top_k - 1, -1)[:, : self.top_k]
+        logits = linear(x, Weight.from_tensors("f32", rows))
+        logits = logits / x.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-10)
+        bias, correction = (
+            None if one is None else one[(here + 1) * self.experts : (here + 2) * self.experts]
+            for one in (self._bias, self._correction)
+        )
+        logits = logits if bias is None else logits + bias
+        scores = self._selection.choice_scores(logits, correction).numpy()
+        chosen = np.argpartition(-scores, self.top_k - 1, -1)[:, : self.top_k]
         wanted = np.bincount(chosen.ravel(), minlength=self.experts)
         order = np.argsort(-wanted, kind="stable").tolist()
         return [(here + 1, expert) for expert in order if wanted[expert]]

@@ -11,7 +11,6 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +20,11 @@ from torch import Tensor
 from quant.errors import SchemeError
 from quant.kernels.library import F32, I32, I64, Pointer, addresses, call, fields, library
 from quant.kernels.product import linear
+from quant.kernels.routing import CSelection, RouterKind, Selection
 from quant.kernels.rows import float_rows, output_rows
 from quant.kernels.swiglu import SILU, SwiGlu
 from quant.kernels.weight import CODES, CWeight, Weight
 
-RouterKind = Literal["sigmoid_input", "softmax", "softmax_normalized"]
-ROUTERS: dict[RouterKind, int] = {"sigmoid_input": 0, "softmax": 1, "softmax_normalized": 2}
 _ENTRY = 14  # per expert: six addresses of weights, three of biases, three forms, the biases' kind, the state
 _STATE = 13
 _BIAS_KINDS = {torch.float32: CODES["f32"], torch.bfloat16: CODES["bf16"]}
@@ -185,9 +183,10 @@ class CMoeBlock(ctypes.Structure):
     _fields_ = fields(
         (Pointer, "norm"),
         (F32, "eps"),
-        (I32, "router_kind experts top_k"),
+        (I32, "experts top_k"),
+        (CSelection, "selection"),
         (CWeight, "router"),
-        (Pointer, "router_bias"),
+        (Pointer, "router_bias correction"),
         (CWeight, "gate up down"),
         (Pointer, "table"),
         (F32, "alpha limit offset"),
@@ -218,11 +217,11 @@ class MoeResult:
 class MoeBlock:
     """Router, shared expert and routed experts of one layer.
 
-    ``router`` is a plain weight ``[E, H]``. ``router_kind``: ``sigmoid_input`` (Llama 4: sigmoid of the logit
-    scales the expert's input), ``softmax`` (over all experts, weighs outputs) or ``softmax_normalized`` (over
-    the chosen). ``shared`` runs on every token, weighed by sigmoid(``shared_router``) if given. With ``norm``
-    (RMSNorm weight ``[H]``) the block computes x + moe(norm(x)), else moe(x). ``router_bias`` ``[E]`` is added to the
-    logits; ``join`` joins gate and up of the routed experts.
+    ``router`` is a plain weight ``[E, H]``; ``selection`` says what its logits choose (a kind alone stands for a
+    Selection of it), and ``correction`` ``[E]`` is added to what they are chosen by. ``shared`` runs on every
+    token, weighed by sigmoid(``shared_router``) if given. With ``norm`` (RMSNorm weight
+    ``[H]``) the block computes x + moe(norm(x)), else moe(x). ``router_bias`` ``[E]`` is added to the logits; ``join``
+    joins gate and up of the routed experts.
 
     ``table`` int64 ``[E, 14]`` holds where each expert is and whether its bytes are there; ``set_expert`` and
     ``clear_expert`` fill it and hold on to the weights.
@@ -232,24 +231,30 @@ class MoeBlock:
         self,
         router: Weight,
         top_k: int,
-        router_kind: RouterKind,
+        selection: Selection | RouterKind,
         shared: GatedMlp | None = None,
         shared_router: Weight | None = None,
         norm: Tensor | None = None,
         eps: float = 1e-5,
         router_bias: Tensor | None = None,
         join: SwiGlu = SILU,
+        correction: Tensor | None = None,
     ) -> None:
         if router.kind not in ("bf16", "f32"):
             raise SchemeError(f"a router in {router.kind}: expected bf16 or f32")
         if not 1 <= top_k <= router.out_features:
             raise SchemeError(f"top_k {top_k} of {router.out_features} experts: expected 1 to {router.out_features}")
-        self.router, self.top_k, self.router_kind = router, top_k, router_kind
+        self.router, self.top_k = router, top_k
+        self.selection = selection if isinstance(selection, Selection) else Selection(selection)
         self.shared, self.shared_router = shared, shared_router
         self.norm = None if norm is None else norm.float().contiguous()
         self.router_bias = None if router_bias is None else router_bias.float().contiguous()
-        if self.router_bias is not None and self.router_bias.shape != (router.out_features,):
-            raise SchemeError(f"a router bias {tuple(self.router_bias.shape)}: expected [{router.out_features}]")
+        self.correction = None if correction is None else correction.float().contiguous()
+        for vector in (self.router_bias, self.correction):
+            if vector is not None and vector.shape != (router.out_features,):
+                raise SchemeError(f"a router bias {tuple(vector.shape)}: expected [{router.out_features}]")
+        if router.out_features % self.selection.groups:
+            raise SchemeError(f"{router.out_features} experts in {self.selection.groups} groups: expected a multiple")
         self.join = join
         self.table = torch.zeros(router.out_features, _ENTRY, dtype=torch.int64)
         self._rows: npt.NDArray[np.int64] = self.table.numpy()
@@ -258,9 +263,11 @@ class MoeBlock:
         hidden = router.in_features
         if any(h != hidden for h in self._hidden_sizes()):
             raise SchemeError(f"router, norm and shared expert disagree about the hidden size {hidden}")
-        block = CMoeBlock(eps=eps, router_kind=ROUTERS[router_kind], experts=router.out_features, top_k=top_k)
-        block.norm = None if self.norm is None else self.norm.data_ptr()
-        block.router_bias = None if self.router_bias is None else self.router_bias.data_ptr()
+        block = CMoeBlock(eps=eps, experts=router.out_features, top_k=top_k, selection=self.selection.native)
+        for name, address in addresses(
+            norm=self.norm, router_bias=self.router_bias, correction=self.correction
+        ).items():
+            setattr(block, name, address)
         block.router, block.table = router.native, self.table.data_ptr()
         block.alpha, block.limit, block.offset = join.alpha, join.limit, join.offset
         if shared is not None:
@@ -325,7 +332,7 @@ class MoeBlock:
 
     def routed_jobs(self, result: MoeResult, experts: Mapping[int, GatedMlp]) -> list[Job]:
         """Jobs of ``experts`` for ``mlp`` on ``result.normed``, each with the tokens that chose it."""
-        jobs, scales_input = [], self.router_kind == "sigmoid_input"
+        jobs, scales_input = [], self.selection.scales_input
         for expert, weights in experts.items():
             if len(result.chosen) == 1:  # one token: nothing to gather
                 tokens, factor = None, result.weights[0, result.chosen[0] == expert]

@@ -88,7 +88,18 @@ OLMOE = Family(name="olmoe", model_types=("olmoe",), block="mlp", runtime_block=
 FAMILIES: tuple[Family, ...] = (LLAMA4, MIXTRAL, QWEN3_MOE, OLMOE)
 
 # Families without a table whose layers the CPU's kernels compute whole, all read off transformers' modules.
-CPU_LAYERS: tuple[str, ...] = ("gpt_oss", "llama", "qwen3", "mistral")
+CPU_LAYERS: tuple[str, ...] = (
+    "gpt_oss",
+    "glm4_moe",
+    "dots1",
+    "qwen2_moe",
+    "ernie4_5_moe",
+    "minimax_m2",
+    "hunyuan_v1_moe",
+    "llama",
+    "qwen3",
+    "mistral",
+)
 
 
 def is_tabled(model_type: object) -> bool:

@@ -58,6 +58,7 @@ void finish_heads(const Step& step, int64_t t, int64_t position, float* row, int
       const int64_t angle = t * (b.rope_dim / 2);
       rotate(head, step.cosine + angle, step.sine + angle, b.rope, b.rope_dim);
     }
+    if (b.qk_norm == kPerHeadAfterRope) table.rms_norm(head, weight, width, b.qk_eps, head);
     if (b.l2_norm) table.rms_norm(head, nullptr, width, b.qk_eps, head);
     if (factor != 1.0f)
       for (int64_t i = 0; i < width; ++i) head[i] *= factor;

@@ -5,14 +5,14 @@
 namespace coldstream {
 
 enum Rope : int32_t { kNoRope = 0, kInterleaved = 1, kHalves = 2 };
-enum QkNorm : int32_t { kNoQkNorm = 0, kPerHead = 1, kFullWidth = 2 };
+enum QkNorm : int32_t { kNoQkNorm = 0, kPerHead = 1, kFullWidth = 2, kPerHeadAfterRope = 3 };
 
 struct AttentionBlock {
   const float* norm;  // RMSNorm before the block, f32 [H], and a residual around both; null for neither
   float eps;
   int32_t heads, kv_heads, head_dim;
   int32_t rope, rope_dim;  // the first rope_dim channels of a head are rotated
-  int32_t qk_norm;         // RMSNorm of q and k before RoPE
+  int32_t qk_norm;         // RMSNorm of q and k, before RoPE unless it says after
   int32_t l2_norm;         // weightless RMSNorm per head after RoPE (Llama 4)
   const float *q_norm, *k_norm;
   float qk_eps, scaling;

@@ -17,14 +17,16 @@ float deviation(const float* values, int count) {
   return float(std::sqrt(squares / count));
 }
 
-// Without a bias a token's norm is one positive factor on all logits of a layer, and does not matter.
-void add_bias(const Lookahead& f, int32_t here, const float* x, int64_t rows, int64_t width, float* logits) {
-  const float* bias = f.bias + int64_t(here + 1) * f.experts;
+// Where the largest logits are chosen and they have no bias, a token's norm is one positive factor on all of a layer's,
+// and does not matter.
+void finish_logits(const Lookahead& f, int32_t here, const float* x, int64_t rows, int64_t width, float* logits) {
+  const float* bias = f.bias ? f.bias + int64_t(here + 1) * f.experts : nullptr;
   for (int64_t row = 0; row < rows; ++row) {
     double squares = 0;
     for (int64_t i = 0; i < f.routers.k; ++i) squares += double(x[row * f.routers.k + i]) * x[row * f.routers.k + i];
     const float factor = float(1 / std::sqrt(squares / double(f.routers.k) + 1e-20));
-    for (int64_t i = 0; i < width; ++i) logits[row * width + i] = logits[row * width + i] * factor + bias[i];
+    for (int64_t i = 0; i < width; ++i)
+      logits[row * width + i] = logits[row * width + i] * factor + (bias ? bias[i] : 0.0f);
   }
 }
 
@@ -44,20 +46,27 @@ void guess(const Lookahead& f, GuessKind kind, int32_t here, const float* x, int
     Product product{ahead, x, ahead.k, rows, logits.data(), ahead.n, {}};
     multiply(&product, 1, true, scratch);
   }
-  if (f.bias) add_bias(f, here, x, rows, width, logits.data());
+  const bool by_logits = f.selection.by_logits(f.correction) && !f.selection.is_grouped();
+  if (f.bias || !by_logits) finish_logits(f, here, x, rows, width, logits.data());
   const int next = std::min(f.top_k, f.experts - 1);  // the best that is not chosen; with all chosen the last one is
   std::vector<int32_t> order(static_cast<size_t>(f.experts));
+  std::vector<float> scores;
   for (int distance = 0; distance < reach; ++distance) {
     const int32_t index = here + 1 + distance;
     const size_t first = expected.size();
     for (int64_t row = 0; row < rows; ++row) {
       const float* found = logits.data() + row * width + int64_t(distance) * f.experts;
+      const float spread = deviation(found, f.experts);
+      if (!by_logits) {
+        const float* correction = f.correction ? f.correction + int64_t(index) * f.experts : nullptr;
+        choice_scores(f.selection, correction, found, f.experts, scores);
+        found = scores.data();
+      }
       std::iota(order.begin(), order.end(), 0);
       std::partial_sort(order.begin(), order.begin() + next + 1, order.end(), [&](int32_t a, int32_t b) {
         return found[a] > found[b] || (found[a] == found[b] && a < b);
       });
-      const float margin = (found[order[size_t(f.top_k - 1)]] - found[order[size_t(next)]]) /
-                           std::max(deviation(found, f.experts), 1e-20f);
+      const float margin = (found[order[size_t(f.top_k - 1)]] - found[order[size_t(next)]]) / std::max(spread, 1e-20f);
       const int bin = int(std::count_if(f.edges, f.edges + f.bins - 1, [&](float edge) { return margin > edge; }));
       const int32_t record = (kind * f.depth + distance) * f.bins + bin;
       if (f.counts[index] < f.slots) {

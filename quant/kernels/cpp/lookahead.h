@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "router.h"
 
 namespace coldstream {
 
@@ -23,6 +24,8 @@ struct Lookahead {
   int32_t* guesses;      // [L, slots, 2 + k]: index into `right`, the token's row in the step, experts
   int32_t* counts;       // [L]: slots in use
   const float* bias;     // [L * E] or null: added to the logits of the normed state
+  const float* correction;  // [L * E] or null: see Selection
+  Selection selection;
 };
 
 struct Expected {

@@ -8,31 +8,6 @@
 #include "moe.h"
 
 namespace coldstream {
-namespace {
-
-// The largest logits first; among equals the lowest index. A NaN is never larger, so the choice stays in range.
-void choose(const MoeBlock& block, const float* logits, int32_t* chosen, float* weights) {
-  for (int k = 0; k < block.top_k; ++k) {
-    int best = -1;
-    for (int e = 0; e < block.experts; ++e) {
-      if (std::find(chosen, chosen + k, e) != chosen + k) continue;
-      if (best < 0 || logits[e] > logits[best]) best = e;
-    }
-    chosen[k] = best;
-  }
-  if (block.router_kind == kSigmoidInput) {
-    for (int k = 0; k < block.top_k; ++k) weights[k] = 1.0f / (1.0f + std::exp(-logits[chosen[k]]));
-    return;
-  }
-  float total = 0, kept = 0;
-  for (int e = 0; e < block.experts; ++e) total += std::exp(logits[e] - logits[chosen[0]]);
-  for (int k = 0; k < block.top_k; ++k) kept += weights[k] = std::exp(logits[chosen[k]] - logits[chosen[0]]);
-  const float divisor = block.router_kind == kSoftmaxNormalized ? kept : total;
-  for (int k = 0; k < block.top_k; ++k) weights[k] /= divisor;
-}
-
-}  // namespace
-
 void route(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, const Routing& routing) {
   const int64_t hidden = block.router.k;
   const Kernels& table = kernels();
@@ -51,8 +26,8 @@ void route(const MoeBlock& block, const float* x, int64_t ldx, int64_t tokens, c
   for (int64_t t = 0; block.router_bias && t < tokens; ++t)
     table.add_scaled(routing.logits + t * block.experts, block.router_bias, block.experts, 1.0f);
   for (int64_t t = 0; t < tokens; ++t)
-    choose(block, routing.logits + t * block.experts, routing.chosen + t * block.top_k,
-           routing.weights + t * block.top_k);
+    choose(block.selection, block.correction, routing.logits + t * block.experts, block.experts, block.top_k,
+           routing.chosen + t * block.top_k, routing.weights + t * block.top_k);
 }
 
 namespace {
@@ -71,7 +46,7 @@ Weight at(Weight weight, int64_t packed, int64_t scale, int64_t form) {
 
 Job routed_job(const MoeBlock& block, int32_t expert, const int32_t* tokens, int64_t count, const float* weights) {
   const ExpertEntry& e = block.table[expert];
-  const bool scales_input = block.router_kind == kSigmoidInput;
+  const bool scales_input = block.selection.scales_input();
   return {at(block.gate, e.gate, e.gate_scale, e.gate_form),
           at(block.up, e.up, e.up_scale, e.up_form),
           at(block.down, e.down, e.down_scale, e.down_form),
@@ -171,7 +146,7 @@ void compute_routed(const MoeBlock& block, int64_t tokens, const Routing& routin
 
 void add_routed(const MoeBlock& block, int64_t tokens, const Routing& routing, const float* parts, float* out) {
   const int64_t hidden = block.router.k;
-  const bool scales_input = block.router_kind == kSigmoidInput;
+  const bool scales_input = block.selection.scales_input();
   std::vector<int64_t> order(static_cast<size_t>(block.top_k));
   for (int64_t t = 0; t < tokens; ++t) {
     for (int k = 0; k < block.top_k; ++k) order[size_t(k)] = t * block.top_k + k;

@@ -3,10 +3,9 @@
 #include <vector>
 
 #include "kernels.h"
+#include "router.h"
 
 namespace coldstream {
-
-enum Router : int32_t { kSigmoidInput = 0, kSoftmax = 1, kSoftmaxNormalized = 2 };
 
 enum ExpertState : int64_t { kAbsent = 0, kReady = 1, kComing = 2, kFailed = 3 };
 
@@ -23,9 +22,10 @@ struct ExpertEntry {
 struct MoeBlock {
   const float* norm;  // RMSNorm before the block, f32 [H], and a residual around both; null for neither
   float eps;
-  int32_t router_kind, experts, top_k;
+  int32_t experts, top_k;
+  Selection selection;
   Weight router;
-  const float* router_bias;  // [experts] or null
+  const float *router_bias, *correction;  // [experts] or null: of the logits; of what is chosen by
   Weight gate, up, down;  // the shapes that all routed experts share; the rest comes from the table
   ExpertEntry* table;     // [experts]
   float alpha, limit, offset;    // what gate and up of a routed expert are joined by: see run_jobs

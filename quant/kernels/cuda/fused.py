@@ -17,7 +17,7 @@ from quant.errors import SchemeError
 from quant.kernels.attention import QK_NORMS, ROPES, AttentionShape
 from quant.kernels.cuda import runtime
 from quant.kernels.cuda.attention import KvRows
-from quant.kernels.moe import ROUTERS, RouterKind
+from quant.kernels.routing import ROUTERS, RouterKind
 
 _LEAST_SCALE = 1e-12  # of an int8 row of zeros
 

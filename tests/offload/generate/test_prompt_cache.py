@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunks of 32": ("llama4_text", {}),
     "no chunks": ("qwen3_moe", {}),
     "windows": ("gpt_oss", {"sliding_window": 160}),
-    "transformers' modules": ("glm4_moe", {}),
+    "transformers' modules": ("flex_olmo", {}),
 }
 GREEDY = Sampling(max_tokens=6, ignore_eos=True)
 

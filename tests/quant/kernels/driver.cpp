@@ -159,6 +159,11 @@ Mlp random_mlp(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t 
           random_weight(heap, random, kind, group, hidden, inner)};
 }
 
+Selection random_selection(Random& random) {
+  const int32_t groups = random.below(2) ? 3 : 1;
+  return {int32_t(random.below(5)), groups, groups > 1 ? 2 : 1, int32_t(1 + random.below(2)), 1.5f, 0.0f};
+}
+
 void run_lookahead(Heap& heap, Random& random) {
   const int64_t layers = 5, experts = 6, hidden = 96;
   const int32_t top_k = 2, depth = 3, bins = 3, slots = 2;
@@ -170,7 +175,8 @@ void run_lookahead(Heap& heap, Random& random) {
   Lookahead lookahead{random_weight(heap, random, kF32, 0, layers * experts, hidden), int32_t(layers), int32_t(experts),
                       top_k, depth, bins, slots, 0.75f, 0.9f, edges, right,
                       heap.take<int32_t>(layers * slots * (2 + top_k)), counts,
-                      random.below(2) ? normals(heap, random, layers * experts) : nullptr};
+                      random.below(2) ? normals(heap, random, layers * experts) : nullptr,
+                      random.below(2) ? normals(heap, random, layers * experts) : nullptr, random_selection(random)};
   int32_t* pairs = heap.take<int32_t>(2 * depth * top_k);
   for (int token = 0; token < 3; ++token)
     for (int32_t here = -1; here < layers; ++here) {
@@ -186,7 +192,7 @@ void run_lookahead(Heap& heap, Random& random) {
 }
 
 void run_moe(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t tokens) {
-  const int64_t hidden = 3 * group, inner = 2 * group, experts = 5, top_k = 2;
+  const int64_t hidden = 3 * group, inner = 2 * group, experts = 6, top_k = 2;
   std::vector<ExpertEntry> table;
   MoeBlock block{};
   const bool biased = random.below(2);
@@ -209,7 +215,8 @@ void run_moe(Heap& heap, Random& random, int32_t kind, int32_t group, int64_t to
   const Mlp shared = random_mlp(heap, random, kind, group, hidden, inner);
   block.norm = normals(heap, random, hidden);
   block.eps = 1e-5f;
-  block.router_kind = int32_t(random.below(3));
+  block.selection = random_selection(random);
+  block.correction = random.below(2) ? normals(heap, random, experts) : nullptr;
   block.experts = int32_t(experts);
   block.top_k = int32_t(top_k);
   block.router = random_weight(heap, random, kBf16, 0, experts, hidden);
@@ -347,7 +354,7 @@ void run_attention(Heap& heap, Random& random, int32_t storage, int64_t head_dim
   block.head_dim = int32_t(head_dim);
   block.rope = int32_t(random.below(3));
   block.rope_dim = block.rope ? int32_t(head_dim / 2 * 2) : 0;
-  block.qk_norm = int32_t(random.below(3));
+  block.qk_norm = int32_t(random.below(4));
   block.l2_norm = int32_t(random.below(2));
   block.q_norm = normals(heap, random, heads * head_dim);
   block.k_norm = normals(heap, random, kv_heads * head_dim);

@@ -13,8 +13,9 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 
 from quant.errors import SchemeError
 from quant.kernels import native
-from quant.kernels.moe import GatedMlp, Job, MoeBlock, RouterKind, mlp
+from quant.kernels.moe import GatedMlp, Job, MoeBlock, mlp
 from quant.kernels.native import Weight
+from quant.kernels.routing import RouterKind
 from quant.kernels.swiglu import SwiGlu
 from quant.pack import dequantize, quantize_absmax
 from quant.scheme import Scheme

@@ -10,7 +10,8 @@ import torch
 from quant.errors import SchemeError
 from quant.kernels.attention import Attention, AttentionShape, KvPages
 from quant.kernels.lookahead import FROM_EMBEDDING, Lookahead
-from quant.kernels.moe import FAILED, READY, GatedMlp, Job, MoeBlock, RouterKind, mlp
+from quant.kernels.moe import FAILED, READY, GatedMlp, Job, MoeBlock, mlp
+from quant.kernels.routing import RouterKind
 from quant.kernels.stack import MAX_ROWS, DenseBlock, Head, Segment, Stack, Stop
 from quant.kernels.weight import Weight
 from quant.pack import quantize_absmax
