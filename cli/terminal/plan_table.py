@@ -29,7 +29,8 @@ _ORDER = (
     "padding",
     "framework",
     "vision",
-)
+    "draft_model",
+)  # any other role comes after these
 _COLUMNS: dict[Tier, str] = {**TIER_NAMES, "disk": "only on disk"}
 _SEEN = 0.001  # of a speed, that is worth a word
 _UNKNOWN = "uniform routing assumed"
@@ -58,7 +59,8 @@ def byte_table(plan: Plan) -> "Table":
     tiers = [tier for tier in TIERS if plan.total(tier)]
     table = plain_table("", *(_COLUMNS[tier] for tier in tiers), "share")
     whole = sum(plan.total(tier) for tier in tiers)
-    for role in sorted({row.role for row in plan.rows}, key=_ORDER.index):
+    order = {role: at for at, role in enumerate(_ORDER)}
+    for role in sorted({row.role for row in plan.rows}, key=lambda role: (order.get(role, len(order)), role)):
         sizes = {tier: plan.total(tier, role) for tier in tiers}
         cells = [size(sizes[tier]) if sizes[tier] else "" for tier in tiers]
         table.add_row(role_name(role), *cells, percent(sum(sizes.values()) / whole))

@@ -205,3 +205,9 @@ def test_the_profile_of_another_model_is_refused_as_a_run_would(model: Path, dem
         invoke("generate", model, "Hi", "--routing", profile),
     ):
         assert refused.returncode == 1 and "statistics are of model 0000000000000000" in refused.stderr
+
+
+def test_a_draft_model_has_a_row_of_its_own(demo_model: Path) -> None:
+    done = invoke("plan", demo_model, "--draft-model", demo_model)
+    assert done.returncode == 0, done.stderr
+    assert "draft model  " in done.stdout + done.stderr
