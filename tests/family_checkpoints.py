@@ -54,7 +54,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "mlp_only_layers": [1],
     },
-    "deepseek_v2": {**_DEEPSEEK, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5},
+    "deepseek_v2": {
+        **_DEEPSEEK,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 1.5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    },
     "deepseek_v3": {**_DEEPSEEK, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
     "glm4_moe": {
         "head_dim": 32,

@@ -222,8 +222,9 @@ class NativeDecoder(Decoder):
 def _attention(part: LayerParts) -> Attention:
     linears = (part.q_proj, part.k_proj, part.v_proj, part.o_proj)
     q, k, v, o = map(_weight, linears)
-    biases = (part.q_proj.bias, part.k_proj.bias, part.v_proj.bias, part.o_proj.bias)
-    return Attention(part.shape, q, k, v, o, part.attention_norm, part.q_norm, part.k_norm, biases, part.sinks)
+    down = None if part.q_down is None else _weight(part.q_down)
+    biases = ((part.q_down or part.q_proj).bias, part.k_proj.bias, part.v_proj.bias, part.o_proj.bias)
+    return Attention(part.shape, q, k, v, o, part.attention_norm, part.q_norm, part.k_norm, biases, part.sinks, down)
 
 
 def _moe_block(part: LayerParts, router: Router, join: SwiGlu) -> MoeBlock:

@@ -15,12 +15,16 @@ from quant.kernels.attention import AttentionShape, QkNorm, RopeKind
 from quant.kernels.routing import Selection
 from quant.model.shape import ModelShape
 
+_Q_NORMS = ("q_norm", "query_layernorm", "q_a_layernorm")
+_K_NORMS = ("k_norm", "key_layernorm", "kv_a_layernorm")
+
 
 @dataclass(frozen=True)
 class LayerParts:
     """One layer. ``mlp`` is the shared expert of a MoE layer or all of a dense one: a module with gate_proj,
     up_proj and down_proj; ``shared_router`` ``[1, H]`` weighs it, where there is one. ``router`` is None in a dense
-    layer, ``sinks`` ``[heads]`` where there are none."""
+    layer, ``sinks`` ``[heads]`` where there are none. Where keys and values are compressed, the projections are those
+    that ``quant.kernels.attention`` names."""
 
     shape: AttentionShape
     q_proj: Any
@@ -36,6 +40,7 @@ class LayerParts:
     router: Router | None
     shared_router: Tensor | None = None
     sinks: Tensor | None = None
+    q_down: Any = None
 
 
 def all_layer_parts(model: Any, shape: ModelShape) -> list[LayerParts]:
@@ -55,11 +60,12 @@ def layer_parts(layer: Any, config: Any, *, is_moe: bool, selection: Selection |
     attention, block = layer.self_attn, layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp
     q_norm, k_norm = head_norms(attention)
     sinks, gate = getattr(attention, "sinks", None), getattr(block, "shared_expert_gate", None)
+    q_down = getattr(attention, "q_a_proj", None)
     return LayerParts(
         attention_shape(layer, config),
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
+        attention.q_proj if q_down is None else attention.q_b_proj,
+        getattr(attention, "k_proj", None) or attention.kv_a_proj_with_mqa,
+        getattr(attention, "v_proj", None) or attention.kv_b_proj,
         attention.o_proj,
         None if q_norm is None else q_norm.weight.data,
         None if k_norm is None else k_norm.weight.data,
@@ -70,6 +76,7 @@ def layer_parts(layer: Any, config: Any, *, is_moe: bool, selection: Selection |
         router_of(block, selection) if is_moe else None,
         None if gate is None else gate.weight.data,
         None if sinks is None else sinks.data,
+        q_down,
     )
 
 
@@ -83,7 +90,7 @@ def head_norms(attention: Any) -> tuple[Any, Any]:
     """The norms of queries and keys; None where there are none."""
     found = [
         next((norm for name in names if (norm := getattr(attention, name, None)) is not None), None)
-        for names in (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm"))
+        for names in (_Q_NORMS, _K_NORMS)
     ]
     return found[0], found[1]
 
@@ -91,7 +98,20 @@ def head_norms(attention: Any) -> tuple[Any, Any]:
 def attention_shape(layer: Any, config: Any) -> AttentionShape:
     """What the attention of ``layer`` computes."""
     stock = layer.self_attn
-    q_norm, _ = head_norms(stock)
+    q_norm, k_norm = head_norms(stock)
+    if hasattr(stock, "kv_lora_rank"):
+        return AttentionShape(
+            heads=stock.num_heads,
+            kv_heads=1,
+            head_dim=(stock.kv_lora_rank + stock.qk_rope_head_dim) // 2,
+            rope="interleaved" if getattr(config, "rope_interleave", True) else "halves",
+            eps=norm_eps(layer.input_layernorm),
+            qk_eps=norm_eps(k_norm),
+            scaling=stock.scaling,
+            latent=stock.kv_lora_rank,
+            nope=stock.qk_nope_head_dim,
+            value_dim=stock.v_head_dim,
+        )
     common: dict[str, Any] = {
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,

@@ -225,6 +225,8 @@ class PagedLayer(CachedLayer):
         return self.table[tokens // KV_PAGE_TOKENS].long().to(device), (tokens % KV_PAGE_TOKENS).to(device)
 
     def _write(self, key_states: Tensor, value_states: Tensor, start: int) -> None:
+        if self.pool.shape.latent:
+            key_states, value_states = torch.cat((key_states, value_states), -1).chunk(2, -1)
         page, row = self._places(start, start + key_states.shape[2])
         pages, stored = self.pool.pages, list[Tensor]()
         for states, scales in ((key_states, pages.key_scale), (value_states, pages.value_scale)):
@@ -247,7 +249,9 @@ class PagedLayer(CachedLayer):
             return values.transpose(0, 1)[None]
 
         keys, values = pages.read(page, row)
-        return states(keys, pages.key_scale), states(values, pages.value_scale)
+        found = states(keys, pages.key_scale), states(values, pages.value_scale)
+        latent = self.pool.shape.latent
+        return torch.cat(found, -1).tensor_split([latent], -1) if latent else found  # type: ignore[return-value]
 
 
 class PagedCache(SequenceCache):

@@ -37,6 +37,11 @@ class GeneralShape(ModelShape):
         for linear in found.linears:
             narrow = min(linear.out_features, linear.in_features)
             widths[linear.role] = max(widths.get(linear.role, 0), narrow)
+        kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+        head_dim, latent = int(getattr(text, "head_dim", None) or max(1, text.hidden_size // heads)), 0
+        kept = {(cache.heads, cache.width, cache.value_width) for cache in found.step.caches}
+        if kind in CPU_LAYERS and len(kept) == 1 and (only := kept.pop())[1] != only[2]:
+            kv_heads, head_dim, latent = only[0], (only[1] + only[2]) // 2, only[1]
         return cls(
             family=Family(kind, (kind,), "", "", ""),
             model_type=kind,
@@ -44,8 +49,9 @@ class GeneralShape(ModelShape):
             num_layers=int(text.num_hidden_layers),
             vocab_size=int(text.vocab_size),
             num_heads=heads,
-            num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-            head_dim=int(getattr(text, "head_dim", None) or max(1, text.hidden_size // heads)),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            latent=latent,
             moe_layers=tuple(found.experts),
             num_experts=count,
             top_k=max(choices, default=0),
@@ -72,7 +78,9 @@ class GeneralShape(ModelShape):
     @property
     def keeps_pages(self) -> bool:
         caches = self.structure.step.caches
-        alike = {(cache.heads, cache.width, cache.state) for cache in caches} == {(self.num_kv_heads, self.head_dim, 0)}
+        one = (self.num_kv_heads, 2 * self.head_dim, 0)
+        alike = {(cache.heads, cache.width + cache.value_width, cache.state) for cache in caches} == {one}
+        alike &= bool(self.latent) or all(cache.width == cache.value_width for cache in caches)
         # Pages of tokens that a window has left are kept, which transformers' cache of the family does without.
         return alike and (self.layers_on_cpu or not any(cache.window for cache in caches))
 

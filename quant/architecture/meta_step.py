@@ -20,13 +20,15 @@ _TOKENS = 3
 @dataclass(frozen=True)
 class LayerCache:
     """What one layer keeps: ``per_token`` values of each token, of the last ``window`` only (0: of all), and
-    ``state`` values however long the text is. ``heads`` of ``width`` where that is keys and as many values, else 0."""
+    ``state`` values however long the text is. ``heads`` of ``width`` where that is keys and values, else 0, and of
+    ``value_width``: they differ where keys and values are compressed."""
 
     per_token: int
     window: int
     state: int
     heads: int = 0
     width: int = 0
+    value_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,10 @@ def _layer_cache(layer: Any) -> LayerCache:
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     tokens = 0 if keys is None else sum(t.numel() for t in (keys, values) if t is not None)
     indexer = getattr(layer, "indexer_keys", None)
-    heads = width = 0
+    heads = width = value_width = 0
     plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and indexer is None
-    if plain and keys is not None and values is not None and keys.shape == values.shape:
-        _, heads, _, width = keys.shape
+    if plain and keys is not None and values is not None and keys.shape[:3] == values.shape[:3]:
+        (_, heads, _, width), value_width = keys.shape, values.shape[3]
     tokens += 0 if indexer is None else indexer.numel()
     states = 0
     for name in ("conv_states", "recurrent_states"):
@@ -111,4 +113,4 @@ def _layer_cache(layer: Any) -> LayerCache:
         for tensor in held.values() if isinstance(held, dict) else held or ():
             states += 0 if tensor is None else tensor.numel()
     window = int(getattr(layer, "sliding_window", 0) or 0)
-    return LayerCache(tokens // (_TOKENS + 1), window, states, heads, width)
+    return LayerCache(tokens // (_TOKENS + 1), window, states, heads, width, value_width)

@@ -32,6 +32,7 @@ _BLOCK = 64  # keys, in pages in blocks
 _BYTE_ISAS = ("avx512bf16", "avx512")  # whose int8 dot products read pages in blocks where they lie
 _VECTORS = ("norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias", "sinks")
 MAX_HEAD_DIM = 256
+_MAX_COMPRESSED = 640  # channels of a latent and of what RoPE rotates beside it
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,11 @@ class AttentionShape:
     the weightless one per head after it (Llama 4), both with ``qk_eps``. ``temperature_floor`` and
     ``temperature_scale`` scale q on NoPE layers by log1p(floor((position + 1) / floor)) · scale + 1; floor 0 turns
     that off. ``chunk`` and ``window`` limit what a token sees to its own chunk or the last ``window`` tokens; 0 is no
-    limit.
-    ``scaling`` 0 is 1/√d.
+    limit. ``scaling`` 0 is 1/√d.
+
+    With ``latent`` keys and values are compressed (MLA): of a token so many channels are kept and after them what RoPE
+    rotates, for all heads together, one half as its keys, one as its values, ``head_dim`` each. A head's query has
+    ``nope`` channels that RoPE leaves alone, then those that it rotates; its value has ``value_dim``.
     """
 
     heads: int
@@ -60,13 +64,26 @@ class AttentionShape:
     temperature_scale: float = 0.0
     chunk: int = 0
     window: int = 0
+    latent: int = 0
+    nope: int = 0
+    value_dim: int = 0
 
     def __post_init__(self) -> None:
-        if self.kv_heads < 1 or self.heads % self.kv_heads or not 1 <= self.head_dim <= MAX_HEAD_DIM:
+        most = _MAX_COMPRESSED // 2 if self.latent else MAX_HEAD_DIM
+        if self.kv_heads < 1 or self.heads % self.kv_heads or not 1 <= self.head_dim <= most:
             raise SchemeError(
                 f"{self.heads} heads on {self.kv_heads} KV heads of {self.head_dim}: expected a multiple and "
-                f"a head_dim up to {MAX_HEAD_DIM}"
+                f"a head_dim up to {most}"
             )
+        if self.latent and not (self.kv_heads == 1 and self.rotated > 0 and self.nope > 0 and self.value_dim > 0):
+            raise SchemeError(
+                f"a latent of {self.latent} channels in {self.kv_heads} heads of {self.head_dim}: expected one"
+            )
+
+    @property
+    def rotated(self) -> int:
+        """Of compressed keys the channels that RoPE rotates."""
+        return 2 * self.head_dim - self.latent
 
 
 class CKvPool(ctypes.Structure):
@@ -178,7 +195,22 @@ class CAttention(ctypes.Structure):
         (I64, "chunk window"),
         (CWeight, "q k v o"),
         (Pointer, "q_bias k_bias v_bias o_bias sinks"),
+        (I32, "latent nope value_dim"),
+        (CWeight, "q_down"),
     )
+
+
+def _sizes(shape: AttentionShape, hidden: int, rank: int) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """What the projections q, k, v and o of a block must be ``[N, K]``, and how long its ``_VECTORS``."""
+    if shape.latent:
+        query, kept = shape.heads * (shape.nope + shape.rotated), shape.latent + shape.rotated
+        expanded, value = shape.heads * (shape.nope + shape.value_dim), shape.heads * shape.value_dim
+        projections = ((query, rank or hidden), (kept, hidden), (expanded, shape.latent), (hidden, value))
+        return projections, (hidden, rank, shape.latent, rank or query, kept, 0, hidden, shape.heads)
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = {"none": (0, 0), "full_width": (query, key)}.get(shape.qk_norm, (shape.head_dim, shape.head_dim))
+    projections = ((query, hidden), (key, hidden), (key, hidden), (hidden, query))
+    return projections, (hidden, *norms, query, key, key, hidden, shape.heads)
 
 
 class Attention:
@@ -187,6 +219,10 @@ class Attention:
     With ``norm`` (RMSNorm weight ``[H]``) it computes x + attention(norm(x)), else attention(x). ``q_norm``
     and ``k_norm`` are ``[d]`` (per head) or full width; ``biases`` f32 of q, k, v and o, each optional. ``sinks``
     ``[h]`` are scores that take part in each head's softmax and have no value (gpt-oss).
+
+    Compressed, k_proj makes a token's latent and rotated channels, v_proj ``[h · (nope + value_dim), latent]`` expands
+    the latent, and q_proj takes what ``q_down`` ``[rank, H]`` makes of the input, if there is one: then q's bias is
+    its. q_norm ``[rank]`` and k_norm ``[latent]`` are of these.
     """
 
     def __init__(
@@ -201,33 +237,25 @@ class Attention:
         k_norm: Tensor | None = None,
         biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None),
         sinks: Tensor | None = None,
+        q_down: Weight | None = None,
     ) -> None:
-        self.shape, self.weights = shape, (q_proj, k_proj, v_proj, o_proj)
-        self.hidden = q_proj.in_features
-        q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.shape, self.weights, self._down = shape, (q_proj, k_proj, v_proj, o_proj), q_down
+        self.hidden = k_proj.in_features
+        rank = 0 if q_down is None else q_down.out_features
         found = tuple((w.out_features, w.in_features) for w in self.weights)
-        expected = ((q_width, self.hidden), (kv_width, self.hidden), (kv_width, self.hidden), (self.hidden, q_width))
-        if found != expected:
+        expected, wanted = _sizes(shape, self.hidden, rank)
+        if found != expected or (q_down is not None and q_down.in_features != self.hidden):
             raise SchemeError(f"projections are {found}: expected {expected}")
-        norms = {"none": (0, 0), "full_width": (q_width, kv_width)}
-        wanted = (
-            self.hidden,
-            *norms.get(shape.qk_norm, (shape.head_dim, shape.head_dim)),
-            q_width,
-            kv_width,
-            kv_width,
-            self.hidden,
-            shape.heads,
-        )
         vectors = [None if v is None else v.float().contiguous() for v in (norm, q_norm, k_norm, *biases, sinks)]
         if any(v is not None and v.numel() != size for v, size in zip(vectors, wanted, strict=True)):
             raise SchemeError(f"norms, biases or sinks do not fit: expected sizes {wanted}")
-        if shape.qk_norm != "none" and (vectors[1] is None or vectors[2] is None):
+        if (shape.qk_norm != "none" or q_down is not None) and (vectors[1] is None or vectors[2] is None):
             raise SchemeError("a q and k norm without weights: expected q_norm and k_norm")
         self._vectors = dict(zip(_VECTORS, vectors, strict=True))  # kept alive for the native block
         switches = asdict(shape) | {"rope": ROPES[shape.rope], "qk_norm": QK_NORMS[shape.qk_norm]}
         switches["scaling"] = shape.scaling or shape.head_dim**-0.5
         weights = {name: weight.native for name, weight in zip("qkvo", self.weights, strict=True)}
+        weights |= {} if q_down is None else {"q_down": q_down.native}
         self.native = CAttention(**switches, **weights, **addresses(**self._vectors))
 
     def run(
@@ -257,8 +285,9 @@ class Attention:
                 raise SchemeError(f"RoPE of {tokens} tokens needs cosine and sine [{tokens}, r/2]")
             cosine, sine = cosine.float().contiguous(), sine.float().contiguous()
             rotary = 2 * cosine.shape[1]
-            if rotary > self.shape.head_dim:
-                raise SchemeError(f"RoPE rotates {rotary} of {self.shape.head_dim} channels")
+            most = self.shape.rotated if self.shape.latent else self.shape.head_dim
+            if rotary > most:
+                raise SchemeError(f"RoPE rotates {rotary} of {most} channels")
         self.native.rope_dim = rotary
         angles = (cosine, sine) if rotary else (None, None)
         table = self.check_pages(pages, table, position, tokens)

@@ -96,6 +96,8 @@ CPU_LAYERS: tuple[str, ...] = (
     "ernie4_5_moe",
     "minimax_m2",
     "hunyuan_v1_moe",
+    "deepseek_v2",
+    "deepseek_v3",
     "llama",
     "qwen3",
     "mistral",

@@ -34,8 +34,10 @@ class ModelShape:
     ``moe_layers`` are the layers that route; ``dense_intermediate`` is the width of the others' MLP (0 if
     there are none) and ``shared_intermediate`` that of the shared expert (0 if there is none).
     ``chunked_layers`` attend within chunks of ``attention_chunk_size`` tokens only, which bounds their KV
-    cache. ``vision_weights`` counts the vision tower's and projector's parameters (0 for text-only). ``grows_to`` is
-    how long a context may be that nobody asked for; 0: as ``context()`` says, for transformers computes attention.
+    cache. Where attention compresses keys and values (MLA), ``latent`` channels of a token are what all heads' are made
+    of, and ``head_dim`` is half of all that is kept of it. ``vision_weights`` counts the vision tower's and projector's
+    parameters (0 for text-only). ``grows_to`` is how long a context may be that nobody asked for; 0: as ``context()``
+    says, for transformers computes attention.
     """
 
     family: Family
@@ -62,6 +64,7 @@ class ModelShape:
     attention_bias: bool = False
     grows_to: int = 0
     vision_tower: VisionConfig | None = None
+    latent: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":

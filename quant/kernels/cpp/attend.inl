@@ -89,12 +89,15 @@ static void weigh_row(const AttendTask& a, int r, int64_t first, int count, floa
   }
   const float shrink = a.top[r] == -__builtin_inff() ? 0.0f : exponential(splat(a.top[r] - top))[0];
   if (shrink != 1.0f)
-    for (int64_t d = 0; d < a.head_dim; ++d) a.out[r * a.head_dim + d] *= shrink;
+    for (int64_t d = 0; d < a.value_width; ++d) a.out[r * a.value_width + d] *= shrink;
   a.total[r] = a.total[r] * shrink + sum(total);
   a.top[r] = top;
 }
 
+static void attend_compressed(const AttendTask& a);
+
 static void attend(const AttendTask& a) {
+  if (a.compressed()) return attend_compressed(a);
   alignas(64) float scores[kAttendRows][kKeyBlock];
   alignas(64) float panel[256][kPanelRows];
   alignas(64) float values[kKeyBlock][256];

@@ -128,6 +128,7 @@ static void weigh_pairs(const AttendTask& a, int r, int64_t first, int count, fl
 #include "attend_few.inl"
 
 static void attend_pairs(const AttendTask& a) {
+  if (a.compressed()) return attend_compressed(a);
   const int64_t width = a.head_dim;
   if (a.exact || a.pool->storage != kCacheBf16 || width % (2 * kLanes)) return attend_plain_or_bytes(a);
   alignas(64) float scores[kAttendRows][kKeyBlock];

@@ -242,6 +242,7 @@ static void attend_bytes(const AttendTask& a) {
 }
 
 static void attend_plain_or_bytes(const AttendTask& a) {
+  if (a.compressed()) return attend_compressed(a);
   const bool blocks = a.pool->storage == kCacheInt8Blocks && a.head_dim % kSpan == 0;
   if (a.exact || (a.pool->storage != kCacheInt8 && !blocks)) attend(a);
   else attend_bytes(a);

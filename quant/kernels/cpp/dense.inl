@@ -162,3 +162,23 @@ static void dense(const Weight& w, int64_t row0, int64_t row1, const float* x, i
   for (int64_t row = row0; row < row1; row += kPanelRows)
     dense_panel(w, row, int(row1 - row < kPanelRows ? row1 - row : kPanelRows), x, ldx, tokens, y, ldy);
 }
+
+// y[t][i] = sum over rows r of x[t][r] w[row0 + r][i].
+static void dense_turned(const Weight& w, int64_t row0, int64_t row1, const float* x, int64_t ldx, int tokens, float* y,
+                         int64_t ldy) {
+  constexpr int64_t kRows = 128, kSpan = 64;  // 32 divides both every group size and a span
+  static_assert(kSpan % kPanelRows == 0);
+  alignas(64) float values[kRows][kSpan];
+  __builtin_memset(values, 0, sizeof values);
+  for (int64_t column = 0; column < w.k; column += kSpan) {
+    const int64_t columns = w.k - column < kSpan ? w.k - column : kSpan;
+    for (int64_t row = row0; row < row1; row += kRows) {
+      const int64_t rows = row1 - row < kRows ? row1 - row : kRows;
+      for (int64_t r = 0; r < rows; ++r) widen_row(w, row + r, column, columns, values[r]);
+      for (int64_t i = 0; i < columns; i += kPanelRows) {
+        const int here = int(columns - i < kPanelRows ? columns - i : kPanelRows);
+        dense_tiles(values[0] + i, kSpan, x + row - row0, ldx, rows, row == row0, here, tokens, y + column + i, ldy);
+      }
+    }
+  }
+}

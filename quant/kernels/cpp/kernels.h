@@ -103,13 +103,17 @@ constexpr int kAttendRows = 96;  // query rows of one task: enough to make trans
 struct AttendTask {
   const KvPool* pool;
   const int32_t* pages;  // the table of this layer and sequence
-  const float* q;        // [rows, head_dim], scaled
+  const float* q;        // [rows, key_width], scaled
   const int64_t *from, *to;
-  int64_t kv_heads, kv_head, head_dim, first, last;
+  int64_t kv_heads, kv_head, head_dim;
+  int64_t key_width, value_width;  // head_dim both; or, compressed, twice that, and what of a key is its value, too
+  int64_t first, last;
   int64_t ahead;  // keys up to here are in pages and will be wanted soon
   int rows;
   bool exact;  // f32 throughout; else what is not cached in f32 may be multiplied in bf16
-  float *out, *top, *total;  // [rows, head_dim], [rows], [rows]
+  float *out, *top, *total;  // [rows, value_width], [rows], [rows]
+
+  bool compressed() const { return key_width != head_dim; }
 };
 
 constexpr int64_t kGroupRun = 64;  // groups that a kernel may look at together
@@ -134,6 +138,9 @@ struct Kernels {
   // The same product with f32 activations, for every kind: exact up to f32 rounding.
   void (*dense)(const Weight&, int64_t row0, int64_t row1, const float* x, int64_t ldx, int tokens, float* y,
                 int64_t ldy);
+  // y[t][i] = sum over rows r of x[t][r] w[row0 + r][i]: the weight the other way round.
+  void (*dense_turned)(const Weight&, int64_t row0, int64_t row1, const float* x, int64_t ldx, int tokens, float* y,
+                       int64_t ldy);
   void (*silu_multiply)(float* gate, const float* up, int64_t count, float scale);
   void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* y);
   void (*add_scaled)(float* y, const float* x, int64_t count, float factor);

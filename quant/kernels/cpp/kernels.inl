@@ -8,9 +8,11 @@
 #include "dense.inl"
 #include "floats.inl"
 #include "attend.inl"
+#include "attend_compressed.inl"
 #include "peak.inl"
 
 static constexpr Kernels table(const char* name, void (*its_attend)(const AttendTask&)) {
   return Kernels{name, kLanes, kPanelRows, quantize_rows, quantize_columns, round_with_feedback,
-                 quantize_activations, gemv, gemm, dense, silu_multiply, rms_norm, add_scaled, its_attend, checksum, dot_products};
+                 quantize_activations, gemv, gemm, dense, dense_turned, silu_multiply, rms_norm,
+                 add_scaled, its_attend, checksum, dot_products};
 }

@@ -94,7 +94,7 @@ class Rows {
   // False: return to the caller.
   bool begin(const Layer& layer) {
     const MoeBlock& moe = *layer.moe;
-    const int64_t hidden = layer.attention->q.k, rows = run_.rows;
+    const int64_t hidden = layer.attention->o.n, rows = run_.rows;
     attended_.resize(size_t(rows * hidden));
     std::vector<KvSegment> segments(run_.segments, run_.segments + run_.segment_count);
     for (KvSegment& segment : segments) segment.pages += run_.layer * run_.blocks;
@@ -130,7 +130,7 @@ class Rows {
     const MoeBlock& moe = *layer.moe;
     if (run_.shared_pending) {
       run_.shared_pending = 0;
-      attended_.assign(run_.x, run_.x + run_.rows * layer.attention->q.k);
+      attended_.assign(run_.x, run_.x + run_.rows * layer.attention->o.n);
       compute_shared(moe, attended_.data(), run_.rows, layer.routing, run_.x, run_.exact != 0);
       if (pause(layer)) return false;
     }

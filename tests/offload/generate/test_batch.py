@@ -28,7 +28,7 @@ STEPS = int(os.environ.get("COLDSTREAM_STEPS", "60"))
 SPLITS: dict[str, dict[str, Any]] = {"in ram": {"ram_slots": 64}, "on disk": {"ram_slots": 5, "fills": False}}
 CONTEXT = 384
 # Without a table: one of each kind of attention and of routing.
-SCHEDULED = ("gpt_oss", "glm4_moe", "minimax_m2", "llama", "mistral")
+SCHEDULED = ("gpt_oss", "glm4_moe", "deepseek_v3", "llama", "mistral")
 # A base and what may follow it, so that prompts begin alike.
 BASES = [list(range(5, 25)), [9, 8, 7, 6], [*range(40, 90), *range(30, 110)]]
 

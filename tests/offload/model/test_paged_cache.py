@@ -43,6 +43,21 @@ def test_keys_and_values_are_those_of_a_cache_in_one_piece(steps: list[int], sto
     assert pool.counts.free == pool.counts.count
 
 
+@pytest.mark.parametrize(("storage", "most"), [("plain", 0.0), ("int8", 0.03)])
+def test_a_latent_and_what_is_rotated_beside_it_share_pages(storage: Storage, most: float) -> None:
+    """As transformers' modules give and take them, where those compute attention."""
+    shape = replace(SHAPE, num_kv_heads=1, head_dim=72, latent=128, chunked_layers=(), attention_chunk_size=0)
+    pool = PagePool(shape, 400, storage, torch.device("cpu"), torch.float32)
+    cache, generator = pool.sequence(), torch.Generator().manual_seed(1)
+    latents, rotated = (torch.randn(1, 1, 300, width, generator=generator) for width in (128, 16))
+    for first, last in ((0, 200), (200, 201), (201, 300)):
+        found = cache.update(latents[:, :, first:last], rotated[:, :, first:last], 1)
+        for one, whole in zip(found, (latents, rotated), strict=True):
+            assert one.shape == whole[:, :, :last].shape
+            assert (one - whole[:, :, :last]).abs().max() <= most
+    assert pool.token_nbytes == (144 * 4 if storage == "plain" else 144 + 8)
+
+
 def test_only_pages_that_tokens_have_reached_are_taken_and_a_chunk_that_is_over_is_given_back() -> None:
     pool = pool_of()
     cache = pool.sequence()

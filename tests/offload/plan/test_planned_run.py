@@ -43,7 +43,7 @@ def test_what_was_asked_wins_over_the_recipe_and_the_recipe_over_defaults() -> N
 def test_a_recipes_cache_is_left_aside_where_a_familys_own_attention_keeps_it_and_an_asked_one_is_refused(
     tmp_path: Path,
 ) -> None:
-    config = {"model_type": "deepseek_v3", **COMMON, **FAMILIES["deepseek_v3"]}
+    config = {"model_type": "qwen3_next", **COMMON, **FAMILIES["qwen3_next"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     here = machine()
     run = planned_run(str(tmp_path), RunOptions(ram=4 * GIB), recipe="fast", machine=here)

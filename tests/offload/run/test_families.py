@@ -116,7 +116,7 @@ def test_experts_on_disk_give_the_same_text(family: str, made: Callable[[str], M
         assert sum(record.misses for record in records) > 0
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe"])
+@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe", "deepseek_v2"])
 def test_keys_and_values_in_int8_cost_their_rounding_and_no_more(family: str, made: Callable[[str], Made]) -> None:
     one = made(family)
     with sessions.session(one.path, RunOptions(context=400, kv="int8"), ram_slots=64) as session:

@@ -388,6 +388,51 @@ void run_attention(Heap& heap, Random& random, int32_t storage, int64_t head_dim
   for (int64_t i = 0; i < (tokens + 2) * hidden; ++i) require(std::isfinite(out[i]), "a finite attention output", i);
 }
 
+void run_compressed_attention(Heap& heap, Random& random, int32_t storage, int64_t tokens) {
+  const int64_t heads = 5, hidden = 96, latent = 96, rotated = 24, nope = 20, value = 12, half = (latent + rotated) / 2;
+  const int64_t rank = random.below(2) ? 64 : 0, blocks = (tokens + 1 + kPageTokens - 1) / kPageTokens;
+  AttentionBlock block{};
+  block.norm = normals(heap, random, hidden);
+  block.eps = block.qk_eps = 1e-5f;
+  block.heads = int32_t(heads);
+  block.kv_heads = 1;
+  block.head_dim = int32_t(half);
+  block.rope = int32_t(1 + random.below(2));
+  block.rope_dim = int32_t(rotated);
+  block.scaling = 0.1f;
+  block.latent = int32_t(latent);
+  block.nope = int32_t(nope);
+  block.value_dim = int32_t(value);
+  if (rank) {
+    block.q_down = random_weight(heap, random, kInt4, 32, rank, hidden);
+    block.q_norm = normals(heap, random, rank);
+  }
+  block.k_norm = normals(heap, random, latent);
+  block.q = random_weight(heap, random, kInt8, 32, heads * (nope + rotated), rank ? rank : hidden);
+  block.k = random_weight(heap, random, kInt4, 32, latent + rotated, hidden);
+  block.v = random_weight(heap, random, random.below(2) ? kInt8 : kBf16, 32, heads * (nope + value), latent);
+  block.o = random_weight(heap, random, kF32, 0, hidden, heads * value);
+  const int64_t rows = blocks * kPageTokens;
+  const int64_t bytes = rows * half * (storage == kCacheF32 ? 4 : storage == kCacheBf16 ? 2 : 1);
+  KvPool pool{heap.take<uint8_t>(bytes), heap.take<uint8_t>(bytes), nullptr, nullptr, storage};
+  if (storage == kCacheInt8) {
+    pool.key_scale = heap.take<float>(rows);
+    pool.value_scale = heap.take<float>(rows);
+  }
+  int32_t* pages = heap.take<int32_t>(blocks);
+  for (int64_t i = 0; i < blocks; ++i) pages[i] = int32_t(blocks - 1 - i);
+  const float* x = normals(heap, random, (tokens + 1) * hidden);
+  const float* angles = normals(heap, random, (tokens + 1) * rotated / 2);
+  float* out = heap.take<float>((tokens + 1) * hidden);
+  auto step = [&](int64_t start, int64_t count) {
+    const int64_t angle = start * rotated / 2;
+    return cs_attention(&block, x + start * hidden, hidden, count, start, angles + angle, angles + angle, &pool, pages,
+                        out + start * hidden, hidden, 0);
+  };
+  require(step(0, tokens) == kOk && step(tokens, 1) == kOk, "compressed attention", tokens);
+  for (int64_t i = 0; i < (tokens + 1) * hidden; ++i) require(std::isfinite(out[i]), "a finite output", i);
+}
+
 void run_all(unsigned seed, bool thorough) {
   Random random(seed);
   for (int32_t kind : {kInt2, kInt3, kInt4, kInt8, kBf16, kF32})
@@ -413,6 +458,7 @@ void run_all(unsigned seed, bool thorough) {
       Heap heap;
       run_attention(heap, random, storage, head_dim, 1);
       run_attention(heap, random, storage, head_dim, thorough ? 150 : 40);
+      if (head_dim == 40) run_compressed_attention(heap, random, storage, thorough ? 140 : 20);
     }
 }
 
