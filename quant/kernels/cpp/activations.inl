@@ -5,14 +5,16 @@
 
 constexpr float kNothing = 1e-30f;  // an absmax below this is zero: its scale would lose its bits
 
-static void quantize_activations(const float* x, int64_t k, int32_t kind, int32_t group, int8_t* q, float* scale,
-                                 int32_t* total) {
+static void quantize_activations(const float* x, int64_t k, int32_t kind, int32_t group, bool alone, int8_t* q,
+                                 float* scale, int32_t* total) {
+  const bool planes = kPlanes && alone && kind == kInt2;
   const int64_t groups = k / group, padded = round_up(k, 128);
   alignas(64) uint8_t bytes[256];
   const int64_t rest = round_up(groups, kGroupRun) - groups;
   __builtin_memset(scale + groups, 0, size_t(rest) * 4);
   __builtin_memset(total + groups, 0, size_t(rest) * 4);
   if (padded != k) __builtin_memset(q + padded - 128, 0, 128);
+  if (planes && k % 256) __builtin_memset(q + k / 256 * 256, 0, 256);
   for (int64_t g = 0; g < groups; ++g) {
     const float* from = x + g * group;
     vi top{};
@@ -28,7 +30,13 @@ static void quantize_activations(const float* x, int64_t k, int32_t kind, int32_
       sums += value;
       store(natural + i, __builtin_convertvector(value, vquarter));
     }
-    if (kind != kInt8) {
+    if (planes) {
+      for (int i = 0; i < group; i += 4) {
+        const int64_t first = g * group + i;
+        int8_t* to = q + first / 256 * 256 + first % 256 / 4;
+        for (int plane = 0; plane < 4; ++plane) to[64 * plane] = int8_t(bytes[i + plane]);
+      }
+    } else if (kind != kInt8) {
       for (int start = 0; start < group; start += 128) {
         const int64_t first = g * group + start;
         const int count = (group - start < 128 ? group - start : 128) / 2;

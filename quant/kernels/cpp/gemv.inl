@@ -151,6 +151,20 @@ static void last_steps(const uint8_t* from, const Activations& a, int64_t byte, 
     four[t] = add_pairs<false>(add_pairs<false>(dots[0][t], dots[1][t]), add_pairs<false>(dots[2][t], dots[3][t]));
 }
 
+// Sums of groups, lane by lane in kSpans vectors, times their scales: all of them together.
+template <int kBits, int kSpans>
+INLINE float scaled_sum(const vi (&dots)[kSpans], const vf (&weights)[kSpans], const int32_t* sum, const float* scale) {
+  vf acc{};
+  for (int s = 0; s < kSpans; ++s) {
+    vi sums;
+    vf factors;
+    by_step<kSpans>(sum, s, sums);
+    by_step<kSpans>(scale, s, factors);
+    acc += to_float(dots[s] - Form<kBits, 128>::kOffset * sums) * (weights[s] * factors);
+  }
+  return sum_neighbours(acc);
+}
+
 // A few tokens against rows one after the other, in the order in which they lie, which hardware prefetches best.
 template <int kBits, int kGroup, int kTokens>
 static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activations& a, float* y, int64_t ldy) {
@@ -168,15 +182,9 @@ static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activ
       vf weights[F::kSpans];
       scales_by_step<F::kSpans>(its_scale, weights);
       for (int t = 0; t < kTokens; ++t) {
-        vi dots[F::kSpans], sums;
-        vf factors, acc{};
+        vi dots[F::kSpans];
         join_quads(quads[t], dots);
-        for (int s = 0; s < F::kSpans; ++s) {
-          by_step<F::kSpans>(a.sum + t * a.g_stride + g, s, sums);
-          by_step<F::kSpans>(a.scale + t * a.g_stride + g, s, factors);
-          acc += to_float(dots[s] - F::kOffset * sums) * (weights[s] * factors);
-        }
-        total[t] += sum_neighbours(acc);
+        total[t] += scaled_sum<kBits>(dots, weights, a.sum + t * a.g_stride + g, a.scale + t * a.g_stride + g);
       }
     };
     auto take = [&](int i) __attribute__((always_inline)) {
@@ -308,12 +316,15 @@ static void gemv_down(const RowBlock& block, int bits, const Activations& a, flo
   for (int t = 0; t < kTokens; ++t) store_lanes(block, sums.total[t], y + t * ldy);
 }
 
+#include "gemv_planes.inl"
+
 template <int kBits, int kGroup, int kTokens>
 static void gemv_some(const Weight& w, int64_t row0, int64_t row1, const Activations& a, int tokens, float* y,
                       int64_t ldy) {
   if constexpr (kTokens > 1) {
     if (tokens < kTokens) return gemv_some<kBits, kGroup, kTokens - 1>(w, row0, row1, a, tokens, y, ldy);
   }
+  if constexpr (kTokens == 1 && kBits == 2 && kPlanes) return gemv_planes<kGroup>(w, row0, row1, a, y);
   if constexpr (kTokens <= (kBits < 4 ? kFewAcross : kAcross)) {
     if (kTokens <= across_tokens || kTokens == 1) return gemv_across<kBits, kGroup, kTokens>(w, row0, row1, a, y, ldy);
   }

@@ -46,6 +46,33 @@ INLINE void join_quads(const vi (&quads)[4], vi (&dots)[1]) {
   dots[0] = add_halves(add_halves(quads[0], quads[1]), add_halves(quads[2], quads[3]));
 }
 
+// Sums of planes, a vector of 256 values in four quarters of 64. Of groups of 32 sums[i] has in each quarter two groups of
+// vector 2 i and two of vector 2 i + 1; of larger ones, the quarters of vectors 4 i to 4 i + 3.
+template <int kGroup, int kSums, int kSpans>
+INLINE void join_planes(const vi (&sums)[kSums], vi (&dots)[kSpans]) {
+  const __m512i* of = (const __m512i*)sums;
+  const __m512i even = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
+  const __m512i odd = _mm512_setr_epi32(4, 12, 5, 13, 6, 14, 7, 15, 20, 28, 21, 29, 22, 30, 23, 31);
+  if constexpr (kGroup == 256) {
+    join_quads(sums, dots);
+  } else if constexpr (kGroup == 128) {
+    dots[0] = (vi)_mm512_permutex2var_epi32(of[0], even, of[1]) + (vi)_mm512_permutex2var_epi32(of[0], odd, of[1]);
+  } else if constexpr (kGroup == 64) {
+    dots[0] = (vi)_mm512_permutex2var_epi32(of[0], even, of[1]);
+    dots[1] = (vi)_mm512_permutex2var_epi32(of[0], odd, of[1]);
+  } else {
+    const __m512i low = _mm512_setr_epi32(0, 8, 2, 10, 16, 24, 18, 26, 1, 9, 3, 11, 17, 25, 19, 27);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+    for (int half = 0; half < 2; ++half) {
+      const __m512i where = half ? high : low;
+      const __m512i first = _mm512_permutex2var_epi32(of[0], where, of[1]);
+      const __m512i second = _mm512_permutex2var_epi32(of[2], where, of[3]);
+      dots[2 * half] = (vi)_mm512_shuffle_i64x2(first, second, 0x44);
+      dots[2 * half + 1] = (vi)_mm512_shuffle_i64x2(first, second, 0xee);
+    }
+  }
+}
+
 // quarters[s][i]: quarter s of rows i, i + 4, i + 8 and i + 12.
 INLINE void part_rows(const vi (&rows)[16], vi (&quarters)[4][4]) {
   for (int i = 0; i < 4; ++i) {

@@ -71,9 +71,10 @@ struct FeedbackJob {
 };
 
 // T rows of activations as int8: blocks of 128 along K, for 2 to 4 bits the 64 even elements then the 64 odd
-// ones (the order in which masking and shifting 64 packed bytes yields them), in int8 layout as they come.
+// ones (the order in which masking and shifting 64 packed bytes yields them), in int8 layout as they come. One token for 2
+// bits, where vectors have 64 bytes: blocks of 256, elements 4 i, then 4 i + 1, 4 i + 2 and 4 i + 3.
 struct Activations {
-  const int8_t* q;       // [T, q_stride], zero-padded to a multiple of 128
+  const int8_t* q;       // [T, q_stride], zero-padded to a multiple of 128, or of a block
   const float* scale;    // [T, g_stride], zeros past the last group
   const int32_t* sum;    // [T, g_stride]: sum of q over the group; zeros past the last
   int64_t q_stride, g_stride;
@@ -126,9 +127,9 @@ struct Kernels {
   void (*quantize_columns)(const QuantizeJob&, int64_t column0, int64_t column1, int64_t group0, int64_t group1,
                            QuantizeStats*);
   void (*round_with_feedback)(const FeedbackJob&, int64_t row0, int64_t row1);
-  // x f32 [K] to one row of Activations, for weights of this kind and group.
-  void (*quantize_activations)(const float* x, int64_t k, int32_t kind, int32_t group, int8_t* q, float* scale,
-                               int32_t* sum);
+  // x f32 [K] to one row of Activations, for weights of this kind and group; `alone`: of one row.
+  void (*quantize_activations)(const float* x, int64_t k, int32_t kind, int32_t group, bool alone, int8_t* q,
+                               float* scale, int32_t* sum);
   // y[t, row] for rows of a packed weight: gemv streams each row once for 1 to kGemvTokens tokens; gemm takes any
   // number of tokens and unpacks gemm_rows rows at a time into `panel`. Both give a row of x the same bits, whatever
   // other rows are in the call.

@@ -122,7 +122,7 @@ void quantize_inputs(Product* products, int count, Scratch& scratch) {
       product.quantized = same->quantized;
       continue;
     }
-    const int64_t q_stride = round_up(w.k, 128), g_stride = round_up(w.groups(), kGroupRun);
+    const int64_t q_stride = round_up(w.k, 256), g_stride = round_up(w.groups(), kGroupRun);
     Input input{&product, scratch.take<int8_t>(product.tokens * q_stride),
                 scratch.take<float>(product.tokens * g_stride), scratch.take<int32_t>(product.tokens * g_stride),
                 tasks};
@@ -140,8 +140,8 @@ void quantize_inputs(Product* products, int count, Scratch& scratch) {
     const Product& product = *input.from;
     const Activations& rows = product.quantized;
     table.quantize_activations(product.x + t * product.ldx, product.weight.k, product.weight.kind,
-                               product.weight.group, input.q + t * rows.q_stride, input.scale + t * rows.g_stride,
-                               input.sum + t * rows.g_stride);
+                               product.weight.group, product.tokens == 1, input.q + t * rows.q_stride,
+                               input.scale + t * rows.g_stride, input.sum + t * rows.g_stride);
   };
   if (values < (64 << 10)) {  // a few microseconds of work: waking the others costs more
     for (int64_t task = 0; task < tasks; ++task) one(task, 0);

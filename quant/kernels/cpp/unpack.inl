@@ -13,7 +13,7 @@ INLINE int64_t packed_bytes(int64_t bytes) {
 template <int kBits>
 INLINE void even_and_odd(const uint8_t* from, int64_t count, vb& even, vb& odd) {
   if constexpr (kBits == 4) {
-    const vb packed = count < kBytes ? load_part(from, count) : load<vb>(from);
+    const vb packed = kept(count < kBytes ? load_part(from, count) : load<vb>(from));
     even = low_nibbles(packed), odd = high_nibbles(packed);
   } else {
     const vb spread = spread_pairs<kBits>(from, count < kBytes ? count : kBytes);

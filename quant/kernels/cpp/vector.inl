@@ -2,6 +2,7 @@
 // Included inside a namespace per instruction set, after kBytes is defined.
 
 constexpr int kLanes = kBytes / 4;
+constexpr bool kPlanes = kBytes == 64;  // one token's activations for 2 bits lie in planes: see gemv_planes.inl
 typedef float vf __attribute__((vector_size(kBytes)));
 typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
@@ -21,6 +22,14 @@ INLINE V load(const void* from) {
 template <class V>
 INLINE void store(void* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
+}
+
+// A vector that is wanted more than once: some compilers would load it again each time, and loads are what is scarce.
+INLINE vb kept(vb value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#endif
+  return value;
 }
 
 INLINE vf splat(float value) { return value - vf{}; }  // + would turn -0 into 0, which costs an addition
