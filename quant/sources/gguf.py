@@ -52,10 +52,7 @@ class GgufWeight(SourceWeight):
 
     def _stored(self, start: int, stop: int) -> Tensor:
         data = self.stored_rows(self.parts[0], self.first + start, self.first + stop)
-        octets: Any = data.numpy()
-        with np.errstate(all="ignore"):  # what is no number is found when it is rounded
-            found = dequantize(octets, self.kind)
-        return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
+        return dequantized(data, self.kind)
 
     @property
     def kept(self) -> str:
@@ -68,3 +65,11 @@ class GgufWeight(SourceWeight):
         part = self.parts[0]
         rows = self.weights // self.shape[-1]
         return rows * part.shape[-1]
+
+
+def dequantized(data: Tensor, kind: GGMLQuantizationType) -> Tensor:
+    """Rows of bytes ``[R, row_bytes]`` of type ``kind`` as f32 ``[R, K]``."""
+    octets: Any = data.numpy()
+    with np.errstate(all="ignore"):  # what is no number is found when it is rounded
+        found = dequantize(octets, kind)
+    return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))

@@ -7,16 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from quant.architecture.shape import shape_of
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.file_states import FileStates
 from quant.destination.sidecars import copy_sidecars, tokenizer_files
 from quant.errors import CheckpointError
 from quant.input_file import short
-from quant.model.shape import ModelShape
 from quant.sources.checkpoint import SourceCheckpoint
 from quant.sources.gguf_config import DIRECTORY, gguf_config
 from quant.sources.gguf_file import GgufFile, read_gguf
-from quant.sources.gguf_names import ROPE, gguf_weights, stored_entries
+from quant.sources.gguf_names import ROPE, gguf_weights, of_ignored_layers, stored_entries
 
 
 class GgufCheckpoint(SourceCheckpoint):
@@ -27,9 +27,11 @@ class GgufCheckpoint(SourceCheckpoint):
         config = gguf_config(file, directory)
         entries = stored_entries(file)
         entries.pop(ROPE, None)  # the config says it
-        raw = Checkpoint(file.path, config, entries, states)
+        ignored = of_ignored_layers(file, shape_of(config))
+        kept = {name: entry for name, entry in entries.items() if name not in ignored}
+        raw = Checkpoint(file.path, config, kept, states)
         self.gguf, self.directory = file, directory
-        super().__init__(raw, gguf_weights(raw, file, ModelShape.from_config(config)))
+        super().__init__(raw, gguf_weights(raw, file, raw.shape))
 
     @classmethod
     def open_file(cls, path: Path, directory: Path | None) -> "GgufCheckpoint":

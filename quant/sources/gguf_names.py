@@ -16,6 +16,8 @@ from quant.model.families import PROJECTIONS, Projection
 from quant.model.shape import ModelShape
 from quant.sources.gguf import PLAIN, QUANTIZED, GgufWeight
 from quant.sources.gguf_file import GgufFile, GgufTensor
+from quant.sources.gguf_general import expanded_latents, general_names
+from quant.sources.weight import SourceWeight
 
 _LAYER = re.compile(r"^blk\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _EXPERTS = re.compile(r"^ffn_(?P<name>gate|up|down)_exps\.weight$")
@@ -33,6 +35,13 @@ _NORMS = {
 ROPE = "rope_freqs.weight"
 
 
+def of_ignored_layers(file: GgufFile, shape: ModelShape) -> set[str]:
+    """The tensors of layers that transformers leaves out of the model: those that draft tokens."""
+    found = ((name, _LAYER.match(name)) for name in file.tensors)
+    layers = ((name, int(match["layer"])) for name, match in found if match)
+    return {name for name, at in layers if at >= shape.num_layers and shape.is_ignored(shape.layer_prefix(at))}
+
+
 def stored_entries(file: GgufFile) -> dict[str, TensorEntry]:
     """The tensors as bytes ``[..., row bytes]``, by GGUF's names. Raises CheckpointError for a type that no weight is
     read from."""
@@ -46,8 +55,15 @@ def stored_entries(file: GgufFile) -> dict[str, TensorEntry]:
     return entries
 
 
-def gguf_weights(raw: Checkpoint, file: GgufFile, shape: ModelShape) -> Iterator[GgufWeight]:
-    """Every weight of the model by the name that its family has for it. What has no such name is left out."""
+def gguf_weights(raw: Checkpoint, file: GgufFile, shape: ModelShape) -> Iterator[SourceWeight]:
+    """Every weight of the model by the name that its family has for it. What has no such name is left out. Raises
+    CheckpointError for an architecture that is not the model's, or whose weights are not known to be in their order."""
+    if not shape.is_native:
+        for name, key, expert in general_names(file, shape):
+            if name in file.tensors:
+                yield _weight(raw, file.tensors[name], key, expert, shape.num_experts, 0)
+        yield from expanded_latents(raw, file, shape)
+        return
     for tensor in file.tensors.values():
         for key, expert in _names(tensor.name, shape):
             yield _weight(raw, tensor, key, expert, shape.num_experts, _heads(file.architecture, tensor.name, shape))
@@ -56,9 +72,9 @@ def gguf_weights(raw: Checkpoint, file: GgufFile, shape: ModelShape) -> Iterator
 def _weight(raw: Checkpoint, tensor: GgufTensor, key: str, expert: int | None, experts: int, heads: int) -> GgufWeight:
     dims, first = tensor.shape, 0
     if expert is not None:
-        if len(dims) != 3 or dims[0] != experts:
+        if len(dims) != (2 if key.endswith(".bias") else 3) or dims[0] != experts:
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name} is {list(dims)}: expected {experts} experts")
-        dims, first = dims[1:], expert * dims[1]
+        dims, first = dims[1:], expert * (dims[1] if len(dims) == 3 else 1)
     parts = (raw.entries[tensor.name],)
     if heads and (len(dims) != 2 or dims[0] % (2 * heads)):
         raise CheckpointError(f"{tensor.file}: tensor {tensor.name} is {list(dims)}: expected rows of {heads} heads")
