@@ -16,6 +16,7 @@ from quant.sizes import KV_PAGE_TOKENS
 from tests.family_checkpoints import COMMON, FAMILIES
 
 HEADS, LATENT, ROTATED, NOPE, VALUE, HIDDEN = 4, 128, 16, 32, 32, 128
+REAL = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 96}  # as DeepSeek's
 SHAPE = AttentionShape(
     HEADS, 1, (LATENT + ROTATED) // 2, "interleaved", qk_eps=1e-6, latent=LATENT, nope=NOPE, value_dim=VALUE
 )
@@ -50,8 +51,10 @@ def native(stock: Any, kind: str) -> Attention:
     weights = [kept(one, kind) for one in (query, stock.kv_a_proj_with_mqa, stock.kv_b_proj, stock.o_proj)]
     biases = ((query if down is None else down).bias, stock.kv_a_proj_with_mqa.bias, None, stock.o_proj.bias)
     norm = None if down is None else stock.q_a_layernorm.weight.detach()
+    sizes = {"latent": stock.kv_lora_rank, "nope": stock.qk_nope_head_dim, "value_dim": stock.v_head_dim}
+    half = (stock.kv_lora_rank + stock.qk_rope_head_dim) // 2
     return Attention(
-        AttentionShape(**{**vars(SHAPE), "scaling": stock.scaling}),
+        AttentionShape(**{**vars(SHAPE), "scaling": stock.scaling, "head_dim": half, **sizes}),
         *weights,
         None,
         norm,
@@ -65,7 +68,8 @@ def native(stock: Any, kind: str) -> Attention:
 def angles(rotary: Any, count: int) -> tuple[Tensor, Tensor]:
     found = rotary(torch.zeros(1, 1, 1), torch.arange(count)[None])
     if isinstance(found, tuple):
-        return found[0][0, :, : ROTATED // 2], found[1][0, :, : ROTATED // 2]
+        half = rotary.inv_freq.numel()
+        return found[0][0, :, :half], found[1][0, :, :half]
     return found[0].real, found[0].imag
 
 
@@ -82,7 +86,13 @@ def expected(stock: Any, rotary: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["f32", "int8"])
 @pytest.mark.parametrize(
     ("family", "given"),
-    [("deepseek_v2", {}), ("deepseek_v3", {}), ("deepseek_v3", {"attention_bias": True, "q_lora_rank": 64})],
+    [
+        ("deepseek_v2", {}),
+        ("deepseek_v3", {}),
+        ("deepseek_v3", {"attention_bias": True, "q_lora_rank": 64}),
+        ("deepseek_v2", REAL),
+        ("deepseek_v3", REAL),
+    ],
 )
 def test_a_prompt_and_single_tokens_equal_the_stock_module(
     isa: str, family: str, given: dict[str, Any], kind: str
@@ -92,7 +102,8 @@ def test_a_prompt_and_single_tokens_equal_the_stock_module(
     tokens, first = 300, 280  # across pages
     x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(1))
     cosine, sine = angles(rotary, tokens)
-    pages, table = KvPages.allocate(4, 1, SHAPE.head_dim, torch.float32), torch.tensor([2, 0, 3], dtype=torch.int32)
+    pages = KvPages.allocate(4, 1, attention.shape.head_dim, torch.float32)
+    table = torch.tensor([2, 0, 3], dtype=torch.int32)
     parts = [attention.run(x[:first], 0, pages, table, cosine[:first], sine[:first], exact=True)]
     for i in range(first, tokens):
         span = slice(i, i + 1)
