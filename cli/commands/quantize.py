@@ -105,7 +105,7 @@ def quantize(
         raise UsageError(_REPACK)
     # What is here is looked at before the schemes; what is to be downloaded, after them.
     path = Path(source) if is_gguf(source) else None if is_hub_id(source) else resolve_model(source)
-    schemes: Mapping[Role, Scheme] = {} if goal is not None or repack else stored.schemes()
+    schemes: Mapping[Role, Scheme] = {} if goal is not None or repack else stored.schemes()  # refused before a download
     path = path or resolve_model(source)
     checkpoint = open_source(path, tokenizer)
     if isinstance(checkpoint, SourceCheckpoint):
@@ -114,6 +114,8 @@ def quantize(
             raise UsageError(_NO_TEXT)
     if repack:
         schemes = own_schemes(checkpoint)
+    elif goal is None:
+        schemes = stored.schemes_of(checkpoint.shape)
     roles: list[Role] = []
     fixed: Mapping[Role, Scheme] = {}
     if goal is None:
@@ -149,8 +151,7 @@ def quantize(
             console.notes(check_schemes(checkpoint.shape, schemes))
             _check_engine(checkpoint, schemes, engine)
         named = schemes_line(schemes, checkpoint.shape)
-        mostly = "mostly " if goal is not None else ""
-        console.step(f"quantizing {path} to {destination}: {mostly}{named}")
+        console.step(f"quantizing {path} to {destination}: {named}")
         rounder = plain
         if asked.calibrate is not None:
             rounder = values.calibrated(schemes, plain, staging.work, resume, console)

@@ -96,16 +96,17 @@ def synth(
             stored = replace(stored, recipe=name)
         else:
             stored = replace(stored, roles={role: "int8" if role == "lm_head" else "int4" for role in QUANTIZABLE})
-    schemes = stored.schemes()
+    by_role = stored.schemes()
     if name is None:
-        _check({"--hidden": hidden, "--intermediate": intermediate}, schemes)
-        _check({"--heads times --head-dim": heads * head_dim}, schemes)
+        _check({"--hidden": hidden, "--intermediate": intermediate}, by_role)
+        _check({"--heads times --head-dim": heads * head_dim}, by_role)
         if heads % kv_heads or head_dim % 2 or top_k > experts_per_layer:
             raise UsageError(
                 f"--heads {heads}, --kv-heads {kv_heads}, --head-dim {head_dim}, --top-k {top_k}: expected "
                 f"key-value heads that divide the heads, an even size of a head, and at most "
                 f"{experts_per_layer} experts per token"
             )
+    schemes = stored.schemes_of(shape_of(config))
     console.step(f"writing random weights to {folder}: {schemes_line(schemes, shape_of(config))}")
     with progress_bar(console, "writing", "bytes") as show:
         report = synthesize(config, folder, schemes, zipf=zipf, seed=seed, progress=show)

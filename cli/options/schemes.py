@@ -15,6 +15,7 @@ from quant.errors import UsageError
 if TYPE_CHECKING:
     from quant.model.families import Role
     from quant.model.recipe import Recipe as LoadedRecipe
+    from quant.model.shape import ModelShape
     from quant.scheme import Scheme
 
 Experts = Annotated[
@@ -75,8 +76,13 @@ class AskedSchemes:
                 raise UsageError(f"--{role.replace('_', '-')} {text}: {said}") from None
         return schemes
 
+    def schemes_of(self, shape: "ModelShape") -> "Mapping[Role, Scheme]":
+        """Recipe and hand together for a model of ``shape``, whose layers a recipe may tell apart."""
+        recipe = self.load_recipe()
+        return self.by_hand() if recipe is None else recipe.schemes_of(shape, self.by_hand())
+
     def schemes(self) -> "dict[Role, Scheme]":
-        """Recipe and hand together. Raises as these do, and UsageError if nothing is named at all."""
+        """The same by role, of any model. Raises as these do, and UsageError if nothing is named at all."""
         recipe = self.load_recipe()
         schemes = {**(recipe.schemes if recipe else {}), **self.by_hand()}
         if recipe is not None and self.group_size is not None and not self.roles:

@@ -1,11 +1,12 @@
 """How a report's facts are said, the same on the terminal and on the page."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from offload.run.report import RunReport
 from offload.tiers import Tier, role_name
 from quant.model.families import Role
+from quant.model.mixed_precision import MixedPrecision, scheme_of
 from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 from quant.sizes import format_size
@@ -27,9 +28,19 @@ _LIMITS = {
 
 
 def schemes_line(schemes: Mapping[Role, Scheme], shape: ModelShape) -> str:
-    """What each role that the model has is stored as: ``routed experts int4-g128, LM head int8-g128``."""
+    """What each role that the model has is stored as: ``routed experts int3-g128 and int2-g64, LM head int8-g128``."""
     present = {role for role, nbytes in shape.role_nbytes({}).items() if nbytes}
-    return ", ".join(f"{role_name(role)} {scheme}" for role, scheme in schemes.items() if role in present)
+    used: dict[Role, dict[Scheme, None]] = {role: {scheme: None} for role, scheme in schemes.items()}
+    if isinstance(schemes, MixedPrecision):
+        for linear in shape.linears():
+            used.setdefault(linear.role, {})[scheme_of(schemes, linear)] = None
+    return ", ".join(f"{role_name(role)} {_alternatives(used[role])}" for role in schemes if role in present)
+
+
+def _alternatives(schemes: Iterable[Scheme]) -> str:
+    """Up to three schemes of a role, or the one that most of its weights have, which comes first."""
+    first, *others = map(str, schemes)
+    return " and ".join((first, *others)) if len(others) < 3 else f"mostly {first}"
 
 
 def sentence(text: str) -> str:

@@ -94,7 +94,7 @@ def planned_model(
     has_files = next(Path(name).glob("*.safetensors*"), None) is not None  # what is there counts, as in a run
     if schemes or (named is not None and not _runs_quantized(config, shape)):
         origin = f"recipe {named.name}" if named else "by hand"
-        over = {**(named.schemes if named else {}), **(schemes or {})}
+        over = named.schemes_of(shape, schemes) if named else dict(schemes or {})
         check_groups(shape, over)
         if not has_files:
             return PlannedModel(shape, over, origin, named)

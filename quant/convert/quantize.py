@@ -11,7 +11,7 @@ from quant.model.recipe import Recipe, load_recipe
 from quant.progress import Progress, nobody
 from quant.rounding.rounding import Rounder, Rounding
 from quant.scheme import Scheme
-from quant.sources.open import is_gguf
+from quant.sources.open import is_gguf, open_source
 
 GROUP_SIZE = 128
 
@@ -46,17 +46,19 @@ def quantize(
         "lm_head": lm_head,
     }
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    schemes = dict(chosen.schemes) if chosen is not None else {}
-    for role, scheme in named.items():
-        if scheme is not None:
-            schemes[role] = Scheme.parse(scheme, group_size) if isinstance(scheme, str) else scheme
-    if not schemes:
+    by_hand = {
+        role: Scheme.parse(scheme, group_size) if isinstance(scheme, str) else scheme
+        for role, scheme in named.items()
+        if scheme is not None
+    }
+    if not by_hand and (chosen is None or not chosen.schemes):
         raise UsageError("nothing to do: expected a recipe or the scheme of a role, for example experts='int4'")
     how = {"rounding": rounding} if isinstance(rounding, str) else {"rounder": rounding}
+    checkpoint = open_source(Path(source) if is_gguf(source) else resolve_model(source))
     return convert(
-        Path(source) if is_gguf(source) else resolve_model(source),
+        checkpoint,
         destination,
-        schemes,
+        by_hand if chosen is None else chosen.schemes_of(checkpoint.shape, by_hand),
         resume=resume,
         progress=progress,
         **how,

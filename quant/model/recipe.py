@@ -3,7 +3,8 @@
 description = "…"            one line, shown by the commands
 [weights]                    a role that is not named stays bf16
 group_size = 128
-experts = "int4"             or "int4-g32", "int8", "int3", "int2", "nf4", "bf16"
+experts = "int4"             or "int4-g32", "int8", "int3", "int2", "nf4", "bf16"; or a list of such, which the
+                             layers with experts take in turn: ["int3", "int2"] is int2 in every second
 shared_expert = "int4"
 dense_mlp = "int4"
 attention = "bf16"
@@ -27,27 +28,48 @@ from typing import Any, Literal, cast
 from quant.errors import RecipeError, SchemeError, UsageError
 from quant.input_file import read_bytes, short
 from quant.model.families import QUANTIZABLE, Role
+from quant.model.mixed_precision import joined
+from quant.model.shape import ModelShape
 from quant.scheme import Scheme
 from quant.sizes import parse_size
 
 _TOP = ("description", "weights", "run")
 _MOST_BYTES = 2**20
 _MOST = 2**40  # of a count
+_MOST_TURNS = 1024
 RUN_DEFAULTS = ("vram", "ram", "context", "kv", "prompt_chunk")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe. ``vram`` and ``ram`` are bytes; None means that the recipe does not say."""
+    """One recipe. ``vram`` and ``ram`` are bytes; None means that the recipe does not say. ``schemes`` are by role;
+    where ``turns`` are given, layers with experts take those in turn, and ``schemes`` has the commonest."""
 
     name: str
     description: str = ""
     schemes: Mapping[Role, Scheme] = field(default_factory=dict)
+    turns: tuple[Scheme, ...] = ()
     vram: int | None = None
     ram: int | None = None
     context: int | None = None
     kv: Literal["bf16", "int8"] | None = None
     prompt_chunk: int | None = None
+
+    def schemes_of(self, shape: ModelShape, by_hand: Mapping[Role, Scheme] | None = None) -> Mapping[Role, Scheme]:
+        """The schemes of a model of ``shape``, those named ``by_hand`` in place of the recipe's: by role, or as a
+        MixedPrecision where layers take turns."""
+        schemes = {**self.schemes, **(by_hand or {})}
+        if not self.turns or "experts" in (by_hand or {}):
+            return schemes
+        turns = {layer: self.turns[i % len(self.turns)] for i, layer in enumerate(shape.moe_layers)}
+        kept = ((linear, schemes[linear.role]) for linear in shape.dense_linears() if linear.role in schemes)
+        routed = (
+            (linear, turns[layer])
+            for layer in shape.moe_layers
+            for expert in range(shape.num_experts)
+            for linear in shape.expert_linears(layer, expert)
+        )
+        return joined((*kept, *routed))
 
 
 def recipe_names() -> list[str]:
@@ -85,12 +107,15 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
     if type(group_size) is not int or not 1 <= group_size <= _MOST:
         raise RecipeError(f"recipe {name}: weights.group_size is {short(group_size)}: expected a whole number")
     schemes: dict[Role, Scheme] = {}
+    turns: tuple[Scheme, ...] = ()
     for role in QUANTIZABLE:
         if role in weights:
-            try:
-                schemes[role] = Scheme.parse(str(weights[role]), group_size)
-            except SchemeError as error:
-                raise RecipeError(f"recipe {name}: weights.{role}: {error}") from None
+            said = weights[role]
+            if role == "experts" and isinstance(said, list) and 1 <= len(said) <= _MOST_TURNS:
+                turns = tuple(_scheme(name, role, one, group_size) for one in said)
+                schemes[role] = max(turns, key=lambda scheme: (turns.count(scheme), -scheme.bits_per_weight))
+            else:
+                schemes[role] = _scheme(name, role, said, group_size)
     kv = run.get("kv")
     if kv not in (None, "bf16", "int8"):
         raise RecipeError(f"recipe {name}: run.kv is {short(kv)}: expected 'bf16' or 'int8'")
@@ -101,12 +126,20 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
         name=name,
         description=description,
         schemes=schemes,
+        turns=turns,
         vram=_size(name, run, "vram"),
         ram=_size(name, run, "ram"),
         context=_count(name, run, "context"),
         kv=cast(Literal["bf16", "int8"] | None, kv),
         prompt_chunk=_count(name, run, "prompt_chunk"),
     )
+
+
+def _scheme(name: str, role: Role, said: object, group_size: int) -> Scheme:
+    try:
+        return Scheme.parse(str(said), group_size)
+    except SchemeError as error:
+        raise RecipeError(f"recipe {name}: weights.{role}: {error}") from None
 
 
 def _known(name: str, prefix: str, data: Mapping[str, Any], allowed: tuple[str, ...]) -> None:

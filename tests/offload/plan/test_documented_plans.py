@@ -55,6 +55,15 @@ def test_recipes_come_to_the_sizes_and_speeds_that_are_documented(model: str) ->
     assert checked >= 3
 
 
+def test_mavericks_mixture_is_as_fast_as_it_is_said_to_be() -> None:
+    run = planned_run("maverick", RunOptions(), recipe="maverick-rtx4090-mixed", machine="RTX 4090")
+    speed, size = f"{run.plan.predicted_tokens_per_s:.1f}", f"{run.model.file_nbytes / GIB:.0f} GiB"
+    assert float(speed) >= 9
+    planning, quality = ((ROOT / "docs" / name).read_text() for name in ("planning.md", "quality.md"))
+    assert f"{size} on disk. Planned at {speed} tokens/s" in planning
+    assert f"planned at {speed} tokens/s with an RTX 4090" in quality
+
+
 def test_every_line_of_the_readmes_models_is_what_a_plan_says() -> None:
     found = rows("README.md", "| name | weights")
     assert {cells[0].strip("`") for cells in found} | {"behemoth", "mini-scout", "llama-3.3-70b"} == set(shape_names())

@@ -10,9 +10,10 @@ from quant.errors import CheckpointError, RecipeError, UsageError
 from quant.model.families import is_tabled
 from quant.model.hub import resolve_config
 from quant.model.known_shapes import load_shape, shape_names
+from quant.model.mixed_precision import scheme_of
 from quant.model.recipe import load_recipe, parse_recipe, recipe_names
 from quant.model.shape import ModelShape
-from quant.scheme import Scheme
+from quant.scheme import BF16, Scheme
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -33,6 +34,9 @@ def test_a_role_that_is_not_named_stays_bf16_and_one_may_have_its_own_groups() -
         ({"weight": {}}, "unknown key weight"),
         ({"weights": {"expert": "int4"}}, "unknown key weights.expert"),
         ({"weights": {"experts": "int5"}}, None),
+        ({"weights": {"experts": []}}, None),
+        ({"weights": {"experts": ["int4", "int5"]}}, "weights.experts"),
+        ({"weights": {"attention": ["int4", "int8"]}}, "weights.attention"),
         ({"weights": 3}, "expected a table"),
         ({"weights": {"group_size": "128"}}, "expected a whole number"),
         ({"run": {"vram": "24 potatoes"}}, "run.vram: bad size"),
@@ -45,6 +49,22 @@ def test_a_bad_recipe_is_refused_by_key(data: dict[str, object], message: str | 
 
     with pytest.raises(ColdstreamError, match=message):
         parse_recipe("x", data)
+
+
+def test_layers_with_experts_take_a_list_of_schemes_in_turn() -> None:
+    weights = {"experts": ["int3", "int3-g64", "int2"], "dense_mlp": "int4", "attention": "int8"}
+    recipe = parse_recipe("x", {"weights": weights})
+    maverick = ModelShape.from_config(load_shape("maverick"))
+    schemes = recipe.schemes_of(maverick)
+    found = {linear.layer: scheme_of(schemes, linear) for linear in maverick.linears() if linear.role == "experts"}
+    turns = [Scheme("int3", 128), Scheme("int3", 64), Scheme("int2", 128)]
+    assert [found[layer] for layer in maverick.moe_layers] == turns * 8
+    dense = {linear.role: scheme_of(schemes, linear) for linear in maverick.dense_linears()}
+    assert dense["dense_mlp"] == Scheme("int4", 128) and dense["attention"] == Scheme("int8", 128)
+    assert dense["shared_expert"] == dense["lm_head"] == BF16
+    assert recipe.schemes_of(maverick, {"experts": Scheme("int4", 32)})["experts"] == Scheme("int4", 32)
+    one = parse_recipe("x", {"weights": {"experts": ["int4"]}}).schemes_of(maverick)
+    assert one == {"experts": Scheme("int4", 128)}
 
 
 def test_unknown_names_list_the_known(tmp_path: Path) -> None:
