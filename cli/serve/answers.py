@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -120,14 +121,24 @@ class Answers:
         self.open = set(range(request.choices))  # answers that are not finished
         self.streams: list[Stream] = []
         self._slots, self._metrics, self._mailbox = slots, metrics, mailbox
-        self._queue: asyncio.Queue[tuple[int, TokenRecord | BaseException | None]] = asyncio.Queue()
+        self._said: deque[tuple[int, TokenRecord | BaseException | None]] = deque()
+        self._news = asyncio.Event()
         self._started = time.monotonic()
         late = ServeError(408, f"the answer took longer than the {seconds:g} s that --timeout allows", retry=False)
-        self._late = asyncio.get_running_loop().call_later(seconds, self._queue.put_nowait, (0, late))
+        self._late = asyncio.get_running_loop().call_later(seconds, self._hear, (0, late))
 
     def tell(self, choice: int, said: TokenRecord | BaseException | None) -> None:
         """What has become of answer ``choice``. Callable from any thread."""
-        self._mailbox.put(self._queue.put_nowait, (choice, said))
+        self._mailbox.put(self._hear, (choice, said))
+
+    def _hear(self, said: tuple[int, TokenRecord | BaseException | None]) -> None:
+        self._said.append(said)
+        self._news.set()
+
+    @property
+    def more(self) -> bool:
+        """Whether ``steps`` goes on without waiting: another token is there already, or all are through."""
+        return bool(self._said) or not self.open
 
     def begin(self, streams: "Sequence[Stream]") -> None:
         """These are under way."""
@@ -140,7 +151,11 @@ class Answers:
         parsers = [self.request.parser() for _ in self.streams]
         try:
             while self.open:
-                choice, said = await self._queue.get()
+                if not self._said:
+                    self._news.clear()
+                    await self._news.wait()
+                    continue
+                choice, said = self._said.popleft()
                 if isinstance(said, BaseException):
                     raise as_serve_error(said) from said
                 if said is None:  # every answer has a finish before, unless its stream was ended from elsewhere

@@ -15,6 +15,7 @@ from cli.serve.errors import ServeError, error_event
 from cli.serve.service import Service
 
 PING_SECONDS = 10.0  # of silence, after which a sign of life is sent
+_HELD = 64 << 10  # bytes of events that are written at once, at most
 DONE = "[DONE]"
 Document = dict[str, Any]
 Events = AsyncGenerator[Document | str, None]
@@ -38,7 +39,7 @@ async def reply(
     service: Service = request.app.state.service
     answers = await service.start(asked)
     if body.get("stream"):
-        return EventStream(events(answers), answers.close, body.ignored)
+        return EventStream(events(answers), answers, body.ignored)
     try:
         document = await _first(whole(answers), request.receive)
     finally:
@@ -74,15 +75,15 @@ def _event(document: Document | str) -> bytes:
 
 
 class EventStream(Response):
-    """``events`` as they come, with a ping when there is none for long. ``close`` is called when all are sent, or the
-    client has hung up."""
+    """``events`` of ``answers`` as they come, in one piece those that are there at once, with a ping when there is none
+    for long. ``answers`` are closed when all are sent, or the client has hung up."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: Events, close: Callable[[], None], headers: dict[str, str]) -> None:
+    def __init__(self, events: Events, answers: Answers, headers: dict[str, str]) -> None:
         super().__init__(headers={**headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._close, self._sent = events, close, 0
+        self._events, self._answers, self._sent = events, answers, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -93,19 +94,22 @@ class EventStream(Response):
             pass
         finally:
             pinging.cancel()
-            self._close()
+            self._answers.close()
             await asyncio.gather(pinging, self._events.aclose(), return_exceptions=True)
 
     async def _send(self, path: str, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        held = bytearray()
         try:
             async for document in self._events:
                 self._sent += 1
-                await send({"type": "http.response.body", "body": _event(document), "more_body": True})
+                held += _event(document)
+                if not self._answers.more or len(held) > _HELD:
+                    await send({"type": "http.response.body", "body": bytes(held), "more_body": True})
+                    held.clear()
         except ServeError as error:
-            failed = _event(error_event(path, error, self._sent))
-            await send({"type": "http.response.body", "body": failed, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            held += _event(error_event(path, error, self._sent))
+        await send({"type": "http.response.body", "body": bytes(held), "more_body": False})
 
     async def _ping(self, path: str, send: Send) -> None:
         ping = _event({"type": "ping"}) if path.startswith("/v1/messages") else b": ping\n\n"

@@ -9,6 +9,8 @@ chaos     500 requests as no client should make them, a good one after every ten
 load      8 clients, mixed lengths: errors, tokens/s, memory, descriptors
 together  8 clients with as many requests each, in turn with the same requests by 8 threads of a process without a
           server: the seconds of both
+steady    8 clients whose answers are all under way, in turn with the steps that `bench --sequences 8` counts: the
+          tokens per second of both, and the processor's time that a token takes the server and the clients
 overhead  one client: the time between streamed tokens beside that of the same steps without a server
 
 The last line is one JSON document.
@@ -31,11 +33,11 @@ from typing import Any
 import jsonschema
 import openai
 
+from offload.records import Sampling
 from offload.run.session import Session
 from tests.cli.serve.running import KEY, Running
 from tests.cli.serve.test_safety import ASK, PATH, idle, misbehave
 
-BIAS: Any = {"1": -100, "4": -100}  # an answer goes on to its end
 WORDS = [
     "import",
     "os",
@@ -163,7 +165,7 @@ def load(server: Running, client: openai.OpenAI, seconds: float = 60.0, clients:
             talk: Any = [{"role": "user", "content": " ".join(chance.choices(WORDS, k=chance.randint(1, 60)))}]
             length = chance.randint(8, 160)
             try:
-                body = {"messages": talk, "max_tokens": length, "logit_bias": BIAS, "stream": True}
+                body = {"messages": talk, "max_tokens": length, "ignore_eos": True, "stream": True}
                 *_, end_of_text, done = stream(server, body)
                 assert done == "data: [DONE]\n" and '"finish_reason":"length"' in end_of_text
                 tokens[place] += length
@@ -198,10 +200,9 @@ def together(
         [(" ".join(chance.choices(WORDS, k=chance.randint(1, 60))), chance.randint(8, 160)) for _ in range(each)]
         for _ in range(clients)
     ]
-    bias = {int(token): value for token, value in BIAS.items()}
 
     def through(text: str, length: int) -> None:
-        body = {"messages": [{"role": "user", "content": text}], "max_tokens": length, "logit_bias": BIAS}
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": length, "ignore_eos": True}
         *_, end_of_text, done = stream(server, {**body, "stream": True, "temperature": 0})
         assert done == "data: [DONE]\n" and '"finish_reason":"length"' in end_of_text
 
@@ -209,7 +210,7 @@ def together(
 
         def without(text: str, length: int) -> None:
             prompt = session.encode_chat([{"role": "user", "content": text}])
-            assert sum(1 for _ in session.generate(prompt, max_tokens=length, logit_bias=bias)) == length
+            assert sum(1 for _ in session.generate(prompt, max_tokens=length, ignore_eos=True)) == length
 
         def timed(answer: Callable[[str, int], None]) -> float:
             def work(mine: list[tuple[str, int]]) -> None:
@@ -228,10 +229,51 @@ def together(
     return {"tokens": tokens, "seconds": pairs, "shares": shares, "share": statistics.median(shares)}
 
 
+def steady(
+    server: Running, client: openai.OpenAI, model: Path, rounds: int = 5, length: int = 400, clients: int = 8
+) -> dict[str, Any]:
+    """``clients`` with an answer each, while all of them have begun and none is over, in turn with the steps of as many
+    sequences that one thread asks for and reads, as the bench does."""
+    asked = [" ".join(random.Random(place).choices(WORDS, k=40)) for place in range(clients)]
+
+    def times(text: str) -> list[float]:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": length, "ignore_eos": True}
+        lines = stream(server, {**body, "stream": True, "temperature": 0})
+        return [time.perf_counter() for line in lines if '"content":"' in line][1:]
+
+    def through() -> tuple[float, float, float]:
+        own, served = time.process_time(), server.cpu_seconds
+        with ThreadPoolExecutor(clients) as pool:
+            runs = list(pool.map(times, asked))
+        own, served = time.process_time() - own, server.cpu_seconds - served
+        first, last = max(run[0] for run in runs), min(run[-1] for run in runs)
+        each = 1e6 / (clients * length)
+        return sum(first < at <= last for run in runs for at in run) / (last - first), served * each, own * each
+
+    with Session.open(model, context=1024, sequences=clients) as session:
+
+        def without() -> float:
+            talks = [session.encode_chat([{"role": "user", "content": text}]) for text in asked]
+            streams = [session.submit(talk, Sampling(max_tokens=length, ignore_eos=True)) for talk in talks]
+            steps = [r.seconds for run in [*map(list, streams)] for r in run[1:] if r.sequences == clients]
+            return clients / statistics.mean(steps)
+
+        through(), without()  # what is loaded later is not counted
+        pairs = [(through(), without()) for _ in range(rounds)]
+    shares = [round(served[0] / alone, 3) for served, alone in pairs]
+    return {
+        "tokens_per_s": [(round(served[0]), round(alone)) for served, alone in pairs],
+        "shares": shares,
+        "share": statistics.median(shares),
+        "server_us_per_token": round(statistics.median(served[1] for served, _ in pairs)),
+        "clients_us_per_token": round(statistics.median(served[2] for served, _ in pairs)),
+    }
+
+
 def overhead(server: Running, client: openai.OpenAI, rounds: int = 12, length: int = 300) -> dict[str, Any]:
     """The time between tokens as a client has them, and the step's by the server's own timings."""
     parts = []
-    body = {**ASK, "max_tokens": length, "logit_bias": BIAS, "stream": True, "temperature": 0}
+    body = {**ASK, "max_tokens": length, "ignore_eos": True, "stream": True, "temperature": 0}
     for _ in range(rounds):
         times, steps = [], 0.0
         for line in stream(server, body):
@@ -259,9 +301,8 @@ def alone(model: Path, rounds: int = 12, length: int = 300) -> float:
     means = []
     with Session.open(model, context=1024) as session:
         prompt = session.encode_chat(ASK["messages"])
-        bias = {int(token): value for token, value in BIAS.items()}
         for _ in range(rounds):
-            records = session.generate(prompt, max_tokens=length, logit_bias=bias)
+            records = session.generate(prompt, max_tokens=length, ignore_eos=True)
             next(records)
             began = time.perf_counter()
             count = sum(1 for _ in records)
@@ -270,7 +311,7 @@ def alone(model: Path, rounds: int = 12, length: int = 300) -> float:
 
 
 TRIALS: dict[str, Callable[..., dict[str, Any]]] = {
-    trial.__name__: trial for trial in (schemas, agent, chaos, load, together, overhead)
+    trial.__name__: trial for trial in (schemas, agent, chaos, load, together, steady, overhead)
 }
 
 
@@ -289,13 +330,14 @@ def main() -> None:
                 model, context = Path(shutil.copytree(asked.model, Path(folder) / "long")), 20_000
                 config = json.loads((model / "config.json").read_text())
                 (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16384}))
-            several = ("--parallel", "8") if name == "together" else ()
+            several = ("--parallel", "8") if name in ("together", "steady") else ()
             server = Running(model, "--api-key", KEY, "--context", str(context), *several)
             try:
                 with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=600) as client:
                     options: dict[str, Any] = {
                         "load": {"seconds": asked.seconds},
                         "together": {"model": model, "each": asked.requests},
+                        "steady": {"model": model},
                     }.get(name, {})
                     found[name] = TRIALS[name](server, client, **options)
                     print(f"{name}: {found[name]}", flush=True)

@@ -82,6 +82,12 @@ class Running:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     @property
+    def cpu_seconds(self) -> float:
+        """Processor's time so far, of all threads."""
+        user, system = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    @property
     def descriptors(self) -> int:
         """Open files, sockets and pipes."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
