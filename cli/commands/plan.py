@@ -91,12 +91,12 @@ def _calibration(model: str, text: Path, shape: "ModelShape") -> dict[str, Any]:
     is taken for four bytes. Raises InputError for a text too short to calibrate on, as quantize does."""
     from cli.steps.texts import read_text
     from offload.plan.footprint import CALIBRATION_WINDOW, calibration_nbytes, check_calibration
-    from offload.text.tokenizer_files import TOKENIZER, check_tokenizer_files, plain_tokenizer, tokenizers_errors
+    from offload.text.tokenizer_files import TOKENIZER, TokenizersErrors, check_tokenizer_files, plain_tokenizer
 
     words, counted = read_text(text), lexists(Path(model) / TOKENIZER)
     if counted:
         check_tokenizer_files(Path(model))
-        with tokenizers_errors("the text cannot be read"):
+        with TokenizersErrors("the text cannot be read"):
             tokens = len(plain_tokenizer(Path(model)).encode(words).ids)
     else:
         tokens = len(words.encode()) // _BYTES_PER_TOKEN

@@ -30,8 +30,8 @@ class Answer:
         """How many tokens may still follow."""
         return self._end - len(self.tokens)
 
-    def choose(self, logits: Tensor, draft: Sequence[int]) -> list[Chosen]:
-        """The tokens that follow by ``logits`` ``[1 + len(draft), V]``, after the last and after each of ``draft``:
+    def choose(self, logits: Sequence[Tensor], draft: Sequence[int]) -> list[Chosen]:
+        """The tokens that follow by ``logits``, 1 + len(draft) of ``[V]``, after the last and after each of ``draft``:
         one, and one more for each token of the draft that was chosen. They have no text yet. Raises CheckpointError for
         logits that are no numbers."""
         chosen: list[Chosen] = []

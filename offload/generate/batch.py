@@ -9,6 +9,7 @@ Legend: V vocabulary.
 
 import time
 from collections.abc import Sequence as Tokens
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -211,7 +212,7 @@ class Batch(Runner):
         self._save(sequence)
         if not sequence.unseen:
             self.scheduler.prefilled()
-            self._choose(sequence, logits, [])
+            self._choose(sequence, logits.unbind(), [])
 
     def _decode(self, rows: list[Sequence], *, draft: bool = True) -> None:
         drafts = self._drafted(rows) if draft else [[] for _ in rows]
@@ -239,10 +240,10 @@ class Batch(Runner):
                         self._decode([row], draft=False)
             return
         seconds, tokens = time.perf_counter() - started, 0
-        parts = zip(rows, logits.split(counts), drafts, used.shares(len(rows), len(rows)), strict=True)
-        for row, its, drafted, share in parts:
+        after, shares = iter(logits.unbind()), used.shares(len(rows), len(rows))
+        for row, drafted, count, share in zip(rows, drafts, counts, shares, strict=True):
             row.count(1, share)
-            tokens += self._choose(row, its, drafted)
+            tokens += self._choose(row, [*islice(after, count)], drafted)
         if self.drafts is not None:
             self.drafts.note(len(rows), sum(counts) - len(rows), tokens, seconds, used.read)
 
@@ -304,7 +305,7 @@ class Batch(Runner):
                 cache.rewind(length)
             raise
 
-    def _choose(self, sequence: Sequence, logits: Tensor, draft: Tokens[int]) -> int:
+    def _choose(self, sequence: Sequence, logits: Tokens[Tensor], draft: Tokens[int]) -> int:
         """Give ``sequence`` what follows by ``logits``, and return how many tokens that is. Of ``draft``, which was
         run, only what was chosen stays."""
         try:

@@ -131,7 +131,7 @@ class Generator(Runner):
         step_ids, draft = self._unseen(context), list[int]()
         logits = self._prefill(step_ids)
         while True:
-            chosen = answer.choose(logits, draft)
+            chosen = answer.choose(logits.unbind(), draft)
             known = time.perf_counter()
             if drafts is not None:
                 drafts.learn([one.token for one in chosen])

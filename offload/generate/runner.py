@@ -75,19 +75,24 @@ class Used:
     def add(self, other: "Used") -> None:
         """``other`` took place, too."""
         for mine, theirs in ((self.by_tier, other.by_tier), (self.read, other.read)):
-            for tier, count in theirs.items():
-                mine[tier] = mine.get(tier, 0) + count
+            if mine:
+                theirs = {tier: mine.get(tier, 0) + count for tier, count in theirs.items()}
+            mine.update(theirs)
         self.rows = other.rows
         self.seconds += other.seconds
 
     def shares(self, count: int, rows: int | None = None) -> "list[Used]":
         """``count`` parts that add up to the whole, of a step with ``rows`` sequences (None: as many as before)."""
         rows, seconds = self.rows if rows is None else rows, self.seconds / count
-        return [Used(_share(self.by_tier, i, count), _share(self.read, i, count), rows, seconds) for i in range(count)]
+        parts = zip(_shares(self.by_tier, count), _shares(self.read, count), strict=True)
+        return [Used(by_tier, read, rows, seconds) for by_tier, read in parts]
 
 
-def _share(whole: dict[Tier, int], index: int, count: int) -> dict[Tier, int]:
-    return {tier: amount * (index + 1) // count - amount * index // count for tier, amount in whole.items()}
+def _shares(whole: dict[Tier, int], count: int) -> list[dict[Tier, int]]:
+    if count == 1:
+        return [whole.copy()]
+    ends = [(tier, [amount * i // count for i in range(count + 1)]) for tier, amount in whole.items()]
+    return [{tier: at[i + 1] - at[i] for tier, at in ends} for i in range(count)]
 
 
 @dataclass(frozen=True)

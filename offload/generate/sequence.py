@@ -85,7 +85,7 @@ class Sequence:
         self._tokens_in += tokens
         self._used.add(used)
 
-    def choose(self, logits: Tensor, draft: Tokens[int], runner: Runner) -> tuple[int, bool]:
+    def choose(self, logits: Tokens[Tensor], draft: Tokens[int], runner: Runner) -> tuple[int, bool]:
         """Choose the tokens that follow by ``logits`` and ``draft``, as Answer does, and give their records out;
         returns how many they are, and whether the text ends with them."""
         chosen = [Chosen(-1)] if self._answer is None else self._answer.tell(self._answer.choose(logits, draft))

@@ -286,9 +286,18 @@ class PagedCache(SequenceCache):
 
     def advance(self, tokens: int) -> None:
         """``tokens`` more, within one chunk, have been appended in every layer."""
+        ends = self.crosses(tokens)
         for layer in self.paged:
-            layer.advance(tokens)
+            if ends:
+                layer.advance(tokens)
+            else:
+                layer.seen += tokens
         self._written = self.paged[0].seen
+
+    @property
+    def read_nbytes(self) -> int:
+        """See SequenceCache."""
+        return self.pool.token_nbytes * sum([layer.seen - layer.start for layer in self.paged])
 
     def fork(self, length: int) -> "PagedCache | None":
         """A new sequence that begins with the first ``length`` tokens of this one; None if a chunked layer has

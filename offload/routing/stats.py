@@ -116,20 +116,24 @@ class RoutingStats:
             self._waiting = []
             for index in range(seen.shape[1]):
                 self._counts[index] += np.bincount(seen[:, index].ravel(), minlength=self.num_experts)
-            for token, chosen in enumerate(seen):
-                self._count_reuse(chosen, self._tokens + token)
+                self._count_reuse(index, seen[:, index])
             self._tokens += len(seen)
             if self.trace is not None:
                 self.trace.append(seen)
         return self
 
-    def _count_reuse(self, chosen: Ids, now: int) -> None:
-        rows = np.arange(chosen.shape[0])[:, None]
-        last = self._last_used[rows, chosen]
-        seen = last >= 0
-        bins = np.ceil(np.log2(np.maximum(now - last, 1))).astype(np.int64).clip(max=_REUSE_BINS - 1)
-        np.add.at(self._reuse, (np.broadcast_to(rows, chosen.shape)[seen], bins[seen]), 1)
-        self._last_used[rows, chosen] = now
+    def _count_reuse(self, layer: int, chosen: Ids) -> None:
+        """``chosen`` ``[T, k]`` of the ``layer``-th MoE layer: uses by expert and, of each, by token, beside the use
+        before."""
+        experts, tokens = chosen.ravel(), np.repeat(np.arange(len(chosen)) + self._tokens, chosen.shape[1])
+        order = np.argsort(experts, kind="stable")
+        experts, tokens = experts[order], tokens[order]
+        first = np.append(True, experts[1:] != experts[:-1])[: len(experts)]
+        before = np.where(first, self._last_used[layer, experts], np.roll(tokens, 1))
+        distances = np.maximum(tokens - before, 1)[before >= 0]
+        bins = np.ceil(np.log2(distances)).astype(np.int64).clip(max=_REUSE_BINS - 1)
+        self._reuse[layer] += np.bincount(bins, minlength=_REUSE_BINS)
+        self._last_used[layer, experts] = tokens  # the last of equal places stays
 
     def skew(self) -> list[LayerSkew]:
         """How uneven each layer's use is."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from tokenizers import Regex, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
-from offload.text.tokenizer_files import tokenizers_errors
+from offload.text.tokenizer_files import TokenizersErrors
 
 # What ``clean_up_tokenization`` of transformers replaces, in its order.
 _CLEAN_UP = (
@@ -31,6 +31,7 @@ _CLEAN_UP = (
     (" 've", "'ve"),
     (" 're", "'re"),
 )
+_ERRORS = TokenizersErrors("the answer cannot be shown as text")
 _BYTE_TOKEN = re.compile(r"<0x(?:[0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
 
 
@@ -49,7 +50,7 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Text that has become certain with ``token``."""
-        with tokenizers_errors("the answer cannot be shown as text"):
+        with _ERRORS:
             if self._window is not None:
                 return self._window.push(token)
             text = self._backend.id_to_token(token)
@@ -59,7 +60,7 @@ class Detokenizer:
 
     def pending(self) -> str:
         """Text that is held back, as it would be if no more tokens came."""
-        with tokenizers_errors("the answer cannot be shown as text"):
+        with _ERRORS:
             if self._window is not None:
                 return self._window.pending()
             return _run([copy(stage) for stage in self._stages], [], last=True)
@@ -103,9 +104,10 @@ class _Bytes:
         self._tail = b""
 
     def push(self, text: str) -> Sequence[str]:
-        table = _byte_table()
-        known = all(character in table for character in text)
-        data = self._tail + (bytes(table[character] for character in text) if known else text.encode())
+        try:
+            data = self._tail + bytes(map(_byte_table().__getitem__, text))
+        except KeyError:  # a token that is no bytes: its text as it is
+            data = self._tail + text.encode()
         found, used = codecs.utf_8_decode(data, "replace", False)
         self._tail = data[used:]
         return (found,)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.text.chat_template import render_chat
-from offload.text.tokenizer_files import check_tokenizer_files, tokenizers_errors
+from offload.text.tokenizer_files import TokenizersErrors, check_tokenizer_files
 from quant.errors import CheckpointError, InputError, UsageError
 from quant.model.config import read_config
 from quant.model.families import family_of
@@ -31,7 +31,7 @@ def load_tokenizer(path: Path) -> Any:
     check_tokenizer_files(path)
     config = _config(path)
     try:
-        with tokenizers_errors(str(path)):
+        with TokenizersErrors(str(path)):
             return AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, error) from None
@@ -97,7 +97,7 @@ def chat_text(
 
 def encode_text(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
     """Token ids of ``text``. Raises InputError for what is no text, CheckpointError if the tokenizer fails at it."""
-    with tokenizers_errors("the text cannot be read"):
+    with TokenizersErrors("the text cannot be read"):
         ids: list[int] = tokenizer(_checked(text), add_special_tokens=add_special_tokens, verbose=False).input_ids
     return ids
 

@@ -5,8 +5,6 @@ text. A file that cannot be read as one is named, too: a tokenizer without it wo
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,7 +102,7 @@ def plain_tokenizer(folder: Path) -> Any:
     file = folder / TOKENIZER
     data = read_bytes(file, limit=_MOST_BYTES)
     try:
-        with tokenizers_errors(str(file)):
+        with TokenizersErrors(str(file)):
             return Tokenizer.from_buffer(data)
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, ValueError):  # what the library raises
@@ -112,15 +110,19 @@ def plain_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{file} is no tokenizer: {' '.join(str(error).split())}") from None
 
 
-@contextmanager
-def tokenizers_errors(what: str) -> Iterator[None]:
-    """Turn a panic of the tokenizers library, written in Rust, into a CheckpointError about ``what``."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # it has no importable class
-            raise
-        raise CheckpointError(
-            f"{what}: the tokenizers library cannot use this tokenizer.json ({error}); get it again from where the "
-            "model is from"
-        ) from None
+class TokenizersErrors:
+    """Turn a panic of the tokenizers library, written in Rust, into a CheckpointError about ``what``. One may be
+    entered again and again."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if type(error).__name__ == "PanicException":  # it has no importable class
+            raise CheckpointError(
+                f"{self._what}: the tokenizers library cannot use this tokenizer.json ({error}); get it again from "
+                "where the model is from"
+            ) from None

@@ -123,9 +123,9 @@ def test_a_drafted_token_is_chosen_as_often_as_it_is_probable(session: Session) 
     for trial in range(count):
         answer = Answer([1], Sampling(max_tokens=2, temperature=1.0, seed=trial, ignore_eos=True), runner, 10)
         # The row after the draft is only believed where the draft was chosen; else the next step asks again.
-        chosen = answer.choose(torch.stack([first, after[draft[0]]]), draft)
+        chosen = answer.choose([first, after[draft[0]]], draft)
         if len(chosen) == 1:
-            chosen += answer.choose(after[chosen[0].token][None], [])
+            chosen += answer.choose([after[chosen[0].token]], [])
         seen[chosen[0].token, chosen[1].token] += 1
     for pair, found in seen.items():
         expected = count * float(chances[pair])
