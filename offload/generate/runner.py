@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from offload.decode.decoder import Decoder
 from offload.experts.cache.expert_cache import Counters, ExpertCache
@@ -95,8 +95,7 @@ def _shares(whole: dict[Tier, int], count: int) -> list[dict[Tier, int]]:
     return [{tier: at[i + 1] - at[i] for tier, at in ends} for i in range(count)]
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """A token, the text that became certain with it, why the text ends there, if it does, and by which stop string."""
 
     token: int

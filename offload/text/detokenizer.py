@@ -80,7 +80,7 @@ def _run(stages: Iterable[_Stage], texts: Sequence[str], *, last: bool) -> str:
     for stage in stages:
         made = [piece for text in texts for piece in stage.push(text)]
         texts = [*made, *stage.finish()] if last else made
-    return "".join(texts)
+    return texts[0] if len(texts) == 1 else "".join(texts)
 
 
 class _Each:
