@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.terminal.console import Console
-from cli.terminal.imports import seldom_collecting
+from cli.terminal.imports import made_to_stay, seldom_collecting
 from cli.terminal.progress import progress_bar
 from offload.records import RunOptions
 
@@ -25,7 +25,7 @@ def open_session(path: Path, run: RunOptions, console: Console, filled: int | No
     with seldom_collecting():
         from offload.run.session import Session
 
-    with progress_bar(console, "loading", "bytes") as show:
+    with made_to_stay(), progress_bar(console, "loading", "bytes") as show:
         session = Session.open(path, run, progress=console.step, loading=show, filled=filled)
     console.step(f"loaded in {session.load_seconds:.1f} s, {session.kernel}")
     console.notes([*session.notes, *session.plan.notes])
