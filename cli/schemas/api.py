@@ -19,6 +19,7 @@ from cli.schemas.replies import (
     LISTED,
     LIVE,
     MESSAGE_EVENT,
+    MODELS,
     PROPS,
     RESPONSE,
     RESPONSE_EVENT,
@@ -61,7 +62,7 @@ PATHS: dict[str, Operation] = {
     "/v1/messages/count_tokens": _post(
         "Tokens that a conversation has", COUNT, closed(input_tokens=count()), error=ANTHROPIC_ERROR
     ),
-    "/v1/models": _get("The one model", closed(object=const("list"), data=many(LISTED))),
+    "/v1/models": _get("The one model", MODELS),
     "/v1/models/{name}": {**_get("The one model by its name", LISTED), "parameters": [_NAMED]},
     "/tokenize": _post(
         "Token ids of a text", TOKENIZE, closed(tokens=many(either(count(), closed(id=count(), piece=text()))))

@@ -215,10 +215,14 @@ LISTED = closed(
     object=const("model"),
     created=count(),
     owned_by=text(),
+    type=const("model"),
+    display_name=text(),
+    created_at=text("RFC 3339"),
     context_length=count("tokens that prompt and answer may have together"),
     max_model_len=count("the same"),
     meta=closed(n_ctx=count(), n_vocab=count()),
 )
+MODELS = closed(object=const("list"), data=many(LISTED), has_more=flag(""), first_id=text(), last_id=text())
 PROPS = closed(
     default_generation_settings=closed(n_ctx=count("what one request may have"), params=OBJECT),
     total_slots=count("answers at once"),

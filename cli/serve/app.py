@@ -1,6 +1,7 @@
 """The application: which path is whose."""
 
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.applications import Starlette
@@ -89,7 +90,10 @@ async def metrics(request: Request) -> Response:
 
 async def models(request: Request) -> Response:
     """The one model."""
-    return JSONResponse({"object": "list", "data": [_model(request.app.state.service)]})
+    one = _model(request.app.state.service)
+    return JSONResponse(
+        {"object": "list", "data": [one], "has_more": False, "first_id": one["id"], "last_id": one["id"]}
+    )
 
 
 async def model(request: Request) -> Response:
@@ -101,11 +105,15 @@ async def model(request: Request) -> Response:
 
 
 def _model(service: Service) -> dict[str, Any]:
+    """As OpenAI's clients read it, and Anthropic's."""
     return {
         "id": service.name,
         "object": "model",
         "created": service.started,
         "owned_by": "coldstream",
+        "type": "model",
+        "display_name": service.name,
+        "created_at": datetime.fromtimestamp(service.started, UTC).isoformat(),
         "context_length": service.context,
         "max_model_len": service.context,
         "meta": {"n_ctx": service.context, "n_vocab": service.session.shape.vocab_size},

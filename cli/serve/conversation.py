@@ -18,6 +18,7 @@ from cli.serve.service import Service
 from offload.generate.grammar import ANY_JSON, lark_grammar
 from offload.records import Sampling
 from offload.text.grammar_rules import json_rule, spelled, thoughts
+from offload.text.tokenizer import encode_text
 from offload.text.tool_formats import HARMONY, ToolFormat, tool_format
 from offload.text.tool_prompt import told_in_words, with_texts
 from quant.errors import CheckpointError, ColdstreamError
@@ -46,7 +47,7 @@ class Conversation:
     ``json_object`` or ``json_schema``.
 
     ``choice`` is ``auto``, ``none``, ``required`` or the name of the tool that must be called; with ``parallel``
-    there may be several calls.
+    there may be several calls. ``begun`` is what the answer begins with already.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -56,6 +57,7 @@ class Conversation:
     format: str = "text"
     schema: Mapping[str, Any] | None = None
     switches: Mapping[str, Any] = field(default_factory=dict)
+    begun: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ def _prepare(service: Service, asked: Conversation, sampling: Sampling, n: int) 
         ids = _encode(service, asked, manner.template)
         opened = think is not None and service.session.tokenizer.decode(ids[-8:]).rstrip().endswith(think[0])
         grammar = _grammar(asked, tools, manner, think[1] if think and opened else "")
+        if asked.begun:
+            if opened or grammar is not None or way is HARMONY:
+                raise ServeError(400, f"an answer that begins with {asked.begun[:40]!r} can be free text only here")
+            ids += encode_text(service.session.tokenizer, asked.begun, False)
     except ColdstreamError as error:
         raise as_serve_error(error) from error
     shows = way is HARMONY or bool({*(think or ()), *(way.marks if tools else ())} & set(manner.special))

@@ -143,7 +143,10 @@ def _conversation(body: Body) -> Conversation:
     wanted = body.get("output_config", {}).get("format") or {}
     switches = {"enable_thinking": body["thinking"].get("type") != "disabled"} if "thinking" in body else {}
     parallel, output = not choice.get("disable_parallel_tool_use"), wanted.get("type") or "text"
-    return Conversation(told, tools, name, parallel, output, wanted.get("schema"), switches)
+    begun = ""  # the assistant's own turn at the end is gone on with
+    if len(told) > 1 and told[-1].keys() == {"role", "content"} and told[-1]["role"] == "assistant":
+        begun = told.pop()["content"]
+    return Conversation(told, tools, name, parallel, output, wanted.get("schema"), switches, begun)
 
 
 def _messages(message: Document, where: str) -> list[Document]:

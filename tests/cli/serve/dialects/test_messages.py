@@ -119,3 +119,22 @@ def test_errors_have_anthropics_shape(claude: anthropic.Anthropic, asked: dict[s
     body: Any = caught.value.body
     assert body["type"] == "error" and body["error"]["type"] == "invalid_request_error"
     assert said in body["error"]["message"]
+
+
+def test_an_answer_that_is_begun_is_gone_on_with(claude: anthropic.Anthropic) -> None:
+    asked: Any = {"model": "any", "extra_body": {"temperature": 0}}
+    whole = claude.messages.create(**asked, max_tokens=24, messages=ASK).content[0].text  # type: ignore[union-attr]
+    begun = claude.messages.create(**asked, max_tokens=4, messages=ASK).content[0].text  # type: ignore[union-attr]
+    turn: Any = [*ASK, {"role": "assistant", "content": [{"type": "text", "text": begun}]}]
+    rest = claude.messages.create(**asked, max_tokens=20, messages=turn)
+    assert begun and whole == begun + rest.content[0].text  # type: ignore[union-attr]
+    counted = [claude.messages.count_tokens(model="any", messages=one).input_tokens for one in (ASK, turn)]
+    assert counted[1] == counted[0] + 4
+    with pytest.raises(anthropic.BadRequestError, match="free text only"):
+        claude.messages.create(**asked, max_tokens=20, messages=turn, tools=[WEATHER], tool_choice=FORCED)
+
+
+def test_the_model_is_listed_as_this_client_reads_it(claude: anthropic.Anthropic) -> None:
+    [one] = claude.models.list()
+    assert one.type == "model" and one.display_name == one.id and one.created_at.year > 2000
+    assert claude.models.retrieve(one.id) == one
