@@ -1,5 +1,6 @@
 """Drafts change how fast a text comes and nothing else: the same tokens, the same caches, the same chances."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from offload.experts.cache.tiered_cache import TieredCache
 from offload.generate.answer import Answer
 from offload.generate.batch import Batch
 from offload.generate.generator import Generator
+from offload.generate.grammar import json_grammar
 from offload.records import RunOptions, Sampling, TokenRecord
 from offload.run.session import Session
 from tests import sessions
@@ -111,6 +113,23 @@ def test_sampled_text_is_the_same_with_drafts(session: Session) -> None:
         assert tokens_of(drafted) == tokens_of(plain)
         assert [record.logprobs for record in drafted] == [record.logprobs for record in plain]
         assert accepted(drafted) > 5
+
+
+def test_a_grammar_is_kept_to_with_drafts_as_without(session: Session) -> None:
+    """Its place in the text is moved by what is chosen alone, whatever was tried and rejected."""
+    grammar = json_grammar({"type": "array", "items": {"type": "integer"}, "minItems": 9, "maxItems": 12})
+    for seed in range(4):
+        sampling = Sampling(max_tokens=60, seed=seed, temperature=1.0, grammar=grammar, logprobs=1)
+        session.reset()
+        plain = list(session.generate(PROMPTS[0], sampling, drafts=False))
+        session.reset()
+        draft_by(session, partial(Recorded, [*PROMPTS[0], *tokens_of(plain)], 0.2, seed=seed), seed)
+        drafted = list(session.generate(PROMPTS[0], sampling))
+        assert tokens_of(drafted) == tokens_of(plain)
+        assert [record.finish for record in drafted] == [record.finish for record in plain]
+        assert accepted(drafted) > 5
+        if plain[-1].finish == "eos":
+            assert 9 <= len(json.loads("".join(record.text for record in drafted))) <= 12
 
 
 def test_a_drafted_token_is_chosen_as_often_as_it_is_probable(session: Session) -> None:
