@@ -26,7 +26,8 @@
     for (const { name, bytes } of Object.values(memory).flat())
       largest.set(name, Math.max(bytes, largest.get(name) ?? 0));
     const ordered = [...largest].toSorted((one, other) => other[1] - one[1]).map(([name]) => name);
-    return (role) => (ordered.indexOf(role.name) < 5 ? `role${ordered.indexOf(role.name)}` : "role-other");
+    const own = new Map(ordered.slice(0, 5).map((name, place) => [name, `role${place}`]));
+    return (role) => own.get(role.name) ?? "role-other";
   };
   const tier = (name, unsorted, tone) => {
     const sorted = unsorted.toSorted((one, other) => other.bytes - one.bytes);

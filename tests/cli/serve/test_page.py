@@ -157,6 +157,12 @@ def test_the_live_view_shows_every_expert_and_byte(opened: Page) -> None:
     expect(live.locator("#speeds")).to_contain_text("tokens/s")
     expect(live.locator("#speeds")).to_contain_text("100 %")
     expect(live.locator("#speeds")).to_contain_text("RAM bandwidth")
+    colours = (
+        live.locator("#tiers .tier")
+        .first.locator(".legend .swatch")
+        .evaluate_all("all => all.map((one) => getComputedStyle(one).backgroundColor)")
+    )
+    assert len({*colours}) == 6 and "rgba(0, 0, 0, 0)" not in colours, "each has a colour of its own, the rest has one"
     assert live.locator("#tiers .tier").first.locator(".legend li").count() == 6, (
         "what is small is one colour and one name"
     )
