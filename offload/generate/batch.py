@@ -9,7 +9,6 @@ Legend: V vocabulary.
 
 import time
 from collections.abc import Sequence as Tokens
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -243,7 +242,7 @@ class Batch(Runner):
         after, shares = iter(logits.unbind()), used.shares(len(rows), len(rows))
         for row, drafted, count, share in zip(rows, drafts, counts, shares, strict=True):
             row.count(1, share)
-            tokens += self._choose(row, [*islice(after, count)], drafted)
+            tokens += self._choose(row, [next(after) for _ in range(count)], drafted)
         if self.drafts is not None:
             self.drafts.note(len(rows), sum(counts) - len(rows), tokens, seconds, used.read)
 

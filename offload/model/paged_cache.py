@@ -286,12 +286,8 @@ class PagedCache(SequenceCache):
 
     def advance(self, tokens: int) -> None:
         """``tokens`` more, within one chunk, have been appended in every layer."""
-        ends = self.crosses(tokens)
         for layer in self.paged:
-            if ends:
-                layer.advance(tokens)
-            else:
-                layer.seen += tokens
+            layer.advance(tokens)
         self._written = self.paged[0].seen
 
     @property
