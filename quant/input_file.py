@@ -24,6 +24,7 @@ from quant.errors import CheckpointError, ColdstreamError
 TEXT_BYTES = 64 * 2**20  # of a config or another description; the largest in public are some 10 MiB
 _DEPTH = 32
 _SHOWN = 60
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -42,6 +43,31 @@ def kind_of(path: Path) -> str | None:
     one. Links are followed. Raises OSError as ``os.stat`` does."""
     mode = path.stat().st_mode
     return None if stat.S_ISREG(mode) else next((name for test, name in _KINDS if test(mode)), "no file")
+
+
+def is_there(path: Path | str) -> bool:
+    """Whether anything lies at ``path``, a link to nothing, too.
+
+    Raises OSError where that cannot be told: what cannot be looked at is not absent, as os.path would have it.
+    """
+    return _mode(path, follow_symlinks=False) is not None
+
+
+def is_file(path: Path | str) -> bool:
+    """Whether ``path`` leads to a regular file. Raises OSError as ``is_there`` does."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISREG(mode)
+
+
+def _mode(path: Path | str, *, follow_symlinks: bool = True) -> int | None:
+    try:
+        return os.stat(path, follow_symlinks=follow_symlinks).st_mode
+    except ValueError:  # no name that a file can have
+        return None
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise
 
 
 def open_regular(path: Path, error: type[ColdstreamError] = CheckpointError) -> int:

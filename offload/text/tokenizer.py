@@ -1,13 +1,13 @@
 """The model's own tokenizer, by transformers, and the one way from text to token ids."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from offload.text.chat_template import render_chat
-from offload.text.tokenizer_files import TokenizersErrors, check_tokenizer_files
+from offload.text.tokenizer_files import TokenizersErrors, check_tokenizer_files, looking_closely
 from quant.errors import CheckpointError, InputError, UsageError
+from quant.input_file import is_there
 from quant.model.config import read_config
 from quant.model.families import family_of
 
@@ -31,7 +31,7 @@ def load_tokenizer(path: Path) -> Any:
     check_tokenizer_files(path)
     config = _config(path)
     try:
-        with TokenizersErrors(str(path)):
+        with TokenizersErrors(str(path)), looking_closely():
             return AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, error) from None
@@ -46,7 +46,7 @@ def _config(path: Path) -> Any:
     many a public config.json for keys that no tokenizer has anything to do with. None for a folder without one."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    if not os.path.lexists(path / "config.json"):
+    if not is_there(path / "config.json"):
         return None
     said = read_config(path)
     kind = str(said.get("model_type"))

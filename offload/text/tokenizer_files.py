@@ -4,7 +4,10 @@ Both take much of what stands in them as it is, and fail in ways of their own, s
 text. A file that cannot be read as one is named, too: a tokenizer without it would be another tokenizer.
 """
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 
 from quant.destination.sidecars import tokenizer_files
 from quant.errors import CheckpointError
-from quant.input_file import read_bytes, read_object, validated
+from quant.input_file import is_file, read_bytes, read_object, validated
 
 TOKENIZER = "tokenizer.json"
 _MOST_BYTES = 256 * 2**20
@@ -108,6 +111,21 @@ def plain_tokenizer(folder: Path) -> Any:
         if type(error) is not Exception and not isinstance(error, ValueError):  # what the library raises
             raise
         raise CheckpointError(f"{file} is no tokenizer: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def looking_closely() -> Iterator[None]:
+    """While transformers loads: a file that cannot be looked at is an error.
+
+    transformers asks ``os.path`` for each file of a tokenizer. To that, a file on a disk that fails for once is absent,
+    and transformers goes on without it, to another tokenizer.
+    """
+    usual = os.path.isfile
+    vars(os.path)["isfile"] = is_file
+    try:
+        yield
+    finally:
+        vars(os.path)["isfile"] = usual
 
 
 class TokenizersErrors:

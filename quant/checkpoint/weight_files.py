@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 
 from quant.checkpoint.layout import ITEMSIZE
 from quant.errors import CheckpointError
-from quant.input_file import opened, parse_json, read_object, validated
+from quant.input_file import is_there, opened, parse_json, read_object, validated
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100 * 2**20  # safetensors' own limit
@@ -83,9 +83,9 @@ def model_entries(path: Path) -> dict[str, TensorEntry]:
     """
     index = path / INDEX
     single = path / SINGLE
-    if os.path.lexists(single):
+    if is_there(single):
         return read_header(single)[0]
-    if not os.path.lexists(index):
+    if not is_there(index):
         raise CheckpointError(f"{path} has no {SINGLE} and no {INDEX}: {_there(path)}")
     found = validated(_Index, read_object(index, "a safetensors index"), str(index))
     return _joined(found.weight_map, {name: path / name for name in sorted(set(found.weight_map.values()))}, index)

@@ -6,13 +6,12 @@ configs are put right: ``attn_temperature_tuning: 4``, which means true, and ``a
 which means that no layer is chunked.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quant.errors import CheckpointError
-from quant.input_file import read_object, validated
+from quant.input_file import is_there, read_object, validated
 from quant.model.families import Family, family_of, is_tabled
 from quant.model.text_config import (
     ANY_CHUNK,
@@ -38,9 +37,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError if it is absent or no JSON object."""
     file = path / "config.json" if path.is_dir() else path
-    if not os.path.lexists(path):
+    if not is_there(path):
         raise CheckpointError(f"{path}: no such directory; expected a Hugging Face model directory")
-    if not os.path.lexists(file):
+    if not is_there(file):
         raise CheckpointError(f"{path}: no config.json in it; expected a Hugging Face model directory")
     return read_object(file, "a model's config")
 

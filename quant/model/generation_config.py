@@ -1,12 +1,11 @@
 """generation_config.json: how a model's makers mean text to be drawn from it, and which tokens end it."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quant.input_file import read_object, validated
+from quant.input_file import is_there, read_object, validated
 
 FILE = "generation_config.json"
 _TokenId = Annotated[int, Field(ge=-1, le=2**31)]
@@ -57,7 +56,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     Raises CheckpointError if it cannot be read or a value is none that can be meant.
     """
     file = folder / FILE
-    if not os.path.lexists(file):
+    if not is_there(file):
         return GenerationConfig()
     found: GenerationConfig = validated(GenerationConfig, read_object(file, "a generation config"), str(file))
     return found

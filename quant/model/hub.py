@@ -1,14 +1,13 @@
 """A model by what a user calls it: a directory, a config.json, a shape's name, or the Hub's ``owner/name``, which is
 downloaded, or found in the cache, where no such path is."""
 
-import os
 import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from quant.errors import CheckpointError
-from quant.input_file import kind_of, why_unreadable
+from quant.input_file import is_there, kind_of, why_unreadable
 from quant.model.config import read_config
 from quant.model.known_shapes import load_shape, shape_names
 
@@ -30,7 +29,7 @@ def resolve_model(model: str | Path) -> Path:
     text = str(model)
     if is_hub_id(text):
         path = _download(text, ignore_patterns=list(_SKIPPED))
-    elif os.path.lexists(text):
+    elif is_there(text):
         path = Path(text)
     else:
         raise CheckpointError(_unknown(text))
@@ -46,7 +45,7 @@ def resolve_config(model: str) -> dict[str, Any]:
     """
     if is_hub_id(model):
         return read_config(_download(model, allow_patterns=["config.json"]))
-    if os.path.lexists(model):
+    if is_there(model):
         path = Path(model)
         if path.is_dir() or path.suffix != ".json":
             _check_directory(path)
@@ -60,7 +59,7 @@ def is_hub_id(text: str) -> bool:
     """Whether ``text`` is a Hub id by the Hub's own rule, and no path that exists."""
     name = text.partition("@")[0]
     valid = _ID.match(text) is not None and len(name) <= _ID_LENGTH and not name.endswith(".git")
-    return valid and not os.path.lexists(text)
+    return valid and not is_there(text)
 
 
 def _unknown(text: str, others: str = "") -> str:
@@ -80,7 +79,7 @@ def _check_directory(path: Path) -> None:
     try:
         kind = kind_of(path)
         if kind == "a directory":
-            if not os.path.lexists(path / "config.json"):
+            if not is_there(path / "config.json"):
                 what = "no config.json in it" if next(path.iterdir(), None) is not None else "an empty directory"
                 raise CheckpointError(f"{path}: {what}; expected a Hugging Face model directory")
             return

@@ -19,6 +19,7 @@ from quant.convert.convert import convert
 from quant.errors import CheckpointError
 from quant.scheme import Scheme
 from tests import hostile
+from tests.faults.trials import build
 
 Tiny = Callable[..., Path]
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -113,3 +114,38 @@ def test_what_is_no_tokenizer_says_why(folder: Path) -> None:
 def test_public_configs_that_transformers_refuses_have_a_tokenizer_all_the_same(folder: Path) -> None:
     hostile.edit_json(folder / "config.json", lambda config: config.update(attn_temperature_tuning=4))
     assert encode(load_tokenizer(folder), "hello")
+
+
+_FAILING = """
+import ctypes, errno, os, sys
+from pathlib import Path
+from offload.text.tokenizer import encode, load_tokenizer
+from quant.errors import ColdstreamError
+library, folder = ctypes.CDLL(os.environ["LD_PRELOAD"]), Path(sys.argv[1])
+library.fault_calls.restype = ctypes.c_long
+arm = lambda how, at: library.fault_arm(f"{folder}/".encode(), how, ctypes.c_long(at), errno.EIO, 0)
+once, count, off = 3, 1, 0
+text = "def read(path):\\n    return [[user]] [assistant]"
+arm(count, 0)
+usual = load_tokenizer(folder)
+calls, refused = library.fault_calls(), 0
+expected = (encode(usual, text), usual.chat_template)
+for at in range(1, calls + 1):
+    arm(once, at)
+    try:
+        found = load_tokenizer(folder)
+    except (ColdstreamError, OSError):  # main makes a line of either
+        refused += 1
+    else:
+        arm(off, 0)
+        assert (encode(found, text), found.chat_template) == expected, f"call {at} of {calls}"
+assert calls > 50 and refused > 30, (calls, refused)
+"""
+
+
+def test_a_disk_that_fails_once_never_makes_another_tokenizer(folder: Path, tmp_path: Path) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler to build the library that disturbs system calls with")
+    environment = {**os.environ, "LD_PRELOAD": str(build(tmp_path))}
+    done = subprocess.run([sys.executable, "-c", _FAILING, folder], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
