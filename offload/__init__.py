@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from offload.hardware.probe import Machine as Machine
     from offload.hardware.probe import probe as probe
     from offload.plan.plan import Plan as Plan
-    from offload.plan.plan import make_plan as make_plan
     from offload.plan.planned_run import PlannedRun as PlannedRun
     from offload.plan.planned_run import planned_run as planned_run
+    from offload.plan.planner import make_plan as make_plan
     from offload.quality.evaluate import Evaluation as Evaluation
     from offload.quality.evaluate import evaluate as evaluate
     from offload.records import RunOptions as RunOptions
@@ -32,7 +32,7 @@ _MODULES = {
     "Session": "offload.run.session",
     "TokenRecord": "offload.records",
     "evaluate": "offload.quality.evaluate",
-    "make_plan": "offload.plan.plan",
+    "make_plan": "offload.plan.planner",
     "planned_run": "offload.plan.planned_run",
     "probe": "offload.hardware.probe",
 }

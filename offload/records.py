@@ -66,7 +66,8 @@ class RunOptions:
     ``prompt_cache`` is a folder in which what is computed of prompts is kept for later runs, at most
     ``prompt_cache_size`` bytes of it (None: 50 GiB).
     ``draft`` tries tokens that the text itself suggests, where that pays; ``draft_model`` those that a second, smaller
-    model of the same tokenizer does, a directory or a Hub id.
+    model of the same tokenizer does, a directory or a Hub id. ``kv_disk`` is a folder in which the older part of the
+    KV cache is while it has no room in RAM, of which ``kv_ram`` bytes are for it (None: what experts leave).
     """
 
     vram: Converted[int | str | None, int | None] = Converted(_bytes, None)
@@ -89,6 +90,8 @@ class RunOptions:
     draft: Literal["ngram"] | None = None
     draft_model: Converted[str | Path | None, Path | None] = Converted(_path, None)
     sequences: int = 1
+    kv_disk: Converted[str | Path | None, Path | None] = Converted(_path, None)
+    kv_ram: Converted[int | str | None, int | None] = Converted(_bytes, None)
 
     def __post_init__(self) -> None:
         choices = (("kv", self.kv, (None, *_KV)), ("device", self.device, _DEVICES), ("draft", self.draft, _DRAFTS))
@@ -103,6 +106,8 @@ class RunOptions:
             raise UsageError("two kinds of drafts were asked for: expected --draft or --draft-model")
         if self.prompt_cache_size is not None and self.prompt_cache is None:
             raise UsageError("a size of the prompt cache was given and no folder: give --prompt-cache, too")
+        if self.kv_ram is not None and self.kv_disk is None:
+            raise UsageError("a size of the KV cache in RAM was given and no folder for the rest: give --kv-disk, too")
 
     def over(self, recipe: Recipe | None) -> "RunOptions":
         """These options, and what ``recipe`` says where nothing was asked."""

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from offload.experts.storage.store import ExpertStore
+from offload.model.paged_cache import PagedCache
 from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
 from offload.records import RunOptions
 from offload.run.session import Session
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.inventory import schemes_of_tensors
+from quant.model.shape import ModelShape
 from tests.machines import machine
 
 _DEFAULTS = {"vram_slots": 0, "vram_seeds": (), "prompt_chunk": 512, "gpu_rows": 0, "prefetch_bytes": 0}
@@ -29,7 +31,7 @@ def planned(store: ExpertStore, options: RunOptions, **placed: Any) -> PlannedRu
 
 def prompt_logits(session: Session, *parts: list[int]) -> Tensor:
     """Logits ``[V]`` of the last token of a text, which is run part after part from its beginning."""
-    cache = session.kv_pool.sequence() if session.decoder.bound is None else session.decoder.bound
+    cache = PagedCache(session.kv_pool) if session.decoder.bound is None else session.decoder.bound
     cache.rewind(0)
     with torch.inference_mode():
         logits = [session.decoder.forward(ids, cache)[-1].clone() for ids in parts]
@@ -42,3 +44,8 @@ def session(model: Path, options: RunOptions, device: str = "cpu", **placed: Any
     memory stands for the device's."""
     store = ExpertStore(Checkpoint.open(model))
     return Session(store, planned(store, options, **placed), torch.device(device))
+
+
+def shape(model: Path) -> ModelShape:
+    """What the model in ``model`` looks like."""
+    return ExpertStore(Checkpoint.open(model)).shape

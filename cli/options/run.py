@@ -36,6 +36,24 @@ Context = Annotated[
     ),
 ]
 Kv = Annotated[Literal["bf16", "int8"] | None, typer.Option("--kv", help="How the KV cache is stored (bf16).")]
+KvDisk = Annotated[
+    Path | None,
+    typer.Option(
+        "--kv-disk",
+        parser=typed_path,
+        metavar="DIR",
+        help="Keep the older part of the KV cache here, on a fast disk, where RAM has no room for it.",
+    ),
+]
+KvRam = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-ram",
+        parser=parse_size,
+        metavar="SIZE",
+        help="What the KV cache may take of RAM beside that (what experts leave).",
+    ),
+]
 Recipe = Annotated[
     str | None,
     typer.Option(
@@ -147,7 +165,8 @@ def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
 takes_budgets = expands(
     "options",
     {"vram": (Vram, None), "ram": (Ram, None), "context": (Context, None), "kv": (Kv, None)}
-    | {"prompt_chunk": (PromptChunk, None), "draft_model": (DraftModel, None)},
+    | {"prompt_chunk": (PromptChunk, None), "draft_model": (DraftModel, None)}
+    | {"kv_disk": (KvDisk, None), "kv_ram": (KvRam, None)},
     RunOptions,
 )
 _RUN: dict[str, tuple[Any, Any]] = {
@@ -155,6 +174,8 @@ _RUN: dict[str, tuple[Any, Any]] = {
     "ram": (Ram, None),
     "context": (Context, None),
     "kv": (Kv, None),
+    "kv_disk": (KvDisk, None),
+    "kv_ram": (KvRam, None),
     "recipe": (Recipe, None),
     "routing": (Routing, None),
     "policy": (Policy, None),

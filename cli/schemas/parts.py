@@ -103,6 +103,7 @@ PLAN: dict[str, Schema] = {
             experts=count("routed experts in VRAM and RAM"),
             tokens_per_s=number("decode with ``filled`` tokens in the KV cache"),
             full_tokens_per_s=number("decode once it is full"),
+            fill_seconds=number("computing a prompt that fills it"),
         ),
         "this context, twice as many and others, as far as they fit",
     ),

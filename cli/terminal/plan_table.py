@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from cli.terminal.plain_table import plain_table
 from cli.terminal.words import PLACES, TIER_NAMES, limit_name, number, percent, size
 from offload.hardware.probe import Machine
+from offload.plan.context import ContextPrediction
 from offload.plan.plan import Plan
 from offload.tiers import TIERS, Tier, role_name
 
@@ -125,7 +126,16 @@ def contexts(plan: Plan) -> list[Row]:
     elif 2 * plan.context <= plan.context_limit:
         said += "; twice as many do not fit"
     curve = ", ".join(f"{one.context:,}: {number(one.full_tokens_per_s)}" for one in plan.contexts)
-    return [("context", said), ("", f"tokens/s once so many are there: {curve}")]
+    rows = [("context", said), ("", f"tokens/s once so many are there: {curve}")]
+    if plan.total("disk", "kv_cache"):
+        on_disk = size(plan.total("disk", "kv_cache"))
+        rows.append(("", f"{on_disk} of the KV cache are on disk then; a prompt that fills it takes {_long(this)}"))
+    return rows
+
+
+def _long(context: ContextPrediction) -> str:
+    hours = context.fill_seconds / 3600
+    return f"{number(hours)} hours" if hours >= 1 else f"{number(60 * hours)} minutes"
 
 
 def advice(plan: Plan) -> list[Row]:

@@ -9,6 +9,7 @@ Legend: T tokens, H hidden.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ class NativeDecoder(Decoder):
 
     ``guess_tokens``: while the last layers wait for the disk, guess the next token and read for it.
     """
+
+    reads_disk_pages = True
 
     def __init__(
         self,
@@ -143,6 +146,13 @@ class NativeDecoder(Decoder):
 
     def _prefill(self, x: Tensor, position: int, cache: PagedCache) -> Tensor:
         """x ``[T, H]`` through all layers, two calls each."""
+        for layer in cache.paged:
+            if not layer.chunk:  # before it is said what is on disk: more may go there for it
+                layer.reserve(x.shape[0])
+        with self._reading([cache]):
+            return self._through_layers(x, position, cache)
+
+    def _through_layers(self, x: Tensor, position: int, cache: PagedCache) -> Tensor:
         cosine, sine = self.angles.span(position, x.shape[0])
         pages = cache.pool.pages
         for attention, run_mlp, layer in zip(self.attentions, self.mlps, cache.paged, strict=True):
@@ -181,14 +191,24 @@ class NativeDecoder(Decoder):
         x = self._embedded([token for ids, _ in rows for token in ids])
         cosine, sine = self.angles.of(places)
         self.stack.begin(x, segments, pages, cosine, sine, self.exact, self.lookahead)
-        while (stop := self.stack.go()) is not None:
-            self.check_wanted()
-            self._supply(stop)
+        with self._reading(caches):
+            while (stop := self.stack.go()) is not None:
+                self.check_wanted()
+                self._supply(stop)
         for cache, segment in zip(caches, segments, strict=True):
             cache.advance(segment.tokens)
         self._note()
         logits = self.stack.token_logits
         return self.lm_head(self.norm(x)) if logits is None else logits
+
+    def _reading(self, caches: Sequence[PagedCache]) -> AbstractContextManager[None]:
+        """Within, layers may ask for what of ``caches`` is on disk: a layer's after those of the layer before."""
+        disk = caches[0].pool.disk
+        if disk is None:
+            return nullcontext()
+        windows = [attention.shape.window for attention in self.attentions]
+        by_layer = zip(*(cache.stretches(windows) for cache in caches), strict=True)
+        return disk.step([one for layer in by_layer for found in layer for one in found], self.check_wanted)
 
     def _supply(self, stop: Stop) -> None:
         """Begin the reads that a step waits for, and those that its coming layers will."""

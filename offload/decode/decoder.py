@@ -25,6 +25,7 @@ class Decoder:
 
     name: str  # what a report calls it
     bound: KVCache | None = None  # the one cache that its steps can use, if they are bound to one
+    reads_disk_pages = False  # whether its attention can have pages of the KV cache brought from disk
 
     def __init__(self) -> None:
         self._abandoned = threading.Event()

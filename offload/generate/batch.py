@@ -24,7 +24,8 @@ from offload.generate.prompt_cache import PromptCache
 from offload.generate.runner import ModelParts, Runner, Used
 from offload.generate.sequence import Sequence
 from offload.generate.stream import Stream
-from offload.model.paged_cache import PagedCache, PagePool
+from offload.model.page_pool import PagePool
+from offload.model.paged_cache import PagedCache
 from offload.records import Reused, Sampling, TokenRecord
 from offload.text.tokenizer import check_ids
 from quant.kernels.stack import MAX_ROWS
@@ -46,7 +47,7 @@ class Batch(Runner):
         drafts: Drafts | None = None,
     ) -> None:
         super().__init__(parts, drafts)
-        self.pool, self.scheduler = pool, Scheduler[Sequence](MAX_ROWS)
+        self.pool, self.scheduler = pool, Scheduler[Sequence](pool.most_sequences)
         self.prefixes = Prefixes[PagedCache](lambda cache: cache.free())
         self.prompts = prompts
         pool.counts.forget = self._forget
@@ -147,7 +148,7 @@ class Batch(Runner):
 
     def _forget(self) -> bool:
         """Have pages given back that nobody needs; False if there are none."""
-        return self.prefixes.forget() or (self.prompts is not None and self.prompts.release())
+        return self.prefixes.forget() or (self.prompts is not None and self.prompts.release()) or self.pool.spill()
 
     def _load(self, sequence: Sequence) -> None:
         """Begin to read what is on disk of the beginning of ``sequence``, beyond what is in memory."""
@@ -171,15 +172,13 @@ class Batch(Runner):
             return sequence.load is None
         if not sequence.run:
             sequence.reused = sequence.kept.reused
-        return True
+        if self.pool.disk is not None:  # as much at a time as memory has room for
+            sequence.load = self.prompts.load(sequence.kept, sequence.tokens[:-1], cache)
+        return sequence.load is None
 
     def _begun_alike(self, tokens: Tokens[int]) -> PagedCache:
         """A cache with as many of ``tokens`` but the last as any sequence has left, or has by now."""
-        live = [
-            Prefix.of(other.tokens[: other.seen], other.cache)
-            for other in self.scheduler.running
-            if other.cache is not None
-        ]
+        live = [Prefix.of(one.tokens[: one.seen], one.cache) for one in self.scheduler.running if one.cache is not None]
         for length, prefix in self.prefixes.matching(tokens[:-1], live):
             if length == len(prefix.tokens) and self.prefixes.take(prefix):
                 return prefix.kept  # all of it: it goes on as this sequence
@@ -187,7 +186,7 @@ class Batch(Runner):
             if fork is not None:
                 self.prefixes.use(prefix)
                 return fork
-        return self.pool.sequence()
+        return PagedCache(self.pool)
 
     def _prefill(self, sequence: Sequence) -> None:
         if sequence.load is not None and not self._loaded(sequence):
@@ -283,8 +282,8 @@ class Batch(Runner):
         self.decoder.flush()
         counters = self.experts.take_counters()
         self.decoder.attend()
-        caches = [row.cache for row in rows if row.cache is not None]
-        return logits, self.used(counters, 1, sum(cache.read_nbytes for cache in caches))
+        caches = (row.cache for row in rows if row.cache is not None)
+        return logits, self.used(counters, 1, sum(cache.read_nbytes for cache in caches), self.pool.take_read_nbytes())
 
     def _try(self, rows: list[Sequence], texts: list[list[int]], keep: list[int]) -> Tensor:
         caches = [row.cache for row in rows if row.cache is not None]

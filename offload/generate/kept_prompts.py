@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from offload.generate.prompt_cache import PromptCache
-from offload.model.paged_cache import PagePool
+from offload.model.page_pool import PagePool
 from offload.prompts.block_keys import Content
 from offload.prompts.page_file import FILE_VERSION
 from offload.prompts.page_folder import PageFolder

@@ -17,7 +17,8 @@ from functools import partial
 
 from offload.batch.pages import OutOfPages
 from offload.batch.prefixes import Prefix
-from offload.model.paged_cache import NO_PAGE, PagedCache, PagePool
+from offload.model.page_pool import PagePool
+from offload.model.paged_cache import PagedCache
 from offload.prompts.block_keys import BlockKeys, Content
 from offload.prompts.page_file import BlockPages, PageLayout, SpoiledFile, read_page_file
 from offload.prompts.page_folder import PageFolder
@@ -156,7 +157,8 @@ class PromptCache:
             cache.free()
             return False
         cache.filled(load.length)
-        text.reused = Reused(load.held, load.length - load.held, nbytes, load.seconds)
+        before = text.reused if text.reused.disk else Reused(memory=load.held)
+        text.reused = before + Reused(0, load.length - load.held, nbytes, load.seconds)
         return True
 
     def save(self, text: KeptText, tokens: Tokens[int], cache: PagedCache) -> None:
@@ -214,8 +216,11 @@ class PromptCache:
     def _reach(self, keys: BlockKeys, tokens: Tokens[int], cache: PagedCache) -> tuple[int, str]:
         """How many tokens can be had with what is on disk, and the key of the last block if it is none that is
         whole."""
-        held = cache.get_seq_length()
+        held, disk = cache.get_seq_length(), self._pool.disk
         most, missing = len(keys.keys), dict[str, list[int]]()
+        if disk is not None:  # what is to pass through memory to where a KV cache is on disk
+            most = min(most, (held + disk.tiers.recent) // KV_PAGE_TOKENS)
+        cut = most < len(keys.keys)
         for group in self._layouts:  # full layers first: what they lack ends the search
             in_memory = range(self._first(group, held), held // KV_PAGE_TOKENS)
             missing[group], last = [-1], -1
@@ -232,7 +237,7 @@ class PromptCache:
 
         blocks = next((n for n in range(most, 0, -1) if whole(n, n * KV_PAGE_TOKENS)), 0)
         start = blocks * KV_PAGE_TOKENS
-        for length in range(min(len(tokens), start + KV_PAGE_TOKENS - 1), max(start, held), -1):
+        for length in () if cut else range(min(len(tokens), start + KV_PAGE_TOKENS - 1), max(start, held), -1):
             if whole(blocks, length):
                 key = keys.after(blocks, tokens[start:length])
                 if all(self._folder.holds(key, group) for group in self._layouts):
@@ -270,8 +275,8 @@ class PromptCache:
             if self._first(group, end) > block or done in self._pending or self._folder.holds(*done):
                 continue  # nobody who goes on from its end looks at it; or it is there
             pages = [int(page) for page in cache.tables[list(layout.layers), block]]
-            if NO_PAGE in pages:
-                continue  # its chunk was over before it was whole
+            if min(pages) < 0:
+                continue  # its chunk was over before it was whole; or the KV cache has it on disk
             for page in pages:
                 self._pool.counts.share(page)
             cache.is_shared()

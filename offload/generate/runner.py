@@ -180,13 +180,13 @@ class Runner:
             self._after_first()
             self._after_first = None
 
-    def used(self, counters: Counters, passes: int, kv_bytes: int) -> Used:
-        """What ``passes`` through the model took that ``counters`` counted and read ``kv_bytes`` of keys and values;
-        with a ``lap``, all time since it began, when the next one does."""
+    def used(self, counters: Counters, passes: int, kv_bytes: int, kv_disk_bytes: int = 0) -> Used:
+        """What ``passes`` through the model took that ``counters`` counted and read ``kv_bytes`` of keys and values,
+        ``kv_disk_bytes`` of them from disk; with a ``lap``, all time since it began, when the next one does."""
         read: dict[Tier, int] = {tier: size for tier, size in counters.used_bytes.items() if size}
         read[self.parts.home] = read.get(self.parts.home, 0) + self.parts.dense_bytes * passes + kv_bytes
-        if counters.fetched["disk"]:
-            read["disk"] = counters.fetched["disk"]
+        if counters.fetched["disk"] or kv_disk_bytes:
+            read["disk"] = counters.fetched["disk"] + kv_disk_bytes
         before, now = self.lap, time.perf_counter()
         if before is not None:
             self.lap = now

@@ -7,115 +7,33 @@ one of them writes to it; pages of chunks that are over go back to the pool.
 Legend: h KV heads, T tokens, d head_dim, P pages.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offload.batch.pages import PageCounts
-from offload.experts.storage.arena import Arena
-from offload.model.kv_cache import CachedLayer, SequenceCache, Storage
-from offload.prompts.page_file import BlockPages
-from quant.kernels.attention import KvPages
-from quant.model.shape import ModelShape
+from offload.batch.pages import OutOfPages
+from offload.model.kv_cache import CachedLayer, SequenceCache
+from offload.model.page_pool import PagePool
+from offload.prompts.spill_file import Stretch
+from quant.errors import ColdstreamError
+from quant.kernels.attention import PAGE_ON_DISK
 from quant.sizes import KV_PAGE_TOKENS
 
 NO_PAGE = -1
 
 
-class PagePool:
-    """Pages for all layers and sequences of a model of ``shape``: as many as ``sequences`` of ``context`` tokens take.
-    ``plain`` is the dtype of plain storage."""
-
-    def __init__(
-        self,
-        shape: ModelShape,
-        context: int,
-        storage: Storage,
-        device: torch.device,
-        plain: torch.dtype,
-        sequences: int = 1,
-    ) -> None:
-        self.shape, self.context, self.sequences, self._device = shape, context, sequences, device
-        self.dtype = {"bf16": torch.bfloat16, "int8": torch.int8, "plain": plain}[storage]
-        self.counts = PageCounts(sequences * shape.kv_pages(context))
-
-    @cached_property
-    def pages(self) -> KvPages:
-        """Keys and values ``[P, h, 128, d]``, made on first use."""
-        shape, device = self.shape, str(self._device)
-        size = (self.counts.count, shape.num_kv_heads, shape.head_dim)
-        if device != "cpu":
-            return KvPages.allocate(*size, self.dtype, device)
-        # In huge pages, which the disk writes into at its full rate.
-        return KvPages.allocate(
-            *size, self.dtype, memory=lambda nbytes: Arena(1, nbytes).slot(0), native=shape.is_native
-        )
-
-    @property
-    def page_nbytes(self) -> tuple[int, int]:
-        """Bytes of a page of keys or of values, and of its scales."""
-        rows = self.shape.num_kv_heads * KV_PAGE_TOKENS
-        return rows * self.shape.head_dim * self.dtype.itemsize, rows * 4 if self.dtype == torch.int8 else 0
-
-    def block_pages(self, pages: Iterable[int]) -> BlockPages:
-        """The memory of ``pages``, on a CPU."""
-        keys, values, *scales = self._memory
-        page, scale = self.page_nbytes
-        found = [part[i * page : (i + 1) * page] for i in pages for part in (keys, values)]
-        return BlockPages(found, [part[i * scale : (i + 1) * scale] for i in pages for part in scales])
-
-    @cached_property
-    def _memory(self) -> list[memoryview]:
-        pages = self.pages
-        tensors = (pages.keys, pages.values, pages.key_scale, pages.value_scale)
-        return [memoryview(t.view(-1).view(torch.uint8).numpy()) for t in tensors if t is not None]  # type: ignore[arg-type]
-
-    @property
-    def token_nbytes(self) -> int:
-        """Bytes that a token takes in one layer."""
-        scale = 4 if self.dtype == torch.int8 else 0
-        return 2 * self.shape.num_kv_heads * (self.shape.head_dim * self.dtype.itemsize + scale)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pages, used or not; of what transformers' own attention keeps where that is what runs."""
-        if not self.shape.keeps_pages:
-            return self.shape.kv_nbytes(self.context, self.dtype.itemsize)
-        return self.counts.count * KV_PAGE_TOKENS * self.token_nbytes
-
-    @property
-    def reached_nbytes(self) -> int:
-        """Bytes of pages that tokens have reached: the others take no memory on a CPU."""
-        if not self.shape.keeps_pages or self._device.type != "cpu":
-            return self.nbytes
-        return self.counts.reached * KV_PAGE_TOKENS * self.token_nbytes
-
-    def sequence(self) -> "PagedCache":
-        """The cache of a new sequence."""
-        return PagedCache(self)
-
-    def own(self, page: int) -> int:
-        """A page like ``page`` that one sequence uses alone: itself, or a copy. Raises OutOfPages."""
-        if not self.counts.shared(page):
-            return page
-        copy = self.counts.take()
-        pages = self.pages
-        for tensor in (pages.keys, pages.values, pages.key_scale, pages.value_scale):
-            if tensor is not None:
-                tensor[copy] = tensor[page]
-        self.counts.give_back(page)
-        return copy
-
-
 class PagedLayer(CachedLayer):
-    """One layer of a sequence. ``table`` int32 ``[blocks]`` names the page of tokens 128 i and after, or NO_PAGE."""
+    """One layer of a sequence. ``table`` int32 ``[blocks]`` names the page of tokens 128 i and after, or says NO_PAGE,
+    or PAGE_ON_DISK for what is on disk."""
 
     def __init__(self, pool: PagePool, chunk: int, table: Tensor) -> None:
         super().__init__(pool.context, chunk)
         self.pool, self.table, self._pages = pool, table, table.numpy()
+        self.on_disk: list[Stretch] = []  # its first pages, if it attends to everything
+        if pool.disk is not None and not chunk:
+            pool.disk.enter(self, table.data_ptr())
 
     def reserve(self, tokens: int) -> None:
         """Have pages for ``tokens`` more, which nobody else uses.
@@ -180,7 +98,15 @@ class PagedLayer(CachedLayer):
     def share_with(self, other: "PagedLayer", length: int) -> None:
         """Let ``other``, which is empty, begin with this layer's first ``length`` tokens."""
         other.seen, other.start = length, other.chunk_at(length)
-        for block in range(other.start // KV_PAGE_TOKENS, -(-length // KV_PAGE_TOKENS)):
+        first, end = other.start // KV_PAGE_TOKENS, -(-length // KV_PAGE_TOKENS)
+        for stretch in self.on_disk[: self._stretches(length)]:
+            stretch.users += 1
+            other.went(stretch)
+        first = max(first, len(other.on_disk) * self._stretch)
+        if first < end and self._pages[first] == PAGE_ON_DISK:
+            other._restore(self.on_disk[len(other.on_disk)], first, end)
+            return
+        for block in range(first, end):
             page = int(self._pages[block])
             self.pool.counts.share(page)
             other._pages[block] = page
@@ -199,13 +125,59 @@ class PagedLayer(CachedLayer):
         """See CachedLayer."""
         if not super().rewind(length):
             return False
-        self._give_back(-(-length // KV_PAGE_TOKENS), len(self._pages))
+        whole, end = self._stretches(length), -(-length // KV_PAGE_TOKENS)
+        self._give_back(end, len(self._pages))
+        for stretch in self.on_disk[whole:][::-1]:
+            first = whole * self._stretch
+            self.on_disk.pop()
+            self._pages[len(self.on_disk) * self._stretch :][: self._stretch] = NO_PAGE
+            if len(self.on_disk) == whole and first < end:
+                self._restore(stretch, first, end)
+            self._let_go(stretch)
         return True
 
     def reset(self) -> None:
         """See CachedLayer."""
         super().reset()
         self._give_back(0, len(self._pages))
+        while self.on_disk:
+            self._let_go(self.on_disk.pop())
+
+    def in_memory(self, count: int) -> list[int]:
+        """Its ``count`` oldest pages that are not on disk."""
+        first = len(self.on_disk) * self._stretch
+        return [int(page) for page in self._pages[first : first + count]]
+
+    def went(self, stretch: Stretch) -> None:
+        """The oldest pages in memory are on disk now."""
+        first = len(self.on_disk) * self._stretch
+        self._give_back(first, first + self._stretch)
+        self._pages[first : first + self._stretch] = PAGE_ON_DISK
+        self.on_disk.append(stretch)
+
+    def _restore(self, stretch: Stretch, first: int, end: int) -> None:
+        """Have those of blocks ``first`` to ``end`` that are in ``stretch`` in memory again."""
+        disk, counts = self.pool.disk, self.pool.counts
+        assert disk is not None
+        while counts.free < end - first:  # without asking who might give up what this is for
+            if not disk.spill():
+                raise OutOfPages(f"all {counts.count:,} pages of the KV cache are in use: give it more with --kv-ram")
+        pages = [counts.take() for _ in range(first, end)]
+        self._pages[first:end] = pages
+        disk.restore(stretch, pages)
+
+    def _let_go(self, stretch: Stretch) -> None:
+        assert self.pool.disk is not None
+        self.pool.disk.let_go(stretch)
+
+    def _stretches(self, length: int) -> int:
+        """How many of those on disk hold none but the first ``length`` tokens."""
+        return min(len(self.on_disk), length // (self._stretch * KV_PAGE_TOKENS))
+
+    @property
+    def _stretch(self) -> int:
+        """Pages of a stretch."""
+        return 1 if self.pool.disk is None else self.pool.disk.tiers.stretch
 
     @property
     def token_nbytes(self) -> int:
@@ -214,9 +186,9 @@ class PagedLayer(CachedLayer):
 
     def _give_back(self, first: int, end: int) -> None:
         table = self._pages[first:end]
-        for page in table[table != NO_PAGE].tolist():
+        for page in table[table >= 0].tolist():
             self.pool.counts.give_back(page)
-        table[:] = NO_PAGE
+        table[table >= 0] = NO_PAGE
 
     def _places(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Page and row of each token from ``start`` to ``end``."""
@@ -301,10 +273,22 @@ class PagedCache(SequenceCache):
         if length > self.get_seq_length() or any(length < layer.start for layer in self.paged):
             return None
         other = PagedCache(self.pool)
-        for mine, theirs in zip(self.paged, other.paged, strict=True):
-            mine.share_with(theirs, length)
+        try:
+            for mine, theirs in zip(self.paged, other.paged, strict=True):
+                mine.share_with(theirs, length)
+        except ColdstreamError:  # what is needed of it in memory is on disk, and cannot be had
+            other.free()
+            return None
         self.is_shared()
         return other
+
+    def stretches(self, windows: Sequence[int]) -> list[list[Stretch]]:
+        """Of each layer those on disk that the next token looks at, which sees the last ``windows`` tokens (0: all)."""
+        found = []
+        for layer, window in zip(self.paged, windows, strict=True):
+            first = max(0, layer.seen - window + 1) if window else 0
+            found.append(layer.on_disk[first // (KV_PAGE_TOKENS * layer._stretch) :])
+        return found
 
     def is_shared(self) -> None:
         """What was its own is shared from now on."""
@@ -337,13 +321,13 @@ class PagedCache(SequenceCache):
         last, shared = self.get_seq_length() // KV_PAGE_TOKENS, self.pool.counts.shared
         copies = 0
         if last < self.tables.shape[1]:
-            copies = sum(shared(page) for page in self.tables[:, last].tolist() if page != NO_PAGE)
-        return self.pool.shape.kv_pages(tokens) - self.page_count + copies
+            copies = sum(shared(page) for page in self.tables[:, last].tolist() if page >= 0)
+        return self.pool.pages_of(tokens) - self.page_count + copies
 
     @property
     def page_count(self) -> int:
         """Pages that hold some of it, shared ones too."""
-        return int((self.tables != NO_PAGE).sum())
+        return int((self.tables >= 0).sum())
 
     def free(self) -> None:
         """Give every page back: the sequence is over."""

@@ -6,7 +6,8 @@ model then says means nothing.
 
 import torch
 
-from offload.model.paged_cache import PagedCache, PagePool
+from offload.model.page_pool import PagePool
+from offload.model.paged_cache import PagedCache
 from quant.kernels.attention import KvPages
 from quant.sizes import KV_PAGE_TOKENS
 
@@ -19,18 +20,17 @@ _SCALE = 3.0 / 127  # of int8: three standard deviations are the largest
 @torch.inference_mode()  # as pages are written
 def random_sequence(pool: PagePool, tokens: int, seed: int = 0) -> PagedCache:
     """A sequence of ``tokens`` in pages of ``pool``, on a CPU. Raises OutOfPages."""
-    cache = pool.sequence()
+    cache, patterns = PagedCache(pool), _patterns(pool, seed)
+    step = tokens if pool.disk is None else pool.disk.tiers.recent  # what is on disk has to pass through memory
     try:
-        places = cache.make_places(tokens)
+        for length in range(step, tokens + step, step):
+            for layer, block, page in cache.make_places(min(length, tokens)):
+                for to, made in zip(_tensors(pool.pages), _tensors(patterns), strict=True):
+                    to[page] = made[(layer + block) % _PATTERNS]
+            cache.filled(min(length, tokens))
     except BaseException:
         cache.free()
         raise
-    patterns = _patterns(pool, seed)
-    pages = pool.pages
-    for index, (_, _, page) in enumerate(places):
-        for to, made in zip(_tensors(pages), _tensors(patterns), strict=True):
-            to[page] = made[index % _PATTERNS]
-    cache.filled(tokens)
     return cache
 
 

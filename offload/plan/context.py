@@ -17,13 +17,14 @@ _POINTS = 12  # of a curve, at most
 class ContextPrediction:
     """A run with room for ``context`` tokens: its KV cache has ``kv_bytes``, VRAM and RAM hold ``experts`` of the
     routed ones. Decode is ``tokens_per_s`` with as few tokens in the cache as the plan's prediction has, and
-    ``full_tokens_per_s`` once it is full."""
+    ``full_tokens_per_s`` once it is full, which computing a prompt of that length takes ``fill_seconds``."""
 
     context: int
     kv_bytes: int
     experts: int
     tokens_per_s: float
     full_tokens_per_s: float
+    fill_seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""

@@ -9,12 +9,12 @@ part of a probed rate the runtime gets, and were fitted to runs of mini-scout on
 VNNI).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from offload.hardware.gpu import Gpu
 from offload.hardware.probe import Machine
+from offload.plan.speed_prediction import Limit, SpeedPrediction
 from quant.errors import MachineError
 
 # How experts outside VRAM are computed beside a GPU: the CPU where they lie, the GPU after a copy, or
@@ -22,7 +22,6 @@ from quant.errors import MachineError
 ColdPath = Literal["split", "cpu", "pcie"]
 KERNEL_STEP = 32  # intermediate features that the GPU's kernels share out at once
 _WORTH = 1.05  # a split that gains less is not worth its second reader
-Limit = Literal["ram bandwidth", "vram bandwidth", "pcie", "disk", "compute", "overhead"]
 
 OF_RAM = 0.97  # a decode step's products against the probe, which only reads and sums
 EXPOSED = 0.4  # of a decode step's arithmetic, the part that its reads do not hide
@@ -56,10 +55,13 @@ class Workload:
     length that is predicted for, ``expert`` one expert. ``requests`` counts (layer, expert) requests of a
     token, ``experts`` those there are per layer, ``shared`` the bytes of one layer's shared expert (part of
     ``dense``), ``head`` those of the head (likewise). ``dense_weights``, ``head_weights`` and
-    ``expert_weights`` count weights, for arithmetic. ``vram_hits`` and ``hits`` are the shares of requests
-    that find the expert in VRAM, and in VRAM or RAM. ``sequences`` get a token in each decode step, which together ask
-    for ``union`` different experts (None: those of one). ``stock`` and ``stock_on_gpu``: transformers' own modules
-    compute attention and routing.
+    ``expert_weights`` count weights, for arithmetic; ``attention_width`` query values of layers that attend to all,
+    ``chunked_width`` of those that do within chunks of ``attention_chunk`` tokens. ``vram_hits`` and ``hits`` are the
+    shares of requests that find the expert in VRAM, and in VRAM or RAM. ``sequences`` get a token in each decode
+    step, which together ask for ``union`` different experts (None: those of one). ``stock`` and ``stock_on_gpu``:
+    transformers' own modules compute attention and routing. There are ``filled`` tokens in the KV cache; of layers
+    that attend to everything the latest ``kv_ram_tokens`` are in RAM (None: all), and a token takes ``kv_full_token``
+    bytes in all of them.
     """
 
     dense: int
@@ -73,6 +75,8 @@ class Workload:
     head_weights: int
     expert_weights: int
     attention_width: int
+    chunked_width: int
+    attention_chunk: int
     shared: int
     vram_hits: float
     hits: float
@@ -83,6 +87,13 @@ class Workload:
     union: float | None = None
     stock: bool = False
     stock_on_gpu: bool = False
+    filled: int = 0
+    kv_full_token: int = 0
+    kv_ram_tokens: int | None = None
+
+    def kv_disk(self, tokens: int) -> int:
+        """Bytes of the KV cache that are on disk, and read by each step, once ``tokens`` are in it."""
+        return 0 if self.kv_ram_tokens is None else max(0, tokens - self.kv_ram_tokens) * self.kv_full_token
 
     def layer_s(self, *, on_gpu: bool) -> float:
         """Seconds of a layer that are not bytes or arithmetic."""
@@ -104,25 +115,6 @@ class Workload:
         return self.dense_weights + self.head_weights + self.requests * self.expert_weights
 
 
-@dataclass(frozen=True)
-class SpeedPrediction:
-    """``tokens_per_s``, the ``seconds`` of a step by what they are spent on, and the largest of these.
-
-    ``cpu_share`` is the part of cold experts' bytes that the CPU computes where they lie, the rest crosses
-    PCIe.
-    """
-
-    tokens_per_s: float
-    seconds: Mapping[Limit, float]
-    limited_by: Limit
-    cpu_share: float | None = None
-
-    @property
-    def ms_per_token(self) -> float:
-        """Milliseconds per token."""
-        return 1e3 / self.tokens_per_s
-
-
 def layer_s(*, on_gpu: bool, stock: bool) -> float:
     """Seconds of a layer and step that are not bytes or arithmetic; see ``Workload.stock``."""
     return STOCK_LAYER_S if stock else GPU_LAYER_S if on_gpu else CPU_LAYER_S
@@ -133,7 +125,8 @@ def decode(load: Workload, machine: Machine, cold: ColdPath = "split") -> SpeedP
     if machine.gpu is not None:
         load = replace(load, sequences=1, union=None)
     routed, count = load.step_requests * load.expert, load.sequences
-    disk = (1 - load.hits) * routed * (1 + GUESS_WASTE) / _rate(machine.disk_gb_s, OF_DISK)
+    missed = (1 - load.hits) * routed * (1 + GUESS_WASTE)
+    disk = (missed + load.kv_disk(load.filled)) / _rate(machine.disk_gb_s, OF_DISK)
     if machine.gpu is None:
         memory: dict[Limit, float] = {
             "ram bandwidth": (load.dense + count * load.kv + routed) / _rate(machine.ram_gb_s, OF_RAM),
@@ -279,9 +272,12 @@ def _chunk(load: Workload, machine: Machine, tokens: int, before: int, prompt: i
     touched = load.experts * (1 - unused) * load.moe_layers
     weights = load.dense_weights * tokens + load.requests * load.expert_weights * tokens
     weights += load.head_weights if before + tokens == prompt else 0
-    attended = tokens * (before + tokens / 2) * load.attention_width * 2
+    seen = before + tokens / 2  # on average, by a token of the chunk
+    within = seen if before + tokens <= load.attention_chunk else load.attention_chunk / 2
+    attended = tokens * (seen * load.attention_width + within * load.chunked_width) * 2
     operations = 2.0 * (weights + attended)
-    disk = touched * (1 - scan_hits(load.resident)) * load.expert / _rate(machine.disk_gb_s, OF_DISK)
+    missed = touched * (1 - scan_hits(load.resident)) * load.expert
+    disk = (missed + load.kv_disk(before)) / _rate(machine.disk_gb_s, OF_DISK)
     if machine.gpu is None:
         compute = operations / _rate(machine.int8_gops, OF_GEMM)
         if load.nf4:

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from offload.batch.kv_tiers import KvTiers
 from offload.hardware.framework import MIB
 from offload.plan.cost_model import Workload
+from offload.plan.kv_room import KvRoom
 from quant.checkpoint.layout import PAGE
 from quant.errors import InputError
 from quant.model.families import Role
@@ -29,6 +31,7 @@ IMAGE_TILES = 136  # of one prompt: eight pictures of sixteen tiles and the whol
 ROW_TILES = 17  # of one picture
 TILES_AT_ONCE = 4
 _ATTENTION_BLOCK, _ATTENTION_ROWS, _RUNS = 256, 96, 64  # of attention.cpp and kernels.h
+_TABLE_ENTRY, _STRETCH_RECORD = 4, 512  # bytes that a block of a layer's table takes, and what is known of a stretch
 MIN_EXPERT_TOKENS = 64  # that an expert must see on average
 
 
@@ -40,7 +43,8 @@ class Footprint:
     ``slot_bytes`` is what one expert takes in an arena: whole pages, as direct I/O wants them, and where
     experts differ as many as the largest needs. Beside a GPU all slots are that large; on the CPU an expert takes
     what it needs, ``mean_slot_bytes`` in the mean. With ``images`` there is room to look at pictures. ``wider`` is
-    what the weights of a role that are not quantized take beyond two bytes each, where they are kept in f32.
+    what the weights of a role that are not quantized take beyond two bytes each, where they are kept in f32. With a
+    ``kv_room`` the KV cache of one sequence is in RAM in part.
     """
 
     shape: ModelShape
@@ -51,6 +55,7 @@ class Footprint:
     images: bool = False
     wider: Mapping[Role, int] = field(default_factory=dict)
     sequences: int = 1
+    kv_room: KvRoom | None = None
 
     def __post_init__(self) -> None:
         if not self.slot_bytes:
@@ -107,11 +112,30 @@ class Footprint:
 
     @property
     def kv_cache(self) -> int:
-        """Bytes of the KV cache with the full context of every sequence, in whole pages."""
+        """Bytes of the KV cache with the full context of every sequence, in whole pages, wherever they are."""
         if not self.shape.keeps_pages:
             return self.sequences * self.kv_at(self.context)
-        per_page = KV_PAGE_TOKENS * 2 * self.shape.num_kv_heads * self.shape.head_dim
-        return int(self.sequences * self.shape.kv_pages(self.context) * per_page * self._kv_bytes_per_value)
+        return self.sequences * self.shape.kv_pages(self.context) * self.kv_page
+
+    @property
+    def kv_page(self) -> int:
+        """Bytes of a page of the KV cache: keys and values of one layer."""
+        values = KV_PAGE_TOKENS * 2 * self.shape.num_kv_heads * self.shape.head_dim
+        return round(values * self._kv_bytes_per_value)
+
+    def kv_tiers(self, chunk: int) -> KvTiers | None:
+        """Which pages are in RAM beside prompts in chunks of ``chunk``; None where all are."""
+        return None if self.kv_room is None else self.kv_room.tiers(self.shape, self.context, chunk, self.kv_page)
+
+    def kv_parts(self, chunk: int) -> tuple[int, int]:
+        """Bytes of the KV cache in memory, and on disk."""
+        tiers = self.kv_tiers(chunk)
+        if tiers is None:
+            return self.kv_cache, 0
+        beyond = max(0, self.kv_cache // self.kv_page - tiers.pages)
+        tables = _TABLE_ENTRY * self.shape.num_layers * -(-self.context // KV_PAGE_TOKENS)
+        known = _STRETCH_RECORD * (beyond // tiers.stretch)
+        return tiers.memory_pages * self.kv_page + tables + known, beyond * self.kv_page
 
     def kv_at(self, tokens: int) -> int:
         """Bytes of the KV cache once ``tokens`` are in it; int8 keeps one f32 scale per token and head."""
@@ -152,7 +176,9 @@ class Footprint:
             group = shape.num_heads // kv_heads
             heads = min(group, _ATTENTION_ROWS)
             tokens = _ATTENTION_ROWS // heads
-            units = kv_heads * -(-group // heads) * -(-min(chunk, _ATTENTION_BLOCK) // tokens)
+            # What is on disk is read once for all of a chunk.
+            together = chunk if self.kv_room is not None else min(chunk, _ATTENTION_BLOCK)
+            units = kv_heads * -(-group // heads) * -(-together // tokens)
             return 4 * _ATTENTION_ROWS * (units * (3 * width + 4) + _RUNS * (2 * width + 2))
         longest = max((tokens for _, tokens in shape.kv_layers(self.context)), default=0)
         return 2 * chunk * (longest + chunk) + 2 * longest * kv_heads * width * size
@@ -177,8 +203,9 @@ class Footprint:
         kept = IMAGE_TILES * pixels * 2 + 2 * ROW_TILES * tokens * row * size // 4
         return TILES_AT_ONCE * states * size + largest * (2 + size) + kept + SLACK // 4
 
-    def load(self, *, filled: int, vram_hits: float, hits: float, resident: float) -> Workload:
-        """What a token reads with ``filled`` tokens in the KV cache; see Workload for the shares."""
+    def load(self, *, filled: int, vram_hits: float, hits: float, resident: float, chunk: int = 1) -> Workload:
+        """What a token reads with ``filled`` tokens in the KV cache; see Workload for the shares. Prompts come in
+        chunks of ``chunk`` tokens."""
         shape, roles = self.shape, self.roles()
         tied = shape.tie_word_embeddings
         dense = {role: size for role, size in roles.items() if role != "vision" and (tied or role != "embeddings")}
@@ -195,7 +222,9 @@ class Footprint:
             dense_weights=sum(linear.weights for linear in shape.dense_linears() if linear.role != "lm_head"),
             head_weights=head,
             expert_weights=shape.expert_weights,
-            attention_width=shape.num_layers * shape.num_heads * shape.head_dim,
+            attention_width=(shape.num_layers - len(shape.chunked_layers)) * shape.num_heads * shape.head_dim,
+            chunked_width=len(shape.chunked_layers) * shape.num_heads * shape.head_dim,
+            attention_chunk=shape.attention_chunk_size,
             shared=roles.get("shared_expert", 0) // max(1, len(shape.moe_layers)),
             vram_hits=vram_hits,
             hits=hits,
@@ -204,7 +233,18 @@ class Footprint:
             nf4=experts.kind == "nf4",
             stock=not shape.layers_on_cpu,
             stock_on_gpu=not shape.is_native,
+            filled=filled,
+            kv_full_token=(shape.num_layers - len(shape.chunked_layers)) * self.kv_page // KV_PAGE_TOKENS,
+            kv_ram_tokens=self._kv_ram_tokens(chunk),
         )
+
+    def _kv_ram_tokens(self, chunk: int) -> int | None:
+        tiers, shape = self.kv_tiers(chunk), self.shape
+        full = shape.num_layers - len(shape.chunked_layers)
+        if tiers is None or not full:
+            return None
+        beyond = max(0, shape.kv_pages(self.context) - tiers.pages) // full * KV_PAGE_TOKENS
+        return self.context - beyond
 
 
 def calibration_nbytes(shape: ModelShape, tokens: int, *, tuned: bool = False) -> dict[str, int]:

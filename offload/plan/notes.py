@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from offload.batch.kv_tiers import KvTiers
 from offload.hardware.probe import Machine
 from offload.plan.footprint import Footprint
 from quant.model.families import Role
@@ -19,6 +20,15 @@ def queue(room: int, sequences: int, context: int) -> tuple[str, ...]:
         f"the KV cache has room for {room} of {sequences} sequences of {context:,} tokens: others "
         "wait for pages; a larger budget or a smaller --context makes room",
     )
+
+
+def kv_on_disk(tiers: KvTiers | None, nbytes: int, sequences: int) -> tuple[str, ...]:
+    """What a KV cache of which ``nbytes`` are on disk asks of that, and of those who wait."""
+    if tiers is None or not nbytes:
+        return ()
+    said = f"with the full context {format_size(nbytes)} of the KV cache are on disk, and read for every step"
+    alone = "; sequences run one after the other" if sequences > 1 else ""
+    return (said + alone,)
 
 
 def padding(footprint: Footprint) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Literal
 from offload.hardware.framework import FRAMEWORK_RAM, FRAMEWORK_VRAM, GIB, MIB
 from offload.plan.budget import Budget
 from offload.plan.footprint import Footprint, slot_bytes_of
+from offload.plan.kv_room import KvRoom
 from offload.tiers import Tier, role_name
 from quant.errors import BudgetError
 from quant.model.families import QUANTIZABLE
@@ -59,6 +60,11 @@ class Fitter:
         return "vram" if self.on_gpu else "ram"
 
     @property
+    def kv_can_spill(self) -> bool:
+        """Whether a part of the KV cache could be on disk that is not now."""
+        return not self.on_gpu and self.footprint.shape.layers_on_cpu and self.footprint.kv_room is None
+
+    @property
     def grows_to(self) -> int:
         """See ModelShape; where transformers computes attention beside a GPU, no longer than asked."""
         shape = self.footprint.shape
@@ -80,6 +86,17 @@ class Fitter:
         ram_bytes = ram_slots * mean if mean == slot else min(free["ram"], total * mean)
         rows += self._experts(in_vram, in_ram, vram_slots, ram_bytes)
         return Fit(tuple(row for row in rows if row.nbytes), chunk, vram_slots, ram_slots, in_vram, in_ram, ram_bytes)
+
+    def with_kv_room(self, budget: Budget) -> "Fitter":
+        """This one, in which a KV cache that may be on disk in part has of RAM what experts leave, where nobody said
+        how much."""
+        room = self.footprint.kv_room
+        if room is None or room.nbytes is not None or not self.fits(budget):
+            return self
+        found = self.fit(budget)
+        kept, _ = self.footprint.kv_parts(found.prompt_chunk)
+        left = budget.ram + FRAMEWORK_RAM - sum(row.nbytes for row in found.rows if row.tier == "ram")
+        return replace(self, footprint=replace(self.footprint, kv_room=KvRoom(kept + max(0, left))))
 
     def fits(self, budget: Budget) -> bool:
         """Whether there is a placement at all."""
@@ -121,7 +138,8 @@ class Fitter:
             if role == "vision":
                 tier = "disk"  # text runs never load it
             rows.append(PlanRow(role, tier, nbytes))
-        rows.append(PlanRow("kv_cache", self.home, footprint.kv_cache))
+        kept, on_disk = footprint.kv_parts(chunk)
+        rows += [PlanRow("kv_cache", self.home, kept), PlanRow("kv_cache", "disk", on_disk)]
         rows.append(PlanRow("scratch", self.home, footprint.scratch(chunk, on_gpu=self.on_gpu)))
         rows.append(PlanRow("images", self.home, footprint.image_workspace(on_gpu=self.on_gpu)))
         rows.append(PlanRow("framework", "ram", FRAMEWORK_RAM))
@@ -169,6 +187,8 @@ class Fitter:
         if context >= _MIN_CONTEXT:
             all_of_it = " (all that the model was made for)" if context == limit else ""
             found.append(f"--context {context}{all_of_it}")
+        if self.kv_can_spill and replace(self, footprint=replace(footprint, kv_room=KvRoom())).fits(budget):
+            found.append("--kv-disk DIR for the older part of the KV cache")
         if footprint.kv_bits > 8 and self._with(kv_bits=8).fits(budget):
             found.append("--kv int8")
         if self._lighter().fits(budget):

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from offload.hardware.gpu_catalog import described_machine
 from offload.hardware.probe import Machine, Say, probe
 from offload.plan.cost_model import with_prefetch_bytes
+from offload.plan.kv_room import KvRoom
 from offload.plan.placement import PlanRow
-from offload.plan.plan import Plan, make_plan
+from offload.plan.plan import Plan
+from offload.plan.planner import make_plan
 from offload.records import RunOptions
 from quant.architecture.shape import shape_of
 from quant.checkpoint.config_groups import check_groups, in_fitting_groups
@@ -191,6 +193,8 @@ def planned_run(
         routing = RoutingStats.load(options.routing, shape)
     if not isinstance(machine, Machine):
         machine = planned_machine("" if isinstance(model, PlannedModel) else model, machine, ram=options.ram)
+    if options.kv_disk is not None:
+        _check_kv_disk(options, shape, machine)
     if options.prefetch_bytes is not None:
         machine = with_prefetch_bytes(machine, options.prefetch_bytes)
     made = partial(
@@ -206,9 +210,10 @@ def planned_run(
         filled=prompt or 512,
         images=options.images and shape.reads_images,
         wider=subject.wider,
-        sequences=options.sequences if _on_cpu(options, machine) and shape.keeps_pages else 1,
+        sequences=options.sequences if _on_cpu(options, machine) and shape.keeps_pages and not options.kv_disk else 1,
         curve=curve,
         cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
+        kv_room=None if options.kv_disk is None else KvRoom(options.kv_ram),
     )
     plan, draft = made(machine, ram=options.ram), None
     if options.draft_model is not None:
@@ -273,6 +278,17 @@ def _idle(options: RunOptions, machine: Machine) -> list[str]:
         "--regain": options.regain,
     }
     return [name for name, given in asked.items() if given]
+
+
+def _check_kv_disk(options: RunOptions, shape: ModelShape, machine: Machine) -> None:
+    """Raise UsageError where no part of the KV cache can be on disk."""
+    if not _on_cpu(options, machine):
+        raise UsageError("--kv-disk is for runs on the CPU: beside a GPU the KV cache is in VRAM; add --vram 0")
+    if not shape.layers_on_cpu:
+        raise UsageError(
+            f"--kv-disk is for families whose layers the native kernels compute: those of a {shape.family.name} model "
+            "run in transformers' modules; leave it out"
+        )
 
 
 def _on_cpu(options: RunOptions, machine: Machine) -> bool:

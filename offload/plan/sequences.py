@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from offload.plan.cost_model import Limit
+from offload.plan.speed_prediction import Limit
 
 
 @dataclass(frozen=True)

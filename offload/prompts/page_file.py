@@ -86,14 +86,14 @@ def read_page_file(path: Path, layout: PageLayout, key: str, tokens: int, into: 
 
     Raises SpoiledFile if it is not as it was written or is something else, OSError if it cannot be read.
     """
-    header, tail = _aligned(layout.header_nbytes), _aligned(layout.tail_nbytes)
+    header, tail = aligned(layout.header_nbytes), aligned(layout.tail_nbytes)
     parts = [header, *into.pages, *([tail] if len(tail) else [])]
     descriptor = _open(path, os.O_RDONLY | os.O_NONBLOCK, direct=direct and layout.is_direct)
     try:
         size = os.fstat(descriptor).st_size
         if size != layout.nbytes:
             raise SpoiledFile(f"it has {size:,} bytes, expected {layout.nbytes:,}")
-        _all_of(os.preadv, descriptor, parts)
+        move_all(os.preadv, descriptor, parts)
         if not direct:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
@@ -109,7 +109,7 @@ def read_page_file(path: Path, layout: PageLayout, key: str, tokens: int, into: 
 
 def write_page_file(path: Path, layout: PageLayout, key: str, tokens: int, pages: BlockPages, *, direct: bool) -> None:
     """Write what ``read_page_file`` reads, to a new file. Raises OSError."""
-    header, tail = _aligned(layout.header_nbytes), _aligned(layout.tail_nbytes)
+    header, tail = aligned(layout.header_nbytes), aligned(layout.tail_nbytes)
     done = 0
     for scale in pages.scales:
         tail[done : done + len(scale)] = scale
@@ -118,7 +118,7 @@ def write_page_file(path: Path, layout: PageLayout, key: str, tokens: int, pages
     header[:] = layout.header(key, tokens, checksums(parts[1:]))
     descriptor = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, direct=direct and layout.is_direct)
     try:
-        _all_of(os.pwritev, descriptor, parts)
+        move_all(os.pwritev, descriptor, parts)
     finally:
         os.close(descriptor)
 
@@ -133,9 +133,12 @@ def _open(path: Path, flags: int, *, direct: bool) -> int:
     return os.open(path, flags & ~os.O_EXCL, 0o600)
 
 
-def _all_of(move: Callable[[int, list[memoryview], int], int], descriptor: int, parts: Sequence[memoryview]) -> None:
-    """Have ``move`` take all of ``parts``, which follow one another in the file."""
-    waiting, offset = list(parts), 0
+def move_all(
+    move: Callable[[int, list[memoryview], int], int], descriptor: int, parts: Sequence[memoryview], offset: int = 0
+) -> None:
+    """Have ``move`` (os.preadv, os.pwritev) take all of ``parts``, which follow one another in the file from
+    ``offset``. Raises OSError."""
+    waiting = list(parts)
     while waiting:
         count = move(descriptor, waiting[:_MOST_PARTS], offset)
         if count <= 0:
@@ -147,6 +150,6 @@ def _all_of(move: Callable[[int, list[memoryview], int], int], descriptor: int, 
             waiting[0] = waiting[0][count:]
 
 
-def _aligned(nbytes: int) -> memoryview:
+def aligned(nbytes: int) -> memoryview:
     """Memory that direct I/O accepts, zeros."""
     return memoryview(mmap.mmap(-1, nbytes)) if nbytes else memoryview(bytearray())

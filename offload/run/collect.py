@@ -16,7 +16,7 @@ from offload.hardware.ledger import MemoryLedger, peak_resident_bytes, resident_
 from offload.hardware.probe import Machine
 from offload.hardware.system import cpu_name
 from offload.hardware.vram_limit import VramMeter
-from offload.model.paged_cache import PagePool
+from offload.model.page_pool import PagePool
 from offload.plan.plan import Plan
 from offload.records import RunOptions
 from offload.routing.stats import RoutingStats
@@ -192,7 +192,7 @@ def memory_of(session: Accounted) -> Memory:
     return Memory(
         vram=entries["vram"],
         ram=ram,
-        disk=disk_bytes_by_role(session.checkpoint),
+        disk=disk_bytes_by_role(session.checkpoint) | session.kv_pool.disk_nbytes,
         rss_bytes=resident,
         peak_rss_bytes=peak_resident_bytes(),
         peak_vram_bytes=session.vram.peak if session.vram is not None else 0,

@@ -1,6 +1,7 @@
 """A draft model beside a session's own: opened, checked, counted, and put to work."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -14,7 +15,8 @@ from offload.generate.model_drafts import DraftModel, ModelDrafts
 from offload.generate.runner import Runner
 from offload.hardware.ledger import MemoryLedger
 from offload.hardware.probe import Machine
-from offload.model.paged_cache import PagePool
+from offload.model.page_pool import PagePool
+from offload.model.paged_cache import PagedCache
 from offload.plan.plan import Plan
 from offload.plan.planned_run import PlannedRun
 from quant.checkpoint.checkpoint import Checkpoint
@@ -71,7 +73,7 @@ def begin_drafting(session: Made, run: PlannedRun, opens: Opens[Made]) -> Made |
     model = DraftModel(
         draft.decoder,
         draft.experts,
-        draft.kv_pool.sequence,
+        partial(PagedCache, draft.kv_pool),
         tokens=len(session.tokenizer),
         context=min(draft.context, session.context),
         chunk=draft.plan.prompt_chunk,

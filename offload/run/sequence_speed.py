@@ -9,7 +9,7 @@ other. The rate of products is the instruction's own, measured without any memor
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from offload.plan.cost_model import Limit
+from offload.plan.speed_prediction import Limit
 from offload.records import TokenRecord
 from offload.run.speed import Bandwidth, Run, floor_limit, floor_of, floor_parts, percentile
 from offload.tiers import TIERS, Tier

@@ -29,7 +29,7 @@ from offload.hardware.vram_limit import Allowance, VramMeter
 from offload.model.kv_cache import STORAGES
 from offload.model.load import check_rope, load_model, move_to_arena, text_config
 from offload.model.moe import ExpertRunner
-from offload.model.paged_cache import PagePool
+from offload.model.page_pool import PagePool
 from offload.model.stock_cache import cache_of
 from offload.plan.planned_run import PlannedModel, PlannedRun, planned_run
 from offload.records import RunOptions, Sampling, TokenRecord
@@ -93,12 +93,14 @@ class Session:
         self._dense: Arena | None = None if in_place else move_to_arena(self.model, loading)
         storage = STORAGES[self.plan.kv_bits]
         kv = cache_of(self.shape, self.model.config, self.context, storage)
-        self.kv_pool = PagePool(self.shape, self.context, storage, device, dtype, self.plan.kv_sequences)
+        tiers, folder = self.plan.kv_tiers, self.options.kv_disk or Path()
+        self.kv_pool = PagePool(self.shape, self.context, storage, device, dtype, self.plan.kv_sequences, tiers, folder)
         self.decoder, notes = select_decoder(self.model, self.plan, runner, kv, device, graph=self.options.graph)
         self.kernel, self._dtype = self.decoder.name, dtype
+        self.kv_pool.check_reader(self.decoder.reads_disk_pages)
         said = [*self.reader.notes, *(store.notes if self.reader.direct else ())]
         self.notes = [*said, *(self.vram.allowance.notes if self.vram is not None else ()), *notes]
-        self.notes += filter(None, [native.thread_note()])
+        self.notes += [*self.kv_pool.notes, *filter(None, [native.thread_note()])]
         self.tokenizer = load_tokenizer(self.checkpoint.path)
         self._images: Images | None = None
         self.checkpoint.check_unchanged(*text_files(self.checkpoint.path))
@@ -332,7 +334,7 @@ class Session:
         self.save_prompts()
         if self.prompts is not None:
             self.prompts.close()
-        for owned in (self.draft, self.decoder, self.reader, self.experts):
+        for owned in (self.draft, self.decoder, self.reader, self.experts, self.kv_pool):
             if owned is not None:
                 owned.close()
 

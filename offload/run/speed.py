@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from offload.plan.cost_model import Limit
+from offload.plan.speed_prediction import Limit
 from offload.records import Reused, TokenRecord
 from offload.tiers import TIERS, Tier
 

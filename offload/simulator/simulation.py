@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from offload.hardware.probe import Machine
-from offload.plan.cost_model import Limit, miss_split, read_ahead_s, scan_hits
+from offload.plan.cost_model import miss_split, read_ahead_s, scan_hits
 from offload.plan.footprint import Footprint
 from offload.plan.plan import Plan
+from offload.plan.speed_prediction import Limit
 from offload.routing.eviction import make_policy
 from offload.routing.trace import Trace
 from offload.simulator.decode import AHEAD, SimulatedDecode

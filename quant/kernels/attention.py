@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ _BYTE_ISAS = ("avx512bf16", "avx512")  # whose int8 dot products read pages in b
 _VECTORS = ("norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias", "sinks")
 MAX_HEAD_DIM = 256
 _MAX_COMPRESSED = 640  # channels of a latent and of what RoPE rotates beside it
+PAGE_ON_DISK = -2  # in a table: a page that is not in the pool, but can be brought there
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,13 @@ class AttentionShape:
         return 2 * self.head_dim - self.latent
 
 
+_Bring = ctypes.CFUNCTYPE(I64, Pointer, I64, ctypes.POINTER(I32))
+
+
 class CKvPool(ctypes.Structure):
     """``coldstream::KvPool`` of kernels.h."""
 
-    _fields_ = fields((Pointer, "keys values key_scale value_scale"), (I32, "storage"))
+    _fields_ = fields((Pointer, "keys values key_scale value_scale"), (I32, "storage"), (_Bring, "bring"))
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,10 @@ class KvPages:
         """The pages for native calls."""
         tensors = addresses(**{name: getattr(self, name) for name in ("keys", "values", "key_scale", "value_scale")})
         return CKvPool(**tensors, storage=_INT8_BLOCKS if self.blocks else _STORAGES[self.keys.dtype])
+
+    def bring_by(self, bring: Callable[[int, int, Any], int]) -> None:
+        """Have native calls ask for pages that are elsewhere: see kernels.h."""
+        self.native.bring = _Bring(bring)
 
     @property
     def nbytes(self) -> int:
@@ -318,10 +326,11 @@ class Attention:
         first = position // shape.chunk * shape.chunk if shape.chunk else 0
         if shape.window:
             first = max(first, position - shape.window + 1)
-        used = table[first // PAGE_TOKENS : -(-(position + tokens) // PAGE_TOKENS)].tolist()
-        if len(used) * PAGE_TOKENS < position + tokens - first // PAGE_TOKENS * PAGE_TOKENS or not all(
-            0 <= page < len(pages.keys) for page in used
-        ):
+        used = table[first // PAGE_TOKENS : -(-(position + tokens) // PAGE_TOKENS)]
+        there = (used >= 0) & (used < len(pages.keys))
+        if pages.native.bring:
+            there |= used == PAGE_ON_DISK
+        if len(used) * PAGE_TOKENS < position + tokens - first // PAGE_TOKENS * PAGE_TOKENS or not there.all():
             raise SchemeError(
                 f"tokens {position} to {position + tokens - 1} have no place in {len(pages.keys)} KV pages"
             )

@@ -22,6 +22,7 @@ _MESSAGES = {
     -1: "bad argument",
     -2: "no memory is left (free some, or raise the limit: ulimit -v)",
     -3: "not supported by this processor",
+    -4: "pages of the KV cache could not be had",
 }
 
 # C types of the fields of structures.

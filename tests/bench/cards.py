@@ -15,7 +15,8 @@ from pathlib import Path
 
 from offload.hardware.gpu_catalog import CARDS, GIB, described_machine
 from offload.hardware.probe import Machine
-from offload.plan.plan import Plan, make_plan
+from offload.plan.plan import Plan
+from offload.plan.planner import make_plan
 from offload.routing.eviction import make_policy
 from offload.routing.trace import Synthetic, Trace, load_trace
 from offload.simulator.requests import Tiers, replayed, shares, stretched

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from offload.hardware.probe import probe
-from offload.plan.plan import make_plan
+from offload.plan.planner import make_plan
 from offload.records import RunOptions, Sampling
 from offload.run.session import Session
 from quant.checkpoint.inventory import schemes_of_tensors

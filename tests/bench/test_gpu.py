@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from offload.hardware.gpu_catalog import described_machine
-from offload.plan.plan import make_plan
+from offload.plan.planner import make_plan
 from offload.records import RunOptions, Sampling, TokenRecord
 from quant.convert.convert import convert
 from quant.model.recipe import load_recipe

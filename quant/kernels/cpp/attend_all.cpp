@@ -2,20 +2,21 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 namespace coldstream {
 namespace {
 
 constexpr int64_t kRunsAtOnce = 64;  // whose sums wait to be merged: memory does not grow with the context
-constexpr int64_t kRunTokens = 512;  // keys of one run: its sums are merged with others' in order, whoever made them
+constexpr int64_t kRunPages = kRunTokens / kPageTokens;
 
 // Sums of some rows over some keys.
 struct Part {
-  float *out, *top, *total;  // [rows, head_dim], [rows], [rows]
+  float *out, *top, *total;  // [rows, value_width], [rows], [rows]
 };
 
 // `more` is of keys after those of `sum`. Runs are always merged so, one after the other from the first: a row's result
-// depends neither on how many threads there are nor on what they do beside it.
+// depends neither on how many threads there are, nor on what they do beside it, nor on where pages are.
 void merge(const Part& sum, const Part& more, int64_t rows, int64_t width) {
   for (int64_t r = 0; r < rows; ++r) {
     if (more.top[r] == -INFINITY) continue;
@@ -36,12 +37,18 @@ void merge(const Part& sum, const Part& more, int64_t rows, int64_t width) {
 
 // Query rows that look at the keys of one KV head together: some tokens of a segment, some heads of the group.
 struct Unit {
-  const KvSegment* segment;
-  int64_t row, token, tokens;     // the first token's row in q, its place in the segment, how many
-  int64_t kv_head, head, heads;   // the first query head, how many
-  int64_t first_run, runs, part;  // of the keys they see; where the sums of the first run are
+  int64_t segment;
+  int64_t row, token, tokens;    // the first token's row in q, its place in the segment, how many
+  int64_t kv_head, head, heads;  // the first query head, how many
+  int64_t first_run, last_run;   // of the keys they see, the last not among them
 
   int64_t rows() const { return tokens * heads; }
+};
+
+// Keys that are in pages at the same time: runs of one table, and where they end.
+struct Piece {
+  const int32_t* pages;
+  int64_t first_run, last_run, end;
 };
 
 class Units {
@@ -53,18 +60,19 @@ class Units {
     int64_t row = 0;
     for (int64_t i = 0; i < step.count; row += step.segments[i++].tokens) {
       const KvSegment& segment = step.segments[i];
+      first_of.push_back(int64_t(units.size()));
       for (int64_t token = 0; token < segment.tokens; token += most) {
         const int64_t tokens = std::min(most, segment.tokens - token), position = segment.position + token;
         const int64_t first = sees_from(position) / kRunTokens, last = (position + tokens - 1) / kRunTokens;
         for (int64_t kv_head = 0; kv_head < b.kv_heads; ++kv_head)
           for (int64_t head = 0; head < group; head += wide) {
-            units.push_back({&segment, row + token, token, tokens, kv_head, kv_head * group + head,
-                             std::min(wide, group - head), first, last - first + 1, runs});
-            runs += last - first + 1;
+            units.push_back({i, row + token, token, tokens, kv_head, kv_head * group + head,
+                             std::min(wide, group - head), first, last + 1});
             rows = std::max(rows, tokens * wide);
           }
       }
     }
+    first_of.push_back(int64_t(units.size()));
   }
 
   int64_t sees_from(int64_t position) const {
@@ -75,24 +83,24 @@ class Units {
     return from;
   }
 
-  // The rows' sums over the keys of one run.
-  void attend(const Unit& unit, int64_t run, float* q, const Part& to) const {
+  // The rows' sums over the keys of one run of `piece`.
+  void attend(const Unit& unit, const Piece& piece, int64_t run, float* q, const Part& to) const {
     const AttentionBlock& b = step_.block;
     const int64_t width = b.key_width(), first = run * kRunTokens;
     int64_t from[kAttendRows], until[kAttendRows], lowest = INT64_MAX, highest = 0;
     for (int64_t t = 0, r = 0; t < unit.tokens; ++t) {
-      const int64_t position = unit.segment->position + unit.token + t, start = sees_from(position);
+      const int64_t position = step_.segments[unit.segment].position + unit.token + t, start = sees_from(position);
       for (int64_t h = 0; h < unit.heads; ++h, ++r) {
         from[r] = start;
         until[r] = position + 1;
-        std::memcpy(q + r * width, row_of(unit, t, h, step_.q, width), size_t(width) * 4);
+        std::memcpy(q + r * width, step_.q + place(unit, t, h, width), size_t(width) * 4);
       }
       lowest = std::min(lowest, start);
       highest = position + 1;
     }
-    kernels().attend({&step_.pool, unit.segment->pages, q, from, until, b.kv_heads, unit.kv_head, b.head_dim,
-                      b.key_width(), b.value_width(), std::max(first, lowest), std::min(first + kRunTokens, highest), highest, int(unit.rows()), step_.exact,
-                      to.out, to.top, to.total});
+    kernels().attend({&step_.pool, piece.pages, q, from, until, b.kv_heads, unit.kv_head, b.head_dim, width,
+                      b.value_width(), std::max(first, lowest), std::min(first + kRunTokens, highest),
+                      std::min(highest, piece.end), int(unit.rows()), step_.exact, to.out, to.top, to.total});
   }
 
   void finish(const Unit& unit, const Part& sum, float* out) const {
@@ -100,7 +108,7 @@ class Units {
     const float* sinks = step_.block.sinks;
     for (int64_t t = 0, r = 0; t < unit.tokens; ++t)
       for (int64_t h = 0; h < unit.heads; ++h, ++r) {
-        float *to = row_of(unit, t, h, out, width), total = sum.total[r], shrink = 1.0f;
+        float *to = out + place(unit, t, h, width), total = sum.total[r], shrink = 1.0f;
         if (sinks) {
           const float sink = sinks[unit.head + h], top = std::max(sum.top[r], sink);
           shrink = std::exp(sum.top[r] - top);
@@ -111,65 +119,123 @@ class Units {
   }
 
   std::vector<Unit> units;
-  int64_t runs = 0, rows = 0;  // of all units; of the largest
+  std::vector<int64_t> first_of;  // [segments + 1]: the first unit of each segment, and how many there are
+  int64_t rows = 0;               // of the largest
 
  private:
-  float* row_of(const Unit& unit, int64_t t, int64_t h, float* base, int64_t width) const {
-    return base + ((unit.row + t) * step_.block.heads + unit.head + h) * width;
+  int64_t place(const Unit& unit, int64_t t, int64_t h, int64_t width) const {
+    return ((unit.row + t) * step_.block.heads + unit.head + h) * width;
   }
 
   const Step& step_;
+};
+
+// The sums of all units, to which pieces of the keys are added, those of a segment in ascending order.
+class Sums {
+ public:
+  Sums(const Units& all, int64_t query, int64_t width, Scratch& scratch)
+      : all_(all), query_(query), width_(width), count_(int64_t(all.units.size())), few_(count_ < 4 * thread_count()) {
+    at_once_ = few_ ? std::max<int64_t>(kRunsAtOnce, 4 * thread_count()) : thread_count();
+    queries_ = scratch.take<float>(at_once_ * all.rows * query);
+    sums_ = scratch.take<float>((count_ + at_once_) * all.rows * (width + 2));
+    std::memset(sums_, 0, size_t(count_ * all.rows * (width + 2)) * 4);
+    for (int64_t unit = 0; unit < count_; ++unit) std::fill_n(part(unit).top, all.rows, -INFINITY);
+  }
+
+  // `pieces` of some segments: each is seen by the units of its own. Where there are few units, threads share the runs
+  // of each.
+  void add(const std::vector<Piece>& pieces, int64_t first_segment) {
+    struct Work {
+      int64_t unit, first_run, last_run, before;
+      const Piece* piece;
+    };
+    std::vector<Work> works;
+    int64_t runs = 0;
+    for (size_t i = 0; i < pieces.size(); ++i)
+      for (int64_t u = all_.first_of[size_t(first_segment) + i]; u < all_.first_of[size_t(first_segment) + i + 1]; ++u) {
+        const Unit& unit = all_.units[size_t(u)];
+        const int64_t first = std::max(unit.first_run, pieces[i].first_run);
+        const int64_t last = std::min(unit.last_run, pieces[i].last_run);
+        if (first >= last) continue;
+        works.push_back({u, first, last, runs, &pieces[i]});
+        runs += last - first;
+      }
+    const int64_t count = int64_t(works.size());
+    if (!few_ || runs == count) {  // few units are no more than can wait at once
+      parallel(count, [&](int64_t task, int worker) {
+        const Work& work = works[size_t(task)];
+        const int64_t place = few_ ? task : worker;
+        for (int64_t run = work.first_run; run < work.last_run; ++run) {
+          attend(work.unit, *work.piece, run, place);
+          take(work.unit, place);
+        }
+      });
+      return;
+    }
+    for (int64_t first = 0; first < runs; first += at_once_) {
+      const int64_t last = std::min(first + at_once_, runs);
+      parallel(last - first, [&](int64_t task, int) {
+        auto next = std::upper_bound(works.begin(), works.end(), first + task,
+                                     [](int64_t value, const Work& work) { return value < work.before; });
+        const Work& work = *--next;
+        attend(work.unit, *work.piece, work.first_run + first + task - work.before, task);
+      });
+      parallel(count, [&](int64_t task, int) {
+        const Work& work = works[size_t(task)];
+        const int64_t end = work.before + work.last_run - work.first_run;
+        for (int64_t run = std::max(first, work.before); run < std::min(last, end); ++run) take(work.unit, run - first);
+      });
+    }
+  }
+
+  void finish(float* out) const {
+    parallel(count_, [&](int64_t unit, int) { all_.finish(all_.units[size_t(unit)], part(unit), out); });
+  }
+
+ private:
+  Part part(int64_t index) const {
+    float* base = sums_ + index * all_.rows * (width_ + 2);
+    return {base, base + all_.rows * width_, base + all_.rows * (width_ + 1)};
+  }
+
+  void attend(int64_t unit, const Piece& piece, int64_t run, int64_t place) {
+    all_.attend(all_.units[size_t(unit)], piece, run, queries_ + place * all_.rows * query_, part(count_ + place));
+  }
+
+  void take(int64_t unit, int64_t place) {
+    merge(part(unit), part(count_ + place), all_.units[size_t(unit)].rows(), width_);
+  }
+
+  const Units& all_;
+  int64_t query_, width_, count_;
+  bool few_;
+  int64_t at_once_ = 0;
+  float *queries_, *sums_;
 };
 
 }  // namespace
 
 void attend_all(const Step& step, float* out, Scratch& scratch) {
   const Units all(step);
-  const int64_t width = step.block.value_width(), query = step.block.key_width(), count = int64_t(all.units.size());
-  const bool shared = count < 4 * thread_count() && all.runs > count;
-  const int64_t at_once = shared ? std::min(all.runs, std::max<int64_t>(kRunsAtOnce, 4 * thread_count())) : count;
-  const int64_t part_floats = all.rows * (width + 2);
-  float* queries = scratch.take<float>(at_once * all.rows * query);
-  float* sums = scratch.take<float>((count + at_once) * part_floats);
-  auto part = [&](int64_t index) {
-    float* base = sums + index * part_floats;
-    return Part{base, base + all.rows * width, base + all.rows * (width + 1)};
-  };
-  auto add = [&](const Unit& unit, int64_t run, int64_t index, const Part& more) {
-    const Part sum = part(index);
-    if (run) return merge(sum, more, unit.rows(), width);
-    std::memcpy(sum.out, more.out, size_t(unit.rows() * width) * 4);
-    std::memcpy(sum.top, more.top, size_t(unit.rows()) * 4);
-    std::memcpy(sum.total, more.total, size_t(unit.rows()) * 4);
-  };
-  if (!shared) {
-    parallel(count, [&](int64_t task, int) {
-      const Unit& unit = all.units[size_t(task)];
-      const Part more = part(count + task);
-      for (int64_t run = 0; run < unit.runs; ++run) {
-        all.attend(unit, unit.first_run + run, queries + task * all.rows * query, more);
-        add(unit, run, task, more);
+  Sums sums(all, step.block.key_width(), step.block.value_width(), scratch);
+  std::vector<Piece> rest;
+  for (int64_t i = 0; i < step.count; ++i) {
+    const KvSegment& segment = step.segments[i];
+    const int64_t end = segment.position + segment.tokens;
+    int64_t block = all.sees_from(segment.position) / kPageTokens;
+    if (step.pool.bring && segment.pages[block] == kElsewhere) {
+      std::vector<int32_t> table(segment.pages, segment.pages + (end + kPageTokens - 1) / kPageTokens);
+      while (segment.pages[block] == kElsewhere) {
+        const int64_t count = step.pool.bring(segment.pages, block, table.data() + block);
+        if (count <= 0) throw NoPages();
+        sums.add({{table.data(), block / kRunPages, (block + count) / kRunPages, (block + count) * kPageTokens}}, i);
+        block += count;
       }
-      all.finish(unit, part(task), out);
-    });
-    return;
+    }
+    rest.push_back({segment.pages, block / kRunPages, (end + kRunTokens - 1) / kRunTokens, end});
   }
-  for (int64_t first = 0; first < all.runs; first += at_once) {
-    const int64_t last = std::min(first + at_once, all.runs);
-    parallel(last - first, [&](int64_t task, int) {
-      auto next = std::upper_bound(all.units.begin(), all.units.end(), first + task,
-                                   [](int64_t value, const Unit& unit) { return value < unit.part; });
-      const Unit& unit = *--next;
-      all.attend(unit, unit.first_run + first + task - unit.part, queries + task * all.rows * query,
-                 part(count + task));
-    });
-    parallel(count, [&](int64_t task, int) {
-      const Unit& unit = all.units[size_t(task)];
-      for (int64_t run = std::max(first, unit.part); run < std::min(last, unit.part + unit.runs); ++run)
-        add(unit, run - unit.part, task, part(count + run - first));
-    });
-  }
-  parallel(count, [&](int64_t task, int) { all.finish(all.units[size_t(task)], part(task), out); });
+  sums.add(rest, 0);
+  sums.finish(out);
 }
 
 }  // namespace coldstream

@@ -15,7 +15,7 @@ struct Step {
   bool exact;
 };
 
-// softmax(q kᵀ) v into `out` [T, heads * value_width()]. Where there are few units, threads share the runs of each.
+// softmax(q kᵀ) v into `out` [T, heads * value_width()], wherever pages are. Throws NoPages.
 void attend_all(const Step& step, float* out, Scratch& scratch);
 
 void add_bias(float* rows, const float* bias, int64_t tokens, int64_t width);  // null for none

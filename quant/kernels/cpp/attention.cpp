@@ -173,8 +173,10 @@ COLDSTREAM_API int32_t cs_attention(const coldstream::AttentionBlock* block, con
                                     const coldstream::KvPool* pool, const int32_t* pages, float* out, int64_t ldout,
                                     int32_t exact) {
   using namespace coldstream;
-  // What queries, sums and outputs take does not grow with the prompt.
-  const int64_t at_once = block->latent ? std::max<int64_t>(32, std::min<int64_t>(256, 4096 / block->heads)) : 256;
+  // What queries, sums and outputs take does not grow with the prompt; but pages that are elsewhere are brought once for
+  // all of it.
+  const int64_t least = block->latent ? std::max<int64_t>(32, std::min<int64_t>(256, 4096 / block->heads)) : 256;
+  const int64_t at_once = pool->bring && !block->latent ? tokens : least;
   return guarded([&] {
     for (int64_t first = 0; first < tokens; first += at_once) {
       const int64_t angle = first * (block->rope_dim / 2);

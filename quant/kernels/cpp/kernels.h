@@ -12,7 +12,7 @@ enum Kind : int32_t { kInt4 = 0, kInt8 = 1, kBf16 = 2, kF32 = 3, kF16 = 4, kInt3
 enum SourceType : int32_t { kSourceBf16 = 0, kSourceF16 = 1, kSourceF32 = 2 };
 
 // Status codes of the C functions; Python turns them into one-line errors.
-enum Status : int32_t { kOk = 0, kBadArgument = -1, kNoMemory = -2, kUnsupported = -3 };
+enum Status : int32_t { kOk = 0, kBadArgument = -1, kNoMemory = -2, kUnsupported = -3, kNoPages = -4 };
 
 // A weight where it lies: packed int32 words and bf16 scales, or plain bf16/f16/f32 rows. Nothing is owned. A part of a
 // wider weight's columns (whole groups) is a weight whose rows lie `pitch` columns apart.
@@ -85,15 +85,24 @@ constexpr int kBlockKeys = 64;
 enum CacheStorage : int32_t { kCacheF32 = 0, kCacheBf16 = 1, kCacheInt8 = 2, kCacheInt8Blocks = 3 };
 
 constexpr int kPageTokens = 128;
+constexpr int64_t kRunTokens = 512;  // keys of one run: its sums are merged with others' in order, whoever made them
 
 // Keys and values of any layers and sequences in pages [kv_heads, kPageTokens, head_dim], each of one layer and of
 // tokens [128 i, 128 i + 128) of one sequence. Which page holds them, a table says: entry i. In kCacheInt8Blocks a head's
 // page lies as dot products want it: keys [2][head_dim / 4][64 tokens][4 channels], with 128 added, values [32][head_dim]
 // [4 tokens]. That takes a head_dim of whole words.
+//
+// Where an entry is kElsewhere, `bring` is asked for the page, by the thread that makes the call: it writes the pages of
+// that block and of some after it, which stay until it is asked again, and returns how many, or 0 if they cannot be had.
+// It gives whole runs of kRunTokens up to where entries are pages again.
+constexpr int32_t kElsewhere = -2;
+using Bring = int64_t (*)(const int32_t* table, int64_t block, int32_t* pages);
+
 struct KvPool {
   void *keys, *values;
   float *key_scale, *value_scale;  // int8 only: [pages, kv_heads, kPageTokens]
   int32_t storage;
+  Bring bring;  // null where all pages are in the pool
 };
 
 constexpr int kAttendRows = 96;  // query rows of one task: enough to make transposing the keys cheap

@@ -55,7 +55,10 @@ void multiply(const Product* products, int count, bool exact, Scratch& scratch);
 int64_t touch(const Product* products, int count, bool exact, int64_t budget, bool (*stop)(const void*),
               const void* context);
 
-// Runs `body`, turning a failed allocation into a status.
+// Pages of a KV cache that are elsewhere could not be brought.
+struct NoPages {};
+
+// Runs `body`, turning what it throws into a status.
 template <class Body>
 int32_t guarded(Body&& body) {
   try {
@@ -63,6 +66,8 @@ int32_t guarded(Body&& body) {
     return kOk;
   } catch (const std::bad_alloc&) {
     return kNoMemory;
+  } catch (const NoPages&) {
+    return kNoPages;
   }
 }
 

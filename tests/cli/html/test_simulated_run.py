@@ -7,7 +7,7 @@ import pytest
 
 from cli.html.simulated_run import LANES, render_replay
 from offload.hardware.probe import Machine
-from offload.plan.plan import make_plan
+from offload.plan.planner import make_plan
 from offload.simulator.simulation import Simulation
 from quant.model.known_shapes import load_shape
 from quant.model.recipe import load_recipe

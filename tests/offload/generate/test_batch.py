@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,13 @@ def test_random_schedules_leak_nothing_and_change_no_text(
     ):
         texts, batch, pool = Texts(other), batch_of(session), draft.kv_pool
         model = DraftModel(
-            draft.decoder, draft.experts, pool.sequence, tokens=256, context=CONTEXT // 2, chunk=32, notes=[]
+            draft.decoder,
+            draft.experts,
+            partial(PagedCache, pool),
+            tokens=256,
+            context=CONTEXT // 2,
+            chunk=32,
+            notes=[],
         )
         draft_by(session, lambda: Repeated() if chance.random() < 0.5 else model.begin())
         draft.finish_filling()

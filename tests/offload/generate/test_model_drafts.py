@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,13 @@ def drafting(session: Session, draft: Path, *, context: int = 300, sequences: in
     with sessions.session(draft, RunOptions(context=context, sequences=sequences), ram_slots=64) as other:
         pool = other.kv_pool
         model = DraftModel(
-            other.decoder, other.experts, pool.sequence, tokens=256, context=context, chunk=32, notes=session.notes
+            other.decoder,
+            other.experts,
+            partial(PagedCache, pool),
+            tokens=256,
+            context=context,
+            chunk=32,
+            notes=session.notes,
         )
         draft_by(session, model.begin)
         yield model
@@ -87,7 +94,7 @@ def test_what_was_rejected_is_taken_back_and_nothing_is_run_twice(models: Callab
         other.decoder.forward_rows = counted  # type: ignore[method-assign, assignment]
         pool = other.kv_pool
         draft = DraftModel(
-            other.decoder, other.experts, pool.sequence, tokens=256, context=300, chunk=16, notes=[]
+            other.decoder, other.experts, partial(PagedCache, pool), tokens=256, context=300, chunk=16, notes=[]
         ).begin()
         text = PROMPTS[1]
         draft.extend(text)
@@ -99,7 +106,9 @@ def test_what_was_rejected_is_taken_back_and_nothing_is_run_twice(models: Callab
         draft.propose(1)
         assert run[3:] == [[wrong]], "what was right is kept, what was wrong is run anew"
         assert isinstance(draft._cache, PagedCache) and draft._cache.get_seq_length() == 10
-        fresh = DraftModel(other.decoder, other.experts, pool.sequence, tokens=256, context=300, chunk=16, notes=[])
+        fresh = DraftModel(
+            other.decoder, other.experts, partial(PagedCache, pool), tokens=256, context=300, chunk=16, notes=[]
+        )
         again = fresh.begin()
         again.extend([*text, first.tokens[0], wrong])
         draft.extend([*text, first.tokens[0], wrong])
@@ -140,7 +149,13 @@ def test_texts_for_which_it_has_no_room_go_on_without_drafts(models: Callable[[s
 def test_tokens_that_it_does_not_know_are_not_drafted_for(models: Callable[[str], Path]) -> None:
     with sessions.session(models("mixtral"), RunOptions(context=300), ram_slots=64) as other:
         model = DraftModel(
-            other.decoder, other.experts, other.kv_pool.sequence, tokens=100, context=300, chunk=16, notes=[]
+            other.decoder,
+            other.experts,
+            partial(PagedCache, other.kv_pool),
+            tokens=100,
+            context=300,
+            chunk=16,
+            notes=[],
         )
         draft = model.begin()
         draft.extend([5, 6, 100])

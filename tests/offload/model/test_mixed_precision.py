@@ -11,7 +11,7 @@ from offload.decode.cpu import NativeDecoder
 from offload.experts.cache.expert_cache import ExpertCache
 from offload.experts.storage.reader import Reader
 from offload.experts.storage.store import ExpertStore
-from offload.plan.plan import make_plan
+from offload.plan.planner import make_plan
 from offload.records import RunOptions, Sampling
 from offload.routing.eviction import LeastRecent
 from quant.allocation.units import Granularity

@@ -7,7 +7,8 @@ import torch
 
 from offload.batch.pages import OutOfPages
 from offload.model.kv_cache import KVCache, Storage
-from offload.model.paged_cache import NO_PAGE, PagePool
+from offload.model.page_pool import PagePool
+from offload.model.paged_cache import NO_PAGE, PagedCache
 from quant.errors import BudgetError
 from quant.model.known_shapes import load_shape
 from quant.model.shape import ModelShape
@@ -30,7 +31,7 @@ def states(start: int, count: int) -> torch.Tensor:
 @pytest.mark.parametrize("steps", [[1] * 30, [150, 1, 48, 1, 1, 90], [200, 200, 5], [450], [130, 70, 1, 300]])
 def test_keys_and_values_are_those_of_a_cache_in_one_piece(steps: list[int], storage: Storage) -> None:
     pool, whole, seen = pool_of(storage=storage), KVCache(SHAPE, 1000, storage), 0
-    cache = pool.sequence()
+    cache = PagedCache(pool)
     for count in steps:
         for layer in range(4):
             given = states(seen, count)
@@ -48,7 +49,7 @@ def test_a_latent_and_what_is_rotated_beside_it_share_pages(storage: Storage, mo
     """As transformers' modules give and take them, where those compute attention."""
     shape = replace(SHAPE, num_kv_heads=1, head_dim=72, latent=128, chunked_layers=(), attention_chunk_size=0)
     pool = PagePool(shape, 400, storage, torch.device("cpu"), torch.float32)
-    cache, generator = pool.sequence(), torch.Generator().manual_seed(1)
+    cache, generator = PagedCache(pool), torch.Generator().manual_seed(1)
     latents, rotated = (torch.randn(1, 1, 300, width, generator=generator) for width in (128, 16))
     for first, last in ((0, 200), (200, 201), (201, 300)):
         found = cache.update(latents[:, :, first:last], rotated[:, :, first:last], 1)
@@ -60,7 +61,7 @@ def test_a_latent_and_what_is_rotated_beside_it_share_pages(storage: Storage, mo
 
 def test_only_pages_that_tokens_have_reached_are_taken_and_a_chunk_that_is_over_is_given_back() -> None:
     pool = pool_of()
-    cache = pool.sequence()
+    cache = PagedCache(pool)
     for layer in range(4):
         cache.update(states(0, 390), states(0, 390), layer)
     chunked = SHAPE.chunked_layers[0]
@@ -74,7 +75,7 @@ def test_only_pages_that_tokens_have_reached_are_taken_and_a_chunk_that_is_over_
 
 def test_a_fork_shares_pages_until_one_of_the_two_writes() -> None:
     pool = pool_of()
-    first = pool.sequence()
+    first = PagedCache(pool)
     for layer in range(4):
         first.update(states(0, 150), states(0, 150), layer)
     taken = pool.counts.count - pool.counts.free
@@ -95,7 +96,7 @@ def test_a_fork_shares_pages_until_one_of_the_two_writes() -> None:
 
 
 def test_a_fork_before_a_chunk_that_is_gone_is_none() -> None:
-    cache = pool_of().sequence()
+    cache = PagedCache(pool_of())
     for layer in range(4):
         cache.update(states(0, 250), states(0, 250), layer)
     assert cache.fork(150) is None and cache.fork(251) is None
@@ -104,7 +105,7 @@ def test_a_fork_before_a_chunk_that_is_gone_is_none() -> None:
 
 def test_what_does_not_fit_is_refused_and_leaves_the_pages_that_were_there() -> None:
     pool = pool_of(context=256)
-    one, two = pool.sequence(), pool.sequence()
+    one, two = PagedCache(pool), PagedCache(pool)
     one.reserve(200)
     one.advance(200)
     with pytest.raises(BudgetError, match="planned for 256 tokens"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from offload.model.kv_cache import KVCache, Storage
-from offload.model.paged_cache import PagePool
+from offload.model.page_pool import PagePool
 from offload.plan.footprint import Footprint
 from quant.model.known_shapes import load_shape
 from quant.model.recipe import load_recipe

@@ -15,7 +15,8 @@ from offload.hardware.gpu import Gpu
 from offload.hardware.gpu_catalog import described_machine
 from offload.hardware.probe import Machine
 from offload.plan.footprint import Footprint
-from offload.plan.plan import Plan, make_plan
+from offload.plan.plan import Plan
+from offload.plan.planner import make_plan
 from quant.errors import BudgetError
 from quant.model.families import QUANTIZABLE, Role
 from quant.model.known_shapes import load_shape

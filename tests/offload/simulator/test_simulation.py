@@ -9,7 +9,8 @@ import pytest
 from offload.hardware.probe import Machine
 from offload.plan.cost_model import FORESEEN, OF_PCIE, OF_VRAM, dimm_rate, miss_split, rows_of, with_prefetch_bytes
 from offload.plan.footprint import Footprint
-from offload.plan.plan import Plan, make_plan
+from offload.plan.plan import Plan
+from offload.plan.planner import make_plan
 from offload.routing.eviction import make_policy
 from offload.routing.trace import Synthetic, Trace
 from offload.simulator.requests import Tiers, TokenRequests, drawn, replayed, shares, stretched
