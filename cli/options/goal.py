@@ -7,9 +7,9 @@ import typer
 
 from cli.options.groups import expands
 from cli.options.run import Context, Ram, Vram
+from cli.options.typed import typed_size
 from quant.errors import UsageError
 from quant.scheme import LEAST_BITS
-from quant.sizes import parse_size
 
 TargetBits = Annotated[
     float | None,
@@ -24,7 +24,7 @@ TargetBits = Annotated[
 TargetSize = Annotated[
     int | None,
     typer.Option(
-        "--target-size", parser=parse_size, metavar="SIZE", help="The same, for a checkpoint of at most this size."
+        "--target-size", parser=typed_size, metavar="SIZE", help="The same, for a checkpoint of at most this size."
     ),
 ]
 Fit = Annotated[

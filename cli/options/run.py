@@ -6,13 +6,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cli.options.groups import complete, expands
-from cli.options.typed import typed_name, typed_path
+from cli.options.typed import typed_name, typed_path, typed_size
 from offload.records import RunOptions
 from offload.routing.eviction import DEFAULT_POLICY, POLICIES, check_policy
 from quant.errors import ProfileError
 from quant.model.known_shapes import shape_names
 from quant.model.recipe import load_recipe, recipe_names
-from quant.sizes import parse_size
 
 WITH_WEIGHTS = "A model directory or a Hub id"
 WITH_CONFIG = f"{WITH_WEIGHTS}, a config.json or a shape: {', '.join(shape_names())}"
@@ -20,11 +19,11 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{WITH_WEIGHTS}.")]
 ModelOrShape = Annotated[str, typer.Argument(metavar="MODEL", help=f"{WITH_CONFIG}.")]
 Vram = Annotated[
     int | None,
-    typer.Option("--vram", parser=parse_size, metavar="SIZE", help="VRAM budget, for example 24GiB; never exceeded."),
+    typer.Option("--vram", parser=typed_size, metavar="SIZE", help="VRAM budget, for example 24GiB; never exceeded."),
 ]
 Ram = Annotated[
     int | None,
-    typer.Option("--ram", parser=parse_size, metavar="SIZE", help="RAM budget, for example 64GiB; never exceeded."),
+    typer.Option("--ram", parser=typed_size, metavar="SIZE", help="RAM budget, for example 64GiB; never exceeded."),
 ]
 Context = Annotated[
     int | None,
@@ -49,7 +48,7 @@ KvRam = Annotated[
     int | None,
     typer.Option(
         "--kv-ram",
-        parser=parse_size,
+        parser=typed_size,
         metavar="SIZE",
         help="What the KV cache may take of RAM beside that (what experts leave).",
     ),
@@ -90,7 +89,7 @@ PrefetchBytes = Annotated[
     int | None,
     typer.Option(
         "--warm",
-        parser=parse_size,
+        parser=typed_size,
         metavar="SIZE",
         help="Unproven: beside a GPU, read this much of a coming expert into the CPU's caches (half of their size).",
     ),
@@ -140,7 +139,7 @@ PromptSize = Annotated[
     int | None,
     typer.Option(
         "--prompt-cache-size",
-        parser=parse_size,
+        parser=typed_size,
         metavar="SIZE",
         help="What that may take on disk (50GiB); what was used longest ago goes first.",
     ),

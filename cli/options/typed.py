@@ -5,7 +5,8 @@ from pathlib import Path
 
 import typer
 
-from quant.errors import InputError
+from quant.errors import InputError, UsageError
+from quant.sizes import parse_size
 
 
 def typed_text(value: str | None) -> str | None:
@@ -43,3 +44,13 @@ def typed_path(value: str | Path) -> Path:
     """``value`` as a path. Raises typer.BadParameter for an empty one, which Python takes for the folder one stands
     in."""
     return Path(typed_name(str(value)))
+
+
+def typed_size(value: str | int) -> int:
+    """``value`` in bytes. Raises typer.BadParameter, which names the option, for what is no size."""
+    if isinstance(value, int):
+        return value
+    try:
+        return parse_size(value)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -148,6 +148,7 @@ CARDS: tuple[Card, ...] = (
     Card("L40", 48, 864, 4, 16, 181, in_server=True),
     Card("L40S", 48, 864, 4, 16, 362, in_server=True),
     Card("H100", 79, 3350, 5, 16, 989, in_server=True),
+    Card("H100 PCIe", 79, 2039, 5, 16, 756, in_server=True),
     Card("H100 NVL", 93, 3900, 5, 16, 835, in_server=True),
     Card("H200", 140, 4800, 5, 16, 989, in_server=True),
     Card("B200", 179, 8000, 5, 16, 2250, in_server=True),
