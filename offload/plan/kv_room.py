@@ -20,13 +20,14 @@ class KvRoom:
         recent = -(-chunk // KV_PAGE_TOKENS) * KV_PAGE_TOKENS + KV_PAGE_TOKENS
         tiers = KvTiers(0, recent)
         most, least = shape.kv_pages(context), tiers.least_pages(shape, context)
-        if most <= least:  # all of it is recent
-            return replace(tiers, pages=most, staged=0)
-        room = least if self.nbytes is None else self.nbytes // page - tiers.staging_pages
-        if room < least:
-            needed = (least + tiers.staging_pages) * page
+        all_recent = most <= least
+        needed = (most if all_recent else least + tiers.staging_pages) * page
+        if self.nbytes is not None and self.nbytes < needed:
             raise BudgetError(
-                f"--kv-ram is {format_size(self.nbytes or 0)}, and a step needs {format_size(needed)} of the KV cache "
+                f"--kv-ram is {format_size(self.nbytes)}, and a step needs {format_size(needed)} of the KV cache "
                 "in RAM: give it that, or a smaller --prompt-chunk"
             )
+        if all_recent:
+            return replace(tiers, pages=most, staged=0)
+        room = least if self.nbytes is None else self.nbytes // page - tiers.staging_pages
         return replace(tiers, pages=min(most, room))

@@ -56,7 +56,16 @@ def _model_config(text: str) -> Any:
     try:
         made = CONFIG_MAPPING[kind].from_dict(said)
         made.get_text_config()
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, StrictDataclassError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
         raise CheckpointError(f"config.json is rejected by transformers: {' '.join(str(error).split())}") from None
     return made
 
@@ -112,7 +121,16 @@ def meta_model(config: Mapping[str, Any]) -> Any:
     try:
         with torch.device("meta"):
             model = kind._from_config(made, dtype=torch.bfloat16, attn_implementation=attention_implementation(kind))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        AssertionError,
+        ArithmeticError,
+    ) as error:
         raise CheckpointError(
             f"config.json describes no {made.model_type} model that transformers can build: "
             f"{' '.join(str(error).split())}"
