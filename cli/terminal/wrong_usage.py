@@ -38,10 +38,9 @@ def _of_a_value(error: Any) -> str | None:
     parameter = getattr(error, "param", None)
     if parameter is None or not isinstance(error, typer.BadParameter) or not error.message:
         return None
-    names = [*getattr(parameter, "opts", ())]
-    name = (
-        max(names, key=len) if names and names[0].startswith("-") else parameter.make_metavar(error.ctx).strip("{}[]")
-    )
+    name = max(parameter.opts, key=len)
+    if not name.startswith("-"):
+        name = (parameter.metavar or name.upper()).strip("[]")
     details: list[Any] = getattr(error.__cause__, "errors", list)()
     if details:
         kind, found, context = details[0]["type"], details[0].get("input"), details[0].get("ctx", {})

@@ -55,7 +55,7 @@ FILES = {"draft_model", "text", "calibrate", "imatrix", "routing", "merge", "ref
 WRITTEN = {"report", "out", "save_imatrix"}
 FREE = {"prompt", "system", "stop", "cache", "keep", "source", "destination", "shape", "directory", "trace"}
 FREE |= {"host", "api_key", "allow_host", "allow_origin", "name", "images_from"}
-FREE |= {"prompt_cache", "resume"}  # made where they are not
+FREE |= {"prompt_cache", "kv_disk", "resume"}  # made where they are not
 TEXTS = {"system", "stop"}  # which may be empty
 BESIDE = {("quantize", "save_imatrix"): ["--imatrix", "TEXT"], ("quantize", "routing"): ["--target-bits", "6"]}
 

@@ -189,7 +189,7 @@ def test_json_documents_are_the_last_line_of_stdout_and_stderr_is_silent(demo_mo
         ("coldstream plan --disk", ["--disk-bandwidth"]),
         ("coldstream generate --policy l", ["lru", "lfu"]),
         ("coldstream quantize --recipe scout", ["scout-16gb", "scout-16gb-2bit", "scout-rtx4090"]),
-        ("coldstream plan --gpu RTX-409", ["RTX-4090", "RTX-4090-Laptop"]),
+        ("coldstream plan --gpu RTX-409", ["RTX-4090", "RTX-4090-D", "RTX-4090-Laptop"]),
         ("coldstream plan --gpu 3090", ["3090", "3090-Ti"]),
         ("coldstream plan --gpu quadro-rtx-8", ["quadro-rtx-8000"]),
     ],

@@ -66,4 +66,5 @@ def test_whatever_a_simulation_is_called_it_stays_text() -> None:
     parsed = outline(html)
     assert parsed.tags.count("img") == 0
     assert "alert(1)</script>" not in html.replace("&lt;/script&gt;", "")
-    assert not re.search(r"""(https?:)?//[a-z]|\bsrc=(?!x)|@import|url\(""", html.replace("http-equiv", ""))
+    whole_words = re.sub(r"</?span>", "", html)  # where a long word of the command may break
+    assert not re.search(r"""(https?:)?//[a-z]|\bsrc=(?!x)|@import|url\(""", whole_words.replace("http-equiv", ""))
