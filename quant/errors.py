@@ -19,6 +19,10 @@ A name that nobody knows (a recipe, scheme, card or policy) and options that con
 usage: 2. A path that leads nowhere, and anything about what lies there, is a failure: 1.
 """
 
+# What a library raises over a file that it does not understand, whatever of it that is: caught where others' files are
+# given to others' code, and nowhere else.
+LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
+
 
 class ColdstreamError(Exception):
     """Base of every error that is the user's to act on. ``exit_code`` is what the command line returns."""

@@ -32,7 +32,7 @@ from quant.architecture.meta_model import attention_implementation, model_class,
 from quant.checkpoint.checkpoint import DTYPES, Checkpoint
 from quant.checkpoint.inventory import find_weight
 from quant.checkpoint.weight_files import TensorEntry
-from quant.errors import CheckpointError
+from quant.errors import LIBRARY_ERRORS, CheckpointError
 from quant.linear import Compute, KeptEmbedding, QuantLinear
 from quant.model.config import language_config
 from quant.model.tensors import LinearSpec
@@ -95,7 +95,7 @@ def text_config(checkpoint: Checkpoint) -> Any:
     kind = "llama4_text" if checkpoint.shape.model_type == "llama4" else checkpoint.shape.model_type
     try:
         return AutoConfig.for_model(kind, **record.for_transformers())
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint.path / 'config.json'} is rejected by transformers: {said}") from None
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from offload.text.chat_template import render_chat
 from offload.text.tokenizer_files import TokenizersErrors, check_tokenizer_files, looking_closely
-from quant.errors import CheckpointError, InputError, UsageError
+from quant.errors import LIBRARY_ERRORS, CheckpointError, InputError, UsageError
 from quant.input_file import is_there
 from quant.model.config import read_config
 from quant.model.families import family_of
@@ -33,7 +33,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         with TokenizersErrors(str(path)), looking_closely():
             return AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, *LIBRARY_ERRORS) as error:
         raise _unreadable(path, error) from None
     except Exception as error:
         if type(error) is not Exception:  # what the tokenizers library raises for a file that it cannot read

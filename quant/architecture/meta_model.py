@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from quant.errors import CheckpointError, UnknownFamilyError
+from quant.errors import LIBRARY_ERRORS, CheckpointError, UnknownFamilyError
 from quant.input_file import short
 from quant.model.config import put_right
 
@@ -56,16 +56,7 @@ def _model_config(text: str) -> Any:
     try:
         made = CONFIG_MAPPING[kind].from_dict(said)
         made.get_text_config()
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        AssertionError,
-        ArithmeticError,
-        StrictDataclassError,
-    ) as error:
+    except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         raise CheckpointError(f"config.json is rejected by transformers: {' '.join(str(error).split())}") from None
     return made
 
@@ -121,16 +112,7 @@ def meta_model(config: Mapping[str, Any]) -> Any:
     try:
         with torch.device("meta"):
             model = kind._from_config(made, dtype=torch.bfloat16, attn_implementation=attention_implementation(kind))
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        RuntimeError,
-        AssertionError,
-        ArithmeticError,
-    ) as error:
+    except LIBRARY_ERRORS as error:
         raise CheckpointError(
             f"config.json describes no {made.model_type} model that transformers can build: "
             f"{' '.join(str(error).split())}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.errors import CheckpointError
+from quant.errors import LIBRARY_ERRORS, CheckpointError
 
 _TOKENS = 3
 
@@ -89,7 +89,7 @@ def watch_step(model: Any, experts: list[str]) -> MetaStep:
             for count in (_TOKENS, 1):
                 ids = torch.zeros(1, count, dtype=torch.long, device="meta")
                 model(input_ids=ids, past_key_values=cache, use_cache=True)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
+    except LIBRARY_ERRORS as error:
         raise CheckpointError(
             f"transformers' {type(model).__name__} cannot be run on this config.json: {' '.join(str(error).split())}"
         ) from None
