@@ -29,7 +29,7 @@ TraceName = Annotated[
     ),
 ]
 Tokens = Annotated[int, typer.Option("--tokens", min=8, max=100_000, metavar="N", help="Tokens to decode.")]
-Prompt = Annotated[int, typer.Option("--prompt", min=1, metavar="TOKENS", help="The prompt before them.")]
+Prompt = Annotated[int, typer.Option("--prompt", min=1, max=2**24, metavar="TOKENS", help="The prompt before them.")]
 Swaps = Annotated[int, typer.Option("--swaps", min=0, metavar="N", help="Experts swapped into VRAM per token at most.")]
 Split = Annotated[
     float | None,

@@ -10,6 +10,7 @@ VNNI).
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from offload.hardware.gpu import Gpu
@@ -251,18 +252,24 @@ def dimm_rate(machine: Machine) -> float:
     return _rate(max(together, machine.ram_gb_s), OF_RAM)
 
 
+_MOST_CHUNKS = 4096  # that are looked at one by one
+
+
 def prefill(load: Workload, machine: Machine, tokens: int, chunk: int) -> SpeedPrediction:
-    """A prompt of ``tokens`` in chunks of ``chunk``; each expert that a chunk needs is read once for it."""
+    """A prompt of ``tokens`` in chunks of ``chunk``; each expert that a chunk needs is read once for it. Of very many
+    chunks those in the middle of equal groups stand for the group."""
     seconds: dict[Limit, float] = {}
-    disk, done = 0.0, 0
-    while done < tokens:
-        step = min(chunk, tokens - done)
-        for name, value in _chunk(load, machine, step, done, tokens).items():
+    disk = 0.0
+    whole = (tokens - 1) // chunk  # chunks before the last
+    groups = min(whole, _MOST_CHUNKS)
+    bounds = [whole * group // groups for group in range(groups + 1)] if groups else []
+    taken = [((first + last - 1) // 2 * chunk, last - first) for first, last in pairwise(bounds)]
+    for before, count in [*taken, (whole * chunk, 1)]:
+        for name, value in _chunk(load, machine, min(chunk, tokens - before), before, tokens).items():
             if name == "disk":
-                disk += value
+                disk += value * count
             else:
-                seconds[name] = seconds.get(name, 0.0) + value
-        done += step
+                seconds[name] = seconds.get(name, 0.0) + value * count
     return _prediction(tokens, seconds, disk, PREFILL_SERIAL)
 
 
