@@ -32,6 +32,7 @@ _SIZE = re.compile(r"(.*[^\s-])[\s-]+(\d{1,3}) ?gb\W*")
 _ADDED = re.compile(
     r"nvidia|geforce|rtx|tesla|generation|gpu|graphics|blackwell|workstation|server|edition|hbm\d|sxm\d?|pcie"
 )
+_SOLD_BY = re.compile(r"nvidia|geforce|rtx")
 OWN_CARD = "NAME,24GiB,1008GB/s,165TFLOPS,pcie4x16"
 _LANE_GB_S = {3: 0.80, 4: 1.57, 5: 3.15}  # pinned copies, per lane
 
@@ -185,7 +186,11 @@ def find_card(name: str) -> Card:
     if "," in name:
         return _own_card(name)
     wanted = _plain(name)
-    by_name = {_plain(card.name): card for card in CARDS}
+    by_name: dict[str, Card] = {}
+    for card in CARDS:  # "pcie" tells an H100 PCIe from the H100, and only decorates other names
+        by_name.setdefault(_plain(card.name), card)
+        if _letters(_SOLD_BY.sub("", name.lower())) == _letters(_SOLD_BY.sub("", card.name.lower())):
+            return card
     if wanted in by_name:
         return by_name[wanted]
     sized = _SIZE.fullmatch(_ADDED.sub("", name.lower()))
@@ -284,7 +289,11 @@ def _without_size(card: Card) -> str:
 
 def _plain(name: str) -> str:
     """Lower case without vendor words and what drivers add to a name, blanks and punctuation."""
-    return "".join(letter for letter in _ADDED.sub("", name.lower()) if letter.isalnum())
+    return _letters(_ADDED.sub("", name.lower()))
+
+
+def _letters(name: str) -> str:
+    return "".join(letter for letter in name if letter.isalnum())
 
 
 def _digits(plain: str) -> str:

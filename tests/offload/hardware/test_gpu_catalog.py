@@ -38,6 +38,7 @@ def test_a_memory_size_may_be_left_out_where_there_is_only_one() -> None:
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
         ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
         ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA L40S", "L40S"),
         ("Tesla T4", "T4"),
         ("Tesla V100-SXM2-32GB", "V100 32GB"),
