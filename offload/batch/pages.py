@@ -43,6 +43,13 @@ class PageCounts:
         self._users[page] = 1
         return page
 
+    def make_free(self, count: int, forget: Callable[[], bool]) -> bool:
+        """Have ``forget`` give pages back until ``count`` are free; whether they are."""
+        while len(self._free) < count:
+            if not forget():
+                return False
+        return True
+
     def share(self, page: int) -> None:
         """One more sequence uses ``page``."""
         assert self._users[page] > 0, "a free page has nothing to share"

@@ -22,6 +22,7 @@ class Answer:
         self.tokens, self._end = tokens, len(tokens) + min(sampling.max_tokens, room)
         self._last: Finish = "context" if room < sampling.max_tokens else "length"
         self._ends = frozenset[int]() if sampling.ignore_eos else runner.eos
+        self._own = runner.parts.own
         self._sampler = Sampler(sampling, runner.grammars)
         self._text = TextStream(runner.parts.tokenizer, sampling.stop, special_tokens=sampling.special_tokens)
 
@@ -56,4 +57,10 @@ class Answer:
             if stopped:
                 del self.tokens[len(self.tokens) - len(chosen) + len(told) :]
                 break
+        if told[-1].finish:  # before anybody hears of it and goes on
+            self.close()
         return told
+
+    def close(self) -> None:
+        """No more tokens follow: prompts that go on from here may have them."""
+        self._own.remember(self.tokens)

@@ -131,9 +131,7 @@ class Batch(Runner):
         needed = cache.pages_to_come(len(sequence.tokens))
         if sequence.run:  # it has given way before: not to do so again at once
             needed += self.pool.shape.num_layers * (1 + len(others))
-        while counts.free < needed and self._forget():
-            pass
-        if counts.free < needed and others:
+        if not counts.make_free(needed, self._forget) and others:
             cache.free()
             self._say_queued()
             return False
@@ -246,18 +244,19 @@ class Batch(Runner):
             self.drafts.note(len(rows), sum(counts) - len(rows), tokens, seconds, used.read)
 
     def _keep_chunks(self, rows: list[Sequence], counts: list[int]) -> None:
-        """Where a step takes a text over the end of a chunk, what came before stays while nobody needs its pages.
+        """Where a step takes a text over the end of a chunk, what came before stays in place of what was used long ago.
 
-        The next prompt often has this answer in other words (a call that was parsed and rendered anew), and so begins
-        like this text up to a token of the chunk that is over.
+        The next prompt may have this answer in other words (without its thoughts, or with its calls rendered anew), and
+        so begin like this text up to a token of the chunk that is over.
         """
         for row, count in zip(rows, counts, strict=True):
+            if row.cache is None or not row.cache.crosses(count):
+                continue
             # A row takes a page more in each layer at most: a new one, or a copy of its last, which is shared now.
-            room = self.pool.counts.free >= len(rows) * self.pool.shape.num_layers
-            if row.cache is not None and room and row.cache.crosses(count):
-                before = row.cache.fork(row.seen)
-                if before is not None:
-                    row.border = self.prefixes.keep(row.tokens[: row.seen], before, row.border)
+            wanted = len(rows) * self.pool.shape.num_layers
+            before = row.cache.fork(row.seen) if self.pool.counts.make_free(wanted, self.prefixes.forget) else None
+            if before is not None:
+                row.border = self.prefixes.keep(row.tokens[: row.seen], before, row.border)
 
     def _drafted(self, rows: list[Sequence]) -> list[list[int]]:
         """What to try of each of ``rows`` beyond its next token."""

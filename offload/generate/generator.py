@@ -119,6 +119,7 @@ class Generator(Runner):
         try:
             yield from self._decode(context, answer, drafts, turn)
         finally:
+            answer.close()
             if drafts is not None:
                 drafts.close()
 

@@ -19,6 +19,7 @@ from offload.hardware.ledger import resident_bytes
 from offload.hardware.vram_limit import VramMeter
 from offload.model.kv_cache import remedy
 from offload.records import Finish, Logprobs, Sampling, TokenRecord
+from offload.text.own_tokens import OwnTokens
 from offload.text.tokenizer import check_ids
 from offload.tiers import Tier
 from quant.checkpoint.checkpoint import Checkpoint
@@ -37,6 +38,8 @@ class ModelParts:
     ``home``, where dense weights and KV cache are; ``context`` tokens are planned for, and the model was made for
     ``limit`` (0: not known). ``known_ids`` tells below which number token ids are known: images add to them.
 
+    ``own`` has the tokens of answers for the prompts that go on from them.
+
     ``after_first`` is called once, when the first token has been given out and another is asked for: it does what would
     only delay that token.
     """
@@ -52,6 +55,7 @@ class ModelParts:
     known_ids: Callable[[], int]
     eos: frozenset[int]
     home: Tier
+    own: OwnTokens
     vram: VramMeter | None = None
     after_first: Callable[[], None] | None = None
 

@@ -77,6 +77,8 @@ class Sequence:
     def close(self) -> None:
         """It is over."""
         self.stop_loading()
+        if self._answer is not None and self.run and not self.run[-1].finish:
+            self._answer.close()
         if self.drafts is not None:
             self.drafts.close()
 

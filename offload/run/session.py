@@ -38,6 +38,7 @@ from offload.run.collect import account
 from offload.run.device import choose_compute, choose_device, measured_machine
 from offload.run.draft_model import begin_drafting
 from offload.run.report import RunReport
+from offload.text.own_tokens import OwnTokens
 from offload.text.tokenizer import encode, encode_chat, load_tokenizer, text_files
 from offload.tiers import Key, Tier
 from offload.vision.images import Images, Message, Shown, check_looking, has_images
@@ -116,6 +117,7 @@ class Session:
             known_ids=lambda: self.shape.vocab_size if self._images is None else self._images.tokens.end,
             eos=end_tokens(self.checkpoint, self.tokenizer),
             home="vram" if device.type == "cuda" else "ram",
+            own=OwnTokens(self.tokenizer),
             vram=self.vram,
             after_first=self._finish_load,
         )
@@ -233,11 +235,13 @@ class Session:
         tools: Sequence[Mapping[str, Any]] | None = None,
         switches: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, up to where the assistant answers: see ``tokenizer.encode_chat``, and for
-        images in it ``Images.encode_chat``."""
+        """Token ids of a conversation, up to where the assistant answers: see ``tokenizer.encode_chat``, for images in
+        it ``Images.encode_chat``, and for answers that this session has given ``OwnTokens``."""
         if has_images(messages):
-            return self._looking().encode_chat(messages, tools, switches)
-        return encode_chat(self.tokenizer, messages, tools, switches)
+            ids = self._looking().encode_chat(messages, tools, switches)
+        else:
+            ids = encode_chat(self.tokenizer, messages, tools, switches)
+        return self.runner.parts.own.as_said(ids, self.context - 1)
 
     def _looking(self) -> Images:
         """What looks at images, made when the first comes."""

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 # A model that has lost its way would otherwise write blanks for ever, all of them valid.
-_BLANKS = {"x-guidance": {"whitespace_pattern": r"[ \n\r\t]{1,16}"}}
+_BLANKS = {"whitespace_pattern": r"[ \n\r\t]{1,16}"}
+# As json.dumps writes, and so do chat templates, which have a call written anew in the next prompt: what the model has
+# written is then found there, and nothing of it is computed again.
+_AS_TEMPLATES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def json_rule(name: str, schema: Mapping[str, Any]) -> str:
-    """Rule ``name`` of a grammar: JSON texts that ``schema`` allows."""
-    return f"{name}: %json {json.dumps({**_BLANKS, **schema})}"
+def json_rule(name: str, schema: Mapping[str, Any], *, as_templates: bool = False) -> str:
+    """Rule ``name`` of a grammar: JSON texts that ``schema`` allows; in the one form of chat templates, or any."""
+    form = {"x-guidance": _AS_TEMPLATES if as_templates else _BLANKS}
+    return f"{name}: %json {json.dumps({**form, **schema})}"
 
 
 def thoughts(closing: str, special: Mapping[str, int]) -> list[str]:

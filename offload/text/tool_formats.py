@@ -60,7 +60,7 @@ class ToolFormat:
             before, after = self.written.replace("{name}", name).split("{arguments}")
             names.append(f"tool_{place}")
             rules.append(f"tool_{place}: {spelled(before, special)} args_{place} {spelled(after, special)}")
-            rules.append(json_rule(f"args_{place}", schema))
+            rules.append(json_rule(f"args_{place}", schema, as_templates=True))
         more = f"({spelled(self.between, special)} tool)*" if parallel and self.between is not None else ""
         first, last = (spelled(text, special) for text in self.around)
         start = [f"start: {'thoughts' if opened else ''} {first} tool {more} {last}", f"tool: {' | '.join(names)}"]

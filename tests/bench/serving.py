@@ -4,7 +4,7 @@
     python -m tests.bench.serving MODEL schemas agent chaos load together overhead [--seconds 600]
 
 schemas   200 random schemas: JSON by each, temperature 1; every finished answer is valid
-agent     40 turns with tools, up to 8,000 tokens: what is computed of all prompts beside what the last one has
+agent     40 turns with tools, up to 8,000 tokens: what is computed of all prompts beside what is new in them
 chaos     500 requests as no client should make them, a good one after every ten
 load      8 clients, mixed lengths: errors, tokens/s, memory, descriptors
 together  8 clients with as many requests each, in turn with the same requests by 8 threads of a process without a
@@ -121,21 +121,23 @@ def schemas(server: Running, client: openai.OpenAI, count: int = 200) -> dict[st
 
 
 def agent(server: Running, client: openai.OpenAI, turns: int = 40, tokens: int = 8000) -> dict[str, Any]:
-    """A conversation that calls a tool at each turn: tokens of its last prompt, and what was computed of them all."""
+    """A conversation that calls a tool at each turn: tokens of its last prompt, how many of all prompts were neither of
+    the prompt before nor of the answer to it, and how many were computed."""
     chance = random.Random(0)
     messages: list[Any] = [{"role": "system", "content": "You edit files."}, {"role": "user", "content": "Go on."}]
-    computed = new = 0
+    computed = new = before = prompt = 0
     for _ in range(turns):
         asked: Any = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "temperature": 0}
         done = client.chat.completions.create(model="any", messages=messages, max_tokens=120, **asked)
         message, usage = done.choices[0].message, done.usage
         assert usage is not None and usage.prompt_tokens_details is not None
-        computed += usage.prompt_tokens - (usage.prompt_tokens_details.cached_tokens or 0)
-        new = usage.prompt_tokens
+        prompt = usage.prompt_tokens
+        computed += prompt - (usage.prompt_tokens_details.cached_tokens or 0)
+        new, before = new + prompt - before, usage.total_tokens
         messages.append(message.model_dump(exclude_none=True))
         said = " ".join(chance.choices(WORDS, k=tokens // turns * 2 // 3))
         messages += [{"role": "tool", "tool_call_id": call.id, "content": said} for call in message.tool_calls or ()]
-    return {"turns": turns, "prompt_tokens": new, "computed_in_all": computed}
+    return {"turns": turns, "prompt_tokens": prompt, "new_in_all": new, "computed_in_all": computed}
 
 
 def chaos(server: Running, client: openai.OpenAI, count: int = 500) -> dict[str, Any]:

@@ -35,3 +35,17 @@ def test_when_none_is_free_something_is_forgotten_or_it_is_an_error() -> None:
 
     counts.forget = forget
     assert counts.take() == 1 and len(taken) == 1
+
+
+def test_pages_are_made_free_by_forgetting_no_more_than_it_takes() -> None:
+    counts = PageCounts(4)
+    taken = [counts.take() for _ in range(4)]
+
+    def forget() -> bool:
+        if taken:
+            counts.give_back(taken.pop())
+            return True
+        return False
+
+    assert counts.make_free(2, forget) and len(taken) == 2
+    assert not counts.make_free(5, forget) and not taken

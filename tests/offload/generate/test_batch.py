@@ -213,6 +213,36 @@ def test_a_chunk_that_ended_in_an_answer_is_not_computed_again_for_the_next_prom
             opened.reset()
 
 
+def test_where_no_page_is_free_the_end_of_a_chunk_takes_those_of_what_was_used_long_ago(
+    models: Callable[[str], Path],
+) -> None:
+    with sessions.session(models("llama4_text"), RunOptions(context=CONTEXT), ram_slots=64) as opened:
+        opened.finish_filling()
+        counts, layers = opened.kv_pool.counts, opened.shape.num_layers
+        for first in range(5, 95):  # each leaves pages behind
+            if counts.free < layers:
+                break
+            list(opened.submit([first] * 40, max_tokens=1))
+        assert counts.free < layers
+        prompt = [(7 * i) % 90 + 5 for i in range(27)]
+        list(opened.submit(prompt, max_tokens=8, ignore_eos=True))
+        stream = opened.submit([*prompt, 3, 4, 5], max_tokens=1)
+        list(stream)
+        assert stream.cached_tokens == len(prompt)
+
+
+def test_the_tokens_of_an_answer_that_was_cut_off_are_kept_for_the_prompt_that_goes_on(
+    models: Callable[[str], Path],
+) -> None:
+    with sessions.session(models("mixtral"), RunOptions(context=CONTEXT), ram_slots=64) as opened:
+        stream = opened.generate([8, 9], max_tokens=30, ignore_eos=True)
+        said = [8, 9, *(next(stream).token_id for _ in range(3))]
+        stream.close()
+        opened.engine.call(lambda: None)  # it has looked since
+        opened.engine.call(lambda: None)
+        assert opened.runner.parts.own._texts[-1].tolist()[: len(said)] == said
+
+
 @pytest.mark.parametrize("family", ["llama4", "qwen3_moe", *SCHEDULED])
 def test_a_long_prompt_beside_others_is_run_in_short_chunks_to_the_same_bits(
     family: str, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
