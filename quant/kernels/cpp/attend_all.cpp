@@ -45,6 +45,16 @@ struct Unit {
   int64_t rows() const { return tokens * heads; }
 };
 
+// How many query heads of a group a unit takes. Compressed keys have one group of all heads: for a few tokens it is shared
+// out, so that each thread has some at any length of the text.
+int64_t heads_at_once(const Step& step) {
+  constexpr int64_t kLeast = 4;  // fewer would not pay for reading the keys
+  const int64_t group = step.block.heads / step.block.kv_heads;
+  int64_t parts = (group + kAttendRows - 1) / kAttendRows;
+  if (step.block.latent) parts = std::max(parts, (thread_count() + step.tokens - 1) / step.tokens);
+  return std::min(group, round_up((group + parts - 1) / parts, kLeast));
+}
+
 // Keys that are in pages at the same time: runs of one table, and where they end.
 struct Piece {
   const int32_t* pages;
@@ -55,7 +65,7 @@ class Units {
  public:
   explicit Units(const Step& step) : step_(step) {
     const AttentionBlock& b = step.block;
-    const int64_t group = b.heads / b.kv_heads, wide = std::min<int64_t>(group, kAttendRows);
+    const int64_t group = b.heads / b.kv_heads, wide = heads_at_once(step);
     const int64_t most = kAttendRows / wide;
     int64_t row = 0;
     for (int64_t i = 0; i < step.count; row += step.segments[i++].tokens) {

@@ -120,15 +120,16 @@ static void weigh_pairs(const AttendTask& a, int r, int64_t first, int count, fl
   }
   const float shrink = a.top[r] == -__builtin_inff() ? 0.0f : exponential(splat(a.top[r] - top))[0];
   if (shrink != 1.0f)
-    for (int64_t d = 0; d < a.head_dim; ++d) a.out[r * a.head_dim + d] *= shrink;
+    for (int64_t d = 0; d < a.value_width; ++d) a.out[r * a.value_width + d] *= shrink;
   a.total[r] = a.total[r] * shrink + sum(total);
   a.top[r] = top;
 }
 
 #include "attend_few.inl"
+#include "attend_latents.inl"
 
 static void attend_pairs(const AttendTask& a) {
-  if (a.compressed()) return attend_compressed(a);
+  if (a.compressed()) return attend_latents(a);
   const int64_t width = a.head_dim;
   if (a.exact || a.pool->storage != kCacheBf16 || width % (2 * kLanes)) return attend_plain_or_bytes(a);
   alignas(64) float scores[kAttendRows][kKeyBlock];

@@ -33,8 +33,18 @@ static void pack_key_bytes(const CachedPage& page, int64_t width, int count, uin
     }
 }
 
-// Values, to[four keys · stride + channel], the channels of a span in the order in which interleaving leaves them: quarter j of
-// 16 vectors' lanes holds channels 4 j and after of each sixteen.
+// Four rows of a span, four bytes in a word, columns in the order in which interleaving leaves them: quarter j of 16 vectors'
+// lanes holds columns 4 j and after of each sixteen.
+INLINE void interleave_rows(const __m512i (&row)[4], uint32_t* to) {
+  const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[0], row[1]);
+  const __m512i c = _mm512_unpacklo_epi8(row[2], row[3]), d = _mm512_unpackhi_epi8(row[2], row[3]);
+  _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
+  _mm512_store_si512(to + kLanes, _mm512_unpackhi_epi16(a, c));
+  _mm512_store_si512(to + 2 * kLanes, _mm512_unpacklo_epi16(b, d));
+  _mm512_store_si512(to + 3 * kLanes, _mm512_unpackhi_epi16(b, d));
+}
+
+// Values, to[four keys · stride + channel], the channels of a span in that order.
 static void pack_value_bytes(const CachedPage& page, int64_t width, int count, uint32_t* to, int64_t stride) {
   for (int key = 0; key < count; key += 4)
     for (int64_t channel = 0; channel < width; channel += kSpan) {
@@ -44,13 +54,7 @@ static void pack_value_bytes(const CachedPage& page, int64_t width, int count, u
       for (int i = 0; i < 4; ++i) {
         row[i] = (__m512i)(here < kSpan ? load_part(from + i * width, here) : load<vb>(from + i * width));
       }
-      const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[0], row[1]);
-      const __m512i c = _mm512_unpacklo_epi8(row[2], row[3]), d = _mm512_unpackhi_epi8(row[2], row[3]);
-      uint32_t* span = to + key / 4 * stride + channel;
-      _mm512_store_si512(span, _mm512_unpacklo_epi16(a, c));
-      _mm512_store_si512(span + kLanes, _mm512_unpackhi_epi16(a, c));
-      _mm512_store_si512(span + 2 * kLanes, _mm512_unpacklo_epi16(b, d));
-      _mm512_store_si512(span + 3 * kLanes, _mm512_unpackhi_epi16(b, d));
+      interleave_rows(row, to + key / 4 * stride + channel);
     }
 }
 

@@ -1,6 +1,7 @@
 // Attention over compressed keys and values (MLA), as DeepSeek-V2 describes it: what makes a head's keys of a latent is
 // multiplied into its query instead, and what makes its values into its output, so that latents are never expanded.
 #include <cstring>
+#include <vector>
 
 #include "attend_all.h"
 
@@ -64,6 +65,7 @@ void attend_compressed(const Step& given, const float* input, int64_t ldinput, f
   }
   keep(step, kept);
   const int64_t both = b.nope + b.value_dim;
+  const auto turned = step.exact ? kernels().dense_turned : kernels().turned;
   parallel(heads, [&](int64_t h, int) {
     for (int64_t t = 0; t < tokens; ++t) {
       float *from = q + t * q_width + h * per_head, *to = step.q + (t * heads + h) * width;
@@ -72,15 +74,15 @@ void attend_compressed(const Step& given, const float* input, int64_t ldinput, f
       for (int64_t i = 0; i < per_head; ++i) from[i] *= b.scaling;
       std::memcpy(to + b.latent, from + b.nope, size_t(b.rope_dim) * 4);
     }
-    kernels().dense_turned(b.v, h * both, h * both + b.nope, q + h * per_head, q_width, int(tokens),
-                           step.q + h * width, heads * width);
+    turned(b.v, h * both, h * both + b.nope, q + h * per_head, q_width, int(tokens), step.q + h * width, heads * width);
   });
   float* context = scratch.take<float>(tokens * heads * b.latent);
   attend_all(step, context, scratch);
-  parallel(heads, [&](int64_t h, int) {
-    kernels().dense(rows_of(b.v, h * both + b.nope, b.value_dim), 0, b.value_dim, context + h * b.latent,
-                    heads * b.latent, int(tokens), out + h * b.value_dim, heads * b.value_dim);
-  });
+  std::vector<Product> expanded;
+  for (int64_t h = 0; h < heads; ++h)
+    expanded.push_back({rows_of(b.v, h * both + b.nope, b.value_dim), context + h * b.latent, heads * b.latent, tokens,
+                        out + h * b.value_dim, heads * b.value_dim, {}});
+  multiply_all(expanded.data(), int(heads), step.exact, scratch);
 }
 
 }  // namespace coldstream

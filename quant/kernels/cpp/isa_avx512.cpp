@@ -157,6 +157,7 @@ INLINE vb odd_of(vb spread) {
 #include "lanes.inl"
 #include "kernels.inl"
 #include "attend_int8.inl"
+#include "turned.inl"
 }  // namespace coldstream::avx512
 TARGET_END
 
@@ -169,9 +170,9 @@ TARGET_END
 #endif
 
 namespace coldstream {
-const Kernels avx512_kernels = avx512::table("avx512", avx512::attend_plain_or_bytes);
+const Kernels avx512_kernels = avx512::table("avx512", avx512::attend_plain_or_bytes, avx512::turned);
 #if defined(COLDSTREAM_HAS_AVX512BF16)
-const Kernels avx512bf16_kernels = avx512::table("avx512bf16", avx512::attend_pairs);
+const Kernels avx512bf16_kernels = avx512::table("avx512bf16", avx512::attend_pairs, avx512::turned);
 #endif
 }
 #endif

@@ -151,6 +151,9 @@ struct Kernels {
   // y[t][i] = sum over rows r of x[t][r] w[row0 + r][i]: the weight the other way round.
   void (*dense_turned)(const Weight&, int64_t row0, int64_t row1, const float* x, int64_t ldx, int tokens, float* y,
                        int64_t ldy);
+  // The same with x rounded where that is faster; a row of x gets the same bits, whatever other rows are in the call.
+  void (*turned)(const Weight&, int64_t row0, int64_t row1, const float* x, int64_t ldx, int tokens, float* y,
+                 int64_t ldy);
   void (*silu_multiply)(float* gate, const float* up, int64_t count, float scale);
   void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* y);
   void (*add_scaled)(float* y, const float* x, int64_t count, float factor);

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, DynamicCache
 
 from quant.errors import SchemeError
 from quant.kernels.attention import Attention, AttentionShape, KvPages
+from quant.kernels.native import set_threads, threads
 from quant.kernels.weight import Weight
 from quant.pack import dequantize, quantize_absmax
 from quant.scheme import Scheme
@@ -40,9 +41,10 @@ def kept(linear: Any, kind: str) -> Weight:
     """Its weight in this form; the module is left with what that says."""
     if kind == "f32":
         return Weight.from_tensors("f32", linear.weight.detach())
-    stored = quantize_absmax(linear.weight.detach(), Scheme("int8", 32))
+    name, group = kind.split("-g")
+    stored = quantize_absmax(linear.weight.detach(), Scheme(name, int(group)))
     linear.weight.data.copy_(dequantize(stored))
-    return Weight.from_tensors("int8", stored.packed, stored.scale)
+    return Weight.from_tensors(name, stored.packed, stored.scale)
 
 
 def native(stock: Any, kind: str) -> Attention:
@@ -51,7 +53,12 @@ def native(stock: Any, kind: str) -> Attention:
     weights = [kept(one, kind) for one in (query, stock.kv_a_proj_with_mqa, stock.kv_b_proj, stock.o_proj)]
     biases = ((query if down is None else down).bias, stock.kv_a_proj_with_mqa.bias, None, stock.o_proj.bias)
     norm = None if down is None else stock.q_a_layernorm.weight.detach()
-    sizes = {"latent": stock.kv_lora_rank, "nope": stock.qk_nope_head_dim, "value_dim": stock.v_head_dim}
+    sizes = {
+        "heads": stock.num_heads,
+        "latent": stock.kv_lora_rank,
+        "nope": stock.qk_nope_head_dim,
+        "value_dim": stock.v_head_dim,
+    }
     half = (stock.kv_lora_rank + stock.qk_rope_head_dim) // 2
     return Attention(
         AttentionShape(**{**vars(SHAPE), "scaling": stock.scaling, "head_dim": half, **sizes}),
@@ -83,7 +90,7 @@ def expected(stock: Any, rotary: Any, x: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("kind", ["f32", "int8"])
+@pytest.mark.parametrize("kind", ["f32", "int8-g32"])
 @pytest.mark.parametrize(
     ("family", "given"),
     [
@@ -111,15 +118,59 @@ def test_a_prompt_and_single_tokens_equal_the_stock_module(
     torch.testing.assert_close(torch.cat(parts), expected(stock, rotary, x), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.02), (torch.int8, 0.04)])
-def test_rounded_caches_cost_their_rounding(isa: str, dtype: torch.dtype, most: float) -> None:
-    stock, rotary = stock_layer("deepseek_v3")
-    attention = native(stock, "f32")
+@pytest.mark.parametrize(
+    ("kind", "dtype", "most"),
+    [
+        ("f32", torch.float32, 1e-5),
+        ("f32", torch.bfloat16, 0.005),
+        ("f32", torch.int8, 0.015),
+        ("int4-g64", torch.bfloat16, 0.02),  # activations as bytes
+        ("int8-g128", torch.float32, 0.02),
+        ("int4-g32", torch.int8, 0.025),
+    ],
+)
+@pytest.mark.parametrize("given", [{}, REAL])
+def test_rounded_caches_and_activations_cost_their_rounding(
+    isa: str, given: dict[str, int], kind: str, dtype: torch.dtype, most: float
+) -> None:
+    stock, rotary = stock_layer("deepseek_v3", **given)
+    attention = native(stock, kind)
     x = torch.randn(KV_PAGE_TOKENS + 9, HIDDEN, generator=torch.Generator().manual_seed(2))
-    pages, table = KvPages.allocate(2, 1, SHAPE.head_dim, dtype, native=False), torch.tensor([1, 0], dtype=torch.int32)
+    pages = KvPages.allocate(2, 1, attention.shape.head_dim, dtype, native=False)
+    table = torch.tensor([1, 0], dtype=torch.int32)
     found = attention.run(x, 0, pages, table, *angles(rotary, len(x)))
     right = expected(stock, rotary, x)
     assert 0 < (found - right).norm() < most * right.norm()
+
+
+@pytest.mark.parametrize("kind", ["int4-g64", "int4-g32", "int8-g128", "f32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_row_is_the_same_to_the_bit_whatever_is_computed_beside_it(isa: str, kind: str, dtype: torch.dtype) -> None:
+    """One token at a time or some together, all heads on one thread or shared out over two or three, over two runs of
+    keys."""
+    stock, rotary = stock_layer("deepseek_v3", **REAL, num_attention_heads=12, num_key_value_heads=12)
+    attention, usual = native(stock, kind), threads()
+    tokens, first = 530, 506
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens - first, HIDDEN, generator=generator)
+    cosine, sine = (angle[first:] for angle in angles(rotary, tokens))
+    table, found = torch.tensor([3, 0, 2, 4, 1], dtype=torch.int32), []
+    before = [torch.randint(-9, 9, (5, 1, KV_PAGE_TOKENS, attention.shape.head_dim), generator=generator) for _ in "kv"]
+    # Plain weights sum up otherwise from 17 rows on.
+    for step, count in ((1, 1), (1, 2), (1, 3), (7, 2), (7 if kind == "f32" else 24, 1)):
+        set_threads(count)
+        pages = KvPages.allocate(5, 1, attention.shape.head_dim, dtype, native=False)
+        pages.keys.copy_(before[0])
+        pages.values.copy_(before[1])
+        for scale in (pages.key_scale, pages.value_scale):
+            if scale is not None:
+                scale.fill_(0.1)
+        spans = [slice(i, min(i + step, len(x))) for i in range(0, len(x), step)]
+        rows = [attention.run(x[one], first + one.start, pages, table, cosine[one], sine[one]) for one in spans]
+        found.append(torch.cat(rows))
+    set_threads(usual)
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert found[0].isfinite().all() and found[0].abs().max() > 0.01
 
 
 def test_projections_that_do_not_fit_are_refused() -> None:
