@@ -221,60 +221,78 @@ static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activ
   }
 }
 
-// kTokens tokens, whose sums stay in registers while words of a block of rows come by, transposed.
+// kTokens tokens, whose sums stay in registers while words of a block of rows come by, transposed. While the words of one
+// vector of each row are multiplied, those of the next are read and moved, a part after each quarter: done at once, that
+// takes longer than processors look ahead, and the multipliers wait.
 // kBits is 8 or 4; what has fewer, `bits`, is unpacked to 4.
 template <int kBits, int kGroup, int kTokens>
 static void gemv_down(const RowBlock& block, int bits, const Activations& a, float* y, int64_t ldy, const uint8_t* ahead) {
   using F = Form<kBits, kGroup>;
   constexpr int kQuartersOfGroup = F::kBytesOfGroup / 16, kQuarters = kBytes / 16;
   constexpr int kRun = kQuarters < kQuartersOfGroup ? kQuarters : kQuartersOfGroup;  // of one group in one vector
+  constexpr bool kEarly = F::kSpans == 1 || kBytes == 64;  // else there are no registers for it
   alignas(64) float scales[kScaleRun][kLanes];
   const int offset = kBits == 8 ? kOffset8 : 1 << (bits - 1);
+  const int64_t bytes = block.groups * F::kBytesOfGroup;
   int64_t byte = 0;
   vf acc[kTokens];
   RunSums<kTokens> sums;
   vi dot[kTokens], more[kTokens];  // two sums, whose additions need not wait for each other
-  vi quarters[kQuarters][4];
-  vi rows[kLanes];
-  auto read_as = [&](auto width, int64_t count) __attribute__((always_inline)) {
+  vi quarters[kQuarters][4], coming[kQuarters][4];
+  auto read_as = [&](auto width, int part, int64_t at, int64_t count) __attribute__((always_inline)) {
     constexpr int kWidth = decltype(width)::value;
-    const uint8_t* row = block.packed + packed_bytes<kWidth>(byte);
-    for (int i = 0; i < kLanes; ++i, row += block.stride) {
-      if (i % 4 == 0) OPAQUE(row);
-      if (i % (64 / kBytes) == 0) __builtin_prefetch(ahead + packed_bytes<kWidth>(i * kBytes), 0, 2);
-      rows[i] = (vi)as_stored<kWidth>(row, count);
-    }
-    ahead += packed_bytes<kWidth>(kLanes * kBytes);
+    vi rows[kQuarters], parts[kQuarters];
+    const uint8_t* row = block.packed + packed_bytes<kWidth>(at) + part * block.stride;
+    OPAQUE(row);
+    for (int i = 0; i < kQuarters; ++i, row += 4 * block.stride) rows[i] = (vi)as_stored<kWidth>(row, count);
+    for (int line = 0; line < packed_bytes<kWidth>(kQuarters * kBytes); line += 64)
+      __builtin_prefetch(ahead + line, 0, 2);
+    ahead += packed_bytes<kWidth>(kQuarters * kBytes);
+    part_rows(rows, parts);
+    for (int i = 0; i < kQuarters; ++i) coming[i][part] = parts[i];
   };
-  auto read = [&](int64_t count) __attribute__((always_inline)) {
-    if (kBits == 8 || bits == 4) read_as(Width<kBits>{}, count);
-    else if (bits == 3) read_as(Width<3>{}, count);
-    else read_as(Width<2>{}, count);
-    part_rows(rows, quarters);
+  // Rows part, part + 4, part + 8 ... of the vector at byte `at`; past the end, anything.
+  auto read = [&](int part, int64_t at) __attribute__((always_inline)) {
+    const int64_t from = at < bytes ? at : 0, count = bytes - from;
+    if (kBits == 8 || bits == 4) read_as(Width<kBits>{}, part, from, count);
+    else if (bits == 3) read_as(Width<3>{}, part, from, count);
+    else read_as(Width<2>{}, part, from, count);
   };
   auto add = [&](int quarter) __attribute__((always_inline)) {
     const int8_t* q = a.q + activation_of<kBits>(byte + quarter * 16);
+    vi words[4];
+    for (int i = 0; i < 4; ++i) words[i] = quarters[quarter][i];
+    transpose_four(words);
 #pragma GCC unroll 4
-    for (int s = 0; s < kRun; ++s) {
-      vi words[4];
-      for (int i = 0; i < 4; ++i) words[i] = quarters[quarter + s][i];
-      transpose_four(words);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i, q += 4) {
-        const vb packed = (vb)words[i];
+    for (int i = 0; i < 4; ++i, q += 4) {
+      const vb packed = (vb)words[i];
 #pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          const int8_t* x = q + t * a.q_stride;
-          if constexpr (kBits == 8) {
-            vi& to = i % 2 ? more[t] : dot[t];
-            to = dot8(to, packed, splat_word(x));
-          } else {
-            dot[t] = dot4(dot[t], low_nibbles(packed), splat_word(x));
-            more[t] = dot4(more[t], high_nibbles(packed), splat_word(x + 64));
-          }
+      for (int t = 0; t < kTokens; ++t) {
+        const int8_t* x = q + t * a.q_stride;
+        if constexpr (kBits == 8) {
+          vi& to = i % 2 ? more[t] : dot[t];
+          to = dot8(to, packed, splat_word(x));
+        } else {
+          dot[t] = dot4(dot[t], low_nibbles(packed), splat_word(x));
+          more[t] = dot4(more[t], high_nibbles(packed), splat_word(x + 64));
         }
       }
     }
+  };
+  // The quarters of one vector, from `first` on, and as many parts of what comes after it.
+  auto add_some = [&](int first) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kRun; ++i) {
+      add(first + i);
+#pragma GCC unroll 4
+      for (int part = (first + i) * 4 / kQuarters; kEarly && part < (first + i + 1) * 4 / kQuarters; ++part)
+        read(part, byte + kBytes);
+    }
+  };
+  auto take = [&]() __attribute__((always_inline)) {
+    for (int part = 0; !kEarly && part < 4; ++part) read(part, byte);
+    for (int i = 0; i < kQuarters; ++i)
+      for (int part = 0; part < 4; ++part) quarters[i][part] = coming[i][part];
   };
   auto begin = [&](int64_t g) __attribute__((always_inline)) {
     for (int t = 0; t < kTokens; ++t) dot[t] = splat(-offset * a.sum[t * a.g_stride + g]);
@@ -285,6 +303,7 @@ static void gemv_down(const RowBlock& block, int bits, const Activations& a, flo
     for (int t = 0; t < kTokens; ++t)
       acc[t] += to_float(dot[t] + more[t]) * (ws * splat(a.scale[t * a.g_stride + g]));
   };
+  for (int part = 0; kEarly && part < 4; ++part) read(part, 0);
   for (int64_t g0 = 0; g0 < block.groups; g0 += kScaleRun) {
     const int run = int(block.groups - g0 < kScaleRun ? block.groups - g0 : kScaleRun);
     transpose_scales(block, g0, run, scales);
@@ -294,17 +313,17 @@ static void gemv_down(const RowBlock& block, int bits, const Activations& a, flo
       if constexpr (F::kSpans == 1) {
         begin(g0 + first);
         for (int p = 0; p < F::kParts; ++p, byte += kBytes) {
-          read(kBytes);
-          add(0);
+          take();
+          add_some(0);
         }
         finish(g0 + first, scales[first]);
       } else {
-        read(here * F::kBytesOfGroup);
+        take();
 #pragma GCC unroll 4
         for (int s = 0; s < F::kSpans; ++s) {
           if (s >= here) break;
           begin(g0 + first + s);
-          add(s * kRun);
+          add_some(s * kRun);
           finish(g0 + first + s, scales[first + s]);
         }
         byte += kBytes;

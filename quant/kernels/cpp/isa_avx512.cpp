@@ -73,18 +73,16 @@ INLINE void join_planes(const vi (&sums)[kSums], vi (&dots)[kSpans]) {
   }
 }
 
-// quarters[s][i]: quarter s of rows i, i + 4, i + 8 and i + 12.
-INLINE void part_rows(const vi (&rows)[16], vi (&quarters)[4][4]) {
-  for (int i = 0; i < 4; ++i) {
-    const __m512i a = _mm512_shuffle_i32x4((__m512i)rows[i], (__m512i)rows[i + 4], 0x44);
-    const __m512i b = _mm512_shuffle_i32x4((__m512i)rows[i + 8], (__m512i)rows[i + 12], 0x44);
-    const __m512i c = _mm512_shuffle_i32x4((__m512i)rows[i], (__m512i)rows[i + 4], 0xee);
-    const __m512i d = _mm512_shuffle_i32x4((__m512i)rows[i + 8], (__m512i)rows[i + 12], 0xee);
-    quarters[0][i] = (vi)_mm512_shuffle_i32x4(a, b, 0x88);
-    quarters[1][i] = (vi)_mm512_shuffle_i32x4(a, b, 0xdd);
-    quarters[2][i] = (vi)_mm512_shuffle_i32x4(c, d, 0x88);
-    quarters[3][i] = (vi)_mm512_shuffle_i32x4(c, d, 0xdd);
-  }
+// quarters[s]: quarter s of each of four rows.
+INLINE void part_rows(const vi (&rows)[4], vi (&quarters)[4]) {
+  const __m512i a = _mm512_shuffle_i32x4((__m512i)rows[0], (__m512i)rows[1], 0x44);
+  const __m512i b = _mm512_shuffle_i32x4((__m512i)rows[2], (__m512i)rows[3], 0x44);
+  const __m512i c = _mm512_shuffle_i32x4((__m512i)rows[0], (__m512i)rows[1], 0xee);
+  const __m512i d = _mm512_shuffle_i32x4((__m512i)rows[2], (__m512i)rows[3], 0xee);
+  quarters[0] = (vi)_mm512_shuffle_i32x4(a, b, 0x88);
+  quarters[1] = (vi)_mm512_shuffle_i32x4(a, b, 0xdd);
+  quarters[2] = (vi)_mm512_shuffle_i32x4(c, d, 0x88);
+  quarters[3] = (vi)_mm512_shuffle_i32x4(c, d, 0xdd);
 }
 
 // Four rows of four words to four words of four rows, within every 128 bits.

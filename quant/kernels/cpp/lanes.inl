@@ -57,9 +57,15 @@ INLINE void scales_by_step(const uint16_t* from, vf (&to)[kSpans]) {
 
 // kLanes rows of kLanes words to kLanes words of kLanes rows.
 INLINE void transpose(vi (&m)[kLanes]) {
-  vi quarters[kLanes / 4][4];
-  part_rows(m, quarters);
-  for (int s = 0; s < kLanes / 4; ++s) {
+  constexpr int kQuarters = kLanes / 4;
+  vi quarters[kQuarters][4];
+  for (int part = 0; part < 4; ++part) {
+    vi rows[kQuarters], parts[kQuarters];
+    for (int i = 0; i < kQuarters; ++i) rows[i] = m[part + 4 * i];
+    part_rows(rows, parts);
+    for (int i = 0; i < kQuarters; ++i) quarters[i][part] = parts[i];
+  }
+  for (int s = 0; s < kQuarters; ++s) {
     transpose_four(quarters[s]);
     for (int i = 0; i < 4; ++i) m[4 * s + i] = quarters[s][i];
   }

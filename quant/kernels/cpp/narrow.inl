@@ -2,9 +2,7 @@
 
 INLINE void join_quads(const vi (&quads)[1], vi (&dots)[1]) { dots[0] = quads[0]; }
 
-INLINE void part_rows(const vi (&rows)[4], vi (&quarters)[1][4]) {
-  for (int i = 0; i < 4; ++i) quarters[0][i] = rows[i];
-}
+INLINE void part_rows(const vi (&rows)[1], vi (&quarters)[1]) { quarters[0] = rows[0]; }
 
 INLINE void transpose_four(vi (&m)[4]) {
   const vi a = m[0], b = m[1], c = m[2], d = m[3];

@@ -20,11 +20,9 @@ INLINE void join_quads(const vi (&quads)[2], vi (&dots)[1]) {
 }
 
 // quarters[s][i]: half s of rows i and i + 4.
-INLINE void part_rows(const vi (&rows)[8], vi (&halves)[2][4]) {
-  for (int i = 0; i < 4; ++i) {
-    halves[0][i] = (vi)_mm256_permute2x128_si256((__m256i)rows[i], (__m256i)rows[i + 4], 0x20);
-    halves[1][i] = (vi)_mm256_permute2x128_si256((__m256i)rows[i], (__m256i)rows[i + 4], 0x31);
-  }
+INLINE void part_rows(const vi (&rows)[2], vi (&halves)[2]) {
+  halves[0] = (vi)_mm256_permute2x128_si256((__m256i)rows[0], (__m256i)rows[1], 0x20);
+  halves[1] = (vi)_mm256_permute2x128_si256((__m256i)rows[0], (__m256i)rows[1], 0x31);
 }
 
 // Four rows of four words to four words of four rows, within every 128 bits.
