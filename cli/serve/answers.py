@@ -45,15 +45,16 @@ class Usage:
     decode_seconds: float = 0.0
     decoded: int = 0
 
-    def add(self, record: TokenRecord, *, reasoning: bool) -> None:
-        """One more token."""
-        self.completion += 1
+    def add(self, records: Sequence[TokenRecord], reasoning: int) -> None:
+        """More tokens, ``reasoning`` of them thoughts."""
+        self.completion += len(records)
         self.reasoning += reasoning
-        if record.phase == "prefill":
-            self.prefill_seconds += record.seconds
-        else:
-            self.decode_seconds += record.seconds
-            self.decoded += 1
+        for record in records:
+            if record.phase == "prefill":
+                self.prefill_seconds += record.seconds
+            else:
+                self.decode_seconds += record.seconds
+                self.decoded += 1
 
     def timings(self) -> dict[str, float]:
         """As llama.cpp's server tells them."""
@@ -71,14 +72,24 @@ class Usage:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
-    """What one token added to answer ``choice``; the last of an answer has a ``finish``."""
+    """What one token added to answer ``choice``, or several that were there at once; the last of an answer has a
+    ``finish``. ``records`` are the tokens'."""
 
     choice: int
-    parts: Sequence[Part]
-    record: TokenRecord
-    finish: str = ""
+    parts: list[Part]
+    records: list[TokenRecord]
+
+    @property
+    def last(self) -> TokenRecord:
+        """The latest token."""
+        return self.records[-1]
+
+    @property
+    def finish(self) -> str:
+        """Why the answer ends here, empty if it does not."""
+        return self.records[-1].finish
 
 
 @dataclass
@@ -89,16 +100,21 @@ class Whole:
     records: list[TokenRecord] = field(default_factory=list)
 
     def add(self, step: Step) -> None:
-        """One more token."""
-        self.records.append(step.record)
+        """What came next."""
+        self.records += step.records
         for part in step.parts:
-            if self.parts and part.kind == self.parts[-1].kind and not part.name:
-                part = Part(part.kind, self.parts[-1].text + part.text, self.parts.pop().name)
-            self.parts.append(part)
+            join(self.parts, part)
 
     def text(self, kind: str = "text") -> str:
         """All parts of a ``kind``."""
         return "".join(part.text for part in self.parts if part.kind == kind)
+
+
+def join(parts: list[Part], more: Part) -> None:
+    """Add ``more`` to ``parts``: to the last, if it goes on with that."""
+    if parts and more.kind == parts[-1].kind and not more.name:
+        more = Part(more.kind, parts[-1].text + more.text, parts.pop().name)
+    parts.append(more)
 
 
 @dataclass
@@ -122,17 +138,24 @@ class Answers:
         self.streams: list[Stream] = []
         self._slots, self._metrics, self._mailbox = slots, metrics, mailbox
         self._said: deque[tuple[int, TokenRecord | BaseException | None]] = deque()
-        self._news = asyncio.Event()
+        self._news, self._waking = asyncio.Event(), False
         self._started = time.monotonic()
         late = ServeError(408, f"the answer took longer than the {seconds:g} s that --timeout allows", retry=False)
-        self._late = asyncio.get_running_loop().call_later(seconds, self._hear, (0, late))
+        self._late = asyncio.get_running_loop().call_later(seconds, self._hear, late)
 
     def tell(self, choice: int, said: TokenRecord | BaseException | None) -> None:
         """What has become of answer ``choice``. Callable from any thread."""
-        self._mailbox.put(self._hear, (choice, said))
+        self._said.append((choice, said))
+        if not self._waking:
+            self._waking = True
+            self._mailbox.put(self._wake)
 
-    def _hear(self, said: tuple[int, TokenRecord | BaseException | None]) -> None:
-        self._said.append(said)
+    def _wake(self) -> None:
+        self._waking = False  # before it is looked at: what is told from now on wakes again
+        self._news.set()
+
+    def _hear(self, error: ServeError) -> None:
+        self._said.append((0, error))
         self._news.set()
 
     @property
@@ -147,7 +170,9 @@ class Answers:
         self.usage.prompt = sum(stream.prompt_tokens for stream in streams[:: self.request.n])
 
     async def steps(self) -> AsyncGenerator[Step, None]:
-        """Every token of every answer. Raises ServeError."""
+        """Every token of every answer; those of one that are there at once in one step, unless their log probabilities
+        are asked for: an event for each would cost as much as all of its text. Raises ServeError."""
+        alone = self.request.sampling.logprobs is not None
         parsers = [self.request.parser() for _ in self.streams]
         try:
             while self.open:
@@ -162,11 +187,14 @@ class Answers:
                     if choice in self.open:
                         raise ServeError(503, "the server is shutting down")
                     continue
-                parser = parsers[choice]
-                parts = [*parser.feed(said.text), *(parser.finish() if said.finish else ())]
-                self.usage.add(said, reasoning=parser.reasoning)
-                self._count(choice, said)
-                yield Step(choice, parts, said, said.finish)
+                records = [said]
+                while self._said and not (alone or records[-1].finish):
+                    following, said = self._said[0]
+                    if following != choice or not isinstance(said, TokenRecord):
+                        break
+                    self._said.popleft()
+                    records.append(said)
+                yield Step(choice, self._parts(choice, records, parsers[choice]), records)
         finally:
             self.close()
 
@@ -177,16 +205,28 @@ class Answers:
             found[step.choice].add(step)
         return found
 
-    def _count(self, choice: int, record: TokenRecord) -> None:
+    def _parts(self, choice: int, records: list[TokenRecord], parser: Parser) -> list[Part]:
+        """What ``records`` add to an answer, which are counted."""
+        parts: list[Part] = []
+        reasoning = 0
+        # Which tokens are thoughts is seen one by one; text is taken apart at once.
+        for together in [[record] for record in records] if parser.thinks else [records]:
+            for part in parser.feed("".join([record.text for record in together])):
+                join(parts, part)
+            for part in parser.finish() if together[-1].finish else ():
+                join(parts, part)
+            reasoning += parser.reasoning
+        self.usage.add(records, reasoning)
         stream = self.streams[choice]
-        self._slots[id(stream)].tokens += 1
-        if record.phase == "prefill":
+        self._slots[id(stream)].tokens += len(records)
+        if records[0].phase == "prefill":
             self.usage.cached += stream.cached_tokens if choice % self.request.n == 0 else 0
-        self._metrics.token(record, stream.cached_tokens, time.monotonic() - self._started)
-        if record.finish:
+        self._metrics.tokens(records, stream.cached_tokens, time.monotonic() - self._started)
+        if finish := records[-1].finish:
             self.open.discard(choice)
             self._slots.pop(id(stream), None)
-            self._metrics.count("answers_finished", 1, record.finish)
+            self._metrics.count("answers_finished", 1, finish)
+        return parts
 
     def close(self) -> None:
         """Cancel what is not finished, within a step."""

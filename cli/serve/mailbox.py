@@ -6,28 +6,30 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
-PAUSE_SECONDS = 0.004  # no reader sees the difference; a waking and a write cost as much as the text of several tokens
+# Of each answer that has news, and of all: a write costs as much as the text of several tokens, and no reader sees the
+# difference.
+PAUSE_SECONDS, LONGEST_SECONDS = 0.004, 0.016
 
 
 class Mailbox:
     """Of the event loop that runs where it is made. Waking the loop costs the thread that does it the interpreter lock,
     so the thread that calls ``wake`` after every step wakes it then only; any other does with each ``put``.
 
-    After a step's tokens the loop hears of the next ones when ``pause`` is over. A step that takes longer wakes it at
-    once: its tokens are never late.
+    After a step's tokens the loop hears of the next ones when a pause is over, the longer the more answers had some: so
+    that they cost the model no more time than one. A step that takes longer wakes it at once: its tokens are never
+    late.
     """
 
     def __init__(self, pause: float = PAUSE_SECONDS) -> None:
         self._loop, self._pause = asyncio.get_running_loop(), pause
-        self._said: deque[tuple[Callable[[Any], object], Any]] = deque()
+        self._said: deque[Callable[[], object]] = deque()
         self._stepping = 0  # the thread that wakes by steps
         self._pausing = False
 
-    def put(self, take: Callable[[Any], object], said: object) -> None:
-        """Have the loop call ``take(said)``. Callable from any thread."""
-        self._said.append((take, said))
+    def put(self, call: Callable[[], object]) -> None:
+        """Have the loop call ``call``. Callable from any thread."""
+        self._said.append(call)
         if threading.get_ident() != self._stepping:
             self._call(self._deliver)
 
@@ -44,7 +46,8 @@ class Mailbox:
     def _begin_pause(self) -> None:
         if not self._pausing:
             self._pausing = True
-            self._loop.call_later(self._pause, self._end_pause)
+            pause = min(self._pause * max(len(self._said), 1), max(self._pause, LONGEST_SECONDS))
+            self._loop.call_later(pause, self._end_pause)
         self._deliver()
 
     def _end_pause(self) -> None:
@@ -54,5 +57,4 @@ class Mailbox:
 
     def _deliver(self) -> None:
         while self._said:
-            take, said = self._said.popleft()
-            take(said)
+            self._said.popleft()()

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -105,25 +105,26 @@ class Metrics:
         """Add to counter ``name``."""
         self._counted[name, *labels] += amount
 
-    def token(self, record: TokenRecord, cached: int, waited: float) -> None:
-        """One more token. The first of an answer came ``waited`` seconds after it was asked for, and found ``cached``
+    def tokens(self, records: Sequence[TokenRecord], cached: int, waited: float) -> None:
+        """More tokens of an answer. Its first one came ``waited`` seconds after it was asked for, and found ``cached``
         tokens of its prompt."""
-        counted = self._counted
-        if record.phase == "prefill":
-            counted["prompt_tokens",] += record.tokens_in
-            counted["cached_prompt_tokens",] += cached
-            counted["prompt_cache_tokens",] += record.reused.disk
-            counted["prompt_cache_read_bytes",] += record.reused.disk_bytes
-            self._times["time_to_first_token_seconds"].observe(waited)
-        else:
-            self.recent.append(record)
-            self._times["step_seconds"].observe(record.seconds)
-        counted["generated_tokens",] += 1
-        if record.drafted:
-            counted["drafted_tokens",] += record.drafted
-        if record.place:
-            counted["accepted_tokens",] += 1
-        for tier, requests in record.by_tier.items():
-            counted["expert_requests", tier] += requests
-        for tier, nbytes in record.bytes_read.items():
-            counted["read_bytes", tier] += nbytes
+        counted, observe = self._counted, self._times["step_seconds"].observe
+        counted["generated_tokens",] += len(records)
+        for record in records:
+            if record.phase == "decode":
+                self.recent.append(record)
+                observe(record.seconds)
+            else:
+                counted["prompt_tokens",] += record.tokens_in
+                counted["cached_prompt_tokens",] += cached
+                counted["prompt_cache_tokens",] += record.reused.disk
+                counted["prompt_cache_read_bytes",] += record.reused.disk_bytes
+                self._times["time_to_first_token_seconds"].observe(waited)
+            if record.drafted:
+                counted["drafted_tokens",] += record.drafted
+            if record.place:
+                counted["accepted_tokens",] += 1
+            for tier, requests in record.by_tier.items():
+                counted["expert_requests", tier] += requests
+            for tier, nbytes in record.bytes_read.items():
+                counted["read_bytes", tier] += nbytes

@@ -30,6 +30,7 @@ class OwnTokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._known = len(tokenizer)
         made = getattr(tokenizer, "added_tokens_decoder", {})
         self._special = np.array(sorted(token for token, one in made.items() if one.special), dtype=np.int32)
         self._texts: list[_Ids] = []  # the latest last
@@ -84,7 +85,10 @@ class OwnTokens:
         """How many tokens of ``said``, all or nearly all, have the text of ``given`` but its last, a special token, and
         before it; both begin with the same ``alike`` tokens. 0 if there is no such number, or no more than ``alike``.
 
-        What a token is decoded to may depend on its neighbours, so those stay with it."""
+        What a token is decoded to may depend on its neighbours, so those stay with it. Tokens without a text,
+        such as those of pictures, are equal to none but themselves."""
+        if max(said[alike:].max(initial=0), given[alike:].max(initial=0)) >= self._known:
+            return 0
         glance = max(0, alike - 2)
         one, other = (self._text(ids[glance : glance + _GLANCE]).rstrip(_UNKNOWN) for ids in (said, given[:-1]))
         if not one.startswith(other) and not other.startswith(one):

@@ -238,19 +238,23 @@ def steady(
     sequences that one thread asks for and reads, as the bench does."""
     asked = [" ".join(random.Random(place).choices(WORDS, k=40)) for place in range(clients)]
 
-    def times(text: str) -> list[float]:
+    def times(text: str) -> list[tuple[float, float]]:
+        """When what came, in tokens: an event may have several, and their text tells how many, nearly."""
         body = {"messages": [{"role": "user", "content": text}], "max_tokens": length, "ignore_eos": True}
         lines = stream(server, {**body, "stream": True, "temperature": 0})
-        return [time.perf_counter() for line in lines if '"content":"' in line][1:]
+        came = [(time.perf_counter(), line) for line in lines if '"content":"' in line][1:]
+        sizes = [len(json.loads(line.removeprefix("data: "))["choices"][0]["delta"]["content"]) for _, line in came]
+        return [(at, size * length / sum(sizes)) for (at, _), size in zip(came, sizes, strict=True)]
 
     def through() -> tuple[float, float, float]:
         own, served = time.process_time(), server.cpu_seconds
         with ThreadPoolExecutor(clients) as pool:
             runs = list(pool.map(times, asked))
         own, served = time.process_time() - own, server.cpu_seconds - served
-        first, last = max(run[0] for run in runs), min(run[-1] for run in runs)
+        first, last = max(run[0][0] for run in runs), min(run[-1][0] for run in runs)
+        tokens = sum(count for run in runs for at, count in run if first < at <= last)
         each = 1e6 / (clients * length)
-        return sum(first < at <= last for run in runs for at in run) / (last - first), served * each, own * each
+        return tokens / (last - first), served * each, own * each
 
     with Session.open(model, context=1024, sequences=clients) as session:
 

@@ -97,7 +97,7 @@ async def _chunks(service: Service, answers: Answers, head: Document) -> Events:
         yield chunk(place, {"role": "assistant", "content": ""})
     calls: Counter[int] = Counter()  # by answer
     async for step in answers.steps():
-        found = logprobs_of(service, step.record)
+        found = logprobs_of(service, step.last)
         logprobs = None if found is None else {"content": [found]}
         deltas = [_delta(part, calls, step.choice) for part in step.parts]
         for delta in deltas or ([{}] if found else []):

@@ -70,7 +70,7 @@ async def _chunks(service: Service, answers: Answers, head: Document) -> Events:
     sizes = [0] * answers.request.choices
     async for step in answers.steps():
         text = "".join(part.text for part in step.parts)
-        found = _logprobs(service, step.record, sizes[step.choice])
+        found = _logprobs(service, step.last, sizes[step.choice])
         sizes[step.choice] += len(text)
         if text or found or step.finish:
             yield {**head, "choices": [_choice(step.choice, text, found, step.finish)]}

@@ -68,7 +68,7 @@ async def _events(answers: Answers, head: Document) -> Events:
         if step.finish:
             if open_:
                 yield {"type": "content_block_stop", "index": index}
-            stopped = _stopped(step.record, called=called)
+            stopped = _stopped(step.last, called=called)
             yield {"type": "message_delta", "delta": stopped, "usage": _usage(answers.usage)}
             yield {"type": "message_stop"}
 

@@ -30,7 +30,7 @@ class MarkedParser:
         tools: Schemas | None = None,
         dropped: Sequence[str] = (),
     ) -> None:
-        self.reasoning = opened
+        self.thinks, self.reasoning = think is not None, opened
         self._think, self._calls, self._tools = think or ("", ""), calls, tools or {}
         self._known = {*filter(None, self._think), *(calls.marks if calls else ())}
         self._splitter = Splitter([*self._known, *dropped])
@@ -86,7 +86,7 @@ class HarmonyParser:
     _MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|constrain|>")
 
     def __init__(self, dropped: Sequence[str] = ()) -> None:
-        self.reasoning = False
+        self.thinks, self.reasoning = True, False
         self._splitter = Splitter([*self._MARKS, *dropped])
         self._header: str | None = ""  # None: within a message
         self._kind: Literal["text", "reasoning", "call"] = "text"

@@ -16,8 +16,10 @@ class Part:
 
 
 class Parser(Protocol):
-    """Takes the text of one answer apart as it comes. ``reasoning``: whether it is in the midst of thoughts."""
+    """Takes the text of one answer apart as it comes. ``thinks``: whether there may be thoughts in it; ``reasoning``:
+    whether it is in the midst of them."""
 
+    thinks: bool
     reasoning: bool
 
     def feed(self, text: str) -> Sequence[Part]:

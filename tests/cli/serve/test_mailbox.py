@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,14 +25,14 @@ def test_a_step_wakes_the_loop_once_and_other_threads_do_at_once(monkeypatch: py
             mailbox.wake()
             for step in range(3):
                 for row in range(8):
-                    mailbox.put(found.append, 8 * step + row)
+                    mailbox.put(partial(found.append, 8 * step + row))
                 mailbox.wake()
 
         thread = threading.Thread(target=steps)
         thread.start()
         await asyncio.to_thread(thread.join)
         before = len([*woken])
-        mailbox.put(found.append, -1)
+        mailbox.put(partial(found.append, -1))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert found[-1] == -1
@@ -47,5 +48,5 @@ def test_a_loop_that_is_closed_hears_nothing_and_hurts_nobody() -> None:
         return Mailbox()
 
     mailbox = asyncio.run(make())
-    mailbox.put(print, "nobody is told")
+    mailbox.put(print)
     mailbox.wake()

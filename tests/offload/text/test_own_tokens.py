@@ -72,6 +72,17 @@ def test_bytes_that_are_no_character_are_not_taken_for_each_other(tokenizer: Any
     assert own.as_said(given, MOST) == given
 
 
+def test_a_picture_is_not_taken_for_another_one(tokenizer: Any) -> None:
+    start, _, eot = tokenizer.convert_tokens_to_ids(SPECIAL)
+    first, other = len(tokenizer) + 7, len(tokenizer) + 8
+    own = OwnTokens(tokenizer)
+    own.remember([start, 65, first, first + 9, 66, eot, TWO_LINES, THE, eot])
+    same = [start, 65, first, first + 9, 66, eot, 10, 10, *b"the", eot, 1]
+    assert own.as_said(same, MOST) == [*same[:6], TWO_LINES, THE, eot, 1]
+    for given in ([start, 65, other, other + 9, 66, eot, 1], [start, 65, 66, eot, 1], [start, 65, first, 66, eot, 1]):
+        assert own.as_said(given, MOST) == given
+
+
 def test_a_prompt_is_not_made_longer_than_there_is_room(tokenizer: Any) -> None:
     start, _, eot = tokenizer.convert_tokens_to_ids(SPECIAL)
     own = OwnTokens(tokenizer)

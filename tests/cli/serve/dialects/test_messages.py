@@ -33,7 +33,7 @@ def test_a_stream_has_every_event_in_its_order(claude: anthropic.Anthropic) -> N
     events = list(claude.messages.create(**asked, stream=True))
     kinds = [event.type for event in events]
     assert kinds[0] == "message_start" and kinds[-2:] == ["message_delta", "message_stop"]
-    assert kinds[kinds.index("content_block_start") :].count("content_block_delta") > 3
+    assert kinds[kinds.index("content_block_start") :].count("content_block_delta") > 1
     assert kinds.index("content_block_stop") > kinds.index("content_block_delta")
     with claude.messages.stream(**asked) as stream:
         text = "".join(stream.text_stream)
@@ -56,7 +56,7 @@ def test_a_tool_is_used_with_valid_input(claude: anthropic.Anthropic, stream: bo
         with claude.messages.stream(**asked) as made:
             pieces = [event for event in made if event.type == "input_json"]
             done = made.get_final_message()
-        assert len(pieces) > 4, "the input comes in pieces"
+        assert len(pieces) > 1, "the input comes in pieces"
     else:
         done = claude.messages.create(**asked)
     [block] = done.content
