@@ -67,7 +67,9 @@ class RunOptions:
     ``prompt_cache_size`` bytes of it (None: 50 GiB).
     ``draft`` tries tokens that the text itself suggests, where that pays; ``draft_model`` those that a second, smaller
     model of the same tokenizer does, a directory or a Hub id. ``kv_disk`` is a folder in which the older part of the
-    KV cache is while it has no room in RAM, of which ``kv_ram`` bytes are for it (None: what experts leave).
+    KV cache is while it has no room in RAM, of which ``kv_ram`` bytes are for it (None: what experts leave). Pages of
+    it that are proved to have no more than a share of ``kv_epsilon`` of any softmax, all together, are not read to
+    decode a token (0: everything is).
     """
 
     vram: Converted[int | str | None, int | None] = Converted(_bytes, None)
@@ -92,6 +94,7 @@ class RunOptions:
     sequences: int = 1
     kv_disk: Converted[str | Path | None, Path | None] = Converted(_path, None)
     kv_ram: Converted[int | str | None, int | None] = Converted(_bytes, None)
+    kv_epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         choices = (("kv", self.kv, (None, *_KV)), ("device", self.device, _DEVICES), ("draft", self.draft, _DRAFTS))
@@ -106,6 +109,8 @@ class RunOptions:
             raise UsageError("two kinds of drafts were asked for: expected --draft or --draft-model")
         if self.prompt_cache_size is not None and self.prompt_cache is None:
             raise UsageError("a size of the prompt cache was given and no folder: give --prompt-cache, too")
+        if not 0 <= self.kv_epsilon < 1:  # NaN, too
+            raise UsageError(f"kv_epsilon is {self.kv_epsilon}: expected a share from 0 (all is read) to below 1")
         if self.kv_ram is not None and self.kv_disk is None:
             raise UsageError("a size of the KV cache in RAM was given and no folder for the rest: give --kv-disk, too")
 
@@ -114,6 +119,19 @@ class RunOptions:
         if recipe is None:
             return self
         return replace(self, **{name: getattr(recipe, name) for name in RUN_DEFAULTS if getattr(self, name) is None})
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What decode steps with an ``epsilon`` read: of ``pages`` that they could see, counted for each KV head and token,
+    ``left_out`` were not, ``left_out_bytes`` of keys and values. ``greatest_share`` is the most that those of one token
+    can have had of any head's softmax."""
+
+    epsilon: float
+    pages: int
+    left_out: int
+    left_out_bytes: int
+    greatest_share: float
 
 
 @dataclass(frozen=True)

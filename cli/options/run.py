@@ -53,6 +53,14 @@ KvRam = Annotated[
         help="What the KV cache may take of RAM beside that (what experts leave).",
     ),
 ]
+KvEpsilon = Annotated[
+    float | None,
+    typer.Option(
+        "--kv-epsilon",
+        metavar="SHARE",
+        help="Do not read pages of the KV cache that are proved to weigh less than this in all (0: read everything).",
+    ),
+]
 Recipe = Annotated[
     str | None,
     typer.Option(
@@ -165,7 +173,7 @@ takes_budgets = expands(
     "options",
     {"vram": (Vram, None), "ram": (Ram, None), "context": (Context, None), "kv": (Kv, None)}
     | {"prompt_chunk": (PromptChunk, None), "draft_model": (DraftModel, None)}
-    | {"kv_disk": (KvDisk, None), "kv_ram": (KvRam, None)},
+    | {"kv_disk": (KvDisk, None), "kv_ram": (KvRam, None), "kv_epsilon": (KvEpsilon, 0.0)},
     RunOptions,
 )
 _RUN: dict[str, tuple[Any, Any]] = {
@@ -175,6 +183,7 @@ _RUN: dict[str, tuple[Any, Any]] = {
     "kv": (Kv, None),
     "kv_disk": (KvDisk, None),
     "kv_ram": (KvRam, None),
+    "kv_epsilon": (KvEpsilon, 0.0),
     "recipe": (Recipe, None),
     "routing": (Routing, None),
     "policy": (Policy, None),

@@ -258,6 +258,16 @@ REPORT: dict[str, Schema] = {
             ),
         )
     ),
+    "left_out": maybe(
+        record(
+            "what decode steps did not read of the KV cache since the model was loaded; null without --kv-epsilon",
+            epsilon=number("that was allowed"),
+            pages=count("that they could see, counted for each KV head and token"),
+            left_out=count("of these"),
+            left_out_bytes=count("keys and values"),
+            greatest_share=number("of a softmax that those of one token can have had"),
+        )
+    ),
     "doubts": many(text(), "what makes a bandwidth or the floor unreliable"),
     "notes": NOTES,
     "expert_map": record(

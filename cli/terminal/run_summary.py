@@ -38,6 +38,7 @@ def summary_rows(report: RunReport, *, said: Collection[str] = (), every_role: b
         ("predicted", _predicted(report)),
         ("bandwidth", _bandwidth(report)),
         ("experts", _experts(report)),
+        ("left out", _left_out(report)),
         *(("drafts", line) for line in _drafts(report)),
         ("VRAM", _roles(report.memory.vram, shown)),
         ("RAM", _roles(report.memory.ram, shown)),
@@ -153,6 +154,16 @@ def _experts(report: RunReport) -> str:
     by_tier = decode.by_tier
     places = ", ".join(f"{TIER_NAMES[tier]} {percent(by_tier[tier] / requests)}" for tier in TIERS if by_tier[tier])
     return f"{percent(decode.hit_rate)} hits in decode ({places}), {percent(whole.hit_rate)} with the prompt's requests"
+
+
+def _left_out(report: RunReport) -> str:
+    """What the whole run did not read of the KV cache."""
+    found = report.left_out
+    if found is None or not found.pages:
+        return ""
+    share = f"at most {found.greatest_share:.1e} of a softmax, of {found.epsilon:g} allowed" if found.left_out else ""
+    text = f"{percent(found.left_out / found.pages)} of {found.pages:,} KV pages ({size(found.left_out_bytes)}"
+    return f"{text}; {share})" if share else f"{text})"
 
 
 def _drafts(report: RunReport) -> list[str]:

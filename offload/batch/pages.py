@@ -13,6 +13,10 @@ def _nothing_to_forget() -> bool:
     return False
 
 
+def _nobody_asks(page: int) -> None:
+    return None
+
+
 class PageCounts:
     """``count`` pages, all free at first. One that was given back is taken again before one that never was used: memory
     that no token has reached costs nothing.
@@ -23,6 +27,7 @@ class PageCounts:
     def __init__(self, count: int) -> None:
         self.count = count
         self.forget: Callable[[], bool] = _nothing_to_forget
+        self.taken: Callable[[int], None] = _nobody_asks  # told of each page that is taken
         self.given_back = 0  # how often a page became free
         self.reached = 0  # pages that were ever in use
         self._users = [0] * count
@@ -41,6 +46,7 @@ class PageCounts:
         page = self._free.pop()
         self.reached = max(self.reached, page + 1)
         self._users[page] = 1
+        self.taken(page)
         return page
 
     def make_free(self, count: int, forget: Callable[[], bool]) -> bool:

@@ -149,7 +149,7 @@ class NativeDecoder(Decoder):
         for layer in cache.paged:
             if not layer.chunk:  # before it is said what is on disk: more may go there for it
                 layer.reserve(x.shape[0])
-        with self._reading([cache]):
+        with self._reading([cache], every=True):
             return self._through_layers(x, position, cache)
 
     def _through_layers(self, x: Tensor, position: int, cache: PagedCache) -> Tensor:
@@ -191,7 +191,7 @@ class NativeDecoder(Decoder):
         x = self._embedded([token for ids, _ in rows for token in ids])
         cosine, sine = self.angles.of(places)
         self.stack.begin(x, segments, pages, cosine, sine, self.exact, self.lookahead)
-        with self._reading(caches):
+        with self._reading(caches, every=False):
             while (stop := self.stack.go()) is not None:
                 self.check_wanted()
                 self._supply(stop)
@@ -201,14 +201,16 @@ class NativeDecoder(Decoder):
         logits = self.stack.token_logits
         return self.lm_head(self.norm(x)) if logits is None else logits
 
-    def _reading(self, caches: Sequence[PagedCache]) -> AbstractContextManager[None]:
-        """Within, layers may ask for what of ``caches`` is on disk: a layer's after those of the layer before."""
+    def _reading(self, caches: Sequence[PagedCache], *, every: bool) -> AbstractContextManager[None]:
+        """Within, layers may ask for what of ``caches`` is on disk: a layer's after those of the layer before. Unless
+        they read ``every`` page, those that see everything may leave some out."""
         disk = caches[0].pool.disk
         if disk is None:
             return nullcontext()
         windows = [attention.shape.window for attention in self.attentions]
-        by_layer = zip(*(cache.stretches(windows) for cache in caches), strict=True)
-        return disk.step([one for layer in by_layer for found in layer for one in found], self.check_wanted)
+        by_layer = zip(windows, *(cache.stretches(windows) for cache in caches), strict=True)
+        order = [(one, every or window > 0) for window, *layer in by_layer for found in layer for one in found]
+        return disk.step(order, self.check_wanted)
 
     def _supply(self, stop: Stop) -> None:
         """Begin the reads that a step waits for, and those that its coming layers will."""

@@ -281,8 +281,8 @@ class Batch(Runner):
         self.decoder.flush()
         counters = self.experts.take_counters()
         self.decoder.attend()
-        caches = (row.cache for row in rows if row.cache is not None)
-        return logits, self.used(counters, 1, sum(cache.read_nbytes for cache in caches), self.pool.take_read_nbytes())
+        kv = sum(row.cache.read_nbytes for row in rows if row.cache is not None) - self.pool.take_left_out_nbytes()
+        return logits, self.used(counters, 1, max(0, kv), self.pool.take_read_nbytes())
 
     def _try(self, rows: list[Sequence], texts: list[list[int]], keep: list[int]) -> Tensor:
         caches = [row.cache for row in rows if row.cache is not None]

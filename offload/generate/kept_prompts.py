@@ -58,6 +58,8 @@ def prompt_cache_of(
         f"{FILE_VERSION} {kv} {session.kernel} {options.exact} {shape.num_kv_heads} {shape.head_dim} {shape.num_layers}"
     )
     chunks = f"{shape.attention_chunk_size} {sorted(shape.chunked_layers)}"
+    if options.kv_epsilon:  # what comes after tokens that were not computed from everything is not exact
+        chunks += f" {options.kv_epsilon}"
     origin = hashlib.sha256(f"{weights_id(session.checkpoint)} {form} {chunks}".encode()).hexdigest()[:16]
     folder = PageFolder(options.prompt_cache.absolute(), origin, options.prompt_cache_size or SIZE)
     about = {

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
 
+from torch import Tensor
+
 from offload.batch.kv_tiers import KvTiers
+from offload.model.key_bounds import KeyBounds
 from offload.prompts.page_file import BlockPages, aligned
 from offload.prompts.page_stream import PageStream
-from offload.prompts.spill_file import SpillFile, Stretch
+from offload.prompts.spill_file import ALL, SpillFile, Stretch
 from quant.errors import MachineError
 
 _ALIKE = 8  # pages, whose scales are whole 4,096 bytes with a single head: where direct I/O may begin
@@ -64,6 +67,11 @@ class DiskPages:
         self._check: Callable[[], None] = _nobody_leaves
         self._error: BaseException | None = None
         self._told = 0
+        self._bounds: KeyBounds | None = None
+        self._ranges = dict[Stretch, Tensor]()  # what bounds the keys of each
+        self._asked = dict[Stretch, int]()  # pages that are about to be asked for
+        self._last = dict[Stretch, int]()  # pages that the step asked for, as far as it chose
+        self._choosing = 0  # the table of the layer that chose last
 
     @cached_property
     def stream(self) -> PageStream:
@@ -74,6 +82,11 @@ class DiskPages:
     def reached(self) -> int:
         """Pages of the ring that were ever in use."""
         return self.tiers.staging_pages if "stream" in self.__dict__ else 0
+
+    @property
+    def used_pages(self) -> int:
+        """Pages on disk."""
+        return self.file.used_nbytes // self.file.nbytes * self.tiers.stretch
 
     def enter(self, layer: Spilling, table: int) -> None:
         """``layer``, whose table is at ``table``, may have pages on disk."""
@@ -93,8 +106,17 @@ class DiskPages:
         if not whole:
             return False
         layer = max(whole, key=lambda one: one.seen - len(one.on_disk) * self.tiers.stretch_tokens)
-        layer.went(self.file.write(self._block_pages(layer.in_memory(self.tiers.stretch))))
+        pages = layer.in_memory(self.tiers.stretch)
+        stretch = self.file.write(self._block_pages(pages))
+        if self._bounds is not None:
+            self._ranges[stretch] = self._bounds.of(pages)
+        layer.went(stretch)
         return True
+
+    def bound_by(self, bounds: KeyBounds) -> None:
+        """Let native calls leave out pages by ``bounds``."""
+        self._bounds = bounds
+        bounds.elsewhere_by(self._ranges_of, self._need)
 
     def restore(self, stretch: Stretch, pages: Sequence[int]) -> None:
         """Copy the first of ``stretch`` to ``pages`` of the pool. Raises InputError if the disk does not give it."""
@@ -113,16 +135,22 @@ class DiskPages:
     def let_go(self, stretch: Stretch) -> None:
         """A sequence has no more use for ``stretch``."""
         self.file.let_go(stretch)
-        if not stretch.users and "stream" in self.__dict__:
-            self.stream.forget(stretch)
+        if not stretch.users:
+            self._ranges.pop(stretch, None)
+            self._last.pop(stretch, None)
+            if "stream" in self.__dict__:
+                self.stream.forget(stretch)
 
     @contextmanager
-    def step(self, order: Sequence[Stretch], check: Callable[[], None]) -> Iterator[None]:
-        """Within, native calls ask for the stretches of ``order``; ``check`` is called where they wait, and breaks the
-        call off by raising. What they could not be given for is raised here: InputError, or what ``check`` raised."""
+    def step(self, order: Sequence[tuple[Stretch, bool]], check: Callable[[], None]) -> Iterator[None]:
+        """Within, native calls ask for the stretches of ``order``: for all of one, or for what they choose of it, which
+        is taken to be what they chose in the step before. ``check`` is called where they wait, and breaks the call off
+        by raising. What they could not be given for is raised here: InputError, or what ``check`` raised."""
         self._check, self._error = check, None
+        before, self._last, self._asked, self._choosing = self._last, {}, {}, 0
         if order:
-            self.stream.expect(order)
+            wants = [(one, ALL if whole or self._bounds is None else before.get(one, 0)) for one, whole in order]
+            self.stream.expect(want for want in wants if want[1])
         try:
             yield
         except MachineError:
@@ -135,7 +163,8 @@ class DiskPages:
         """See kernels.h."""
         try:
             whole = self.tiers.stretch
-            place = self.stream.take(self._layers[table].on_disk[block // whole], self._check)
+            stretch = self._layers[table].on_disk[block // whole]
+            place = self.stream.take(stretch, self._check, self._asked.get(stretch, ALL))
         except BaseException as error:  # noqa: BLE001 - it is raised where the native call is made
             self._error = error
             return 0
@@ -143,6 +172,28 @@ class DiskPages:
         for index in range(count):
             pages[index] = first + index
         return count
+
+    def _ranges_of(self, table: int, block: int, found: "ctypes._Pointer[ctypes.c_void_p]") -> int:
+        """See ``elsewhere`` in kernels.h."""
+        whole = self.tiers.stretch
+        found[0] = self._ranges[self._layers[table].on_disk[block // whole]][block % whole].data_ptr()
+        return whole - block % whole
+
+    def _need(self, table: int, blocks: "ctypes._Pointer[ctypes.c_int64]", count: int) -> None:
+        """See kernels.h."""
+        try:
+            whole, layer, asked = self.tiers.stretch, self._layers[table], dict[Stretch, int]()
+            for block in blocks[:count]:
+                stretch = layer.on_disk[block // whole]
+                asked[stretch] = asked.get(stretch, 0) | 1 << block % whole
+            self._asked.update(asked)
+            for stretch, pages in asked.items():
+                self._last[stretch] = self._last.get(stretch, 0) | pages
+            over = self._layers[self._choosing].on_disk if self._choosing not in (0, table) else ()
+            self._choosing = table
+            self.stream.correct(asked, over)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the native call is made
+            self._error = error
 
     def take_read_nbytes(self) -> int:
         """Bytes that were asked of the disk since the last call."""

@@ -13,6 +13,7 @@ from offload.batch.kv_tiers import KvTiers
 from offload.batch.pages import PageCounts
 from offload.experts.storage.arena import Arena
 from offload.model.disk_pages import DiskPages
+from offload.model.key_bounds import KeyBounds, range_width
 from offload.model.kv_cache import Storage
 from offload.prompts.page_file import BlockPages
 from quant.errors import UsageError
@@ -25,7 +26,8 @@ from quant.sizes import KV_PAGE_TOKENS
 class PagePool:
     """Pages for all layers and sequences of a model of ``shape``: as many as ``sequences`` of ``context`` tokens take,
     or with ``tiers`` as many as these say, and the others in a file in ``folder``. ``plain`` is the dtype of plain
-    storage. Raises OutputError if there can be no such file."""
+    storage. With an ``epsilon`` decode steps leave out pages, see KeyBounds. Raises OutputError if there can be no such
+    file."""
 
     def __init__(
         self,
@@ -37,11 +39,14 @@ class PagePool:
         sequences: int = 1,
         tiers: KvTiers | None = None,
         folder: Path = Path(),
+        epsilon: float = 0.0,
     ) -> None:
         self.shape, self.context, self.sequences, self._device = shape, context, sequences, device
         self.dtype = {"bf16": torch.bfloat16, "int8": torch.int8, "plain": plain}[storage]
         self.counts = PageCounts(sequences * shape.kv_pages(context) if tiers is None else tiers.pages)
         self.disk: DiskPages | None = None
+        self.epsilon = epsilon
+        self.bounds: KeyBounds | None = None
         if tiers is not None:
             self.disk = DiskPages(tiers, folder, *self.page_nbytes, self.block_pages, lambda: self.memory)
             self.counts.forget = self.disk.spill
@@ -59,6 +64,11 @@ class PagePool:
         )
         if self.disk is not None:
             pages.bring_by(self.disk.bring)
+        if self.epsilon:
+            self.bounds = KeyBounds(self.epsilon, pages)
+            self.counts.taken = self.bounds.forget
+            if self.disk is not None:
+                self.disk.bound_by(self.bounds)
         return pages
 
     @property
@@ -101,10 +111,12 @@ class PagePool:
         return [] if self.disk is None else self.disk.file.notes
 
     def check_reader(self, able: bool) -> None:
-        """Raise UsageError if pages may be on disk and who computes attention is not ``able`` to have them brought."""
-        if self.disk is not None and not able:
+        """Raise UsageError if pages may be on disk, or are left out, and who computes attention is not ``able`` to do
+        that."""
+        asked = "--kv-disk" if self.disk is not None else "--kv-epsilon" if self.epsilon else ""
+        if asked and not able:
             raise UsageError(
-                "--kv-disk is for models that the native kernels compute as a whole: this one's config or its experts' "
+                f"{asked} is for models that the native kernels compute as a whole: this one's config or its experts' "
                 "format asks for transformers' modules; leave it out"
             )
 
@@ -120,6 +132,10 @@ class PagePool:
     def take_read_nbytes(self) -> int:
         """Bytes of pages that were read from disk since the last call."""
         return 0 if self.disk is None else self.disk.take_read_nbytes()
+
+    def take_left_out_nbytes(self) -> int:
+        """Bytes of keys and values that steps since the last call left out, less what the bounds took."""
+        return 0 if self.bounds is None else self.bounds.take_left_out_nbytes()
 
     def close(self) -> None:
         """Give disk space back."""
@@ -137,7 +153,7 @@ class PagePool:
         """Bytes of all pages, used or not; of what transformers' own attention keeps where that is what runs."""
         if not self.shape.keeps_pages:
             return self.shape.kv_nbytes(self.context, self.dtype.itemsize)
-        return self.all_pages * KV_PAGE_TOKENS * self.token_nbytes
+        return self.all_pages * KV_PAGE_TOKENS * self.token_nbytes + self._bounds_nbytes(self.all_pages)
 
     @property
     def reached_nbytes(self) -> int:
@@ -145,11 +161,20 @@ class PagePool:
         if not self.shape.keeps_pages or self._device.type != "cpu":
             return self.nbytes
         staged = 0 if self.disk is None else self.disk.reached
-        return (self.counts.reached + staged) * KV_PAGE_TOKENS * self.token_nbytes
+        pages = self.counts.reached + staged
+        return pages * KV_PAGE_TOKENS * self.token_nbytes + self._bounds_nbytes(pages)
+
+    def _bounds_nbytes(self, pages: int) -> int:
+        """Bytes of what bounds the keys of ``pages`` in memory, and of those on disk."""
+        if not self.epsilon:
+            return 0
+        on_disk = 0 if self.disk is None else self.disk.used_pages
+        return (pages + on_disk) * self.shape.num_kv_heads * 4 * range_width(self.shape.head_dim)
 
     def own(self, page: int) -> int:
-        """A page like ``page`` that one sequence uses alone: itself, or a copy. Raises OutOfPages."""
+        """A page like ``page`` that one sequence uses alone and writes to: itself, or a copy. Raises OutOfPages."""
         if not self.counts.shared(page):
+            self.counts.taken(page)
             return page
         copy = self.counts.take()
         pages = self.pages

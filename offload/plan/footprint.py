@@ -31,7 +31,7 @@ IMAGE_TILES = 136  # of one prompt: eight pictures of sixteen tiles and the whol
 ROW_TILES = 17  # of one picture
 TILES_AT_ONCE = 4
 _ATTENTION_BLOCK, _ATTENTION_ROWS, _RUNS = 256, 96, 64  # of attention.cpp and kernels.h
-_TABLE_ENTRY, _STRETCH_RECORD = 4, 512  # bytes that a block of a layer's table takes, and what is known of a stretch
+_TABLE_ENTRY, _STRETCH_RECORD = 4, 768  # bytes that a block of a layer's table takes, and what is known of a stretch
 MIN_EXPERT_TOKENS = 64  # that an expert must see on average
 
 
@@ -44,7 +44,8 @@ class Footprint:
     experts differ as many as the largest needs. Beside a GPU all slots are that large; on the CPU an expert takes
     what it needs, ``mean_slot_bytes`` in the mean. With ``images`` there is room to look at pictures. ``wider`` is
     what the weights of a role that are not quantized take beyond two bytes each, where they are kept in f32. With a
-    ``kv_room`` the KV cache of one sequence is in RAM in part.
+    ``kv_room`` the KV cache of one sequence is in RAM in part; with ``kv_bounds`` the smallest and the largest key of
+    each of its pages are in RAM, wherever the page is.
     """
 
     shape: ModelShape
@@ -56,6 +57,7 @@ class Footprint:
     wider: Mapping[Role, int] = field(default_factory=dict)
     sequences: int = 1
     kv_room: KvRoom | None = None
+    kv_bounds: bool = False
 
     def __post_init__(self) -> None:
         if not self.slot_bytes:
@@ -130,12 +132,18 @@ class Footprint:
     def kv_parts(self, chunk: int) -> tuple[int, int]:
         """Bytes of the KV cache in memory, and on disk."""
         tiers = self.kv_tiers(chunk)
+        bounds = self.kv_cache // self.kv_page * self._page_bounds if self.kv_bounds else 0
         if tiers is None:
-            return self.kv_cache, 0
+            return self.kv_cache + bounds, 0
         beyond = max(0, self.kv_cache // self.kv_page - tiers.pages)
         tables = _TABLE_ENTRY * self.shape.num_layers * -(-self.context // KV_PAGE_TOKENS)
         known = _STRETCH_RECORD * (beyond // tiers.stretch)
-        return tiers.memory_pages * self.kv_page + tables + known, beyond * self.kv_page
+        return tiers.memory_pages * self.kv_page + tables + known + bounds, beyond * self.kv_page
+
+    @property
+    def _page_bounds(self) -> int:
+        """Bytes of what bounds the keys of a page: two bf16 for every channel, in sixteens."""
+        return self.shape.num_kv_heads * 4 * -(-self.shape.head_dim // 16) * 16
 
     def kv_at(self, tokens: int) -> int:
         """Bytes of the KV cache once ``tokens`` are in it; int8 keeps one f32 scale per token and head."""

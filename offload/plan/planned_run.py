@@ -195,6 +195,8 @@ def planned_run(
         machine = planned_machine("" if isinstance(model, PlannedModel) else model, machine, ram=options.ram)
     if options.kv_disk is not None:
         _check_kv_disk(options, shape, machine)
+    if options.kv_epsilon:
+        _check_kv_epsilon(options, shape, machine)
     if options.prefetch_bytes is not None:
         machine = with_prefetch_bytes(machine, options.prefetch_bytes)
     made = partial(
@@ -214,6 +216,7 @@ def planned_run(
         curve=curve,
         cold="split" if options.graph else "pcie",  # without the graph, what is missed is copied first
         kv_room=None if options.kv_disk is None else KvRoom(options.kv_ram),
+        kv_bounds=options.kv_epsilon > 0,
     )
     plan, draft = made(machine, ram=options.ram), None
     if options.draft_model is not None:
@@ -289,6 +292,16 @@ def _check_kv_disk(options: RunOptions, shape: ModelShape, machine: Machine) -> 
             f"--kv-disk is for families whose layers the native kernels compute: those of a {shape.family.name} model "
             "run in transformers' modules; leave it out"
         )
+
+
+def _check_kv_epsilon(options: RunOptions, shape: ModelShape, machine: Machine) -> None:
+    """Raise UsageError where no part of the KV cache can be left out."""
+    name = shape.family.name
+    if not _on_cpu(options, machine):
+        raise UsageError("--kv-epsilon is for runs on the CPU: beside a GPU all of the KV cache is read; add --vram 0")
+    if not shape.layers_on_cpu or shape.latent:
+        why = "run in transformers' modules" if not shape.layers_on_cpu else "keep keys and values compressed"
+        raise UsageError(f"--kv-epsilon is for layers with keys that can be bounded: those of a {name} model {why}")
 
 
 def _on_cpu(options: RunOptions, machine: Machine) -> bool:

@@ -46,6 +46,7 @@ def make_plan(
     sequences: int = 1,
     curve: bool = False,
     kv_room: KvRoom | None = None,
+    kv_bounds: bool = False,
 ) -> Plan:
     """The plan of a run of ``shape`` in ``schemes`` on ``machine``.
 
@@ -56,7 +57,8 @@ def make_plan(
     size in whole pages. ``wider`` is what weights kept in f32 take beyond two bytes each, by role. ``images``
     keeps room to look at pictures. ``cold`` says how experts outside VRAM are computed beside a GPU, see ColdPath.
     ``sequences`` of ``context`` tokens each are to have room in the KV cache: fewer, where that is more than fits.
-    ``curve`` compares other contexts. With a ``kv_room`` only a part of the KV cache is in RAM, the rest on disk.
+    ``curve`` compares other contexts. With a ``kv_room`` only a part of the KV cache is in RAM, the rest on disk;
+    ``kv_bounds`` leaves room for what bounds its keys.
     Raises BudgetError, with the nearest thing that fits, for what does not.
     """
     vram, ram = (None if asked is None else as_bytes(asked) for asked in (vram, ram))
@@ -65,7 +67,7 @@ def make_plan(
     budget = Budget.of(machine, vram, ram)
     least = context or shape.context()
     footprint = Footprint(shape, schemes, least, kv_bits, slot_bytes or 0, images, wider or {})
-    footprint = replace(footprint, kv_room=kv_room)
+    footprint = replace(footprint, kv_room=kv_room, kv_bounds=kv_bounds)
     fitter = Fitter(footprint, machine.gpu is not None, prompt_chunk).with_kv_room(budget)
     roomy = (replace(fitter, footprint=replace(footprint, sequences=count)) for count in range(sequences, 1, -1))
     planner = _Planner(

@@ -107,6 +107,7 @@ def account(
         request=RunRequest(command_line, _schemes(session), *_budgets(session), tuple(messages)),
         doubts=found,
         draft=draft or _draft(session, runs),
+        left_out=None if session.kv_pool.bounds is None else session.kv_pool.bounds.left_out,
         warmup=warmup,
         median=median,
         sequences=sequence_speeds(together or Together(runs), bandwidth, _arithmetic(session, together)),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.documents import save
-from offload.records import TokenRecord
+from offload.records import LeftOut, TokenRecord
 from offload.run.draft_report import DraftReport
 from offload.run.sequence_speed import SequenceSpeed, Together, sequence_speeds
 from offload.run.speed import Bandwidth, DecodeSpeed, PrefillSpeed, Run
@@ -161,6 +161,7 @@ class RunReport:
     doubts: tuple[str, ...] = ()
     draft: DraftReport | None = None
     sequences: tuple[SequenceSpeed, ...] = ()
+    left_out: LeftOut | None = None
 
     @classmethod
     def of(
@@ -177,6 +178,7 @@ class RunReport:
         request: RunRequest = RunRequest(),
         doubts: Sequence[str] = (),
         draft: DraftReport | None = None,
+        left_out: LeftOut | None = None,
         warmup: int = 0,
         median: bool = False,
         sequences: Sequence[SequenceSpeed] | None = None,
@@ -206,6 +208,7 @@ class RunReport:
             request=request,
             doubts=tuple(doubts),
             draft=draft,
+            left_out=left_out,
             sequences=sequence_speeds(Together(runs), bandwidth) if sequences is None else tuple(sequences),
         )
 
@@ -241,6 +244,7 @@ class RunReport:
             "plan": {**dataclasses.asdict(self.plan), "measured_over_predicted": _plus_one(self.prediction_error())},
             "environment": dataclasses.asdict(self.environment),
             "draft": None if self.draft is None else dataclasses.asdict(self.draft),
+            "left_out": None if self.left_out is None else dataclasses.asdict(self.left_out),
             "doubts": list(self.doubts),
             "notes": list(self.notes),
             "expert_map": dataclasses.asdict(self.expert_map),

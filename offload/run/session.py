@@ -95,7 +95,8 @@ class Session:
         storage = STORAGES[self.plan.kv_bits]
         kv = cache_of(self.shape, self.model.config, self.context, storage)
         tiers, folder = self.plan.kv_tiers, self.options.kv_disk or Path()
-        self.kv_pool = PagePool(self.shape, self.context, storage, device, dtype, self.plan.kv_sequences, tiers, folder)
+        sequences, epsilon = self.plan.kv_sequences, self.options.kv_epsilon
+        self.kv_pool = PagePool(self.shape, self.context, storage, device, dtype, sequences, tiers, folder, epsilon)
         self.decoder, notes = select_decoder(self.model, self.plan, runner, kv, device, graph=self.options.graph)
         self.kernel, self._dtype = self.decoder.name, dtype
         self.kv_pool.check_reader(self.decoder.reads_disk_pages)

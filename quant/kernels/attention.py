@@ -93,7 +93,9 @@ _Bring = ctypes.CFUNCTYPE(I64, Pointer, I64, ctypes.POINTER(I32))
 class CKvPool(ctypes.Structure):
     """``coldstream::KvPool`` of kernels.h."""
 
-    _fields_ = fields((Pointer, "keys values key_scale value_scale"), (I32, "storage"), (_Bring, "bring"))
+    _fields_ = fields(
+        (Pointer, "keys values key_scale value_scale"), (I32, "storage"), (_Bring, "bring"), (Pointer, "bounds")
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,12 @@ struct Step {
 // softmax(q kᵀ) v into `out` [T, heads * value_width()], wherever pages are. Throws NoPages.
 void attend_all(const Step& step, float* out, Scratch& scratch);
 
+// The same without pages that `pool.bounds` lets it leave out, of rows that see everything.
+void attend_bounded(const Step& step, float* out, Scratch& scratch);
+
+// Of full pages, for `pool.bounds`.
+void find_key_ranges(const KvPool& pool, int64_t kv_heads, int64_t head_dim, const int32_t* pages, int64_t count);
+
 void add_bias(float* rows, const float* bias, int64_t tokens, int64_t width);  // null for none
 
 void rotate(float* head, const float* cosine, const float* sine, int rope, int width);

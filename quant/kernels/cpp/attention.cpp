@@ -177,12 +177,14 @@ COLDSTREAM_API int32_t cs_attention(const coldstream::AttentionBlock* block, con
   // all of it.
   const int64_t least = block->latent ? std::max<int64_t>(32, std::min<int64_t>(256, 4096 / block->heads)) : 256;
   const int64_t at_once = pool->bring && !block->latent ? tokens : least;
+  KvPool all = *pool;
+  all.bounds = nullptr;  // a prompt reads everything
   return guarded([&] {
     for (int64_t first = 0; first < tokens; first += at_once) {
       const int64_t angle = first * (block->rope_dim / 2);
       const KvSegment segment{pages, position + first, std::min(at_once, tokens - first)};
       attend_segments(*block, x + first * ldx, ldx, &segment, 1, cosine ? cosine + angle : nullptr,
-                      sine ? sine + angle : nullptr, *pool, out + first * ldout, ldout, exact != 0);
+                      sine ? sine + angle : nullptr, all, out + first * ldout, ldout, exact != 0);
     }
   });
 }

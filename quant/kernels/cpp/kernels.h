@@ -98,11 +98,33 @@ constexpr int64_t kRunTokens = 512;  // keys of one run: its sums are merged wit
 constexpr int32_t kElsewhere = -2;
 using Bring = int64_t (*)(const int32_t* table, int64_t block, int32_t* pages);
 
+// What a few rows need not read of what they see: pages whose keys cannot have more than a share of `epsilon` of a
+// row's softmax, all together. `ranges` bf16 [pages, kv_heads, 2, range_width(head_dim)] are the smallest and the largest key
+// of every channel (rounded down and up, zeros after the last) where `known` [pages] says so; they are found once a page
+// is full. Of pages that are elsewhere `elsewhere` gives the ranges: of that block and of some after it; how many, it
+// returns. `need` is told what will be asked for of a table (ascending) before it is. Counted, of pages and KV heads: how
+// many were seen, how many were left out, and the greatest share that these can have had.
+using RangesElsewhere = int64_t (*)(const int32_t* table, int64_t block, const uint16_t** ranges);
+using Need = void (*)(const int32_t* table, const int64_t* blocks, int64_t count);
+
+struct KeyBounds {
+  uint16_t* ranges;
+  uint8_t* known;
+  double epsilon;
+  RangesElsewhere elsewhere;  // null where all pages are in the pool
+  Need need;
+  int64_t seen, left_out;
+  double share;
+};
+
+inline int64_t range_width(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
 struct KvPool {
   void *keys, *values;
   float *key_scale, *value_scale;  // int8 only: [pages, kv_heads, kPageTokens]
   int32_t storage;
-  Bring bring;  // null where all pages are in the pool
+  Bring bring;        // null where all pages are in the pool
+  KeyBounds* bounds;  // null: everything is read
 };
 
 constexpr int kAttendRows = 96;  // query rows of one task: enough to make transposing the keys cheap
@@ -124,6 +146,13 @@ struct AttendTask {
   float *out, *top, *total;  // [rows, value_width], [rows], [rows]
 
   bool compressed() const { return key_width != head_dim; }
+};
+
+// Rows of one KV head, and what bounds their scores: [rows, range_width] each, zeros after the last channel. `slack` is
+// by how much the kernels may round a query's channel.
+struct BoundedRows {
+  const float *positive, *negative, *slack;
+  int64_t rows, width;
 };
 
 constexpr int64_t kGroupRun = 64;  // groups that a kernel may look at together
@@ -158,6 +187,11 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* y);
   void (*add_scaled)(float* y, const float* x, int64_t count, float factor);
   void (*attend)(const AttendTask&);
+  // Ranges of the keys of one page and KV head, `head` counted over all pages and heads; all there is if a key or a value
+  // is not finite.
+  void (*find_ranges)(const KvPool& pool, int64_t head, int64_t head_dim, uint16_t* ranges);
+  // The greatest score that each row may have in each of `pages` pages, whose ranges these are: scores[row * pages + i].
+  void (*bound_scores)(const BoundedRows&, const uint16_t* const* ranges, int64_t pages, float* scores);
   uint64_t (*checksum)(const char* bytes, int64_t count);  // count is a multiple of 1024
   int64_t (*dot_products)(int64_t rounds);  // of bytes in registers, as fast as they go: how many
 };

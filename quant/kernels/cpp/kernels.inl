@@ -9,11 +9,12 @@
 #include "floats.inl"
 #include "attend.inl"
 #include "attend_compressed.inl"
+#include "key_ranges.inl"
 #include "peak.inl"
 
 static constexpr Kernels table(const char* name, void (*its_attend)(const AttendTask&),
                                decltype(Kernels::turned) its_turned = dense_turned) {
   return Kernels{name, kLanes, kPanelRows, quantize_rows, quantize_columns, round_with_feedback,
                  quantize_activations, gemv, gemm, dense, dense_turned, its_turned, silu_multiply, rms_norm,
-                 add_scaled, its_attend, checksum, dot_products};
+                 add_scaled, its_attend, find_ranges, bound_scores, checksum, dot_products};
 }

@@ -53,6 +53,22 @@ def test_a_recipes_cache_is_left_aside_where_a_familys_own_attention_keeps_it_an
     assert run.plan.decode.seconds["overhead"] >= 3 * STOCK_LAYER_S, "three layers of Python"
 
 
+def test_what_bounds_keys_has_room_and_is_refused_where_keys_cannot_be_bounded() -> None:
+    here = machine()
+    plain = planned_run("scout", RunOptions(ram=32 * GIB, kv="int8", context=262_144), machine=here)
+    bounded = planned_run("scout", RunOptions(ram=32 * GIB, kv="int8", context=262_144, kv_epsilon=1e-3), machine=here)
+    more = bounded.plan.total("ram", "kv_cache") - plain.plan.total("ram", "kv_cache")
+    assert more == plain.model.shape.kv_pages(262_144) * 8 * 2 * 128 * 2, "two bf16 per head and channel of a page"
+    asked = RunOptions(ram=32 * GIB, kv_epsilon=1e-3)
+    with pytest.raises(UsageError, match="--kv-epsilon is for runs on the CPU"):
+        planned_run("scout", asked, machine=machine(gpu=RTX_4090))
+    with pytest.raises(UsageError, match=r"--kv-epsilon is for .* deepseek_v2 model keep keys and values compressed"):
+        planned_run("deepseek-v2-lite", asked, machine=here)
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UsageError, match="expected a share from 0"):
+            RunOptions(kv_epsilon=wrong)
+
+
 def test_options_without_a_recipe_stay_as_they_are() -> None:
     options = RunOptions(ram=GIB)
     assert options.over(None) is options
