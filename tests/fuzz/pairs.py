@@ -9,8 +9,10 @@ options where none of them is to change it. Prints every pair that fails.
 """
 
 import argparse
+import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +28,7 @@ from tests import checkpoints
 from tests.fuzz.ground import keep_machine, make_ground, measure_nothing, place_machine
 
 SECONDS = 60.0
+_WAITED = 10.0  # for a server to begin
 Value = tuple[str, ...]  # the words of an option
 
 _PATHS = ("{text.txt}", "{stored}", "/dev/full", "{absent/file}")
@@ -34,6 +37,8 @@ _BUDGETS: dict[str, tuple[str, ...]] = {
     "--ram": ("1GiB", "460MiB", "1"),
     "--context": ("48", "128", "4096"),
     "--kv": ("int8", "bf16"),
+    "--kv-disk": ("{kept}", "{text.txt}", "/proc"),
+    "--kv-ram": ("1MiB", "1"),
 }
 _SAMPLING: dict[str, tuple[str, ...]] = {
     "--max-tokens": ("1", "5"),
@@ -75,7 +80,8 @@ _REPORT = {"--report": ("{report.html}", *_PATHS, "/proc/report.html")}
 
 OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "generate": {
-        **{"--image": ("{text.txt}",), "--chat": ("",), "--ignore-eos": ("",)},
+        **{"--image": ("{text.txt}",), "--video": ("{text.txt}",), "--frames": ("2",), "--chat": ("",)},
+        "--ignore-eos": ("",),
         **(_REPORT | _SAMPLING | _BUDGETS | _ENGINE | _SAYING),
     },
     "bench": {
@@ -133,7 +139,8 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         **{name: _ENGINE[name] for name in ("--routing", "--recipe")},
     },
 }
-OPTIONS["quantize"].pop("--kv")
+for absent in ("--kv", "--kv-disk", "--kv-ram"):
+    OPTIONS["quantize"].pop(absent)
 BASES: dict[str, list[str]] = {
     "generate": ["{stored}", "The quick brown fox", "-n", "6", "--exact", "--temperature", "0"],
     "bench": ["{stored}", "--prompt-tokens", "8", "--tokens", "4", "--repeat", "1"],
@@ -175,7 +182,9 @@ def _takes_none(options: dict[str, tuple[str, ...]], name: str) -> bool:
 
 
 class Trials:
-    """Commands run on ``ground``, each in a fork, in ``folder``."""
+    """Commands run on ``ground``, each in a fork, in ``folder``; those that are ``interrupted`` end by Ctrl-C."""
+
+    interrupted = frozenset({"serve"})
 
     def __init__(self, ground: Path, folder: Path) -> None:
         self.ground, self.folder = ground, folder
@@ -183,39 +192,56 @@ class Trials:
 
     def wrong(self, command: str, chosen: tuple[Value, ...]) -> tuple[str, str]:
         """What is wrong with the end of ``command`` with these options, if anything is; and how it ended."""
-        words = [command, *self._found(BASES[command]), *self._found([word for value in chosen for word in value])]
+        words = [command, *self.found(BASES[command]), *self.found([word for value in chosen for word in value])]
+        wrong, code, out = self.ended(words)
+        names = {value[0] for value in chosen if value}
+        if not wrong and command == "generate" and code == "0" and names <= _NEUTRAL:
+            text = json.loads(out.splitlines()[-1])["text"] if "--json" in words else out.strip("\n")
+            self.plain = self.plain or text
+            if text.strip() != self.plain.strip():
+                wrong = f"another answer: {text!r} for {self.plain!r}"
+        return wrong, code
+
+    def ended(self, words: list[str]) -> tuple[str, str, str]:
+        """What is wrong with how ``coldstream WORDS`` ended, if anything is; its exit code, and what it printed."""
         for name in ("out", "out.partial", "kept"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for name in ("report.html", "saved.safetensors"):
             (self.folder / name).unlink(missing_ok=True)
         keep_machine(self.folder)
         place_machine(self.folder)
-        code, out, err, seconds = self._run(words, command == "serve")
+        interrupted = words[0] in self.interrupted
+        code, out, err, seconds = self._run(words, interrupted)
         said = f"code {code}: {err[-700:]}{out[-200:]}"
         errors = [line for line in err.splitlines() if line.startswith("coldstream: error: ")]
-        if code not in ((130, -signal.SIGINT, 0) if command == "serve" else (0,)) + (1, 2) or "Traceback" in err + out:
-            return f"{seconds:.0f} s, {said}", str(code)
+        if code not in ((130, -signal.SIGINT, 0) if interrupted else (0,)) + (1, 2) or "Traceback" in err + out:
+            return f"{seconds:.0f} s, {said}", str(code), out
         if len(errors) != (code in (1, 2)):
-            return f"{len(errors)} error lines, {said}", str(code)
+            return f"{len(errors)} error lines, {said}", str(code), out
+        if (errors and not err.endswith(f"{errors[0]}\n")) or any(ord(mark) < 32 for line in errors for mark in line):
+            return f"more than a line, {said}", str(code), out
         if "--json" in words:
             try:
                 document = json.loads(out.splitlines()[-1])
             except (ValueError, IndexError):
-                return f"no document, {said}", str(code)
+                return f"no document, {said}", str(code), out
             if ("error" in document) != (code in (1, 2)):
-                return f"document, {said}", str(code)
-        names = {value[0] for value in chosen if value}
-        if command == "generate" and code == 0 and names <= _NEUTRAL:
-            text = json.loads(out.splitlines()[-1])["text"] if "--json" in words else out.strip("\n")
-            self.plain = self.plain or text
-            if text.strip() != self.plain.strip():
-                return f"another answer: {text!r} for {self.plain!r}", str(code)
-        return "", str(code)
+                return f"document, {said}", str(code), out
+        return "", str(code), out
 
-    def _found(self, words: list[str]) -> list[str]:
+    def found(self, words: list[str]) -> list[str]:
+        """``words`` with the files of the ground that they name in braces."""
         return [word.replace("{", f"{self.folder}/").replace("}", "") if "{" in word else word for word in words]
 
-    def _run(self, words: list[str], serves: bool) -> tuple[int, str, str, float]:
+    def enough(self, child: int, seconds: float) -> bool:
+        """Whether ``child``, which began ``seconds`` ago and says nothing, is to be interrupted."""
+        return seconds > _WAITED
+
+    def before(self) -> None:
+        """What a child does before its command."""
+
+    def _run(self, words: list[str], interrupts: bool) -> tuple[int, str, str, float]:
+        answered = 0
         files = [self.folder / "stdout", self.folder / "stderr"]
         for file in files:
             file.write_text("")
@@ -228,21 +254,28 @@ class Trials:
             passed = time.monotonic() - started
             if done:
                 break
-            if passed > SECONDS and (_worked(child) > SECONDS / 3 or passed > 10 * SECONDS):  # the machine may be busy
+            if passed > SECONDS and (worked(child) > SECONDS / 3 or passed > 10 * SECONDS):  # the machine may be busy
                 os.kill(child, signal.SIGKILL)
-            elif serves and (passed > 10 or "http://" in files[1].read_text(errors="replace")):
-                os.kill(child, signal.SIGINT)
-                serves = False
+            elif interrupts:
+                listens = re.search(r"http://[^:\s]+:(\d+)", files[1].read_text(errors="replace"))
+                if listens or self.enough(child, passed):
+                    answered = _asked(int(listens[1])) if listens else 0
+                    os.kill(child, signal.SIGINT)
+                    interrupts = False
             time.sleep(0.005)
         out, err = (file.read_text(errors="replace") for file in files)
+        if answered >= 500:
+            return answered, out, err, passed
         return os.waitstatus_to_exitcode(status), out, err, passed
 
     def _child(self, words: list[str], files: list[Path]) -> None:
         code = 0
         try:
+            os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
             for number, file in enumerate(files, 1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             os.chdir(self.folder)
+            self.before()
             os.environ["XDG_CACHE_HOME"] = str(self.folder / "cache")
             sys.argv = ["coldstream", *words]
             coldstream()
@@ -259,7 +292,20 @@ class Trials:
             os._exit(code)
 
 
-def _worked(child: int) -> float:
+def _asked(port: int) -> int:
+    """The status of a request to the server at ``port``, 0 if it answers none in time."""
+    body = json.dumps({"messages": [{"role": "user", "content": "a"}], "max_tokens": 1})
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("POST", "/v1/chat/completions", body, {"Authorization": "Bearer secret"})
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+
+def worked(child: int) -> float:
     """Seconds of processor time that ``child`` has had."""
     fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
