@@ -14,6 +14,11 @@ constexpr int kVectors = 2, kTileTokens = 6, kOffset8 = 128;
 INLINE vi dot4(vi acc, vb weight, vb x) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weight, (__m512i)x); }
 INLINE vi dot8(vi acc, vb weight, vb x) { return dot4(acc, weight, x); }
 
+// acc + the sums of the products of neighbours.
+INLINE vi add_pair_products(vi acc, vs a, vs b) {
+  return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+}
+
 // Sums of neighbours as phaddd orders them: in every 128 bits two of a's, then two of b's.
 template <bool kSmall>
 INLINE vi add_pairs(vi a, vi b) {

@@ -41,3 +41,8 @@ INLINE vb odd_of(vb spread) {
 }
 
 #include "lanes.inl"
+
+// acc + the sums of the products of neighbours.
+INLINE vi add_pair_products(vi acc, vs a, vs b) {
+  return acc + ((vi)a << 16 >> 16) * ((vi)b << 16 >> 16) + ((vi)a >> 16) * ((vi)b >> 16);
+}

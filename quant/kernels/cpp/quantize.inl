@@ -50,6 +50,12 @@ struct Range {
 // Stored values, a byte each, to packed bytes: eight of them fill kBits.
 template <int kBits>
 INLINE void pack_run(const uint8_t* values, int count, uint8_t* to) {
+  if constexpr (kBits == 4) {
+    uint8_t pairs[128];  // by itself, so that the loop becomes one of vectors
+    for (int i = 0; i < count / 2; ++i) pairs[i] = uint8_t(values[2 * i] | values[2 * i + 1] << 4);
+    __builtin_memcpy(to, pairs, size_t(count / 2));
+    return;
+  }
   for (int i = 0; i < count; i += 8, to += kBits) {
     uint32_t run = 0;
     for (int j = 0; j < 8; ++j) run |= uint32_t(values[i + j]) << (j * kBits);

@@ -15,10 +15,12 @@ INLINE vi smaller(vi a, vi b) { return a < b ? a : b; }
 INLINE vi within(vi value, int32_t low, int32_t high) { return smaller(larger(value, splat(low)), splat(high)); }
 
 INLINE int32_t total(vi value) {
-  int32_t lanes[kLanes], result = 0;
-  store(lanes, value);
-  for (int i = 0; i < kLanes; ++i) result += lanes[i];
-  return result;
+  typedef int32_t quad __attribute__((vector_size(16)));
+  quad parts[kBytes / 16];
+  __builtin_memcpy(parts, &value, kBytes);
+  for (int half = kBytes / 32; half; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
 // The comparison does nothing to finite values; it keeps the product from being fused with what follows.
@@ -47,13 +49,65 @@ struct Theta {  // Newton's method for one group; the best value so far is kept
   }
 };
 
+// Two vectors as one of halves, in pairs (lane of a, lane of b); what is in 1/256 of a step fits.
+INLINE vs pair_up(vi a, vi b) { return (vs)((a & 0xffff) | (b << 16)); }
+INLINE vi first_of(vs pairs) { return (vi)pairs << 16 >> 16; }
+INLINE vi second_of(vs pairs) { return (vi)pairs >> 16; }
+INLINE vs within(vs value, int16_t low, int16_t high) {
+  const vs least = vs{} + low, most = vs{} + high;
+  value = value > least ? value : least;
+  return value < most ? value : most;
+}
+
+// to_fixed of two vectors: after kRounder is added the low half of a float is the whole number.
+INLINE vs to_fixed_pairs(vf a, vf b, vf inverse) {
+  return pair_up((vi)(unfused(a * inverse) + kRounder), (vi)(unfused(b * inverse) + kRounder));
+}
+
+// The level nearest to value - 128, times 256.
+template <int kBits>
+INLINE vs level_below(vs value) {
+  return within(value, Range<kBits>::kLow * 256, Range<kBits>::kHigh * 256 + 255) & int16_t(-256);
+}
+
+// The scale that leaves the least error of a group of finite values.
+template <int kBits>
+static float search_scale(const float* values, int group, float step) {
+  constexpr int kFirst = Tried<kBits>::kFirst, kCount = Tried<kBits>::kLast - kFirst + 1;
+  alignas(64) float tried[round_up(kCount, kLanes)], inverse[round_up(kCount, kLanes)], weight[round_up(kCount, kLanes)];
+  for (int j = 0; j < kCount; j += kLanes) {
+    vf fraction;
+    for (int i = 0; i < kLanes; ++i) fraction[i] = float(kFirst + j + i) / 32;
+    const vf scale = widened(bf16_bits(step * fraction)), ratio = scale / step;
+    store(tried + j, scale);
+    store(inverse + j, inverse_of(scale));
+    store(weight + j, ratio * ratio);
+  }
+  float least = __builtin_inff(), best = 1.0f;
+  for (int j = 0; j < kCount; ++j) {
+    const vf factor = splat(inverse[j]);
+    vi plus{}, minus{};
+    for (int i = 0; i < group; i += 2 * kLanes) {
+      const vs f = to_fixed_pairs(load<vf>(values + i), load<vf>(values + i + kLanes), factor);
+      const vs miss = f - level_below<kBits>(f + int16_t(128)), other = f + level_below<kBits>(int16_t(128) - f);
+      plus = add_pair_products(plus, miss, miss);
+      minus = add_pair_products(minus, other, other);
+    }
+    const float up = float(total(plus)) * weight[j], down = float(total(minus)) * weight[j];
+    if (up < least) least = up, best = tried[j];
+    if (down < least) least = down, best = -tried[j];
+  }
+  return best;
+}
+
 template <int kBits>
 static void search_rows(const QuantizeJob& job, int64_t row0, int64_t row1, QuantizeStats* stats) {
+  constexpr int kPair = 2 * kLanes;
   const int group = job.group;
   const int64_t groups = job.k / group;
   alignas(64) float values[256];
-  alignas(64) int32_t fixed[256];
   alignas(64) uint8_t bytes[256];
+  vs fixed[256 / kPair], weights[256 / kPair];
   for (int64_t row = row0; row < row1; ++row) {
     vf error{}, squares{};
     for (int64_t g = 0; g < groups; ++g) {
@@ -63,46 +117,44 @@ static void search_rows(const QuantizeJob& job, int64_t row0, int64_t row1, Quan
       const int32_t absmax_bits = largest(top);
       if (absmax_bits >= kInfinityBits) ++stats->nonfinite;
       const vf step = larger((vf)splat(absmax_bits) * (-1.0f / Range<kBits>::kLow), splat(kLeastStep));
-      float least = __builtin_inff();
-      vf scale = splat(1.0f);
-      for (int j = Tried<kBits>::kFirst; j <= Tried<kBits>::kLast; ++j) {
-        const vf tried = widened(bf16_bits(step * (float(j) / 32))), inverse = inverse_of(tried), ratio = tried / step;
-        vi plus{}, minus{};
-        for (int i = 0; i < group; i += kLanes) {
-          const vi f = to_fixed(load<vf>(values + i), inverse);
-          plus += squared_miss<kBits>(f);
-          minus += squared_miss<kBits>(-f);
-        }
-        const float weight = (ratio * ratio)[0];
-        if (float(total(plus)) * weight < least) least = float(total(plus)) * weight, scale = tried;
-        if (float(total(minus)) * weight < least) least = float(total(minus)) * weight, scale = -tried;
-      }
-      const vf inverse = inverse_of(scale);
-      for (int i = 0; i < group; i += kLanes) store(fixed + i, to_fixed(load<vf>(values + i), inverse));
+      const vf scale = splat(search_scale<kBits>(values, group, step[0])), inverse = inverse_of(scale);
+      for (int i = 0; i < group; i += kPair)
+        fixed[i / kPair] = to_fixed_pairs(load<vf>(values + i), load<vf>(values + i + kLanes), inverse);
       const int32_t* means = job.means ? job.means + g * group : nullptr;
       Theta state;
+      auto shifted = [&](int i, vi theta) {
+        const vi first = (theta * load<vi>(means + i)) >> kThetaBits;
+        const vi second = (theta * load<vi>(means + i + kLanes)) >> kThetaBits;
+        return fixed[i / kPair] + within(pair_up(first, second), -kMaxShift, kMaxShift);
+      };
       if (means) {
         vi norms{};
-        for (int i = 0; i < group; i += kLanes) norms += load<vi>(means + i) * load<vi>(means + i);
+        for (int i = 0; i < group; i += kPair) {
+          const vs mean = weights[i / kPair] = pair_up(load<vi>(means + i), load<vi>(means + i + kLanes));
+          norms = add_pair_products(norms, mean, mean);
+        }
         const int64_t norm = total(norms) > 1 ? total(norms) : 1;
         for (int round = 0; round <= kRounds; ++round) {
           const vi theta = splat(int32_t(state.theta));
           vi bias{};
-          for (int i = 0; i < group; i += kLanes) {
-            const vi f = load<vi>(fixed + i), mean = load<vi>(means + i);
-            bias += (f - (level<kBits>(f + shift_of(theta, mean)) << 8)) * mean;
+          for (int i = 0; i < group; i += kPair) {
+            const vs miss = fixed[i / kPair] - level_below<kBits>(shifted(i, theta) + int16_t(128));
+            bias = add_pair_products(bias, miss, weights[i / kPair]);
           }
           state.seen(total(bias), norm, round == kRounds);
         }
       }
       const vi theta = splat(int32_t(state.best));
-      for (int i = 0; i < group; i += kLanes) {
-        const vi f = load<vi>(fixed + i);
-        const vi q = level<kBits>(means ? f + shift_of(theta, load<vi>(means + i)) : f);
-        const vf value = load<vf>(values + i), miss = value - to_float(q) * scale;
-        error += miss * miss;
-        squares += value * value;
-        store(bytes + i, __builtin_convertvector(q - Range<kBits>::kLow, vquarter));
+      for (int i = 0; i < group; i += kPair) {
+        const vs q = level_below<kBits>((means ? shifted(i, theta) : fixed[i / kPair]) + int16_t(128)) >> 8;
+        for (int half = 0; half < 2; ++half) {
+          const int at = i + half * kLanes;
+          const vi level = half ? second_of(q) : first_of(q);
+          const vf value = load<vf>(values + at), miss = value - to_float(level) * scale;
+          error += miss * miss;
+          squares += value * value;
+          store(bytes + at, __builtin_convertvector(level - Range<kBits>::kLow, vquarter));
+        }
       }
       job.scale[row * groups + g] = absmax_bits ? uint16_t(uint32_t(((vi)scale)[0]) >> 16) : 0x3f80;
       uint8_t* to = reinterpret_cast<uint8_t*>(job.packed) + (row * job.k + g * group) * kBits / 8;

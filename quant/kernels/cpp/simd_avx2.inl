@@ -1,5 +1,8 @@
 // What 256-bit vectors need beyond vector.inl, shared by avx2 and avxvnni.
 
+// acc + the sums of the products of neighbours.
+INLINE vi add_pair_products(vi acc, vs a, vs b) { return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+
 // Sums of neighbours as phaddd orders them: in every 128 bits two of a's, then two of b's.
 template <bool kSmall>
 INLINE vi add_pairs(vi a, vi b) {

@@ -6,6 +6,7 @@ constexpr bool kPlanes = kBytes == 64;  // one token's activations for 2 bits li
 typedef float vf __attribute__((vector_size(kBytes)));
 typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
+typedef int16_t vs __attribute__((vector_size(kBytes)));
 typedef uint8_t vb __attribute__((vector_size(kBytes)));
 typedef uint16_t vhalf __attribute__((vector_size(kBytes / 2)));
 typedef uint8_t vquarter __attribute__((vector_size(kBytes / 4)));
@@ -30,6 +31,16 @@ INLINE vb kept(vb value) {
   asm("" : "+v"(value));
 #endif
   return value;
+}
+
+// A product that what it is added to later must not be fused with.
+INLINE vf unfused(vf value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+  return value;
+#else
+  return value > -4e5f ? value : vf{} - 4e5f;
+#endif
 }
 
 INLINE vf splat(float value) { return value - vf{}; }  // + would turn -0 into 0, which costs an addition
