@@ -21,10 +21,10 @@ from torch import Tensor
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.weight_files import TensorEntry
 from quant.errors import CheckpointError
-from quant.sources.weight import SourceWeight, expect, look_up
+from quant.sources.codes import widened
+from quant.sources.weight import SourceWeight, expect
 
 _SCALE_DTYPES = ("BF16", "F16", "F32")
-_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().view(256, 1)
 _SHARED = ("tensor", "channel", "block")
 Block = tuple[int, int]
 
@@ -38,16 +38,11 @@ class Float8Weight(SourceWeight):
     def rows(self, start: int, stop: int) -> Tensor:
         """See ``SourceWeight``."""
         weight, scale = self.parts
-        dense = look_up(self.stored_rows(weight, start, stop).view(torch.uint8), _E4M3)
         (rows, columns), (height, width) = self.shape[-2:], self.block
         row = torch.arange(start, stop)
         grid = self.raw.read(scale.key).float().reshape(-1, -(-columns // width))
         factors = grid[row // rows * -(-rows // height) + row % rows // height]  # [R, columns / width]
-        whole = columns // width * width
-        dense[:, :whole].view(len(dense), -1, width).mul_(factors[:, : columns // width, None])
-        if whole < columns:
-            dense[:, whole:].mul_(factors[:, -1:])
-        return dense
+        return widened(self.stored_rows(weight, start, stop).view(torch.uint8), weight.dtype, factors, width)
 
 
 def float8_weights(

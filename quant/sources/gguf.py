@@ -1,8 +1,9 @@
 """Weights in GGUF's types, as llama.cpp's quantizers write them: Q8_0, Q4_K, IQ4_XS and the rest.
 
 Each row is a whole number of blocks. What a block stands for is defined by ggml and written down in Python by the
-``gguf`` package, whose ``dequantize`` is what computes it here. llama.cpp stores the rows of q_proj and k_proj of the
-``llama`` architecture in another order than transformers, for its rotary embedding; ``heads`` puts them back.
+``gguf`` package, whose ``dequantize`` is what computes it here, but for the commonest types, which native code does.
+llama.cpp stores the rows of q_proj and k_proj of the ``llama`` architecture in another order than transformers, for its
+rotary embedding; ``heads`` puts them back.
 
 Legend: E experts, N out features, K in features, D rows of one head.
 """
@@ -16,6 +17,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
+from quant.sources.codes import is_native, widened
 from quant.sources.weight import SourceWeight
 
 _Q = GGMLQuantizationType
@@ -69,6 +71,8 @@ class GgufWeight(SourceWeight):
 
 def dequantized(data: Tensor, kind: GGMLQuantizationType) -> Tensor:
     """Rows of bytes ``[R, row_bytes]`` of type ``kind`` as f32 ``[R, K]``."""
+    if is_native(kind.name):
+        return widened(data, kind.name)
     octets: Any = data.numpy()
     with np.errstate(all="ignore"):  # what is no number is found when it is rounded
         found = dequantize(octets, kind)

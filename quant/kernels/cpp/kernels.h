@@ -70,6 +70,22 @@ struct FeedbackJob {
   int8_t* values;  // [N, K]
 };
 
+enum CodeKind : int32_t { kFloat8 = 0, kQ8_0 = 1, kQ4_K = 2, kQ5_K = 3, kQ6_K = 4 };
+
+inline int64_t code_block_bytes(int32_t kind) {
+  return kind == kQ8_0 ? 34 : kind == kQ4_K ? 144 : kind == kQ5_K ? 176 : 210;
+}
+
+// Rows of codes as they lie, one after the other, to f32. Those of kFloat8 have a factor for each `width` columns, f32 [rows,
+// ceil(columns / width)]; the others are blocks of 32 (kQ8_0) or 256 values in ggml's layout.
+struct CodesJob {
+  const uint8_t* codes;
+  const float* factors;
+  float* out;  // [rows, columns]
+  int64_t rows, columns, width;
+  int32_t kind;
+};
+
 // T rows of activations as int8: blocks of 128 along K, for 2 to 4 bits the 64 even elements then the 64 odd
 // ones (the order in which masking and shifting 64 packed bytes yields them), in int8 layout as they come. One token for 2
 // bits, where vectors have 64 bytes: blocks of 256, elements 4 i, then 4 i + 1, 4 i + 2 and 4 i + 3.
@@ -165,6 +181,7 @@ struct Kernels {
   void (*quantize_columns)(const QuantizeJob&, int64_t column0, int64_t column1, int64_t group0, int64_t group1,
                            QuantizeStats*);
   void (*round_with_feedback)(const FeedbackJob&, int64_t row0, int64_t row1);
+  void (*widen_codes)(const CodesJob&, int64_t row0, int64_t row1);
   // x f32 [K] to one row of Activations, for weights of this kind and group; `alone`: of one row.
   void (*quantize_activations)(const float* x, int64_t k, int32_t kind, int32_t group, bool alone, int8_t* q,
                                float* scale, int32_t* sum);

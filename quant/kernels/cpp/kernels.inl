@@ -1,6 +1,7 @@
 // Every kernel, in the order in which they use each other, and the table of them.
 #include "quantize.inl"
 #include "feedback.inl"
+#include "codes.inl"
 #include "activations.inl"
 #include "unpack.inl"
 #include "gemv.inl"
@@ -14,7 +15,7 @@
 
 static constexpr Kernels table(const char* name, void (*its_attend)(const AttendTask&),
                                decltype(Kernels::turned) its_turned = dense_turned) {
-  return Kernels{name, kLanes, kPanelRows, quantize_rows, quantize_columns, round_with_feedback,
+  return Kernels{name, kLanes, kPanelRows, quantize_rows, quantize_columns, round_with_feedback, widen_codes,
                  quantize_activations, gemv, gemm, dense, dense_turned, its_turned, silu_multiply, rms_norm,
                  add_scaled, its_attend, find_ranges, bound_scores, checksum, dot_products};
 }
