@@ -22,7 +22,7 @@ from quant.model.shape import ModelShape
 from quant.model.tensors import LinearSpec
 from quant.scheme import BF16, Scheme
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20  # the floats of a block stay in the cache, and in memory that the process has already
 
 
 def _whole() -> slice:
@@ -270,7 +270,7 @@ def _fused_place(
 
 
 def _blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of blocks of about 64 MiB; 64 rows at a time, so that nf4's blocks are never cut."""
+    """(first row, rows) of blocks of about 16 MiB; 64 rows at a time, so that nf4's blocks are never cut."""
     step = max(64, BLOCK_BYTES // max(row_bytes, 1) // 64 * 64)
     for row in range(0, rows, step):
         yield row, min(step, rows - row)

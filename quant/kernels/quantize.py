@@ -1,10 +1,11 @@
-"""Float weights to packed int2, int3, int4 or int8 in one native pass.
+"""Float weights to packed int2, int3, int4 or int8 in one native pass, and others' codes to floats.
 
-Legend: N out features, K in features, G groups along K.
+Legend: N out features, K in features, G groups along K, R rows.
 
 The same arithmetic as the torch reference, to the bit: scale = bf16(absmax / 1.5) for int2, 3.5 for int3, 7.5 for
 int4, 127.5 for int8 (1.0 where that is zero), q = round_half_even(w / scale) clamped to the kind's range. With
-``search``, that of ``quant.rounding.search``.
+``search``, that of ``quant.rounding.search``. Of codes the floats are, bit for bit, those that torch makes of fp8 and
+the ``gguf`` package of its types.
 """
 
 import ctypes
@@ -20,6 +21,13 @@ from quant.kernels.weight import CODES
 from quant.scheme import GROUP_SIZES, PACKED, Kind, Scheme
 
 _SOURCES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_CODES: dict[str, tuple[int, int, int]] = {  # number in kernels.h, values of a block, its bytes
+    "F8_E4M3": (0, 1, 1),
+    "Q8_0": (1, 32, 34),
+    "Q4_K": (2, 256, 144),
+    "Q5_K": (3, 256, 176),
+    "Q6_K": (4, 256, 210),
+}
 
 
 class _CQuantizeJob(ctypes.Structure):
@@ -99,3 +107,34 @@ def quantize_pack(
     stats = _CQuantizeStats()
     call("quantize", job, stats)
     return Quantized(packed, scale, stats.nonfinite == 0, stats.squared_error, stats.squared_sum)
+
+
+class _CCodesJob(ctypes.Structure):
+    _fields_ = fields((Pointer, "codes factors out"), (I64, "rows columns width"), (I32, "kind"))
+
+
+def knows_codes(kind: str) -> bool:
+    """Whether ``widen_codes`` takes codes of this kind."""
+    return kind in _CODES
+
+
+def widen_codes(codes: Tensor, kind: str, factors: Tensor | None = None, width: int = 1) -> Tensor:
+    """Rows of codes, uint8 ``[R, bytes]``, as f32 ``[R, K]``. Those in fp8 are multiplied by ``factors`` f32
+    ``[R, ceil(K / width)]``. Raises SchemeError for what does not fit together."""
+    number, values, size = _CODES[kind]
+    rows, row_bytes = codes.shape
+    columns = row_bytes // size * values
+    wanted = None if kind != "F8_E4M3" else (rows, -(-columns // width))
+    found = None if factors is None else tuple(factors.shape)
+    if codes.dtype != torch.uint8 or row_bytes % size or not columns or found != wanted:
+        raise SchemeError(
+            f"{kind} codes {tuple(codes.shape)} {codes.dtype} with factors {found}: expected uint8, whole blocks of "
+            f"{size} bytes, factors {wanted}"
+        )
+    codes, factors = codes.contiguous(), None if factors is None else factors.float().contiguous()
+    out = torch.empty((rows, columns))
+    if rows:
+        job = _CCodesJob(**addresses(codes=codes, factors=factors, out=out), rows=rows, columns=columns)
+        job.width, job.kind = width, number
+        call("widen_codes", job)
+    return out

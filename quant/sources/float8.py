@@ -21,7 +21,7 @@ from torch import Tensor
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.weight_files import TensorEntry
 from quant.errors import CheckpointError
-from quant.sources.codes import widened
+from quant.kernels.quantize import widen_codes
 from quant.sources.weight import SourceWeight, expect
 
 _SCALE_DTYPES = ("BF16", "F16", "F32")
@@ -42,7 +42,7 @@ class Float8Weight(SourceWeight):
         row = torch.arange(start, stop)
         grid = self.raw.read(scale.key).float().reshape(-1, -(-columns // width))
         factors = grid[row // rows * -(-rows // height) + row % rows // height]  # [R, columns / width]
-        return widened(self.stored_rows(weight, start, stop).view(torch.uint8), weight.dtype, factors, width)
+        return widen_codes(self.stored_rows(weight, start, stop).view(torch.uint8), weight.dtype, factors, width)
 
 
 def float8_weights(

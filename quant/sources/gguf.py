@@ -17,7 +17,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
-from quant.sources.codes import is_native, widened
+from quant.kernels.quantize import knows_codes, widen_codes
 from quant.sources.weight import SourceWeight
 
 _Q = GGMLQuantizationType
@@ -71,8 +71,8 @@ class GgufWeight(SourceWeight):
 
 def dequantized(data: Tensor, kind: GGMLQuantizationType) -> Tensor:
     """Rows of bytes ``[R, row_bytes]`` of type ``kind`` as f32 ``[R, K]``."""
-    if is_native(kind.name):
-        return widened(data, kind.name)
+    if knows_codes(kind.name):
+        return widen_codes(data, kind.name)
     octets: Any = data.numpy()
     with np.errstate(all="ignore"):  # what is no number is found when it is rounded
         found = dequantize(octets, kind)

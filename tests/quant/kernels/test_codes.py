@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from quant.errors import SchemeError
-from quant.sources.codes import widened
+from quant.kernels.quantize import widen_codes
 
 SIZES = {"Q8_0": (34, [0]), "Q4_K": (144, [0, 2]), "Q5_K": (176, [0, 2]), "Q6_K": (210, [208])}
 
@@ -22,7 +22,7 @@ def test_gguf_codes_are_what_the_package_makes_of_them(isa: str, kind: str, bloc
         scale = generator.choice([1.0, -3e-3, 0.0, 4e-7, 6e4], (700, blocks, 1)) * generator.random((700, blocks, 1))
         codes[..., place : place + 2] = scale.astype(np.float16).view(np.uint8)
     rows = codes.reshape(700, -1)
-    found = widened(torch.from_numpy(rows), kind)
+    found = widen_codes(torch.from_numpy(rows), kind)
     assert torch.equal(found, torch.from_numpy(dequantize(rows, GGMLQuantizationType[kind])))
 
 
@@ -31,7 +31,7 @@ def test_fp8_codes_are_what_torch_makes_of_them(isa: str, width: int) -> None:
     generator = torch.Generator().manual_seed(width)
     codes = torch.randint(0, 256, (300, 300), dtype=torch.uint8, generator=generator)
     factors = torch.randn(300, -(-300 // width), generator=generator)
-    found = widened(codes, "F8_E4M3", factors, width)
+    found = widen_codes(codes, "F8_E4M3", factors, width)
     right = codes.view(torch.float8_e4m3fn).float() * factors.repeat_interleave(width, 1)[:, :300]
     assert right.isnan().any()
     torch.testing.assert_close(found, right, rtol=0, atol=0, equal_nan=True)
@@ -39,9 +39,9 @@ def test_fp8_codes_are_what_torch_makes_of_them(isa: str, width: int) -> None:
 
 def test_what_does_not_fit_together_is_refused() -> None:
     codes = torch.zeros(4, 288, dtype=torch.uint8)
-    assert widened(codes, "Q4_K").shape == (4, 512)
+    assert widen_codes(codes, "Q4_K").shape == (4, 512)
     for wrong in (codes[:, :287], codes.char(), codes[:, :0]):
         with pytest.raises(SchemeError, match="whole blocks of 144 bytes"):
-            widened(wrong, "Q4_K")
+            widen_codes(wrong, "Q4_K")
     with pytest.raises(SchemeError, match=r"factors \(4, 3\)"):
-        widened(codes, "F8_E4M3", torch.ones(4, 2), 128)
+        widen_codes(codes, "F8_E4M3", torch.ones(4, 2), 128)
