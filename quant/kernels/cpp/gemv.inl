@@ -224,15 +224,15 @@ static void gemv_across(const Weight& w, int64_t row0, int64_t row1, const Activ
 // kTokens tokens, whose sums stay in registers while words of a block of rows come by, transposed. While the words of one
 // vector of each row are multiplied, those of the next are read and moved, a part after each quarter: done at once, that
 // takes longer than processors look ahead, and the multipliers wait.
-// kBits is 8 or 4; what has fewer, `bits`, is unpacked to 4.
-template <int kBits, int kGroup, int kTokens>
+// kBits is 8 or 4. What has 2 or 3 bits, kNarrow, of which `bits` says how many, is unpacked to 4.
+template <int kBits, bool kNarrow, int kGroup, int kTokens>
 static void gemv_down(const RowBlock& block, int bits, const Activations& a, float* y, int64_t ldy, const uint8_t* ahead) {
   using F = Form<kBits, kGroup>;
-  constexpr int kQuartersOfGroup = F::kBytesOfGroup / 16, kQuarters = kBytes / 16;
+  constexpr int kQuartersOfGroup = F::kBytesOfGroup / 16, kQuarters = kBytes / 16, kParts = 4 / kQuarters;
   constexpr int kRun = kQuarters < kQuartersOfGroup ? kQuarters : kQuartersOfGroup;  // of one group in one vector
-  constexpr bool kEarly = F::kSpans == 1 || kBytes == 64;  // else there are no registers for it
+  constexpr bool kEarly = !kNarrow && (F::kSpans == 1 || kBytes == 64);  // else there are no registers for it
   alignas(64) float scales[kScaleRun][kLanes];
-  const int offset = kBits == 8 ? kOffset8 : 1 << (bits - 1);
+  const int offset = kNarrow ? 1 << (bits - 1) : F::kOffset;
   const int64_t bytes = block.groups * F::kBytesOfGroup;
   int64_t byte = 0;
   vf acc[kTokens];
@@ -251,12 +251,15 @@ static void gemv_down(const RowBlock& block, int bits, const Activations& a, flo
     part_rows(rows, parts);
     for (int i = 0; i < kQuarters; ++i) coming[i][part] = parts[i];
   };
-  // Rows part, part + 4, part + 8 ... of the vector at byte `at`; past the end, anything.
-  auto read = [&](int part, int64_t at) __attribute__((always_inline)) {
-    const int64_t from = at < bytes ? at : 0, count = bytes - from;
-    if (kBits == 8 || bits == 4) read_as(Width<kBits>{}, part, from, count);
-    else if (bits == 3) read_as(Width<3>{}, part, from, count);
-    else read_as(Width<2>{}, part, from, count);
+  // Rows part, part + 4, part + 8 ... of the vector at byte `at`, for `parts` of them; past the end, anything.
+  auto read = [&](int part, int parts, int64_t at) __attribute__((always_inline)) {
+    const int64_t from = at < bytes ? at : 0, left = bytes - from;
+    auto read_parts = [&](auto width) __attribute__((always_inline)) {
+      for (int i = 0; i < parts; ++i) read_as(width, part + i, from, left);
+    };
+    if constexpr (!kNarrow) read_parts(Width<kBits>{});
+    else if (bits == 3) read_parts(Width<3>{});
+    else read_parts(Width<2>{});
   };
   auto add = [&](int quarter) __attribute__((always_inline)) {
     const int8_t* q = a.q + activation_of<kBits>(byte + quarter * 16);
@@ -284,13 +287,11 @@ static void gemv_down(const RowBlock& block, int bits, const Activations& a, flo
 #pragma GCC unroll 4
     for (int i = 0; i < kRun; ++i) {
       add(first + i);
-#pragma GCC unroll 4
-      for (int part = (first + i) * 4 / kQuarters; kEarly && part < (first + i + 1) * 4 / kQuarters; ++part)
-        read(part, byte + kBytes);
+      if constexpr (kEarly) read((first + i) * kParts, kParts, byte + kBytes);
     }
   };
   auto take = [&]() __attribute__((always_inline)) {
-    for (int part = 0; !kEarly && part < 4; ++part) read(part, byte);
+    if constexpr (!kEarly) read(0, 4, byte);
     for (int i = 0; i < kQuarters; ++i)
       for (int part = 0; part < 4; ++part) quarters[i][part] = coming[i][part];
   };
@@ -303,7 +304,7 @@ static void gemv_down(const RowBlock& block, int bits, const Activations& a, flo
     for (int t = 0; t < kTokens; ++t)
       acc[t] += to_float(dot[t] + more[t]) * (ws * splat(a.scale[t * a.g_stride + g]));
   };
-  for (int part = 0; kEarly && part < 4; ++part) read(part, 0);
+  if constexpr (kEarly) read(0, 4, 0);
   for (int64_t g0 = 0; g0 < block.groups; g0 += kScaleRun) {
     const int run = int(block.groups - g0 < kScaleRun ? block.groups - g0 : kScaleRun);
     transpose_scales(block, g0, run, scales);
@@ -350,7 +351,7 @@ static void gemv_some(const Weight& w, int64_t row0, int64_t row1, const Activat
   if constexpr (kTokens > 1) {
     constexpr int kWide = kBits == 8 ? 8 : 4;
     each_block(w, row0, row1, [&](const RowBlock& block) {
-      gemv_down<kWide, kGroup, kTokens>(block, kBits, a, y, ldy, block.ahead());
+      gemv_down<kWide, (kBits < 4), kGroup, kTokens>(block, kBits, a, y, ldy, block.ahead());
     });
   }
 }
