@@ -72,12 +72,15 @@ static void order_span(float* sums) {
 
 // acc[r] += the products of one half of the factors; panel and factors: bytes from 0 and signed ones, or, for values, the
 // other way round. Meanwhile `ahead` is fetched, two lines at a time: more at once would wait for each other.
-template <int kRows, bool kValues, int kCount>
+template <int kRows, bool kValues, bool kAhead, int kCount>
 INLINE void add_half(const uint32_t* panel, int64_t stride, const uint8_t* x, int words, const char*& ahead,
                      __m512i (&acc)[kRows][4]) {
-  for (int word = 0; word < words; ++word, panel += stride, x += 4, ahead += 128) {
-    __builtin_prefetch(ahead, 0, 2);
-    __builtin_prefetch(ahead + 64, 0, 2);
+  for (int word = 0; word < words; ++word, panel += stride, x += 4) {
+    if constexpr (kAhead) {
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead + 64, 0, 2);
+      ahead += 128;
+    }
     __m512i column[4];
     for (int v = 0; v < 4; ++v) column[v] = _mm512_loadu_si512(panel + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
@@ -91,26 +94,35 @@ INLINE void add_half(const uint32_t* panel, int64_t stride, const uint8_t* x, in
   }
 }
 
-// Rows of one span. Scores: y[r] = (sum - less[r]) · scale[r]; values: y[r] += sum · scale[r].
+// kRows rows of one span. Scores: y[r] = (sum - less[r]) · scale[r]; values: y[r] += sum · scale[r].
+template <int kRows, bool kValues, bool kAhead, int kCount>
+INLINE void byte_tile(const uint32_t* panel, int64_t stride, const Halves<kCount>* x, int words, const int32_t* less,
+                      const float* scale, const char* ahead, float* y, int64_t ldy) {
+  __m512i acc[kRows][4];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < 4; ++v) acc[r][v] = _mm512_setzero_si512();
+  add_half<kRows, kValues, kAhead, kCount>(panel, stride, x->high, words, ahead, acc);
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < 4; ++v) acc[r][v] = _mm512_slli_epi32(acc[r][v], 8);
+  add_half<kRows, kValues, kAhead, kCount>(panel, stride, x->low, words, ahead, acc);
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < 4; ++v) {
+      float* to = y + r * ldy + v * kLanes;
+      if constexpr (kValues)
+        store(to, load<vf>(to) + (vf)_mm512_cvtepi32_ps(acc[r][v]) * scale[r]);
+      else
+        store(to, (vf)_mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][v], _mm512_set1_epi32(less[r]))) * scale[r]);
+    }
+}
+
+// All rows of one span. While the first are multiplied, as much as the span itself is fetched from `ahead`: once is enough.
 template <int kRows, bool kValues, int kCount>
 static void byte_rows(const uint32_t* panel, int64_t stride, const Halves<kCount>* x, int words, int rows,
                       const int32_t* less, const float* scale, const char* ahead, float* y, int64_t ldy) {
   for (; rows >= kRows; rows -= kRows, x += kRows, less += kRows, scale += kRows, y += kRows * ldy) {
-    __m512i acc[kRows][4];
-    for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < 4; ++v) acc[r][v] = _mm512_setzero_si512();
-    add_half<kRows, kValues, kCount>(panel, stride, x->high, words, ahead, acc);
-    for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < 4; ++v) acc[r][v] = _mm512_slli_epi32(acc[r][v], 8);
-    add_half<kRows, kValues, kCount>(panel, stride, x->low, words, ahead, acc);
-    for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < 4; ++v) {
-        float* to = y + r * ldy + v * kLanes;
-        if constexpr (kValues)
-          store(to, load<vf>(to) + (vf)_mm512_cvtepi32_ps(acc[r][v]) * scale[r]);
-        else
-          store(to, (vf)_mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][v], _mm512_set1_epi32(less[r]))) * scale[r]);
-      }
+    if (ahead) byte_tile<kRows, kValues, true, kCount>(panel, stride, x, words, less, scale, ahead, y, ldy);
+    else byte_tile<kRows, kValues, false, kCount>(panel, stride, x, words, less, scale, ahead, y, ldy);
+    ahead = nullptr;
   }
   if constexpr (kRows > 1)
     if (rows) byte_rows<kRows - 1, kValues, kCount>(panel, stride, x, words, rows, less, scale, ahead, y, ldy);
@@ -156,22 +168,16 @@ INLINE vf rough_exponential(vf x) {
 }
 
 // Scores of one row to the weights of a page as two bytes each; returns what one of them is worth. The row's sums so far
-// are scaled to the new maximum.
-static float weigh_bytes(const AttendTask& a, int r, int64_t first, int count, const float* key_scale,
-                         const float* value_scale, float* scores, Halves<kKeyBlock>& weights, float* sums) {
-  const int64_t from = a.from[r] - first, to = a.to[r] - first;
-  const int low = int(from < 0 ? 0 : from < count ? from : count), high = int(to < 0 ? 0 : to < count ? to : count);
-  if (low >= high) {
-    __builtin_memset(&weights, 0, sizeof weights);
-    return 0.0f;
-  }
-  const vi lanes = (vi)_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+// are scaled to the new maximum. The row sees keys `low` to `high` of the page: kAll if these are all.
+template <bool kAll>
+static float weigh_keys(const AttendTask& a, int r, int low, int high, const float* key_scale, const float* value_scale,
+                        const float* scores, Halves<kKeyBlock>& weights, float* sums) {
+  [[maybe_unused]] const vi lanes = (vi)_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const vf nothing = splat(-__builtin_inff());
-  const bool all = low == 0 && high == kKeyBlock;
   vf largest_of = nothing, score[kKeyBlock / kLanes];
   for (int i = 0; i < kKeyBlock / kLanes; ++i) {
     score[i] = load<vf>(scores + i * kLanes) * load<vf>(key_scale + i * kLanes);
-    if (!all) {
+    if constexpr (!kAll) {
       const vi key = lanes + i * kLanes;
       score[i] = (key >= low) & (key < high) ? score[i] : nothing;
     }
@@ -182,9 +188,11 @@ static float weigh_bytes(const AttendTask& a, int r, int64_t first, int count, c
   vf total{}, most{}, weighted{};
   for (int i = 0; i < kKeyBlock / kLanes; ++i) {
     // The polynomial stops at e^-87: what lies outside the row's keys must be zero itself.
-    vf weight = score[i] == nothing ? vf{} : rough_exponential(score[i] - top);
+    vf weight = rough_exponential(score[i] - top);
+    if constexpr (!kAll) weight = score[i] == nothing ? vf{} : weight;
     total += weight;
-    weight = score[i] == nothing ? vf{} : weight * load<vf>(value_scale + i * kLanes);
+    weight *= load<vf>(value_scale + i * kLanes);
+    if constexpr (!kAll) weight = score[i] == nothing ? vf{} : weight;  // there a scale may be anything
     weighted += weight;
     most = larger(weight, most);
     score[i] = weight;
@@ -204,6 +212,19 @@ static float weigh_bytes(const AttendTask& a, int r, int64_t first, int count, c
   a.total[r] = a.total[r] * shrink + sum(total);
   a.top[r] = top;
   return largest_weight / 65535.0f + sum(weighted) * 0.0f;  // a weight that is NaN makes the row so
+}
+
+static float weigh_bytes(const AttendTask& a, int r, int64_t first, int count, const float* key_scale,
+                         const float* value_scale, const float* scores, Halves<kKeyBlock>& weights, float* sums) {
+  const int64_t from = a.from[r] - first, to = a.to[r] - first;
+  const int low = int(from < 0 ? 0 : from < count ? from : count), high = int(to < 0 ? 0 : to < count ? to : count);
+  if (low >= high) {
+    __builtin_memset(&weights, 0, sizeof weights);
+    return 0.0f;
+  }
+  if (low == 0 && high == kKeyBlock)
+    return weigh_keys<true>(a, r, low, high, key_scale, value_scale, scores, weights, sums);
+  return weigh_keys<false>(a, r, low, high, key_scale, value_scale, scores, weights, sums);
 }
 
 static void attend_bytes(const AttendTask& a) {

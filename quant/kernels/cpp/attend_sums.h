@@ -30,8 +30,10 @@ inline void merge(const Part& sum, const Part& more, int64_t rows, int64_t width
       continue;
     }
     const float top = std::max(sum.top[r], more.top[r]);
-    const float before = std::exp(sum.top[r] - top), after = std::exp(more.top[r] - top);
-    for (int64_t i = 0; i < width; ++i) to[i] = to[i] * before + from[i] * after;
+    // One of both is 1. A NaN is neither.
+    const float before = sum.top[r] == top ? 1.0f : std::exp(sum.top[r] - top);
+    const float after = more.top[r] == top ? 1.0f : std::exp(more.top[r] - top);
+    kernels().blend(to, from, width, before, after);
     sum.top[r] = top;
     sum.total[r] = sum.total[r] * before + more.total[r] * after;
   }

@@ -54,6 +54,10 @@ static void rms_norm(const float* x, const float* weight, int64_t count, float e
     for (int64_t i = 0; i < count; ++i) y[i] = x[i] * factor;
 }
 
+static void blend(float* y, const float* x, int64_t count, float of_y, float of_x) {
+  for (int64_t i = 0; i < count; ++i) y[i] = y[i] * of_y + x[i] * of_x;
+}
+
 // y += factor * x
 static void add_scaled(float* y, const float* x, int64_t count, float factor) {
   for (int64_t i = 0; i < count; ++i) y[i] += factor * x[i];

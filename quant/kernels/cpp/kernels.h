@@ -203,6 +203,7 @@ struct Kernels {
   void (*silu_multiply)(float* gate, const float* up, int64_t count, float scale);
   void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* y);
   void (*add_scaled)(float* y, const float* x, int64_t count, float factor);
+  void (*blend)(float* y, const float* x, int64_t count, float of_y, float of_x);  // y = y * of_y + x * of_x
   void (*attend)(const AttendTask&);
   // Ranges of the keys of one page and KV head, `head` counted over all pages and heads; all there is if a key or a value
   // is not finite.

@@ -17,5 +17,5 @@ static constexpr Kernels table(const char* name, void (*its_attend)(const Attend
                                decltype(Kernels::turned) its_turned = dense_turned) {
   return Kernels{name, kLanes, kPanelRows, quantize_rows, quantize_columns, round_with_feedback, widen_codes,
                  quantize_activations, gemv, gemm, dense, dense_turned, its_turned, silu_multiply, rms_norm,
-                 add_scaled, its_attend, find_ranges, bound_scores, checksum, dot_products};
+                 add_scaled, blend, its_attend, find_ranges, bound_scores, checksum, dot_products};
 }

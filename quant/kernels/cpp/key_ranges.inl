@@ -42,19 +42,30 @@ static void find_ranges(const KvPool& pool, int64_t head, int64_t head_dim, uint
   }
 }
 
-static void bound_scores(const BoundedRows& q, const uint16_t* const* ranges, int64_t pages, float* scores) {
+// Of up to kRows rows, for which a page's ranges are read once. A row's sum is the same whatever is beside it.
+template <int kRows>
+static void bound_some(const BoundedRows& q, int64_t first, const uint16_t* const* ranges, int64_t pages, float* scores) {
+  if constexpr (kRows > 1)
+    if (q.rows - first < kRows) return bound_some<kRows - 1>(q, first, ranges, pages, scores);
   for (int64_t page = 0; page < pages; ++page) {
-    const uint16_t* low = ranges[page];
-    __builtin_prefetch(ranges[page + 1 < pages ? page + 1 : page]);
-    for (int64_t r = 0; r < q.rows; ++r) {
-      const int64_t row = r * q.width;
-      vf total{};
-      for (int64_t d = 0; d < q.width; d += kLanes) {
-        const vf smallest = widen(load<vhalf>(low + d)), largest = widen(load<vhalf>(low + q.width + d));
-        total += load<vf>(q.positive + row + d) * largest + load<vf>(q.negative + row + d) * smallest;
-        total += load<vf>(q.slack + row + d) * larger(largest, -smallest);
+    const uint16_t *low = ranges[page], *next = ranges[page + 1 < pages ? page + 1 : page];
+    vf total[kRows] = {};
+    for (int64_t d = 0; d < q.width; d += kLanes) {
+      __builtin_prefetch(next + d);
+      __builtin_prefetch(next + q.width + d);
+      const vf smallest = widen(load<vhalf>(low + d)), largest = widen(load<vhalf>(low + q.width + d));
+      const vf size = larger(largest, -smallest);
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t at = (first + r) * q.width + d;
+        total[r] += load<vf>(q.positive + at) * largest + load<vf>(q.negative + at) * smallest;
+        total[r] += load<vf>(q.slack + at) * size;
       }
-      scores[r * pages + page] = sum(total);
     }
+    for (int r = 0; r < kRows; ++r) scores[(first + r) * pages + page] = sum(total[r]);
   }
+}
+
+static void bound_scores(const BoundedRows& q, const uint16_t* const* ranges, int64_t pages, float* scores) {
+  constexpr int kAtOnce = 5;
+  for (int64_t first = 0; first < q.rows; first += kAtOnce) bound_some<kAtOnce>(q, first, ranges, pages, scores);
 }

@@ -24,11 +24,13 @@ class PageChoice {
 
  private:
   struct Row {
-    std::vector<int32_t> order;  // pages, the greatest score first
-    std::vector<float> scores;   // [pages]
-    std::vector<double> rest;    // [pages + 1]: what those from the i-th of the order on can weigh, relative to e^best
+    std::vector<int32_t> order;   // pages that are not read
+    std::vector<float> scores;    // [pages]
+    std::vector<double> weights;  // [pages]: what each can weigh, relative to e^best
     double best;
   };
+
+  void take(Row& row, double allowed, std::vector<int64_t>& found);
 
   std::vector<Row> rows_;
   std::vector<char> read_;
