@@ -101,8 +101,9 @@ def dequantize(weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense ``[N, K]`` weight, q · scale rounded to ``dtype``: what compressed-tensors' unpacking
     returns."""
     values = unpack(weight.packed, weight.scheme.bits).to(dtype)
-    groups = values.reshape(weight.out_features, -1, weight.scheme.group_size)
-    return (groups * weight.scale.to(dtype).unsqueeze(-1)).reshape(weight.out_features, -1)
+    groups = values.view(weight.out_features, -1, weight.scheme.group_size)
+    groups *= weight.scale.to(dtype).unsqueeze(-1)  # in place: one dense copy is in memory
+    return values
 
 
 def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ def stock(source: Path, quantized: Path) -> PreTrainedModel:
         return next(value for key, value in parameters.items() if key == name or key.endswith("." + name))
 
     with torch.no_grad():
-        for spec in shape.dense_linears():
+        for spec in (*shape.dense_linears(), *(shape.vision_linears() if multimodal else ())):
             parameter(f"{spec.module}.weight").copy_(dense_weight(checkpoint, spec))
         for layer in shape.moe_layers:
             base = f"{shape.layer_prefix(layer)}{shape.family.block}.experts."

@@ -56,7 +56,7 @@ def synth(
     """
     from cli.terminal.words import schemes_line
     from quant.architecture.shape import shape_of
-    from quant.model.families import QUANTIZABLE
+    from quant.model.families import TEXT_ROLES
     from quant.model.hub import resolve_config
     from quant.model.known_shapes import shape_names
     from quant.model.recipe import recipe_names
@@ -95,7 +95,7 @@ def synth(
         if name in recipe_names():
             stored = replace(stored, recipe=name)
         else:
-            stored = replace(stored, roles={role: "int8" if role == "lm_head" else "int4" for role in QUANTIZABLE})
+            stored = replace(stored, roles={role: "int8" if role == "lm_head" else "int4" for role in TEXT_ROLES})
     by_role = stored.schemes()
     if name is None:
         _check({"--hidden": hidden, "--intermediate": intermediate}, by_role)

@@ -31,6 +31,9 @@ LmHead = Annotated[
     str | None,
     typer.Option(metavar="SCHEME", help="The output head. In quantize with a goal, auto chooses a role's bits, too."),
 ]
+Vision = Annotated[
+    str | None, typer.Option(metavar="SCHEME", help="Llama 4's vision tower and projector: int8 or bf16.")
+]
 GroupSize = Annotated[
     int | None,
     typer.Option(
@@ -104,6 +107,7 @@ takes_schemes = expands(
         "dense_mlp": (DenseMlp, None),
         "attention": (Attention, None),
         "lm_head": (LmHead, None),
+        "vision": (Vision, None),
         "group_size": (GroupSize, None),
     },
     AskedSchemes.of,

@@ -10,6 +10,7 @@ from cli.options.machine import AskedMachine
 from cli.options.schemes import AUTO, GROUP_SIZE, AskedSchemes
 from cli.terminal.console import Console
 from cli.terminal.progress import progress_bar
+from quant.errors import UsageError
 from quant.scheme import LEAST_BITS
 from quant.sizes import format_size
 
@@ -33,16 +34,20 @@ def open_roles(asked: AskedSchemes, *, measured: bool) -> "tuple[list[Role], dic
     head is opened for a measurement only, else it has 8 bits: errors of its weights are errors of the logits,
     which weights alone do not tell.
     """
-    from quant.model.families import QUANTIZABLE
+    from quant.model.families import TEXT_ROLES
     from quant.scheme import Scheme
 
     recipe = asked.load_recipe()
     opened = {role for role, text in asked.roles.items() if text == AUTO}
-    roles = set(recipe.schemes if recipe else QUANTIZABLE) | opened
+    roles = set(recipe.schemes if recipe else TEXT_ROLES) | opened
     fixed = replace(asked, roles={role: text for role, text in asked.roles.items() if role not in opened}).by_hand()
     if not measured and "lm_head" in roles and "lm_head" not in asked.roles:
         fixed["lm_head"] = Scheme("int8", asked.group_size or GROUP_SIZE)
-    return [role for role in QUANTIZABLE if role in roles and role not in fixed], fixed
+    if "vision" in opened:
+        raise UsageError("--vision auto: what looking at images is worth is not measured; expected int8 or bf16")
+    if recipe and "vision" in recipe.schemes:
+        fixed.setdefault("vision", recipe.schemes["vision"])
+    return [role for role in TEXT_ROLES if role in roles and role not in fixed], fixed
 
 
 @dataclass(frozen=True)

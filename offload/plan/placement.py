@@ -10,7 +10,7 @@ from offload.plan.footprint import Footprint, slot_bytes_of
 from offload.plan.kv_room import KvRoom
 from offload.tiers import Tier, role_name
 from quant.errors import BudgetError
-from quant.model.families import QUANTIZABLE
+from quant.model.families import TEXT_ROLES
 from quant.scheme import Scheme
 from quant.sizes import format_size
 
@@ -212,7 +212,7 @@ class Fitter:
 
     def _lighter(self) -> "Fitter":
         """The same with every role at 4 bits."""
-        lighter = replace(self.footprint, schemes={role: Scheme("int4") for role in QUANTIZABLE})
+        lighter = replace(self.footprint, schemes={role: Scheme("int4") for role in TEXT_ROLES})
         slot = min(self.footprint.slot_bytes, slot_bytes_of(lighter.expert_bytes))
         return replace(self, footprint=replace(lighter, slot_bytes=slot))
 

@@ -19,6 +19,7 @@ from quant.errors import RecipeError
 from quant.model.families import QUANTIZABLE, ROLE_NAMES, Family, Role
 from quant.model.mixed_precision import MixedPrecision, scheme_of
 from quant.model.shape import ModelShape
+from quant.model.vision import OUTSIDE_VISION, VISION_PATTERN
 from quant.scheme import BF16, GROUP_SIZES, Scheme
 
 _LAYER = re.compile(r"^.*?layers\.\d+\.(.+)$")
@@ -49,7 +50,7 @@ def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str
             "choose nf4 for all of them or for none"
         )
     check_groups(shape, schemes)
-    notes = []
+    notes = _check_vision(shape, schemes)
     if isinstance(schemes, MixedPrecision):
         _check_fusable(shape, schemes)
         notes += _unlike_experts(shape, schemes)
@@ -69,7 +70,8 @@ def check_schemes(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str
 def check_groups(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> None:
     """Raise SchemeError if a scheme does not fit a Linear, naming it and the groups that do."""
     one = shape.expert_linears(shape.moe_layers[0], 0) if shape.moe_layers else ()
-    for linear in shape.linears() if isinstance(schemes, MixedPrecision) else (*shape.dense_linears(), *one):
+    alike = (*shape.dense_linears(), *shape.vision_linears(), *one)
+    for linear in shape.linears() if isinstance(schemes, MixedPrecision) else alike:
         scheme_of(schemes, linear).check(linear.module, linear.out_features, linear.in_features)
 
 
@@ -81,11 +83,24 @@ def in_fitting_groups(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> dict
 
 def _in_fitting_groups(shape: ModelShape, role: Role, scheme: Scheme) -> Scheme:
     one = shape.expert_linears(shape.moe_layers[0], 0) if shape.moe_layers else ()
-    widths = {linear.in_features for linear in (*shape.dense_linears(), *one) if linear.role == role}
+    linears = (*shape.dense_linears(), *shape.vision_linears(), *one)
+    widths = {linear.in_features for linear in linears if linear.role == role}
     sizes = [size for size in GROUP_SIZES if size <= scheme.group_size and not any(width % size for width in widths)]
     if not scheme.is_packed:
         return scheme
     return replace(scheme, group_size=max(sizes)) if sizes else BF16
+
+
+def _check_vision(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[str]:
+    """A remark if there is no tower that could be quantized. Raises RecipeError for a scheme that none is kept in."""
+    scheme = schemes.get("vision", BF16)
+    if scheme.kind not in ("int8", "bf16"):
+        raise RecipeError(f"the vision tower in {scheme}: expected int8, or bf16")
+    if scheme == BF16 or shape.vision_tower is not None:
+        return []
+    if shape.is_multimodal:
+        return [f"the vision tower stays as it is: only Llama 4's is quantized, not that of {shape.family.name}"]
+    return ["this model has no vision tower: its scheme is not used"]
 
 
 def _unlike_experts(shape: ModelShape, mixture: MixedPrecision) -> list[str]:
@@ -142,14 +157,15 @@ def quantization_config(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> di
 
 
 def _groups(shape: ModelShape, used: Mapping[Role, Scheme]) -> list[tuple[Scheme, list[str]]]:
+    tower = "vision" in used
     groups: list[tuple[Scheme, list[str]]] = []
     for role, scheme in used.items():  # experts first, where they are quantized
         if not groups:
             groups.append((scheme, ["Linear"]))
         if scheme == groups[0][0] and role == "lm_head":
-            groups[0][1].extend(patterns_of(shape, role))  # vLLM's head is of no class called Linear
+            groups[0][1].extend(patterns_of(shape, role, tower))  # vLLM's head is of no class called Linear
         elif scheme != groups[0][0]:
-            patterns = patterns_of(shape, role)
+            patterns = patterns_of(shape, role, tower)
             same = next((targets for known, targets in groups[1:] if known == scheme), None)
             if same is None:
                 groups.append((scheme, patterns))
@@ -181,7 +197,7 @@ def stores_fused_experts(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> b
 
 
 def _present(shape: ModelShape) -> set[Role]:
-    roles: set[Role] = {linear.role for linear in shape.dense_linears()}
+    roles: set[Role] = {linear.role for linear in (*shape.dense_linears(), *shape.vision_linears())}
     return roles | {"experts"} if shape.moe_layers else roles
 
 
@@ -203,10 +219,12 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def patterns_of(shape: ModelShape, role: Role) -> list[str]:
-    """Regular expressions for every module of ``role``, by its name in a checkpoint and in transformers' model."""
+def patterns_of(shape: ModelShape, role: Role, tower: bool = False) -> list[str]:
+    """Regular expressions for every module of ``role``, by its name in a checkpoint and in transformers' model; none
+    that also matches one of a vision ``tower`` that is quantized itself."""
     if shape.is_native or role in ("experts", "lm_head"):
-        return [_pattern(shape.family, role)]
+        found = _pattern(shape.family, role)
+        return [found.replace("re:", f"re:{OUTSIDE_VISION}", 1) if tower and role == "attention" else found]
     return names_alike(shape, (linear.module for linear in shape.dense_linears() if linear.role == role))
 
 
@@ -236,7 +254,7 @@ def _pattern(family: Family, role: Role) -> str:
         return rf"re:.*\.{family.runtime_block}\.(gate|up|gate_up|down)_proj$"
     if role == "attention":
         return r"re:.*\.self_attn\.(q|k|v|qkv|o)_proj$"
-    return r"re:.*lm_head$"
+    return VISION_PATTERN if role == "vision" else r"re:.*lm_head$"
 
 
 def _ignored(shape: ModelShape, dense: list[Role]) -> list[str]:
@@ -246,9 +264,13 @@ def _ignored(shape: ModelShape, dense: list[Role]) -> list[str]:
     else:
         ignored = names_alike(shape, _plain_modules(shape))
         ignored += [f"re:.*{re.escape(tower)}.*" for tower in shape.towers]
+    tower = shape.vision_tower is not None and "vision" not in dense
     for role in dense:
-        ignored += patterns_of(shape, role) if role in _present(shape) or role == "lm_head" else []
-    if shape.is_native and shape.is_multimodal:
+        named = role != "vision" and (role in _present(shape) or role == "lm_head")
+        ignored += patterns_of(shape, role, tower) if named else []
+    if tower:
+        ignored += ["re:.*patch_embedding.*"]
+    elif shape.is_native and shape.is_multimodal:
         ignored += ["re:.*vision_model.*", "re:.*multi_modal_projector.*"]
     return ignored
 
@@ -266,7 +288,7 @@ def _skipped(shape: ModelShape, dense: list[Role]) -> list[str]:
     family = shape.family
     if not shape.is_native:
         kept = names_alike(shape, _plain_modules(shape)) + [f"re:.*{re.escape(tower)}.*" for tower in shape.towers]
-        kept += [pattern for role in dense for pattern in patterns_of(shape, role)]
+        kept += [pattern for role in dense if role != "vision" for pattern in patterns_of(shape, role)]
         return [pattern.removeprefix("re:") for pattern in kept]
     names: dict[Role, list[str]] = {
         "experts": [r".*\.experts"],
@@ -274,6 +296,7 @@ def _skipped(shape: ModelShape, dense: list[Role]) -> list[str]:
         "dense_mlp": [f"{family.runtime_block}.{name}" for name in ("gate_proj", "up_proj", "down_proj")],
         "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "lm_head": ["lm_head"],
+        "vision": [],
     }
     skipped = ["vision_model", "multi_modal_projector", family.router]
     return skipped + [name for role in dense for name in names[role]]

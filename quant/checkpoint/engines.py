@@ -19,16 +19,17 @@ Schemes = Mapping[Role, Scheme]
 
 @dataclass(frozen=True)
 class Loader:
-    """What one engine takes. ``kinds`` are the schemes of experts, ``others`` those of all other roles; ``groups`` the
-    sizes that share a scale; ``alike`` whether the experts of a layer must have one scheme; ``fused_dense`` whether
-    experts in bf16 are read beside quantized weights of other roles where they are stored fused; ``wrong`` families
-    whose quantized experts it computes wrongly; ``single`` whether it reads single experts of a family whose own
-    checkpoints have a layer's in one tensor."""
+    """What one engine takes. ``kinds`` are the schemes of experts, ``others`` those of all other roles but the
+    ``vision`` tower; ``groups`` the sizes that share a scale; ``alike`` whether the experts of a layer must have one
+    scheme; ``fused_dense`` whether experts in bf16 are read beside quantized weights of other roles where they are
+    stored fused; ``wrong`` families whose quantized experts it computes wrongly; ``single`` whether it reads single
+    experts of a family whose own checkpoints have a layer's in one tensor."""
 
     title: str
     kinds: tuple[str, ...]
     others: tuple[str, ...]
     groups: tuple[int, ...]
+    vision: tuple[str, ...] = ("bf16",)
     alike: bool = False
     fused_dense: bool = True
     wrong: Mapping[str, str] | None = None
@@ -38,7 +39,7 @@ class Loader:
 
 _ALL = ("int2", "int3", "int4", "int8", "nf4", "bf16")
 ENGINES: Mapping[EngineName, Loader] = {
-    "transformers": Loader("transformers 5.23", _ALL, _ALL, GROUP_SIZES, single=False),
+    "transformers": Loader("transformers 5.23", _ALL, _ALL, GROUP_SIZES, vision=_ALL, single=False),
     "vllm": Loader(
         "vLLM 0.33",
         ("int4", "int8", "bf16"),
@@ -77,7 +78,7 @@ def _used(shape: ModelShape, schemes: Schemes) -> Iterator[tuple[Role, Scheme]]:
 
 def _kinds(shape: ModelShape, schemes: Schemes, loader: Loader) -> Iterator[str]:
     for role, scheme in _used(shape, schemes):
-        known = loader.kinds if role == "experts" else loader.others
+        known = {"experts": loader.kinds, "vision": loader.vision}.get(role, loader.others)
         if scheme.kind not in known:
             yield f"{ROLE_NAMES[role]} are in {scheme.kind}: it takes {' or '.join(known)}"
 

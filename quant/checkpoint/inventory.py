@@ -69,6 +69,9 @@ def _linears(checkpoint: CheckpointHeaders) -> Iterator[tuple[LinearSpec, _Found
     shape = checkpoint.shape
     for linear in shape.dense_linears():
         yield linear, find_weight(checkpoint, linear)
+    for linear in shape.vision_linears():  # a text model may come without its tower, or with one in floats
+        if checkpoint.alias(f"{linear.module}.weight_packed") in checkpoint.entries:
+            yield linear, find_weight(checkpoint, linear)
     for layer in shape.moe_layers:
         found = checkpoint.fused_experts(layer)
         if found is not None:

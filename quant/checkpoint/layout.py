@@ -22,7 +22,7 @@ from quant.model.families import Role
 from quant.model.mixed_precision import scheme_of
 from quant.model.shape import ModelShape
 from quant.model.tensors import LinearSpec
-from quant.scheme import NF4_BLOCK, Scheme
+from quant.scheme import BF16, NF4_BLOCK, Scheme
 
 PAGE = 4096
 ITEMSIZE: Mapping[str, int] = {
@@ -191,7 +191,8 @@ def lay_out_checkpoint(
 ) -> CheckpointLayout:
     """Lay out a checkpoint of ``shape`` under ``schemes``.
 
-    ``plain`` are the tensors that are no quantizable Linear (embeddings, norms, routers, vision, biases);
+    ``plain`` are the tensors that are no quantizable Linear (embeddings, norms, routers, biases, a vision tower
+    that is not quantized);
     ``dtypes`` gives the dense dtype of a Linear's module where that is not BF16. ``fused`` stores the
     experts, which must stay dense, as the two tensors per layer that transformers has in memory. ``layers`` are
     those whose experts have files of their own: all that route, unless experts are among ``plain``.
@@ -199,7 +200,7 @@ def lay_out_checkpoint(
     dtypes, layers = dtypes or {}, shape.moe_layers if layers is None else layers
     stored = [
         stored_linear(linear, scheme_of(schemes, linear), dtypes.get(linear.module, "BF16"))
-        for linear in shape.dense_linears()
+        for linear in (*shape.dense_linears(), *quantized_vision(shape, schemes))
     ]
     count = len(layers) + 1
     constants: dict[str, bytes] = {}
@@ -237,6 +238,12 @@ def lay_out_checkpoint(
         total += sum(tensor.nbytes for tensor in [*body, *tail])
         files.append(lay_out(_file_name(number, count), body, tail))
     return CheckpointLayout(tuple(files), constants, total)
+
+
+def quantized_vision(shape: ModelShape, schemes: Mapping[Role, Scheme]) -> list[LinearSpec]:
+    """The vision tower's Linears that ``schemes`` quantize. What it keeps in floats, source checkpoints need not have,
+    and is carried through as it is."""
+    return [linear for linear in shape.vision_linears() if scheme_of(schemes, linear) != BF16]
 
 
 def fused_experts(shape: ModelShape, layer: int, dtype: str) -> list[StoredTensor]:

@@ -11,12 +11,12 @@ from quant.model.families import Role
 from quant.model.mixed_precision import joined
 from quant.model.shape import ModelShape
 from quant.model.tensors import LinearSpec
-from quant.scheme import Scheme
+from quant.scheme import BF16, Scheme
 
 
 def stored_schemes(config: Mapping[str, Any], shape: ModelShape) -> Mapping[Role, Scheme] | None:
     """The scheme of each quantizable role, a MixedPrecision where a role has several; None for a config that
-    says nothing of quantization.
+    says nothing of quantization. A vision tower is named only where it is quantized.
 
     Raises CheckpointError for a quantization that is not among compressed-tensors' packed int4 and int8 and
     bitsandbytes' nf4.
@@ -26,7 +26,8 @@ def stored_schemes(config: Mapping[str, Any], shape: ModelShape) -> Mapping[Role
         return None
     if found.names_modules:
         return joined(_each(found, shape))
-    return {role: found.scheme(_names(shape, linear)) for role, linear in _samples(shape).items()}
+    said = {role: found.scheme(_names(shape, linear)) for role, linear in _samples(shape).items()}
+    return {role: scheme for role, scheme in said.items() if role != "vision" or scheme != BF16}
 
 
 def _each(found: Quantization, shape: ModelShape) -> Iterator[tuple[LinearSpec, Scheme]]:
@@ -37,13 +38,14 @@ def _each(found: Quantization, shape: ModelShape) -> Iterator[tuple[LinearSpec, 
         key = (linear.role, linear.layer, expert, linear.module.rpartition(".")[2])
         if key not in alike:
             alike[key] = found.scheme(_names(shape, linear))
-        yield linear, alike[key]
+        if linear.role != "vision" or alike[key] != BF16:
+            yield linear, alike[key]
 
 
 def _samples(shape: ModelShape) -> dict[Role, LinearSpec]:
     """One Linear of each role."""
     samples: dict[Role, LinearSpec] = {}
-    for linear in shape.dense_linears():
+    for linear in (*shape.dense_linears(), *shape.vision_linears()):
         samples.setdefault(linear.role, linear)
     if shape.moe_layers:
         samples["experts"] = next(shape.expert_linears(shape.moe_layers[0], 0))

@@ -13,7 +13,8 @@ from quant.model.families import PROJECTIONS, Family, Role
 from quant.model.mixed_precision import MixedPrecision, scheme_of
 from quant.model.shape import ModelShape
 from quant.model.tensors import LinearSpec
-from quant.scheme import Scheme
+from quant.model.vision import OUTSIDE_VISION, VISION_PATTERN
+from quant.scheme import BF16, Scheme
 
 # What vLLM fuses is stored alike, and is looked up by the fused module's name.
 _FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
@@ -23,19 +24,21 @@ _Place = tuple[Role, str]  # a role, and one Linear's last name
 def mixed_targets(shape: ModelShape, mixture: MixedPrecision) -> dict[Scheme, list[str]]:
     """Per scheme the expressions that match its Linears, with or without a multimodal prefix."""
     found: dict[Scheme, dict[_Place, dict[int, set[int]]]] = {}
-    heads: dict[Scheme, list[str]] = {}
+    heads: dict[Scheme, dict[str, None]] = {}
     for linear in shape.linears():
         if linear.module not in mixture.modules:
             continue
         scheme = scheme_of(mixture, linear)
         if linear.layer is None:
-            heads.setdefault(scheme, []).append(rf"re:.*{re.escape(linear.module.rpartition('.')[2])}$")
+            last = rf"re:.*{re.escape(linear.module.rpartition('.')[2])}$"
+            heads.setdefault(scheme, {})[VISION_PATTERN if linear.role == "vision" else last] = None
             continue
         place = (linear.role, _name(shape, linear))
         experts = found.setdefault(scheme, {}).setdefault(place, {}).setdefault(linear.layer, set())
         if linear.expert is not None:
             experts.add(linear.expert)
-    targets = {scheme: list(_expressions(shape, places)) for scheme, places in found.items()}
+    tower = mixture.get("vision", BF16) != BF16
+    targets = {scheme: list(_expressions(shape, places, tower)) for scheme, places in found.items()}
     for scheme, names in heads.items():
         targets.setdefault(scheme, []).extend(names)
     return targets
@@ -51,8 +54,11 @@ def _name(shape: ModelShape, linear: LinearSpec) -> str:
     return rest.replace(number, ".*.", 1) if number else rest
 
 
-def _expressions(shape: ModelShape, places: Mapping[_Place, Mapping[int, set[int]]]) -> Iterable[str]:
-    """One expression for all names of a role that have the same layers and experts."""
+def _expressions(
+    shape: ModelShape, places: Mapping[_Place, Mapping[int, set[int]]], tower: bool = False
+) -> Iterable[str]:
+    """One expression for all names of a role that have the same layers and experts; none that also matches a module
+    of a ``tower`` that is quantized itself."""
     merged: dict[tuple[Role, tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for (role, name), layers in places.items():
         alike: dict[tuple[int, ...], list[int]] = {}
@@ -63,7 +69,8 @@ def _expressions(shape: ModelShape, places: Mapping[_Place, Mapping[int, set[int
     for (role, layers_of, experts_of), names in merged.items():
         numbers = "|".join(map(str, layers_of))
         inner = _inside(shape, role, experts_of, names)
-        yield rf"re:.*layers\.({numbers})\.{inner}$"
+        outside = OUTSIDE_VISION if tower and role == "attention" else ""
+        yield rf"re:{outside}.*layers\.({numbers})\.{inner}$"
 
 
 def _inside(shape: ModelShape, role: Role, experts: tuple[int, ...], names: list[str]) -> str:

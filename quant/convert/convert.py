@@ -30,7 +30,7 @@ from quant.destination.staging import Staging
 from quant.destination.writer import OutputFiles, check_free
 from quant.errors import CheckpointError, NonFiniteError
 from quant.input_file import read_object, validated
-from quant.model.families import QUANTIZABLE, Role
+from quant.model.families import TEXT_ROLES, Role
 from quant.model.mixed_precision import described
 from quant.output_file import sync_folder, write_file
 from quant.progress import Progress, nobody
@@ -265,7 +265,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def job_of(checkpoint: Checkpoint, rounding: str, schemes: Mapping[Role, Scheme] | None = None) -> dict[str, Any]:
     """What two runs must share for one to continue the other; without ``schemes``, what is known before they are."""
-    recipe = {} if schemes is None else {"recipe": dict.fromkeys(QUANTIZABLE, str(BF16)) | described(schemes)}
+    # Conversions that were begun before towers could be quantized name none.
+    recipe = {} if schemes is None else {"recipe": dict.fromkeys(TEXT_ROLES, str(BF16)) | described(schemes)}
     return {
         "format": "coldstream quantization 1",
         **recipe,

@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from quant.checkpoint.checkpoint import Checkpoint
 from quant.checkpoint.config_groups import stores_fused_experts
 from quant.checkpoint.headers import FUSED, FusedExperts
-from quant.checkpoint.layout import ITEMSIZE, CheckpointLayout, StoredTensor, fused_experts, lay_out_checkpoint
+from quant.checkpoint.layout import (
+    ITEMSIZE,
+    CheckpointLayout,
+    StoredTensor,
+    fused_experts,
+    lay_out_checkpoint,
+    quantized_vision,
+)
 from quant.checkpoint.weight_files import TensorEntry
 from quant.model.families import PROJECTIONS, Projection, Role
 from quant.model.mixed_precision import scheme_of
@@ -81,7 +88,8 @@ def plan_conversion(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> C
     Nothing is read but headers, which were checked when ``checkpoint`` was opened.
     """
     shape = checkpoint.shape
-    sources = {linear.module: checkpoint.find(f"{linear.module}.weight") for linear in shape.dense_linears()}
+    dense = [*shape.dense_linears(), *quantized_vision(shape, schemes)]
+    sources = {linear.module: checkpoint.find(f"{linear.module}.weight") for linear in dense}
     linears = {entry.key for entry in sources.values()}
     kept = keeps_fused_experts(checkpoint, schemes)
     layers = () if kept else shape.moe_layers
@@ -96,11 +104,11 @@ def plan_conversion(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> C
         dtypes.update(found)
     stored = [StoredTensor(checkpoint.canonical(one.key), one.kept_dtype, one.shape) for one in plain]
     layout = lay_out_checkpoint(shape, schemes, stored, dtypes, fused, layers)
-    parts = list(_dense_parts(checkpoint, layout, schemes, sources, plain, dtypes))
+    parts = list(_dense_parts(checkpoint, layout, schemes, dense, sources, plain, dtypes))
     for layer in layers:
         parts.extend(_expert_parts(checkpoint, layout, schemes, layer, dtypes))
-    dense = {part.key for part in parts if any(piece.scheme == BF16 for piece in part.pieces)}
-    return Conversion(layout, tuple(parts), tuple(key for key in dense if checkpoint.entry(key).dtype == "F64"))
+    kept_keys = {part.key for part in parts if any(piece.scheme == BF16 for piece in part.pieces)}
+    return Conversion(layout, tuple(parts), tuple(key for key in kept_keys if checkpoint.entry(key).dtype == "F64"))
 
 
 def keeps_fused_experts(checkpoint: Checkpoint, schemes: Mapping[Role, Scheme]) -> bool:
@@ -142,11 +150,12 @@ def _dense_parts(
     checkpoint: Checkpoint,
     layout: CheckpointLayout,
     schemes: Mapping[Role, Scheme],
+    dense: Sequence[LinearSpec],
     sources: Mapping[str, TensorEntry],
     plain: list[TensorEntry],
     dtypes: Mapping[str, str],
 ) -> Iterator[Part]:
-    for linear in checkpoint.shape.dense_linears():
+    for linear in dense:
         scheme = scheme_of(schemes, linear)
         yield from _row_parts(checkpoint, layout, sources[linear.module], linear, scheme, dtypes[linear.module])
     for entry in plain:

@@ -26,6 +26,7 @@ def quantize(
     dense_mlp: str | Scheme | None = None,
     attention: str | Scheme | None = None,
     lm_head: str | Scheme | None = None,
+    vision: str | Scheme | None = None,
     group_size: int = GROUP_SIZE,
     rounding: Rounding | Rounder = "search",
     resume: bool = False,
@@ -44,6 +45,7 @@ def quantize(
         "dense_mlp": dense_mlp,
         "attention": attention,
         "lm_head": lm_head,
+        "vision": vision,
     }
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     by_hand = {

@@ -15,6 +15,7 @@ from quant.input_file import is_there, read_object, validated
 from quant.model.families import Family, family_of, is_tabled
 from quant.model.text_config import (
     ANY_CHUNK,
+    MAX_EXPERTS,
     MAX_LAYERS,
     Llama4Text,
     MixtralText,
@@ -117,3 +118,16 @@ def vision_config(config: Mapping[str, Any]) -> VisionConfig | None:
         return None
     found: VisionConfig = validated(VisionConfig, config["vision_config"], "config.json: vision_config")
     return found
+
+
+def check_experts(experts: int, top_k: int, layers: int) -> None:
+    """Raise CheckpointError unless ``top_k`` of ``experts`` in each of ``layers`` is what a model can be."""
+    if experts and layers and not 1 <= top_k <= experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok is {top_k} of {experts} experts: expected 1 to {experts}"
+        )
+    if layers * experts > MAX_EXPERTS:
+        raise CheckpointError(
+            f"config.json describes {layers:,} layers of {experts:,} experts: expected at most "
+            f"{MAX_EXPERTS:,} experts in all"
+        )

@@ -22,7 +22,8 @@ Role = Literal[
     "experts", "shared_expert", "dense_mlp", "attention", "lm_head", "embeddings", "router", "norm", "vision"
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
-QUANTIZABLE: tuple[Role, ...] = ("experts", "shared_expert", "dense_mlp", "attention", "lm_head")
+TEXT_ROLES: tuple[Role, ...] = ("experts", "shared_expert", "dense_mlp", "attention", "lm_head")
+QUANTIZABLE: tuple[Role, ...] = (*TEXT_ROLES, "vision")
 # As people call them, in refusals and tables; recipes and options have the roles themselves.
 ROLE_NAMES: dict[str, str] = {
     "experts": "routed experts",

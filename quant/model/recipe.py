@@ -9,6 +9,7 @@ shared_expert = "int4"
 dense_mlp = "int4"
 attention = "bf16"
 lm_head = "int8"
+vision = "bf16"              or "int8": the tower that looks at images
 [run]                        defaults; the command line wins
 vram = "24GiB"
 ram = "64GiB"
@@ -62,7 +63,8 @@ class Recipe:
         if not self.turns or "experts" in (by_hand or {}):
             return schemes
         turns = {layer: self.turns[i % len(self.turns)] for i, layer in enumerate(shape.moe_layers)}
-        kept = ((linear, schemes[linear.role]) for linear in shape.dense_linears() if linear.role in schemes)
+        beside = (*shape.dense_linears(), *shape.vision_linears())
+        kept = ((linear, schemes[linear.role]) for linear in beside if linear.role in schemes)
         routed = (
             (linear, turns[layer])
             for layer in shape.moe_layers

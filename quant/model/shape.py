@@ -7,20 +7,13 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quant.errors import CheckpointError, DenseModelError
-from quant.model.config import language_config, vision_config
+from quant.errors import DenseModelError
+from quant.model.config import check_experts, language_config, vision_config
 from quant.model.families import PROJECTIONS, Family, Projection, Role, TensorName, parse_name
 from quant.model.mixed_precision import MixedPrecision, scheme_of
 from quant.model.tensors import FusedForm, LinearSpec, TensorSpec
-from quant.model.text_config import (
-    MAX_EXPERTS,
-    Llama4Text,
-    MixtralText,
-    OlmoeText,
-    Qwen3MoeText,
-    TextConfig,
-    VisionConfig,
-)
+from quant.model.text_config import Llama4Text, MixtralText, OlmoeText, Qwen3MoeText, TextConfig, VisionConfig
+from quant.model.vision import tower_linears
 from quant.scheme import BF16, Scheme
 from quant.sizes import KV_PAGE_TOKENS
 
@@ -258,9 +251,15 @@ class ModelShape:
             rows, columns = (self.hidden_size, inter) if projection == "down_proj" else (inter, self.hidden_size)
             yield LinearSpec(base + projection, role, rows, columns, layer, None, projection)
 
+    def vision_linears(self) -> Iterator[LinearSpec]:
+        """The quantizable Linears of the vision tower and its projector; none where our tables have no tower."""
+        if self.vision_tower is not None:
+            yield from tower_linears(self.vision_tower, self.hidden_size)
+
     def linears(self) -> Iterator[LinearSpec]:
-        """Every quantizable Linear: the dense ones, then all experts layer by layer."""
+        """Every quantizable Linear: the dense ones, the tower's, then all experts layer by layer."""
         yield from self.dense_linears()
+        yield from self.vision_linears()
         for layer in self.moe_layers:
             for expert in range(self.num_experts):
                 yield from self.expert_linears(layer, expert)
@@ -284,14 +283,15 @@ class ModelShape:
     def role_nbytes(self, schemes: Mapping[Role, Scheme]) -> dict[Role, int]:
         """Bytes of the whole checkpoint by role; a role that ``schemes`` does not name is bf16."""
         total: dict[Role, int] = {}
-        for linear in self.dense_linears():
+        tower, others = list(self.vision_linears()), self.vision_weights
+        for linear in (*self.dense_linears(), *tower):
             nbytes = scheme_of(schemes, linear).nbytes(linear.out_features, linear.in_features)
             total[linear.role] = total.get(linear.role, 0) + nbytes
         for tensor in self.plain_tensors():
             total[tensor.role] = total.get(tensor.role, 0) + tensor.elements * 2
         total["experts"] = self.experts_nbytes(schemes)
-        if self.vision_weights:
-            total["vision"] = self.vision_weights * 2
+        if others:
+            total["vision"] = total.get("vision", 0) + 2 * (others - sum(linear.weights for linear in tower))
         return total
 
 
@@ -311,17 +311,8 @@ def _of_record(family: Family, model_type: str, text: TextConfig, vision: Vision
     elif isinstance(text, OlmoeText):
         norms = (hidden, text.key_value_heads * text.head_size)
     experts, top_k = text.experts, text.num_experts_per_tok
-    if not experts:
-        moe_layers = ()
-    elif moe_layers and not 1 <= top_k <= experts:
-        raise CheckpointError(
-            f"config.json: num_experts_per_tok is {top_k} of {experts} experts: expected 1 to {experts}"
-        )
-    if len(moe_layers) * experts > MAX_EXPERTS:
-        raise CheckpointError(
-            f"config.json describes {len(moe_layers):,} layers of {experts:,} experts: expected at most "
-            f"{MAX_EXPERTS:,} experts in all"
-        )
+    moe_layers = moe_layers if experts else ()
+    check_experts(experts, top_k, len(moe_layers))
     return ModelShape(
         family=family,
         model_type=model_type,

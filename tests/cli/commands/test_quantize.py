@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import images
 from tests.commands import coldstream, invoke
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -259,3 +260,16 @@ def test_a_destination_that_is_taken_is_refused_before_anything_is_measured(demo
     assert "is not empty: choose another destination" in done.stderr
     assert "measur" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_tower_is_quantized_when_named_and_never_by_a_goal(tmp_path: Path) -> None:
+    model = images.make_model(tmp_path / "model")
+    refused = invoke("quantize", model, tmp_path / "out", "--target-bits", "6", "--vision", "auto")
+    assert refused.returncode == 2 and "expected int8 or bf16" in refused.stderr
+    asked = ("--target-bits", "6", "--group-size", "32", "--json")
+    for name, options in (("kept", ()), ("named", ("--vision", "int8"))):
+        found = json.loads(invoke("quantize", model, tmp_path / name, *asked, *options).stdout)
+        assert ("vision" in found["roles"]) == (name == "named")
+        assert "vision" not in {unit["role"] for unit in found["allocation"]["units"]}
+    assert invoke("check", tmp_path / "named", "--for", "transformers").returncode == 0
+    assert "it takes bf16" in invoke("check", tmp_path / "named", "--for", "vllm").stderr

@@ -56,6 +56,22 @@ def _expected(model: Path, stock: Any, text: str, seen: list[Image.Image]) -> tu
     return logits, text_ids[0, len(ids) :].tolist()
 
 
+def test_an_int8_tower_is_planned_with_and_gives_stock_text(models: tuple[Path, Path], tmp_path: Path) -> None:
+    from offload.plan.planned_run import planned_run
+    from tests.machines import machine
+
+    quantize(models[0], tmp_path / "int8", experts="int4-g32", attention="int8-g32", vision="int8-g32")
+    on_disk = [planned_run(str(path), RunOptions(), machine=machine()).plan for path in (models[1], tmp_path / "int8")]
+    assert on_disk[1].total("disk", "vision") < 0.75 * on_disk[0].total("disk", "vision")
+    expected = _expected(tmp_path / "int8", oracle.stock(models[0], tmp_path / "int8"), TEXT, SEEN)
+    with _session(tmp_path / "int8", **SPLITS["three slots, the rest on disk"]) as session:
+        ids = session.encode(TEXT, SEEN)
+        torch.testing.assert_close(sessions.prompt_logits(session, ids), expected[0], atol=1e-4, rtol=1e-4)
+        session.reset()
+        made = [record.token_id for record in session.generate(ids, max_tokens=NEW, ignore_eos=True)]
+    assert made == expected[1]
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_logits_and_greedy_text_equal_stock_transformers(split: str, models: tuple[Path, Path], stock: Any) -> None:
     _, quantized = models

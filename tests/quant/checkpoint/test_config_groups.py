@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
 
 from quant.checkpoint.config_groups import check_schemes, quantization_config, stores_fused_experts
+from quant.errors import RecipeError, SchemeError
 from quant.model.families import Role
 from quant.model.mixed_precision import MixedPrecision
 from quant.model.shape import ModelShape
@@ -26,6 +27,7 @@ MIXED: dict[Role, Scheme] = {
     "attention": Scheme("int8", 64),
     "lm_head": Scheme("int8"),
 }
+SEEING: dict[Role, Scheme] = {"vision": Scheme("int8", 32)}
 
 
 def shape_of(folder: Path) -> ModelShape:
@@ -46,10 +48,13 @@ def group_of(config: dict[str, Any], name: str, module: torch.nn.Module) -> tupl
 
 
 @pytest.mark.parametrize("family", ["llama4", "llama4_maverick", "mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("tower", [{}, SEEING], ids=["", "tower"])
 @pytest.mark.parametrize("roles", [["experts"], ["attention", "lm_head"], list(MIXED), ["experts", "dense_mlp"]])
-def test_each_linear_gets_its_roles_scheme_and_no_other(tiny: Tiny, family: str, roles: list[Role]) -> None:
+def test_each_linear_gets_its_roles_scheme_and_no_other(
+    tiny: Tiny, family: str, roles: list[Role], tower: dict[Role, Scheme]
+) -> None:
     shape = shape_of(tiny(family))
-    schemes = {role: MIXED[role] for role in roles}
+    schemes = {role: MIXED[role] for role in roles} | tower
     config = quantization_config(shape, schemes)
     linear = torch.nn.Linear(1, 1)
     for spec in shape.linears():
@@ -57,10 +62,26 @@ def test_each_linear_gets_its_roles_scheme_and_no_other(tiny: Tiny, family: str,
         expected = (scheme.bits, scheme.group_size) if scheme else None
         for name in (spec.module, spec.module.removeprefix("language_model.")):
             assert group_of(config, name, linear) == expected, name
-    for name in ("vision_model.model.layers.0.self_attn.q_proj", "multi_modal_projector.linear_1"):
-        assert shape.is_multimodal is False or group_of(config, name, linear) is None
+    for name, module in (("patch_embedding.linear", linear), ("model.layers.0.input_layernorm", torch.nn.LayerNorm(1))):
+        assert shape.is_multimodal is False or group_of(config, f"vision_model.{name}", module) is None
     router = f"{shape.layer_prefix(shape.moe_layers[0])}{shape.family.block}.{shape.family.router}"
     assert group_of(config, router, linear) is None
+
+
+def test_a_tower_alone_is_quantized_and_one_that_cannot_be_is_said(tiny: Tiny) -> None:
+    shape = shape_of(tiny("llama4"))
+    assert not check_schemes(shape, SEEING)
+    config = quantization_config(shape, SEEING)
+    for spec in shape.linears():
+        assert group_of(config, spec.module, torch.nn.Linear(1, 1)) == ((8, 32) if spec.role == "vision" else None)
+    with pytest.raises(RecipeError, match="vision tower in int4-g32: expected int8"):
+        check_schemes(shape, {"experts": Scheme("int4"), "vision": Scheme("int4", 32)})
+    with pytest.raises(SchemeError, match=r"vision_model.*use --group-size 32"):
+        check_schemes(shape, {"vision": Scheme("int8")})
+    blind = {"experts": Scheme("int4"), **SEEING}
+    assert "no vision tower" in check_schemes(shape_of(tiny("mixtral")), blind)[0]
+    with pytest.raises(RecipeError, match="nothing to quantize"):
+        check_schemes(shape_of(tiny("mixtral")), SEEING)
 
 
 @pytest.mark.parametrize("family", ["llama4_text", "mixtral"])

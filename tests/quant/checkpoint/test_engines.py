@@ -26,6 +26,8 @@ CASES: list[tuple[EngineName, str, dict[str, str], str]] = [
     ("vllm", "llama4", {"experts": "nf4"}, "routed experts are in nf4: it takes int4 or int8 or bf16"),
     ("vllm", "mixtral", {"attention": "int8"}, "experts in bf16 beside quantized weights are stored fused"),
     ("vllm", "llama4", {"attention": "int8"}, ""),
+    ("transformers", "llama4", {**INT4, "vision": "int8-g32"}, ""),
+    ("vllm", "llama4", {**INT4, "vision": "int8-g32"}, "vision tower are in int8: it takes bf16"),
     ("sglang", "qwen3_moe", INT4, ""),
     ("sglang", "qwen3_moe", ALL, "attention are in int8: it takes bf16"),
     ("sglang", "llama4", INT4, "answers nonsense"),

@@ -62,8 +62,10 @@ def test_transformers_alone_computes_what_the_dequantized_model_computes(
     assert (found - logits(tiny(family))).abs().max() > 1e-3  # it is quantized indeed
 
 
-def test_multimodal_llama4_loads_whole_and_sees_the_same_image(tiny: Tiny, tmp_path: Path) -> None:
-    run(tiny("llama4"), tmp_path / "quantized", MIXED)
+@pytest.mark.parametrize("tower", ["bf16", "int8-g32"])
+def test_multimodal_llama4_loads_whole_and_sees_the_same_image(tiny: Tiny, tmp_path: Path, tower: str) -> None:
+    report = run(tiny("llama4"), tmp_path / "quantized", {**MIXED, "vision": tower})
+    assert ("vision" in [role.role for role in report.roles]) == (tower != "bf16")
     twin = dequantized_twin(tiny("llama4"), tmp_path / "quantized", tmp_path / "twin")
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     tokens, outputs = random_tokens(12), []
@@ -72,6 +74,7 @@ def test_multimodal_llama4_loads_whole_and_sees_the_same_image(tiny: Tiny, tmp_p
         model, info = loaded
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
         with torch.no_grad():
+            model(tokens)  # what is packed is made dense when the whole model first runs
             count = model.vision_model(pixels).last_hidden_state.flatten(0, -2).shape[0]
             image = torch.full((1, count), model.config.image_token_index)
             seen = torch.cat([tokens[:, :4], image, tokens[:, 4:]], 1)

@@ -40,7 +40,12 @@ def test_every_linear_gets_its_own_scheme_from_every_reader_of_the_config(
     tiny: Tiny, family: str, granularity: Granularity
 ) -> None:
     shape = shape_of(tiny(family))
+    towers = [(linear, Scheme("int8", 32)) for linear in shape.vision_linears()]
     mixture = mixed(shape, granularity)
+    mixture = MixedPrecision(
+        mixture.modules | {linear.module: scheme for linear, scheme in towers},
+        {**mixture, **{linear.role: scheme for linear, scheme in towers}},
+    )
     check_schemes(shape, mixture)
     config = quantization_config(shape, mixture)
     linear = torch.nn.Linear(1, 1)

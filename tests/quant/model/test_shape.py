@@ -21,7 +21,8 @@ Tiny = Callable[..., Path]
 def test_the_shape_counts_every_weight_of_the_checkpoint(tiny: Tiny, family: str) -> None:
     checkpoint = Checkpoint.open(tiny(family))
     shape = checkpoint.shape
-    counted = sum(linear.weights for linear in shape.linears()) + sum(t.elements for t in shape.plain_tensors())
+    text = (linear.weights for linear in shape.linears() if linear.role != "vision")
+    counted = sum(text) + sum(t.elements for t in shape.plain_tensors())
     stored = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     assert counted + shape.vision_weights == stored
     assert sum(shape.role_nbytes({}).values()) == 2 * stored
@@ -32,11 +33,17 @@ def test_every_tensor_it_names_has_that_shape(tiny: Tiny, family: str) -> None:
     checkpoint = Checkpoint.open(tiny(family))
     for spec in checkpoint.shape.plain_tensors():
         assert checkpoint.entry(spec.key).shape == spec.shape
-    for linear in checkpoint.shape.dense_linears():
+    for linear in (*checkpoint.shape.dense_linears(), *checkpoint.shape.vision_linears()):
         entry = checkpoint.entry(f"{linear.module}.weight")
         assert entry.shape == (linear.out_features, linear.in_features)
         assert checkpoint.names[entry.key].role == linear.role
         assert checkpoint.names[entry.key].layer == linear.layer
+
+
+def test_scouts_tower_in_int8_takes_half_of_what_it_takes_in_bf16() -> None:
+    scout = ModelShape.from_config(load_shape("scout"))
+    assert scout.role_nbytes({})["vision"] == 1_743_864_832
+    assert scout.role_nbytes({"vision": Scheme("int8")})["vision"] == 887_790_592
 
 
 def test_scout_has_109_billion_weights_and_maverick_402() -> None:
