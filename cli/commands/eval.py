@@ -29,6 +29,12 @@ Cache = Annotated[
         "--cache", parser=typed_path, metavar="DIR", help="Keeps reference predictions (~/.cache/coldstream)."
     ),
 ]
+Image = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image", parser=typed_path, metavar="FILE", help="Pictures whose rows are compared, too; may be repeated."
+    ),
+]
 Slots = Annotated[
     int | None, typer.Option("--expert-slots", min=2, metavar="N", help="Experts in memory at once (a layer's).")
 ]
@@ -45,6 +51,7 @@ def eval(
     kv: Kv = None,
     cache: Cache = None,
     expert_slots: Slots = None,
+    image: Image = None,
     report: Report = None,
 ) -> None:
     """Measure how far MODEL's predictions are from those of the checkpoint it was made from.
@@ -72,6 +79,7 @@ def eval(
             length=context,
             expert_slots=expert_slots,
             kv=kv,
+            images=image or (),
             progress=told,
         )
     notes = [*found.notes, *_beyond(path, context)]
@@ -126,6 +134,12 @@ def show_evaluation(found: "Evaluation", console: Console) -> None:
     console.say(histogram(ours.histogram, min(50, console.width - 20)))
     shares = ", ".join(f"{layer}: {share:.1%}" for layer, share in found.router_agreement.items())
     console.prose(f"Experts in common by layer: {shares}")
+    if found.images is not None:
+        seen = found.images
+        console.prose(
+            f"{seen.rows:,} rows of images: relative error {seen.relative_error:.2%}, cosine {seen.cosine_mean:.5f} in "
+            f"the mean and {seen.cosine_min:.5f} at the least"
+        )
     console.step(f"done in {found.seconds:.1f} s")
 
 

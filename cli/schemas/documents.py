@@ -224,8 +224,16 @@ DOCUMENTS: dict[str, Schema] = {
             router_agreement=by("layer", number(), "experts in common"),
             seconds=number(),
             notes=NOTES,
+            images=record(
+                "of rows that --image makes, beside the reference's",
+                rows=count(),
+                relative_error=number(),
+                cosine_mean=number(),
+                cosine_min=number(),
+            ),
         ),
         "notes",
+        "images",
     ),
     "check": record(
         model=text("its directory"), engine=text("its name and version"), loads=flag("true: what fails is an error")

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,28 @@ from torch import Tensor
 from offload.documents import save
 from offload.model.kv_cache import Storage
 from offload.quality.divergence import Divergence, TokenMeasures
+from offload.quality.image_rows import ImageRows, compare_images
 from offload.quality.layerwise import Layerwise
 from offload.quality.reference import Reference, finite_log_probs
 from offload.quality.reference_cache import reference_of
 from offload.quality.windows import Windows, tokenizer_identity
 from offload.text.tokenizer import load_tokenizer
+from offload.vision.image_file import ImageSource
 from quant.checkpoint.checkpoint import Checkpoint
+from quant.checkpoint.inventory import schemes_of_tensors
 from quant.errors import CheckpointError
 from quant.model.hub import resolve_model
 from quant.model.shape import ModelShape
 from quant.progress import Progress, nobody
+from quant.scheme import BF16
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation. ``floor`` is the reference's divergence from itself in bf16; ``router_agreement`` gives
     per MoE layer the share of expert choices that the two models have in common; ``kv`` is how keys and
-    values were stored (None: not at all, whole windows at once), ``notes`` what has to be said about it."""
+    values were stored (None: not at all, whole windows at once), ``notes`` what has to be said about it; ``images``
+    compares what pictures become, if any were shown."""
 
     model: Path
     reference: Path
@@ -40,6 +45,7 @@ class Evaluation:
     kv: Storage | None
     seconds: float
     notes: tuple[str, ...] = ()
+    images: ImageRows | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,6 +59,7 @@ class Evaluation:
             "router_agreement": {str(layer): share for layer, share in self.router_agreement.items()},
             "seconds": self.seconds,
             **({"notes": list(self.notes)} if self.notes else {}),
+            **({"images": self.images.to_json()} if self.images else {}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -70,12 +77,14 @@ def evaluate(
     length: int = 512,
     expert_slots: int | None = None,
     kv: Storage | None = None,
+    images: Sequence[ImageSource] = (),
     progress: Progress = nobody,
 ) -> Evaluation:
     """Compare the checkpoint ``model`` with ``reference`` on the first ``windows`` windows of ``text``.
 
     Both are directories or Hub ids; a window is ``length`` tokens, and ``windows`` None runs all of them. The
-    reference's predictions are kept in ``cache`` (None: the user's cache folder). Raises
+    reference's predictions are kept in ``cache`` (None: the user's cache folder). ``images`` are shown to both towers.
+    Raises
     CheckpointError if the two are not of one architecture and vocabulary, or one of them changes meanwhile or
     predicts no numbers, InputError if the text is too short, OutputError if ``cache`` cannot be written.
     """
@@ -83,6 +92,7 @@ def evaluate(
     model, reference = resolve_model(model), resolve_model(reference)
     ours, theirs = Checkpoint.open(model), Checkpoint.open(reference)
     check_comparable(ours, theirs)
+    seen = compare_images(ours, theirs, images, progress) if images else None
     cut = Windows.cut(text, load_tokenizer(reference), length, windows)
     kept = reference_of(theirs, cut, Path(cache or default_cache()), expert_slots=expert_slots, progress=progress)
     with Layerwise(ours, expert_slots=expert_slots, kv=kv) as walk:
@@ -102,8 +112,16 @@ def evaluate(
         router_agreement=agreement,
         kv=kv,
         seconds=time.perf_counter() - started,
-        notes=kept.notes,
+        notes=(*kept.notes, *_unseen(ours, seen)),
+        images=seen,
     )
+
+
+def _unseen(model: Checkpoint, seen: ImageRows | None) -> Iterator[str]:
+    """A note if a tower was rounded and nothing was shown to it."""
+    scheme = schemes_of_tensors(model).get("vision", BF16)
+    if scheme != BF16 and seen is None:
+        yield f"the vision tower is {scheme}, which no text tells: --image FILE compares what it makes of pictures"
 
 
 def default_cache() -> Path:

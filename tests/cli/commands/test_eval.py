@@ -10,6 +10,8 @@ import pytest
 from cli.html.evaluation import render_evaluation
 from offload.quality.divergence import Divergence, TokenMeasures
 from offload.quality.evaluate import Evaluation
+from quant.convert.quantize import quantize
+from tests import images
 from tests.cli.html.test_run_report import EVIL, outline
 from tests.commands import invoke
 
@@ -93,3 +95,21 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_run(model: Path, 
     page = tmp_path / "no" / "such.html"
     done = invoke("eval", model, "--reference", model, "--text", text, "--report", page)
     assert done.returncode != 0 and "found no directory" in done.stderr
+
+
+def test_what_rounding_a_tower_did_to_pictures_is_measured_and_that_it_was_not_is_said(
+    text: Path, tmp_path: Path
+) -> None:
+    source = images.make_model(tmp_path / "source")
+    quantize(source, tmp_path / "int8", vision="int8-g32")
+    images.picture(100, 30).save(tmp_path / "seen.png")
+    asked = ("--reference", source, "--text", text, "--windows", "1", "--context", "32", "--cache", tmp_path, "--json")
+    blind = json.loads(invoke("eval", tmp_path / "int8", *asked).stdout)
+    assert "images" not in blind and "vision tower is int8-g32" in blind["notes"][0]
+    seen = json.loads(invoke("eval", tmp_path / "int8", *asked, "--image", tmp_path / "seen.png").stdout)
+    assert "notes" not in seen and seen["images"]["rows"] == 20
+    assert 1e-3 < seen["images"]["relative_error"] < 0.03 and 0.999 < seen["images"]["cosine_min"] < 1
+    same = json.loads(invoke("eval", source, *asked, "--image", tmp_path / "seen.png").stdout)
+    assert same["images"]["relative_error"] == 0
+    refused = invoke("eval", source, *asked, "--image", text)
+    assert refused.returncode == 1 and "text.py" in refused.stderr
