@@ -32,6 +32,7 @@ ROW_TILES = 17  # of one picture
 TILES_AT_ONCE = 4
 _ATTENTION_BLOCK, _ATTENTION_ROWS, _RUNS = 256, 96, 64  # of attention.cpp and kernels.h
 _TABLE_ENTRY, _STRETCH_RECORD = 4, 768  # bytes that a block of a layer's table takes, and what is known of a stretch
+_IDS = 3 * 4  # bytes of a token's id: of the text as it was given, as it grows, and as what is left of it
 MIN_EXPERT_TOKENS = 64  # that an expert must see on average
 
 
@@ -77,11 +78,17 @@ class Footprint:
         """What an expert takes in an arena where none takes more than it needs."""
         if not self._sizes:
             return self.slot_bytes
-        grain = granularity(self.slot_bytes)
-        taken = sum(-(-(size + self._wider_expert) // grain) for size in self._sizes) * grain
+        taken = sum(self.taken_sizes)
         # What is said to lie across one more page than it has bytes for does so in every size.
         beyond = self.slot_bytes - slot_bytes_of(max(self._sizes) + self._wider_expert)
         return min(self.slot_bytes, -(-taken // len(self._sizes)) + max(0, beyond))
+
+    @cached_property
+    def taken_sizes(self) -> list[int]:
+        """What each routed expert takes in an arena where none takes more than it needs, layer after layer; empty where
+        all are of one size."""
+        grain = granularity(self.slot_bytes)
+        return [-(-(size + self._wider_expert) // grain) * grain for size in self._sizes]
 
     def used_bytes(self, shares: Sequence[float]) -> int:
         """Bytes of an expert that is asked for, if ``shares`` of the requests go to each: none, to all alike."""
@@ -159,7 +166,7 @@ class Footprint:
         The residual stream and what norms and blocks make of it; queries, keys and values; gate, up and their
         product in the widest MLP; what attention needs beside its cache; logits; on a GPU what grouped products
         need, and routers in f32 that guess a layer ahead; on the CPU, routers and norms in f32 beside their stored
-        form.
+        form; the tokens' ids.
         """
         shape, size = self.shape, 2 if on_gpu else 4
         query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -171,7 +178,8 @@ class Footprint:
         attention = self._attention(chunk, size, on_gpu=on_gpu)
         logits = 2 * shape.vocab_size * 4
         plain = (t.elements for t in shape.plain_tensors() if t.role != "embeddings")
-        return states + attention + logits + (0 if on_gpu else 4 * sum(plain)) + SLACK
+        ids = max(0, _IDS * self.context * self.sequences - SLACK // 4)  # up to a million lie in the slack
+        return states + attention + logits + ids + (0 if on_gpu else 4 * sum(plain)) + SLACK
 
     def _attention(self, chunk: int, size: int, *, on_gpu: bool) -> int:
         """Bytes beside the cache. The CPU's own kernels keep the queries and sums of the rows that look at keys

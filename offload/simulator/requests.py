@@ -2,7 +2,8 @@
 
 A replay keeps track of three tiers. VRAM starts with the hottest experts of a profile (or the first of every layer);
 after each token, at most ``swaps`` of the experts that were not there take the place of less used ones, if they are
-used clearly more. Slots in RAM hold others under a cache policy. What has no slot is on disk.
+used clearly more. Slots in RAM hold others under a cache policy; experts that differ in size share its bytes. What has
+no slot is on disk.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +48,11 @@ def _spread() -> Iterator[float]:
 
 @dataclass
 class Tiers:
-    """The state of a replay: which keys are in VRAM and in host slots, and how much each was used of late."""
+    """The state of a replay: which keys are in VRAM and in host slots, and how much each was used of late.
+
+    Where experts differ in size, by ``sizes`` in bytes, those in RAM take ``ram_bytes`` together at the most, whatever
+    their number: as ``SlotTable`` counts.
+    """
 
     trace: Trace
     vram_slots: int
@@ -55,6 +60,8 @@ class Tiers:
     policy: Callable[[], Policy]
     counts: Mapping[Key, float] | None = None
     swaps: int = 0
+    sizes: Mapping[Key, int] | None = None
+    ram_bytes: int = 0
     half_life: float = 64  # tokens
     margin: float = 1.5  # a swap costs a copy: what comes in was used this much more than what goes
     vram: set[Key] = field(init=False)
@@ -66,9 +73,13 @@ class Tiers:
             counts = self.counts
             keys = sorted(keys, key=lambda key: -counts.get(key, 0))
         self.vram = set(keys[: self.vram_slots])
-        self.ram = set([key for key in keys if key not in self.vram][: self.ram_slots])
-        self._keeps_all = self.ram_slots >= len(keys)  # then what leaves VRAM is in RAM, too
+        self._left = self.ram_slots if self.sizes is None else self.ram_bytes
+        self._keeps_all = sum(map(self._size, keys)) <= self._left  # then what leaves VRAM is in RAM, too
         self._refills = not self._keeps_all and self.vram_slots + self.ram_slots >= len(keys)
+        self.ram = set()
+        for key in keys:
+            if key not in self.vram and self._size(key) <= self._left:
+                self._admit(key)
         self._host = self.policy()
         self._unit = 1.0
         self._scores: dict[Key, float] = {}
@@ -102,9 +113,21 @@ class Tiers:
         return self._keeps_all or key in self.ram
 
     def _fetch(self, key: Key, locked: set[Key]) -> None:
-        if len(self.ram) >= self.ram_slots:
-            self.ram.remove(self._host.victim(self.ram, locked & self.ram))
+        while self._size(key) > self._left and self.ram - locked:
+            self._release(self._host.victim(self.ram, locked & self.ram))
+        if self._size(key) <= self._left:
+            self._admit(key)
+
+    def _size(self, key: Key) -> int:
+        return 1 if self.sizes is None else self.sizes[key]
+
+    def _admit(self, key: Key) -> None:
         self.ram.add(key)
+        self._left -= self._size(key)
+
+    def _release(self, key: Key) -> None:
+        self.ram.remove(key)
+        self._left += self._size(key)
 
     def _swap(self, missed: list[Key]) -> int:
         if not (self.swaps and self.vram and missed):
@@ -120,9 +143,10 @@ class Tiers:
                 break
             self.vram.remove(goes)
             self.vram.add(comes)
-            self.ram.discard(comes)
+            if comes in self.ram:
+                self._release(comes)
             if self._refills:
-                self.ram.add(goes)  # read again, into the slot that has come free, before it is next needed
+                self._admit(goes)  # read again, into the slot that has come free, before it is next needed
             done += 1
         return done
 

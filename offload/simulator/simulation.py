@@ -169,8 +169,19 @@ class Simulation:
             policy=lambda: make_policy(policy, counts),
             counts=counts,
             swaps=self.swaps,
+            sizes=self._sizes(),
+            ram_bytes=plan.ram_bytes,
         )
         return replayed(tiers, wanted)
+
+    def _sizes(self) -> dict[Key, int] | None:
+        """What each expert takes in RAM where that is what it needs; None where all slots are of one size, as beside a
+        GPU."""
+        shape, taken = self.footprint.shape, self.footprint.taken_sizes
+        if self.machine.gpu is not None or not taken:
+            return None
+        keys = ((layer, expert) for layer in range(len(shape.moe_layers)) for expert in range(shape.num_experts))
+        return dict(zip(keys, taken, strict=True))
 
     def prefill(self, tokens: int | None = None) -> SimulatedPhase:
         """A prompt of ``tokens``, by default as many as the plan predicts for."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from offload.experts.storage.slot_table import SlotTable
 from offload.hardware.probe import Machine
 from offload.plan.cost_model import FORESEEN, OF_PCIE, OF_VRAM, dimm_rate, miss_split, rows_of, with_prefetch_bytes
 from offload.plan.footprint import Footprint
@@ -18,8 +19,10 @@ from offload.simulator.simulation import SimulatedPhase, Simulation
 from offload.simulator.workload import Rates, Work
 from offload.tiers import Tier
 from quant.model.known_shapes import load_shape
+from quant.model.mixed_precision import joined
 from quant.model.recipe import load_recipe
 from quant.model.shape import ModelShape
+from quant.scheme import Scheme
 from tests.machines import GIB, RTX_4090, machine
 
 SHAPES = {name: ModelShape.from_config(load_shape(name)) for name in ("scout", "maverick", "mini-scout")}
@@ -245,6 +248,49 @@ def test_without_a_slot_anywhere_an_expert_comes_from_disk_and_stays() -> None:
     trace = Trace("made", 4, [[[3]], [[3]], [[2]], [[3]]])
     found = [step.tiers[0][0] for step in replayed(tiers(trace, vram_slots=0, ram_slots=2))]
     assert found == ["disk", "ram", "disk", "ram"]
+
+
+@pytest.mark.parametrize("room", [30, 61, 100])
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_experts_of_different_size_share_ram_by_bytes_as_the_real_cache_does(room: int, policy: str) -> None:
+    trace = Synthetic("zipf", layers=3, tokens=200).trace()
+    keys = [(layer, expert) for expert in range(trace.num_experts) for layer in range(3)]
+    sizes = {(layer, expert): (1, 3, 5)[(layer + expert) % 3] for layer, expert in keys}
+    state = Tiers(trace, vram_slots=0, ram_slots=1, policy=lambda: make_policy(policy), sizes=sizes, ram_bytes=room)
+    table, real = SlotTable(len(keys), room, sizes.__getitem__), make_policy(policy)
+    for key in list(table.fitting(keys)):
+        table.take(key)
+    for token in trace.steps:
+        expected: list[Tier] = []
+        for layer, experts in enumerate(token):
+            for expert in experts:
+                key = (layer, expert)
+                expected.append("ram" if key in table else "disk")
+                while key not in table and not table.has_room(key):
+                    table.release(real.victim(table.slot_of, {(layer, one) for one in experts} & set(table.slot_of)))
+                if key not in table:
+                    table.take(key)
+                real.touch(key)
+        assert [tier for tiers in state.step(token).tiers for tier in tiers] == expected
+        assert state.ram == set(table.slot_of) and sum(sizes[key] for key in state.ram) <= room
+
+
+def test_a_mixture_on_a_cpu_is_simulated_by_the_bytes_that_were_planned() -> None:
+    shape = SHAPES["maverick"]
+    layers = {layer: Scheme("int4" if layer % 4 == 1 else "int2", 64) for layer in shape.moe_layers}
+    mixed = joined(
+        (linear, layers[layer])
+        for layer in shape.moe_layers
+        for e in range(128)
+        for linear in shape.expert_linears(layer, e)
+    )
+    plan = make_plan(shape, mixed, CPU_ONLY, kv_bits=8)
+    of = Simulation.of(shape, mixed, plan, CPU_ONLY)
+    sizes = of._sizes()
+    assert sizes is not None and len(set(sizes.values())) == 2
+    largest = max(sizes.values())
+    steps = of.steps(40, Synthetic("zipf", layers=24, num_experts=128, tokens=64).trace())
+    assert plan.ram_bytes // largest < plan.ram_slots < plan.experts and shares(steps)["disk"] > 0
 
 
 def test_a_trace_of_few_layers_is_stretched_over_many_that_differ() -> None:
