@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from offload.batch.token_ids import common, frozen
+
 Cached = TypeVar("Cached")
 _MOST = 64
 
@@ -19,19 +21,17 @@ _MOST = 64
 class Prefix(Generic[Cached]):
     """Tokens, and what is kept of them."""
 
-    tokens: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int32]
     kept: Cached
 
     @classmethod
     def of(cls, tokens: Sequence[int], kept: Cached) -> "Prefix[Cached]":
         """``tokens`` and what is kept of them."""
-        return cls(np.asarray(tokens, dtype=np.int64), kept)
+        return cls(frozen(tokens), kept)
 
-    def common(self, tokens: npt.NDArray[np.int64]) -> int:
+    def common(self, tokens: npt.NDArray[np.int32]) -> int:
         """How many tokens both begin with."""
-        count = min(len(self.tokens), len(tokens))
-        different = np.flatnonzero(self.tokens[:count] != tokens[:count])
-        return int(different[0]) if len(different) else count
+        return common(self.tokens, tokens)
 
 
 class Prefixes(Generic[Cached]):
@@ -66,7 +66,7 @@ class Prefixes(Generic[Cached]):
         self, tokens: Sequence[int], others: Iterable[Prefix[Cached]] = ()
     ) -> list[tuple[int, Prefix[Cached]]]:
         """Those, and of ``others``, that begin as ``tokens`` does: how far, the longest first."""
-        wanted = np.asarray(tokens, dtype=np.int64)
+        wanted = frozen(tokens)
         found = [(prefix.common(wanted), prefix) for prefix in (*self._prefixes, *others)]
         return sorted((pair for pair in found if pair[0]), key=lambda pair: -pair[0])
 

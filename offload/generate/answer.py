@@ -3,7 +3,7 @@
 Legend: V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 
 from torch import Tensor
 
@@ -13,12 +13,12 @@ from offload.records import Finish, Sampling
 
 
 class Answer:
-    """What follows ``tokens``, of which it makes one list, by ``sampling``; ``room`` tokens may follow.
+    """What follows ``tokens``, of which it makes one sequence, by ``sampling``; ``room`` tokens may follow.
 
     Raises UsageError or InputError for a grammar that cannot be read.
     """
 
-    def __init__(self, tokens: list[int], sampling: Sampling, runner: Runner, room: int) -> None:
+    def __init__(self, tokens: MutableSequence[int], sampling: Sampling, runner: Runner, room: int) -> None:
         self.tokens, self._end = tokens, len(tokens) + min(sampling.max_tokens, room)
         self._last: Finish = "context" if room < sampling.max_tokens else "length"
         self._ends = frozenset[int]() if sampling.ignore_eos else runner.eos

@@ -189,12 +189,12 @@ class Batch(Runner):
     def _prefill(self, sequence: Sequence) -> None:
         if sequence.load is not None and not self._loaded(sequence):
             return
-        count = min(len(sequence.unseen), self.chunk_beside if self.scheduler.decoding else self.parts.prompt_chunk)
+        count = min(sequence.unseen, self.chunk_beside if self.scheduler.decoding else self.parts.prompt_chunk)
         if self.prompts is not None:
             count = min(count, self.prompts.cut(sequence.seen, count))
         end, started = sequence.seen + count, time.perf_counter()
         try:
-            logits, used = self._run([sequence], [sequence.tokens[:end]], [1])
+            logits, used = self._run([sequence], [end], [[]], [1])
         except OutOfPages as error:
             self._make_room(sequence, error)
             return
@@ -216,9 +216,7 @@ class Batch(Runner):
         self._keep_chunks(rows, counts)
         started = time.perf_counter()
         try:
-            logits, used = self._run(
-                rows, [[*row.tokens, *more] for row, more in zip(rows, drafts, strict=True)], counts
-            )
+            logits, used = self._run(rows, [len(row.tokens) for row in rows], drafts, counts)
         except OutOfPages as error:
             if any(drafts):
                 self._decode(rows, draft=False)
@@ -264,16 +262,18 @@ class Batch(Runner):
             return [[] for _ in rows]
         return self.drafts.choose([(row.drafts, row.tokens, row.draft_room) for row in rows], MAX_ROWS - len(rows))
 
-    def _run(self, rows: list[Sequence], texts: list[list[int]], keep: list[int]) -> tuple[Tensor, Used]:
-        """Run ``rows`` to the end of their ``texts``, as far as that has not been done: the logits ``[Σ keep, V]``
-        after the last ``keep`` tokens of each, and what that took. What goes wrong leaves the sequences as they were,
-        or with fewer tokens run."""
+    def _run(
+        self, rows: list[Sequence], ends: list[int], drafts: list[list[int]], keep: list[int]
+    ) -> tuple[Tensor, Used]:
+        """Run ``rows`` up to the token ``ends`` of each, as far as that has not been done, and its draft: the logits
+        ``[Σ keep, V]`` after the last ``keep`` tokens of each, and what that took. What goes wrong leaves the sequences
+        as they were, or with fewer tokens run."""
         self._rows = rows
         if self.lap is None:
             self.lap = time.perf_counter()
         try:
             # A try that failed may have cost some of the tokens before, too.
-            logits = retry_with_less_vram(lambda: self._try(rows, texts, keep), self.experts)
+            logits = retry_with_less_vram(lambda: self._try(rows, ends, drafts, keep), self.experts)
         finally:
             with self.lock:
                 self._rows = []
@@ -284,10 +284,12 @@ class Batch(Runner):
         kv = sum(row.cache.read_nbytes for row in rows if row.cache is not None) - self.pool.take_left_out_nbytes()
         return logits, self.used(counters, 1, max(0, kv), self.pool.take_read_nbytes())
 
-    def _try(self, rows: list[Sequence], texts: list[list[int]], keep: list[int]) -> Tensor:
+    def _try(self, rows: list[Sequence], ends: list[int], drafts: list[list[int]], keep: list[int]) -> Tensor:
         caches = [row.cache for row in rows if row.cache is not None]
         before = [cache.get_seq_length() for cache in caches]
-        ids = [text[seen:] for text, seen in zip(texts, before, strict=True)]
+        ids = [
+            [*row.tokens[seen:end], *draft] for row, seen, end, draft in zip(rows, before, ends, drafts, strict=True)
+        ]
         try:
             with torch.inference_mode():
                 if [len(of_row) for of_row in ids] == keep:

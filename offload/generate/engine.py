@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from offload.batch.token_ids import token_ids
 from offload.generate.runner import Runner
 from offload.generate.stream import Stream, Told
 from offload.records import Sampling
@@ -44,8 +45,11 @@ class Engine:
     def submit(self, ids: Sequence[int], sampling: Sampling, told: Told | None = None) -> Stream:
         """Queue a prompt; returns at once. ``told`` is Stream's. Raises what ``Runner.check`` does."""
         self._runner.check(ids, sampling)
-        stream = Stream(len(ids), self._cancelled, told)
-        self._put(_Call(lambda: self._runner.add(list(ids), sampling, stream)))
+        stream, own = (
+            Stream(len(ids), self._cancelled, told),
+            token_ids(ids),
+        )  # the caller's may be many bytes, or change
+        self._put(_Call(lambda: self._runner.add(own, sampling, stream)))
         return stream
 
     def call(self, work: Callable[[], Found]) -> Found:

@@ -9,6 +9,7 @@ caller does with them take their time while the step runs. A step that nobody co
 
 import collections.abc
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from offload.batch.token_ids import common, frozen, token_ids
 from offload.decode.decoder import StepAbandoned
 from offload.experts.cache.expert_cache import Counters
 from offload.experts.cache.oom import retry_with_less_vram
@@ -39,7 +41,7 @@ class Generator(Runner):
         super().__init__(parts, drafts)
         self._notes = notes
         self.cache, self.prompt_chunk = cache, parts.prompt_chunk
-        self.tokens: list[int] = []  # what the cache holds
+        self.tokens = token_ids(())  # what the cache holds
         self._turn = 0  # counts who may go on: a later call ends an earlier one
         self._waiting: deque[tuple[Sequence[int], Sampling, Stream]] = deque()
         self._running: tuple[Records, Stream] | None = None
@@ -100,19 +102,19 @@ class Generator(Runner):
         """Forget the sequence."""
         self._take_turn()
         self.cache.reset()  # type: ignore[no-untyped-call]
-        self.tokens = []
+        self.tokens = token_ids(())
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Records:
         """Yield the prefill's record and then one per decoded token; raises what ``check`` does."""
         room = self.check(prompt, sampling)
         turn = self._take_turn()
         try:
-            yield from self._steps(list(prompt), sampling, room, turn)
+            yield from self._steps(token_ids(prompt), sampling, room, turn)
         finally:
             if turn == self._turn:
                 self.decoder.drop()
 
-    def _steps(self, context: list[int], sampling: Sampling, room: int, turn: int) -> Iterator[TokenRecord]:
+    def _steps(self, context: "array[int]", sampling: Sampling, room: int, turn: int) -> Iterator[TokenRecord]:
         self.finish_load()
         answer = Answer(context, sampling, self, room)
         drafts = self._drafts(sampling)
@@ -124,12 +126,13 @@ class Generator(Runner):
                 drafts.close()
 
     def _decode(
-        self, context: list[int], answer: Answer, drafts: TextDrafts | None, turn: int
+        self, context: "array[int]", answer: Answer, drafts: TextDrafts | None, turn: int
     ) -> Iterator[TokenRecord]:
         run: list[TokenRecord] = []
         self.runs.append(run)
         started = time.perf_counter()
-        step_ids, draft = self._unseen(context), list[int]()
+        step_ids: Sequence[int] = self._unseen(context)
+        draft: list[int] = []
         logits = self._prefill(step_ids)
         while True:
             chosen = answer.choose(logits.unbind(), draft)
@@ -196,7 +199,7 @@ class Generator(Runner):
     def _take_back(self, length: int) -> None:
         """Forget what was run beyond ``length`` tokens; a cache that cannot go back forgets more."""
         if len(self.tokens) > length:
-            self.tokens = self.tokens[: self.cache.rewind(length)]
+            del self.tokens[self.cache.rewind(length) :]
 
     def prefill(self, prompt: Sequence[int]) -> TokenRecord:
         """Run ``prompt`` through the model without choosing a token; the record's ``token_id`` is -1."""
@@ -204,7 +207,7 @@ class Generator(Runner):
         self._take_turn()
         self.finish_load()
         started = time.perf_counter()
-        ids = self._unseen(list(prompt))
+        ids = self._unseen(token_ids(prompt))
         self._prefill(ids)
         _, counters = self._go_on(None)
         used = self.used(counters, -(-len(ids) // self.prompt_chunk), self.cache.read_nbytes)
@@ -226,15 +229,10 @@ class Generator(Runner):
         self.decoder.attend()
         return ahead, counters
 
-    def _unseen(self, prompt: list[int]) -> list[int]:
+    def _unseen(self, prompt: "array[int]") -> "array[int]":
         """The part of ``prompt`` that the cache does not hold, at least its last token; the rest is kept."""
-        common = 0
-        for have, want in zip(self.tokens, prompt[:-1], strict=False):
-            if have != want:
-                break
-            common += 1
-        kept = self.cache.rewind(common)
-        self.tokens = self.tokens[:kept]
+        kept = self.cache.rewind(common(frozen(self.tokens), frozen(prompt[:-1])))
+        del self.tokens[kept:]
         return prompt[kept:]
 
     def _prefill(self, ids: Sequence[int]) -> Tensor:
@@ -246,9 +244,9 @@ class Generator(Runner):
     def _forward(self, ids: Sequence[int], keep: int = 1) -> Tensor:
         """Run ``ids`` and return the logits ``[keep, vocab]`` of the last ``keep``. Raises MachineError if the GPU
         fails or has no memory left."""
-        whole = [*self.tokens, *ids]
+        before, count = self.tokens, len(self.tokens)
         # A try that failed may have cost some of the tokens before, too.
-        return retry_with_less_vram(lambda: self._try(whole[len(self.tokens) :], keep), self.experts)
+        return retry_with_less_vram(lambda: self._try([*before[len(self.tokens) : count], *ids], keep), self.experts)
 
     def _try(self, ids: Sequence[int], keep: int) -> Tensor:
         before = len(self.tokens)
@@ -257,7 +255,7 @@ class Generator(Runner):
                 logits = self.decoder.forward(ids, self.cache, keep=keep)
             self.experts.check_files()
         except BaseException:  # KeyboardInterrupt too: some layers have seen the tokens, others not
-            self.tokens = self.tokens[: self.cache.rewind(before)]
+            self.tokens = self.tokens[: self.cache.rewind(before)]  # a copy: another try needs what was there
             raise
         self.tokens.extend(ids)
         return logits

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from offload.batch.prefixes import Prefix
+from offload.batch.token_ids import token_ids
 from offload.generate.answer import Answer
 from offload.generate.drafts import Drafts, TextDrafts
 from offload.generate.prompt_cache import KeptText, Load
@@ -21,7 +22,7 @@ class Sequence:
     ``stream`` is given a record per token. Without ``sampling`` the prompt is computed and nothing is chosen."""
 
     def __init__(self, number: int, prompt: Tokens[int], sampling: Sampling | None, stream: Stream, room: int) -> None:
-        self.number, self.tokens, self.sampling, self.stream = number, list(prompt), sampling, stream
+        self.number, self.tokens, self.sampling, self.stream = number, token_ids(prompt), sampling, stream
         self.cache: PagedCache | None = None
         self.drafts: TextDrafts | None = None
         self.load: Load | None = None  # what is read of it from disk
@@ -40,9 +41,9 @@ class Sequence:
         return 0 if self.cache is None else self.cache.get_seq_length()
 
     @property
-    def unseen(self) -> list[int]:
-        """Tokens that are still to be run."""
-        return self.tokens[self.seen :]
+    def unseen(self) -> int:
+        """How many tokens are still to be run."""
+        return len(self.tokens) - self.seen
 
     @property
     def draft_room(self) -> int:

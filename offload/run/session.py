@@ -277,7 +277,7 @@ class Session:
     ) -> Iterator[TokenRecord]:
         """The records of ``submit``, which is called with the first one asked for; the sequence ends when the
         iterator is closed or let go of."""
-        stream = self.submit(prompt, sampling, **asked)
+        stream, prompt = self.submit(prompt, sampling, **asked), ""  # ten million tokens in a list are many bytes
         try:
             yield from stream
         finally:

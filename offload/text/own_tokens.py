@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from offload.batch.token_ids import frozen
+
 _MOST_TEXTS, _MOST_TOKENS = 64, 1 << 20  # 4 MiB
 _DROPPED = 4  # tokens at an answer's end that templates trim
 _GLANCE = 24  # tokens by which texts that go on differently are told apart without reading all of them
@@ -38,7 +40,7 @@ class OwnTokens:
 
     def remember(self, tokens: Sequence[int]) -> None:
         """``tokens`` are a prompt, or one gone on with, and its answer."""
-        new = np.asarray(tokens, dtype=np.int32)
+        new = frozen(tokens)
         with self._lock:
             self._texts = [text for text in self._texts if not _begins(new, text)]
             self._texts.append(new)
