@@ -78,7 +78,7 @@ def generate(
     path = find_model(model)
     settings, told = sampling.of(path, max_tokens=MAX_TOKENS)
     with seldom_collecting():
-        from offload.batch.token_ids import token_ids
+        from offload.batch.token_ids import packed_ids
         from offload.run.collect import account
         from offload.run.report import Message
         from offload.vision.video_file import FRAMES, Video
@@ -90,9 +90,9 @@ def generate(
     with open_session(path, replace(run, images=bool(image or videos)), console) as session:
         if chat:
             question = {"role": "user", "content": text, "images": image or (), "videos": videos}
-            ids = token_ids(session.encode_chat(with_parts([question])))
+            ids = packed_ids(session.encode_chat(with_parts([question])))
         else:
-            ids = token_ids(session.encode(text, [*(image or ()), *videos]))
+            ids = packed_ids(session.encode(text, [*(image or ()), *videos]))
         console.step(told)
         records: list[TokenRecord] = []
         with interrupt.StopRequest() as stop, suppress(KeyboardInterrupt):

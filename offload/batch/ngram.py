@@ -7,7 +7,7 @@ Adding a token costs one look-up; finding the longest match looks at the latest 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offload.batch.token_ids import token_ids
+from offload.batch.token_ids import packed_ids
 
 _PLACES = 24  # that are compared at most
 _LONGEST = 32  # tokens that are compared at most
@@ -25,9 +25,9 @@ class NgramIndex:
     """The tokens of a text so far."""
 
     def __init__(self) -> None:
-        self._tokens = token_ids(())
+        self._tokens = packed_ids(())
         self._latest: dict[int, int] = {}  # pair → where its second token stood last
-        self._before = token_ids(())  # place → where the pair that ends there stood before it, or -1
+        self._before = packed_ids(())  # place → where the pair that ends there stood before it, or -1
 
     def extend(self, tokens: Sequence[int]) -> None:
         """``tokens`` is the text now: what is new of it is added."""

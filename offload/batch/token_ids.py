@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-def token_ids(ids: Iterable[int]) -> "array[int]":
+def packed_ids(ids: Iterable[int]) -> "array[int]":
     """``ids``, each below 2^31, as an array that grows like a list, and is compared with arrays only."""
     return array("i", ids)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from offload.batch.token_ids import token_ids
+from offload.batch.token_ids import packed_ids
 from offload.generate.runner import Runner
 from offload.generate.stream import Stream, Told
 from offload.records import Sampling
@@ -47,7 +47,7 @@ class Engine:
         self._runner.check(ids, sampling)
         stream, own = (
             Stream(len(ids), self._cancelled, told),
-            token_ids(ids),
+            packed_ids(ids),
         )  # the caller's may be many bytes, or change
         self._put(_Call(lambda: self._runner.add(own, sampling, stream)))
         return stream

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from offload.batch.token_ids import common, frozen, token_ids
+from offload.batch.token_ids import common, frozen, packed_ids
 from offload.decode.decoder import StepAbandoned
 from offload.experts.cache.expert_cache import Counters
 from offload.experts.cache.oom import retry_with_less_vram
@@ -41,7 +41,7 @@ class Generator(Runner):
         super().__init__(parts, drafts)
         self._notes = notes
         self.cache, self.prompt_chunk = cache, parts.prompt_chunk
-        self.tokens = token_ids(())  # what the cache holds
+        self.tokens = packed_ids(())  # what the cache holds
         self._turn = 0  # counts who may go on: a later call ends an earlier one
         self._waiting: deque[tuple[Sequence[int], Sampling, Stream]] = deque()
         self._running: tuple[Records, Stream] | None = None
@@ -102,14 +102,14 @@ class Generator(Runner):
         """Forget the sequence."""
         self._take_turn()
         self.cache.reset()  # type: ignore[no-untyped-call]
-        self.tokens = token_ids(())
+        self.tokens = packed_ids(())
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Records:
         """Yield the prefill's record and then one per decoded token; raises what ``check`` does."""
         room = self.check(prompt, sampling)
         turn = self._take_turn()
         try:
-            yield from self._steps(token_ids(prompt), sampling, room, turn)
+            yield from self._steps(packed_ids(prompt), sampling, room, turn)
         finally:
             if turn == self._turn:
                 self.decoder.drop()
@@ -207,7 +207,7 @@ class Generator(Runner):
         self._take_turn()
         self.finish_load()
         started = time.perf_counter()
-        ids = self._unseen(token_ids(prompt))
+        ids = self._unseen(packed_ids(prompt))
         self._prefill(ids)
         _, counters = self._go_on(None)
         used = self.used(counters, -(-len(ids) // self.prompt_chunk), self.cache.read_nbytes)

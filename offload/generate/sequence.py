@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from offload.batch.prefixes import Prefix
-from offload.batch.token_ids import token_ids
+from offload.batch.token_ids import packed_ids
 from offload.generate.answer import Answer
 from offload.generate.drafts import Drafts, TextDrafts
 from offload.generate.prompt_cache import KeptText, Load
@@ -22,7 +22,7 @@ class Sequence:
     ``stream`` is given a record per token. Without ``sampling`` the prompt is computed and nothing is chosen."""
 
     def __init__(self, number: int, prompt: Tokens[int], sampling: Sampling | None, stream: Stream, room: int) -> None:
-        self.number, self.tokens, self.sampling, self.stream = number, token_ids(prompt), sampling, stream
+        self.number, self.tokens, self.sampling, self.stream = number, packed_ids(prompt), sampling, stream
         self.cache: PagedCache | None = None
         self.drafts: TextDrafts | None = None
         self.load: Load | None = None  # what is read of it from disk

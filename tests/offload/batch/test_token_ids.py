@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from offload.batch.prefixes import Prefixes
-from offload.batch.token_ids import common, frozen, token_ids
+from offload.batch.token_ids import common, frozen, packed_ids
 from offload.generate.sequence import Sequence
 from offload.generate.stream import Stream
 from offload.records import Sampling
@@ -27,7 +27,7 @@ def test_a_sequence_and_what_is_left_of_it_take_four_bytes_a_token_each() -> Non
 
 
 def test_what_was_frozen_changes_no_more_and_lets_its_text_grow() -> None:
-    text = token_ids([1, 2, 3])
+    text = packed_ids([1, 2, 3])
     before = frozen(text)
     text.append(4)
     assert before.tolist() == [1, 2, 3]
@@ -38,4 +38,4 @@ def test_what_was_frozen_changes_no_more_and_lets_its_text_grow() -> None:
 def test_a_number_that_is_no_token_is_refused() -> None:
     for wrong in (2**31, 1.5, "1"):
         with pytest.raises((OverflowError, TypeError)):
-            token_ids([wrong])  # type: ignore[list-item]
+            packed_ids([wrong])  # type: ignore[list-item]
