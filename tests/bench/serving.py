@@ -286,7 +286,7 @@ def overhead(server: Running, client: openai.OpenAI, rounds: int = 12, length: i
             times.append(time.perf_counter())
             if '"timings"' in line:
                 steps = json.loads(line.removeprefix("data: "))["timings"]["predicted_per_token_ms"]
-        parts.append((1e3 * (times[-2] - times[1]) / (len(times) - 3), steps))
+        parts.append((1e3 * (times[-2] - times[1]) / (length - 1), steps))  # from the first token to the last
     between, step = (statistics.median(values) for values in zip(*parts, strict=True))
     return {"ms_between_tokens": round(between, 3), "ms_of_a_step": round(step, 3)}
 

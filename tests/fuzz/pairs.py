@@ -216,7 +216,9 @@ class Trials:
         errors = [line for line in err.splitlines() if line.startswith("coldstream: error: ")]
         if code not in ((130, -signal.SIGINT, 0) if interrupted else (0,)) + (1, 2) or "Traceback" in err + out:
             return f"{seconds:.0f} s, {said}", str(code), out
-        if len(errors) != (code in (1, 2)):
+        if (
+            len(errors) != (code in (1, 2)) and words[0] != "chat"
+        ):  # which says what is wrong with a message, and goes on
             return f"{len(errors)} error lines, {said}", str(code), out
         if (errors and not err.endswith(f"{errors[0]}\n")) or any(ord(mark) < 32 for line in errors for mark in line):
             return f"more than a line, {said}", str(code), out
