@@ -22,13 +22,15 @@ def queue(room: int, sequences: int, context: int) -> tuple[str, ...]:
     )
 
 
-def kv_on_disk(tiers: KvTiers | None, nbytes: int, sequences: int) -> tuple[str, ...]:
-    """What a KV cache of which ``nbytes`` are on disk asks of that, and of those who wait."""
+def kv_on_disk(tiers: KvTiers | None, nbytes: int, sequences: int, bounded: bool) -> tuple[str, ...]:
+    """What a KV cache of which ``nbytes`` are on disk asks of that, and of those who wait. Where it is ``bounded``,
+    pages that are proved not to matter are left out."""
     if tiers is None or not nbytes:
         return ()
     said = f"with the full context {format_size(nbytes)} of the KV cache are on disk, and read for every step"
+    but = ", but for pages that --kv-epsilon leaves out" if bounded else ""
     alone = "; sequences run one after the other" if sequences > 1 else ""
-    return (said + alone,)
+    return (said + but + alone,)
 
 
 def padding(footprint: Footprint) -> tuple[str, ...]:

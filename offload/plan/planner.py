@@ -92,7 +92,7 @@ def make_plan(
             *(padding(footprint) if machine.gpu else ()),
             *beyond(shape, plan.context),
             *queue(plan.kv_sequences, sequences, plan.context),
-            *kv_on_disk(plan.kv_tiers, plan.total("disk", "kv_cache"), sequences),
+            *kv_on_disk(plan.kv_tiers, plan.total("disk", "kv_cache"), sequences, kv_bounds),
             *untried(schemes, machine),
         ),
         context_asked=context is not None,

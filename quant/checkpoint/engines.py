@@ -80,14 +80,14 @@ def _kinds(shape: ModelShape, schemes: Schemes, loader: Loader) -> Iterator[str]
     for role, scheme in _used(shape, schemes):
         known = {"experts": loader.kinds, "vision": loader.vision}.get(role, loader.others)
         if scheme.kind not in known:
-            yield f"{ROLE_NAMES[role]} are in {scheme.kind}: it takes {' or '.join(known)}"
+            yield f"{ROLE_NAMES[role]} in {scheme.kind}: it takes {' or '.join(known)}"
 
 
 def _groups(shape: ModelShape, schemes: Schemes, loader: Loader) -> Iterator[str]:
     for role, scheme in _used(shape, schemes):
         if scheme.is_packed and scheme.group_size not in loader.groups:
             sizes = " or ".join(map(str, loader.groups))
-            yield f"{ROLE_NAMES[role]} are in groups of {scheme.group_size}: it takes {sizes}"
+            yield f"{ROLE_NAMES[role]} in groups of {scheme.group_size}: it takes {sizes}"
 
 
 def _layers(shape: ModelShape, schemes: Schemes, loader: Loader) -> Iterator[str]:

@@ -23,15 +23,15 @@ CASES: list[tuple[EngineName, str, dict[str, str], str]] = [
     ("vllm", "mixtral", {"experts": "int4-g64"}, ""),
     ("vllm", "mixtral", {}, ""),
     ("vllm", "mixtral", {"experts": "int4-g256"}, "groups of 256: it takes 32 or 64 or 128"),
-    ("vllm", "llama4", {"experts": "nf4"}, "routed experts are in nf4: it takes int4 or int8 or bf16"),
+    ("vllm", "llama4", {"experts": "nf4"}, "routed experts in nf4: it takes int4 or int8 or bf16"),
     ("vllm", "mixtral", {"attention": "int8"}, "experts in bf16 beside quantized weights are stored fused"),
     ("vllm", "llama4", {"attention": "int8"}, ""),
     ("transformers", "llama4", {**INT4, "vision": "int8-g32"}, ""),
-    ("vllm", "llama4", {**INT4, "vision": "int8-g32"}, "vision tower are in int8: it takes bf16"),
+    ("vllm", "llama4", {**INT4, "vision": "int8-g32"}, "vision tower in int8: it takes bf16"),
     ("sglang", "qwen3_moe", INT4, ""),
-    ("sglang", "qwen3_moe", ALL, "attention are in int8: it takes bf16"),
+    ("sglang", "qwen3_moe", ALL, "attention in int8: it takes bf16"),
     ("sglang", "llama4", INT4, "answers nonsense"),
-    ("sglang", "olmoe", {"experts": "int8"}, "routed experts are in int8: it takes int4 or bf16"),
+    ("sglang", "olmoe", {"experts": "int8"}, "routed experts in int8: it takes int4 or bf16"),
 ]
 
 
