@@ -39,6 +39,7 @@ _BUDGETS: dict[str, tuple[str, ...]] = {
     "--kv": ("int8", "bf16"),
     "--kv-disk": ("{kept}", "{text.txt}", "/proc"),
     "--kv-ram": ("1MiB", "1"),
+    "--kv-epsilon": ("0", "1e-3", "2"),
 }
 _SAMPLING: dict[str, tuple[str, ...]] = {
     "--max-tokens": ("1", "5"),
@@ -73,6 +74,7 @@ _SCHEMES: dict[str, tuple[str, ...]] = {
     "--dense-mlp": ("int8",),
     "--attention": ("int8", "int2", "auto"),
     "--lm-head": ("int8", "auto", "bf16"),
+    "--vision": ("int8", "bf16", "int4"),
     "--group-size": ("32", "64", "256"),
 }
 _SAYING: dict[str, tuple[str, ...]] = {"--json": ("",), "-q": ("",), "-v": ("",)}
@@ -139,7 +141,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         **{name: _ENGINE[name] for name in ("--routing", "--recipe")},
     },
 }
-for absent in ("--kv", "--kv-disk", "--kv-ram"):
+for absent in ("--kv", "--kv-disk", "--kv-ram", "--kv-epsilon"):
     OPTIONS["quantize"].pop(absent)
 BASES: dict[str, list[str]] = {
     "generate": ["{stored}", "The quick brown fox", "-n", "6", "--exact", "--temperature", "0"],

@@ -38,6 +38,7 @@ OTHERS = {
         "SCHEME",
         "BITS",
         "CARD",
+        "SHARE",
         "PASSES",
         "TOKENS/S",
         "GB/S",

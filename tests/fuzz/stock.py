@@ -55,8 +55,9 @@ def recorded() -> Iterator[Answer]:
     """What generators compute meanwhile."""
     answer, real = Answer(), Batch._try
 
-    def seen(batch: Batch, rows: list[BatchRow], texts: list[list[int]], keep: list[int]) -> Tensor:
-        logits = real(batch, rows, texts, keep)
+    def seen(batch: Batch, rows: list[BatchRow], ends: list[int], drafts: list[list[int]], keep: list[int]) -> Tensor:
+        logits = real(batch, rows, ends, drafts, keep)
+        texts = [[*row.tokens[:end], *draft] for row, end, draft in zip(rows, ends, drafts, strict=True)]
         for text, its in zip(texts, logits.split(keep), strict=True):
             for back, row in enumerate(reversed(its.detach().float().clone())):
                 answer.steps.append((tuple(text[: len(text) - back]), row))
