@@ -169,14 +169,7 @@ def run_options(recipe: str | None = None, **asked: Any) -> RunOptions:
     return RunOptions(graph=graph, **given).over(load_recipe(recipe) if recipe else None)
 
 
-takes_budgets = expands(
-    "options",
-    {"vram": (Vram, None), "ram": (Ram, None), "context": (Context, None), "kv": (Kv, None)}
-    | {"prompt_chunk": (PromptChunk, None), "draft_model": (DraftModel, None)}
-    | {"kv_disk": (KvDisk, None), "kv_ram": (KvRam, None), "kv_epsilon": (KvEpsilon, 0.0)},
-    RunOptions,
-)
-_RUN: dict[str, tuple[Any, Any]] = {
+_MEMORY: dict[str, tuple[Any, Any]] = {
     "vram": (Vram, None),
     "ram": (Ram, None),
     "context": (Context, None),
@@ -184,6 +177,11 @@ _RUN: dict[str, tuple[Any, Any]] = {
     "kv_disk": (KvDisk, None),
     "kv_ram": (KvRam, None),
     "kv_epsilon": (KvEpsilon, 0.0),
+}
+takes_budgets = expands(
+    "options", _MEMORY | {"prompt_chunk": (PromptChunk, None), "draft_model": (DraftModel, None)}, RunOptions
+)
+_RUN = _MEMORY | {
     "recipe": (Recipe, None),
     "routing": (Routing, None),
     "policy": (Policy, None),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offload.batch.token_ids import frozen
+from offload.batch.token_ids import common, frozen
 
 _MOST_TEXTS, _MOST_TOKENS = 64, 1 << 20  # 4 MiB
 _DROPPED = 4  # tokens at an answer's end that templates trim
@@ -62,7 +62,7 @@ class OwnTokens:
         there is nothing to change."""
         mine, theirs, start = 0, 0, -1  # up to where both have the same text, and from where on not the same tokens
         while True:
-            alike = _common(said[mine:], given[theirs:])
+            alike = common(said[mine:], given[theirs:])
             mine, theirs = mine + alike, theirs + alike
             if mine == len(said) or theirs == len(given):
                 break
@@ -119,11 +119,4 @@ class OwnTokens:
 def _begins(new: _Ids, text: _Ids) -> bool:
     """Whether ``new`` begins with all of ``text``."""
     end = len(text)
-    return end <= len(new) and (not end or (new[end - 1] == text[-1] and _common(text, new) == end))
-
-
-def _common(one: _Ids, other: _Ids) -> int:
-    """How many tokens both begin with."""
-    count = min(len(one), len(other))
-    different = np.flatnonzero(one[:count] != other[:count])
-    return int(different[0]) if len(different) else count
+    return end <= len(new) and (not end or (new[end - 1] == text[-1] and common(text, new) == end))

@@ -322,6 +322,14 @@ def _make(folder: Path) -> None:
     checkpoints.make("mixtral", folder / "draft", **small)
 
 
+def import_once() -> None:
+    """Have what each run needs, before its children share it."""
+    import transformers  # noqa: F401
+
+    import offload.run.session  # noqa: F401
+    import quant.convert.convert  # noqa: F401
+
+
 def main() -> int:
     """Exit code 1 if a pair fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.pairs", description=__doc__)
@@ -338,10 +346,7 @@ def main() -> int:
         folder = Path(temporary) / "ground"
         subprocess.run([sys.executable, "-m", "tests.fuzz.pairs", "--make", str(folder)], check=True)
         trials = Trials(folder, folder)
-        import transformers  # noqa: F401
-
-        import offload.run.session  # noqa: F401  what each run needs, once
-        import quant.convert.convert  # noqa: F401
+        import_once()
 
         for command in asked.only.split(","):
             codes: Counter[str] = Counter()

@@ -183,10 +183,7 @@ def main() -> int:
         subprocess.run([sys.executable, "-m", "tests.fuzz.pairs", "--make", str(folder)], check=True)
         make_kinds(folder)
         trials = PathTrials(folder, folder)
-        import transformers  # noqa: F401
-
-        import offload.run.session  # noqa: F401  what each run needs, once
-        import quant.convert.convert  # noqa: F401
+        pairs.import_once()
 
         started = time.monotonic()
         for place, (command, words) in enumerate(cases(asked.only.split(","))):
